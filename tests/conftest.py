@@ -1,0 +1,35 @@
+"""Before JAX is loaded: 8 fake devices on the CPU, here and in the processes that tests start. Strict JAX."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_cache = tempfile.TemporaryDirectory(prefix="ssp_jax_tests_")  # gone when the tests end
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+    "JAX_COMPILATION_CACHE_DIR": _cache.name,  # a test's process finds what another has compiled
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+}
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+RunMain = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_main(tmp_path: Path) -> RunMain:
+    """python -m ssp_jax.main with these arguments, in an empty folder (or `cwd`), as a user would start it."""
+
+    def run(*arguments: str, cwd: Path = tmp_path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ssp_jax.main", *arguments]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+    return run
