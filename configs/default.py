@@ -1,0 +1,126 @@
+"""Every key of a run, with unit and source; other configs hold differences only.
+
+Sources: [P] the paper, arXiv 2510.18821v1; [C] its reference code; [H] this project's choice. Where paper and code
+differ the paper is the default and the comment names the other. The result is locked: a wrong key or type fails at once.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # one integer fixes the whole run
+    c.steps = 200  # self-play steps; 150-200 [P s4.1]
+
+    c.model = ConfigDict()
+    c.model.path = ""  # Hugging Face folder: config.json, *.safetensors, tokenizer
+    c.model.dtype = "bfloat16"  # compute and sampler dtype; master weights are always float32
+    c.model.remat = True  # recompute each layer's activations in the backward pass
+
+    c.mesh = ConfigDict()  # devices per axis; at most one -1 takes what is left
+    c.mesh.data = 1  # replicas
+    c.mesh.fsdp = -1  # shards of parameters and optimizer
+    c.mesh.tensor = 1  # shards of heads and feed-forward width; must divide the model's key/value heads
+
+    c.data = ConfigDict()
+    c.data.answers = ""  # jsonl of the proposer's given answers, SSP training format
+    c.data.eval_sets = ConfigDict()  # name -> jsonl of questions with golden answers
+
+    c.retriever = ConfigDict()
+    c.retriever.corpus = ""  # jsonl or jsonl.gz in Search-R1's format
+    c.retriever.index = ""  # folder of the bm25s index; "" puts it into the workdir; built when missing
+    c.retriever.top_k = 3  # passages per search [P s4.1]
+    c.retriever.stemmer = "english"  # Snowball language, "" for none [H]
+    c.retriever.stopwords = "en"  # bm25s stop-word list, "" for none [H]
+    c.retriever.k1 = 1.5  # term saturation; bm25s default
+    c.retriever.b = 0.75  # length normalisation; bm25s default
+
+    c.prompt = ConfigDict()
+    c.prompt.style = "search_r1"  # search_r1 | r_search | brief
+    c.prompt.template = "chat"  # chat: the tokenizer's own template | raw_chatml: the reference's, no <|im_end|> [C]
+
+    c.game = ConfigDict()
+    c.game.answers_per_step = 256  # given answers a step [P T4]
+    c.game.group_size = 5  # rollouts per question (or answer) of a role trained with GRPO; others play 1 [P T4]
+    c.game.rl_pair = "reinforce_grpo"  # proposer_solver algorithm, a row of [P T6]; see config.RL_PAIRS
+    c.game.train = "both"  # both | solver | proposer: which roles are updated [P T2]
+    c.game.verify = True  # a question must be answered from its proposer's documents first [P s3.3]
+    c.game.noise_documents = 4  # documents of other games mixed in at verification [P T4]
+    c.game.noise_unit = "passage"  # passage [P] | trajectory: all documents of one other game [C]
+    c.game.noise_source = "previous_step"  # previous_step [H] | same_step: waits for all proposers [C]
+    c.game.batch_fill = "periodic_reset"  # dummy | resample | full_reuse | periodic_reset [P T5]
+    c.game.reset_interval = 10  # steps between clearings of the replay pool (periodic_reset) [P B.1]
+    c.game.resample_rounds = 5  # further proposals for an answer whose question failed (resample) [C]
+
+    c.rules = ConfigDict()  # what makes a question well-formed [P s3.3]; the code is stricter
+    c.rules.min_searches = 1  # [P]; 2 in [C]
+    c.rules.distinct_searches = False  # True in [C]
+    c.rules.min_chars = 10  # [C]
+    c.rules.max_chars = 1000  # [C]
+    c.rules.min_words = 1  # [H]; 10 in [C]
+    c.rules.forbid_answer_in_search = False  # use_search_terms_filter, off [C]
+
+    c.reward = ConfigDict()
+    c.reward.metric = "em"  # em | cover_em: when a solver's answer counts as right [H]; LLM judge in [P]
+    c.reward.proposer = "one_minus_mean"  # [P eq.5]; see rewards.PROPOSER_REWARDS
+    c.reward.invalid_question = 0.0  # proposer's reward for a question that fails [P]; -1 in [C] unless overridden
+
+    c.limits = ConfigDict()  # each ends an episode with its own stop reason
+    c.limits.prompt_tokens = 4096  # longest prompt [P T4]
+    c.limits.response_tokens = 8192  # sampled and inserted tokens of an episode [P T4]
+    c.limits.turn_tokens = 2048  # sampled tokens between two insertions [H]
+    c.limits.turns = 11  # stretches of sampled tokens [H]: the last one answers
+    c.limits.searches = 10  # [P B.2]
+    c.limits.observation_tokens = 2048  # an inserted result is cut to this many tokens [H]
+
+    c.sampling = ConfigDict()
+    c.sampling.temperature = 1.0  # both players while training [P T4]
+    c.sampling.verify_temperature = 0.1  # [C]
+    c.sampling.eval_temperature = 0.0  # 0 is greedy [P T4]
+
+    c.engine = ConfigDict()
+    c.engine.slots = 64  # episodes decoded at the same time
+    c.engine.chunk = 16  # tokens decoded per dispatch
+    c.engine.cache_tokens = 12288  # key/value cache length of a slot; at least prompt + response
+    c.engine.cache_buckets = (1024, 4096)  # shorter lengths that a decode chunk may read when all slots fit
+    c.engine.extend_buckets = (64, 256, 1024, 4096)  # padded lengths of prompts and insertions
+    c.engine.extend_rows = 8  # prompts or insertions written in one call
+
+    c.learner = ConfigDict()
+    c.learner.learning_rate = 1e-6  # constant after warm-up [P T4]
+    c.learner.warmup_steps = 5  # optimizer steps [P T4]
+    c.learner.adam_b1 = 0.9  # verl default
+    c.learner.adam_b2 = 0.999  # verl default
+    c.learner.weight_decay = 0.01  # verl default
+    c.learner.max_grad_norm = 1.0  # verl default
+    c.learner.mini_batches = 2  # optimizer steps per role and step: 256 / 128 [P T4]
+    c.learner.row_tokens = 4096  # packed row length; at least the longest episode
+    c.learner.rows = 8  # packed rows of one micro-batch, over all devices
+    c.learner.logprob_chunk = 512  # tokens of a row whose logits exist at the same time
+    c.learner.clip_low = 0.2  # verl default
+    c.learner.clip_high = 0.285  # [C]
+    c.learner.kl_coef = 0.01  # 0 keeps no reference model [P T4]
+    c.learner.kl_type = "k3"  # k1 | k2 | k3 (low_var_kl) [C]
+    c.learner.grpo_std = False  # [P eq.4]; the reference code runs with True
+    c.learner.proposer_baseline = "none"  # none [P eq.5] | batch_mean | leave_one_out | hop_grouped (Dr. Zero)
+    c.learner.aggregation = "sequence_mean"  # [P eq.4] | token_mean: verl default, so [C]
+    c.learner.update_order = "solver_first"  # [P Alg.1] | proposer_first [C] | combined: one update
+    c.learner.old_logprobs = "sampler"  # sampler: no extra pass | recompute [C]
+    c.learner.importance_cap = 2.0  # cap of the trainer/sampler ratio when recomputing [H]
+    c.learner.max_bad_updates = 3  # non-finite updates in a row that stop the run [H]
+
+    c.eval = ConfigDict()
+    c.eval.before = True  # evaluate before the first step
+    c.eval.after = True  # and after the last
+    c.eval.every = 0  # steps between evaluations, 0 for never; 5 in [C]
+    c.eval.max_questions = 0  # per set, 0 for all
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 5  # steps [C]
+    c.checkpoint.keep = 2  # newest kept
+    c.checkpoint.export = True  # write a Hugging Face folder at the end
+
+    c.log = ConfigDict()
+    c.log.episodes_every = 10  # steps between dumps of readable episodes, 0 for never
+    c.log.tensorboard = True
+    return c.lock()

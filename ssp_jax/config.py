@@ -1,0 +1,239 @@
+"""The command line and config files: keys and types are checked before any JAX work; one sentence for each mistake.
+
+A config file is Python with `get_config() -> ConfigDict`; it starts from configs/default.py, which owns every key.
+`--config.SECTION.KEY=VALUE` overrides one key, through ml_collections.config_flags.
+"""
+
+import re
+import runpy
+import traceback
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import default
+from ssp_jax import prompts, rewards
+from ssp_jax.data import InputError
+
+ROOT = Path(default.__file__).parent.parent  # of the repository, or where `pip install .` has put configs/
+FREE_SECTION = "data.eval_sets"  # its keys are names of the user's own choice, its values files
+# What a file of assignments can do wrong; anything else is a defect and keeps its traceback.
+_FILE_ERRORS = (SyntaxError, ImportError, NameError, AttributeError, LookupError, TypeError, ValueError, OSError)
+
+
+def flatten_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"learner.rows": 8, ...}; an empty section leaves nothing."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten_config(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The likeliest intended name: alike as a whole, and in its section or in its last part."""
+
+    def alike(a: str, b: str) -> float:
+        return SequenceMatcher(None, a, b).ratio()
+
+    def likeness(candidate: str) -> float:
+        (section, _, last), (their_section, _, their_last) = name.rpartition("."), candidate.rpartition(".")
+        return alike(name, candidate) + max(alike(last, their_last), alike(section, their_section) if section else 0)
+
+    return max(names, key=likeness)
+
+
+def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
+    """(locked config, workdir) of `--config=FILE [--workdir=FOLDER] [--config.KEY=VALUE ...]` (argv[0]: program)."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "config file", flag_values=values)
+    flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
+    values.set_gnu_getopt(True)
+    try:
+        rest = values(argv, known_only=True)
+    except flags.Error as error:
+        raise InputError(_one_line(error)) from None
+    if not values.config:
+        raise InputError("flag --config is missing; expected a config file, such as --config=configs/tiny.py")
+    path = _find(values.config)
+    config = load_config(path)
+    _override(config, rest)
+    return config, values.workdir or str(Path("runs") / path.stem)
+
+
+def load_config(path: Path) -> ConfigDict:
+    """Run a config file and hold its result against configs/default.py; locked."""
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except _FILE_ERRORS as error:
+        raise InputError(_file_error(path, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"{path}: get_config() gives {type(config).__name__}; expected an ml_collections ConfigDict")
+    _check(config, str(path))
+    return config.lock()
+
+
+def _find(name: str) -> Path:
+    """A path from the current folder, or from the repository's."""
+    for path in (Path(name), ROOT / name):
+        if path.is_file():
+            return path
+    known = [f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.py"))]
+    raise InputError(f"--config={name}: there is no such file; the nearest is {nearest(name, known)}")
+
+
+def _override(config: ConfigDict, rest: list[str]) -> None:
+    """Apply `--config.KEY=VALUE` arguments in place; rest[0] is the program."""
+    known = default_values() | flatten_config(config)
+    overridden = set()
+    for argument in rest[1:]:
+        if not (flag := re.match(r"--?([^=]+)", argument)):
+            continue  # the value of `--config.KEY VALUE`, or a stray word: found below
+        name = flag[1].removeprefix("no") if flag[1].startswith("noconfig.") else flag[1]
+        key = name.removeprefix("config.")
+        if re.fullmatch(rf"{FREE_SECTION}\.\w+", key) and key not in known:
+            with config.unlocked():
+                config.update_from_flattened_dict({key: ""})
+            known[key] = ""
+        if not name.startswith("config."):
+            expected = nearest(name, ["config", "workdir", *(f"config.{k}" for k in known)])
+            raise InputError(f"unknown flag --{name}; the nearest is --{expected}")
+        if key not in known:
+            raise InputError(f"--{name}: {_no_key(key, known)}")
+        overridden.add(key)
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
+        stray = values(rest)[1:]
+    except (flags.Error, TypeError, ValueError) as error:
+        found = re.search(r"flag --config\.([\w.]+)=(.*?): ", str(error), flags=re.DOTALL)
+        raise InputError(_wrong_type(found[1], found[2], known) if found else _one_line(error)) from None
+    if stray:
+        raise InputError(f"unexpected argument {stray[0]!r}; write overrides as --config.KEY=VALUE")
+    _check(config, "--config." + ", --config.".join(sorted(overridden)))
+
+
+def default_values() -> dict[str, Any]:
+    return flatten_config(default.get_config())
+
+
+def _check(config: ConfigDict, where: str) -> None:
+    """Exactly the keys of the default, each with its type; the elements of tuples too."""
+    expected, found = default_values(), flatten_config(config)
+    for key, value in found.items():
+        if key.startswith(f"{FREE_SECTION}."):
+            expected[key] = ""
+        if key not in expected:
+            raise InputError(f"{where}: {_no_key(key, expected)}")
+        same = type(value) is type(expected[key])
+        if same and isinstance(value, tuple):
+            same = {type(v) for v in value} <= {type(v) for v in expected[key]}
+        if not same:
+            raise InputError(f"{where}: {_wrong_type(key, value, expected)}")
+    if missing := sorted(expected.keys() - found.keys()):
+        raise InputError(f"{where}: key {missing[0]} is missing; start from configs/default.py, which has every key")
+
+
+def _no_key(key: str, known: dict[str, Any]) -> str:
+    if inside := [k for k in known if k.startswith(f"{key}.")]:
+        return f"{key} is a section; set one of its keys, such as {inside[0]}"
+    return f"there is no key {key}; the nearest is {nearest(key, known)}"
+
+
+def _wrong_type(key: str, value: Any, known: dict[str, Any]) -> str:
+    kind, example = type(known[key]).__name__, known[key]
+    if isinstance(example, tuple):
+        kind = f"tuple of {type(example[0]).__name__}"
+    return f"key {key} must be {kind}, such as {example!r}, and not {value!r}"
+
+
+def _file_error(path: Path, error: BaseException) -> str:
+    """Where in the config file, which key, and the nearest one."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    if isinstance(error, SyntaxError) or not frames:
+        line = getattr(error, "lineno", None)
+        what = "it has no get_config()" if str(error) == "'get_config'" else _one_line(error)
+        return f"{path}{f' line {line}' if line else ''}: {what}"
+    where, known = f"{path} line {frames[-1].lineno}", default_values()
+    assigned = re.match(r"\w+\.([\w.]+)\s*=\s*(.*?)\s*(?:#.*)?$", frames[-1].line or "")
+    if assigned and assigned[1] not in known:
+        return f"{where}: {_no_key(assigned[1], known)}"
+    if assigned and isinstance(error, TypeError | ValueError):
+        kind = type(known[assigned[1]]).__name__
+        return f"{where}: key {assigned[1]} must be {kind}, such as {known[assigned[1]]!r}, and not {assigned[2]}"
+    if unknown := re.search(r'Key "([\w.]+)" does not exist', str(error)):
+        return f"{where}: {_no_key(unknown[1], known)}"
+    return f"{where}: {type(error).__name__}: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    return shorten(str(error), 200)
+
+
+# proposer_solver pairs of [P Table 6] -> (proposer, solver). grpo plays a group and centres on it; reinforce plays one
+# and centres on nothing; reinforcepp (REINFORCE++, arXiv 2501.03262) normalises over the whole batch.
+RL_PAIRS = {
+    "reinforce_grpo": ("reinforce", "grpo"),
+    "reinforce_reinforce": ("reinforce", "reinforce"),
+    "reinforcepp_grpo": ("reinforcepp", "grpo"),
+    "grpo_reinforce": ("grpo", "reinforce"),
+    "grpo_reinforcepp": ("grpo", "reinforcepp"),
+    "grpo_grpo": ("grpo", "grpo"),
+}
+
+# Keys whose value is one of a few names.
+CHOICES: dict[str, Iterable[str]] = {
+    "model.dtype": ("bfloat16", "float32"),
+    "prompt.style": prompts.STYLES,
+    "prompt.template": ("chat", "raw_chatml"),
+    "game.rl_pair": RL_PAIRS,
+    "game.train": ("both", "solver", "proposer"),
+    "game.noise_unit": ("passage", "trajectory"),
+    "game.noise_source": ("previous_step", "same_step"),
+    "game.batch_fill": ("dummy", "resample", "full_reuse", "periodic_reset"),
+    "reward.metric": rewards.METRICS,
+    "reward.proposer": rewards.PROPOSER_REWARDS,
+    "learner.kl_type": ("k1", "k2", "k3"),
+    "learner.proposer_baseline": ("none", "batch_mean", "leave_one_out", "hop_grouped"),
+    "learner.aggregation": ("sequence_mean", "token_mean"),
+    "learner.update_order": ("solver_first", "proposer_first", "combined"),
+    "learner.old_logprobs": ("sampler", "recompute"),
+}
+_MAY_BE_ZERO = (
+    *("seed", "steps", "game.noise_documents", "rules.", "reward.", "sampling.", "retriever.k1", "retriever.b"),
+    *("learner.warmup_steps", "learner.weight_decay", "learner.kl_coef", "learner.clip_", "eval.", "checkpoint.every", "log."),
+)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Values that cannot work, alone or together; each is told before any file is read."""
+    values = flatten_config(config)
+    for key, names in CHOICES.items():
+        if values[key] not in names:
+            raise InputError(f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}")
+    for key in ("model.path", "data.answers", "retriever.corpus"):
+        if not values[key]:
+            raise InputError(f"config key {key} is empty; expected a path")
+    for key, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if key.startswith("mesh.") or any(isinstance(n, str | bool) for n in numbers):
+            continue
+        least = 0 if key.startswith(_MAY_BE_ZERO) else 1e-12
+        if key != "reward.invalid_question" and any(n < least for n in numbers):
+            raise InputError(f"config key {key} is {value}; expected {'at least 0' if not least else 'more than 0'}")
+    longest = config.limits.prompt_tokens + config.limits.response_tokens
+    for key in ("engine.cache_tokens", "learner.row_tokens"):
+        if values[key] < longest:
+            raise InputError(
+                f"config key {key} is {values[key]}; expected at least limits.prompt_tokens + limits.response_tokens = {longest}"
+            )
+    if config.learner.row_tokens % config.learner.logprob_chunk:
+        raise InputError(
+            f"config key learner.row_tokens is {config.learner.row_tokens}; "
+            f"expected a multiple of learner.logprob_chunk = {config.learner.logprob_chunk}"
+        )

@@ -1,0 +1,38 @@
+"""Run or resume self-play:
+
+    python -m ssp_jax.main --config=configs/tiny.py [--workdir=runs/tiny] [--config.KEY=VALUE ...]
+
+--config is a file in the form of configs/default.py, which lists every KEY. The same command in the same workdir goes
+on where it stopped. Exit codes: 0 done, or saved after SIGTERM; 2 unusable input, told in one sentence; 130 Ctrl-C.
+"""
+
+import sys
+
+from absl import logging
+
+from ssp_jax.config import parse_command_line
+from ssp_jax.data import InputError
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__.strip())
+        return 0
+    # Orbax tells each of its steps through absl; what fails still shows.
+    logging.set_verbosity(logging.ERROR)
+    try:
+        config, workdir = parse_command_line(argv)
+        from ssp_jax import train  # here, so that mistakes above are told before the seconds that JAX takes to load
+
+        train.train(config, workdir)
+    except InputError as error:
+        print(f"ssp_jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ssp_jax: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
