@@ -1,0 +1,187 @@
+"""Records and files: given answers, question sets, corpora; and the order in which rows are played.
+
+Every reader streams, opens `.gz` files by their name, and checks each line: the first wrong one raises InputError with
+file, line number, field and what was expected. The formats are those that users have (Search-R1, FlashRAG, SSP / veRL).
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+
+class InputError(ValueError):
+    """The user gave something unusable; the message is one sentence that says what, where, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One passage. `title` is the first line of a corpus entry as it stands, with its quotes, as Search-R1 shows it."""
+
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of a file. For the proposer answers[0] is the given answer; a question set has question and answers."""
+
+    uid: int  # row number in the file, from 0
+    answers: tuple[str, ...]
+    question: str = ""
+    searches: int = 1  # requested number of searches (FACTS 1.7), a wish and not a rule
+    examples: str = ""  # example questions for the proposer's system turn
+    source: str = ""  # data_source of the row
+
+
+@dataclass(frozen=True)
+class Row:
+    """A parsed line that remembers where it stands, so that each check can name the place."""
+
+    path: str
+    line: int
+    values: dict[str, Any]
+
+    def error(self, field: str, expected: str) -> InputError:
+        return InputError(f'{self.path} line {self.line}: field "{field}" expected {expected}')
+
+    def text(self, field: str, value: object) -> str:
+        """The value, stripped, when it is text with at least one visible character."""
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(field, f"non-empty text, found {_shown(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a lone surrogate passes the JSON parser and breaks tokenizers much later
+            raise self.error(field, f"valid Unicode text, found {_shown(value)}") from None
+        return value.strip()
+
+    def texts(self, field: str, value: object) -> tuple[str, ...]:
+        """A non-empty list of texts; one bare text counts as a list of one."""
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not values:
+            raise self.error(field, f"text or a non-empty list of texts, found {_shown(value)}")
+        return tuple(self.text(field, item) for item in values)
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "nothing"
+    shown = ascii(value)
+    return shown if len(shown) <= 60 else shown[:60] + "..."
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """The JSON objects of a .jsonl or .jsonl.gz file, line by line; blank lines are skipped."""
+    name, number = str(path), 0
+    try:
+        with cast(IO[bytes], gzip.open(name) if name.endswith(".gz") else open(name, "rb")) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield parse_row(name, number, line)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{name} after line {number}: expected a whole gzip file ({error})") from None
+    except OSError as error:
+        raise InputError(f"{name}: expected a readable file ({error.strerror})") from None
+
+
+def parse_row(path: str, number: int, line: bytes) -> Row:
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError covers broken JSON, broken UTF-8 and endless numbers
+        raise InputError(f"{path} line {number}: expected a JSON object ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} line {number}: expected a JSON object, found {_shown(values)}")
+    return Row(path, number, values)
+
+
+def _all_tasks(path: str | Path, tasks: Iterator[Task]) -> list[Task]:
+    rows = list(tasks)
+    if not rows:
+        raise InputError(f"{path}: expected at least one row, found none")
+    return rows
+
+
+def load_answers(path: str | Path) -> list[Task]:
+    """The proposer's answers: SSP's training lines (ground_truth, search_turns, optional sys_question_example)."""
+    return _all_tasks(path, (_answer_task(uid, row) for uid, row in enumerate(read_rows(path))))
+
+
+def _answer_task(uid: int, row: Row) -> Task:
+    searches = row.values.get("search_turns")
+    if type(searches) is not int or searches < 1:  # `type`, because a bool is an int in Python
+        raise row.error("search_turns", f"a whole number >= 1, found {_shown(searches)}")
+    examples = row.values.get("sys_question_example") or ""
+    if not isinstance(examples, str):
+        raise row.error("sys_question_example", f"text, found {_shown(examples)}")
+    answer = row.text("ground_truth", row.values.get("ground_truth"))
+    return Task(uid, (answer,), searches=searches, examples=examples)
+
+
+def load_questions(path: str | Path) -> list[Task]:
+    """A question set: FlashRAG lines (question, golden_answers) or SSP / veRL rows (reward_model, prompt, ...)."""
+    return _all_tasks(path, (_question_task(uid, row) for uid, row in enumerate(read_rows(path))))
+
+
+def _question_task(uid: int, row: Row) -> Task:
+    source = row.values.get("data_source") or ""
+    if not isinstance(source, str):
+        raise row.error("data_source", f"text, found {_shown(source)}")
+    if "golden_answers" in row.values:
+        question = row.text("question", row.values.get("question"))
+        return Task(uid, row.texts("golden_answers", row.values["golden_answers"]), question, source=source)
+    if "reward_model" not in row.values:
+        raise row.error("golden_answers", 'text or a list of texts (or an SSP / veRL row with "reward_model")')
+    target: object = row.values["reward_model"]
+    for key in ("ground_truth", "target"):
+        target = target.get(key) if isinstance(target, dict) else None
+    answers = row.texts("reward_model.ground_truth.target", target)
+    return Task(uid, answers, _verl_question(row), source=source)
+
+
+def _verl_question(row: Row) -> str:
+    """extra_info.question where the row has one (SSP), else what follows "Question: " in the last user turn."""
+    extra = row.values.get("extra_info")
+    if isinstance(extra, dict) and extra.get("question"):
+        return row.text("extra_info.question", extra["question"])
+    prompt = row.values.get("prompt")
+    turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
+    user = [turn.get("content") for turn in turns if turn.get("role") == "user"]
+    _, mark, question = str(user[-1] if user else "").rpartition("Question: ")
+    if not mark:
+        raise row.error("prompt", 'a last user turn with "Question: " (or a text in extra_info.question)')
+    return row.text("prompt", question)
+
+
+def iterate_corpus(path: str | Path) -> Iterator[Document]:
+    """The passages of a Search-R1 corpus: {"id", "contents": "\\"Title\\"\\ntext"}."""
+    return map(parse_document, read_rows(path))
+
+
+def parse_document(row: Row) -> Document:
+    name, contents = row.values.get("id"), row.values.get("contents")
+    if type(name) is int:
+        name = str(name)
+    row.text("contents", contents)  # only the check: what is shown to a model keeps its outer spaces
+    title, newline, text = str(contents).partition("\n")
+    if not newline:
+        raise row.error("contents", f"a title line, a newline and the text, found {_shown(contents)}")
+    return Document(row.text("id", name), title, text)
+
+
+def batch_indices(num_rows: int, batch: int, seed: int, step: int) -> list[int]:
+    """The rows of one step, a pure function of (seed, step), so that a resumed run needs only its step.
+
+    Steps take consecutive pieces of an endless stream of permutations, one per epoch and each drawn from (seed, epoch):
+    every row is played once before any is played twice, also where a batch crosses an epoch or exceeds the file.
+    """
+    positions = range(step * batch, (step + 1) * batch)
+    epochs = range(positions.start // num_rows, (positions.stop - 1) // num_rows + 1)
+    orders = {e: np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, e)))) for e in epochs}
+    permutations = {e: rng.permutation(num_rows) for e, rng in orders.items()}
+    return [int(permutations[p // num_rows][p % num_rows]) for p in positions]

@@ -1,0 +1,163 @@
+"""Is an answer right, is a question well-formed, and what both roles earn. Pure functions of texts and small arrays."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from ssp_jax.data import InputError
+from ssp_jax.prompts import last_answer
+
+MAX_ANSWER_TAGS = 10  # more opening or closing tags than this cost three quarters of the reward (FACTS 1.2)
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's and Search-R1's form: lower case, no ASCII punctuation, no articles, single spaces."""
+    without_punctuation = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split())
+
+
+def _comparable(text: str) -> str:
+    """The normal form, or the bare lower-case text where nothing would be left of it.
+
+    Deviation from Search-R1: there "A", "The" and "!" are all the empty text, equal to each other and to no answer.
+    """
+    return normalize_answer(text) or text.strip().lower()
+
+
+def exact_match(prediction: str | None, golds: Sequence[str]) -> bool:
+    """The prediction equals one of the golds in normal form; None means that no answer was given."""
+    return bool(prediction) and _comparable(str(prediction)) in {_comparable(gold) for gold in golds}
+
+
+def cover_exact_match(prediction: str | None, golds: Sequence[str]) -> bool:
+    """One of the golds stands in the prediction as a sequence of whole words, in normal form."""
+    words = f" {_comparable(prediction or '')} "
+    return any(f" {_comparable(gold)} " in words for gold in golds)
+
+
+def f1_score(prediction: str | None, golds: Sequence[str]) -> float:
+    """SQuAD's F1 over the words of the normal form, the best over the golds."""
+    return max((_f1(_comparable(prediction or "").split(), _comparable(gold).split()) for gold in golds), default=0.0)
+
+
+def _f1(predicted: list[str], gold: list[str]) -> float:
+    shared = (Counter(predicted) & Counter(gold)).total()
+    return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0
+
+
+METRICS: dict[str, Callable[[str | None, Sequence[str]], bool]] = {"em": exact_match, "cover_em": cover_exact_match}
+
+
+def solver_reward(text: str, golds: Sequence[str], metric: str) -> float:
+    """1 if the last answer in what the model wrote itself is right by the metric, else 0 (FACTS 1.2, SSP section 3.2).
+
+    text: the sampled turns of an episode, joined, without the observations. Writing the answer tag all over the place
+    keeps only a quarter (reference: quark_score.py). A judge is not needed: the metric is "em" or "cover_em".
+    """
+    if metric not in METRICS:
+        raise InputError(f"config key reward.metric is {metric!r}; expected one of {', '.join(METRICS)}")
+    score = float(METRICS[metric](last_answer(text), golds))
+    tags = max(text.count("<answer>"), text.count("</answer>"))
+    return score / 4 if tags > MAX_ANSWER_TAGS else score
+
+
+class QuestionRules(Protocol):
+    """What a question must satisfy; a ConfigDict with these keys serves. FACTS 1.4 has the paper's and reference's."""
+
+    min_chars: int
+    max_chars: int
+    min_words: int
+    min_searches: int
+    distinct_searches: bool
+    forbid_answer_in_search: bool
+
+
+QUESTION_FAULTS = (
+    "no_question",
+    "empty",
+    "too_short",
+    "too_long",
+    "too_few_words",
+    "answer_in_question",
+    "too_few_searches",
+    "repeated_search",
+    "answer_in_search",
+    "no_documents",
+)
+
+
+def question_fault(
+    question: str | None, answer: str, queries: Sequence[str], num_documents: int, rules: QuestionRules
+) -> str | None:
+    """The first rule, in the order of QUESTION_FAULTS, that a proposed question breaks; None for a well-formed one.
+
+    A malformed question is an ordinary outcome of the game, so nothing here raises. As in the reference
+    (problem_extraction.py), the answer counts as revealed when its lower-cased text is a substring of the lower-cased
+    question: "1" is revealed by "1990" and "Iran" by "Tirana", and no normalisation is applied. Queries repeat when
+    they are the same string. A question without any retrieved document cannot be verified and never passes.
+    """
+    text, hidden = (question or "").strip(), answer.strip().lower()
+    broken = {
+        "no_question": question is None,
+        "empty": not text,
+        "too_short": len(text) < rules.min_chars,
+        "too_long": len(text) > rules.max_chars,
+        "too_few_words": len(text.split()) < rules.min_words,
+        "answer_in_question": hidden in text.lower(),
+        "too_few_searches": len(queries) < rules.min_searches,
+        "repeated_search": rules.distinct_searches and len(set(queries)) < len(queries),
+        "answer_in_search": rules.forbid_answer_in_search and any(hidden in query.lower() for query in queries),
+        "no_documents": num_documents < 1,
+    }
+    return next((fault for fault in QUESTION_FAULTS if broken[fault]), None)
+
+
+# Rewards of the proposer, from the solver's scores on its question. All use the mean of the solver's rewards, as the
+# paper's formula does; the reference counts every reward > 0 as solved, so there a quarter weighs as much as a one.
+
+
+def one_minus_mean(scores_QG: np.ndarray) -> np.ndarray:
+    """The main setting: the two roles share one unit of reward (SSP eq. 1, zero-sum)."""
+    return 1.0 - scores_QG.mean(axis=1)
+
+
+def intermediate(scores_QG: np.ndarray) -> np.ndarray:
+    """Highest where the solver wins half of its games, 0 at both ends (reference: intermediate_difficulty)."""
+    solved_Q = scores_QG.mean(axis=1)
+    return 4.0 * solved_Q * (1.0 - solved_Q)
+
+
+def azr(scores_QG: np.ndarray) -> np.ndarray:
+    """The harder the better, as long as somebody solves it (Absolute Zero, arXiv 2505.03335)."""
+    solved_Q = scores_QG.mean(axis=1)
+    return np.where(solved_Q > 0, 1.0 - solved_Q, 0.0)
+
+
+def dr_zero(scores_QG: np.ndarray) -> np.ndarray:
+    """(G - k) / (G - 1) for k of G solved, so 1 for a single success; 0 at both ends (Dr. Zero, arXiv 2601.07055).
+
+    k is the sum of the rewards; a sum below one success (a lone quarter) counts as one, else it would earn more than 1.
+    """
+    attempts, solved_Q = scores_QG.shape[1], scores_QG.sum(axis=1)
+    reward_Q = np.minimum(1.0, (attempts - solved_Q) / max(attempts - 1, 1))
+    return np.where(solved_Q > 0, reward_Q, 0.0)
+
+
+def format_only(scores_QG: np.ndarray) -> np.ndarray:
+    """Every verified question earns 1, however hard (reference: format_only)."""
+    return np.ones(len(scores_QG))
+
+
+PROPOSER_REWARDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "one_minus_mean": one_minus_mean,
+    "intermediate": intermediate,
+    "azr": azr,
+    "dr_zero": dr_zero,
+    "format_only": format_only,
+}

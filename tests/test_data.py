@@ -1,0 +1,173 @@
+"""Readers accept the formats that users have and name the place of every wrong line; row order is a pure function."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssp_jax.data import Document, InputError, Task, batch_indices, iterate_corpus, load_answers, load_questions
+
+ANSWER = {"ground_truth": "Paris", "search_turns": 2, "sys_question_example": "1. Who?"}
+QUESTION = {"id": "7", "question": "Capital of France?", "golden_answers": ["Paris", "City of Paris"], "metadata": {}}
+PASSAGE = {"id": "0", "contents": '"Paris"\nParis is a city.'}
+
+
+def verl_row(target=("Paris",), question="Capital of France?", content="Answer. Question: Who?\n"):
+    return {
+        "data_source": "searchR1_nq",
+        "prompt": [{"role": "system", "content": "Question: no"}, {"role": "user", "content": content}],
+        "reward_model": {"style": "rule", "ground_truth": {"target": target}},
+        "extra_info": {"index": 3, "question": question},
+        "metadata": None,
+    }
+
+
+def written(folder: Path, *rows, name="rows.jsonl") -> Path:
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_answers(tmp_path, name):
+    path = written(tmp_path, ANSWER, "", {"ground_truth": " 1990 ", "search_turns": 1}, name=name)
+    assert load_answers(path) == [
+        Task(0, ("Paris",), searches=2, examples="1. Who?"),
+        Task(1, ("1990",), searches=1),
+    ]
+
+
+def test_questions(tmp_path):
+    path = written(tmp_path, QUESTION, QUESTION | {"golden_answers": "Paris"})
+    assert load_questions(path) == [
+        Task(0, ("Paris", "City of Paris"), "Capital of France?"),
+        Task(1, ("Paris",), "Capital of France?"),
+    ]
+
+
+def test_verl_rows(tmp_path):
+    rows = load_questions(
+        written(tmp_path, verl_row(["Paris", "P."]), verl_row("Paris", None), verl_row(content="none"))
+    )
+    assert [(row.answers, row.question) for row in rows] == [
+        (("Paris", "P."), "Capital of France?"),
+        (("Paris",), "Who?"),  # from the user turn, and not from the system turn
+        (("Paris",), "Capital of France?"),
+    ]
+    assert {row.source for row in rows} == {"searchR1_nq"}
+    turns = [("user", "Question: first"), ("user", "Question: Question: second"), ("assistant", "Question: third")]
+    several = verl_row(question="") | {"prompt": [{"role": role, "content": text} for role, text in turns]}
+    assert load_questions(written(tmp_path, several))[0].question == "second"  # the last of the user
+
+
+def test_corpus_streams(tmp_path):
+    rows = [PASSAGE, {"id": 1, "contents": '"A\\"b"\n two\nlines \n'}]
+    expected = [Document("0", '"Paris"', "Paris is a city."), Document("1", '"A\\"b"', " two\nlines \n")]
+    documents = iterate_corpus(written(tmp_path, *rows, "broken"))
+    assert [next(documents), next(documents)] == expected  # the broken third line has not been read yet
+    with pytest.raises(InputError, match=r"rows\.jsonl line 3"):
+        next(documents)
+    assert list(iterate_corpus(written(tmp_path, *rows, name="rows.jsonl.gz"))) == expected
+
+
+def _without(row, key):
+    return {k: v for k, v in row.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    "reader, good, bad, said",
+    [
+        (load_answers, ANSWER, "{not json", "JSON object"),
+        (load_answers, ANSWER, "[1]", "JSON object"),
+        (load_answers, ANSWER, "[" * 100_000, "JSON object"),
+        (load_answers, ANSWER, _without(ANSWER, "ground_truth"), "ground_truth"),
+        (load_answers, ANSWER, ANSWER | {"ground_truth": "  "}, "ground_truth"),
+        (load_answers, ANSWER, ANSWER | {"ground_truth": ["Paris"]}, "ground_truth"),
+        (load_answers, ANSWER, ANSWER | {"ground_truth": "\ud800"}, "Unicode"),
+        (load_answers, ANSWER, _without(ANSWER, "search_turns"), "search_turns"),
+        (load_answers, ANSWER, ANSWER | {"search_turns": 0}, "search_turns"),
+        (load_answers, ANSWER, ANSWER | {"search_turns": True}, "search_turns"),
+        (load_answers, ANSWER, ANSWER | {"search_turns": "2"}, "search_turns"),
+        (load_answers, ANSWER, ANSWER | {"sys_question_example": 3}, "sys_question_example"),
+        (load_questions, QUESTION, _without(QUESTION, "question"), '"question"'),
+        (load_questions, QUESTION, _without(QUESTION, "golden_answers"), "golden_answers"),
+        (load_questions, QUESTION, QUESTION | {"golden_answers": []}, "golden_answers"),
+        (load_questions, QUESTION, QUESTION | {"golden_answers": ["x", ""]}, "golden_answers"),
+        (load_questions, QUESTION, QUESTION | {"golden_answers": 5}, "golden_answers"),
+        (load_questions, QUESTION, QUESTION | {"data_source": 5}, "data_source"),
+        (load_questions, verl_row(), verl_row(None), "reward_model.ground_truth.target"),
+        (load_questions, verl_row(), verl_row() | {"reward_model": "x"}, "reward_model.ground_truth.target"),
+        (load_questions, verl_row(), verl_row(question="", content="Who?"), "prompt"),
+        (load_questions, verl_row(), verl_row(question="", content="Question: "), "prompt"),
+        (load_questions, verl_row(), verl_row(question=["x"]), "extra_info.question"),
+        (iterate_corpus, PASSAGE, _without(PASSAGE, "id"), '"id"'),
+        (iterate_corpus, PASSAGE, _without(PASSAGE, "contents"), "contents"),
+        (iterate_corpus, PASSAGE, PASSAGE | {"contents": "no title line"}, "contents"),
+        (iterate_corpus, PASSAGE, PASSAGE | {"contents": "\n"}, "contents"),
+    ],
+)
+def test_wrong_line_is_named(tmp_path, reader, good, bad, said):
+    path = written(tmp_path, good, bad)
+    with pytest.raises(InputError, match="line 2") as caught:
+        list(reader(path))
+    message = str(caught.value)
+    assert message.startswith(str(path)) and said in message and "expected" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("reader", [load_answers, load_questions, lambda path: list(iterate_corpus(path))])
+def test_unreadable_file(tmp_path, reader):
+    with pytest.raises(InputError, match=r"missing\.jsonl: expected a readable file"):
+        reader(tmp_path / "missing.jsonl")
+    with pytest.raises(InputError, match="expected a readable file"):
+        reader(tmp_path)
+    (tmp_path / "plain.jsonl.gz").write_text(json.dumps(ANSWER))
+    with pytest.raises(InputError, match="gzip"):
+        reader(tmp_path / "plain.jsonl.gz")
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"ground_truth": "\xe9"}\n')
+    with pytest.raises(InputError, match="line 1"):
+        reader(path)
+
+
+def test_cut_gzip(tmp_path):
+    path = written(tmp_path, *[PASSAGE | {"id": str(i)} for i in range(5000)], name="c.jsonl.gz")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"after line \d+: expected a whole gzip file"):
+        list(iterate_corpus(path))
+
+
+def test_empty_file(tmp_path):
+    for reader in (load_answers, load_questions):
+        with pytest.raises(InputError, match="at least one row"):
+            reader(written(tmp_path, ""))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 70), st.integers(0, 2**40), st.integers(0, 20))
+def test_each_epoch_is_a_permutation(num_rows, batch, seed, steps):
+    stream = [i for step in range(steps) for i in batch_indices(num_rows, batch, seed, step)]
+    assert len(stream) == steps * batch
+    for start in range(0, len(stream), num_rows):
+        epoch = stream[start : start + num_rows]
+        assert len(set(epoch)) == len(epoch) and all(0 <= i < num_rows for i in epoch)
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    first, other = batch_indices(50, 50, 0, 0), batch_indices(50, 50, 1, 0)
+    assert first != other and first != batch_indices(50, 50, 0, 1)
+    assert [i for step in range(5) for i in batch_indices(50, 10, 0, step)] == first  # the batch only cuts the stream
+    assert batch_indices(10, 10, 0, 0) == [
+        8,
+        0,
+        3,
+        7,
+        6,
+        4,
+        1,
+        5,
+        2,
+        9,
+    ]  # a run that is resumed under another NumPy keeps its order

@@ -1,0 +1,255 @@
+"""Ranking equals a BM25 written out by hand; ties, unknown words, and damaged or foreign index folders."""
+
+import fcntl
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ssp_jax.data import Document, InputError
+from ssp_jax.retriever import Retriever, build_index, open_retriever
+
+PLAIN: dict[str, Any] = {"stemmer": "", "stopwords": "", "k1": 0.9, "b": 0.4}
+ENGLISH: dict[str, Any] = {"stemmer": "english", "stopwords": "en", "k1": 1.5, "b": 0.75}
+WORDS = [f"w{i:02d}" for i in range(40)]
+
+
+def corpus_of(folder: Path, texts: list[str], name: str = "corpus.jsonl") -> Path:
+    rows = [{"id": f"p{i}", "contents": f'"{text.split()[0]}"\n{text}'} for i, text in enumerate(texts)]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
+
+
+def random_texts(number: int, seed: int = 0) -> list[str]:
+    """Few words and few lengths, so that scores tie often."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, weights=range(1, 41), k=rng.choice([3, 8, 20]))) for _ in range(number)]
+
+
+def brute_force(texts: list[str], query: str, k1: float, b: float) -> list[float]:
+    """Lucene's BM25: idf = ln(1 + (N - n + 0.5) / (n + 0.5)), tf / (tf + k1 (1 - b + b length / mean length))."""
+    docs = [re.findall(r"\w\w+", text.lower()) for text in texts]
+    mean = sum(map(len, docs)) / len(docs)
+    scores = [0.0] * len(docs)
+    for word in re.findall(r"\w\w+", query.lower()):
+        n = sum(word in doc for doc in docs)
+        idf = math.log(1 + (len(docs) - n + 0.5) / (n + 0.5))
+        for row, doc in enumerate(docs):
+            tf = doc.count(word)
+            scores[row] += idf * tf / (tf + k1 * (1 - b + b * len(doc) / mean))
+    return scores
+
+
+def ids(retriever: Retriever, query: str, top_k: int) -> list[str]:
+    return [document.id for document in retriever.search([query], top_k)[0]]
+
+
+def test_equals_brute_force(tmp_path):
+    texts = random_texts(120)
+    retriever = open_retriever(corpus_of(tmp_path, texts), tmp_path / "index", **PLAIN)
+    assert len(retriever) == 120
+    indexed = [f"{text.split()[0]} {text}" for text in texts]  # title and text
+    for query in [*random_texts(20, seed=1), "W01 w01 unknown w02", "w39"]:
+        expected = brute_force(indexed, query, PLAIN["k1"], PLAIN["b"])
+        np.testing.assert_allclose(retriever.scores(query), expected, rtol=1e-5, atol=1e-6)
+        rounded = [round(score, 4) for score in expected]  # what differs only by float32 rounding is a tie
+        best = sorted(range(120), key=lambda row: (-rounded[row], row))
+        for top_k in (1, 3, 10):
+            found = [int(name[1:]) for name in ids(retriever, query, top_k)]
+            assert [rounded[row] for row in found] == [rounded[row] for row in best[:top_k] if rounded[row] > 0]
+
+
+def test_ties_go_to_the_lower_row_wherever_they_are_cut(tmp_path):
+    texts = ["moon sun", "river lake", "moon sun", "moon moon moon sun", "river lake", "moon sun", "moon sun"]
+    retriever = open_retriever(corpus_of(tmp_path, texts), tmp_path / "index", **PLAIN)
+    order = ["p3", "p0", "p2", "p5", "p6"]
+    for top_k in range(1, 6):
+        assert ids(retriever, "moon", top_k) == order[:top_k]
+    large = open_retriever(corpus_of(tmp_path, ["same words"] * 3000), tmp_path / "large", **PLAIN)
+    assert ids(large, "words", 5) == ["p0", "p1", "p2", "p3", "p4"]
+
+
+def test_only_matching_passages_come_back(tmp_path):
+    texts = ["moon sun", "river lake", "moon river"]
+    retriever = open_retriever(corpus_of(tmp_path, texts), tmp_path / "index", **PLAIN)
+    assert ids(retriever, "lake", 3) == ["p1"]  # not padded with passages of score 0
+    assert ids(retriever, "moon", 50) == ["p0", "p2"]  # more asked for than there are passages
+    for query in ("unknown words", "", "   ", "?!", "x", "\ud800"):
+        assert ids(retriever, query, 3) == []
+    assert ids(retriever, "unknown lake", 3) == ["p1"]
+    assert retriever.search([], 3) == []
+
+
+def test_stemmer_and_stopwords(tmp_path):
+    corpus = corpus_of(tmp_path, ["the running dogs", "the cat"])
+    english = open_retriever(corpus, tmp_path / "english", **ENGLISH)
+    assert ids(english, "dog runs", 2) == ["p0"] and ids(english, "the", 2) == []
+    plain = open_retriever(corpus, tmp_path / "plain", **PLAIN)
+    assert ids(plain, "dog runs", 2) == [] and sorted(ids(plain, "the", 2)) == ["p0", "p1"]
+
+
+def test_documents_and_cache(tmp_path):
+    rows = [{"id": "a", "contents": '"Zürich"\n Stadt\nder  Schweiz \n'}, {"id": 5, "contents": "Bern\nHauptstadt"}]
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    retriever = open_retriever(tmp_path / "c.jsonl", tmp_path / "index", **PLAIN)
+    zurich = Document("a", '"Zürich"', " Stadt\nder  Schweiz \n")
+    assert retriever.document(0) == zurich and retriever.document(1) == Document("5", "Bern", "Hauptstadt")
+    for row in (-1, 2):
+        with pytest.raises(IndexError):
+            retriever.document(row)
+    first = retriever.search(["zürich", "bern", "zürich"], 1)
+    assert first[0] == first[2] == [zurich]
+    first[0].clear()  # a caller that changes its list does not change the cache
+    assert retriever.search(["zürich"], 1) == [[zurich]]
+
+
+def test_threads_get_the_serial_results(tmp_path):
+    corpus, queries = corpus_of(tmp_path, random_texts(200)), random_texts(100, seed=2)
+    settings = {**PLAIN, "stemmer": "english"}
+    serial = open_retriever(corpus, tmp_path / "index", **settings).search(queries, 3)
+    shared = Retriever.load(tmp_path / "index")
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda query: shared.search([query], 3), queries))
+    assert [part[0] for part in parts] == serial
+
+
+def test_built_once_then_loaded(tmp_path):
+    corpus, index = corpus_of(tmp_path, random_texts(30)), tmp_path / "deep" / "index"
+    before = open_retriever(corpus, index, **PLAIN).search(WORDS, 3)
+    stamp = (index / "meta.json").stat().st_mtime_ns
+    assert open_retriever(corpus, index, **PLAIN).search(WORDS, 3) == before
+    os.utime(corpus, ns=(1, 1))  # copied elsewhere: other time, same bytes
+    assert open_retriever(corpus, index, **PLAIN).search(WORDS, 3) == before
+    assert (index / "meta.json").stat().st_mtime_ns == stamp
+    assert sorted(path.name for path in index.parent.iterdir()) == ["index", "index.lock"]
+    (index.parent / "index.lock").unlink()
+    open_retriever(corpus, index, **PLAIN)
+    assert not (index.parent / "index.lock").exists()  # a right index is only read, also from a read-only disk
+
+
+def test_processes_that_start_together_build_once(tmp_path):
+    corpus, index = corpus_of(tmp_path, random_texts(30)), tmp_path / "index"
+    with ThreadPoolExecutor(1) as pool, open(tmp_path / "index.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other = pool.submit(open_retriever, corpus, index, **PLAIN)
+        time.sleep(0.2)  # the other one has seen that there is no index, and waits
+        assert not other.done()
+        build_index(corpus, index, **PLAIN)
+        stamp = (index / "meta.json").stat().st_mtime_ns
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert len(other.result()) == 30
+    assert (index / "meta.json").stat().st_mtime_ns == stamp
+
+
+def test_rebuilt_when_corpus_settings_or_format_differ(tmp_path):
+    corpus, index = corpus_of(tmp_path, ["moon sun", "moon lake"]), tmp_path / "index"
+    open_retriever(corpus, index, **PLAIN)
+    corpus_of(tmp_path, ["star sun", "moon lake"])  # as many bytes
+    os.utime(corpus, ns=(1, 1))
+    assert ids(open_retriever(corpus, index, **PLAIN), "moon", 2) == ["p1"]
+    corpus_of(tmp_path, ["star sun", "moon lake", "moon"])
+    os.utime(corpus, ns=(1, 1))  # other size, same time
+    assert ids(open_retriever(corpus, index, **PLAIN), "moon", 2) == ["p2", "p1"]
+    assert ids(open_retriever(corpus, index, **ENGLISH), "moons", 1) == ["p2"]
+    meta = json.loads((index / "meta.json").read_text())
+    (index / "meta.json").write_text(json.dumps(meta | {"format": 0}))
+    with pytest.raises(InputError, match="format"):
+        Retriever.load(index)
+    assert len(open_retriever(corpus, index, **ENGLISH)) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index", "index.lock"]
+
+
+@pytest.mark.parametrize(
+    "name", ["passages.jsonl", "offsets.npy", "data.csc.index.npy", "indices.csc.index.npy", "vocab.index.json"]
+)
+def test_truncated_or_missing_file_is_refused(tmp_path, name):
+    index = tmp_path / "index"
+    build_index(corpus_of(tmp_path, random_texts(30)), index, **PLAIN)
+    (index / name).write_bytes((index / name).read_bytes()[:-7])
+    with pytest.raises(InputError, match=name):
+        Retriever.load(index)
+    with pytest.raises(InputError, match=name):
+        open_retriever(tmp_path / "corpus.jsonl", index, **PLAIN)
+    (index / name).unlink()
+    with pytest.raises(InputError, match=name):
+        Retriever.load(index)
+
+
+def test_no_index_is_refused(tmp_path):
+    (tmp_path / "meta.json").write_text("{")
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(InputError, match="expected a search index"):
+            Retriever.load(folder)
+
+
+def test_failed_build_leaves_the_old_index(tmp_path):
+    corpus, index = corpus_of(tmp_path, ["moon sun"] * 3), tmp_path / "index"
+    build_index(corpus, index, **PLAIN)
+    with open(corpus, "a") as file:
+        file.write('{"id": "x"}\n')
+    with pytest.raises(InputError, match="line 4"):
+        build_index(corpus, index, **PLAIN)
+    assert len(Retriever.load(index)) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index"]
+
+
+def test_killed_build_is_repeated(tmp_path):
+    corpus = corpus_of(tmp_path, ["moon sun"] * 3)
+    for leftover in ("index.building", "index.old"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "passages.jsonl").write_text("half")
+    assert len(open_retriever(corpus, tmp_path / "index", **PLAIN)) == 3
+    assert not (tmp_path / "index.building").exists() and not (tmp_path / "index.old").exists()
+
+
+def test_other_peoples_folder_is_left_alone(tmp_path):
+    corpus = corpus_of(tmp_path, ["moon sun"])
+    for target in (tmp_path, corpus):
+        with pytest.raises(InputError, match="left alone"):
+            build_index(corpus, target, **PLAIN)
+    assert corpus.is_file()
+    (tmp_path / "empty").mkdir()
+    assert len(open_retriever(corpus, tmp_path / "empty", **PLAIN)) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"stemmer": "klingon"}, {"stopwords": "xx"}, {"k1": -1.0}, {"b": 1.5}, {"b": float("nan")}]
+)
+def test_wrong_settings(tmp_path, change):
+    with pytest.raises(InputError, match=next(iter(change))):
+        open_retriever(corpus_of(tmp_path, ["moon sun"]), tmp_path / "index", **(PLAIN | change))
+
+
+def test_unusable_corpus(tmp_path):
+    with pytest.raises(InputError, match=r"none\.jsonl: expected a readable corpus"):
+        open_retriever(tmp_path / "none.jsonl", tmp_path / "index", **PLAIN)
+    (tmp_path / "empty.jsonl").write_text("")
+    for corpus in (tmp_path / "empty.jsonl", corpus_of(tmp_path, ["a", "b"])):
+        with pytest.raises(InputError, match="words to index"):
+            open_retriever(corpus, tmp_path / "index", **PLAIN)
+    with pytest.raises(InputError, match="expected a folder where an index can be written"):
+        open_retriever(corpus_of(tmp_path, ["moon sun"]), tmp_path / "empty.jsonl" / "index", **PLAIN)
+
+
+def test_import_touches_neither_bm25s_nor_jax():
+    """`import bm25s` runs a JAX op, after which jax.distributed.initialize() raises."""
+    code = "import sys, ssp_jax.retriever; print({'bm25s', 'Stemmer', 'jax'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_silent(tmp_path, capfd, caplog):
+    corpus = corpus_of(tmp_path, random_texts(30))
+    open_retriever(corpus, tmp_path / "index", **ENGLISH).search(WORDS, 3)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
