@@ -1,0 +1,82 @@
+"""The mesh and one table: which axis of which parameter is split over which mesh axis.
+
+Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from ssp_jax.data import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Path of a parameter -> spec of its last axes; the stacked layer axis in front is never split.
+PARAM_RULES = (
+    (r"(embed|head)/weight", ("tensor", "fsdp")),  # V, D
+    (r"attention/[qkv]/kernel", ("fsdp", "tensor", None)),  # D, N, H
+    (r"attention/[qkv]/bias", ("tensor", None)),  # N, H
+    (r"attention/o/kernel", ("tensor", None, "fsdp")),  # N, H, D
+    (r"mlp/(gate|up)/kernel", ("fsdp", "tensor")),  # D, F
+    (r"mlp/down/kernel", ("tensor", "fsdp")),  # F, D
+    (r"norm/scale", (None,)),
+)
+ROWS = P(("data", "fsdp"))  # packed rows and slots: one part per device that does not share its rows
+
+
+def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
+    """The mesh of config section `mesh`; one size may be -1 and takes the devices that are left."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [axis_sizes[name] for name in AXES]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise InputError(f"config section mesh has sizes {sizes}; expected positive numbers and at most one -1")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise InputError(f"config section mesh asks for {sizes} but there are {len(devices)} devices")
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    return Mesh(np.array(devices).reshape(sizes), AXES)
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...]) -> P:
+    for pattern, axes in PARAM_RULES:
+        if re.search(pattern + "$", path):
+            spec = [None] * (len(shape) - len(axes)) + [None if a in drop else a for a in axes]
+            for i, axis in enumerate(spec):
+                if axis is not None and shape[i] % mesh.shape[axis]:
+                    spec[i] = None  # a size that does not divide stays whole
+            return P(*spec)
+    raise ValueError(f"no sharding rule for parameter {path}")
+
+
+def param_shardings(params: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
+    """Shardings shaped like params. drop: mesh axes over which every device keeps the whole (the sampler drops fsdp)."""
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = "/".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
+        return NamedSharding(mesh, _spec(name, leaf.shape, mesh, drop))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, ROWS)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """The sampler's state: slots over data and fsdp, key/value heads over tensor."""
+
+    def one(leaf: Any) -> NamedSharding:
+        heads = leaf.shape[1] if leaf.ndim == 4 else 0
+        slots = ROWS[0] if leaf.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+        if heads and heads % mesh.shape["tensor"] == 0:
+            return NamedSharding(mesh, P(slots, "tensor"))
+        return NamedSharding(mesh, P(slots))
+
+    return jax.tree.map(one, state)

@@ -1,0 +1,112 @@
+"""Model: causal, equal in all its forms, and the same logits as Hugging Face's code (tests/goldens, float32)."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssp_jax import attention, model, weights
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.mark.parametrize("prompt", ["short", "long"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3"])
+def test_logits_equal_huggingface(name, prompt):
+    config = weights.read_config(GOLDENS / name)
+    params = weights.load(GOLDENS / name, config, None, jnp.float32)
+    with np.load(GOLDENS / f"{name}.npz") as golden:
+        tokens_BT, expected_TV = golden[f"{prompt}_tokens"][None], golden[f"{prompt}_logits"]
+    positions_BT = np.arange(tokens_BT.shape[1])[None]
+    hidden_BTD = model.forward(
+        config,
+        params,
+        tokens_BT,
+        positions_BT,
+        lambda q, k, v: (attention.packed(q, k, v, jnp.ones(tokens_BT.shape, jnp.int32)), None),
+        dtype=jnp.float32,
+    )
+    np.testing.assert_allclose(model.logits(params, hidden_BTD[0]), expected_TV, atol=2e-4)
+
+
+def random_model(**changes):
+    shape = dict(vocab_size=61, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+    config = model.ModelConfig(**(shape | changes))
+    params = model.init_params(config, jax.random.key(0))
+    return config, params, jax.random.randint(jax.random.key(1), (2, 12), 0, config.vocab_size)
+
+
+def full_logits(config, params, tokens_BT, segments_BT=None, positions_BT=None, **options):
+    segments_BT = jnp.ones(tokens_BT.shape, jnp.int32) if segments_BT is None else segments_BT
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None] if positions_BT is None else positions_BT
+    hidden_BTD = model.forward(
+        config,
+        params,
+        tokens_BT,
+        jnp.broadcast_to(positions_BT, tokens_BT.shape),
+        lambda q, k, v: (attention.packed(q, k, v, segments_BT), None),
+        dtype=jnp.float32,
+        **options,
+    )
+    return jax.vmap(model.logits, in_axes=(None, 0))(params, hidden_BTD)
+
+
+def test_future_tokens_change_nothing():
+    config, params, tokens_BT = random_model()
+    changed_BT = tokens_BT.at[:, 7:].set(0)
+    a, b = full_logits(config, params, tokens_BT), full_logits(config, params, changed_BT)
+    np.testing.assert_array_equal(a[:, :7], b[:, :7])
+    assert (a[:, 7:] != b[:, 7:]).any()
+
+
+def test_packed_segments_equal_rows_of_their_own():
+    config, params, tokens_BT = random_model(qkv_bias=True)
+    segments = jnp.array([[1] * 5 + [2] * 7] * 2)
+    positions = jnp.array([[*range(5), *range(7)]])
+    packed = full_logits(config, params, tokens_BT, segments, positions)
+    np.testing.assert_allclose(packed[:, :5], full_logits(config, params, tokens_BT[:, :5]), atol=1e-4)
+    np.testing.assert_allclose(packed[:, 5:], full_logits(config, params, tokens_BT[:, 5:]), atol=1e-4)
+
+
+def test_right_padding_changes_nothing():
+    config, params, tokens_BT = random_model(qk_norm=True)
+    segments = jnp.array([[1] * 9 + [0] * 3] * 2)
+    padded = full_logits(config, params, tokens_BT, segments)
+    np.testing.assert_allclose(padded[:, :9], full_logits(config, params, tokens_BT[:, :9]), atol=1e-4)
+    assert jnp.isfinite(padded).all()
+
+
+def test_remat_changes_no_gradient():
+    config, params, tokens_BT = random_model()
+    a, b = (jax.grad(lambda p, r=r: full_logits(config, p, tokens_BT, remat=r).sum())(params) for r in (False, True))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), a, b)
+
+
+def test_unstacked_layers_give_the_same_hidden_states():
+    config, params, tokens_BT = random_model()
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+
+    def attend(cache, q, k, v):
+        return attention.packed(q, k, v, jnp.ones((2, 12), jnp.int32)), cache
+
+    unstacked = model.unstack(params, jnp.float32)
+    hidden, _ = model.forward_cached(
+        config, unstacked, tokens_BT, positions, attend, (None,) * config.num_layers, dtype=jnp.float32
+    )
+    expected = full_logits(config, params, tokens_BT)
+    np.testing.assert_allclose(jax.vmap(model.logits, in_axes=(None, 0))(unstacked, hidden), expected, atol=1e-4)
+
+
+def test_tied_and_untied_heads():
+    _, tied, _ = random_model(tie_embeddings=True)
+    _, untied, _ = random_model()
+    assert "head" not in tied and model.head_weight(tied) is tied["embed"]["weight"]
+    assert model.head_weight(untied) is untied["head"]["weight"]
+
+
+def test_abstract_params_are_the_params():
+    config, params, _ = random_model(qkv_bias=True, qk_norm=True)
+    like = model.abstract_params(config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), like) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
