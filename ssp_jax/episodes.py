@@ -1,0 +1,201 @@
+"""The three roles as small state machines: what a proposer, verifier or solver does after each stop.
+
+Tokens are the truth: an episode is one growing token list, with a mark per token (sampled or given) and the sampler's
+log-prob, both made here once and only carried afterwards. Text is a view of it, decoded for parsing and for people.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ssp_jax import prompts, sampler
+from ssp_jax.data import Document, InputError
+from ssp_jax.stops import Automaton, build_automaton, token_bytes
+
+
+@dataclass(frozen=True)
+class Role:
+    name: str
+    stops: tuple[str, ...]  # the closing tags that end its turns
+    code: int  # first part of an episode id, and the index of its stop automaton
+
+
+SOLVER = Role("solver", (prompts.SEARCH_STOP, prompts.ANSWER_STOP), 0)
+PROPOSER = Role("proposer", (prompts.SEARCH_STOP, prompts.QUESTION_STOP), 1)
+VERIFIER = Role("verifier", (prompts.ANSWER_STOP,), 2)
+ROLES = (SOLVER, PROPOSER, VERIFIER)
+
+_ROWS, _ATTEMPTS = 1 << 19, 1 << 9
+
+
+def episode_id(role: Role, row: int, attempt: int) -> int:
+    """A number below 2**31 that names an episode within a step: the same whenever and wherever it is played."""
+    if row >= _ROWS or attempt >= _ATTEMPTS:
+        raise ValueError(f"episode ids hold {_ROWS} rows and {_ATTEMPTS} attempts, got row {row}, attempt {attempt}")
+    return (role.code * _ROWS + row) * _ATTEMPTS + attempt
+
+
+def role_automata(tokenizer: Any, vocab_size: int) -> list[Automaton]:
+    """One stop automaton per role, in the order of their codes."""
+    pieces = token_bytes(tokenizer)
+    return [build_automaton(role.stops, pieces, vocab_size) for role in ROLES]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Config section `limits`, in tokens, turns and searches."""
+
+    prompt_tokens: int
+    response_tokens: int
+    turn_tokens: int
+    turns: int
+    searches: int
+    observation_tokens: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all players of a run share."""
+
+    tokenizer: Any
+    style: prompts.Style
+    template: str
+    limits: Limits
+
+    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        return prompts.encode_prompt(self.tokenizer, messages, self.template)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def observation(self, documents: Sequence[Document]) -> list[int]:
+        """Tokens of an inserted result, encoded alone; a long one loses its end but not its closing tag."""
+        tokens = self.encode(prompts.observation(self.style, documents))
+        if len(tokens) <= self.limits.observation_tokens:
+            return tokens
+        closing = self.encode(self.style.observation_text.split("{documents}")[1])
+        return tokens[: self.limits.observation_tokens - len(closing)] + closing
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A finished episode. tokens, sampled and logprobs are aligned; logprobs is 0 where a token was given."""
+
+    uid: int
+    role: str
+    tokens: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
+    prompt_length: int
+    queries: tuple[str, ...]
+    documents: tuple[Document, ...]  # all results, in the order seen, repeats included
+    turns: tuple[tuple[str, str], ...]  # (role or "search engine", text), for parsing and for people
+    stop_reason: str
+
+    @property
+    def text(self) -> str:
+        """What the model itself wrote."""
+        return "".join(text for who, text in self.turns if who == self.role)
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(self.sampled)
+
+
+@dataclass
+class Player:
+    """An episode in play: implements the engine's protocol of the same name."""
+
+    stage: Stage
+    role: Role
+    uid: int
+    temperature: float
+    tokens: list[int]
+    prompt_length: int = 0
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    stop_reason: str = ""
+
+    def __post_init__(self) -> None:
+        self.prompt_length = self._turn_start = len(self.tokens)
+        self.sampled, self.logprobs = [False] * len(self.tokens), [0.0] * len(self.tokens)
+        if len(self.tokens) > self.stage.limits.prompt_tokens:
+            self.stop_reason = "prompt_tokens"
+
+    @property
+    def stop_set(self) -> int:
+        return self.role.code
+
+    def token_limit(self) -> int:
+        limits = self.stage.limits
+        return min(self._turn_start + limits.turn_tokens, self.prompt_length + limits.response_tokens)
+
+    def going_on(self, tokens: list[int], logprobs: list[float]) -> None:
+        self.tokens += tokens
+        self.logprobs += logprobs
+        self.sampled += [True] * len(tokens)
+
+    def stopped(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
+        """The query to search for, or None when the episode is over. Asking for one search too many ends it."""
+        self.going_on(tokens, logprobs)
+        self.turns.append((self.role.name, self.stage.decode(self.tokens[self._turn_start :])))
+        if stop == sampler.EOS:
+            self.stop_reason = "eos"
+        elif stop == sampler.LIMIT:
+            full = len(self.tokens) >= self.prompt_length + self.stage.limits.response_tokens
+            self.stop_reason = "response_tokens" if full else "turn_tokens"
+        elif self.role.stops[stop] != prompts.SEARCH_STOP:
+            self.stop_reason = self.role.stops[stop].strip("</>")
+        elif len(self.queries) >= self.stage.limits.searches:
+            self.stop_reason = "searches"
+        else:
+            query = prompts.last_search(self.turns[-1][1])
+            if query is not None:
+                self.queries.append(query)
+                return query
+            self.stop_reason = "malformed_search"
+        return None
+
+    def observe(self, result: Sequence[Document]) -> None:
+        tokens, limits = self.stage.observation(result), self.stage.limits
+        self.documents += result
+        self.turns.append(("search engine", self.stage.decode(tokens)))
+        if len(self.turns) // 2 >= limits.turns:
+            self.stop_reason = "turns"
+        elif len(self.tokens) + len(tokens) >= self.prompt_length + limits.response_tokens:
+            self.stop_reason = "response_tokens"
+        if self.stop_reason:
+            return
+        self.tokens += tokens
+        self.sampled += [False] * len(tokens)
+        self.logprobs += [0.0] * len(tokens)
+        self._turn_start = len(self.tokens)
+
+    def episode(self) -> Episode:
+        return Episode(
+            self.uid,
+            self.role.name,
+            self.tokens,
+            self.sampled,
+            self.logprobs,
+            self.prompt_length,
+            tuple(self.queries),
+            tuple(self.documents),
+            tuple(self.turns),
+            self.stop_reason,
+        )
+
+
+def eos_tokens(tokenizer: Any, generation_config: dict[str, Any]) -> tuple[int, ...]:
+    """Ids that end a turn: the tokenizer's own and those of generation_config.json (an id or a list)."""
+    extra = generation_config.get("eos_token_id")
+    ids = {tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])} - {None}
+    if not ids:
+        raise InputError("the model's tokenizer names no eos token; expected one in tokenizer_config.json")
+    return tuple(sorted(int(i) for i in ids))

@@ -1,0 +1,158 @@
+"""All texts and tags of the game: render prompts, parse what the model wrote. Knows nothing of JAX.
+
+Three styles share one interface. `search_r1` is the form that Search-R1, ZeroSearch and SSP models were trained with
+(think / search / information / answer). `r_search` is R-Search's own (observation, original_evidence). `brief` keeps the
+tags and drops the explanations, for models too small to read instructions. The wording is ours; the shape (instruction,
+then "Question: ..." at the end of the user turn; one assistant turn with results inserted as text) is the interface.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ssp_jax.data import Document, InputError
+
+SEARCH_STOP, ANSWER_STOP, QUESTION_STOP = "</search>", "</answer>", "</question>"
+STOPS = (SEARCH_STOP, ANSWER_STOP, QUESTION_STOP)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one family of models expects the game to be written. Fields ending in `_text` are str.format templates."""
+
+    system_text: str
+    solver_text: str  # {question}
+    proposer_system_text: str  # {examples}
+    proposer_text: str  # {answer} {searches}
+    verifier_text: str  # {documents} {question}
+    observation_text: str  # {documents}
+    no_result_text: str = "No document matches this search."
+
+
+_TOOL_RULES = (
+    "Whenever you receive new information, reason first inside <think> and </think>. "
+    "If knowledge is missing, call the search engine with <search> query </search>; "
+    "its results come back between <{tag}> and </{tag}>. Search as often as you want. "
+)
+
+_PROPOSER_SYSTEM = (
+    "You are an expert at creating hard search questions. You are given an answer and a number of searches n. "
+    "Work backwards: do not search for the answer itself first but for a concept close to it, read the results, "
+    "find a fact that links to another entity, and repeat until the chain has n links. "
+    + _TOOL_RULES
+    + "Finish with exactly one question between <question> and </question>. Rules: the question rests on facts that you "
+    "found; it does not contain the answer; it cannot be answered without searching; it needs n searches; "
+    "it has exactly one correct answer.{{examples}}"
+)
+_PROPOSER_USER = (
+    "Create a question that requires {searches} searches and whose only answer is: {answer}\n"
+    "Check before you give it that the question is complete, unambiguous and does not reveal the answer."
+)
+_VERIFIER_USER = (
+    "Answer the question from the materials below. Reason in at most 50 words, then give the answer, without long "
+    "explanation, between <answer> and </answer>.\n\nMaterials:\n{documents}\nQuestion: {question}"
+)
+
+STYLES = {
+    "search_r1": Style(
+        system_text="You are a helpful and harmless assistant.",
+        solver_text="Answer the given question. "
+        + _TOOL_RULES.format(tag="information")
+        + "When no more knowledge is needed, give the answer inside <answer> and </answer> without long explanation. "
+        "For example, <answer> Beijing </answer>. Question: {question}\n",
+        proposer_system_text=_PROPOSER_SYSTEM.format(tag="information"),
+        proposer_text=_PROPOSER_USER,
+        verifier_text=_VERIFIER_USER,
+        observation_text="\n\n<information>{documents}</information>\n\n",
+    ),
+    "r_search": Style(
+        system_text="You are a helpful and harmless assistant. "
+        + _TOOL_RULES.format(tag="observation")
+        + "Before the answer, quote the decisive facts inside <original_evidence> and </original_evidence>. "
+        "Give the answer inside <answer> and </answer>.",
+        solver_text="{question}",
+        proposer_system_text=_PROPOSER_SYSTEM.format(tag="observation"),
+        proposer_text=_PROPOSER_USER,
+        verifier_text=_VERIFIER_USER,
+        observation_text="\n<observation>{documents}</observation>\n",
+    ),
+    "brief": Style(
+        system_text="",
+        solver_text="Question: {question}",
+        proposer_system_text="",
+        proposer_text="Write a question. Searches: {searches}. Answer: {answer}",
+        verifier_text="{documents}Question: {question}",
+        observation_text="\n<information>{documents}</information>\n",
+    ),
+}
+
+
+def _messages(system: str, user: str) -> list[dict[str, str]]:
+    """Without a system text there is no system turn (a template may then add its own default)."""
+    turns = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": user}]
+
+
+def solver_messages(style: Style, question: str) -> list[dict[str, str]]:
+    return _messages(style.system_text, style.solver_text.format(question=question))
+
+
+def proposer_messages(style: Style, answer: str, searches: int, examples: str) -> list[dict[str, str]]:
+    shown = f"\nExample questions:\n{examples}" if examples else ""
+    return _messages(
+        style.proposer_system_text.format(examples=shown), style.proposer_text.format(answer=answer, searches=searches)
+    )
+
+
+def verifier_messages(style: Style, question: str, documents: Sequence[Document]) -> list[dict[str, str]]:
+    text = style.verifier_text.format(question=question, documents=format_documents(documents))
+    return _messages(style.system_text, text)
+
+
+def format_documents(documents: Sequence[Document]) -> str:
+    """Search-R1's form of a hit list, numbered from 1."""
+    return "".join(f"Doc {i}(Title: {d.title}) {d.text}\n" for i, d in enumerate(documents, 1))
+
+
+def observation(style: Style, documents: Sequence[Document]) -> str:
+    """The text inserted after a search; an empty result says so instead of showing nothing."""
+    return style.observation_text.format(documents=format_documents(documents) or style.no_result_text)
+
+
+def encode_prompt(tokenizer: Any, messages: list[dict[str, str]], template: str) -> list[int]:
+    """Token ids of a prompt that ends where the assistant begins.
+
+    template: "chat" uses the tokenizer's own Jinja template; "raw_chatml" is the SSP reference's form, which writes no
+    <|im_end|> between turns (models trained with it exist).
+    """
+    if template == "raw_chatml":
+        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}" for m in messages) + "<|im_start|>assistant\n"
+    elif template == "chat":
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    else:
+        raise InputError(f'config key prompt.template is {template!r}; expected "chat" or "raw_chatml"')
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _inside(tag: str, text: str) -> list[str]:
+    """The contents of all <tag>...</tag> pairs; an opening tag belongs to the nearest closing one."""
+    return [m.strip() for m in re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, flags=re.DOTALL)]
+
+
+def last_search(text: str) -> str | None:
+    """The query of the last complete search call, or None when there is none or it is empty."""
+    found = _inside("search", text)
+    return (found[-1] or None) if found else None
+
+
+def last_answer(text: str) -> str | None:
+    """The last complete answer counts (FACTS 1.2), None when there is none."""
+    found = _inside("answer", text)
+    return found[-1] if found else None
+
+
+def first_question(text: str) -> str | None:
+    """Only the first question counts (FACTS 1.4), None when there is none."""
+    found = _inside("question", text)
+    return found[0] if found else None

@@ -1,0 +1,336 @@
+"""One round of the game in the paper's words: propose, verify, solve, reward (SSP section 3, Algorithm 1).
+
+All episodes of a round share the engine's slots: a question is verified as soon as its proposer ends, and its solvers
+start as soon as it is verified. Everything that an episode depends on is fixed when the round starts (the noise
+documents come from the round before, reused questions from the pool as it stood), so results do not depend on timing.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ssp_jax import episodes, objective, prompts, rewards
+from ssp_jax.config import RL_PAIRS
+from ssp_jax.data import Document, Task
+from ssp_jax.engine import Engine, Stats
+from ssp_jax.episodes import PROPOSER, SOLVER, VERIFIER, Episode, Player, Role, Stage
+from ssp_jax.retriever import Retriever
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question that is played: verified in this round, or reused from the pool."""
+
+    text: str
+    answers: tuple[str, ...]
+    reused: bool = False
+
+
+@dataclasses.dataclass
+class Game:
+    """One given answer's way through a round, filled in as its episodes end. fault is "" once a question is verified."""
+
+    index: int
+    task: Task
+    proposer: Episode | None = None
+    proposals: int = 0
+    fault: str = ""
+    verifier: Episode | None = None
+    question: Question | None = None
+    attempts: list[Episode] = dataclasses.field(default_factory=list)
+    scores: list[float] = dataclasses.field(default_factory=list)
+    proposer_reward: float = 0.0
+
+
+@dataclasses.dataclass
+class Memory:
+    """What a round leaves to the next: verified questions, and each game's documents as a source of noise."""
+
+    pool: list[Question] = dataclasses.field(default_factory=list)
+    documents: list[list[Document]] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "pool": [[q.text, list(q.answers)] for q in self.pool],
+            "documents": [[[d.id, d.title, d.text] for d in game] for game in self.documents],
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Memory":
+        pool = [Question(text, tuple(answers)) for text, answers in saved["pool"]]
+        return cls(pool, [[Document(*d) for d in game] for game in saved["documents"]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Episodes of one role with their rewards and advantages."""
+
+    episodes: list[Episode]
+    rewards: np.ndarray
+    advantages: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    games: list[Game]
+    proposer: Training
+    solver: Training
+    stats: Stats
+    metrics: dict[str, float]
+
+
+class SelfPlay:
+    """The rules of a run, ready to play rounds. Holds no state between rounds: that is `Memory`."""
+
+    def __init__(self, config: ConfigDict, stage: Stage, engine: Engine, retriever: Retriever):
+        self._config, self._stage, self._engine, self._retriever = config, stage, engine, retriever
+        self._pair = RL_PAIRS[config.game.rl_pair]
+        self._proposals = config.game.group_size if self._pair[0] == "grpo" else 1
+        self._attempts = config.game.group_size if self._pair[1] == "grpo" else 1
+
+    def play(
+        self,
+        step: int,
+        tasks: Sequence[Task],
+        memory: Memory,
+        params: Any,
+        key: Any,
+        progress: Callable[[Stats], None] = lambda stats: None,
+    ) -> tuple[Round, Memory]:
+        """One round over these given answers."""
+        games = [Game(i, task) for i, task in enumerate(t for t in tasks for _ in range(self._proposals))]
+        table = _Play(self._config, self._stage, games, self._noise(step, games, memory), memory.pool, step)
+        table.attempts = self._attempts
+        first = [table.propose(game) for game in games]
+        stats = self._engine.play(params, key, first, table.finished, progress)
+        if table.held:  # noise from the same round: nothing is verified before all have proposed
+            table.noise = self._noise(step, games, Memory(documents=_documents_of(games)))
+            held, table.held = table.held, []
+            later = self._engine.play(params, key, [p for g in held for p in table.verify(g)], table.finished, progress)
+            stats = _added(stats, later)
+        return self._reward(games, stats), self._remember(step, games, memory)
+
+    def _reward(self, games: list[Game], stats: Stats) -> Round:
+        """Solver: is the answer right. Proposer: 1 - mean solver success, or the price of a failed question."""
+        c = self._config.reward
+        for game in games:
+            fresh = game.question is not None and not game.question.reused
+            scores_QG = np.array([game.scores])
+            own = rewards.PROPOSER_REWARDS[c.proposer](scores_QG)[0] if fresh and game.scores else None
+            game.proposer_reward = c.invalid_question if own is None else float(own)
+        proposer = [(g.proposer, g.proposer_reward, g) for g in games if g.proposer is not None]
+        solver = [(e, s, g) for g in games for e, s in zip(g.attempts, g.scores, strict=True)]
+        rounds = Round(
+            games, self._training(PROPOSER, proposer), self._training(SOLVER, solver), stats, _metrics(games, stats)
+        )
+        return rounds
+
+    def _training(self, role: Role, played: list[tuple[Episode, float, Game]]) -> Training:
+        reward_E = np.array([reward for _, reward, _ in played])
+        algorithm, c = self._pair[0 if role is PROPOSER else 1], self._config.learner
+        baseline = "none" if role is SOLVER else c.proposer_baseline
+        if algorithm == "grpo":
+            # Proposals for one answer form a group, attempts at one question form a group.
+            groups = [g.index // self._proposals if role is PROPOSER else g.index for _, _, g in played]
+            advantage_E = objective.advantages(reward_E, np.array(groups), std=c.grpo_std)
+        elif algorithm == "reinforcepp":
+            advantage_E = objective.advantages(reward_E, np.zeros(len(played)), std=True)
+        elif baseline == "none":
+            advantage_E = objective.advantages(reward_E, np.arange(len(played)))
+        else:
+            groups = [g.task.searches if baseline == "hop_grouped" else 0 for _, _, g in played]
+            one_out = baseline == "leave_one_out"
+            advantage_E = objective.advantages(
+                reward_E, np.array(groups), std=baseline == "hop_grouped", leave_one_out=one_out
+            )
+        return Training([e for e, _, _ in played], reward_E, advantage_E)
+
+    def _noise(self, step: int, games: Sequence[Game], memory: Memory) -> list[list[Document]]:
+        """For each game the documents mixed in at verification, drawn by (seed, step, game).
+
+        A "document" is one passage of another game's results [P] or all of another game's results [C]. The first round
+        has none before it: then passages come from the corpus.
+        """
+        c, noise = self._config.game, []
+        for game in games:
+            rng = np.random.default_rng((self._config.seed, 1, step, game.index))
+            others = [d for i, d in enumerate(memory.documents) if d and i != game.index]
+            if c.noise_unit == "passage":
+                others = [[d] for documents in others for d in documents]
+            if others:
+                picked = rng.permutation(len(others))[: c.noise_documents]
+                noise.append([d for i in picked for d in others[i]])
+            else:
+                rows = rng.integers(len(self._retriever), size=c.noise_documents)
+                noise.append([self._retriever.document(int(row)) for row in rows])
+        return noise
+
+    def _remember(self, step: int, games: list[Game], memory: Memory) -> Memory:
+        fill = self._config.game.batch_fill
+        pool = [] if fill in ("dummy", "resample") else list(memory.pool)
+        if fill == "periodic_reset" and (step + 1) % self._config.game.reset_interval == 0:
+            pool = []
+        elif fill not in ("dummy", "resample"):
+            pool += [g.question for g in games if g.question is not None and not g.question.reused]
+        return Memory(pool, _documents_of(games))
+
+
+class _Play:
+    """What follows the end of each episode. Its methods return the players that an end leads to."""
+
+    def __init__(
+        self, config: ConfigDict, stage: Stage, games: list[Game], noise: list[list[Document]], pool: list[Question], step: int
+    ):
+        self._config, self._stage, self._games = config, stage, games
+        self.noise, self._pool, self._step = noise, pool, step
+        self.attempts = 1
+        self.held: list[Game] = []  # waiting for the noise of this round
+
+    def _player(self, role: Role, game: Game, attempt: int, messages: list[dict[str, str]]) -> Player:
+        s = self._config.sampling
+        temperature = s.verify_temperature if role is VERIFIER else s.temperature
+        uid = episodes.episode_id(role, game.index, attempt)
+        return Player(self._stage, role, uid, temperature, self._stage.prompt(messages))
+
+    def propose(self, game: Game) -> Player:
+        task = game.task
+        messages = prompts.proposer_messages(self._stage.style, task.answers[0], task.searches, task.examples)
+        game.proposals += 1
+        return self._player(PROPOSER, game, game.proposals - 1, messages)
+
+    def finished(self, player: Player) -> Iterable[Player]:
+        game, episode = self._games[(player.uid >> 9) & ((1 << 19) - 1)], player.episode()
+        after = {PROPOSER.name: self._after_proposer, VERIFIER.name: self._after_verifier, SOLVER.name: self._after_solver}
+        return after[episode.role](game, episode)
+
+    def _after_proposer(self, game: Game, episode: Episode) -> Iterable[Player]:
+        """The rule filter."""
+        game.proposer = episode
+        text, answer = prompts.first_question(episode.text), game.task.answers[0]
+        fault = rewards.question_fault(text, answer, episode.queries, len(episode.documents), self._config.rules)
+        if fault is not None:
+            return self._failed(game, fault)
+        assert text is not None
+        game.fault, game.question = "", Question(text, game.task.answers)
+        if not self._config.game.verify:
+            return self._solve(game)
+        if self._config.game.noise_source == "same_step":
+            self.held.append(game)
+            return []
+        return self.verify(game)
+
+    def verify(self, game: Game) -> list[Player]:
+        """The same model answers from the proposer's own results and noise, without searching."""
+        assert game.proposer is not None and game.question is not None
+        own = {d.id: d for d in game.proposer.documents}
+        documents = [*own.values(), *(d for d in self.noise[game.index] if d.id not in own)]
+        rng = np.random.default_rng((self._config.seed, 2, self._step, game.index))
+        shuffled = [documents[i] for i in rng.permutation(len(documents))]
+        messages = prompts.verifier_messages(self._stage.style, game.question.text, shuffled)
+        return [self._player(VERIFIER, game, game.proposals - 1, messages)]
+
+    def _after_verifier(self, game: Game, episode: Episode) -> Iterable[Player]:
+        game.verifier = episode
+        if self._score(game, episode) > 0:
+            return self._solve(game)
+        return self._failed(game, "unverified")
+
+    def _failed(self, game: Game, fault: str) -> Iterable[Player]:
+        """How the batch is filled when a question fails [P B.1]; a dummy question gives no signal, so none is played."""
+        game.fault, game.question = fault, None
+        c = self._config.game
+        if c.batch_fill == "resample":
+            return [self.propose(game)] if game.proposals <= c.resample_rounds else []
+        if c.batch_fill == "dummy" or not self._pool:
+            return []
+        rng = np.random.default_rng((self._config.seed, 3, self._step, game.index))
+        game.question = dataclasses.replace(self._pool[rng.integers(len(self._pool))], reused=True)
+        return self._solve(game)
+
+    def _solve(self, game: Game) -> list[Player]:
+        assert game.question is not None
+        messages = prompts.solver_messages(self._stage.style, game.question.text)
+        return [self._player(SOLVER, game, attempt, messages) for attempt in range(self.attempts)]
+
+    def _after_solver(self, game: Game, episode: Episode) -> Iterable[Player]:
+        game.attempts.append(episode)
+        if len(game.attempts) == self.attempts:
+            game.attempts.sort(key=lambda e: e.uid)  # in the order of attempts, not of ends
+            game.scores = [self._score(game, e) for e in game.attempts]
+        return []
+
+    def _score(self, game: Game, episode: Episode) -> float:
+        assert game.question is not None
+        return rewards.solver_reward(episode.text, game.question.answers, self._config.reward.metric)
+
+
+def readable(game: Game) -> dict[str, Any]:
+    """A game as a person reads it, for JSON."""
+
+    def shown(episode: Episode | None) -> dict[str, Any] | None:
+        if episode is None:
+            return None
+        turns = [{"who": who, "text": text} for who, text in episode.turns]
+        return {"turns": turns, "stop_reason": episode.stop_reason}
+
+    return {
+        "answer": game.task.answers[0],
+        "requested_searches": game.task.searches,
+        "proposer": shown(game.proposer),
+        "documents": [dataclasses.asdict(d) for d in game.proposer.documents] if game.proposer else [],
+        "fault": game.fault,
+        "question": dataclasses.asdict(game.question) if game.question else None,
+        "verifier": shown(game.verifier),
+        "attempts": [{**(shown(e) or {}), "score": s} for e, s in zip(game.attempts, game.scores, strict=True)],
+        "proposer_reward": game.proposer_reward,
+    }
+
+
+def _documents_of(games: Sequence[Game]) -> list[list[Document]]:
+    return [list({d.id: d for d in g.proposer.documents}.values()) if g.proposer else [] for g in games]
+
+
+def _added(a: Stats, b: Stats) -> Stats:
+    return Stats(**{f.name: getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(Stats)})
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return float(np.mean(listed)) if listed else 0.0
+
+
+def _metrics(games: list[Game], stats: Stats) -> dict[str, float]:
+    """The funnel, rewards, lengths and rates of a round."""
+    faults = Counter(g.fault for g in games if g.fault)
+    malformed = sum(n for fault, n in faults.items() if fault != "unverified")
+    fresh = [g for g in games if g.question is not None and not g.question.reused]
+    solvers = [e for g in games for e in g.attempts]
+    proposers = [g.proposer for g in games if g.proposer is not None]
+    answered = [e for e in solvers if e.stop_reason == "answer"]
+    return {
+        "funnel/proposed": len(games),
+        "funnel/well_formed": len(games) - malformed,
+        "funnel/verified": len(fresh),
+        "funnel/reused": sum(g.question is not None and g.question.reused for g in games),
+        "funnel/solved": _mean(_mean(g.scores) for g in fresh),
+        **{f"fault/{fault}": float(faults[fault]) for fault in (*rewards.QUESTION_FAULTS, "unverified")},
+        "reward/proposer": _mean(g.proposer_reward for g in games),
+        "reward/solver": _mean(s for g in games for s in g.scores),
+        "solver/searches": _mean(len(e.queries) for e in solvers),
+        "solver/tokens": _mean(e.num_sampled for e in solvers),
+        "solver/length": _mean(len(e.tokens) for e in solvers),
+        "solver/answered": len(answered) / max(len(solvers), 1),
+        "proposer/searches": _mean(len(e.queries) for e in proposers),
+        "proposer/tokens": _mean(e.num_sampled for e in proposers),
+        "proposer/length": _mean(len(e.tokens) for e in proposers),
+        "play/seconds": stats.seconds,
+        "play/episodes": float(stats.finished),
+        "play/tokens_per_second": stats.sampled_tokens / max(stats.seconds, 1e-9),
+        "play/written_tokens_per_second": stats.written_tokens / max(stats.seconds, 1e-9),
+        "play/occupancy": stats.busy_steps / max(stats.slot_steps, 1),
+        "play/searches_per_second": stats.searches / max(stats.seconds, 1e-9),
+    }
