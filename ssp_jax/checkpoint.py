@@ -1,0 +1,102 @@
+"""Saving and resuming a run: everything that a bit-faithful continuation needs, in one Orbax step.
+
+A step holds `state`, the train state's arrays, and `game`, what the host knows (data position, replay pool, noise
+documents). Orbax writes under a temporary name in a background thread and renames at the end, so a step is there as a
+whole or not at all, whenever the process dies.
+"""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from ssp_jax.config import flatten_config
+from ssp_jax.data import InputError
+
+MAY_CHANGE = ("steps", "eval.", "checkpoint.", "log.")  # keys, or sections, that a resumed run may set anew
+
+
+class Checkpoints:
+    """workdir/checkpoints, the newest `keep` steps; a context manager. `every` is in steps, 0 for never."""
+
+    def __init__(self, workdir: str, every: int, keep: int) -> None:
+        self._every = every
+        options = ocp.CheckpointManagerOptions(
+            # save() is only called where a step is wanted; Orbax's own interval would refuse the last step of a run
+            save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=True,  # what a killed run left unfinished
+        )
+        self._manager = ocp.CheckpointManager(Path(workdir).resolve() / "checkpoints", options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def latest_step(self) -> int | None:
+        """The newest finished step (or one that this process is just writing); None when there is none."""
+        return self._manager.latest_step()
+
+    def due(self, step: int) -> bool:
+        return self._every > 0 and step % self._every == 0
+
+    def save(self, step: int, train_state: Any, game: dict[str, Any]) -> None:
+        """Returns when the arrays are copied to the host, so that the caller may donate them; writing goes on behind.
+
+        A step that is already there is left as it is. An error of the writing thread is raised by the next call here.
+        """
+        if step in self._manager.all_steps():
+            return
+        state, host = ocp.args.StandardSave(train_state), ocp.args.JsonSave(game)
+        self._manager.save(step, args=ocp.args.Composite(state=state, game=host))
+
+    def restore(self, step: int, abstract_train_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Arrays on the shardings of `abstract_train_state` (jax.ShapeDtypeStruct leaves), bitwise, and the game."""
+        state, host = ocp.args.StandardRestore(abstract_train_state), ocp.args.JsonRestore()
+        found = self._manager.restore(step, args=ocp.args.Composite(state=state, game=host))
+        return found["state"], found["game"]
+
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def check_workdir(workdir: str, config: ConfigDict) -> None:
+    """A workdir belongs to one config: the first run writes config.json, later ones must agree with it.
+
+    Keys of MAY_CHANGE are free; the file then takes the new values.
+    """
+    path = Path(workdir) / "config.json"
+    now = json.loads(json.dumps(flatten_config(config)))  # as it comes back from a file: tuples are lists
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else json.dumps(now)
+    except OSError as error:
+        raise InputError(f"workdir {workdir} cannot be used: {error}") from error
+    try:
+        before = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not the config of a run: {error}; expected a JSON object of keys") from error
+    changed = sorted(
+        key
+        for key in now.keys() | before.keys()
+        if now.get(key) != before.get(key) and not key.startswith(MAY_CHANGE)
+    )
+    if changed:
+        keys = ", ".join(f"{key} was {_show(before, key)} and is {_show(now, key)}" for key in changed)
+        raise InputError(f"workdir {workdir} holds a run of another config: {keys}; take another --workdir")
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def _show(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "not there"

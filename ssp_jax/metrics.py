@@ -1,0 +1,257 @@
+"""What a run shows and leaves behind: console, metrics.jsonl, TensorBoard, readable episodes, compile count.
+
+In a terminal a live display (the phases at work, the whole run) stays under a growing table with one row per step.
+Anywhere else there are plain lines with the time in front, and progress at most every few seconds. 100 columns suffice.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from rich import box, table
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from tensorboardX import SummaryWriter
+
+PLAIN_WIDTH = 100  # of tables that do not go to a terminal
+HEADER_EVERY = 20  # rows
+PLAIN_SECONDS = 10.0  # between progress lines that do not go to a terminal
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of a step on the console. It appears with the first step that has this metric."""
+
+    title: str
+    metric: str
+    form: str  # format specification with a width; a width alone writes 12.3k
+    style: str = ""
+
+
+COLUMNS = (
+    # the funnel: questions asked, of these well-formed, of these verified; share of attempts that were right
+    Column("asked", "funnel/proposed", "5.0f"),
+    Column("formed", "funnel/well_formed", "6.0f"),
+    Column("verif", "funnel/verified", "5.0f"),
+    Column("solved", "funnel/solved", "6.1%", "bold green"),
+    Column("propR", "reward/proposer", "5.2f", "magenta"),
+    Column("solvR", "reward/solver", "5.2f", "green"),
+    Column("srch", "solver/searches", "4.1f"),
+    Column("tokens", "solver/tokens", "6.0f"),
+    Column("entr", "update/solver/entropy", "4.2f", "yellow"),
+    Column("entr", "update/both/entropy", "4.2f", "yellow"),  # learner.update_order = combined
+    Column("KL", "update/solver/kl", "6.4f", "yellow"),
+    Column("KL", "update/both/kl", "6.4f", "yellow"),
+    Column("tok/s", "play/tokens_per_second", "5", "blue"),
+)
+
+
+class CompileCounter:
+    """Counts XLA compilations of this process from now on, also those that the persistent cache answers."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILE_EVENT:
+            self.count += 1
+            self.seconds += duration_secs
+
+
+class Phase:
+    """Progress of one phase of a step."""
+
+    def __init__(self, name: str, total: float | None, show: Callable[[str], None]) -> None:
+        self.name, self.total, self.done = name, total, 0.0
+        self._start, self._show = time.monotonic(), show
+
+    def advance(self, done: float, *, total: float | None = None, **rates: float) -> None:
+        """`done` is the amount finished so far, not the increment. Cheap: call it as often as you like.
+
+        `total` may grow on the way (a verified question brings its attempts). tokens=310.0 shows "310 tokens/s".
+        """
+        self.done, self.total = done, self.total if total is None else total
+        rate = done / max(1e-9, time.monotonic() - self._start)
+        parts = [f"{done:g}/{self.total:g}" if self.total else f"{done:g}"]
+        parts += [f"{short_number(rate)}/s"] if done else []
+        parts += [f"{short_number(value)} {name}/s" for name, value in rates.items()]
+        parts += [f"{clock((self.total - done) / rate)} left"] if done and self.total and self.total >= done else []
+        self._show(" · ".join(parts))
+
+
+class Logger:
+    """The voice of a run; a context manager. `resume_step` is the step of the checkpoint, 0 for none.
+
+    What a killed run wrote after it is dropped from metrics.jsonl (and hidden in TensorBoard): those steps come again.
+    """
+
+    def __init__(self, workdir: str, total_steps: int, tensorboard: bool, resume_step: int = 0) -> None:
+        self._folder, self._total_steps, self._step = Path(workdir), total_steps, resume_step
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _keep_steps(self._folder / "metrics.jsonl", resume_step)
+        self._rows = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
+        events = str(self._folder / "tensorboard")
+        self._writer = SummaryWriter(events, purge_step=resume_step + 1) if tensorboard else None
+        self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        # force_terminal, for rich would also take FORCE_COLOR in a CI log for a terminal
+        width = None if self._live else PLAIN_WIDTH
+        self._console = Console(file=sys.stdout, force_terminal=self._live, width=width, highlight=False)
+        self._bars = _progress(self._console)
+        at = f"{resume_step}/{total_steps} steps"
+        self._run_bar = self._bars.add_task("run", total=total_steps, completed=resume_step, detail=at)
+        self._columns: tuple[Column, ...] = ()
+        self._shown_rows = 0
+        self._ends: deque[float] = deque(maxlen=11)  # when the last steps ended, so saves and evaluations count
+        self._last_line = -math.inf
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._bars.stop()
+        self._rows.close()
+        if self._writer:
+            self._writer.close()
+
+    @contextmanager
+    def phase(self, name: str, total: float | None = None) -> Iterator[Phase]:
+        """Live progress while the body runs; a phase may stand inside another."""
+        bar = self._bars.add_task(name, total=total, detail="")
+        phase = Phase(name, total, lambda detail: self._progress(phase, bar, detail))
+        self._progress(phase, bar, "")
+        try:
+            yield phase
+        finally:
+            self._bars.remove_task(bar)
+
+    def step(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """One finished step: a row of metrics.jsonl, TensorBoard scalars, a row on the console."""
+        self.record(step, {"seconds": seconds, **metrics})
+        self._step = step
+        self._ends.append(time.monotonic())
+        left = clock(self._seconds_left(seconds))
+        self._bars.update(self._run_bar, completed=step, detail=f"{step}/{self._total_steps} steps · {left} left")
+        columns = tuple(c for c in COLUMNS if c in self._columns or c.metric in metrics)
+        if columns != self._columns or self._shown_rows % HEADER_EVERY == 0:
+            self._columns, self._shown_rows = columns, 0
+            self._row("step", [(c.title, "bold") for c in columns], "s/step", "left")
+        self._shown_rows += 1
+        cells = [(_format(metrics[c.metric], c.form) if c.metric in metrics else "-", c.style) for c in columns]
+        self._row(f"{step}/{self._total_steps}", cells, f"{seconds:.1f}", left)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """metrics.jsonl and TensorBoard only. What is not finite is null in JSON, absent in TensorBoard."""
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._rows.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self._rows.flush()
+        for name, value in finite.items():
+            if self._writer and value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def table(self, title: str, rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
+        """The first column is text and on the left, the others are numbers and on the right; floats with 3 places."""
+        style = box.SIMPLE_HEAD if self._live else box.ASCII2
+        shown = table.Table(title=title, title_justify="left", title_style="bold", box=style, show_edge=False)
+        for i, column in enumerate(columns):
+            shown.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+        self._console.print("", shown, "")
+
+    def say(self, text: str) -> None:
+        self._line(Text(text))
+
+    def episodes(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """workdir/episodes/step_000010.jsonl, one record a line, its text as a person reads it."""
+        folder = self._folder / "episodes"
+        folder.mkdir(exist_ok=True)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / f"step_{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+
+    def _seconds_left(self, last_seconds: float) -> float:
+        rounds = len(self._ends) - 1
+        each = (self._ends[-1] - self._ends[0]) / rounds if rounds else last_seconds
+        return each * (self._total_steps - self._step)
+
+    def _progress(self, phase: Phase, bar: TaskID, detail: str) -> None:
+        if self._live:
+            self._bars.update(bar, completed=phase.done, total=phase.total, detail=detail)
+        elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            self._line(Text(f"{phase.name} {detail or '...'}"))
+
+    def _row(self, first: str, cells: Sequence[tuple[str, str]], seconds: str, left: str) -> None:
+        """Each cell is as wide as its column's title and form ask for."""
+        widths = [max(len(c.title), len(_format(0, c.form))) for c in self._columns]
+        middle = [(text.rjust(width), style) for (text, style), width in zip(cells, widths, strict=True)]
+        first = first.rjust(len(f"{self._total_steps}") * 2 + 1)
+        parts = [(first, "bold cyan"), *middle, (seconds.rjust(6), "blue"), (left.rjust(7), "dim")]
+        self._line(Text(" ").join(Text(text, style) for text, style in parts))
+
+    def _line(self, text: Text) -> None:
+        self._last_line = time.monotonic()
+        if not self._live:
+            text = Text(time.strftime("%H:%M:%S ")) + text
+        self._console.print(text, soft_wrap=True)
+
+
+def _progress(console: Console) -> Progress:
+    """One line for the run, below it one for each phase at work."""
+    one_line = table.Column(no_wrap=True, overflow="ellipsis")
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<10}", style="bold"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}", table_column=one_line),
+        console=console,
+        refresh_per_second=5,
+        transient=True,
+    )
+
+
+def _keep_steps(path: Path, last: int) -> None:
+    """Drop rows after step `last`, and a line that a killed run left half written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= last:
+            kept.append(line)
+    fresh = path.with_suffix(".new")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(path)
+
+
+def _format(value: float, form: str) -> str:
+    return format(value, form) if not form.isdigit() else short_number(value).rjust(int(form))
+
+
+def short_number(value: float) -> str:
+    """0.35, 12.3, 310, 4.2k, 1.3M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def clock(seconds: float) -> str:
+    """0:07, 12:05, 3:00:09."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

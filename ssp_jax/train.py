@@ -1,0 +1,293 @@
+"""The outer loop: play a round, update both roles, log, evaluate, save (SSP Algorithm 1).
+
+The same command in the same workdir goes on where it stopped. SIGTERM ends the run at the next decode chunk, with a
+checkpoint of the last finished step.
+"""
+
+import dataclasses
+import functools
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ssp_jax import data, episodes, learner, model, prompts, sharding, weights
+from ssp_jax.checkpoint import Checkpoints, check_workdir
+from ssp_jax.config import check_values
+from ssp_jax.data import InputError, Task
+from ssp_jax.engine import Engine, Sizes, Stats
+from ssp_jax.evaluate import Result, evaluate
+from ssp_jax.metrics import CompileCounter, Logger
+from ssp_jax.retriever import Retriever, open_retriever
+from ssp_jax.selfplay import Memory, Round, SelfPlay, Training, readable
+
+
+class Terminated(Exception):
+    """SIGTERM arrived; raised between decode chunks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """All that is read from files before anything is compiled."""
+
+    tasks: list[Task]
+    eval_sets: dict[str, list[Task]]
+    retriever: Retriever
+    model_config: model.ModelConfig
+    tokenizer: Any
+    eos: tuple[int, ...]
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
+    check_values(config)
+    check_workdir(workdir, config)
+    inputs = _read(config, workdir)
+    run = _Run(config, workdir, inputs)
+    with run.logger, run.checkpoints, _Sigterm() as stop:
+        try:
+            run.warm_up()
+            if config.eval.before:
+                run.evaluate(0, stop)
+            while run.step < config.steps:
+                run.play_and_update(stop)
+                if config.eval.every and run.step % config.eval.every == 0:
+                    run.evaluate(run.step, stop)
+                if run.checkpoints.due(run.step):
+                    run.save()
+            run.save()
+            run.finish(stop)
+        except Terminated:
+            run.save()
+            run.logger.say(f"terminated: saved step {run.step}; the same command goes on from there")
+            run.checkpoints.wait()
+            sys.exit(0)
+
+
+def _read(config: ConfigDict, workdir: str) -> Inputs:
+    model_config = weights.read_config(config.model.path)
+    tokenizer = weights.load_tokenizer(config.model.path)
+    kv_heads = model_config.num_kv_heads
+    if config.mesh.tensor > 0 and kv_heads % config.mesh.tensor:
+        raise InputError(f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads")
+    r = config.retriever
+    index = r.index or str(Path(workdir) / "index")
+    return Inputs(
+        tasks=data.load_answers(config.data.answers),
+        eval_sets={
+            name: data.load_questions(path)[: config.eval.max_questions or None]
+            for name, path in sorted(config.data.eval_sets.items())
+        },
+        retriever=open_retriever(r.corpus, index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r.k1, b=r.b),
+        model_config=model_config,
+        tokenizer=tokenizer,
+        eos=episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
+    )
+
+
+def make_stage(config: ConfigDict, tokenizer: Any) -> episodes.Stage:
+    limits = episodes.Limits(**config.limits)
+    return episodes.Stage(tokenizer, prompts.STYLES[config.prompt.style], config.prompt.template, limits)
+
+
+def make_learner_config(config: ConfigDict, model_config: model.ModelConfig) -> learner.LearnerConfig:
+    names = {f.name for f in dataclasses.fields(learner.LearnerConfig)}
+    return learner.LearnerConfig(
+        model=model_config,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        temperature=config.sampling.temperature,
+        **{name: value for name, value in config.learner.items() if name in names},
+    )
+
+
+class _Sigterm:
+    """While this context is open SIGTERM only sets a flag; calling the object raises Terminated once it is set."""
+
+    def __enter__(self) -> "_Sigterm":
+        self._set = False
+        self._before = signal.signal(signal.SIGTERM, self._arrived)
+        return self
+
+    def _arrived(self, *_: Any) -> None:
+        self._set = True
+
+    def __call__(self) -> None:
+        if self._set:
+            raise Terminated
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+class _Run:
+    """The parts of a run and its state: train state, memory, step."""
+
+    def __init__(self, config: ConfigDict, workdir: str, inputs: Inputs):
+        self._config, self._workdir, self._inputs = config, Path(workdir), inputs
+        self.compiles = CompileCounter()
+        self.checkpoints = Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
+        self.step = self.checkpoints.latest_step() or 0
+        self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step)
+        self._mesh = sharding.make_mesh(config.mesh.to_dict())
+        self._key = jax.random.key(config.seed)
+        self._build_model()
+        stage = make_stage(config, inputs.tokenizer)
+        automata = episodes.role_automata(inputs.tokenizer, inputs.model_config.vocab_size)
+        search = functools.partial(inputs.retriever.search, top_k=config.retriever.top_k)
+        self._stage = stage
+        self._engine = Engine(
+            inputs.model_config,
+            Sizes(**config.engine),
+            automata,
+            inputs.eos,
+            jnp.dtype(config.model.dtype),
+            search,
+            functools.partial(sharding.state_shardings, mesh=self._mesh),
+        )
+        self._game = SelfPlay(config, stage, self._engine, inputs.retriever)
+
+    def _build_model(self) -> None:
+        """Initial weights from the model folder; the train state from them or from the newest checkpoint."""
+        c, config = make_learner_config(self._config, self._inputs.model_config), self._inputs.model_config
+        abstract = model.abstract_params(config)
+        shardings = sharding.param_shardings(abstract, self._mesh)
+        initial = weights.load(self._config.model.path, config, shardings, jnp.float32)
+        rows = sharding.rows_sharding(self._mesh)
+        cast = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p), out_shardings=shardings)
+        reference = cast(initial) if c.kl_coef else None
+        self._learner = learner.Learner(c, reference, lambda batch: jax.device_put(batch, rows))
+        self._state = learner.init_state(c, initial)
+        self._memory, self._seconds = Memory(), 0.0
+        if self.step:
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
+            self._state, game = self.checkpoints.restore(self.step, like)
+            self._memory, self._seconds = Memory.from_json(game["memory"]), game["seconds"]
+        unstack = functools.partial(model.unstack, dtype=c.dtype)
+        kept = sharding.param_shardings(jax.eval_shape(unstack, abstract), self._mesh, drop=("fsdp",))
+        self._to_sampler = jax.jit(unstack, out_shardings=kept)
+
+    def warm_up(self) -> None:
+        devices = f"{self._mesh.devices.size} x {jax.devices()[0].device_kind}"
+        start = f"resuming after step {self.step}" if self.step else "starting"
+        self.logger.say(f"{start} in {self._workdir} on {devices}; jax {jax.__version__}")
+        with self.logger.phase("compiling"):
+            self._engine.warm_up(self._to_sampler(self._state.params), self._key)
+        self.logger.say(f"compiled {self.compiles.count} programs in {self.compiles.seconds:.1f} s")
+
+    def play_and_update(self, stop: _Sigterm) -> None:
+        """One step: the round of the game, then the update of both roles."""
+        start, c = time.monotonic(), self._config
+        rows = data.batch_indices(len(self._inputs.tasks), c.game.answers_per_step, c.seed, self.step)
+        tasks = [self._inputs.tasks[row] for row in rows]
+        key = jax.random.fold_in(self._key, self.step + 1)
+        with self.logger.phase("playing", len(tasks)) as phase:
+            params = self._to_sampler(self._state.params)
+            progress = functools.partial(_show_play, phase, stop)
+            round_, memory = self._game.play(self.step, tasks, self._memory, params, key, progress)
+            del params
+        with self.logger.phase("updating"):
+            played = time.monotonic()
+            metrics = round_.metrics | self._update(round_)
+            seconds = time.monotonic() - played
+            metrics["update/seconds"] = seconds
+            metrics["update/tokens_per_second"] = metrics.get("update/tokens", 0.0) / seconds
+        self._memory, self.step = memory, self.step + 1
+        self._seconds += time.monotonic() - start
+        self.logger.step(self.step, metrics | {"compiles": self.compiles.count}, time.monotonic() - start)
+        if c.log.episodes_every and self.step % c.log.episodes_every == 0:
+            self.logger.episodes(self.step, [readable(game) for game in round_.games])
+        if int(self._state.bad_updates) >= c.learner.max_bad_updates:
+            sys.exit(f"ssp_jax: {c.learner.max_bad_updates} updates in a row were not finite; stopped after step {self.step}")
+
+    def _update(self, round_: Round) -> dict[str, float]:
+        """Solver then proposer [P Alg.1], the other way round [C], or both in one update."""
+        c, trained = self._config, {"solver": round_.solver, "proposer": round_.proposer}
+        if c.game.train != "both":
+            trained = {c.game.train: trained[c.game.train]}
+        if c.learner.update_order == "proposer_first":
+            trained = dict(reversed(trained.items()))
+        elif c.learner.update_order == "combined":
+            trained = {"both": _joined(list(trained.values()))}
+        metrics: dict[str, float] = {}
+        for name, training in trained.items():
+            if training.episodes:
+                order = np.random.default_rng((c.seed, 4, self.step, len(metrics)))
+                self._state, report = self._learner.update(self._state, training.episodes, training.advantages, order)
+                gaps = {key: report.pop(key) for key in ("logprob_gap", "logprob_gap_max")}
+                if not metrics:  # later updates see weights that have moved since sampling: no gap between programs
+                    metrics |= {f"update/{key}": value for key, value in gaps.items()}
+                metrics |= {f"update/{name}/{key}": value for key, value in report.items()}
+                metrics["update/tokens"] = metrics.get("update/tokens", 0.0) + report["tokens"]
+        return metrics
+
+    def save(self) -> None:
+        with self.logger.phase("saving"):
+            self.checkpoints.save(self.step, self._state, {"memory": self._memory.to_json(), "seconds": self._seconds})
+
+    def evaluate(self, step: int, stop: _Sigterm) -> dict[str, dict[str, float]]:
+        """Scores of the current weights; workdir/eval keeps them, so a resumed run does not play them again."""
+        path = self._workdir / "eval" / f"step_{step:06d}.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        total = sum(map(len, self._inputs.eval_sets.values()))
+        with self.logger.phase("evaluating", total) as phase:
+            results = evaluate(
+                self._engine,
+                self._stage,
+                self._inputs.eval_sets,
+                self._to_sampler(self._state.params),
+                self._key,
+                self._config.sampling.eval_temperature,
+                functools.partial(_show_play, phase, stop),
+            )
+        scores = {name: result.summary() for name, result in results.items()}
+        self._show_scores(step, results)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        return scores
+
+    def _show_scores(self, step: int, results: dict[str, Result]) -> None:
+        self.logger.record(step, {f"eval/{name}/{key}": v for name, r in results.items() for key, v in r.summary().items()})
+        rows = [[name, r.em, r.f1, r.searches, r.n] for name, r in results.items()]
+        self.logger.table(f"Held-out questions after step {step}", rows, ["set", "EM %", "F1 %", "searches", "questions"])
+
+    def finish(self, stop: _Sigterm) -> None:
+        """The last evaluation, the export, summary.json, and the table of before and after."""
+        summary: dict[str, Any] = {"steps": self.step, "seconds": round(self._seconds, 1), "eval": {}}
+        if self._config.eval.before:
+            summary["eval"]["before"] = self.evaluate(0, stop)
+        if self._config.eval.after:
+            summary["eval"]["after"] = self.evaluate(self.step, stop)
+        if self._config.checkpoint.export:
+            with self.logger.phase("exporting"):
+                folder = self._workdir / "export"
+                weights.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
+        (self._workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        if len(summary["eval"]) == 2:
+            before, after = summary["eval"]["before"], summary["eval"]["after"]
+            rows = [[n, before[n]["em"], after[n]["em"], after[n]["em"] - before[n]["em"], after[n]["n"]] for n in before]
+            means = [float(np.mean([row[i] for row in rows])) for i in (1, 2, 3)]
+            rows.append(["average", *means, sum(r["n"] for r in after.values())])
+            title = f"Exact match on held-out questions, {self.step} steps of self-play"
+            self.logger.table(title, rows, ["set", "before %", "after %", "gain", "questions"])
+
+
+def _show_play(phase: Any, stop: _Sigterm, stats: Stats) -> None:
+    stop()
+    phase.advance(stats.finished, tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
+
+
+def _joined(parts: list[Training]) -> Training:
+    return Training(
+        [episode for part in parts for episode in part.episodes],
+        np.concatenate([part.rewards for part in parts]),
+        np.concatenate([part.advantages for part in parts]),
+    )

@@ -1,0 +1,177 @@
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ssp_jax import metrics
+from ssp_jax.metrics import CompileCounter, Logger, clock, short_number
+
+STEP = {
+    "funnel/proposed": 32,
+    "funnel/well_formed": 28,
+    "funnel/verified": 20,
+    "funnel/solved": 0.625,
+    "reward/proposer": -0.5,
+    "play/tokens_per_second": 12345.6,
+    "learner/nobody_shows_this": 1.0,
+}
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_step_is_one_json_row_with_all_metrics(tmp_path: Path) -> None:
+    with Logger(str(tmp_path), 2, tensorboard=False) as logger:
+        logger.record(0, {"eval/one_hop/em": 0.25})
+        logger.step(1, {**STEP, "update/kl": float("nan"), "array": jnp.float32(0.5)}, 1.5)
+    first, second = rows(tmp_path)
+    assert first["step"] == 0 and first["eval/one_hop/em"] == 0.25
+    assert second["time"] >= first["time"] > 1.7e9
+    assert {k: v for k, v in second.items() if k != "time"} == STEP | {
+        "step": 1, "seconds": 1.5, "update/kl": None, "array": 0.5,
+    }  # fmt: skip
+
+
+def test_resuming_drops_rows_that_come_again_and_a_torn_line(tmp_path: Path) -> None:
+    with Logger(str(tmp_path), 9, tensorboard=False) as logger:
+        for step in range(5):
+            logger.record(step, {"x": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "ti')
+    with Logger(str(tmp_path), 9, tensorboard=False, resume_step=3) as logger:
+        logger.record(4, {"x": 40.0})
+    assert [(r["step"], r["x"]) for r in rows(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
+    with Logger(str(tmp_path), 9, tensorboard=False):  # killed before its first checkpoint; evaluation 0 is kept
+        assert [r["step"] for r in rows(tmp_path)] == [0]
+
+
+def test_tensorboard_file_grows_with_each_step(tmp_path: Path) -> None:
+    def size() -> int:
+        return sum(path.stat().st_size for path in (tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+    with Logger(str(tmp_path), 9, tensorboard=True):
+        pass
+    empty = size()
+    with Logger(str(tmp_path), 9, tensorboard=True) as logger:
+        for step in range(1, 4):
+            logger.step(step, STEP, 1.0)
+    written = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
+    assert size() - empty > 3 * len("".join(STEP)) and written.count(b"funnel/solved") == 3
+
+
+def test_plain_output_is_dated_lines_that_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = {c.metric: 0.25 for c in metrics.COLUMNS if not c.metric.startswith("update/both/")}
+    with Logger(str(tmp_path), 200, tensorboard=False) as logger:
+        logger.say("a [bold] folder")
+        logger.step(1, everything, 12.3)
+        large = {"funnel/solved": 1.0, "solver/tokens": 8192, "play/tokens_per_second": 98765}
+        logger.step(2, everything | large, 123.4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    assert lines[0].endswith(" a [bold] folder") and "\x1b" not in "".join(lines)
+    assert max(map(len, lines)) <= metrics.PLAIN_WIDTH
+    header, first, second = (line[9:].split() for line in lines[1:])
+    titles = [c.title for c in metrics.COLUMNS if c.metric in everything]
+    assert header == ["step", *titles, "s/step", "left"] and len(set(titles)) == len(titles)
+    shown = dict(zip(header, second, strict=True))
+    assert (shown["step"], shown["solved"], shown["tokens"], shown["tok/s"]) == ("2/200", "100.0%", "8192", "98.8k")
+    assert [len(line) for line in lines[1:]] == [len(lines[1])] * 3  # columns stand below each other
+    assert first[-1] == clock(199 * 12.3)
+
+
+def test_console_shows_only_metrics_that_the_run_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Logger(str(tmp_path), 3, tensorboard=False) as logger:
+        logger.step(1, {"reward/solver": 0.5}, 1.0)
+        logger.step(2, {"reward/solver": float("nan"), "update/both/kl": 0.1}, 1.0)  # its first update
+        logger.step(3, {"reward/solver": 0.5}, 1.0)
+    lines = [line.split()[1:-2] for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == [["step", "solvR"], ["1/3", "0.50"]]
+    assert lines[2:] == [["step", "solvR", "KL"], ["2/3", "nan", "0.1000"], ["3/3", "0.50", "-"]]
+
+
+def test_plain_progress_is_told_now_and_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Logger(str(tmp_path), 2, tensorboard=False) as logger:
+        with logger.phase("playing", 100) as phase:
+            for i in range(100):
+                phase.advance(i)
+        assert capsys.readouterr().out.count("playing") == 1
+        monkeypatch.setattr(metrics, "PLAIN_SECONDS", 0.0)
+        with logger.phase("playing", 100) as phase:
+            phase.advance(50, total=200, tokens=1234.0)
+    assert re.search(r"playing 50/200 · \S+/s · 1.2k tokens/s · 0:00 left\n", capsys.readouterr().out)
+
+
+def test_table_is_plain_text_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Logger(str(tmp_path), 2, tensorboard=False) as logger:
+        logger.table("accuracy", [["one_hop", 0.25, 200]], ["set", "em", "n"])
+    shown = capsys.readouterr().out
+    assert shown.isascii() and re.search(r"one_hop \| 0.250 \| 200", shown) and "accuracy" in shown
+
+
+def test_terminal_has_a_live_display_that_goes_away(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from ssp_jax.metrics import Logger\n"
+        "with Logger(sys.argv[1], 4, False) as logger:\n"
+        "    with logger.phase('playing', 8) as phase:\n"
+        "        phase.advance(2, tokens=310.0); time.sleep(0.5)\n"
+        "    logger.step(1, {'reward/solver': 0.5}, 1.0)\n"
+    )
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    child = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(ours)
+    assert child.wait(60) == 0, shown
+    text = shown.decode()
+    assert "playing" in text and "2/8" in text and "310 tokens/s" in text and "0/4 steps" in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
+    assert "0.50" in text[text.rindex("solvR") :] and "\x1b[2K" in text
+
+
+def test_episodes_can_be_read(tmp_path: Path) -> None:
+    record = {"role": "solver", "turns": [{"who": "model", "text": "<search> São Paulo </search>"}]}
+    with Logger(str(tmp_path), 2, tensorboard=False) as logger:
+        logger.episodes(10, [record, record])
+    text = (tmp_path / "episodes" / "step_000010.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.splitlines()] == [record, record] and "São Paulo" in text
+
+
+def test_compile_counter_counts_compilations_only() -> None:
+    double = jax.jit(lambda x: x * 2 + 1)
+    inputs = [jnp.ones(3), jnp.ones(5)]
+    counter = CompileCounter()
+    double(inputs[0])
+    assert counter.count == 1 and counter.seconds > 0
+    double(inputs[0])
+    assert counter.count == 1
+    double(inputs[1])
+    assert counter.count == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.345, "0.34"), (12.34, "12.3"), (310, "310"), (4200, "4.2k"), (1.26e6, "1.3M"), (0, "0.00")]
+)
+def test_short_number(value: float, text: str) -> None:
+    assert short_number(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(6.6, "0:07"), (725, "12:05"), (10809, "3:00:09")])
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
