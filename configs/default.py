@@ -66,7 +66,8 @@ def get_config() -> ConfigDict:
     c.reward.invalid_question = 0.0  # proposer's reward for a question that fails [P]; -1 in [C] unless overridden
 
     c.limits = ConfigDict()  # each ends an episode with its own stop reason
-    c.limits.prompt_tokens = 4096  # longest prompt [P T4]
+    c.limits.prompt_tokens = 4096  # longest prompt of a proposer or solver [P T4]
+    c.limits.verify_prompt_tokens = 8192  # longest prompt of a verifier, documents included [H]
     c.limits.response_tokens = 8192  # sampled and inserted tokens of an episode [P T4]
     c.limits.turn_tokens = 2048  # sampled tokens between two insertions [H]
     c.limits.turns = 11  # stretches of sampled tokens [H]: the last one answers
@@ -81,7 +82,7 @@ def get_config() -> ConfigDict:
     c.engine = ConfigDict()
     c.engine.slots = 64  # episodes decoded at the same time
     c.engine.chunk = 16  # tokens decoded per dispatch
-    c.engine.cache_tokens = 12288  # key/value cache length of a slot; at least prompt + response
+    c.engine.cache_tokens = 12288  # key/value cache length of a slot; at least the longest episode
     c.engine.cache_buckets = (1024, 4096)  # shorter lengths that a decode chunk may read when all slots fit
     c.engine.extend_buckets = (64, 256, 1024, 4096)  # padded lengths of prompts and insertions
     c.engine.extend_rows = 8  # prompts or insertions written in one call
@@ -94,7 +95,7 @@ def get_config() -> ConfigDict:
     c.learner.weight_decay = 0.01  # verl default
     c.learner.max_grad_norm = 1.0  # verl default
     c.learner.mini_batches = 2  # optimizer steps per role and step: 256 / 128 [P T4]
-    c.learner.row_tokens = 4096  # packed row length; at least the longest episode
+    c.learner.row_tokens = 12288  # packed row length; at least the longest episode
     c.learner.rows = 8  # packed rows of one micro-batch, over all devices
     c.learner.logprob_chunk = 512  # tokens of a row whose logits exist at the same time
     c.learner.clip_low = 0.2  # verl default

@@ -25,7 +25,7 @@ class Checkpoints:
     def __init__(self, workdir: str, every: int, keep: int) -> None:
         self._every = every
         options = ocp.CheckpointManagerOptions(
-            # save() is only called where a step is wanted; Orbax's own interval would refuse the last step of a run
+            # each save() is meant: with `every` as Orbax's interval it would skip the last step of a run
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,  # what a killed run left unfinished
@@ -48,10 +48,8 @@ class Checkpoints:
     def save(self, step: int, train_state: Any, game: dict[str, Any]) -> None:
         """Returns when the arrays are copied to the host, so that the caller may donate them; writing goes on behind.
 
-        A step that is already there is left as it is. An error of the writing thread is raised by the next call here.
+        Orbax leaves a step that is already there as it is. What fails in its thread is raised by the next call here.
         """
-        if step in self._manager.all_steps():
-            return
         state, host = ocp.args.StandardSave(train_state), ocp.args.JsonSave(game)
         self._manager.save(step, args=ocp.args.Composite(state=state, game=host))
 

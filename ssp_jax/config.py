@@ -226,12 +226,18 @@ def check_values(config: ConfigDict) -> None:
         least = 0 if key.startswith(_MAY_BE_ZERO) else 1e-12
         if key != "reward.invalid_question" and any(n < least for n in numbers):
             raise InputError(f"config key {key} is {value}; expected {'at least 0' if not least else 'more than 0'}")
-    longest = config.limits.prompt_tokens + config.limits.response_tokens
-    for key in ("engine.cache_tokens", "learner.row_tokens"):
-        if values[key] < longest:
-            raise InputError(
-                f"config key {key} is {values[key]}; expected at least limits.prompt_tokens + limits.response_tokens = {longest}"
-            )
+    limits = config.limits
+    played = limits.prompt_tokens + limits.response_tokens
+    needs = {
+        "learner.row_tokens": (played, "limits.prompt_tokens + limits.response_tokens"),
+        "engine.cache_tokens": (
+            max(played, limits.verify_prompt_tokens + limits.turn_tokens),
+            "limits.prompt_tokens + limits.response_tokens and limits.verify_prompt_tokens + limits.turn_tokens",
+        ),
+    }
+    for key, (least, why) in needs.items():
+        if values[key] < least:
+            raise InputError(f"config key {key} is {values[key]}; expected at least {least}, for {why}")
     if config.learner.row_tokens % config.learner.logprob_chunk:
         raise InputError(
             f"config key learner.row_tokens is {config.learner.row_tokens}; "

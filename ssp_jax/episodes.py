@@ -46,6 +46,7 @@ class Limits:
     """Config section `limits`, in tokens, turns and searches."""
 
     prompt_tokens: int
+    verify_prompt_tokens: int
     response_tokens: int
     turn_tokens: int
     turns: int
@@ -125,7 +126,9 @@ class Player:
     def __post_init__(self) -> None:
         self.prompt_length = self._turn_start = len(self.tokens)
         self.sampled, self.logprobs = [False] * len(self.tokens), [0.0] * len(self.tokens)
-        if len(self.tokens) > self.stage.limits.prompt_tokens:
+        limits = self.stage.limits
+        longest = limits.verify_prompt_tokens if self.role is VERIFIER else limits.prompt_tokens
+        if len(self.tokens) > longest:
             self.stop_reason = "prompt_tokens"
 
     @property

@@ -100,9 +100,6 @@ def _file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {tensor: name.file_shape(_sizes(config)) for name in _names(config) for tensor in _tensors(name, config)}
 
 
-# --- config.json ---
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise InputError(f"model folder {path.parent} does not exist; expected a local Hugging Face folder")
@@ -197,6 +194,12 @@ def read_config(folder: str | Path) -> ModelConfig:
     )
 
 
+def read_generation_config(folder: str | Path) -> dict[str, Any]:
+    """generation_config.json as it is (eos_token_id and so on), or nothing: not every model has one."""
+    path = Path(folder) / "generation_config.json"
+    return _read_json(path) if path.exists() else {}
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """The folder's own tokenizer (a transformers fast tokenizer); nothing is ever downloaded."""
     for name in ("tokenizer_config.json", "tokenizer.json"):
@@ -204,9 +207,6 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-
-
-# --- reading ---
 
 
 def _map_file(path: Path) -> dict[str, np.memmap]:
@@ -294,9 +294,6 @@ def _load_leaf(views: list[np.ndarray], layered: bool, sharding: jax.sharding.Sh
 
     shape = (len(views), *views[0].shape) if layered else views[0].shape
     return jax.make_array_from_callback(shape, sharding, read)
-
-
-# --- writing ---
 
 
 def save(

@@ -104,18 +104,6 @@ def test_keeps_the_newest_and_never_writes_a_step_twice(tmp_path: Path) -> None:
         assert not any(checkpoints.due(step) for step in range(9))
 
 
-def test_orbax_gives_no_warning(tmp_path: Path) -> None:
-    """What Orbax is about to drop it announces through `warnings` or its log."""
-    script = (
-        "import sys, warnings; warnings.simplefilter('error')\n"
-        "import jax.numpy as jnp; from ssp_jax.checkpoint import Checkpoints\n"
-        "with Checkpoints(sys.argv[1], 1, 1) as checkpoints:\n"
-        "    for step in (1, 2): checkpoints.save(step, {'x': jnp.ones(3)}, {})\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "deprecat" not in done.stderr.lower(), done.stderr
-
-
 ENDLESS_SAVING = """
 import sys, jax.numpy as jnp
 from ssp_jax.checkpoint import Checkpoints

@@ -132,7 +132,7 @@ def test_a_file_without_get_config_is_told(tmp_path: Path) -> None:
 
 def test_evaluation_sets_are_free_names_of_files(tmp_path: Path) -> None:
     new: Any = load_config(config_file(tmp_path, "c.unlock()", "c.data.eval_sets = {'mine': 'mine.jsonl'}"))
-    assert new.data.eval_sets.mine == "mine.jsonl"
+    assert new.data.eval_sets.mine == "mine.jsonl" and new.is_locked
     with pytest.raises(InputError, match="key data.eval_sets.mine must be str"):
         load_config(config_file(tmp_path, "c.unlock()", "c.data.eval_sets = {'mine': 3}"))
 

@@ -86,6 +86,8 @@ def test_saved_file_is_the_one_that_was_loaded(name, tmp_path):
         np.testing.assert_array_equal(written[tensor], x, strict=True)
     with safetensors.safe_open(tmp_path / "saved/model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
+    header = (tmp_path / "saved/model.safetensors").read_bytes()[:8]
+    assert int.from_bytes(header, "little") % 8 == 0  # tensors are aligned
 
 
 def test_many_files_with_an_index(tmp_path):
@@ -96,6 +98,7 @@ def test_many_files_with_an_index(tmp_path):
     assert len(files) > 5 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     sizes = [sum(x.nbytes for x in safetensors.numpy.load_file(file).values()) for file in files]
     assert max(sizes) <= limit
+    assert all(size + following > limit for size, following in zip(sizes, sizes[1:], strict=False))  # well filled
     index = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes)
     names = {file.name: set(safetensors.numpy.load_file(file)) for file in files}
@@ -225,6 +228,8 @@ def test_config_of_transformers_4(folder, kind):
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, 'key "factor" is missing'),
         ({"use_sliding_window": True}, 'key "use_sliding_window" is True; only False is supported'),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "key \"layer_types\" contains 'sliding_attention'"),
+        ({"mlp_bias": True}, 'key "mlp_bias" is True; only False is supported'),
+        ({"partial_rotary_factor": 0.5}, 'key "partial_rotary_factor" is 0.5; only'),
         ({"hidden_act": "gelu"}, "key \"hidden_act\" is 'gelu'; only 'silu'"),
         ({"quantization_config": {"bits": 4}}, 'key "quantization_config" is'),
         ({"architectures": ["LlamaForCausalLM"], "attention_bias": True}, 'key "attention_bias" is True; only False'),
@@ -243,6 +248,15 @@ def test_config_that_is_no_object(folder, text, sentence):
     (folder / "config.json").write_text(text)
     with pytest.raises(InputError, match=f"config.json {sentence}"):
         weights.read_config(folder)
+
+
+def test_generation_config(folder):
+    assert weights.read_generation_config(folder) == {}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert weights.read_generation_config(folder) == {"eos_token_id": [1, 2]}
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config.json is not valid JSON"):
+        weights.read_generation_config(folder)
 
 
 def test_missing_folder_and_missing_config(folder):

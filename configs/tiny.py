@@ -1,0 +1,49 @@
+"""The whole game on a laptop, from what ships in assets/tiny. `make demo` runs it.
+
+command   python -m ssp_jax.main --config=configs/tiny.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    c = default.get_config()
+    c.steps = 60
+
+    c.model.path = "assets/tiny/model"
+    c.model.dtype = "float32"
+    c.mesh.fsdp = 1
+
+    c.data.answers = "assets/tiny/answers.jsonl"
+    with c.unlocked():
+        c.data.eval_sets.one_hop = "assets/tiny/qa/one_hop.jsonl"
+        c.data.eval_sets.two_hop = "assets/tiny/qa/two_hop.jsonl"
+    c.retriever.corpus = "assets/tiny/corpus.jsonl"
+    c.prompt.style = "brief"
+
+    c.game.answers_per_step = 24
+    c.limits.prompt_tokens = 64
+    c.limits.verify_prompt_tokens = 400
+    c.limits.response_tokens = 320
+    c.limits.turn_tokens = 40
+    c.limits.turns = 5
+    c.limits.searches = 4
+    c.limits.observation_tokens = 120
+
+    c.engine.slots = 32
+    c.engine.chunk = 4
+    c.engine.cache_tokens = 448
+    c.engine.cache_buckets = (256,)
+    c.engine.extend_buckets = (64, 128, 448)
+    c.engine.extend_rows = 8
+
+    c.learner.learning_rate = 3e-4
+    c.learner.mini_batches = 1
+    c.learner.row_tokens = 384
+    c.learner.rows = 8
+    c.learner.logprob_chunk = 128
+
+    c.checkpoint.every = 10
+    return c.lock()

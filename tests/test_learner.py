@@ -1,0 +1,228 @@
+"""Learner: packing, micro-batching and sharding never change the update; broken updates are skipped."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssp_jax import learner, model, objective, sharding
+from ssp_jax.data import InputError
+from ssp_jax.metrics import CompileCounter
+
+MODEL = model.ModelConfig(61, 2, 32, 4, 2, 8, 48, qkv_bias=True)
+BASE = learner.LearnerConfig(
+    model=MODEL,
+    dtype=jnp.float32,
+    remat=True,
+    temperature=1.0,
+    learning_rate=1e-2,
+    warmup_steps=1,
+    adam_b1=0.9,
+    adam_b2=0.99,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    mini_batches=1,
+    row_tokens=32,
+    rows=8,
+    logprob_chunk=16,
+    clip_low=0.2,
+    clip_high=0.3,
+    kl_coef=0.1,
+    kl_type="k3",
+    aggregation="sequence_mean",
+    old_logprobs="sampler",
+    importance_cap=2.0,
+)
+PARAMS = model.init_params(MODEL, jax.random.key(0))
+
+
+@dataclasses.dataclass
+class Played:
+    tokens: list
+    sampled: list
+    logprobs: list
+
+
+def make_episodes(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    made = []
+    for n in lengths:
+        sampled = [False] * 3 + [bool(x) for x in rng.random(n - 3) < 0.7]
+        made.append(Played(rng.integers(0, 61, n).tolist(), sampled, np.where(sampled, -rng.random(n) * 5, 0.0).tolist()))
+    return made
+
+
+EPISODES = make_episodes([5, 9, 20, 7, 11, 6, 32, 8])
+ADVANTAGES = np.linspace(-1, 1, 8).astype(np.float32)
+
+
+def gradient(c, episodes=EPISODES, advantages=ADVANTAGES):
+    """Loss and gradient of one mini-batch, as the update sees them: summed over its micro-batches."""
+    total = learner._zeros(PARAMS)
+    for batch in learner.make_batches(c, episodes, advantages):
+        total = jax.jit(learner._accumulate, static_argnums=0)(c, total, PARAMS, PARAMS, batch, batch.sampler_logp_BT)
+    return total
+
+
+def close(a, b, atol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), a, b)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("changes", [{"rows": 1}, {"rows": 2, "row_tokens": 48}, {"row_tokens": 128, "rows": 1}])
+def test_packing_and_micro_batches_do_not_change_loss_and_gradient(aggregation, changes):
+    base = dataclasses.replace(BASE, aggregation=aggregation)
+    expected, got = gradient(base), gradient(dataclasses.replace(base, **changes))
+    close(expected[0], got[0])
+    np.testing.assert_allclose(expected[1].loss, got[1].loss, rtol=1e-5)
+
+
+def test_sequence_mean_is_the_mean_over_episodes_alone():
+    whole = gradient(BASE)[1].loss
+    alone = [gradient(BASE, [e], ADVANTAGES[i : i + 1])[1].loss for i, e in enumerate(EPISODES)]
+    np.testing.assert_allclose(whole, np.mean(alone), rtol=1e-4)
+
+
+def test_gradient_reaches_sampled_tokens_only():
+    """d loss / d logits is zero wherever the next token was a prompt, a result or padding."""
+    (batch,) = learner.make_batches(dataclasses.replace(BASE, rows=4, row_tokens=64), EPISODES, ADVANTAGES)
+    logits = jax.random.normal(jax.random.key(1), (4, 64, 61))
+
+    def loss(logits):
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_BT[..., None], -1)[..., 0]
+        fixed = jax.lax.stop_gradient(logp)
+        settings = dict(clip_low=0.2, clip_high=0.3, kl_coef=0.1, kl_type="k3", importance_cap=2.0)
+        return objective.policy_loss(
+            logp,
+            logp,
+            old_logp_BT=fixed,
+            sampler_logp_BT=fixed,
+            ref_logp_BT=fixed - 0.1,
+            advantage_BT=batch.advantage_BT,
+            weight_BT=batch.weight_BT,
+            **settings,
+        ).loss
+
+    touched = np.abs(jax.grad(loss)(logits)).sum(-1) > 0
+    np.testing.assert_array_equal(touched, batch.weight_BT > 0)
+    assert touched.sum() == sum(sum(e.sampled) for e in EPISODES)
+
+
+def test_a_batch_says_what_each_column_predicts():
+    (batch,) = learner.make_batches(BASE, EPISODES[:2], ADVANTAGES[:2])
+    first, second = EPISODES[1], EPISODES[0]  # the longest first
+    n, m = len(first.tokens), len(second.tokens)
+    assert batch.tokens_BT[0, : n + m].tolist() == first.tokens + second.tokens
+    assert batch.targets_BT[0, : n - 1].tolist() == first.tokens[1:]
+    assert batch.positions_BT[0, : n + m].tolist() == [*range(n), *range(m)]
+    assert batch.segments_BT[0, : n + m + 1].tolist() == [1] * n + [2] * m + [0]
+    np.testing.assert_allclose(batch.sampler_logp_BT[0, : n - 1], first.logprobs[1:], rtol=1e-6)
+    assert (batch.weight_BT[0, : n - 1] > 0).tolist() == first.sampled[1:]
+    assert batch.weight_BT[0, n - 1] == 0  # the last token of a segment predicts nothing
+    assert batch.advantage_BT[0, 0] == ADVANTAGES[1]
+    np.testing.assert_allclose(batch.weight_BT.sum(), 1.0, rtol=1e-6)
+
+
+@given(st.lists(st.integers(1, 40), max_size=60))
+def test_rows_hold_everything_once_and_never_overflow(lengths):
+    rows = learner.pack(lengths, 40)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in row) <= 40 for row in rows)
+    assert len(rows) <= max(1, 2 * sum(lengths) / 40 + 1)
+
+
+def test_an_episode_longer_than_a_row_is_an_input_error():
+    with pytest.raises(InputError, match=r"learner.row_tokens is 32 but an episode has 33"):
+        learner.pack([33], 32)
+
+
+def make_learner(c, params=PARAMS, put=lambda batch: batch):
+    reference = params if c.kl_coef else None
+    return learner.Learner(c, reference, put), learner.init_state(c, jax.tree.map(jnp.copy, params))
+
+
+def update(c, state=None, episodes=EPISODES, advantages=ADVANTAGES, seed=0):
+    one, fresh = make_learner(c)
+    return one.update(fresh if state is None else state, episodes, advantages, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
+def test_sharded_update_equals_single_device(axes):
+    expected, _ = update(BASE)
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))
+    params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh))
+    rows = sharding.rows_sharding(mesh)
+    one, state = make_learner(BASE, params, lambda batch: jax.device_put(batch, rows))
+    state, _ = one.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
+    close(expected.params, jax.device_get(state.params), atol=1e-4)
+
+
+def test_compiles_do_not_grow_with_content():
+    one, state = make_learner(BASE)
+    rng = np.random.default_rng(0)
+    state, _ = one.update(state, EPISODES, ADVANTAGES, rng)
+    counter = CompileCounter()
+    for lengths in ([4], [32] * 20, [5, 6, 7] * 9):
+        episodes = make_episodes(lengths)
+        state, _ = one.update(state, episodes, np.ones(len(lengths), np.float32), rng)
+    assert counter.count == 0
+
+
+def test_mini_batches_take_one_optimizer_step_each():
+    state, _ = update(dataclasses.replace(BASE, mini_batches=2))
+    assert int(state.updates) == 2
+    state, _ = update(dataclasses.replace(BASE, mini_batches=2), episodes=EPISODES[:1], advantages=ADVANTAGES[:1])
+    assert int(state.updates) == 1
+
+
+def test_old_logprobs_from_the_sampler_or_computed():
+    """Recorded log-probs that are right give the same update as recomputing; wrong ones are corrected, up to the cap."""
+    batches = learner.make_batches(BASE, EPISODES, ADVANTAGES)
+    exact = [Played(e.tokens, e.sampled, list(e.logprobs)) for e in EPISODES]
+    rows = learner.pack([len(e.tokens) for e in EPISODES], BASE.row_tokens)
+    logp = np.asarray(learner.score(BASE, PARAMS, batches[0])[0])
+    for b, row in enumerate(rows):
+        at = 0
+        for i in row:
+            n = len(exact[i].tokens)
+            exact[i].logprobs = [0.0, *logp[b, at : at + n - 1].tolist()]
+            at += n
+    recompute = dataclasses.replace(BASE, old_logprobs="recompute")
+    a, report = update(BASE, episodes=exact)
+    b, _ = update(recompute, episodes=exact)
+    close(a.params, b.params)
+    assert report["logprob_gap_max"] < 1e-5 and report["clip_fraction"] == 0
+    off, report = update(recompute)
+    assert report["logprob_gap"] > 0.1 and report["clip_fraction"] == 0  # the ratio to the recomputed policy is 1
+    assert any((x != y).any() for x, y in zip(jax.tree.leaves(off.params), jax.tree.leaves(b.params), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
+    broken = np.full(8, np.nan, np.float32)
+    state, _ = update(BASE, advantages=broken)
+    jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
+    assert (int(state.updates), int(state.bad_updates)) == (0, 1)
+    state, _ = update(BASE, state=state)
+    assert (int(state.updates), int(state.bad_updates)) == (1, 0)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_the_reference_model_holds_the_policy():
+    """With no reward at all the first step moves nothing (the policy is the reference); later ones are pulled back."""
+    _, report = update(BASE, advantages=np.zeros(8, np.float32))
+    assert report["kl"] == pytest.approx(0, abs=1e-6) and report["grad_norm"] == pytest.approx(0, abs=1e-5)
+
+
+def test_rewarded_tokens_become_likelier():
+    c = dataclasses.replace(BASE, kl_coef=0.0, clip_high=1e9, old_logprobs="recompute")
+    one, state = make_learner(c)
+    good = [EPISODES[2]]
+    (batch,) = learner.make_batches(c, good, np.ones(1, np.float32))
+    before = (learner.score(c, state.params, batch)[0] * batch.weight_BT).sum()
+    for step in range(5):
+        state, _ = one.update(state, good, np.ones(1, np.float32), np.random.default_rng(step))
+    assert (learner.score(c, state.params, batch)[0] * batch.weight_BT).sum() > before + 0.5
