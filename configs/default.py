@@ -1,7 +1,8 @@
 """Every key of a run, with unit and source; other configs hold differences only.
 
 Sources: [P] the paper, arXiv 2510.18821v1; [C] its reference code; [H] this project's choice. Where paper and code
-differ the paper is the default and the comment names the other. The result is locked: a wrong key or type fails at once.
+differ the paper is the default and the comment names the other. The result is locked: a wrong key or type fails at
+once.
 """
 
 from ml_collections import ConfigDict

@@ -84,9 +84,7 @@ def check_workdir(workdir: str, config: ConfigDict) -> None:
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not the config of a run: {error}; expected a JSON object of keys") from error
     changed = sorted(
-        key
-        for key in now.keys() | before.keys()
-        if now.get(key) != before.get(key) and not key.startswith(MAY_CHANGE)
+        key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not key.startswith(MAY_CHANGE)
     )
     if changed:
         keys = ", ".join(f"{key} was {_show(before, key)} and is {_show(now, key)}" for key in changed)

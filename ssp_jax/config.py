@@ -206,7 +206,15 @@ CHOICES: dict[str, Iterable[str]] = {
 }
 _MAY_BE_ZERO = (
     *("seed", "steps", "game.noise_documents", "rules.", "reward.", "sampling.", "retriever.k1", "retriever.b"),
-    *("learner.warmup_steps", "learner.weight_decay", "learner.kl_coef", "learner.clip_", "eval.", "checkpoint.every", "log."),
+    *(
+        "learner.warmup_steps",
+        "learner.weight_decay",
+        "learner.kl_coef",
+        "learner.clip_",
+        "eval.",
+        "checkpoint.every",
+        "log.",
+    ),
 )
 
 
@@ -226,6 +234,11 @@ def check_values(config: ConfigDict) -> None:
         least = 0 if key.startswith(_MAY_BE_ZERO) else 1e-12
         if key != "reward.invalid_question" and any(n < least for n in numbers):
             raise InputError(f"config key {key} is {value}; expected {'at least 0' if not least else 'more than 0'}")
+    _check_sizes(config, values)
+
+
+def _check_sizes(config: ConfigDict, values: dict[str, Any]) -> None:
+    """Lengths that must hold each other."""
     limits = config.limits
     played = limits.prompt_tokens + limits.response_tokens
     needs = {

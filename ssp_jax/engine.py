@@ -27,9 +27,13 @@ class Player(Protocol):
 
     uid: int
     tokens: list[int]
-    stop_set: int  # which of the engine's automata this player listens to
     temperature: float
     stop_reason: str  # "" while playing
+
+    @property
+    def stop_set(self) -> int:
+        """Which of the engine's automata this player listens to."""
+        ...
 
     def token_limit(self) -> int:
         """Total number of tokens at which the coming turn must end."""
@@ -205,7 +209,7 @@ class Engine:
         def column(values: list[Any], fill: Any, dtype: Any = np.int32) -> np.ndarray:
             return np.array(values + [fill] * (N - len(values)), dtype)
 
-        return sampler.Starts(  # type: ignore[arg-type]
+        return sampler.Starts(
             slot_N=column([r.slot for r in rows], self._sizes.slots),
             length_N=column([r.filled + r.count for r in rows], 0),
             token_N=column([r.tokens[r.filled + r.count] for r in rows], 0),
@@ -359,7 +363,14 @@ class _Table:
         self._filled[slot] += count
         self._playing.add(slot)
         return _Row(
-            slot, list(player.tokens), filled, count, player.token_limit(), player.stop_set, player.uid, player.temperature
+            slot,
+            list(player.tokens),
+            filled,
+            count,
+            player.token_limit(),
+            player.stop_set,
+            player.uid,
+            player.temperature,
         )
 
     def _leave(self, slot: int) -> None:

@@ -190,11 +190,11 @@ class Learner:
         self, state: TrainState, episodes: Sequence[Trajectory], advantage_E: np.ndarray, order: np.random.Generator
     ) -> tuple[TrainState, dict[str, float]]:
         """All optimizer steps of one role: the episodes, shuffled by `order`, in c.mini_batches parts."""
-        parts = np.array_split(order.permutation(len(episodes)), self._config.mini_batches)
-        parts = [sorted(part.tolist()) for part in parts if len(part)]
-        batches = [make_batches(self._config, [episodes[i] for i in part], advantage_E[part]) for part in parts]
+        split = np.array_split(order.permutation(len(episodes)), self._config.mini_batches)
+        parts = [sorted(part.tolist()) for part in split if len(part)]
+        made = [make_batches(self._config, [episodes[i] for i in part], advantage_E[part]) for part in parts]
+        batches = [[self._put(batch) for batch in part] for part in made]
         # Old log-probs belong to the policy before the first of these optimizer steps.
-        batches = [[self._put(batch) for batch in part] for part in batches]
         old = [[self._old_logprobs(state.params, batch) for batch in part] for part in batches]
         reports = []
         for part, part_old in zip(batches, old, strict=True):

@@ -64,7 +64,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Contracts the last `len(in_shape)` axes of x with a kernel of shape in_shape + out_shape, plus a bias if asked."""
+    """Contracts the last `len(in_shape)` axes of x with a kernel of shape in_shape + out_shape, plus a bias."""
 
     def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], rngs: nnx.Rngs, bias: bool = False):
         std = 1 / math.sqrt(math.prod(in_shape))

@@ -1,9 +1,10 @@
 """All texts and tags of the game: render prompts, parse what the model wrote. Knows nothing of JAX.
 
-Three styles share one interface. `search_r1` is the form that Search-R1, ZeroSearch and SSP models were trained with
-(think / search / information / answer). `r_search` is R-Search's own (observation, original_evidence). `brief` keeps the
-tags and drops the explanations, for models too small to read instructions. The wording is ours; the shape (instruction,
-then "Question: ..." at the end of the user turn; one assistant turn with results inserted as text) is the interface.
+Three styles share one interface. `search_r1` is the form that Search-R1, ZeroSearch and SSP models were trained on
+(think, search, information, answer). `r_search` is R-Search's own (observation, original_evidence). `brief` keeps the
+tags and drops the explanations, for models too small to read instructions. The wording is ours; the shape
+(instruction, then "Question: ..." at the end of the user turn; one assistant turn with results inserted as text) is
+the interface.
 """
 
 import re
@@ -41,7 +42,7 @@ _PROPOSER_SYSTEM = (
     "Work backwards: do not search for the answer itself first but for a concept close to it, read the results, "
     "find a fact that links to another entity, and repeat until the chain has n links. "
     + _TOOL_RULES
-    + "Finish with exactly one question between <question> and </question>. Rules: the question rests on facts that you "
+    + "Finish with exactly one question between <question> and </question>. Rules: the question rests on facts you "
     "found; it does not contain the answer; it cannot be answered without searching; it needs n searches; "
     "it has exactly one correct answer.{{examples}}"
 )

@@ -39,13 +39,13 @@ class SamplerState:
 class Starts:
     """Slots that begin or resume a turn. N rows; a row whose slot is out of range is padding and writes nothing."""
 
-    slot_N: jax.Array
-    length_N: jax.Array
-    token_N: jax.Array
-    limit_N: jax.Array
-    match_N: jax.Array
-    uid_N: jax.Array
-    temperature_N: jax.Array
+    slot_N: Any  # the fields of SamplerState, for these slots; numpy or JAX arrays
+    length_N: Any
+    token_N: Any
+    limit_N: Any
+    match_N: Any
+    uid_N: Any
+    temperature_N: Any
 
 
 @jax.tree_util.register_dataclass
@@ -117,9 +117,7 @@ def extend(
         k_row, v_row = (g.at[row_N, :, write_NT].set(x, mode="drop") for g, x in zip(gathered, (k, v), strict=True))
         o_NTNH = attention.cached(q, k_row, v_row, positions_NT)
         slot_N = starts.slot_N[:, None]
-        return o_NTNH, tuple(
-            c.at[slot_N, :, write_NT].set(x, mode="drop") for c, x in zip(cache, (k, v), strict=True)
-        )
+        return o_NTNH, tuple(c.at[slot_N, :, write_NT].set(x, mode="drop") for c, x in zip(cache, (k, v), strict=True))
 
     caches = tuple(zip(state.k, state.v, strict=True))
     _, caches = model.forward_cached(config, params, tokens_NT, positions_NT, attend, caches, dtype=dtype)
@@ -170,7 +168,9 @@ def sample(
     return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "eos", "steps", "cache_len", "dtype"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "eos", "steps", "cache_len", "dtype"), donate_argnames=("state",)
+)
 def decode_chunk(
     config: model.ModelConfig,
     params: model.Params,
@@ -192,16 +192,22 @@ def decode_chunk(
     row_B = jnp.arange(B)
 
     def attend(position_B: jax.Array, cache: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        new = tuple(
+        k_new, v_new = (
             c.at[row_B, :, position_B].set(x[:, 0], mode="drop") for c, x in zip(cache, (k, v), strict=True)
         )
-        return attention.cached(q, *new, position_B[:, None]), new
+        return attention.cached(q, k_new, v_new, position_B[:, None]), (k_new, v_new)
 
     def step(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], tuple[jax.Array, ...]]:
         caches, token_B, length_B, match_B, stop_B = carry
         running_B = stop_B == RUNNING
         hidden_BTD, caches = model.forward_cached(
-            config, params, token_B[:, None], length_B[:, None], functools.partial(attend, length_B), caches, dtype=dtype
+            config,
+            params,
+            token_B[:, None],
+            length_B[:, None],
+            functools.partial(attend, length_B),
+            caches,
+            dtype=dtype,
         )
         logits_BV = model.logits(params, hidden_BTD[:, 0])
         next_B, logprob_B = sample(logits_BV, key, state.uid_B, length_B + 1, state.temperature_B)

@@ -32,7 +32,7 @@ class Question:
 
 @dataclasses.dataclass
 class Game:
-    """One given answer's way through a round, filled in as its episodes end. fault is "" once a question is verified."""
+    """One given answer's way through a round, filled in as its episodes end. fault is "" once verified."""
 
     index: int
     task: Task
@@ -183,7 +183,13 @@ class _Play:
     """What follows the end of each episode. Its methods return the players that an end leads to."""
 
     def __init__(
-        self, config: ConfigDict, stage: Stage, games: list[Game], noise: list[list[Document]], pool: list[Question], step: int
+        self,
+        config: ConfigDict,
+        stage: Stage,
+        games: list[Game],
+        noise: list[list[Document]],
+        pool: list[Question],
+        step: int,
     ):
         self._config, self._stage, self._games = config, stage, games
         self.noise, self._pool, self._step = noise, pool, step
@@ -204,7 +210,11 @@ class _Play:
 
     def finished(self, player: Player) -> Iterable[Player]:
         game, episode = self._games[(player.uid >> 9) & ((1 << 19) - 1)], player.episode()
-        after = {PROPOSER.name: self._after_proposer, VERIFIER.name: self._after_verifier, SOLVER.name: self._after_solver}
+        after = {
+            PROPOSER.name: self._after_proposer,
+            VERIFIER.name: self._after_verifier,
+            SOLVER.name: self._after_solver,
+        }
         return after[episode.role](game, episode)
 
     def _after_proposer(self, game: Game, episode: Episode) -> Iterable[Player]:
@@ -240,7 +250,7 @@ class _Play:
         return self._failed(game, "unverified")
 
     def _failed(self, game: Game, fault: str) -> Iterable[Player]:
-        """How the batch is filled when a question fails [P B.1]; a dummy question gives no signal, so none is played."""
+        """How the batch is filled when a question fails [P B.1]; a dummy question gives no signal, so none plays."""
         game.fault, game.question = fault, None
         c = self._config.game
         if c.batch_fill == "resample":

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ssp_jax.data import InputError
 
@@ -52,7 +53,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...]) 
 
 
 def param_shardings(params: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
-    """Shardings shaped like params. drop: mesh axes over which every device keeps the whole (the sampler drops fsdp)."""
+    """Shardings shaped like params. drop: mesh axes over which each device keeps the whole (the sampler drops fsdp)."""
 
     def one(path: Any, leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)

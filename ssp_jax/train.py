@@ -76,7 +76,9 @@ def _read(config: ConfigDict, workdir: str) -> Inputs:
     tokenizer = weights.load_tokenizer(config.model.path)
     kv_heads = model_config.num_kv_heads
     if config.mesh.tensor > 0 and kv_heads % config.mesh.tensor:
-        raise InputError(f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads")
+        raise InputError(
+            f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads"
+        )
     r = config.retriever
     index = r.index or str(Path(workdir) / "index")
     return Inputs(
@@ -205,7 +207,9 @@ class _Run:
         if c.log.episodes_every and self.step % c.log.episodes_every == 0:
             self.logger.episodes(self.step, [readable(game) for game in round_.games])
         if int(self._state.bad_updates) >= c.learner.max_bad_updates:
-            sys.exit(f"ssp_jax: {c.learner.max_bad_updates} updates in a row were not finite; stopped after step {self.step}")
+            sys.exit(
+                f"ssp_jax: {c.learner.max_bad_updates} updates in a row were not finite; stopped after step {self.step}"
+            )
 
     def _update(self, round_: Round) -> dict[str, float]:
         """Solver then proposer [P Alg.1], the other way round [C], or both in one update."""
@@ -255,9 +259,13 @@ class _Run:
         return scores
 
     def _show_scores(self, step: int, results: dict[str, Result]) -> None:
-        self.logger.record(step, {f"eval/{name}/{key}": v for name, r in results.items() for key, v in r.summary().items()})
+        self.logger.record(
+            step, {f"eval/{name}/{key}": v for name, r in results.items() for key, v in r.summary().items()}
+        )
         rows = [[name, r.em, r.f1, r.searches, r.n] for name, r in results.items()]
-        self.logger.table(f"Held-out questions after step {step}", rows, ["set", "EM %", "F1 %", "searches", "questions"])
+        self.logger.table(
+            f"Held-out questions after step {step}", rows, ["set", "EM %", "F1 %", "searches", "questions"]
+        )
 
     def finish(self, stop: _Sigterm) -> None:
         """The last evaluation, the export, summary.json, and the table of before and after."""
@@ -273,7 +281,9 @@ class _Run:
         (self._workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         if len(summary["eval"]) == 2:
             before, after = summary["eval"]["before"], summary["eval"]["after"]
-            rows = [[n, before[n]["em"], after[n]["em"], after[n]["em"] - before[n]["em"], after[n]["n"]] for n in before]
+            rows = [
+                [n, before[n]["em"], after[n]["em"], after[n]["em"] - before[n]["em"], after[n]["n"]] for n in before
+            ]
             means = [float(np.mean([row[i] for row in rows])) for i in (1, 2, 3)]
             rows.append(["average", *means, sum(r["n"] for r in after.values())])
             title = f"Exact match on held-out questions, {self.step} steps of self-play"

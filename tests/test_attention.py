@@ -34,6 +34,8 @@ def test_packed_has_no_gradient_across_segments_or_from_the_future():
 
 def test_cached_equals_packed_when_the_cache_holds_the_row():
     q, k, v = random_qkv()
-    k_cache, v_cache = (jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, 5), (0, 0)), constant_values=9.0) for x in (k, v))
+    k_cache, v_cache = (
+        jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, 5), (0, 0)), constant_values=9.0) for x in (k, v)
+    )
     got = attention.cached(q, k_cache, v_cache, jnp.broadcast_to(jnp.arange(T), (B, T)))
     np.testing.assert_allclose(got, attention.packed(q, k, v, jnp.ones((B, T), jnp.int32)), atol=1e-5)

@@ -11,7 +11,13 @@ from ssp_jax.episodes import PROPOSER, SOLVER, VERIFIER, Limits, Player, Stage
 
 TOKENIZER = weights.load_tokenizer(Path("assets/tiny/model"))
 LIMITS = Limits(
-    prompt_tokens=64, verify_prompt_tokens=200, response_tokens=120, turn_tokens=30, turns=4, searches=3, observation_tokens=60
+    prompt_tokens=64,
+    verify_prompt_tokens=200,
+    response_tokens=120,
+    turn_tokens=30,
+    turns=4,
+    searches=3,
+    observation_tokens=60,
 )
 STAGE = Stage(TOKENIZER, prompts.STYLES["brief"], "chat", LIMITS)
 FOUND = [Document("1", '"Ulaanbaatar"', "Ulaanbaatar is the capital of Mongolia.")]

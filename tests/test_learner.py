@@ -52,7 +52,9 @@ def make_episodes(lengths, seed=0):
     made = []
     for n in lengths:
         sampled = [False] * 3 + [bool(x) for x in rng.random(n - 3) < 0.7]
-        made.append(Played(rng.integers(0, 61, n).tolist(), sampled, np.where(sampled, -rng.random(n) * 5, 0.0).tolist()))
+        made.append(
+            Played(rng.integers(0, 61, n).tolist(), sampled, np.where(sampled, -rng.random(n) * 5, 0.0).tolist())
+        )
     return made
 
 
@@ -180,7 +182,7 @@ def test_mini_batches_take_one_optimizer_step_each():
 
 
 def test_old_logprobs_from_the_sampler_or_computed():
-    """Recorded log-probs that are right give the same update as recomputing; wrong ones are corrected, up to the cap."""
+    """Right ones give the same update as recomputing; wrong ones are corrected, up to the cap."""
     batches = learner.make_batches(BASE, EPISODES, ADVANTAGES)
     exact = [Played(e.tokens, e.sampled, list(e.logprobs)) for e in EPISODES]
     rows = learner.pack([len(e.tokens) for e in EPISODES], BASE.row_tokens)

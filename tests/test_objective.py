@@ -81,7 +81,9 @@ def test_extreme_ratios_stay_finite():
 
 def test_gradients_match_finite_differences():
     old = np.array([-1.0, -0.7, -2.0])
-    check_grads(lambda x: loss_of(x, old=old, ref=old - 0.3, kl_coef=0.5).loss, (jnp.array(old + 0.05),), order=1, rtol=2e-2)
+    check_grads(
+        lambda x: loss_of(x, old=old, ref=old - 0.3, kl_coef=0.5).loss, (jnp.array(old + 0.05),), order=1, rtol=2e-2
+    )
 
 
 def test_group_of_one_keeps_its_reward():

@@ -1,6 +1,7 @@
 """Sampler: what it records is what the trainer computes; stops, limits, independence of rows."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,14 @@ def extend(state, rows, tokens, counts, cache_len=CACHE):
     width = max(len(t) for t in tokens)
     tokens_NT = np.array([list(t) + [0] * (width - len(t)) for t in tokens], np.int32)
     return sampler.extend(
-        CONFIG, UNSTACKED, state, starts(rows), tokens_NT, np.array(counts, np.int32), cache_len=cache_len, dtype=jnp.float32
+        CONFIG,
+        UNSTACKED,
+        state,
+        starts(rows),
+        tokens_NT,
+        np.array(counts, np.int32),
+        cache_len=cache_len,
+        dtype=jnp.float32,
     )
 
 
@@ -57,9 +65,7 @@ def fresh():
 
 def generate(prompts, temperature=1.0, steps=6, uids=(10, 11, 12, 13), slots=None, limit=CACHE):
     slots = range(len(prompts)) if slots is None else slots
-    rows = [
-        (s, len(p) - 1, p[-1], limit, u, temperature) for s, p, u in zip(slots, prompts, uids, strict=False)
-    ]
+    rows = [(s, len(p) - 1, p[-1], limit, u, temperature) for s, p, u in zip(slots, prompts, uids, strict=False)]
     state = extend(fresh(), rows, [p[:-1] for p in prompts], [len(p) - 1 for p in prompts])
     return decode(state, steps)
 
@@ -76,7 +82,8 @@ def test_recorded_logprobs_equal_the_trainers(temperature):
         tokens = jnp.array([prompt + new + [0] * (16 - len(prompt) - n)])
         ones = jnp.ones_like(tokens)
         batch = learner.Batch(tokens, jnp.roll(tokens, -1, 1), jnp.arange(16)[None], ones, ones, ones, ones)
-        settings = type("C", (), dict(model=CONFIG, dtype=jnp.float32, remat=False, temperature=temperature, logprob_chunk=8))
+        values = dict(model=CONFIG, dtype=jnp.float32, remat=False, temperature=temperature, logprob_chunk=8)
+        settings = types.SimpleNamespace(**values)
         logp = learner.score(settings, PARAMS, batch)[0][0, len(prompt) - 1 : len(prompt) - 1 + n]
         np.testing.assert_allclose(chunk.logprobs_CB[:n, slot], logp, atol=1e-5)
 
@@ -147,7 +154,8 @@ def forced(tokens):
     for axis, (last, following) in enumerate(tokens.items()):
         embed[last, axis], head[following, axis] = 1.0, 100.0
     ones = jnp.ones((32,))
-    return zeros | {"embed": {"weight": jnp.array(embed)}, "head": {"weight": jnp.array(head)}, "final_norm": {"scale": ones}}
+    made = {"embed": {"weight": jnp.array(embed)}, "head": {"weight": jnp.array(head)}, "final_norm": {"scale": ones}}
+    return zeros | made
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from assets.tiny import script
 from ssp_jax import learner, model
 
 CONFIG = model.ModelConfig(
