@@ -66,8 +66,15 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """Contracts the last `len(in_shape)` axes of x with a kernel of shape in_shape + out_shape, plus a bias."""
 
-    def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], rngs: nnx.Rngs, bias: bool = False):
-        std = 1 / math.sqrt(math.prod(in_shape))
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        gain: float = 1.0,
+    ):
+        std = gain / math.sqrt(math.prod(in_shape))
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), in_shape + out_shape, jnp.float32))
         if bias:
             self.bias = nnx.Param(jnp.zeros(out_shape, jnp.float32))
@@ -88,7 +95,9 @@ class Attention(nnx.Module):
         self.q = Linear((D,), (N, H), rngs, c.qkv_bias)
         self.k = Linear((D,), (K, H), rngs, c.qkv_bias)
         self.v = Linear((D,), (K, H), rngs, c.qkv_bias)
-        self.o = Linear((N, H), (D,), rngs)
+        self.o = Linear(
+            (N, H), (D,), rngs, gain=(2 * c.num_layers) ** -0.5
+        )  # as in GPT-2: the sum of layers stays small
         self.qk_norm = c.qk_norm
         if c.qk_norm:  # Qwen3
             self.q_norm, self.k_norm = RMSNorm(H, c.norm_eps), RMSNorm(H, c.norm_eps)
@@ -105,7 +114,7 @@ class MLP(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.gate = Linear((c.embed_dim,), (c.mlp_dim,), rngs)
         self.up = Linear((c.embed_dim,), (c.mlp_dim,), rngs)
-        self.down = Linear((c.mlp_dim,), (c.embed_dim,), rngs)
+        self.down = Linear((c.mlp_dim,), (c.embed_dim,), rngs, gain=(2 * c.num_layers) ** -0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -128,7 +137,8 @@ class Block(nnx.Module):
 
 class Embedding(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim), jnp.float32))
+        std = c.embed_dim**-0.5  # logits start with a standard deviation near 1
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim), jnp.float32))
 
 
 class Decoder(nnx.Module):

@@ -35,9 +35,10 @@ def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> M
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise InputError(f"config section mesh has sizes {sizes}; expected positive numbers and at most one -1")
     known = int(np.prod([s for s in sizes if s != -1]))
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    if known > len(devices) or (-1 in sizes and len(devices) % known):
         raise InputError(f"config section mesh asks for {sizes} but there are {len(devices)} devices")
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    devices = devices[: int(np.prod(sizes))]  # sizes that are all given may leave devices unused
     return Mesh(np.array(devices).reshape(sizes), AXES)
 
 
@@ -66,18 +67,12 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
-
-
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """The sampler's state: slots over data and fsdp, key/value heads over tensor."""
 
     def one(leaf: Any) -> NamedSharding:
         heads = leaf.shape[1] if leaf.ndim == 4 else 0
-        slots = ROWS[0] if leaf.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-        if heads and heads % mesh.shape["tensor"] == 0:
-            return NamedSharding(mesh, P(slots, "tensor"))
-        return NamedSharding(mesh, P(slots))
+        split = heads and heads % mesh.shape["tensor"] == 0
+        return NamedSharding(mesh, P(ROWS[0], "tensor") if split else ROWS)
 
     return jax.tree.map(one, state)

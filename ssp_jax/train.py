@@ -48,8 +48,8 @@ class Inputs:
 def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
     check_values(config)
-    check_workdir(workdir, config)
     inputs = _read(config, workdir)
+    check_workdir(workdir, config)  # after the inputs: a mistyped path must not become the workdir's config
     run = _Run(config, workdir, inputs)
     with run.logger, run.checkpoints, _Sigterm() as stop:
         try:
@@ -139,6 +139,10 @@ class _Run:
         self.step = self.checkpoints.latest_step() or 0
         self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step)
         self._mesh = sharding.make_mesh(config.mesh.to_dict())
+        parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        for key, number in (("learner.rows", config.learner.rows), ("engine.slots", config.engine.slots)):
+            if number % parts:
+                raise InputError(f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = {parts}")
         self._key = jax.random.key(config.seed)
         self._build_model()
         stage = make_stage(config, inputs.tokenizer)

@@ -42,6 +42,21 @@ class Shown:
     logprobs: Sequence[float]
 
 
+def repeats(vocab_size: int, steps: int, rng: np.random.Generator) -> Iterator[learner.Batch]:
+    """Rows that repeat a random string of tokens: the quickest way to learn to copy, and nothing else can be learnt."""
+    for _ in range(steps):
+        tokens = np.zeros((ROWS, ROW_TOKENS + 1), np.int32)
+        weight = np.zeros((ROWS, ROW_TOKENS), np.float32)
+        for row in range(ROWS):
+            period = int(rng.integers(4, 64))
+            tokens[row] = np.resize(rng.integers(3, vocab_size, period), ROW_TOKENS + 1)
+            weight[row, period:] = 1.0
+        ones = np.ones((ROWS, ROW_TOKENS), np.int32)
+        positions = np.broadcast_to(np.arange(ROW_TOKENS, dtype=np.int32), ones.shape)
+        zeros = np.zeros_like(weight)
+        yield learner.Batch(tokens[:, :-1], tokens[:, 1:], positions, ones, weight / weight.sum(), zeros, zeros)
+
+
 def batches(episodes: Sequence[Shown], settings: Any, rng: np.random.Generator) -> Iterator[learner.Batch]:
     """Packed rows in random order, without end. Weights make the loss a mean over tokens."""
     while True:

@@ -1,0 +1,59 @@
+"""Sharding: the mesh from the config, and the table that says what is split."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ssp_jax import model, sharding
+from ssp_jax.data import InputError
+
+PARAMS = model.abstract_params(model.ModelConfig(64, 2, 32, 4, 2, 8, 48, qkv_bias=True, qk_norm=True))
+
+
+def specs(**options):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    return jax.tree.map(lambda s: s.spec, sharding.param_shardings(PARAMS, mesh, **options))
+
+
+def test_the_table():
+    found = specs()
+    assert found["embed"]["weight"] == P("tensor", "fsdp")
+    attention, mlp = found["layers"]["attention"], found["layers"]["mlp"]
+    assert attention["q"]["kernel"] == P(None, "fsdp", "tensor", None)
+    assert attention["k"]["bias"] == P(None, "tensor", None)
+    assert attention["o"]["kernel"] == P(None, "tensor", None, "fsdp")
+    assert mlp["gate"]["kernel"] == P(None, "fsdp", "tensor")
+    assert mlp["down"]["kernel"] == P(None, "tensor", "fsdp")
+    assert attention["q_norm"]["scale"] == P(None, None)
+
+
+def test_a_dropped_axis_splits_nothing():
+    spec = specs(drop=("fsdp",))["layers"]["mlp"]["gate"]["kernel"]
+    assert spec == P(None, None, "tensor")
+
+
+def test_sizes_that_do_not_divide_stay_whole():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 8})
+    found = sharding.param_shardings(PARAMS, mesh)["layers"]["attention"]
+    assert found["k"]["kernel"].spec == P(None, "fsdp", None, None)  # 2 key/value heads over 8
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    with pytest.raises(ValueError, match="no sharding rule for parameter layers/gate"):
+        sharding.param_shardings({"layers": {"gate": jax.ShapeDtypeStruct((2, 2), "float32")}}, sharding.make_mesh(ONE))
+
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"), [((1, -1, 1), (1, 8, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, 1, 1), (1, 1, 1)), ((2, 1, 2), (2, 1, 2))]
+)
+def test_mesh_sizes(axes, shape):
+    assert sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True))).devices.shape == shape
+
+
+@pytest.mark.parametrize("axes", [(-1, -1, 1), (1, 0, 1), (3, -1, 1), (1, 16, 1)])
+def test_impossible_meshes_are_input_errors(axes):
+    with pytest.raises(InputError, match="config section mesh"):
+        sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))

@@ -1,0 +1,199 @@
+"""The whole loop on the embedded default: resuming equals never having stopped, signals, what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ssp_jax import config as configuration
+from ssp_jax import data, train, weights
+from ssp_jax.config import load_config
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "steps": 4,
+    "game.answers_per_step": 4,
+    "game.group_size": 2,
+    "engine.slots": 8,
+    "engine.extend_rows": 4,
+    "learner.rows": 4,
+    "eval.max_questions": 4,
+    "checkpoint.every": 1,
+    "log.episodes_every": 2,
+}
+
+
+def small(**changes):
+    c = load_config(ROOT / "configs" / "tiny.py").copy_and_resolve_references()
+    with c.unlocked():
+        c.update_from_flattened_dict(SMALL | {k.replace("__", "."): v for k, v in changes.items()})
+    return c
+
+
+def arguments(**changes):
+    values = SMALL | {k.replace("__", "."): v for k, v in changes.items()}
+    return [f"--config.{key}={value}" for key, value in values.items()]
+
+
+def params_of(workdir):
+    export = workdir / "export"
+    return weights.load(export, weights.read_config(export), None, np.float32)
+
+
+def rows_of(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    timing = ("seconds", "time", "per_second", "compiles")
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if not k.endswith(timing)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    train.train(small(), str(workdir))
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["steps"] == 4 and summary["seconds"] > 0
+    for when in ("before", "after"):
+        assert summary["eval"][when].keys() == {"one_hop", "two_hop"}
+        assert all(scores.keys() == {"em", "f1", "n"} and scores["n"] == 4 for scores in summary["eval"][when].values())
+    steps = [row for row in rows_of(whole) if "funnel/proposed" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for row in steps:
+        faults = sum(v for k, v in row.items() if k.startswith("fault/"))
+        assert row["funnel/proposed"] == 4 == row["funnel/verified"] + faults
+        assert row["update/logprob_gap_max"] < 1e-4  # sampler and trainer agree
+    games = [json.loads(line) for line in (whole / "episodes" / "step_000002.jsonl").read_text().splitlines()]
+    assert len(games) == 4 and all(game["proposer"]["turns"] for game in games)
+    assert list((whole / "tensorboard").iterdir())
+
+
+def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
+    initial = weights.load(ROOT / "assets/tiny/model", weights.read_config(ROOT / "assets/tiny/model"), None, np.float32)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params_of(whole), initial)
+    assert max(jax.tree.leaves(moved)) > 0
+    assert weights.load_tokenizer(whole / "export").eos_token_id == 2
+
+
+def test_two_and_two_steps_equal_four_bitwise(whole, tmp_path):
+    train.train(small(steps=2), str(tmp_path))
+    train.train(small(), str(tmp_path))
+    assert rows_of(tmp_path) == rows_of(whole)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), params_of(whole))
+
+
+def start(workdir, **changes):
+    command = [sys.executable, "-m", "ssp_jax.main", f"--config={ROOT}/configs/tiny.py", f"--workdir={workdir}"]
+    return subprocess.Popen([*command, *arguments(**changes)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_step(workdir, process, step, seconds=200):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and any(row["step"] >= step and "funnel/proposed" in row for row in rows_of(workdir)):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"no step {step}: exit code {process.poll()}")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, kill):
+    """SIGTERM saves and exits 0; after SIGKILL at most the steps since the last save are played again. Same result."""
+    process = start(tmp_path, log__episodes_every=2)
+    wait_for_step(tmp_path, process, 2)
+    process.send_signal(kill)
+    output, _ = process.communicate(timeout=120)
+    if kill == signal.SIGTERM:
+        assert process.returncode == 0 and "saved step" in output
+    assert process.returncode in (0, -kill)
+    process = start(tmp_path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "resuming after step" in output
+    assert rows_of(tmp_path) == rows_of(whole)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), params_of(whole))
+
+
+@pytest.mark.parametrize("order", ["proposer_first", "combined"])
+def test_update_orders(tmp_path, order):
+    changes = {"learner__update_order": order, "eval__before": False, "eval__after": False, "checkpoint__export": False}
+    train.train(small(steps=1, **changes), str(tmp_path))
+    keys = {key.split("/")[1] for row in rows_of(tmp_path) for key in row if key.startswith("update/")}
+    assert ("both" in keys) == (order == "combined")
+
+
+def test_roles_that_are_not_trained_do_not_move(tmp_path):
+    """Solver-only with questions nobody verifies: no update at all."""
+    changes = {"game__train": "solver", "rules__min_chars": 999, "eval__before": False, "eval__after": False}
+    train.train(small(steps=1, **changes), str(tmp_path))
+    initial = weights.load(ROOT / "assets/tiny/model", weights.read_config(ROOT / "assets/tiny/model"), None, np.float32)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), initial)
+
+
+def test_updates_that_are_never_finite_stop_the_run(tmp_path):
+    changes = {"learner__learning_rate": 1e30, "eval__before": False, "learner__max_bad_updates": 1}
+    with pytest.raises(SystemExit, match="not finite"):
+        train.train(small(**changes), str(tmp_path))
+
+
+BROKEN = {
+    "model.path": ("nowhere", "nowhere"),
+    "data.answers": ("answers.jsonl", 'line 2: field "search_turns"'),
+    "retriever.corpus": ("corpus.jsonl", "line 1"),
+    "data.eval_sets.one_hop": ("qa.jsonl", "line 1"),
+}
+
+
+@pytest.mark.parametrize("key", sorted(BROKEN))
+def test_bad_input_is_told_before_anything_compiles(tmp_path, key):
+    (tmp_path / "answers.jsonl").write_text('{"ground_truth": "x", "search_turns": 1}\n{"ground_truth": "y"}\n')
+    (tmp_path / "corpus.jsonl").write_text('{"id": "0"}\n')
+    (tmp_path / "qa.jsonl").write_text("not json\n")
+    name, expected = BROKEN[key]
+    c = small()
+    with c.unlocked():
+        c.update_from_flattened_dict({key: str(tmp_path / name)})
+    with pytest.raises(data.InputError, match=expected):
+        train.train(c, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("game.batch_fill", "full", "periodic_reset"),
+        ("learner.row_tokens", 128, "limits.prompt_tokens"),
+        ("engine.cache_tokens", 256, "limits.verify_prompt_tokens"),
+        ("learner.logprob_chunk", 100, "multiple"),
+        ("engine.slots", 0, "more than 0"),
+        ("model.path", "", "expected a path"),
+        ("mesh.tensor", 3, "divisor of 2"),
+        ("learner.rows", 3, "rows"),
+    ],
+)
+def test_values_that_cannot_work_are_told(tmp_path, key, value, expected):
+    changes = {key: value} | ({"mesh.data": 2} if key == "learner.rows" else {})
+    c = small()
+    with c.unlocked():
+        c.update_from_flattened_dict(changes)
+    with pytest.raises(data.InputError, match=expected):
+        train.train(c, str(tmp_path / "run"))
+
+
+def test_a_workdir_of_another_config_is_refused(whole):
+    with pytest.raises(data.InputError, match="game.group_size was 2 and is 3"):
+        train.train(small(game__group_size=3), str(whole))
+
+
+def test_every_choice_names_a_key():
+    assert configuration.CHOICES.keys() <= configuration.default_values().keys()
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
