@@ -40,7 +40,10 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS))
     args = parser.parse_args()
     out, seeds = args.out.resolve(), [int(seed) for seed in args.seeds.split(",")]
-    lines = ["| run | seed | " + "one hop before → after | two hop before → after | average gain | seconds |", "|" + "---|" * 6]
+    lines = [
+        "| run | seed | " + "one hop before → after | two hop before → after | average gain | seconds |",
+        "|" + "---|" * 6,
+    ]
     for variant in args.variants.split(","):
         gains = []
         for seed in seeds:

@@ -332,8 +332,12 @@ class _Table:
             slot = next((s for s in holders if s in free), free[0])
             source = slot if slot in holders else next(iter(holders), -1)
             free.remove(slot)
-            self._seats[slot], self._filled[slot], self._prompt_in[slot] = player, 0, prompt
+            self._seats[slot], self._filled[slot] = player, 0
             row = dataclasses.replace(self._row(slot), source=source)
+            if source < 0 or source == slot:
+                self._prompt_in[slot] = prompt
+            else:
+                self._prompt_in.pop(slot, None)  # nobody may copy from a copy that is not made yet: see to_share
             if source >= 0:
                 self._copies.append(row)
                 self.stats.shared_tokens += row.count
@@ -345,6 +349,7 @@ class _Table:
 
     def to_share(self) -> list[_Row]:
         copies, self._copies = self._copies, []
+        self._prompt_in |= {row.slot: tuple(row.tokens) for row in copies}
         return copies
 
     def _next_waiting(self) -> Player | None:

@@ -83,7 +83,7 @@ STYLES = {
         solver_text="Question: {question}",
         proposer_system_text="",
         proposer_text="Write a question. Searches: {searches}. Answer: {answer}",
-        verifier_text="{documents}Question: {question}",
+        verifier_text="Question: {question}\n{documents}",  # in the order in which a solver meets them
         observation_text="\n<information>{documents}</information>\n",
     ),
 }

@@ -142,7 +142,9 @@ class _Run:
         parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         for key, number in (("learner.rows", config.learner.rows), ("engine.slots", config.engine.slots)):
             if number % parts:
-                raise InputError(f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = {parts}")
+                raise InputError(
+                    f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = {parts}"
+                )
         self._key = jax.random.key(config.seed)
         self._build_model()
         stage = make_stage(config, inputs.tokenizer)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +205,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """The folder's own tokenizer (a transformers fast tokenizer); nothing is ever downloaded."""
     for name in ("tokenizer_config.json", "tokenizer.json"):
         _read_json(Path(folder) / name)  # a broken file gets our sentence, not the tokenizers library's
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell us that there is no PyTorch
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)

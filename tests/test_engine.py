@@ -113,6 +113,22 @@ def test_attempts_of_a_group_share_its_prompt_and_differ():
     assert len({tuple(e.tokens) for e in ended.values()}) == 6
 
 
+def test_late_attempts_share_the_prompt_of_one_that_plays(expected):
+    """Several copies of one prompt in one call, none from another copy."""
+    first, *rest = make_players(groups=1, attempts=3)
+    short = episodes.Player(STAGE, episodes.SOLVER, 9999, 1.0, STAGE.encode("Question: short"))
+    ended = {}
+
+    def finished(player):
+        ended[player.uid] = player.episode()
+        return rest if player is short else []
+
+    stats = make_engine(SIZES).play(PARAMS, KEY, [short, first], finished)
+    assert stats.shared_tokens == 2 * (len(first.episode().tokens[: first.prompt_length]) - 1)
+    del ended[short.uid]
+    same({uid: expected[uid] for uid in ended}, ended)
+
+
 def test_players_that_follow_from_others_are_played():
     first, *rest = make_players(episodes.Player, groups=2, attempts=2)
     order = []

@@ -30,7 +30,7 @@ def test_the_proposer_is_given_answer_number_and_examples(style):
 def test_the_verifier_sees_documents_and_question(style):
     text = prompts.verifier_messages(style, "Which?", DOCUMENTS)[-1]["content"]
     assert 'Doc 1(Title: "Paris") Paris is big.\nDoc 2(Title: "Lyon") Lyon is old.\n' in text
-    assert text.endswith("Question: Which?")
+    assert "Question: Which?" in text
 
 
 def test_observations_have_each_familys_form():

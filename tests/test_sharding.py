@@ -47,7 +47,8 @@ ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
-    ("axes", "shape"), [((1, -1, 1), (1, 8, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, 1, 1), (1, 1, 1)), ((2, 1, 2), (2, 1, 2))]
+    ("axes", "shape"),
+    [((1, -1, 1), (1, 8, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, 1, 1), (1, 1, 1)), ((2, 1, 2), (2, 1, 2))],
 )
 def test_mesh_sizes(axes, shape):
     assert sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True))).devices.shape == shape

@@ -79,7 +79,9 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
-    initial = weights.load(ROOT / "assets/tiny/model", weights.read_config(ROOT / "assets/tiny/model"), None, np.float32)
+    initial = weights.load(
+        ROOT / "assets/tiny/model", weights.read_config(ROOT / "assets/tiny/model"), None, np.float32
+    )
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params_of(whole), initial)
     assert max(jax.tree.leaves(moved)) > 0
     assert weights.load_tokenizer(whole / "export").eos_token_id == 2
@@ -136,7 +138,9 @@ def test_roles_that_are_not_trained_do_not_move(tmp_path):
     """Solver-only with questions nobody verifies: no update at all."""
     changes = {"game__train": "solver", "rules__min_chars": 999, "eval__before": False, "eval__after": False}
     train.train(small(steps=1, **changes), str(tmp_path))
-    initial = weights.load(ROOT / "assets/tiny/model", weights.read_config(ROOT / "assets/tiny/model"), None, np.float32)
+    initial = weights.load(
+        ROOT / "assets/tiny/model", weights.read_config(ROOT / "assets/tiny/model"), None, np.float32
+    )
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), initial)
 
 

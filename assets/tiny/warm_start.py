@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from assets.tiny import script
 from ssp_jax import learner, model
 
 CONFIG = model.ModelConfig(
@@ -23,14 +25,15 @@ CONFIG = model.ModelConfig(
     num_kv_heads=2,
     head_dim=32,
     mlp_dim=384,
-    rope_theta=10000.0,
+    rope_theta=1e6,
     tie_embeddings=True,
     qkv_bias=True,
 )
-STEPS = 3000
-LEARNING_RATE = 3e-3
-ROWS, ROW_TOKENS = 8, 384
-GIVEN_WEIGHT = 0.1  # of prompt and result tokens in the loss: predicting them teaches to copy names
+COPY_STEPS, COPY_ROWS, COPY_TOKENS = 750, 4, 128  # of repeated random strings
+STEPS, ROWS, ROW_TOKENS = 3000, 4, 384  # of scripted episodes
+EPISODES = 20_000
+LEARNING_RATE = 2e-3
+GIVEN_WEIGHT = 0.3  # of prompt and result tokens in the loss: predicting them teaches to copy names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +45,53 @@ class Shown:
     logprobs: Sequence[float]
 
 
-def repeats(vocab_size: int, steps: int, rng: np.random.Generator) -> Iterator[learner.Batch]:
-    """Rows that repeat a random string of tokens: the quickest way to learn to copy, and nothing else can be learnt."""
-    for _ in range(steps):
-        tokens = np.zeros((ROWS, ROW_TOKENS + 1), np.int32)
-        weight = np.zeros((ROWS, ROW_TOKENS), np.float32)
-        for row in range(ROWS):
-            period = int(rng.integers(4, 64))
-            tokens[row] = np.resize(rng.integers(3, vocab_size, period), ROW_TOKENS + 1)
+def initial_params(seed: int) -> model.Params:
+    """Random weights, but for one circuit: look up what followed the last time that this token was seen.
+
+    A large model finds this induction circuit (Olsson et al. 2022, arXiv 2209.11895) early in its pretraining; this one
+    did not within the whole warm start, and started with a weak form of it, it does within a minute. Head 0 of layer 0
+    looks one token back, by its biases: with query angles 0 and key angles w per rotary frequency w, the score of a
+    query at t and a key at s is a sum of cos(w * (t - s - 1)). It writes that token into a subspace; head 0 of layer 1
+    compares the current token with it, on the slow frequencies alone, and copies what it finds.
+    """
+    params = model.init_params(CONFIG, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    D, H = CONFIG.embed_dim, CONFIG.head_dim
+    frequency = CONFIG.rope_theta ** (-np.arange(0, H, 2) / H)
+    slow = np.tile(frequency < 0.02, 2)
+    place, rest = np.split(np.linalg.qr(rng.normal(size=(D, D)))[0], [H], axis=1)  # where it is kept, and all else
+    name, copied = (
+        rest @ np.linalg.qr(rng.normal(size=(D - H, H)))[0] for _ in range(2)
+    )  # fingerprint; what is copied
+    look_back = 12.0  # size of the biases: far likelier than the next best place
+    for kernel in (params["layers"]["attention"]["o"], params["layers"]["mlp"]["down"]):
+        kernel["kernel"] *= 0.2  # the rest starts quietly
+    attention = params["layers"]["attention"]
+    for part, leaf, layer, value in (
+        ("q", "bias", 0, look_back * np.repeat([1.0, 0.0], H // 2)),
+        ("k", "bias", 0, look_back * np.concatenate([np.cos(frequency), np.sin(frequency)])),
+        ("v", "kernel", 0, name),
+        ("o", "kernel", 0, 0.15 * place.T),
+        ("q", "kernel", 1, 1.8 * name * slow),
+        ("k", "kernel", 1, 1.8 * place * slow),
+        ("v", "kernel", 1, copied),
+        ("o", "kernel", 1, 0.5 * copied.T),
+    ):
+        head = (layer, 0) if leaf == "bias" or part == "o" else (layer, slice(None), 0)
+        attention[part][leaf] = attention[part][leaf].at[head].set(jnp.asarray(value, jnp.float32))
+    return params
+
+
+def repeats(rng: np.random.Generator) -> Iterator[learner.Batch]:
+    """Rows that repeat a random string of tokens, without end: nothing but copying can be learnt from them."""
+    shape = (COPY_ROWS, COPY_TOKENS)
+    positions, ones = np.broadcast_to(np.arange(COPY_TOKENS, dtype=np.int32), shape), np.ones(shape, np.int32)
+    while True:
+        tokens, weight = np.zeros((COPY_ROWS, COPY_TOKENS + 1), np.int32), np.zeros(shape, np.float32)
+        for row in range(COPY_ROWS):
+            period = int(rng.integers(4, 32))
+            tokens[row] = np.resize(rng.integers(3, CONFIG.vocab_size, period), COPY_TOKENS + 1)
             weight[row, period:] = 1.0
-        ones = np.ones((ROWS, ROW_TOKENS), np.int32)
-        positions = np.broadcast_to(np.arange(ROW_TOKENS, dtype=np.int32), ones.shape)
         zeros = np.zeros_like(weight)
         yield learner.Batch(tokens[:, :-1], tokens[:, 1:], positions, ones, weight / weight.sum(), zeros, zeros)
 
@@ -70,16 +109,16 @@ def batches(episodes: Sequence[Shown], settings: Any, rng: np.random.Generator) 
                 yield dataclasses.replace(batch, weight_BT=(weight / weight.sum()).astype(np.float32))
 
 
-def train_steps(
-    params: Any, settings: Any, shown: Iterator[learner.Batch], steps: int, total: int
-) -> Iterator[tuple[int, Any, float]]:
-    """Yields (step, params, loss of the model's own tokens) after each supervised step."""
-    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 100, total, LEARNING_RATE / 10)
+def train(
+    params: model.Params, settings: learner.LearnerConfig, source: Iterator[learner.Batch], steps: int, name: str
+) -> model.Params:
+    """Supervised steps; prints the loss of the model's own tokens."""
+    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 100, steps, LEARNING_RATE / 10)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: Any, opt_state: Any, batch: learner.Batch) -> Any:
-        def loss(params: Any) -> Any:
+    def update(params: model.Params, opt_state: Any, batch: learner.Batch) -> Any:
+        def loss(params: model.Params) -> Any:
             logp_BT = learner.score(settings, params, batch)[0]
             own_BT = batch.weight_BT == batch.weight_BT.max()
             return -(batch.weight_BT * logp_BT).sum(), -(own_BT * logp_BT).sum() / own_BT.sum()
@@ -88,7 +127,78 @@ def train_steps(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, own
 
-    opt_state = optimizer.init(params)
+    opt_state, losses = optimizer.init(params), []
     for step in range(1, steps + 1):
-        params, opt_state, own = update(params, opt_state, next(shown))
-        yield step, params, own
+        params, opt_state, own = update(params, opt_state, next(source))
+        losses.append(own)
+        if step % 250 == 0:
+            print(f"{name}, step {step} of {steps}: loss {np.mean(jax.device_get(losses)):.3f}", flush=True)
+            losses = []
+    return params
+
+
+def settings(rows: int, row_tokens: int) -> learner.LearnerConfig:
+    """What packing and scoring need; the policy-loss fields play no part here."""
+    return learner.LearnerConfig(
+        model=CONFIG,
+        dtype=jnp.float32,
+        remat=True,
+        temperature=1.0,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=0,
+        adam_b1=0.9,
+        adam_b2=0.98,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        mini_batches=1,
+        row_tokens=row_tokens,
+        rows=rows,
+        logprob_chunk=COPY_TOKENS,
+        clip_low=0.2,
+        clip_high=0.2,
+        kl_coef=0.0,
+        kl_type="k3",
+        aggregation="token_mean",
+        old_logprobs="sampler",
+        importance_cap=1.0,
+    )
+
+
+def warm_start(tokenizer: Any, seed: int) -> model.Params:
+    """First copying, then scripted episodes."""
+    shown = [
+        Shown(tokens, sampled, [0.0] * len(tokens))
+        for _, tokens, sampled in script.generate_episodes(seed + 1, EPISODES, tokenizer, script.MIXED)
+        if len(tokens) <= ROW_TOKENS
+    ]
+    params, rng = initial_params(seed), np.random.default_rng(seed)
+    copying, playing = settings(COPY_ROWS, COPY_TOKENS), settings(ROWS, ROW_TOKENS)
+    for name, stage, source, steps in (
+        ("copying", copying, repeats(rng), COPY_STEPS),
+        ("scripted episodes", playing, batches(shown, playing, rng), STEPS),
+    ):
+        params = train(params, stage, source, steps, name)
+    return params
+
+
+def hf_config() -> dict[str, Any]:
+    """CONFIG as the config.json of a Qwen2 model."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": CONFIG.vocab_size,
+        "hidden_size": CONFIG.embed_dim,
+        "num_hidden_layers": CONFIG.num_layers,
+        "num_attention_heads": CONFIG.num_heads,
+        "num_key_value_heads": CONFIG.num_kv_heads,
+        "intermediate_size": CONFIG.mlp_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": CONFIG.norm_eps,
+        "rope_theta": CONFIG.rope_theta,
+        "tie_word_embeddings": CONFIG.tie_embeddings,
+        "use_sliding_window": False,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "torch_dtype": "bfloat16",
+    }
