@@ -10,7 +10,7 @@ from configs import default
 
 def get_config() -> ConfigDict:
     c = default.get_config()
-    c.steps = 60
+    c.steps = 80
 
     c.model.path = "assets/tiny/model"
     c.model.dtype = "float32"

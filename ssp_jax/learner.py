@@ -186,6 +186,13 @@ class Learner:
         self._accumulate = jax.jit(functools.partial(_accumulate, c), donate_argnums=(0,))
         self._apply = jax.jit(functools.partial(_apply, c), donate_argnums=(0,))
 
+    def warm_up(self, params: model.Params) -> None:
+        """Compiles the long program by running it on a batch without tokens; its result is dropped."""
+        shape = (self._config.rows, self._config.row_tokens)
+        batch = self._put(Batch(*[np.zeros(shape, np.int32)] * 4, *[np.zeros(shape, np.float32)] * 3))
+        old_logp_BT = self._old_logprobs(params, batch)
+        jax.block_until_ready(self._accumulate(_zeros(params), params, self._reference, batch, old_logp_BT))
+
     def update(
         self, state: TrainState, episodes: Sequence[Trajectory], advantage_E: np.ndarray, order: np.random.Generator
     ) -> tuple[TrainState, dict[str, float]]:

@@ -168,6 +168,13 @@ def sample(
     return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
 
 
+def _turn_end(token_B: jax.Array, found_B: jax.Array, over_B: jax.Array, eos: tuple[int, ...]) -> jax.Array:
+    """Why a turn ends with this token, or RUNNING: a stop string counts before eos, eos before the limit."""
+    is_eos_B = (token_B[:, None] == jnp.array(eos, jnp.int32)[None, :]).any(-1)
+    otherwise_B = jnp.where(is_eos_B, EOS, jnp.where(over_B, LIMIT, RUNNING))
+    return jnp.where(found_B >= 0, found_B.astype(jnp.int32), otherwise_B)
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "eos", "steps", "cache_len", "dtype"), donate_argnames=("state",)
 )
@@ -214,10 +221,7 @@ def decode_chunk(
         token_B = jnp.where(running_B, next_B, token_B)
         length_B = length_B + running_B
         match_B = jnp.where(running_B, table_AV[match_B, token_B].astype(jnp.int32), match_B)
-        found_B = found_A[match_B].astype(jnp.int32)
-        is_eos_B = (token_B[:, None] == jnp.array(eos, jnp.int32)[None, :]).any(-1)
-        over_B = jnp.where(length_B + 1 >= state.limit_B, LIMIT, RUNNING)
-        now_B = jnp.where(found_B >= 0, found_B, jnp.where(is_eos_B, EOS, over_B))
+        now_B = _turn_end(token_B, found_A[match_B], length_B + 1 >= state.limit_B, eos)
         stop_B = jnp.where(running_B, now_B, stop_B)
         return (caches, token_B, length_B, match_B, stop_B), (token_B, logprob_B, running_B)
 

@@ -188,6 +188,7 @@ class _Run:
         self.logger.say(f"{start} in {self._workdir} on {devices}; jax {jax.__version__}")
         with self.logger.phase("compiling"):
             self._engine.warm_up(self._to_sampler(self._state.params), self._key)
+            self._learner.warm_up(self._state.params)
         self.logger.say(f"compiled {self.compiles.count} programs in {self.compiles.seconds:.1f} s")
 
     def play_and_update(self, stop: _Sigterm) -> None:
@@ -285,7 +286,7 @@ class _Run:
                 folder = self._workdir / "export"
                 weights.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
         (self._workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        if len(summary["eval"]) == 2:
+        if len(summary["eval"]) == 2 and self._inputs.eval_sets:
             before, after = summary["eval"]["before"], summary["eval"]["after"]
             rows = [
                 [n, before[n]["em"], after[n]["em"], after[n]["em"] - before[n]["em"], after[n]["n"]] for n in before

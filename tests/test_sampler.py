@@ -23,24 +23,20 @@ AUTOMATON = build_automaton(["</s>"], PIECES, V)
 
 
 def starts(rows):
-    """rows: (slot, total length, pending token, limit, uid, temperature)."""
+    """rows: (slot, total length, pending token, limit, uid, temperature), padded to SLOTS rows that write nothing."""
+    rows = [*rows, *[(SLOTS, 0, 0, 0, 0, 0.0)] * (SLOTS - len(rows))]
     slot, length, token, limit, uid, temperature = zip(*rows, strict=True)
-    ints = [jnp.array(x, jnp.int32) for x in (slot, length, token, limit, [0] * len(rows), uid)]
+    ints = [jnp.array(x, jnp.int32) for x in (slot, length, token, limit, [0] * SLOTS, uid)]
     return sampler.Starts(*ints, jnp.array(temperature, jnp.float32))
 
 
-def extend(state, rows, tokens, counts, cache_len=CACHE):
-    width = max(len(t) for t in tokens)
-    tokens_NT = np.array([list(t) + [0] * (width - len(t)) for t in tokens], np.int32)
+def extend(state, rows, tokens, counts):
+    """One shape for all tests: SLOTS rows of 8 tokens."""
+    tokens_NT, count_N = np.zeros((SLOTS, 8), np.int32), np.zeros((SLOTS,), np.int32)
+    for i, (row, count) in enumerate(zip(tokens, counts, strict=True)):
+        tokens_NT[i, : len(row)], count_N[i] = row, count
     return sampler.extend(
-        CONFIG,
-        UNSTACKED,
-        state,
-        starts(rows),
-        tokens_NT,
-        np.array(counts, np.int32),
-        cache_len=cache_len,
-        dtype=jnp.float32,
+        CONFIG, UNSTACKED, state, starts(rows), tokens_NT, count_N, cache_len=CACHE, dtype=jnp.float32
     )
 
 
@@ -129,7 +125,9 @@ def test_shared_prompt_equals_own_prompt():
     _, expected = generate([PROMPTS[0]] * 2, uids=(1, 2))
     prompt = PROMPTS[0]
     state = extend(fresh(), [(0, 3, prompt[-1], CACHE, 1, 1.0)], [prompt[:-1]], [3])
-    state = sampler.share(state, jnp.array([0]), starts([(1, 3, prompt[-1], CACHE, 2, 1.0)]), cache_len=CACHE)
+    state = sampler.share(
+        state, jnp.zeros(SLOTS, jnp.int32), starts([(1, 3, prompt[-1], CACHE, 2, 1.0)]), cache_len=CACHE
+    )
     _, got = decode(state)
     np.testing.assert_array_equal(got.tokens_CB[:, :2], expected.tokens_CB[:, :2])
 

@@ -62,12 +62,13 @@ MIXED = Imperfection(
     entity_query=0.3,
     question_query=0.3,
     give_up=0.6,
-    answer_early=0.65,
+    answer_early=0.3,
     slip=0.1,
     short_question=0.3,
     wrong_question=0.1,
     spoiled_question=0.1,
 )
+CAREFUL = replace(MIXED, slip=0.05, short_question=0.1, wrong_question=0.0, spoiled_question=0.0)
 VARIANTS = {
     "perfect": PERFECT,
     "name as query": replace(PERFECT, entity_query=1.0),

@@ -30,7 +30,8 @@ CONFIG = model.ModelConfig(
     qkv_bias=True,
 )
 COPY_STEPS, COPY_ROWS, COPY_TOKENS = 750, 4, 128  # of repeated random strings
-STEPS, ROWS, ROW_TOKENS = 3000, 4, 384  # of scripted episodes
+STEPS, ROWS, ROW_TOKENS = 2500, 4, 384  # of scripted episodes
+SECOND_STEPS = 1200
 EPISODES = 20_000
 LEARNING_RATE = 2e-3
 GIVEN_WEIGHT = 0.3  # of prompt and result tokens in the loss: predicting them teaches to copy names
@@ -164,21 +165,37 @@ def settings(rows: int, row_tokens: int) -> learner.LearnerConfig:
     )
 
 
-def warm_start(tokenizer: Any, seed: int) -> model.Params:
-    """First copying, then scripted episodes."""
-    shown = [
+def shown_episodes(tokenizer: Any, seed: int, imperfection: script.Imperfection, solver_share: float) -> list[Shown]:
+    """Scripted episodes that fit into a row; of the solver's only this share."""
+    episodes = script.generate_episodes(seed, EPISODES, tokenizer, imperfection)
+    rng = np.random.default_rng(seed)
+    return [
         Shown(tokens, sampled, [0.0] * len(tokens))
-        for _, tokens, sampled in script.generate_episodes(seed + 1, EPISODES, tokenizer, script.MIXED)
-        if len(tokens) <= ROW_TOKENS
+        for role, tokens, sampled in episodes
+        if len(tokens) <= ROW_TOKENS and (not role.startswith("solver") or rng.random() < solver_share)
     ]
+
+
+def second_lesson(params: model.Params, tokenizer: Any, seed: int) -> model.Params:
+    """Proposer and verifier again, more careful: no solver learns from questions that are mostly wrong.
+
+    Starts from the rounded weights, as a folder would hold them.
+    """
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+    playing = settings(ROWS, ROW_TOKENS)
+    shown = shown_episodes(tokenizer, seed + 2, script.CAREFUL, solver_share=0.25)
+    source = batches(shown, playing, np.random.default_rng(seed + 1))
+    return train(params, playing, source, SECOND_STEPS, "second lesson")
+
+
+def warm_start(tokenizer: Any, seed: int) -> model.Params:
+    """First copying, then scripted episodes of all roles, then mostly of proposer and verifier."""
     params, rng = initial_params(seed), np.random.default_rng(seed)
-    copying, playing = settings(COPY_ROWS, COPY_TOKENS), settings(ROWS, ROW_TOKENS)
-    for name, stage, source, steps in (
-        ("copying", copying, repeats(rng), COPY_STEPS),
-        ("scripted episodes", playing, batches(shown, playing, rng), STEPS),
-    ):
-        params = train(params, stage, source, steps, name)
-    return params
+    params = train(params, settings(COPY_ROWS, COPY_TOKENS), repeats(rng), COPY_STEPS, "copying")
+    playing = settings(ROWS, ROW_TOKENS)
+    shown = shown_episodes(tokenizer, seed + 1, script.MIXED, solver_share=1.0)
+    params = train(params, playing, batches(shown, playing, rng), STEPS, "scripted episodes")
+    return second_lesson(params, tokenizer, seed)
 
 
 def hf_config() -> dict[str, Any]:
