@@ -10,7 +10,7 @@ from configs import default
 
 def get_config() -> ConfigDict:
     c = default.get_config()
-    c.steps = 80
+    c.steps = 40
 
     c.model.path = "assets/tiny/model"
     c.model.dtype = "float32"
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     c.retriever.corpus = "assets/tiny/corpus.jsonl"
     c.prompt.style = "brief"
 
-    c.game.answers_per_step = 24
+    c.game.answers_per_step = 20
     c.limits.prompt_tokens = 64
     c.limits.verify_prompt_tokens = 400
     c.limits.response_tokens = 320
@@ -31,6 +31,9 @@ def get_config() -> ConfigDict:
     c.limits.turns = 5
     c.limits.searches = 4
     c.limits.observation_tokens = 120
+
+    # At 1.0 a model of this size writes too many stray tokens into the names that it copies.
+    c.sampling.temperature = 0.8
 
     c.engine.slots = 32
     c.engine.chunk = 4
