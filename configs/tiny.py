@@ -1,6 +1,10 @@
 """The whole game on a laptop, from what ships in assets/tiny. `make demo` runs it.
 
-command   python -m ssp_jax.main --config=configs/tiny.py
+command    make demo, or python -m ssp_jax.main --config=configs/tiny.py
+hardware   any CPU; measured on 2 cores of an AMD EPYC server
+time       3.5 minutes of self-play, 4.3 minutes with installation and evaluation (measured)
+memory     1.5 GB (measured peak)
+score      exact match, average of the two held-out sets: 41.8 before, 60.5 after (seed 0, measured); README has seeds
 """
 
 from ml_collections import ConfigDict
@@ -40,12 +44,10 @@ def get_config() -> ConfigDict:
     c.engine.cache_tokens = 448
     c.engine.cache_buckets = (256,)
     c.engine.extend_buckets = (64, 128, 448)
-    c.engine.extend_rows = 8
 
     c.learner.learning_rate = 3e-4
     c.learner.mini_batches = 1
     c.learner.row_tokens = 384
-    c.learner.rows = 8
     c.learner.logprob_chunk = 128
 
     c.checkpoint.every = 10

@@ -94,6 +94,16 @@ def _read(config: ConfigDict, workdir: str) -> Inputs:
     )
 
 
+def _make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of the config; what is split over it must divide."""
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for key, number in (("learner.rows", config.learner.rows), ("engine.slots", config.engine.slots)):
+        if number % parts:
+            raise InputError(f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = {parts}")
+    return mesh
+
+
 def make_stage(config: ConfigDict, tokenizer: Any) -> episodes.Stage:
     limits = episodes.Limits(**config.limits)
     return episodes.Stage(tokenizer, prompts.STYLES[config.prompt.style], config.prompt.template, limits)
@@ -134,17 +144,11 @@ class _Run:
 
     def __init__(self, config: ConfigDict, workdir: str, inputs: Inputs):
         self._config, self._workdir, self._inputs = config, Path(workdir), inputs
+        self._mesh = _make_mesh(config)
         self.compiles = CompileCounter()
         self.checkpoints = Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
         self.step = self.checkpoints.latest_step() or 0
         self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step)
-        self._mesh = sharding.make_mesh(config.mesh.to_dict())
-        parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        for key, number in (("learner.rows", config.learner.rows), ("engine.slots", config.engine.slots)):
-            if number % parts:
-                raise InputError(
-                    f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = {parts}"
-                )
         self._key = jax.random.key(config.seed)
         self._build_model()
         stage = make_stage(config, inputs.tokenizer)

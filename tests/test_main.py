@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import RunMain
+from conftest import ROOT, RunMain
 
 UNTOUCHED = """
 import sys
@@ -47,6 +47,6 @@ def test_help_tells_how_to_start(run_main: RunMain) -> None:
 def test_bad_input_inside_the_run_is_one_line_and_code_2(run_main: RunMain, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"seed": 5}')
-    done = run_main("--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}")
+    done = run_main("--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("ssp_jax: ") and "seed was 5" in done.stderr
