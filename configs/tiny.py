@@ -14,7 +14,7 @@ from configs import default
 
 def get_config() -> ConfigDict:
     c = default.get_config()
-    c.steps = 40
+    c.steps = 50
 
     c.model.path = "assets/tiny/model"
     c.model.dtype = "float32"
@@ -28,6 +28,9 @@ def get_config() -> ConfigDict:
     c.prompt.style = "brief"
 
     c.game.answers_per_step = 20
+    c.game.group_size = 8
+    # A model of this size asks many easy and some wrong questions at first: playing them again for steps holds it back.
+    c.game.batch_fill = "dummy"
     c.limits.prompt_tokens = 64
     c.limits.verify_prompt_tokens = 400
     c.limits.response_tokens = 320
