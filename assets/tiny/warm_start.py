@@ -1,7 +1,8 @@
 """The warm start of the tiny model: a short supervised pass on scripted episodes, stopped early on purpose.
 
 Pretrained models know how to use tags, to search and to copy an answer; a model of a million parameters must be shown.
-It only ever sees invented worlds, and players that know all moves but play them poorly (script.MIXED).
+It only ever sees invented worlds, and players that know all moves but play them poorly (script.MIXED); proposer and
+verifier get a second, more careful lesson.
 """
 
 import dataclasses
