@@ -4,10 +4,11 @@ Every reader streams, opens `.gz` files by their name, and checks each line: the
 file, line number, field and what was expected. The formats are those that users have (Search-R1, FlashRAG, SSP / veRL).
 """
 
+import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -76,7 +77,7 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= 60 else shown[:60] + "..."
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
+def read_rows(path: str | Path) -> Generator[Row, None, None]:
     """The JSON objects of a .jsonl or .jsonl.gz file, line by line; blank lines are skipped."""
     name, number = str(path), 0
     try:
@@ -100,16 +101,17 @@ def parse_row(path: str, number: int, line: bytes) -> Row:
     return Row(path, number, values)
 
 
-def _all_tasks(path: str | Path, tasks: Iterator[Task]) -> list[Task]:
-    rows = list(tasks)
-    if not rows:
+def _all_tasks(path: str | Path, parse: Callable[[int, Row], Task]) -> list[Task]:
+    with contextlib.closing(read_rows(path)) as rows:  # a wrong line must not leave the file open
+        tasks = [parse(uid, row) for uid, row in enumerate(rows)]
+    if not tasks:
         raise InputError(f"{path}: expected at least one row, found none")
-    return rows
+    return tasks
 
 
 def load_answers(path: str | Path) -> list[Task]:
     """The proposer's answers: SSP's training lines (ground_truth, search_turns, optional sys_question_example)."""
-    return _all_tasks(path, (_answer_task(uid, row) for uid, row in enumerate(read_rows(path))))
+    return _all_tasks(path, _answer_task)
 
 
 def _answer_task(uid: int, row: Row) -> Task:
@@ -125,7 +127,7 @@ def _answer_task(uid: int, row: Row) -> Task:
 
 def load_questions(path: str | Path) -> list[Task]:
     """A question set: FlashRAG lines (question, golden_answers) or SSP / veRL rows (reward_model, prompt, ...)."""
-    return _all_tasks(path, (_question_task(uid, row) for uid, row in enumerate(read_rows(path))))
+    return _all_tasks(path, _question_task)
 
 
 def _question_task(uid: int, row: Row) -> Task:
@@ -158,9 +160,10 @@ def _verl_question(row: Row) -> str:
     return row.text("prompt", question)
 
 
-def iterate_corpus(path: str | Path) -> Iterator[Document]:
+def iterate_corpus(path: str | Path) -> Generator[Document, None, None]:
     """The passages of a Search-R1 corpus: {"id", "contents": "\\"Title\\"\\ntext"}."""
-    return map(parse_document, read_rows(path))
+    with contextlib.closing(read_rows(path)) as rows:
+        yield from map(parse_document, rows)
 
 
 def parse_document(row: Row) -> Document:
