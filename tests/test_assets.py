@@ -39,9 +39,9 @@ def test_corpus_is_large_and_short() -> None:
         assert document.title.strip('"') in document.text
 
 
-def test_answers_come_with_one_and_two_searches() -> None:
+def test_answers_come_with_one_or_two_searches() -> None:
     tasks = load_answers(TINY / "answers.jsonl")
-    assert len(tasks) >= 1000
+    assert len(tasks) >= 900
     counts = Counter((task.answers[0], task.searches) for task in tasks)
     assert set(counts.values()) == {1}
     assert {searches for _, searches in counts} == {1, 2}

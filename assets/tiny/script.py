@@ -26,8 +26,7 @@ TOP_K = 3
 PROPOSER_SEARCHES = 3  # at most
 NOISE_PASSAGES = 4
 EPISODES_PER_WORLD = 100
-ROLE_SHARES = {"solver_one_hop": 0.3, "solver_two_hop": 0.3, "proposer": 0.2, "verifier": 0.2}
-PAIR_SHARE = 0.1  # of the one-hop questions: those that name two facts of the country asked for
+ROLE_SHARES = {"solver_one_hop": 0.25, "solver_two_hop": 0.25, "proposer": 0.28, "verifier": 0.22}
 
 # The word by which the corpus speaks of a relation.
 KEYWORDS = {
@@ -59,16 +58,15 @@ class Imperfection:
 
 PERFECT = Imperfection()
 MIXED = Imperfection(
-    entity_query=0.3,
-    question_query=0.3,
+    entity_query=0.25,
+    question_query=0.25,
     give_up=0.6,
-    answer_early=0.3,
-    slip=0.1,
-    short_question=0.3,
-    wrong_question=0.1,
-    spoiled_question=0.1,
+    answer_early=0.6,
+    slip=0.05,
+    short_question=0.2,
+    wrong_question=0.03,
+    spoiled_question=0.03,
 )
-CAREFUL = replace(MIXED, slip=0.05, short_question=0.1, wrong_question=0.0, spoiled_question=0.0)
 VARIANTS = {
     "perfect": PERFECT,
     "name as query": replace(PERFECT, entity_query=1.0),
@@ -104,6 +102,11 @@ class Goal:
     text: str
     relation: str
     country: str
+
+    @property
+    def requests(self) -> tuple[int, ...]:
+        """The numbers of searches that can be asked for: the country itself is the bridge of every two-hop question."""
+        return (1,) if self.relation == "country" else (1, 2)
 
 
 class Script:
@@ -184,7 +187,7 @@ class Script:
         segments: Segments = []
         found: list[Document] = []
         hops = 1 if self.chance(self.imperfection.short_question) else searches
-        needed = hops if goal.relation == "country" else hops - 1
+        needed = 1 if goal.relation == "country" else hops - 1
         relations = [relation for relation in worlds.VALUE_RELATIONS if relation != goal.relation]
         self.rng.shuffle(relations)
         first = relations.pop() if goal.relation == "country" else goal.relation
@@ -214,8 +217,6 @@ class Script:
             return self._spoiled(goal, country)
         chosen = self.rng.sample(clues, min(needed, len(clues)))
         if goal.relation == "country":
-            if len(chosen) == 2:
-                return worlds.pair_question(country, chosen[0], chosen[1], self.rng)
             return worlds.country_question(country, *chosen[0], self.rng) if chosen else self._spoiled(goal, country)
         target = goal.relation
         if self.chance(self.imperfection.wrong_question):
@@ -316,11 +317,12 @@ def world_episodes(script: Script, search: Search, count: int) -> list[Episode]:
     players: list[Player] = []
     for role in roles:
         if role == "solver_one_hop":
-            players.append(script.solve(_pair(world, rng) if rng.random() < PAIR_SHARE else rng.choice(one_hop)))
+            players.append(script.solve(rng.choice(one_hop)))
         elif role == "solver_two_hop":
             players.append(script.solve(rng.choice(two_hop)))
         else:  # a verifier's question needs a proposer
-            players.append(script.propose(rng.choice(given), rng.choice((1, 2))))
+            goal = rng.choice(given)
+            players.append(script.propose(goal, rng.choice(goal.requests)))
     episodes = play(players, search)
     passages = [passage.document for passage in script.facts.values()]
     for row, role in enumerate(roles):
@@ -331,16 +333,6 @@ def world_episodes(script: Script, search: Search, count: int) -> list[Episode]:
             rng.shuffle(documents)
             episodes[row] = script.verify(proposal.question, documents)
     return episodes
-
-
-def _pair(world: World, rng: random.Random) -> Question:
-    """A question by two facts of a country."""
-    while True:
-        country = rng.choice(world.countries)
-        clues = worlds.starts(world, country)
-        if len(clues) >= 2:
-            first, second = rng.sample(clues, 2)
-            return worlds.pair_question(country, first, second, rng)
 
 
 def scripted_episodes(seed: int, count: int, vocabulary: Sequence[str], imperfection: Imperfection) -> list[Episode]:

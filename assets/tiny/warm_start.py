@@ -1,8 +1,7 @@
 """The warm start of the tiny model: a short supervised pass on scripted episodes, stopped early on purpose.
 
 Pretrained models know how to use tags, to search and to copy an answer; a model of a million parameters must be shown.
-It only ever sees invented worlds, and players that know all moves but play them poorly (script.MIXED); proposer and
-verifier get a second, more careful lesson.
+It only ever sees invented worlds, and players that know all moves but play them poorly (script.MIXED).
 """
 
 import dataclasses
@@ -31,9 +30,8 @@ CONFIG = model.ModelConfig(
     qkv_bias=True,
 )
 COPY_STEPS, COPY_ROWS, COPY_TOKENS = 750, 4, 128  # of repeated random strings
-STEPS, ROWS, ROW_TOKENS = 2500, 4, 384  # of scripted episodes
-SECOND_STEPS = 1200
-EPISODES = 20_000
+STEPS, ROWS, ROW_TOKENS = 4000, 4, 384  # of scripted episodes
+EPISODES = 30_000
 LEARNING_RATE = 2e-3
 GIVEN_WEIGHT = 0.3  # of prompt and result tokens in the loss: predicting them teaches to copy names
 
@@ -105,7 +103,11 @@ def batches(episodes: Sequence[Shown], settings: Any, rng: np.random.Generator) 
         for start in range(0, len(order), 2000):
             part = [episodes[i] for i in order[start : start + 2000]]
             packed = learner.make_batches(settings, part, np.ones(len(part), np.float32))
-            for batch in packed[:-1]:  # the last one is not full
+            rows = jax.tree.map(lambda *parts: np.concatenate(parts), *packed[:-1])  # the last one is not full
+            # Packing goes from long episodes to short ones; a model that follows this order learns the order.
+            mixed = rng.permutation(len(rows.tokens_BT))
+            for first in range(0, len(mixed), settings.rows):
+                batch = jax.tree.map(lambda x, chosen=mixed[first : first + settings.rows]: x[chosen], rows)
                 real = (batch.segments_BT != 0) & (batch.targets_BT != 0)
                 weight = np.where(batch.weight_BT > 0, 1.0, GIVEN_WEIGHT * real)
                 yield dataclasses.replace(batch, weight_BT=(weight / weight.sum()).astype(np.float32))
@@ -166,37 +168,14 @@ def settings(rows: int, row_tokens: int) -> learner.LearnerConfig:
     )
 
 
-def shown_episodes(tokenizer: Any, seed: int, imperfection: script.Imperfection, solver_share: float) -> list[Shown]:
-    """Scripted episodes that fit into a row; of the solver's only this share."""
-    episodes = script.generate_episodes(seed, EPISODES, tokenizer, imperfection)
-    rng = np.random.default_rng(seed)
-    return [
-        Shown(tokens, sampled, [0.0] * len(tokens))
-        for role, tokens, sampled in episodes
-        if len(tokens) <= ROW_TOKENS and (not role.startswith("solver") or rng.random() < solver_share)
-    ]
-
-
-def second_lesson(params: model.Params, tokenizer: Any, seed: int) -> model.Params:
-    """Proposer and verifier again, more careful: no solver learns from questions that are mostly wrong.
-
-    Starts from the rounded weights, as a folder would hold them.
-    """
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
-    playing = settings(ROWS, ROW_TOKENS)
-    shown = shown_episodes(tokenizer, seed + 2, script.CAREFUL, solver_share=0.25)
-    source = batches(shown, playing, np.random.default_rng(seed + 1))
-    return train(params, playing, source, SECOND_STEPS, "second lesson")
-
-
 def warm_start(tokenizer: Any, seed: int) -> model.Params:
-    """First copying, then scripted episodes of all roles, then mostly of proposer and verifier."""
+    """First copying, then scripted episodes of all roles."""
     params, rng = initial_params(seed), np.random.default_rng(seed)
     params = train(params, settings(COPY_ROWS, COPY_TOKENS), repeats(rng), COPY_STEPS, "copying")
     playing = settings(ROWS, ROW_TOKENS)
-    shown = shown_episodes(tokenizer, seed + 1, script.MIXED, solver_share=1.0)
-    params = train(params, playing, batches(shown, playing, rng), STEPS, "scripted episodes")
-    return second_lesson(params, tokenizer, seed)
+    episodes = script.generate_episodes(seed + 1, EPISODES, tokenizer, script.MIXED)
+    shown = [Shown(tokens, own, [0.0] * len(tokens)) for _, tokens, own in episodes if len(tokens) <= ROW_TOKENS]
+    return train(params, playing, batches(shown, playing, rng), STEPS, "scripted episodes")
 
 
 def hf_config() -> dict[str, Any]:

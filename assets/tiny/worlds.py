@@ -143,7 +143,6 @@ BRIDGES = {
     ),
     "city": ("the country where {v} lies", "the country that {v} belongs to", "the place where one finds {v}"),
 }
-PAIRS = ("Which country is both {first} and {second}?", "What is the name of {first} that is also {second}?")
 
 # Two letters that a search throws away as English words, so that nothing can be found by them.
 STOPWORD_DOMAINS = frozenset(["as", "at", "be", "by", "if", "in", "is", "it", "no", "of", "on", "or", "to"])
@@ -185,8 +184,7 @@ class Passage:
 @dataclass(frozen=True)
 class Question:
     """`start` is the relation of the named value to `country`, or "country" when the country itself is named; `target`
-    is the relation of the answer to it, or "country". `second` is a further (relation, value) of a question that joins
-    two facts of the country it asks for."""
+    is the relation of the answer to it, or "country"."""
 
     text: str
     answer: str
@@ -194,7 +192,6 @@ class Question:
     start: str
     start_value: str
     target: str
-    second: tuple[str, str] | None = None
 
     @property
     def hops(self) -> int:
@@ -272,12 +269,6 @@ def bridge_question(country: Country, start: str, value: str, target: str, rng: 
     return Question(text, country.values(target)[0], country.name, start, value, target)
 
 
-def pair_question(country: Country, first: tuple[str, str], second: tuple[str, str], rng: random.Random) -> Question:
-    named = [rng.choice(BRIDGES[relation]).format(v=value) for relation, value in (first, second)]
-    text = rng.choice(PAIRS).format(first=named[0], second=named[1])
-    return Question(text, country.name, country.name, *first, "country", second)
-
-
 def one_hop_questions(world: World, country: Country, rng: random.Random) -> list[Question]:
     """Every fair question with one link about a country: none whose wording gives the answer away."""
     forward = [
@@ -308,7 +299,7 @@ def starts(world: World, country: Country) -> list[tuple[str, str]]:
 def template_words() -> frozenset[str]:
     """All words of the templates and prompts: an invented name must not be one of them."""
     prompts = {"prompts": ("Question Write a question Searches Answer Doc Title",)}
-    tables = (prompts, PASSAGES, VALUE_QUESTIONS, COUNTRY_QUESTIONS, BRIDGES, {"pairs": PAIRS})
+    tables = (prompts, PASSAGES, VALUE_QUESTIONS, COUNTRY_QUESTIONS, BRIDGES)
     return frozenset(word for table in tables for texts in table.values() for text in texts for word in words(text))
 
 
