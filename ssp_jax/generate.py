@@ -96,7 +96,7 @@ def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bo
     limit = _device_bytes()
     # A third of what the weights leave: a decode chunk may hold a second copy of the cache.
     used = sum(leaf.nbytes for leaf in jax.tree.leaves(m.params)) // m.mesh.shape["tensor"]
-    room_bytes = CPU_CACHE_BYTES if limit is None else (limit - used) // 3 * m.mesh.shape["tensor"] * parts
+    room_bytes = CPU_CACHE_BYTES if limit is None else (limit - used) // 3 * m.mesh.size
     slots = max(1, min(len(prompt_lengths), SLOTS_PER_DEVICE * parts, room_bytes // slot_bytes))
     first = min(1024, 1 << (longest - 1).bit_length())
     return Sizes(
@@ -170,9 +170,6 @@ def make_stage(
     return Stage(tokenizer, style, template, limits)
 
 
-# --- files in and out -------------------------------------------------------------------------------------------------
-
-
 def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
     """`prompt` gets the special tokens that the tokenizer itself puts around a text, such as Llama's first one."""
     values = row.values
@@ -194,17 +191,15 @@ def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
 
 def _rows(path: str) -> list[Row]:
     with contextlib.closing(read_rows(path)) as rows:
-        found = list(rows)
-    if not found:
-        raise InputError(f"{path}: expected at least one line, found none")
-    return found
+        if found := list(rows):
+            return found
+    raise InputError(f"{path}: expected at least one line, found none")
 
 
 def describe(episode: Episode, tokenizer: Any) -> dict[str, Any]:
     """An output line: what came after the prompt."""
-    n = episode.prompt_length
+    n, reason = episode.prompt_length, episode.stop_reason
     pairs = zip(episode.logprobs[n:], episode.sampled[n:], strict=True)
-    reason = episode.stop_reason
     line: dict[str, Any] = {
         "token_ids": episode.tokens[n:],
         "logprobs": [logprob if sampled else None for logprob, sampled in pairs],
@@ -252,10 +247,12 @@ class _Progress:
         self._phase.advance(stats.finished, tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
 
     def _show(self, detail: str) -> None:
-        last = self._phase.done == self._phase.total and not self._ended
+        if self._ended:  # chunks that were already in flight
+            return
+        self._ended = self._phase.done == self._phase.total
         if self._live:
-            print(f"\r\x1b[Kgenerating {detail}", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif last or time.monotonic() - self._last >= PLAIN_SECONDS:
+            print(f"\r\x1b[Kgenerating {detail}", end="\n" if self._ended else "", file=sys.stderr, flush=True)
+        elif self._ended or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             print(f"{time.strftime('%H:%M:%S')} generating {detail}", file=sys.stderr, flush=True)
 
@@ -272,7 +269,7 @@ def answer_file(f: Any) -> None:
         encoded = [_prompt_tokens(row, tokenizer, f.template) for row in _rows(f.prompts)]
         named = [{} for _ in encoded]
     with _open_out(f.out) as file:
-        m, out = load_model(f.model, f.dtype), _InOrder(file)
+        m, out = _load(f), _InOrder(file)
 
         def take(row: int, episode: Episode) -> None:
             out.take(row, named[row] | describe(episode, tokenizer))
@@ -307,8 +304,9 @@ def answer_typed(f: Any) -> None:
     """Without --prompts: one question after the other, each shown as it is played."""
     typing, console = sys.stdin.isatty(), Console(highlight=False, markup=False, soft_wrap=True)
     tokenizer, search = weights.load_tokenizer(f.model), _search(f)
-    stage, m = _stage(f, tokenizer, TYPED_PROMPT_TOKENS), load_model(f.model, f.dtype)
-    engine = make_engine(m, make_sizes(m, [TYPED_PROMPT_TOKENS], f.max_tokens, True), search)
+    stage, m = _stage(f, tokenizer, TYPED_PROMPT_TOKENS), _load(f)
+    sizes = make_sizes(m, [TYPED_PROMPT_TOKENS], f.max_tokens, True)
+    engine = make_engine(m, dataclasses.replace(sizes, chunk=4), search)  # small chunks: words appear as they come
 
     def show(text: str, who: str) -> None:
         console.print(text, end="", style="dim" if who == SEARCH_ENGINE else None)
@@ -338,12 +336,14 @@ def _typed(typing: bool) -> Iterator[str]:
             yield line
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def _stage(f: Any, tokenizer: Any, prompt_tokens: int) -> Stage:
     style = dataclasses.replace(prompts.STYLES[f.style], worked_example=f.worked_example)
     return make_stage(tokenizer, f.max_tokens, f.max_searches, style, f.template, prompt_tokens)
+
+
+def _load(f: Any) -> Model:
+    print(f"loading {f.model}", file=sys.stderr, flush=True)
+    return load_model(f.model, f.dtype)
 
 
 def _search(f: Any) -> Search:
@@ -358,12 +358,11 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
     f = flags.FlagValues()
     for name in ("model", "prompts", "out", "index"):
         flags.DEFINE_string(name, "", name, flag_values=f)
-    flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "dtype", flag_values=f)
-    flags.DEFINE_enum("style", "search_r1", list(prompts.STYLES), "style", flag_values=f)
-    flags.DEFINE_enum("template", "chat", ["chat", "raw_chatml"], "template", flag_values=f)
-    flags.DEFINE_integer("max_tokens", 1024, "tokens", lower_bound=1, flag_values=f)
-    flags.DEFINE_integer("top_k", 3, "passages", lower_bound=1, flag_values=f)
-    flags.DEFINE_integer("max_searches", 10, "searches", lower_bound=1, flag_values=f)
+    choices = {"dtype": ["", "float32", "bfloat16"], "style": list(prompts.STYLES), "template": ["chat", "raw_chatml"]}
+    for name, values in choices.items():
+        flags.DEFINE_enum(name, values[0], values, name, flag_values=f)
+    for name, value in (("max_tokens", 1024), ("top_k", 3), ("max_searches", 10)):
+        flags.DEFINE_integer(name, value, name, lower_bound=1, flag_values=f)
     flags.DEFINE_integer("seed", 0, "seed", flag_values=f)
     flags.DEFINE_float("temperature", 0.0, "temperature", lower_bound=0.0, flag_values=f)
     flags.DEFINE_bool("worked_example", False, "example", flag_values=f)
@@ -386,10 +385,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         f = parse_flags(argv)
-        if f.prompts:
-            answer_file(f)
-        else:
-            answer_typed(f)
+        (answer_file if f.prompts else answer_typed)(f)
     except InputError as error:
         print(f"ssp_jax: {error}", file=sys.stderr)
         return 2

@@ -110,7 +110,7 @@ def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys)
     shown = capsys.readouterr().out
     assert shown.startswith(f"question: {question}\n") and shown.count("question: ") == 1
     query, answer = prompts.last_search(shown), prompts.last_answer(shown)
-    assert query and f"</search>\n<information>Doc 1(Title: " in shown
+    assert query and "</search>\n<information>Doc 1(Title: " in shown
     assert f"[answer: {answer} · " in shown and "ended by" in shown
 
 
