@@ -23,7 +23,7 @@ One step on a CPU, 4 answers x 4 solver episodes, in float32 and without the ref
         --config.limits.response_tokens=640 --config.limits.turn_tokens=96 --config.limits.searches=2 \\
         --config.limits.observation_tokens=192 --config.limits.verify_prompt_tokens=1536 \\
         --config.engine.slots=8 --config.engine.cache_tokens=1664 --config.engine.cache_buckets='(1024,)' \\
-        --config.engine.extend_buckets='(256, 1024)' --config.engine.extend_rows=4 \\
+        --config.engine.extend_buckets='(256, 512)' --config.engine.extend_rows=1 \\
         --noconfig.eval.before --noconfig.eval.after --noconfig.checkpoint.export --config.log.episodes_every=1
 """
 
