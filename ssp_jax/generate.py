@@ -64,7 +64,8 @@ def load_model(folder: str | Path, dtype: str = "") -> Model:
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     abstract = model.abstract_params(config)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) * kind.itemsize
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": _devices_per_copy(config, size)})
+    tensor = devices_per_copy(config.num_kv_heads, jax.device_count(), size, _device_bytes())
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": tensor})
     stacked = weights.load(folder, config, sharding.param_shardings(abstract, mesh), kind)
     params = sharding.sampler_copy(config, mesh, kind)(stacked)
     eos = episodes.eos_tokens(tokenizer, weights.read_generation_config(folder))
@@ -76,15 +77,10 @@ def _device_bytes() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
-def _devices_per_copy(config: model.ModelConfig, size: int) -> int:
-    """The fewest devices whose halves hold the weights; it must divide the heads and the number of devices."""
-    limit, devices = _device_bytes(), jax.device_count()
-    for number in range(1, config.num_kv_heads + 1):
-        if config.num_kv_heads % number == 0 and devices % number == 0:
-            fits = number
-            if limit is None or 2 * size <= number * limit:
-                break
-    return fits
+def devices_per_copy(kv_heads: int, devices: int, size: int, limit: int | None) -> int:
+    """The fewest devices, of `limit` bytes each, that hold `size` bytes of weights twice, as loading needs."""
+    numbers = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and devices % n == 0]
+    return next((n for n in numbers if limit is None or 2 * size <= n * limit), numbers[-1])
 
 
 def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bool) -> Sizes:

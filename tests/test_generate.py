@@ -127,6 +127,21 @@ def test_text_is_shown_once_however_chunks_cut_it():
         assert "".join(shown) == "Zürich, São Paulo"
 
 
+@pytest.mark.parametrize(
+    ("kv_heads", "devices", "size", "limit", "expected"),
+    [
+        (4, 8, 15, None, 1),
+        (4, 8, 15, 30, 1),
+        (4, 8, 16, 30, 2),
+        (8, 8, 66, 60, 4),
+        (4, 6, 70, 60, 2),  # 4 does not divide 6, so the most that is possible
+        (2, 1, 90, 60, 1),
+    ],
+)
+def test_a_model_takes_as_few_devices_as_hold_it(kv_heads, devices, size, limit, expected):
+    assert generate.devices_per_copy(kv_heads, devices, size, limit) == expected
+
+
 @pytest.mark.parametrize("lengths", [[1], [130, 7], [3000] * 100])
 @pytest.mark.parametrize("room", [1, 500])
 def test_sizes_hold_what_is_asked(lengths, room):
