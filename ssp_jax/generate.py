@@ -316,7 +316,7 @@ def answer_typed(f: Any) -> None:
         player.show = show
         stats = engine.play(m.params, jax.random.key(f.seed), [player])
         line = describe(player.episode(), tokenizer)
-        said = f"answer: {line['answer']} · {len(line['searches'])} searches · " if f.index else ""
+        said = f"answer: {line['answer']} · searches: {len(line['searches'])} · " if f.index else ""
         cost = f"{stats.sampled_tokens} tokens in {stats.seconds:.1f} s"
         console.print(f"\n[{said}{cost} · ended by {line['stop_reason']}]\n", style="bold")
 
