@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
 
     c.prompt = ConfigDict()
     c.prompt.style = "search_r1"  # search_r1 | r_search | brief
+    c.prompt.worked_example = False  # play an example before each task [H]: a plain 0.5B model needs it
     c.prompt.template = "chat"  # chat: the tokenizer's own template | raw_chatml: the reference's, no <|im_end|> [C]
 
     c.game = ConfigDict()

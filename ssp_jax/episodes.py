@@ -1,15 +1,16 @@
-"""The three roles as small state machines: what a proposer, verifier or solver does after each stop.
+"""The roles as small state machines: what a proposer, verifier or solver does after each stop.
 
 Tokens are the truth: an episode is one growing token list, with a mark per token (sampled or given) and the sampler's
 log-prob, both made here once and only carried afterwards. Text is a view of it, decoded for parsing and for people.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssp_jax import prompts, sampler
+from ssp_jax import model, prompts, sampler
 from ssp_jax.data import Document, InputError
+from ssp_jax.engine import Engine, Search, Sizes
 from ssp_jax.stops import Automaton, build_automaton, token_bytes
 
 
@@ -23,7 +24,10 @@ class Role:
 SOLVER = Role("solver", (prompts.SEARCH_STOP, prompts.ANSWER_STOP), 0)
 PROPOSER = Role("proposer", (prompts.SEARCH_STOP, prompts.QUESTION_STOP), 1)
 VERIFIER = Role("verifier", (prompts.ANSWER_STOP,), 2)
-ROLES = (SOLVER, PROPOSER, VERIFIER)
+ASSISTANT = Role("assistant", (), 3)  # outside the game: continues a plain prompt (generate.py)
+ROLES = (SOLVER, PROPOSER, VERIFIER, ASSISTANT)
+
+SEARCH_ENGINE = "search engine"  # who speaks in a turn that no role wrote
 
 _ROWS, _ATTEMPTS = 1 << 19, 1 << 9
 
@@ -39,6 +43,20 @@ def role_automata(tokenizer: Any, vocab_size: int) -> list[Automaton]:
     """One stop automaton per role, in the order of their codes."""
     pieces = token_bytes(tokenizer)
     return [build_automaton(role.stops, pieces, vocab_size) for role in ROLES]
+
+
+def make_engine(
+    config: model.ModelConfig,
+    tokenizer: Any,
+    eos: tuple[int, ...],
+    sizes: Sizes,
+    dtype: Any,
+    search: Search,
+    state_sharding: Callable[[sampler.SamplerState], Any],
+) -> Engine:
+    """The engine that plays all roles: training, evaluation and generate.py share it."""
+    automata = role_automata(tokenizer, config.vocab_size)
+    return Engine(config, sizes, automata, eos, dtype, search, state_sharding)
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,7 @@ class Episode:
     prompt_length: int
     queries: tuple[str, ...]
     documents: tuple[Document, ...]  # all results, in the order seen, repeats included
-    turns: tuple[tuple[str, str], ...]  # (role or "search engine", text), for parsing and for people
+    turns: tuple[tuple[str, str], ...]  # (role or SEARCH_ENGINE, text), for parsing and for people
     stop_reason: str
 
     @property
@@ -168,7 +186,7 @@ class Player:
     def observe(self, result: Sequence[Document]) -> None:
         tokens, limits = self.stage.observation(result), self.stage.limits
         self.documents += result
-        self.turns.append(("search engine", self.stage.decode(tokens)))
+        self.turns.append((SEARCH_ENGINE, self.stage.decode(tokens)))
         if len(self.turns) // 2 >= limits.turns:
             self.stop_reason = "turns"
         elif len(self.tokens) + len(tokens) >= self.prompt_length + limits.response_tokens:

@@ -4,13 +4,16 @@ Three styles share one interface. `search_r1` is the form that Search-R1, ZeroSe
 (think, search, information, answer). `r_search` is R-Search's own (observation, original_evidence). `brief` keeps the
 tags and drops the explanations, for models too small to read instructions. The wording is ours; the shape
 (instruction, then "Question: ..." at the end of the user turn; one assistant turn with results inserted as text) is
-the interface.
+the interface. With `worked_example` a played example of the role stands before the real task, as an earlier exchange:
+small pretrained models need it.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jinja2
 
 from ssp_jax.data import Document, InputError
 
@@ -22,15 +25,20 @@ STOPS = (SEARCH_STOP, ANSWER_STOP, QUESTION_STOP)
 class Style:
     """How one family of models expects the game to be written. Fields ending in `_text` are str.format templates."""
 
-    system_text: str
+    system_text: str  # of the solver
     solver_text: str  # {question}
     proposer_system_text: str  # {examples}
     proposer_text: str  # {answer} {searches}
+    verifier_system_text: str
     verifier_text: str  # {documents} {question}
     observation_text: str  # {documents}
     no_result_text: str = "No document matches this search."
+    strip_results: bool = True  # without the newline after the last hit, as Search-R1 and R-Search insert a hit list
+    quotes_evidence: bool = False  # writes original_evidence before the answer
+    worked_example: bool = False  # config key prompt.worked_example
 
 
+_HARMLESS = "You are a helpful and harmless assistant."
 _TOOL_RULES = (
     "Whenever you receive new information, reason first inside <think> and </think>. "
     "If knowledge is missing, call the search engine with <search> query </search>; "
@@ -57,58 +65,115 @@ _VERIFIER_USER = (
 
 STYLES = {
     "search_r1": Style(
-        system_text="You are a helpful and harmless assistant.",
+        system_text=_HARMLESS,
         solver_text="Answer the given question. "
         + _TOOL_RULES.format(tag="information")
         + "When no more knowledge is needed, give the answer inside <answer> and </answer> without long explanation. "
         "For example, <answer> Beijing </answer>. Question: {question}\n",
         proposer_system_text=_PROPOSER_SYSTEM.format(tag="information"),
         proposer_text=_PROPOSER_USER,
+        verifier_system_text=_HARMLESS,
         verifier_text=_VERIFIER_USER,
         observation_text="\n\n<information>{documents}</information>\n\n",
     ),
     "r_search": Style(
-        system_text="You are a helpful and harmless assistant. "
+        system_text="You are a helpful assistant that solves a question step by step. "
         + _TOOL_RULES.format(tag="observation")
-        + "Before the answer, quote the decisive facts inside <original_evidence> and </original_evidence>. "
-        "Give the answer inside <answer> and </answer>.",
+        + "Before the answer, quote the decisive facts of the observations, word for word, inside <original_evidence> "
+        "and </original_evidence>; without observations leave this out. "
+        "Give the final answer inside <answer> and </answer>.",
         solver_text="{question}",
         proposer_system_text=_PROPOSER_SYSTEM.format(tag="observation"),
         proposer_text=_PROPOSER_USER,
+        verifier_system_text=_HARMLESS,
         verifier_text=_VERIFIER_USER,
         observation_text="\n<observation>{documents}</observation>\n",
+        quotes_evidence=True,
     ),
     "brief": Style(
         system_text="",
         solver_text="Question: {question}",
         proposer_system_text="",
         proposer_text="Write a question. Searches: {searches}. Answer: {answer}",
+        verifier_system_text="",
         verifier_text="Question: {question}\n{documents}",  # in the order in which a solver meets them
         observation_text="\n<information>{documents}</information>\n",
+        strip_results=False,
     ),
 }
 
 
-def _messages(system: str, user: str) -> list[dict[str, str]]:
+# The worked examples: one chain of two facts, played by each role.
+_OPERA = Document("1", '"The Magic Flute"', "The Magic Flute is an opera by Mozart, first performed in 1791.")
+_MOZART = Document("2", '"Salzburg"', "Salzburg is a city on the river Salzach. Mozart was born there.")
+_QUESTION = "Which river flows through the city where the composer of the opera The Magic Flute was born?"
+_ANSWER = "Salzach"
+_SOLVED = (
+    ("think", "First I need the composer of The Magic Flute."),
+    ("search", "composer of the opera The Magic Flute"),
+    _OPERA,
+    ("think", "It is Mozart. Now I need the city where he was born and its river."),
+    ("search", "birthplace of Mozart river"),
+    _MOZART,
+    ("think", "Mozart was born in Salzburg, which lies on the Salzach."),
+    ("original_evidence", _MOZART.text),
+    ("answer", _ANSWER),
+)
+_PROPOSED = (
+    ("think", "The answer is a river of the Alps. I look for a city that it flows through."),
+    ("search", "Alpine city on a river"),
+    _MOZART,
+    ("think", "Salzburg, where Mozart was born. What is he known for?"),
+    ("search", "opera composed by Mozart"),
+    _OPERA,
+    ("think", "The chain goes from The Magic Flute to Mozart, to Salzburg, to the river."),
+    ("question", _QUESTION),
+)
+_VERIFIED = (
+    ("think", "Mozart composed The Magic Flute. He was born in Salzburg, which lies on the Salzach."),
+    ("answer", _ANSWER),
+)
+
+
+def _transcript(style: Style, moves: Sequence[tuple[str, str] | Document]) -> str:
+    """Moves as the one assistant turn that a model of this style writes, with the results inserted."""
+    text = ""
+    for move in moves:
+        if isinstance(move, Document):
+            text += observation(style, [move])
+        elif move[0] != "original_evidence" or style.quotes_evidence:
+            text += f"<{move[0]}> {move[1]} </{move[0]}>" + ("" if move[0] == "search" else "\n")
+    return text.rstrip("\n")
+
+
+def _messages(style: Style, system: str, user: str, asked: str, played: Sequence[Any]) -> list[dict[str, str]]:
     """Without a system text there is no system turn (a template may then add its own default)."""
     turns = [{"role": "system", "content": system}] if system else []
+    if style.worked_example:
+        turns += [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": _transcript(style, played)},
+        ]
     return [*turns, {"role": "user", "content": user}]
 
 
 def solver_messages(style: Style, question: str) -> list[dict[str, str]]:
-    return _messages(style.system_text, style.solver_text.format(question=question))
+    user, asked = (style.solver_text.format(question=q) for q in (question, _QUESTION))
+    return _messages(style, style.system_text, user, asked, _SOLVED)
 
 
 def proposer_messages(style: Style, answer: str, searches: int, examples: str) -> list[dict[str, str]]:
     shown = f"\nExample questions:\n{examples}" if examples else ""
-    return _messages(
-        style.proposer_system_text.format(examples=shown), style.proposer_text.format(answer=answer, searches=searches)
-    )
+    user, asked = (style.proposer_text.format(answer=a, searches=n) for a, n in ((answer, searches), (_ANSWER, 2)))
+    return _messages(style, style.proposer_system_text.format(examples=shown), user, asked, _PROPOSED)
 
 
 def verifier_messages(style: Style, question: str, documents: Sequence[Document]) -> list[dict[str, str]]:
-    text = style.verifier_text.format(question=question, documents=format_documents(documents))
-    return _messages(style.system_text, text)
+    user, asked = (
+        style.verifier_text.format(question=q, documents=format_documents(d))
+        for q, d in ((question, documents), (_QUESTION, (_MOZART, _OPERA)))
+    )
+    return _messages(style, style.verifier_system_text, user, asked, _VERIFIED)
 
 
 def format_documents(documents: Sequence[Document]) -> str:
@@ -118,7 +183,8 @@ def format_documents(documents: Sequence[Document]) -> str:
 
 def observation(style: Style, documents: Sequence[Document]) -> str:
     """The text inserted after a search; an empty result says so instead of showing nothing."""
-    return style.observation_text.format(documents=format_documents(documents) or style.no_result_text)
+    text = format_documents(documents) or style.no_result_text
+    return style.observation_text.format(documents=text.strip() if style.strip_results else text)
 
 
 def encode_prompt(tokenizer: Any, messages: list[dict[str, str]], template: str) -> list[int]:
@@ -127,10 +193,18 @@ def encode_prompt(tokenizer: Any, messages: list[dict[str, str]], template: str)
     template: "chat" uses the tokenizer's own Jinja template; "raw_chatml" is the SSP reference's form, which writes no
     <|im_end|> between turns (models trained with it exist).
     """
+    name = getattr(tokenizer, "name_or_path", "")
     if template == "raw_chatml":
+        if "<|im_start|>" not in tokenizer.get_vocab():
+            raise InputError(f"tokenizer {name!r} lacks <|im_start|>, which prompt.template=raw_chatml needs")
         text = "".join(f"<|im_start|>{m['role']}\n{m['content']}" for m in messages) + "<|im_start|>assistant\n"
     elif template == "chat":
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if not tokenizer.chat_template:
+            raise InputError(f"tokenizer {name!r} has no chat template; expected one, or prompt.template=raw_chatml")
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:  # also how a template refuses an order of roles
+            raise InputError(f"the chat template of {name!r} refuses these messages: {error}") from None
     else:
         raise InputError(f'config key prompt.template is {template!r}; expected "chat" or "raw_chatml"')
     return tokenizer.encode(text, add_special_tokens=False)

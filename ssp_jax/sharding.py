@@ -3,7 +3,9 @@
 Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ssp_jax import model
 from ssp_jax.data import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -61,6 +64,13 @@ def param_shardings(params: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
         return NamedSharding(mesh, _spec(name, leaf.shape, mesh, drop))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def sampler_copy(config: model.ModelConfig, mesh: Mesh, dtype: Any) -> Callable[[model.Params], model.Params]:
+    """One jitted cast and reshard: stacked params, split over fsdp, to the sampler's unstacked and whole ones."""
+    unstack = functools.partial(model.unstack, dtype=dtype)
+    copied = jax.eval_shape(unstack, model.abstract_params(config))
+    return jax.jit(unstack, out_shardings=param_shardings(copied, mesh, drop=("fsdp",)))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:

@@ -22,7 +22,7 @@ from ssp_jax import data, episodes, learner, model, prompts, sharding, weights
 from ssp_jax.checkpoint import Checkpoints, check_workdir
 from ssp_jax.config import check_values
 from ssp_jax.data import InputError, Task
-from ssp_jax.engine import Engine, Sizes, Stats
+from ssp_jax.engine import Sizes, Stats
 from ssp_jax.evaluate import Result, evaluate
 from ssp_jax.metrics import CompileCounter, Logger
 from ssp_jax.retriever import Retriever, open_retriever
@@ -105,8 +105,9 @@ def _make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
 
 
 def make_stage(config: ConfigDict, tokenizer: Any) -> episodes.Stage:
-    limits = episodes.Limits(**config.limits)
-    return episodes.Stage(tokenizer, prompts.STYLES[config.prompt.style], config.prompt.template, limits)
+    p, limits = config.prompt, episodes.Limits(**config.limits)
+    style = dataclasses.replace(prompts.STYLES[p.style], worked_example=p.worked_example)
+    return episodes.Stage(tokenizer, style, p.template, limits)
 
 
 def make_learner_config(config: ConfigDict, model_config: model.ModelConfig) -> learner.LearnerConfig:
@@ -152,14 +153,13 @@ class _Run:
         self._key = jax.random.key(config.seed)
         self._build_model()
         stage = make_stage(config, inputs.tokenizer)
-        automata = episodes.role_automata(inputs.tokenizer, inputs.model_config.vocab_size)
         search = functools.partial(inputs.retriever.search, top_k=config.retriever.top_k)
         self._stage = stage
-        self._engine = Engine(
+        self._engine = episodes.make_engine(
             inputs.model_config,
-            Sizes(**config.engine),
-            automata,
+            inputs.tokenizer,
             inputs.eos,
+            Sizes(**config.engine),
             jnp.dtype(config.model.dtype),
             search,
             functools.partial(sharding.state_shardings, mesh=self._mesh),
@@ -182,9 +182,7 @@ class _Run:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
             self._state, game = self.checkpoints.restore(self.step, like)
             self._memory, self._seconds = Memory.from_json(game["memory"]), game["seconds"]
-        unstack = functools.partial(model.unstack, dtype=c.dtype)
-        kept = sharding.param_shardings(jax.eval_shape(unstack, abstract), self._mesh, drop=("fsdp",))
-        self._to_sampler = jax.jit(unstack, out_shardings=kept)
+        self._to_sampler = sharding.sampler_copy(config, self._mesh, c.dtype)
 
     def warm_up(self) -> None:
         devices = f"{self._mesh.devices.size} x {jax.devices()[0].device_kind}"

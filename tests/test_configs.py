@@ -1,3 +1,7 @@
+import re
+import runpy
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -6,9 +10,41 @@ from conftest import ROOT, RunMain
 from ml_collections import ConfigDict
 
 from configs import default
-from ssp_jax.config import FREE_SECTION, flatten_config, load_config, nearest, parse_command_line
+from ssp_jax.config import FREE_SECTION, check_values, flatten_config, load_config, nearest, parse_command_line
 from ssp_jax.data import InputError
 
+
+@dataclass(frozen=True)
+class Shape:
+    """From the model's published config.json."""
+
+    params: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    width: int
+    ffn: int
+
+
+_7B = Shape(7_615_616_512, 28, 28, 4, 128, 3584, 18944)
+_05B = Shape(494_032_768, 24, 14, 2, 64, 896, 4864)
+SHAPES = {
+    "llama3p1_8b": Shape(8_030_261_248, 32, 32, 8, 128, 4096, 14336),
+    "qwen0p5b": _05B,
+    "qwen14b": Shape(14_770_033_664, 48, 40, 8, 128, 5120, 13824),
+    "qwen1p5b": Shape(1_543_714_304, 28, 12, 2, 128, 1536, 8960),
+    "qwen32b": Shape(32_763_876_352, 64, 40, 8, 128, 5120, 27648),
+    "qwen3_8b": Shape(8_190_735_360, 36, 32, 8, 128, 4096, 12288),
+    "qwen3b": Shape(3_085_938_688, 36, 16, 2, 128, 2048, 11008),
+    "qwen7b": _7B,
+    "qwen7b_base": _7B,
+    "r_search_7b": _7B,
+    "search_r1_7b": _7B,
+    "smollm2_135m": Shape(134_515_008, 30, 9, 3, 64, 576, 1536),
+    "vital_0p5b": _05B,
+    "zerosearch_7b": _7B,
+}
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 DEFAULT = "--config=configs/default.py"
 
@@ -36,11 +72,81 @@ def test_every_config_has_exactly_the_keys_of_default(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_states_only_differences(name: str) -> None:
     """STYLE: a reader of a config sees what is special about it, and nothing else."""
-    source, expected = (ROOT / "configs" / name).read_text(), flatten_config(default.get_config())
-    config, _ = parse(f"--config=configs/{name}")
-    for key, value in flatten_config(config).items():
-        stated = f"c.{key} = " in source
-        assert name == "default.py" or not stated or value != expected.get(key), f"{key} repeats the default"
+    source = (ROOT / "configs" / name).read_text()
+    base = re.search(r"from configs import (\w+)", source)
+    if base is None:
+        assert name == "default.py"
+        return
+    expected = flatten_config(parse(f"--config=configs/{base[1]}.py")[0])
+    for key, value in flatten_config(parse(f"--config=configs/{name}")[0]).items():
+        assert f"c.{key} = " not in source or value != expected.get(key), f"{key} repeats {base[1]}"
+
+
+def contract(name: str) -> dict[str, str]:
+    """The named lines of a config's docstring."""
+    text = str(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["__doc__"])
+    return dict(re.findall(r"^(command|hardware|memory|time|score) +(.+)$", text, flags=re.MULTILINE))
+
+
+def test_every_config_has_a_shape_here() -> None:
+    assert set(SHAPES) == {name.removesuffix(".py") for name in CONFIGS} - {"default", "tiny", "__init__"}
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "tiny"])
+def test_a_config_states_command_hardware_memory_time_and_score(name: str) -> None:
+    lines = contract(name)
+    assert set(lines) == {"command", "hardware", "memory", "time", "score"}
+    command = lines["command"].rpartition("python -m ssp_jax.main ")[2].split()
+    assert f"--config=configs/{name}.py" in command
+    assert parse(*command)[0].model.path
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_config_divides_over_its_hardware_and_fits(name: str) -> None:
+    """The docstring's estimate is what its formula (configs/qwen7b.py) gives, and leaves a fifth of the memory free."""
+    config, shape, lines = parse(f"--config=configs/{name}.py")[0], SHAPES[name], contract(name)
+    check_values(config)
+    found = re.match(r"(\d+) x .*?(\d+) GB", lines["hardware"])
+    assert found
+    devices, memory = int(found[1]), int(found[2])
+    tensor, parts = config.mesh.tensor, devices // config.mesh.tensor
+    assert config.mesh.data * tensor * parts == devices and config.mesh.fsdp == -1
+    for size in (shape.heads, shape.kv_heads, shape.ffn):
+        assert size % tensor == 0
+    for size in (shape.width, config.engine.slots, config.learner.rows):
+        assert size % parts == 0
+
+    token = 2 * shape.layers * shape.kv_heads * shape.head * 2
+    cache = config.engine.slots // parts * config.engine.cache_tokens * token / tensor
+    playing = (14 * shape.params / devices + 2 * shape.params / tensor + 2 * cache) / 1e9
+    updating = (18 * shape.params / devices + cache) / 1e9
+    assert lines["memory"].startswith(f"{playing:.0f} GB a device while playing, {updating:.0f} GB while updating")
+    assert max(playing, updating) <= 0.8 * memory
+
+
+def test_the_papers_hyper_parameters() -> None:
+    """arXiv 2510.18821v1, Table 4, sections 3.3, 4.1 and B; clip_high and the kind of KL are the reference script's."""
+    c = parse("--config=configs/qwen7b.py")[0]
+    assert (c.game.answers_per_step, c.game.group_size, c.learner.mini_batches) == (256, 5, 256 // 128)
+    assert (c.learner.learning_rate, c.learner.warmup_steps) == (1e-6, 5)
+    assert (c.limits.prompt_tokens, c.limits.response_tokens, c.limits.searches) == (4096, 8192, 10)
+    assert (c.learner.kl_coef, c.learner.kl_type, c.learner.clip_high) == (0.01, "k3", 0.285)
+    assert (c.sampling.temperature, c.sampling.eval_temperature) == (1.0, 0.0)
+    assert (c.game.noise_documents, c.retriever.top_k, c.game.reset_interval) == (4, 3, 10)
+    assert (c.game.rl_pair, c.game.batch_fill, c.reward.proposer) == (
+        "reinforce_grpo",
+        "periodic_reset",
+        "one_minus_mean",
+    )
+
+
+def test_the_cpu_command_of_vital_is_a_valid_one() -> None:
+    text = str(runpy.run_path(str(ROOT / "configs" / "vital_0p5b.py"))["__doc__"])
+    command = text[text.rindex("    python -m ssp_jax.main") :].replace("\\\n", " ").split("\n")[0]
+    config, _ = parse(*shlex.split(command)[3:])
+    check_values(config)
+    assert (config.game.answers_per_step, config.game.group_size, config.steps) == (4, 4, 1)
+    assert config.prompt.worked_example
 
 
 def test_overrides_keep_their_types() -> None:

@@ -1,24 +1,28 @@
 """Prompts: the forms that trained models know, and parsing what models write."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import tokenizers
+import transformers
 
 from ssp_jax import prompts, weights
 from ssp_jax.data import Document, InputError
 
 STYLES = list(prompts.STYLES.values())
+WORKED = [dataclasses.replace(style, worked_example=True) for style in STYLES]
 DOCUMENTS = [Document("7", '"Paris"', "Paris is big."), Document("9", '"Lyon"', "Lyon is old.")]
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", STYLES + WORKED)
 def test_the_question_ends_the_solvers_prompt(style):
     last = prompts.solver_messages(style, "Who {is} it?")[-1]
     assert last["role"] == "user"
     assert last["content"].rstrip().endswith("Who {is} it?")
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", STYLES + WORKED)
 def test_the_proposer_is_given_answer_number_and_examples(style):
     messages = prompts.proposer_messages(style, "Lake {Chad}", 3, "1. Why {not}?")
     assert "Lake {Chad}" in messages[-1]["content"] and "3" in messages[-1]["content"]
@@ -26,7 +30,7 @@ def test_the_proposer_is_given_answer_number_and_examples(style):
         assert "1. Why {not}?" in messages[0]["content"]
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", STYLES + WORKED)
 def test_the_verifier_sees_documents_and_question(style):
     text = prompts.verifier_messages(style, "Which?", DOCUMENTS)[-1]["content"]
     assert 'Doc 1(Title: "Paris") Paris is big.\nDoc 2(Title: "Lyon") Lyon is old.\n' in text
@@ -34,10 +38,70 @@ def test_the_verifier_sees_documents_and_question(style):
 
 
 def test_observations_have_each_familys_form():
-    shown = 'Doc 1(Title: "Paris") Paris is big.\n'
-    forms = {name: prompts.observation(style, DOCUMENTS[:1]) for name, style in prompts.STYLES.items()}
+    """Search-R1 strips the list (llm_agent/generation.py); R-Search's newlines are those of the SSP reference."""
+    shown = 'Doc 1(Title: "Paris") Paris is big.\nDoc 2(Title: "Lyon") Lyon is old.'
+    forms = {name: prompts.observation(style, DOCUMENTS) for name, style in prompts.STYLES.items()}
     assert forms["search_r1"] == f"\n\n<information>{shown}</information>\n\n"
     assert forms["r_search"] == f"\n<observation>{shown}</observation>\n"
+
+
+def test_the_solvers_prompt_has_the_form_that_trained_models_know():
+    """One system turn, one user turn: instruction, the tags in this order, one example of the answer tags, question."""
+    system, user = prompts.solver_messages(prompts.STYLES["search_r1"], "Who?")
+    assert system == {"role": "system", "content": "You are a helpful and harmless assistant."}
+    text = user["content"]
+    assert text.startswith("Answer the given question. ") and text.endswith("</answer>. Question: Who?\n")
+    order = ["<think>", "</think>", "<search>", "</search>", "<information>", "</information>", "<answer> Beijing"]
+    assert sorted(order, key=text.index) == order and "<observation>" not in text
+
+
+def test_r_search_asks_the_bare_question_and_explains_in_the_system_turn():
+    system, user = prompts.solver_messages(prompts.STYLES["r_search"], "Who?")
+    assert user["content"] == "Who?"
+    order = ["<think>", "<search>", "<observation>", "<original_evidence>", "<answer>"]
+    assert sorted(order, key=system["content"].index) == order and "<information>" not in system["content"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_verifier_is_not_told_of_a_search_engine(style):
+    text = "".join(m["content"] for m in prompts.verifier_messages(style, "Which?", DOCUMENTS))
+    assert "search" not in text
+
+
+@pytest.mark.parametrize("style", WORKED)
+def test_a_worked_example_is_an_earlier_exchange_in_the_same_form(style):
+    plain = dataclasses.replace(style, worked_example=False)
+    for messages in (prompts.solver_messages, prompts.proposer_messages, prompts.verifier_messages):
+        given = {
+            prompts.solver_messages: ("Who?",),
+            prompts.proposer_messages: ("Paris", 2, ""),
+            prompts.verifier_messages: ("Who?", DOCUMENTS),
+        }[messages]
+        *before, asked, played, last = messages(style, *given)
+        assert [*before, last] == messages(plain, *given)
+        assert (asked["role"], played["role"]) == ("user", "assistant")
+
+
+@pytest.mark.parametrize("style", WORKED)
+def test_worked_examples_obey_the_rules_that_they_teach(style):
+    solved = prompts.solver_messages(style, "Who?")[-2]["content"]
+    assert prompts.last_answer(solved) and solved.count("</search>") == 2
+    assert ("<original_evidence>" in solved) == (style is WORKED[1])
+    opening = style.observation_text.split("{documents}")[0]
+    assert solved.count(f"</search>{opening}Doc 1(Title: ") == 2
+
+    *_, asked, proposed, _ = prompts.proposer_messages(style, "Paris", 2, "")
+    question = prompts.first_question(proposed["content"])
+    assert (
+        question
+        and prompts.last_answer(solved) in asked["content"]
+        and question in "".join(m["content"] for m in prompts.solver_messages(style, "Who?"))
+    )
+    queries = [part.split("</search>")[0] for part in proposed["content"].split("<search>")[1:]]
+    assert len(set(queries)) == 2 and "2" in asked["content"]
+    assert not any(prompts.last_answer(solved) in text for text in [question, *queries])
+    verified = prompts.verifier_messages(style, "Who?", DOCUMENTS)[-2]["content"]
+    assert prompts.last_answer(verified) == prompts.last_answer(solved) and "<search>" not in verified
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -75,3 +139,35 @@ def test_templates():
     assert raw == "<|im_start|>system\nS<|im_start|>user\nU<|im_start|>assistant\n"
     with pytest.raises(InputError, match="prompt.template"):
         prompts.encode_prompt(tokenizer, messages, "chatml")
+
+
+def test_raw_chatml_writes_an_example_without_ends_of_turns():
+    tokenizer = weights.load_tokenizer(Path("assets/tiny/model"))
+    messages = prompts.solver_messages(WORKED[0], "Who?")
+    text = tokenizer.decode(prompts.encode_prompt(tokenizer, messages, "raw_chatml"))
+    assert [part.split("\n")[0] for part in text.split("<|im_start|>")] == [
+        "",
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert "<|im_end|>" not in text
+
+
+def test_a_tokenizer_that_lacks_what_a_template_needs_is_named():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"U": 0}, unk_token="U"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path="mine")
+    messages = [{"role": "user", "content": "U"}]
+    with pytest.raises(InputError, match="'mine' has no chat template"):
+        prompts.encode_prompt(tokenizer, messages, "chat")
+    with pytest.raises(InputError, match=r"'mine' lacks <\|im_start\|>"):
+        prompts.encode_prompt(tokenizer, messages, "raw_chatml")
+
+
+def test_a_template_that_refuses_the_messages_is_told():
+    tokenizer = weights.load_tokenizer(Path("assets/tiny/model"))
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match="roles must alternate"):
+        prompts.encode_prompt(tokenizer, [{"role": "user", "content": "U"}], "chat")

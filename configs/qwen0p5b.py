@@ -1,0 +1,24 @@
+"""Qwen2.5-0.5B-Instruct with the paper's data, on one device.
+
+command    python -m ssp_jax.main --config=configs/qwen0p5b.py --workdir=runs/qwen0p5b
+hardware   1 x H100 80 GB
+memory     37 GB a device while playing, 23 GB while updating, plus temporaries (estimate)
+time       not measured
+score      not measured; not in the paper
+
+The estimate's formula stands in configs/qwen7b.py; here P = 4.94e8, n = 1 and 12,288 bytes a token.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import qwen7b
+
+
+def get_config() -> ConfigDict:
+    c = qwen7b.get_config()
+    c.model.path = "Qwen/Qwen2.5-0.5B-Instruct"
+    c.prompt.worked_example = True
+
+    c.engine.slots = 96
+    c.learner.rows = 1
+    return c.lock()

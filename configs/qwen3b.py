@@ -1,0 +1,23 @@
+"""Qwen2.5-3B-Instruct with the paper's data.
+
+command    python -m ssp_jax.main --config=configs/qwen3b.py --workdir=runs/qwen3b
+hardware   4 x H100 80 GB
+memory     39 GB a device while playing, 25 GB while updating, plus temporaries (estimate)
+time       not measured
+score      not measured; not in the paper
+
+The estimate's formula stands in configs/qwen7b.py; here P = 3.09e9, n = 4 and 36,864 bytes a token.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import qwen7b
+
+
+def get_config() -> ConfigDict:
+    c = qwen7b.get_config()
+    c.model.path = "Qwen/Qwen2.5-3B-Instruct"
+
+    c.engine.slots = 96
+    c.learner.rows = 4
+    return c.lock()

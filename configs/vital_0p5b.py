@@ -1,0 +1,62 @@
+"""Real text, a real model: SSP with Qwen2.5-Coder-0.5B-Instruct on 31,677 passages (Wikipedia leads, World Factbook).
+
+command    python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_0p5b
+hardware   1 x H100 80 GB, or a CPU for single steps (below)
+memory     18 GB a device while playing, 14 GB while updating, plus temporaries (estimate)
+time       not measured
+score      not measured on these sets; greedy with the example shown the plain model answers 4 of 8 one-hop and 3 of 8
+           two-hop questions (a small trial, not the whole sets)
+
+The text and the model are no part of this repository: they are expected as data/vital and models/... here, or anywhere
+else by --config.data.answers=... and so on. Each prompt shows one worked example; without it this model almost never
+uses a tag.
+
+The estimate's formula stands in configs/qwen7b.py; here P = 4.94e8, n = 1 and 128 slots of 3,328 tokens of 12,288
+bytes.
+
+One step on a CPU, 4 answers x 4 solver episodes, in float32 and without the reference model to stay below 12 GB:
+
+    python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_cpu --config.steps=1 \\
+        --config.game.answers_per_step=4 --config.game.group_size=4 --config.model.dtype=float32 \\
+        --config.learner.kl_coef=0 --config.learner.mini_batches=1 --config.learner.rows=1 \\
+        --config.learner.row_tokens=1280 --config.learner.logprob_chunk=256 \\
+        --config.limits.response_tokens=640 --config.limits.turn_tokens=96 --config.limits.searches=2 \\
+        --config.limits.observation_tokens=192 --config.limits.verify_prompt_tokens=1536 \\
+        --config.engine.slots=8 --config.engine.cache_tokens=1664 --config.engine.cache_buckets='(1024,)' \\
+        --config.engine.extend_buckets='(256, 512)' --config.engine.extend_rows=1 \\
+        --noconfig.eval.before --noconfig.eval.after --noconfig.checkpoint.export --config.log.episodes_every=1
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    c = default.get_config()
+    c.model.path = "models/qwen2.5-coder-0.5b-instruct"
+
+    c.data.answers = "data/vital/answers.jsonl"
+    with c.unlocked():
+        c.data.eval_sets.one_hop = "data/vital/qa/dev_1hop.jsonl"
+        c.data.eval_sets.two_hop = "data/vital/qa/dev_2hop.jsonl"
+    c.retriever.corpus = "data/vital/corpus.jsonl.gz"
+    c.prompt.worked_example = True
+
+    c.game.answers_per_step = 64
+    # Leads are short: three passages are some 270 tokens, and the worked example of the proposer takes 450.
+    c.limits.prompt_tokens = 640
+    c.limits.verify_prompt_tokens = 3072
+    c.limits.response_tokens = 1920
+    c.limits.turn_tokens = 256
+    c.limits.turns = 6
+    c.limits.searches = 5
+    c.limits.observation_tokens = 512
+
+    c.engine.slots = 128
+    c.engine.cache_tokens = 3328
+    c.engine.cache_buckets = (1024, 2048)
+    c.engine.extend_buckets = (256, 1024)
+
+    c.learner.row_tokens = 2560
+    return c.lock()

@@ -1,0 +1,395 @@
+"""Ask a model, through the same slot engine that training uses:
+
+    python -m ssp_jax.generate --model=FOLDER --prompts=IN.jsonl --out=OUT.jsonl --max_tokens=256 --temperature=0
+    python -m ssp_jax.generate --model=FOLDER --index=INDEX --prompts=QUESTIONS.jsonl --out=OUT.jsonl
+    python -m ssp_jax.generate --model=FOLDER --index=INDEX        # type a question and watch it search
+
+--prompts has lines {"prompt": text}, continued as it stands, or {"messages": [{"role", "content"}, ...]}, put through
+the chat template. OUT has as many lines in the same order: {"token_ids", "logprobs", "text", "stop_reason"}. With
+--index (a built search index) the lines are {"question": text}, the model plays the solver, and OUT adds "question",
+"searches", "answer" and "turns"; token_ids then hold inserted results too, with null for their logprobs. Without
+--prompts questions are read from the standard input, one a line. Without --out lines go to the standard output.
+
+--max_tokens=1024  tokens after the prompt, search results included
+--temperature=0    0 is greedy; otherwise --seed=0 fixes the random numbers
+--dtype=float32    or bfloat16; by default bfloat16 on accelerators and float32 on CPUs
+--top_k=3          passages per search; --max_searches=10 searches per question
+--style=search_r1  search_r1 | r_search | brief: what the model was trained on; --template=chat | raw_chatml
+--worked_example   show a played example first, to a model that was never trained to search
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from rich.console import Console
+
+from ssp_jax import episodes, model, prompts, sharding, weights
+from ssp_jax.data import InputError, Row, read_rows
+from ssp_jax.engine import Engine, Search, Sizes, Stats
+from ssp_jax.episodes import ASSISTANT, SEARCH_ENGINE, SOLVER, Episode, Limits, Player, Role, Stage, episode_id
+from ssp_jax.metrics import PLAIN_SECONDS, Phase
+from ssp_jax.retriever import Retriever
+
+CPU_CACHE_BYTES = 2 << 30  # keys and values of all slots on a CPU; accelerators say what they have
+SLOTS_PER_DEVICE = 64  # more do not decode faster
+TYPED_PROMPT_TOKENS = 2048  # longest prompt of a typed question
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A Hugging Face folder, ready to generate."""
+
+    config: model.ModelConfig
+    tokenizer: Any
+    eos: tuple[int, ...]
+    dtype: Any
+    mesh: jax.sharding.Mesh
+    params: model.Params  # the sampler's unstacked form
+
+
+def load_model(folder: str | Path, dtype: str = "") -> Model:
+    """Every device holds the whole model, or a part of each head's work where one device is too small for it."""
+    config, tokenizer = weights.read_config(folder), weights.load_tokenizer(folder)
+    kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    abstract = model.abstract_params(config)
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) * kind.itemsize
+    tensor = devices_per_copy(config.num_kv_heads, jax.device_count(), size, _device_bytes())
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": tensor})
+    stacked = weights.load(folder, config, sharding.param_shardings(abstract, mesh), kind)
+    params = sharding.sampler_copy(config, mesh, kind)(stacked)
+    eos = episodes.eos_tokens(tokenizer, weights.read_generation_config(folder))
+    return Model(config, tokenizer, eos, kind, mesh, params)
+
+
+def _device_bytes() -> int | None:
+    """Memory of one device, where the backend tells."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def devices_per_copy(kv_heads: int, devices: int, size: int, limit: int | None) -> int:
+    """The fewest devices, of `limit` bytes each, that hold `size` bytes of weights twice, as loading needs."""
+    numbers = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and devices % n == 0]
+    return next((n for n in numbers if limit is None or 2 * size <= n * limit), numbers[-1])
+
+
+def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bool) -> Sizes:
+    """Engine sizes that hold these prompts with `room` tokens after each; nothing is left for the user to choose."""
+    c, parts = m.config, m.mesh.shape["data"]
+    longest = max(prompt_lengths)
+    cache = -(-(longest + room) // 128) * 128
+    slot_bytes = 2 * c.num_layers * c.num_kv_heads * c.head_dim * cache * m.dtype.itemsize
+    limit = _device_bytes()
+    # A third of what the weights leave: a decode chunk may hold a second copy of the cache.
+    used = sum(leaf.nbytes for leaf in jax.tree.leaves(m.params)) // m.mesh.shape["tensor"]
+    room_bytes = CPU_CACHE_BYTES if limit is None else (limit - used) // 3 * m.mesh.size
+    slots = max(1, min(len(prompt_lengths), SLOTS_PER_DEVICE * parts, room_bytes // slot_bytes))
+    first = min(1024, 1 << (longest - 1).bit_length())
+    return Sizes(
+        slots=-(-slots // parts) * parts,
+        chunk=16,
+        cache_tokens=cache,
+        cache_buckets=tuple(b for b in (1024, 4096) if b < cache),
+        extend_buckets=tuple(sorted({min(b, cache) for b in ((first, 256, 1024) if searching else (first,))})),
+        extend_rows=min(8, slots),
+    )
+
+
+def make_engine(m: Model, sizes: Sizes, search: Search) -> Engine:
+    shardings = functools.partial(sharding.state_shardings, mesh=m.mesh)
+    return episodes.make_engine(m.config, m.tokenizer, m.eos, sizes, m.dtype, search, shardings)
+
+
+def no_search(queries: list[str]) -> Sequence[Any]:
+    raise AssertionError("a player without a search tool asked for one")
+
+
+def play(
+    m: Model,
+    stage: Stage,
+    role: Role,
+    prompt_tokens: Sequence[list[int]],
+    temperature: float = 0.0,
+    seed: int = 0,
+    search: Search = no_search,
+    take: Callable[[int, Episode], None] = lambda row, episode: None,
+    progress: Callable[[Stats], None] = lambda stats: None,
+) -> list[Episode]:
+    """One episode for each prompt, all through the slots at once; take(row, episode) hears of each as it ends."""
+    lengths, room = [len(tokens) for tokens in prompt_tokens], stage.limits.response_tokens
+    engine = make_engine(m, make_sizes(m, lengths, room, search is not no_search), search)
+    players = [
+        Player(stage, role, episode_id(role, row, 0), temperature, list(tokens))
+        for row, tokens in enumerate(prompt_tokens)
+    ]
+    rows = {player.uid: row for row, player in enumerate(players)}
+    ended: dict[int, Episode] = {}
+
+    def finished(player: Player) -> list[Player]:
+        row = rows[player.uid]
+        ended[row] = player.episode()
+        take(row, ended[row])
+        return []
+
+    engine.play(m.params, jax.random.key(seed), players, finished, progress)
+    return [ended[row] for row in range(len(players))]
+
+
+def make_stage(
+    tokenizer: Any,
+    max_tokens: int,
+    max_searches: int = 0,
+    style: prompts.Style = prompts.STYLES["search_r1"],
+    template: str = "chat",
+    prompt_tokens: int = sys.maxsize,
+) -> Stage:
+    """Limits that follow from the number of tokens and searches; a prompt may be as long as it is."""
+    limits = Limits(
+        prompt_tokens=prompt_tokens,
+        verify_prompt_tokens=prompt_tokens,
+        response_tokens=max_tokens,
+        turn_tokens=max_tokens,
+        turns=max_searches + 1,
+        searches=max_searches,
+        observation_tokens=min(2048, max_tokens),
+    )
+    return Stage(tokenizer, style, template, limits)
+
+
+def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
+    """`prompt` gets the special tokens that the tokenizer itself puts around a text, such as Llama's first one."""
+    values = row.values
+    if "prompt" in values:
+        row.text("prompt", values["prompt"])  # only the check: spaces at the ends count
+        return tokenizer.encode(values["prompt"])
+    turns = values.get("messages")
+    if not isinstance(turns, list) or not turns:
+        known = "lines with a question need --index" if "question" in values else "or a text in prompt"
+        raise row.error("messages", f'a list of {{"role", "content"}} ({known})')
+    for turn in turns:
+        if not (isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))):
+            raise row.error("messages", 'objects with texts "role" and "content"')
+    try:
+        return prompts.encode_prompt(tokenizer, turns, template)
+    except InputError as error:
+        raise InputError(f"{row.path} line {row.line}: {error}") from None
+
+
+def _rows(path: str) -> list[Row]:
+    with contextlib.closing(read_rows(path)) as rows:
+        if found := list(rows):
+            return found
+    raise InputError(f"{path}: expected at least one line, found none")
+
+
+def describe(episode: Episode, tokenizer: Any) -> dict[str, Any]:
+    """An output line: what came after the prompt."""
+    n, reason = episode.prompt_length, episode.stop_reason
+    pairs = zip(episode.logprobs[n:], episode.sampled[n:], strict=True)
+    line: dict[str, Any] = {
+        "token_ids": episode.tokens[n:],
+        "logprobs": [logprob if sampled else None for logprob, sampled in pairs],
+        "text": tokenizer.decode(episode.tokens[n:], skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        "stop_reason": "max_tokens" if reason in ("response_tokens", "turn_tokens") else reason,
+    }
+    if episode.role == SOLVER.name:
+        turns = [{"who": who, "text": text} for who, text in episode.turns]
+        line |= {"searches": episode.queries, "answer": prompts.last_answer(episode.text), "turns": turns}
+    return line
+
+
+class _InOrder:
+    """take(row, line) writes each line as soon as all before it are written."""
+
+    def __init__(self, file: IO[str]):
+        self._file, self._next = file, 0
+        self._waiting: dict[int, dict[str, Any]] = {}
+
+    def take(self, row: int, line: dict[str, Any]) -> None:
+        self._waiting[row] = line
+        while self._next in self._waiting:
+            self._file.write(json.dumps(self._waiting.pop(self._next), ensure_ascii=False) + "\n")
+            self._next += 1
+        self._file.flush()
+
+
+def _open_out(path: str) -> contextlib.AbstractContextManager[IO[str]]:
+    if not path:
+        return contextlib.nullcontext(sys.stdout)
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out={path}: expected a file that can be written ({error.strerror})") from None
+
+
+class _Progress:
+    """One line on stderr: rewritten in a terminal, else a new one every few seconds."""
+
+    def __init__(self, total: int):
+        self._phase = Phase("generating", total, self._show)
+        self._live, self._last, self._ended = sys.stderr.isatty(), time.monotonic(), False
+
+    def __call__(self, stats: Stats) -> None:
+        self._phase.advance(stats.finished, tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
+
+    def _show(self, detail: str) -> None:
+        if self._ended:  # chunks that were already in flight
+            return
+        self._ended = self._phase.done == self._phase.total
+        if self._live:
+            print(f"\r\x1b[Kgenerating {detail}", end="\n" if self._ended else "", file=sys.stderr, flush=True)
+        elif self._ended or time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            print(f"{time.strftime('%H:%M:%S')} generating {detail}", file=sys.stderr, flush=True)
+
+
+def answer_file(f: Any) -> None:
+    """--prompts: all lines through the slots at once."""
+    tokenizer, search = weights.load_tokenizer(f.model), _search(f)
+    stage = _stage(f, tokenizer, sys.maxsize)
+    if f.index:
+        questions = [row.text("question", row.values.get("question")) for row in _rows(f.prompts)]
+        encoded = [stage.prompt(prompts.solver_messages(stage.style, question)) for question in questions]
+        named = [{"question": question} for question in questions]
+    else:
+        encoded = [_prompt_tokens(row, tokenizer, f.template) for row in _rows(f.prompts)]
+        named = [{} for _ in encoded]
+    with _open_out(f.out) as file:
+        m, out = _load(f), _InOrder(file)
+
+        def take(row: int, episode: Episode) -> None:
+            out.take(row, named[row] | describe(episode, tokenizer))
+
+        role = SOLVER if f.index else ASSISTANT
+        play(m, stage, role, encoded, f.temperature, f.seed, search, take, _Progress(len(encoded)))
+
+
+# --- questions typed by a person --------------------------------------------------------------------------------------
+
+
+class Watched(Player):
+    """A player whose turns are shown while they are written: show(text, who) gets each piece once."""
+
+    show: Callable[[str, str], None]
+    _shown = 0  # characters of the turn
+
+    def going_on(self, tokens: list[int], logprobs: list[float]) -> None:
+        super().going_on(tokens, logprobs)
+        text = self.stage.decode(self.tokens[self._turn_start :])
+        if not text.endswith("\ufffd"):  # half a character: the next chunk completes it
+            self.show(text[self._shown :], self.role.name)
+            self._shown = len(text)
+
+    def observe(self, result: Sequence[Any]) -> None:
+        super().observe(result)
+        self.show(self.turns[-1][1], SEARCH_ENGINE)
+        self._shown = 0
+
+
+def answer_typed(f: Any) -> None:
+    """Without --prompts: one question after the other, each shown as it is played."""
+    typing, console = sys.stdin.isatty(), Console(highlight=False, markup=False, soft_wrap=True)
+    tokenizer, search = weights.load_tokenizer(f.model), _search(f)
+    stage, m = _stage(f, tokenizer, TYPED_PROMPT_TOKENS), _load(f)
+    sizes = make_sizes(m, [TYPED_PROMPT_TOKENS], f.max_tokens, True)
+    engine = make_engine(m, dataclasses.replace(sizes, chunk=4), search)  # small chunks: words appear as they come
+
+    def show(text: str, who: str) -> None:
+        console.print(text, end="", style="dim" if who == SEARCH_ENGINE else None)
+
+    for number, question in enumerate(_typed(typing)):
+        if not typing:
+            console.print(f"question: {question}", style="bold")
+        role = SOLVER if f.index else ASSISTANT
+        asked = prompts.solver_messages(stage.style, question) if f.index else [{"role": "user", "content": question}]
+        player = Watched(stage, role, episode_id(role, number, 0), f.temperature, stage.prompt(asked))
+        player.show = show
+        stats = engine.play(m.params, jax.random.key(f.seed), [player])
+        line = describe(player.episode(), tokenizer)
+        said = f"answer: {line['answer']} · searches: {len(line['searches'])} · " if f.index else ""
+        cost = f"{stats.sampled_tokens} tokens in {stats.seconds:.1f} s"
+        console.print(f"\n[{said}{cost} · ended by {line['stop_reason']}]\n", style="bold")
+
+
+def _typed(typing: bool) -> Iterator[str]:
+    """Lines of the standard input that are not blank, until its end."""
+    while True:
+        try:
+            line = input("question> " if typing else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _stage(f: Any, tokenizer: Any, prompt_tokens: int) -> Stage:
+    style = dataclasses.replace(prompts.STYLES[f.style], worked_example=f.worked_example)
+    return make_stage(tokenizer, f.max_tokens, f.max_searches, style, f.template, prompt_tokens)
+
+
+def _load(f: Any) -> Model:
+    print(f"loading {f.model}", file=sys.stderr, flush=True)
+    return load_model(f.model, f.dtype)
+
+
+def _search(f: Any) -> Search:
+    if not f.index:
+        return no_search
+    if not Path(f.index).is_dir():
+        raise InputError(f"--index={f.index}: expected the folder of a built search index")
+    return functools.partial(Retriever.load(f.index).search, top_k=f.top_k)
+
+
+def parse_flags(argv: list[str]) -> flags.FlagValues:
+    f = flags.FlagValues()
+    for name in ("model", "prompts", "out", "index"):
+        flags.DEFINE_string(name, "", name, flag_values=f)
+    choices = {"dtype": ["", "float32", "bfloat16"], "style": list(prompts.STYLES), "template": ["chat", "raw_chatml"]}
+    for name, values in choices.items():
+        flags.DEFINE_enum(name, values[0], values, name, flag_values=f)
+    for name, value in (("max_tokens", 1024), ("top_k", 3), ("max_searches", 10)):
+        flags.DEFINE_integer(name, value, name, lower_bound=1, flag_values=f)
+    flags.DEFINE_integer("seed", 0, "seed", flag_values=f)
+    flags.DEFINE_float("temperature", 0.0, "temperature", lower_bound=0.0, flag_values=f)
+    flags.DEFINE_bool("worked_example", False, "example", flag_values=f)
+    try:
+        stray = f(argv)[1:]
+    except flags.Error as error:
+        raise InputError(" ".join(str(error).split())) from None
+    if stray:
+        raise InputError(f"unexpected argument {stray[0]!r}; write flags as --NAME=VALUE")
+    if not f.model:
+        raise InputError("flag --model is missing; expected a Hugging Face folder")
+    if f.out and not f.prompts:
+        raise InputError("flag --out needs --prompts; typed questions are answered on the screen")
+    return f
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__.strip())
+        return 0
+    try:
+        f = parse_flags(argv)
+        (answer_file if f.prompts else answer_typed)(f)
+    except InputError as error:
+        print(f"ssp_jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nssp_jax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,192 @@
+"""Asking a model: what comes out is what the model says, line for line; wrong input is one sentence."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssp_jax import attention, generate, model, prompts, weights
+from ssp_jax.data import load_questions
+from ssp_jax.retriever import open_retriever
+
+TINY = Path("assets/tiny")
+MODEL = f"--model={TINY / 'model'}"
+BRIEF = ("--style=brief", "--dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search") / "index"
+    open_retriever(TINY / "corpus.jsonl", folder, stemmer="english", stopwords="en", k1=1.5, b=0.75)
+    return folder
+
+
+def ask(folder, lines, *arguments):
+    """The output lines for these input lines."""
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = ["generate", MODEL, f"--prompts={folder / 'in.jsonl'}", f"--out={folder / 'out.jsonl'}", *BRIEF, *arguments]
+    assert generate.main(argv) == 0
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def greedy(prompt, steps):
+    """The same by whole forward passes, without cache or engine: (token ids, log-probs)."""
+    config = weights.read_config(TINY / "model")
+    params = weights.load(TINY / "model", config, None, jnp.float32)
+    T = len(prompt) + steps
+
+    @jax.jit
+    def logp(tokens_1T):
+        segments_1T = jnp.ones((1, T), jnp.int32)
+
+        def attend(q, k, v):
+            return attention.packed(q, k, v, segments_1T), None
+
+        hidden_1TD = model.forward(config, params, tokens_1T, jnp.arange(T)[None], attend, dtype=jnp.float32)
+        return jax.nn.log_softmax(model.logits(params, hidden_1TD[0]), axis=-1)
+
+    tokens, logprobs = list(prompt), []
+    for _ in range(steps):
+        padded = np.zeros((1, T), np.int32)
+        padded[0, : len(tokens)] = tokens
+        row = np.asarray(logp(padded)[len(tokens) - 1])
+        tokens.append(int(row.argmax()))
+        logprobs.append(float(row.max()))
+    return tokens[len(prompt) :], logprobs
+
+
+def test_greedy_lines_are_the_models_own_words_in_order(tmp_path):
+    tokenizer = weights.load_tokenizer(TINY / "model")
+    texts = ["Question: Which", " The capital of Norway is ", "a"]
+    lines = ask(tmp_path, [{"prompt": text} for text in texts], "--max_tokens=6")
+    for text, line in zip(texts, lines, strict=True):
+        token_ids, logprobs = greedy(tokenizer.encode(text), 6)
+        n = len(line["token_ids"])
+        assert line["token_ids"] == token_ids[:n] and line["stop_reason"] == ("max_tokens" if n == 6 else "eos")
+        np.testing.assert_allclose(line["logprobs"], logprobs[:n], atol=1e-4)
+        assert line["text"] == tokenizer.decode(line["token_ids"], skip_special_tokens=True)
+        assert line.keys() == {"token_ids", "logprobs", "text", "stop_reason"}
+
+
+def test_messages_go_through_the_chat_template_and_seeds_matter(tmp_path):
+    tokenizer = weights.load_tokenizer(TINY / "model")
+    messages = [{"role": "user", "content": "Question: Which city?"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    lines = [{"messages": messages}, {"prompt": text}]
+    chat, plain = ask(tmp_path, lines, "--max_tokens=12")
+    assert chat == plain
+    hot = ("--max_tokens=12", "--temperature=1.5")
+    first, again, other = (ask(tmp_path, lines, *hot, f"--seed={seed}") for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_solver_searches_and_answers(tmp_path, index):
+    questions = [task.question for task in load_questions(TINY / "qa" / "one_hop.jsonl")[:5]]
+    lines = ask(tmp_path, [{"question": q} for q in questions], f"--index={index}", "--max_tokens=200", "--top_k=2")
+    assert [line["question"] for line in lines] == questions
+    for line in lines:
+        assert line.keys() == {
+            *("question", "token_ids", "logprobs", "text", "stop_reason", "searches", "answer", "turns"),
+        }
+        found = [turn["text"] for turn in line["turns"] if turn["who"] == "search engine"]
+        assert len(line["searches"]) == len(found) == line["text"].count("</information>")
+        assert all(text.count("Doc ") == 2 for text in found) and "".join(found) in line["text"].replace("\n<", "\n<")
+        given = sum(logprob is None for logprob in line["logprobs"])
+        assert bool(given) == bool(found) and len(line["logprobs"]) == len(line["token_ids"])
+    assert any(line["searches"] and line["answer"] for line in lines)
+    limited = ask(tmp_path, [{"question": questions[0]}], f"--index={index}", "--max_tokens=20")
+    assert limited[0]["stop_reason"] == "max_tokens" and len(limited[0]["token_ids"]) <= 20
+
+
+def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys):
+    question = load_questions(TINY / "qa" / "one_hop.jsonl")[0].question
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"\n{question}\n\n"))
+    assert generate.main(["generate", MODEL, *BRIEF, f"--index={index}", "--max_tokens=200"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"question: {question}\n") and shown.count("question: ") == 1
+    query, answer = prompts.last_search(shown), prompts.last_answer(shown)
+    assert query and "</search>\n<information>Doc 1(Title: " in shown
+    assert f"[answer: {answer} · " in shown and "ended by" in shown
+
+
+def test_text_is_shown_once_however_chunks_cut_it():
+    tokenizer = weights.load_tokenizer(TINY / "model")
+    stage = generate.make_stage(tokenizer, 50)
+    tokens, shown = tokenizer.encode("Zürich, São Paulo", add_special_tokens=False), []
+    for size in (1, 2, 3):
+        shown.clear()
+        player = generate.Watched(stage, generate.ASSISTANT, 0, 0.0, [5])
+        player.show = lambda text, who: shown.append(text)
+        for i in range(0, len(tokens), size):
+            player.going_on(tokens[i : i + size], [0.0] * len(tokens[i : i + size]))
+        assert "".join(shown) == "Zürich, São Paulo"
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "devices", "size", "limit", "expected"),
+    [
+        (4, 8, 15, None, 1),
+        (4, 8, 15, 30, 1),
+        (4, 8, 16, 30, 2),
+        (8, 8, 66, 60, 4),
+        (4, 6, 70, 60, 2),  # 4 does not divide 6, so the most that is possible
+        (2, 1, 90, 60, 1),
+    ],
+)
+def test_a_model_takes_as_few_devices_as_hold_it(kv_heads, devices, size, limit, expected):
+    assert generate.devices_per_copy(kv_heads, devices, size, limit) == expected
+
+
+@pytest.mark.parametrize("lengths", [[1], [130, 7], [3000] * 100])
+@pytest.mark.parametrize("room", [1, 500])
+def test_sizes_hold_what_is_asked(lengths, room):
+    m = generate.load_model(TINY / "model", "float32")
+    sizes, parts = generate.make_sizes(m, lengths, room, True), m.mesh.shape["data"]
+    assert sizes.cache_tokens >= max(lengths) + room and max(sizes.extend_buckets) <= sizes.cache_tokens
+    assert sizes.slots % parts == 0 and sizes.slots < len(lengths) + parts
+    c = m.config
+    held = 2 * c.num_layers * c.num_kv_heads * c.head_dim * 4 * sizes.cache_tokens * sizes.slots
+    assert held <= generate.CPU_CACHE_BYTES * (1 + parts)
+    assert sizes.slots == min(math.ceil(len(lengths) / parts) * parts, generate.SLOTS_PER_DEVICE * parts)
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments", "sentence"),
+    [
+        ('{"prompt": ""}', (), 'in.jsonl line 1: field "prompt" expected non-empty text'),
+        ('{"prompt": 3}', (), 'in.jsonl line 1: field "prompt" expected non-empty text'),
+        ('{"question": "Who?"}', (), "lines with a question need --index"),
+        ('{"messages": []}', (), 'field "messages" expected a list of'),
+        ('{"messages": [{"role": "user"}]}', (), 'objects with texts "role" and "content"'),
+        ("[1]", (), "in.jsonl line 1: expected a JSON object"),
+        ("", (), "expected at least one line"),
+        ('{"prompt": "a"}', ("--out=/nowhere/out.jsonl",), "--out=/nowhere/out.jsonl: expected a file"),
+        ('{"prompt": "a"}', ("--index=/nowhere",), "--index=/nowhere: expected the folder"),
+        ('{"prompt": "a"}', ("--max_tokens=0",), "max_tokens"),
+        ('{"prompt": "a"}', ("--temperature=-1",), "temperature"),
+        ('{"prompt": "a"}', ("--dtype=int8",), "float32"),
+        ('{"prompt": "a"}', ("--style=mine",), "search_r1"),
+        ('{"prompt": "a"}', ("--max_token=3",), "max_token"),
+        ('{"prompt": "a"}', ("stray",), "unexpected argument 'stray'"),
+        ('{"prompt": "a"}', ("--model=/nowhere",), "/nowhere"),
+        ('{"prompt": "a"}', ("--model=",), "flag --model is missing"),
+        ('{"prompt": "a"}', ("--prompts=", "--out=x"), "--out needs --prompts"),
+    ],
+)
+def test_wrong_input_is_one_sentence(tmp_path, capsys, line, arguments, sentence):
+    (tmp_path / "in.jsonl").write_text(line + "\n")
+    argv = ["generate", MODEL, f"--prompts={tmp_path / 'in.jsonl'}", *arguments]
+    assert generate.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("ssp_jax: ") and err.count("\n") == 1 and sentence in err
+
+
+def test_a_line_without_a_question_is_named(tmp_path, capsys, index):
+    (tmp_path / "in.jsonl").write_text('{"question": "Who?"}\n{"prompt": "a"}\n')
+    assert generate.main(["generate", MODEL, f"--prompts={tmp_path / 'in.jsonl'}", f"--index={index}"]) == 2
+    assert 'in.jsonl line 2: field "question" expected non-empty text' in capsys.readouterr().err
