@@ -77,18 +77,34 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= 60 else shown[:60] + "..."
 
 
-def read_rows(path: str | Path) -> Generator[Row, None, None]:
-    """The JSON objects of a .jsonl or .jsonl.gz file, line by line; blank lines are skipped."""
+@dataclass
+class Position:
+    """How far a reader has come, in bytes of the file as it lies on disk."""
+
+    bytes: int = 0
+
+
+def _lines(path: str | Path, position: Position | None = None) -> Generator[tuple[int, bytes], None, None]:
+    """The lines of a file, or of a file in a .gz, that are not blank, with their numbers from 1."""
     name, number = str(path), 0
     try:
-        with cast(IO[bytes], gzip.open(name) if name.endswith(".gz") else open(name, "rb")) as file:
-            for number, line in enumerate(file, 1):
+        with open(name, "rb") as raw, gzip.open(raw) if name.endswith(".gz") else raw as file:
+            for number, line in enumerate(cast(IO[bytes], file), 1):
+                if position and number % 1024 == 0:
+                    position.bytes = raw.tell()
                 if line.strip():
-                    yield parse_row(name, number, line)
+                    yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{name} after line {number}: expected a whole gzip file ({error})") from None
     except OSError as error:
         raise InputError(f"{name}: expected a readable file ({error.strerror})") from None
+
+
+def read_rows(path: str | Path, position: Position | None = None) -> Generator[Row, None, None]:
+    """The JSON objects of a .jsonl or .jsonl.gz file, line by line."""
+    with contextlib.closing(_lines(path, position)) as lines:
+        for number, line in lines:
+            yield parse_row(str(path), number, line)
 
 
 def parse_row(path: str, number: int, line: bytes) -> Row:
@@ -160,9 +176,9 @@ def _verl_question(row: Row) -> str:
     return row.text("prompt", question)
 
 
-def iterate_corpus(path: str | Path) -> Generator[Document, None, None]:
+def iterate_corpus(path: str | Path, position: Position | None = None) -> Generator[Document, None, None]:
     """The passages of a Search-R1 corpus: {"id", "contents": "\\"Title\\"\\ntext"}."""
-    with contextlib.closing(read_rows(path)) as rows:
+    with contextlib.closing(read_rows(path, position)) as rows:
         yield from map(parse_document, rows)
 
 
