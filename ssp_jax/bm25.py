@@ -143,7 +143,7 @@ class Postings:
 
 
 def _idf(frequencies: np.ndarray, passages: int) -> np.ndarray:
-    """float32 [terms]: ln(1 + (N - n + 0.5) / (n + 0.5)), by math.log as in bm25s: NumPy's may differ in the last bit."""
+    """float32 [terms]: ln(1 + (N - n + 0.5) / (n + 0.5)), by math.log as in bm25s (NumPy's may round otherwise)."""
     values, inverse = np.unique(frequencies, return_inverse=True)
     return np.array([math.log(1 + (passages - n + 0.5) / (n + 0.5)) for n in values.tolist()], np.float32)[inverse]
 
@@ -164,7 +164,7 @@ def _ranges(starts: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 @njit(cache=True)
-def _invert(tokens, ends, terms):  # type: ignore[no-untyped-def]
+def _invert(tokens, ends, terms):
     """Words of passages -> for each term the passages that have it, ascending, and how often."""
     starts, last = np.zeros(terms + 1, np.int32), np.full(terms, -1, np.int32)
     lengths = np.zeros(len(ends), np.int32)
@@ -196,7 +196,7 @@ def _invert(tokens, ends, terms):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _append(starts, rows, counts, heads, out_rows, out_scores, idf, lengths, average, k1, b):  # type: ignore[no-untyped-def]
+def _append(starts, rows, counts, heads, out_rows, out_scores, idf, lengths, average, k1, b):
     """Postings of one run for a range of terms, scored; the order of operations is bm25s's, so the bits are too."""
     for term in range(len(starts) - 1):
         head = heads[term]
@@ -212,7 +212,7 @@ def _append(starts, rows, counts, heads, out_rows, out_scores, idf, lengths, ave
 
 
 @njit(cache=True)
-def _offer(row, score, size, best_rows, best_scores):  # type: ignore[no-untyped-def]
+def _offer(row, score, size, best_rows, best_scores):
     """Puts a row with its new score into the list of the best, higher score first, then lower row; the new size."""
     last = len(best_rows) - 1
     if size > last and (score < best_scores[last] or (score == best_scores[last] and row > best_rows[last])):
@@ -231,7 +231,7 @@ def _offer(row, score, size, best_rows, best_scores):  # type: ignore[no-untyped
 
 
 @njit(cache=True)
-def _posting(rows, low, high, row):  # type: ignore[no-untyped-def]
+def _posting(rows, low, high, row):
     """Where `row` stands in rows[low:high], or -1."""
     end = high
     while low < high:
@@ -244,7 +244,7 @@ def _posting(rows, low, high, row):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, best_scores):  # type: ignore[no-untyped-def]
+def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, best_scores):
     """Fills best_rows and best_scores with the top len(best_rows) of a query; how many there are.
 
     `terms` are the query's, repeats included. `scores` (float32 [passages], all zero, and again so at the end) and
@@ -252,34 +252,22 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
     final k-th score; what cannot reach it is left out. `slack` covers that float32 sums depend on their order; at the
     end the few that are left are summed in the order of the query, as bm25s does.
     """
-    number, size, num_seen = len(terms), 0, 0
+    number, size = len(terms), 0
     order = np.argsort(-highest[terms])
     slack = 1 - 2.4e-7 * (number + 1)
     rest = np.zeros(number + 1)  # the most that the words from here on can add
     for i in range(number - 1, -1, -1):
         rest[i] = rest[i + 1] + highest[terms[order[i]]]
-    bar = np.float32(0)  # the k-th best partial score
-    last = len(best_rows) - 1
-    i = 0
-    while i < number and (size <= last or rest[i] >= bar * slack):  # an unseen passage could still get in
-        term = terms[order[i]]
-        for at in range(starts[term], starts[term + 1]):
-            row = rows[at]
-            score = scores[row]
-            if score == 0:
-                seen[num_seen] = row
-                num_seen += 1
-            score += data[at]
-            scores[row] = score
-            if score >= bar:
-                size = _offer(row, score, size, best_rows, best_scores)
-                if size > last:
-                    bar = best_scores[last]
+    bar, num_seen, i = np.float32(0), 0, 0  # the bar: the k-th best partial score
+    while i < number and (size < len(best_rows) or rest[i] >= bar * slack):  # an unseen passage could still get in
+        low, high = starts[terms[order[i]]], starts[terms[order[i]] + 1]
+        num_seen, size, bar = _add(data, rows, low, high, scores, seen, num_seen, size, bar, best_rows, best_scores)
         i += 1
     alive = num_seen
     while i < number:
         alive = _drop(seen, alive, scores, bar * slack - rest[i])
-        bar = _complete(data, rows, starts, terms[order[i]], seen, alive, scores, bar, best_rows, best_scores)
+        low, high = starts[terms[order[i]]], starts[terms[order[i]] + 1]
+        bar = _complete(data, rows, low, high, seen, alive, scores, bar, best_rows, best_scores)
         i += 1
     if number > 2:  # of two numbers the sum is the same in any order
         alive = _drop(seen, alive, scores, bar * slack)
@@ -292,7 +280,26 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
 
 
 @njit(cache=True)
-def _drop(seen, alive, scores, least):  # type: ignore[no-untyped-def]
+def _add(data, rows, low, high, scores, seen, num_seen, size, bar, best_rows, best_scores):
+    """Adds a word to all passages that have it; the new number of passages seen, size of the list, and bar."""
+    last = len(best_rows) - 1
+    for at in range(low, high):
+        row = rows[at]
+        score = scores[row]
+        if score == 0:
+            seen[num_seen] = row
+            num_seen += 1
+        score += data[at]
+        scores[row] = score
+        if score >= bar:
+            size = _offer(row, score, size, best_rows, best_scores)
+            if size > last:
+                bar = best_scores[last]
+    return num_seen, size, bar
+
+
+@njit(cache=True)
+def _drop(seen, alive, scores, least):
     """Moves rows that score less than `least` behind the others; how many others there are."""
     j = 0
     while j < alive:
@@ -306,9 +313,9 @@ def _drop(seen, alive, scores, least):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _complete(data, rows, starts, term, seen, alive, scores, bar, best_rows, best_scores):  # type: ignore[no-untyped-def]
+def _complete(data, rows, low, high, seen, alive, scores, bar, best_rows, best_scores):
     """Adds a word to passages already seen: looks each up when they are few, else walks its postings. The new bar."""
-    low, high, size = starts[term], starts[term + 1], len(best_rows)
+    size = len(best_rows)
     if alive * 16 * math.log2(high - low + 2.0) < high - low:
         for j in range(alive):
             at = _posting(rows, low, high, seen[j])
@@ -329,7 +336,7 @@ def _complete(data, rows, starts, term, seen, alive, scores, bar, best_rows, bes
 
 
 @njit(cache=True)
-def _sum(data, rows, starts, terms, row):  # type: ignore[no-untyped-def]
+def _sum(data, rows, starts, terms, row):
     score = np.float32(0)
     for term in terms:
         at = _posting(rows, starts[term], starts[term + 1], row)

@@ -211,7 +211,7 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 class Retriever:
-    """A loaded index. Threads may search at the same time; a batch is searched by `threads` threads, 0 for all cores."""
+    """A loaded index. Threads may ask at the same time; a batch is searched by `threads` threads, 0 for all cores."""
 
     def __init__(self, folder: Path, meta: dict[str, Any], threads: int = 0) -> None:
         self._path = str(folder / _PASSAGES)

@@ -57,7 +57,8 @@ def test_results_are_those_of_bm25s(tmp_path, reference):
     build_index(CORPUS, tmp_path / "index", **SETTINGS)
     retriever, stem = Retriever.load(tmp_path / "index", threads=2), bm25.stem_function("english")
     rng, texts = random.Random(0), [document.text for document in iterate_corpus(CORPUS)]
-    queries = [" ".join(rng.choices(bm25.split(" ".join(rng.choices(texts, k=3))), k=rng.randint(1, 12))) for _ in range(200)]
+    pools = [bm25.split(" ".join(rng.choices(texts, k=3))) for _ in range(200)]
+    queries = [" ".join(rng.choices(pool, k=rng.randint(1, 12))) for pool in pools]
     for query, hits in zip(queries, retriever.hits(queries, 10), strict=True):
         words = [stem(word) for word in bm25.split(query)]
         scores = reference.get_scores(words)
@@ -66,7 +67,7 @@ def test_results_are_those_of_bm25s(tmp_path, reference):
 
 
 def random_postings(rng, passages, frequencies):
-    """CSC arrays in which each term has as many postings as `frequencies` says; few distinct scores, so that some tie."""
+    """Arrays in which each term has as many postings as `frequencies` says; few distinct scores: some tie."""
     rows = [np.sort(rng.choice(passages, n, replace=False)).astype(np.int32) for n in frequencies]
     data = [(rng.integers(1, 6, n) * np.log(1 + passages / n) / 7).astype(np.float32) for n in frequencies]
     starts = np.concatenate([[0], np.cumsum(frequencies)]).astype(np.int64)
@@ -106,12 +107,12 @@ def test_few_seen_passages_are_looked_up_and_many_walked():
     rows = [np.array([7, 900], np.int32), np.arange(passages, dtype=np.int32)]
     data = [np.array([5, 5], np.float32), np.full(passages, 0.5, np.float32)]
     data[1][900] = 0.75
-    arrays = np.concatenate(data), np.concatenate(rows), np.array([0, 2, 2 + passages])
+    arrays = np.concatenate(data), np.concatenate(rows), 2, 2 + passages
     for seen, expected in (([7, 900], [5.5, 5.75]), (list(range(0, passages, 2)), [5.5, 5.75])):
         scores = np.zeros(passages, np.float32)
         scores[seen] = 1
         scores[[7, 900]] = 5
-        best_rows, best_scores = np.array([7, 900], np.int32), np.array([5, 5], np.float32)
-        bar = bm25._complete(*arrays, 1, np.array(seen, np.int32), len(seen), scores, np.float32(5), best_rows, best_scores)
+        best = np.array([7, 900], np.int32), np.array([5, 5], np.float32)
+        bar = bm25._complete(*arrays, np.array(seen, np.int32), len(seen), scores, np.float32(5), *best)
         assert scores[[7, 900]].tolist() == expected and (scores[1::2][:5] == 0)[[0, 1, 2, 4]].all()
-        assert bar == 5.5 and best_rows.tolist() == [900, 7] and best_scores.tolist() == [5.75, 5.5]
+        assert bar == 5.5 and best[0].tolist() == [900, 7] and best[1].tolist() == [5.75, 5.5]
