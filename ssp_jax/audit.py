@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from rich import box
@@ -87,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--eval", action="append", default=[], help="a file of data.eval_sets; may be repeated")
     args = parser.parse_args(arguments)
     try:
-        tasks, sets = load_answers(args.answers), load_question_sets({path: path for path in args.eval})
+        names = [Path(path).name for path in args.eval]
+        names = names if len(set(names)) == len(names) else args.eval
+        tasks, sets = load_answers(args.answers), load_question_sets(dict(zip(names, args.eval, strict=True)))
     except InputError as error:
         print(f"ssp_jax: {error}", file=sys.stderr)
         return 2
