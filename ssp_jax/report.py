@@ -210,7 +210,8 @@ def wilson(percent: float, n: float) -> tuple[float, float]:
     """The 95 % interval of a share of n questions, in percent (Wilson 1927)."""
     z, p = 1.96, percent / 100
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
+    scale = 100 / (1 + z * z / n)
+    return max(0.0, (middle - half) * scale), min(100.0, (middle + half) * scale)  # rounding may step outside
 
 
 def evaluations(rows: Steps) -> dict[str, list[tuple[int, float, float]]]:
