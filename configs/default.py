@@ -24,12 +24,17 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1  # shards of heads and feed-forward width; must divide the model's key/value heads
 
     c.data = ConfigDict()
-    c.data.answers = ""  # jsonl of the proposer's given answers, SSP training format
-    c.data.eval_sets = ConfigDict()  # name -> jsonl of questions with golden answers
+    c.data.answers = ""  # the proposer's given answers: jsonl or parquet in SSP's training format, or txt, one a line
+    c.data.eval_sets = ConfigDict()  # name -> jsonl or parquet of questions; mixed sources give name/source each
 
     c.retriever = ConfigDict()
-    c.retriever.corpus = ""  # jsonl or jsonl.gz in Search-R1's format
+    c.retriever.kind = "bm25"  # bm25: an index in this process | http: a server that speaks Search-R1's /retrieve
+    c.retriever.corpus = ""  # jsonl or jsonl.gz in Search-R1's format; "" takes the index as it is (bm25)
     c.retriever.index = ""  # folder of the bm25s index; "" puts it into the workdir; built when missing
+    c.retriever.threads = 0  # that search a batch (bm25), 0 for all cores; each holds 8 bytes a passage
+    c.retriever.url = ""  # http://HOST:PORT/retrieve (http)
+    c.retriever.timeout_s = 30.0  # seconds until a request counts as failed (http) [H]
+    c.retriever.retries = 5  # of a failed request: at once, then after 1, 2, 4, ... seconds (http) [H]
     c.retriever.top_k = 3  # passages per search [P s4.1]
     c.retriever.stemmer = "english"  # Snowball language, "" for none [H]
     c.retriever.stopwords = "en"  # bm25s stop-word list, "" for none [H]

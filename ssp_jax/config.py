@@ -192,6 +192,7 @@ CHOICES: dict[str, Iterable[str]] = {
     "prompt.style": prompts.STYLES,
     "prompt.template": ("chat", "raw_chatml"),
     "game.rl_pair": RL_PAIRS,
+    "retriever.kind": ("bm25", "http"),
     "game.train": ("both", "solver", "proposer"),
     "game.noise_unit": ("passage", "trajectory"),
     "game.noise_source": ("previous_step", "same_step"),
@@ -205,7 +206,8 @@ CHOICES: dict[str, Iterable[str]] = {
     "learner.old_logprobs": ("sampler", "recompute"),
 }
 _MAY_BE_ZERO = (
-    *("seed", "steps", "game.noise_documents", "rules.", "reward.", "sampling.", "retriever.k1", "retriever.b"),
+    *("seed", "steps", "game.noise_documents", "rules.", "reward.", "sampling."),
+    *("retriever.k1", "retriever.b", "retriever.threads", "retriever.retries"),
     *(
         "learner.warmup_steps",
         "learner.weight_decay",
@@ -224,9 +226,14 @@ def check_values(config: ConfigDict) -> None:
     for key, names in CHOICES.items():
         if values[key] not in names:
             raise InputError(f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}")
-    for key in ("model.path", "data.answers", "retriever.corpus"):
+    needed = {"model.path": "a path", "data.answers": "a path"}
+    if values["retriever.kind"] == "http":
+        needed["retriever.url"] = "the address of a search server, such as http://127.0.0.1:8000/retrieve"
+    elif not values["retriever.index"]:
+        needed["retriever.corpus"] = "a path"
+    for key, expected in needed.items():
         if not values[key]:
-            raise InputError(f"config key {key} is empty; expected a path")
+            raise InputError(f"config key {key} is empty; expected {expected}")
     for key, value in values.items():
         numbers = value if isinstance(value, tuple) else (value,)
         if key.startswith("mesh.") or any(isinstance(n, str | bool) for n in numbers):

@@ -1,19 +1,22 @@
 """Records and files: given answers, question sets, corpora; and the order in which rows are played.
 
-Every reader streams, opens `.gz` files by their name, and checks each line: the first wrong one raises InputError with
-file, line number, field and what was expected. The formats are those that users have (Search-R1, FlashRAG, SSP / veRL).
+Every reader streams, opens `.gz` and `.parquet` files by their name, and checks each line: the first wrong one raises
+InputError with file, line number, field and what was expected. The formats are those that users have (Search-R1,
+FlashRAG, SSP / veRL).
 """
 
 import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
+
+PLAIN_SEARCHES = 2  # requested where a file of answers does not say how many
 
 
 class InputError(ValueError):
@@ -48,9 +51,10 @@ class Row:
     path: str
     line: int
     values: dict[str, Any]
+    unit: str = "line"
 
     def error(self, field: str, expected: str) -> InputError:
-        return InputError(f'{self.path} line {self.line}: field "{field}" expected {expected}')
+        return InputError(f'{self.path} {self.unit} {self.line}: field "{field}" expected {expected}')
 
     def text(self, field: str, value: object) -> str:
         """The value, stripped, when it is text with at least one visible character."""
@@ -64,7 +68,7 @@ class Row:
 
     def texts(self, field: str, value: object) -> tuple[str, ...]:
         """A non-empty list of texts; one bare text counts as a list of one."""
-        values = [value] if isinstance(value, str) else value
+        values = [value] if isinstance(value, str) else value.tolist() if isinstance(value, np.ndarray) else value
         if not isinstance(values, list) or not values:
             raise self.error(field, f"text or a non-empty list of texts, found {_shown(value)}")
         return tuple(self.text(field, item) for item in values)
@@ -77,18 +81,53 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= 60 else shown[:60] + "..."
 
 
-def read_rows(path: str | Path) -> Generator[Row, None, None]:
-    """The JSON objects of a .jsonl or .jsonl.gz file, line by line; blank lines are skipped."""
+@dataclass
+class Position:
+    """How far a reader has come, in bytes of the file as it lies on disk."""
+
+    bytes: int = 0
+
+
+def _lines(path: str | Path, position: Position | None = None) -> Generator[tuple[int, bytes], None, None]:
+    """The lines of a file, or of a file in a .gz, that are not blank, with their numbers from 1."""
     name, number = str(path), 0
     try:
-        with cast(IO[bytes], gzip.open(name) if name.endswith(".gz") else open(name, "rb")) as file:
-            for number, line in enumerate(file, 1):
+        with open(name, "rb") as raw, gzip.open(raw) if name.endswith(".gz") else raw as file:
+            for number, line in enumerate(cast(IO[bytes], file), 1):
+                if position and number % 1024 == 0:
+                    position.bytes = raw.tell()
                 if line.strip():
-                    yield parse_row(name, number, line)
+                    yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{name} after line {number}: expected a whole gzip file ({error})") from None
     except OSError as error:
         raise InputError(f"{name}: expected a readable file ({error.strerror})") from None
+
+
+def read_rows(path: str | Path, position: Position | None = None) -> Generator[Row, None, None]:
+    """The JSON objects of a .jsonl or .jsonl.gz file, line by line."""
+    with contextlib.closing(_lines(path, position)) as lines:
+        for number, line in lines:
+            yield parse_row(str(path), number, line)
+
+
+def read_parquet(path: str | Path) -> Generator[Row, None, None]:
+    """The rows of a .parquet file, a thousand in memory at a time."""
+    import pyarrow.parquet
+    from pyarrow.lib import ArrowException
+
+    number = 0
+    try:
+        with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
+            for batch in file.iter_batches(1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(str(path), number, values, "row")
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file ({error.strerror or error})") from None
+    except (ArrowException, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} after row {number}: expected a whole parquet file ({reason})") from None
 
 
 def parse_row(path: str, number: int, line: bytes) -> Row:
@@ -102,16 +141,32 @@ def parse_row(path: str, number: int, line: bytes) -> Row:
 
 
 def _all_tasks(path: str | Path, parse: Callable[[int, Row], Task]) -> list[Task]:
-    with contextlib.closing(read_rows(path)) as rows:  # a wrong line must not leave the file open
+    read = read_parquet if str(path).endswith(".parquet") else read_rows
+    with contextlib.closing(read(path)) as rows:  # a wrong line must not leave the file open
         tasks = [parse(uid, row) for uid, row in enumerate(rows)]
+    return _not_empty(path, tasks)
+
+
+def _not_empty(path: str | Path, tasks: list[Task]) -> list[Task]:
     if not tasks:
         raise InputError(f"{path}: expected at least one row, found none")
     return tasks
 
 
 def load_answers(path: str | Path) -> list[Task]:
-    """The proposer's answers: SSP's training lines (ground_truth, search_turns, optional sys_question_example)."""
-    return _all_tasks(path, _answer_task)
+    """The proposer's answers: SSP's training rows (ground_truth, search_turns, optional sys_question_example).
+
+    A .txt or .txt.gz file has one answer a line; its answers are asked for with PLAIN_SEARCHES searches.
+    """
+    if not str(path).removesuffix(".gz").endswith(".txt"):
+        return _all_tasks(path, _answer_task)
+    tasks: list[Task] = []
+    with contextlib.closing(_lines(path)) as lines:
+        for number, line in lines:
+            row = Row(str(path), number, {})
+            answer = row.text("answer", line.decode("utf-8", "surrogateescape"))  # broken UTF-8 is told as such
+            tasks.append(Task(len(tasks), (answer,), searches=PLAIN_SEARCHES))
+    return _not_empty(path, tasks)
 
 
 def _answer_task(uid: int, row: Row) -> Task:
@@ -126,8 +181,20 @@ def _answer_task(uid: int, row: Row) -> Task:
 
 
 def load_questions(path: str | Path) -> list[Task]:
-    """A question set: FlashRAG lines (question, golden_answers) or SSP / veRL rows (reward_model, prompt, ...)."""
+    """A question set: FlashRAG lines (question, golden_answers) or SSP / veRL / Search-R1 rows (reward_model, ...)."""
     return _all_tasks(path, _question_task)
+
+
+def load_question_sets(files: Mapping[str, str]) -> dict[str, list[Task]]:
+    """Name -> questions. A file that mixes sources, as SSP's test file does, gives a set NAME/SOURCE for each."""
+    sets: dict[str, list[Task]] = {}
+    for name, path in sorted(files.items()):
+        tasks = load_questions(path)
+        mixed = len({task.source for task in tasks}) > 1
+        for task in tasks:
+            source = task.source.removeprefix("searchR1_") or "other"
+            sets.setdefault(f"{name}/{source}" if mixed else name, []).append(task)
+    return sets
 
 
 def _question_task(uid: int, row: Row) -> Task:
@@ -160,9 +227,9 @@ def _verl_question(row: Row) -> str:
     return row.text("prompt", question)
 
 
-def iterate_corpus(path: str | Path) -> Generator[Document, None, None]:
+def iterate_corpus(path: str | Path, position: Position | None = None) -> Generator[Document, None, None]:
     """The passages of a Search-R1 corpus: {"id", "contents": "\\"Title\\"\\ntext"}."""
-    with contextlib.closing(read_rows(path)) as rows:
+    with contextlib.closing(read_rows(path, position)) as rows:
         yield from map(parse_document, rows)
 
 

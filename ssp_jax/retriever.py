@@ -1,35 +1,59 @@
-"""Search: a BM25 index (bm25s) of a corpus, built once, mapped from disk, asked in batches.
+"""Search: a BM25 index of a corpus, built once, mapped from disk, asked in batches; or somebody's retrieval server.
 
-An index is a folder: bm25s's own arrays and vocabulary, `passages.jsonl` with the corpus in row order, `offsets.npy`
-(int64 [rows + 1], where each line begins), and `meta.json`, written last. Passages and postings stay on disk and are
-read through memory maps, so the size of a corpus costs no host memory.
+    python -m ssp_jax.retriever build --corpus=wiki-18.jsonl.gz --out=wiki-18.index
+    python -m ssp_jax.retriever search --index=wiki-18.index "capital of France"
 
-bm25s and Stemmer are imported inside functions only: `import bm25s` runs a JAX op, after which
+An index is a folder: the arrays and vocabulary of bm25s (which loads it too), `passages.jsonl` with the corpus in row
+order, `offsets.npy` (int64 [rows + 1], where each line begins), and `meta.json`, written last. Passages and postings
+stay on disk and are read through memory maps: only the vocabulary, and 8 bytes a passage for each thread that searches,
+are in host memory.
+
+bm25s is imported inside functions only, when an index is built: `import bm25s` runs a JAX op, after which
 jax.distributed.initialize() raises. Open a retriever after the distributed start.
 """
 
+import argparse
 import fcntl
 import functools
 import hashlib
 import json
 import logging
+import os
+import queue
 import shutil
+import sys
 import threading
+import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from ssp_jax.data import Document, InputError, iterate_corpus, parse_document, parse_row
+from ssp_jax import bm25
+from ssp_jax.data import Document, InputError, Position, iterate_corpus, parse_document, parse_row
 
-FORMAT = 1  # raise it whenever the files of an index change their meaning: old folders are then built anew
-CACHED_QUERIES = 65_536  # about ten steps of the paper's setting; only row numbers are kept, some 10 MB
+FORMAT = 2  # raise it whenever the files of an index change their meaning: old folders are then built anew
+CACHED_QUERIES = 65_536  # about ten steps of the paper's setting; row numbers and scores are kept, some 15 MB
+PROGRESS_SECONDS = 10.0
 
-_META, _PASSAGES, _OFFSETS = "meta.json", "passages.jsonl", "offsets.npy"
+_META, _PASSAGES, _OFFSETS, _VOCABULARY = "meta.json", "passages.jsonl", "offsets.npy", "vocab.index.json"
 _STEMMERS, _STOPWORDS = ("", "english"), ("", "en")
+
+T = TypeVar("T")
+Hits = tuple[tuple[int, float], ...]  # row and score, best first
+
+
+class Search(Protocol):
+    """What a run needs. The rows are those of the corpus, or the passages that a server gave at the start."""
+
+    def __len__(self) -> int: ...
+    def document(self, row: int) -> Document: ...
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]: ...
 
 
 def _bm25s() -> ModuleType:
@@ -37,20 +61,6 @@ def _bm25s() -> ModuleType:
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and talks through our handlers
     return bm25s
-
-
-def _stemmer(name: str) -> Any:
-    import Stemmer
-
-    return Stemmer.Stemmer(name) if name else None
-
-
-def _tokens(texts: Iterable[str], settings: dict[str, Any], stemmer: Any, return_ids: bool) -> Any:
-    """The same words for passages and queries: lower case, two letters or more, no stop words, stemmed."""
-    stopwords = settings["stopwords"] or None
-    return _bm25s().tokenize(
-        texts, stopwords=stopwords, stemmer=stemmer, return_ids=return_ids, show_progress=False, leave=False
-    )
 
 
 def _checked(stemmer: str, stopwords: str, k1: float, b: float) -> dict[str, Any]:
@@ -61,6 +71,44 @@ def _checked(stemmer: str, stopwords: str, k1: float, b: float) -> dict[str, Any
     if not k1 >= 0 or not 0 <= b <= 1:
         raise InputError(f"retriever: k1 is {k1} and b is {b}, expected k1 >= 0 and b between 0 and 1")
     return {"stemmer": stemmer, "stopwords": stopwords, "k1": float(k1), "b": float(b)}
+
+
+class Cache(Generic[T]):
+    """The results of the queries asked last. Threads may ask at the same time."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._lock = size, threading.Lock()
+        self._kept: OrderedDict[tuple[str, int], T] = OrderedDict()
+
+    def get(self, queries: Sequence[str], top_k: int, find: Callable[[list[str], int], Iterable[T]]) -> list[T]:
+        """What `find` gives for these queries; it is asked, once for each, for those that are not here."""
+        keys = [(query, top_k) for query in queries]
+        with self._lock:
+            known = {key: self._kept[key] for key in keys if key in self._kept}
+        missing = [key for key in dict.fromkeys(keys) if key not in known]
+        if missing:
+            known |= zip(missing, find([query for query, _ in missing], top_k), strict=True)
+        with self._lock:
+            for key in keys:
+                self._kept[key] = known[key]
+                self._kept.move_to_end(key)
+            while len(self._kept) > self._size:
+                self._kept.popitem(last=False)
+        return [known[key] for key in keys]
+
+
+class Progress:
+    """Lines on stderr, one in PROGRESS_SECONDS: what is done quickly is done silently."""
+
+    def __init__(self, seconds: float = PROGRESS_SECONDS) -> None:
+        self._start = self._last = time.monotonic()
+        self._seconds = seconds
+
+    def __call__(self, text: Callable[[float], str]) -> None:
+        now = time.monotonic()
+        if now - self._last >= self._seconds:
+            self._last = now
+            print(f"ssp_jax: {text(now - self._start)}", file=sys.stderr, flush=True)
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -92,30 +140,49 @@ def build_index(
 
 def _write_index(corpus: Path, work: Path, settings: dict[str, Any]) -> None:
     source = _stamp(corpus) | {"sha256": _digest(corpus)}
-    offsets = array("q", [0])
-    tokens = _tokens(_copied(corpus, work / _PASSAGES, offsets), settings, _stemmer(settings["stemmer"]), True)
-    if not tokens.vocab:
-        raise InputError(f"{corpus}: expected passages with words to index, found {len(tokens.ids)} passages and none")
-    bm25 = _bm25s().BM25(k1=settings["k1"], b=settings["b"], method="lucene", backend="numpy")
-    bm25.index(tokens, create_empty_token=False, show_progress=False)
-    bm25.save(work, show_progress=False)
+    stop_list = list(_bm25s().stopwords.STOPWORDS_EN) if settings["stopwords"] else []
+    words = bm25.Words(settings["stemmer"], stop_list)
+    (work / "runs").mkdir()
+    postings, progress = bm25.Postings(work / "runs", words), Progress()
+    offsets = _copy(corpus, work / _PASSAGES, source["size"], postings.add, progress)
+    if not words.terms:
+        raise InputError(f"{corpus}: expected passages with words to index, found {len(offsets) - 1} passages and none")
+    # bm25s writes its parameters and vocabulary itself, and three empty arrays that are replaced below.
+    empty = _bm25s().BM25(k1=settings["k1"], b=settings["b"], method="lucene", backend="numpy")
+    nothing = np.zeros(0, np.float32)
+    empty.scores = {"data": nothing, "indices": nothing, "indptr": nothing, "num_docs": len(offsets) - 1}
+    empty.vocab_dict, empty.nonoccurrence_array = words.terms, None
+    empty.save(work, show_progress=False)
     np.save(work / _OFFSETS, np.asarray(offsets, np.int64))
+    for share in postings.write(work, settings["k1"], settings["b"]):
+        progress(lambda seconds, share=share: f"merging postings: {share:.0%}, {seconds:.0f} s")  # type: ignore[misc]
+    shutil.rmtree(work / "runs")
     files = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
-    meta = {"format": FORMAT, "settings": settings, "corpus": source, "passages": len(tokens.ids), "files": files}
+    meta = {"format": FORMAT, "settings": settings, "stopwords": stop_list, "corpus": source}
+    meta |= {"passages": len(offsets) - 1, "files": files}
     (work / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _copied(corpus: Path, target: Path, offsets: array) -> Iterator[str]:
-    """Copies each passage into the index on its way to the tokenizer: the corpus is read once and never held."""
+def _copy(corpus: Path, target: Path, size: int, add: Callable[[str], None], progress: Progress) -> "array[int]":
+    """Copies each passage into the index and hands its text on: the corpus is read once and never held."""
+    offsets, position = array("q", [0]), Position()
+
+    def line(seconds: float) -> str:
+        done, share = len(offsets) - 1, position.bytes / size
+        left = seconds * (1 - share) / max(share, 1e-9)
+        return f"reading {corpus.name}: {done:,} passages ({share:.0%}), {done / seconds:,.0f}/s, {left:.0f} s left"
+
     with open(target, "wb") as file:
-        for document in iterate_corpus(corpus):
+        for document in iterate_corpus(corpus, position):
             contents = f"{document.title}\n{document.text}"
-            line = json.dumps({"id": document.id, "contents": contents}, ensure_ascii=False)
-            offsets.append(offsets[-1] + file.write(line.encode() + b"\n"))
-            yield contents
+            text = json.dumps({"id": document.id, "contents": contents}, ensure_ascii=False)
+            offsets.append(offsets[-1] + file.write(text.encode() + b"\n"))
+            add(contents)
+            progress(line)
+    return offsets
 
 
-def _stamp(corpus: Path) -> dict[str, int]:
+def _stamp(corpus: Path) -> dict[str, Any]:
     try:
         stat = corpus.stat()
     except OSError as error:
@@ -144,18 +211,26 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 class Retriever:
-    """A loaded index. Threads may search at the same time."""
+    """A loaded index. Threads may ask at the same time; a batch is searched by `threads` threads, 0 for all cores."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
-        self._settings, self._path = meta["settings"], str(folder / _PASSAGES)
-        self._bm25 = _bm25s().BM25.load(folder, mmap=True, show_progress=False)
+    def __init__(self, folder: Path, meta: dict[str, Any], threads: int = 0) -> None:
+        self._path = str(folder / _PASSAGES)
+        names = (bm25.DATA, bm25.ROWS, bm25.STARTS, bm25.HIGHEST)
+        # plain arrays over the maps, for Numba does not know np.memmap
+        self._arrays = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in names]
+        self._terms: dict[str, int] = json.loads((folder / _VOCABULARY).read_bytes())
         self._offsets = np.load(folder / _OFFSETS, mmap_mode="r")
         self._passages = np.memmap(self._path, np.uint8, mode="r")
-        self._stemmer, self._stemmer_lock = _stemmer(self._settings["stemmer"]), threading.Lock()
-        self._cached_rows = functools.lru_cache(CACHED_QUERIES)(self._rows)
+        self._stem, self._stem_lock = bm25.stem_function(meta["settings"]["stemmer"]), threading.Lock()
+        self._stopwords = frozenset(meta["stopwords"])
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
+        self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
+        self._cache: Cache[Hits] = Cache(CACHED_QUERIES)
+        self._best(np.zeros(0, np.int64), 1)  # compiles, or reads what was compiled before
 
     @classmethod
-    def load(cls, index_dir: str | Path) -> "Retriever":
+    def load(cls, index_dir: str | Path, threads: int = 0) -> "Retriever":
         """Opens an index; refuses one of another format and one with missing or truncated files."""
         folder = Path(index_dir)
         meta = _read_meta(folder)
@@ -166,7 +241,7 @@ class Retriever:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             if found != f"{size} bytes":
                 raise InputError(f"{path}: expected {size} bytes, found {found}; delete the index to build it anew")
-        return cls(folder, meta)
+        return cls(folder, meta, threads)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -177,39 +252,47 @@ class Retriever:
         line = self._passages[self._offsets[row] : self._offsets[row + 1]].tobytes()
         return parse_document(parse_row(self._path, row + 1, line))
 
-    def scores(self, query: str) -> np.ndarray:
-        """float32 [passages]: BM25 (Lucene's form) of each row; words that the corpus does not have add nothing."""
-        with self._stemmer_lock:  # PyStemmer's objects are not thread-safe
-            words = _tokens([query], self._settings, self._stemmer, False)[0]
-        return self._bm25.get_scores_from_ids(self._bm25.get_tokens_ids(words))
+    def _query_terms(self, query: str) -> np.ndarray:
+        """int64: the numbers of the query's words that the corpus has, in their order, repeats included."""
+        with self._stem_lock:  # PyStemmer's objects are not thread-safe
+            words = [self._stem(word) for word in bm25.split(query) if word not in self._stopwords]
+        return np.array([self._terms[word] for word in words if word in self._terms], np.int64)
 
-    def _rows(self, query: str, top_k: int) -> tuple[int, ...]:
-        """The best rows, higher score first, at equal score the lower row first, also where top_k cuts a tie.
+    def _best(self, terms: np.ndarray, top_k: int) -> Hits:
+        """The best rows, higher score first, at equal score the lower row first, also where top_k cuts a tie."""
+        rows, scores = np.empty(min(top_k, len(self)), np.int32), np.empty(min(top_k, len(self)), np.float32)
+        try:
+            scratch = self._scratch.get_nowait()
+        except queue.Empty:
+            scratch = np.zeros(len(self), np.float32), np.empty(len(self), np.int32)
+        found = bm25.best_rows_of(*self._arrays, terms, *scratch, rows, scores)
+        self._scratch.put(scratch)
+        return tuple(zip(rows[:found].tolist(), scores[:found].tolist(), strict=True))
 
-        Not bm25s's retrieve(): that pads with zero-score rows, cuts ties at random, and asks JAX for the top k.
-        """
-        scores = self.scores(query)
-        rows = np.flatnonzero(scores > 0)
-        if len(rows) > top_k:
-            cut = len(rows) - top_k
-            rows = rows[scores[rows] >= np.partition(scores[rows], cut)[cut]]
-        return tuple(rows[np.argsort(-scores[rows], kind="stable")][:top_k].tolist())
+    def hits(self, queries: Sequence[str], top_k: int) -> list[Hits]:
+        """For each query the best top_k rows with their scores; only rows that share a word with it."""
+        return self._cache.get(queries, top_k, self._search)
+
+    def _search(self, queries: Sequence[str], top_k: int) -> Iterable[Hits]:
+        terms = [self._query_terms(query) for query in queries]
+        best = functools.partial(self._best, top_k=top_k)
+        return map(best, terms) if self._threads == 1 or len(terms) == 1 else self._pool.map(best, terms)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
         """For each query at most top_k passages that share a word with it, best first; fewer or none if fewer match."""
-        return [[self.document(row) for row in self._cached_rows(query, top_k)] for query in queries]
+        return [[self.document(row) for row, _ in hits] for hits in self.hits(queries, top_k)]
 
 
 def open_retriever(
-    corpus: str | Path, index_dir: str | Path, *, stemmer: str, stopwords: str, k1: float, b: float
+    corpus: str | Path, index_dir: str | Path, *, stemmer: str, stopwords: str, k1: float, b: float, threads: int = 0
 ) -> Retriever:
     """The index of this corpus with these settings: loaded where it exists, built first where not.
 
     A lock file beside the folder makes processes that start together build once. An index that is already right is only
-    read, so it may lie on a read-only disk.
+    read, so it may lie on a read-only disk. Without a corpus the index is taken as it is.
     """
     folder, source, settings = Path(index_dir), Path(corpus), _checked(stemmer, stopwords, k1, b)
-    if not _matches(folder, source, settings):
+    if corpus and not _matches(folder, source, settings):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with open(folder.with_name(folder.name + ".lock"), "w") as lock:
@@ -218,7 +301,7 @@ def open_retriever(
                     build_index(source, folder, **settings)
         except OSError as error:
             raise InputError(f"{folder}: expected a folder where an index can be written ({error})") from None
-    return Retriever.load(folder)
+    return Retriever.load(folder, threads)
 
 
 def _matches(folder: Path, corpus: Path, settings: dict[str, Any]) -> bool:
@@ -227,3 +310,48 @@ def _matches(folder: Path, corpus: Path, settings: dict[str, Any]) -> bool:
     if meta is None or meta["settings"] != settings or meta["corpus"]["size"] != stamp["size"]:
         return False
     return meta["corpus"]["mtime_ns"] == stamp["mtime_ns"] or meta["corpus"]["sha256"] == _digest(corpus)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ssp_jax.retriever", description="Build a BM25 index, or ask one.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    build = verbs.add_parser("build", help="index a corpus")
+    build.add_argument("--corpus", required=True, help='jsonl or jsonl.gz of {"id", "contents"}, Search-R1\'s format')
+    build.add_argument("--out", required=True, type=Path, help="folder of the index: config key retriever.index")
+    build.add_argument("--stemmer", default="english", choices=_STEMMERS)
+    build.add_argument("--stopwords", default="en", choices=_STOPWORDS)
+    build.add_argument("--k1", default=1.5, type=float)
+    build.add_argument("--b", default=0.75, type=float)
+    ask = verbs.add_parser("search", help="show the best passages of a query")
+    ask.add_argument("--index", required=True)
+    ask.add_argument("--top_k", default=3, type=int)
+    ask.add_argument("query")
+    args = parser.parse_args(arguments)
+    try:
+        _build(args) if args.verb == "build" else _ask(args)
+    except InputError as error:
+        print(f"ssp_jax: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _build(args: argparse.Namespace) -> None:
+    start = time.monotonic()
+    build_index(args.corpus, args.out, stemmer=args.stemmer, stopwords=args.stopwords, k1=args.k1, b=args.b)
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    passages = len(Retriever.load(args.out, threads=1))
+    print(f"{args.out}: {passages:,} passages, {size / 1e9:.2f} GB, built in {time.monotonic() - start:.0f} s")
+
+
+def _ask(args: argparse.Namespace) -> None:
+    retriever = Retriever.load(args.index, threads=1)
+    for row, score in retriever.hits([args.query], args.top_k)[0]:
+        document = retriever.document(row)
+        print(f"{score:8.3f}  [{document.id}] {document.title}\n          {document.text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

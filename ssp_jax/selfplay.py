@@ -18,7 +18,7 @@ from ssp_jax.config import RL_PAIRS
 from ssp_jax.data import Document, Task
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import PROPOSER, SOLVER, VERIFIER, Episode, Player, Role, Stage
-from ssp_jax.retriever import Retriever
+from ssp_jax.retriever import Search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Round:
 class SelfPlay:
     """The rules of a run, ready to play rounds. Holds no state between rounds: that is `Memory`."""
 
-    def __init__(self, config: ConfigDict, stage: Stage, engine: Engine, retriever: Retriever):
+    def __init__(self, config: ConfigDict, stage: Stage, engine: Engine, retriever: Search):
         self._config, self._stage, self._engine, self._retriever = config, stage, engine, retriever
         self._pair = RL_PAIRS[config.game.rl_pair]
         self._proposals = config.game.group_size if self._pair[0] == "grpo" else 1

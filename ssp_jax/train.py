@@ -25,7 +25,8 @@ from ssp_jax.data import InputError, Task
 from ssp_jax.engine import Sizes, Stats
 from ssp_jax.evaluate import Result, evaluate
 from ssp_jax.metrics import CompileCounter, Logger
-from ssp_jax.retriever import Retriever, open_retriever
+from ssp_jax.remote import RemoteRetriever
+from ssp_jax.retriever import Search, open_retriever
 from ssp_jax.selfplay import Memory, Round, SelfPlay, Training, readable
 
 
@@ -39,7 +40,7 @@ class Inputs:
 
     tasks: list[Task]
     eval_sets: dict[str, list[Task]]
-    retriever: Retriever
+    retriever: Search
     model_config: model.ModelConfig
     tokenizer: Any
     eos: tuple[int, ...]
@@ -79,19 +80,27 @@ def _read(config: ConfigDict, workdir: str) -> Inputs:
         raise InputError(
             f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads"
         )
-    r = config.retriever
-    index = r.index or str(Path(workdir) / "index")
+    tasks = data.load_answers(config.data.answers)
     return Inputs(
-        tasks=data.load_answers(config.data.answers),
+        tasks=tasks,
         eval_sets={
-            name: data.load_questions(path)[: config.eval.max_questions or None]
-            for name, path in sorted(config.data.eval_sets.items())
+            name: questions[: config.eval.max_questions or None]
+            for name, questions in data.load_question_sets(config.data.eval_sets).items()
         },
-        retriever=open_retriever(r.corpus, index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r.k1, b=r.b),
+        retriever=_open_search(config.retriever, workdir, tasks),
         model_config=model_config,
         tokenizer=tokenizer,
         eos=episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
     )
+
+
+def _open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
+    if c.kind == "http":
+        probes = [task.answers[0] for task in tasks[:64]]
+        return RemoteRetriever(c.url, probes, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries)
+    index = c.index or str(Path(workdir) / "index")
+    settings = {"stemmer": c.stemmer, "stopwords": c.stopwords, "k1": c.k1, "b": c.b}
+    return open_retriever(c.corpus, index, **settings, threads=c.threads)
 
 
 def _make_mesh(config: ConfigDict) -> jax.sharding.Mesh:

@@ -4,11 +4,24 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssp_jax.data import Document, InputError, Task, batch_indices, iterate_corpus, load_answers, load_questions
+from ssp_jax.data import (
+    Document,
+    InputError,
+    Row,
+    Task,
+    batch_indices,
+    iterate_corpus,
+    load_answers,
+    load_question_sets,
+    load_questions,
+)
 
 ANSWER = {"ground_truth": "Paris", "search_turns": 2, "sys_question_example": "1. Who?"}
 QUESTION = {"id": "7", "question": "Capital of France?", "golden_answers": ["Paris", "City of Paris"], "metadata": {}}
@@ -61,6 +74,78 @@ def test_verl_rows(tmp_path):
     turns = [("user", "Question: first"), ("user", "Question: Question: second"), ("assistant", "Question: third")]
     several = verl_row(question="") | {"prompt": [{"role": role, "content": text} for role, text in turns]}
     assert load_questions(written(tmp_path, several))[0].question == "second"  # the last of the user
+
+
+def search_r1_row(source="nq", question="who got the first nobel prize?", target=("Röntgen", "W. Röntgen")):
+    """A row of Search-R1's parquet: one user turn, no question of its own."""
+    return {
+        "data_source": source,
+        "prompt": [{"role": "user", "content": f"Answer the given question. Question: {question}\n"}],
+        "ability": "fact-reasoning",
+        "reward_model": {"style": "rule", "ground_truth": {"target": target}},
+        "extra_info": {"split": "test", "index": 0},
+    }
+
+
+def parquet(folder: Path, *rows, name="rows.parquet") -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), folder / name, row_group_size=700)
+    return folder / name
+
+
+def test_parquet_is_as_jsonl(tmp_path):
+    for rows in (
+        [verl_row(["Paris", "P."]), verl_row(["x"], None)],  # SSP
+        [verl_row("Paris"), verl_row("x")],  # targets that are bare text
+        [search_r1_row()] * 3000,
+        [_without(QUESTION, "metadata"), _without(QUESTION, "metadata") | {"golden_answers": ["x"]}],
+    ):
+        assert load_questions(parquet(tmp_path, *rows)) == load_questions(written(tmp_path, *rows))
+    row = load_questions(parquet(tmp_path, search_r1_row()))[0]
+    assert row == Task(0, ("Röntgen", "W. Röntgen"), "who got the first nobel prize?", source="nq")
+    assert load_answers(parquet(tmp_path, ANSWER, ANSWER)) == load_answers(written(tmp_path, ANSWER, ANSWER))
+
+
+def test_wrong_parquet_is_named(tmp_path):
+    question = _without(QUESTION, "metadata")  # parquet has no empty structs
+    path = parquet(tmp_path, *[question] * 1500, question | {"question": None})
+    with pytest.raises(InputError, match=r'rows\.parquet row 1501: field "question"'):
+        load_questions(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"rows\.parquet after row 0: expected a whole parquet file"):
+        load_questions(path)
+    with pytest.raises(InputError, match=r"none\.parquet: expected a readable file"):
+        load_questions(tmp_path / "none.parquet")
+
+
+def test_numpy_targets():
+    """What pandas makes of a list column."""
+    assert Row("f", 1, {}).texts("target", np.array(["Paris", " P. "], object)) == ("Paris", "P.")
+
+
+def test_plain_answers(tmp_path):
+    (tmp_path / "a.txt").write_text("Paris\n\n  City of Light \n", "utf-8")
+    assert load_answers(tmp_path / "a.txt") == [
+        Task(0, ("Paris",), searches=2),
+        Task(1, ("City of Light",), searches=2),
+    ]
+    (tmp_path / "a.txt").write_bytes(b"Paris\n\xe9\n")
+    with pytest.raises(InputError, match=r"a\.txt line 2.*Unicode"):
+        load_answers(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(InputError, match="at least one row"):
+        load_answers(tmp_path / "a.txt")
+
+
+def test_mixed_sources_become_sets(tmp_path):
+    mixed = written(tmp_path, verl_row(), search_r1_row("searchR1_musique"), verl_row(question="Who?"), name="m.jsonl")
+    plain, one = written(tmp_path, QUESTION), written(tmp_path, verl_row(), verl_row(), name="one.jsonl")
+    sets = load_question_sets({"paper": str(mixed), "dev": str(plain), "nq": str(one)})
+    assert {name: [task.uid for task in tasks] for name, tasks in sets.items()} == {
+        "dev": [0],
+        "nq": [0, 1],
+        "paper/nq": [0, 2],
+        "paper/musique": [1],
+    }
 
 
 def test_corpus_streams(tmp_path):

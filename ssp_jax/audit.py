@@ -1,0 +1,105 @@
+"""What is in the training answers, and which of them are also answers of the evaluation:
+
+    python -m ssp_jax.audit --answers=answers.jsonl [--eval=test.parquet --eval=dev.jsonl ...]
+
+Self-play needs no questions, but a proposer that is given the answers of the evaluation writes questions close to it.
+Answers are compared as exact match compares them: lower case, no articles, no punctuation.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ssp_jax.data import InputError, Task, load_answers, load_question_sets
+from ssp_jax.rewards import normalize_answer
+
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """One evaluation set against the training answers."""
+
+    questions: int
+    repeated: int  # questions that stand in the set before, word for word
+    shared: list[str]  # normalised training answers that are an answer here, most questions first
+    asked: int  # questions that have one of these among their answers
+
+
+def normalized(tasks: Sequence[Task]) -> list[set[str]]:
+    return [{normalize_answer(answer) for answer in task.answers} - {""} for task in tasks]
+
+
+def overlap(training: set[str], questions: Sequence[Task]) -> Overlap:
+    hits = [golds & training for golds in normalized(questions)]
+    counts = Counter(answer for found in hits for answer in sorted(found))
+    repeated = len(questions) - len({task.question for task in questions})
+    return Overlap(len(questions), repeated, [a for a, _ in counts.most_common()], sum(map(bool, hits)))
+
+
+def answers_table(tasks: Sequence[Task]) -> Table:
+    texts = [task.answers[0] for task in tasks]
+    counts = Counter(normalize_answer(text) for text in texts)
+    words = np.array([len(text.split()) for text in texts])
+    often = [f"{answer!r} x {n}" for answer, n in counts.most_common(EXAMPLES) if n > 1]
+    searches = Counter(task.searches for task in tasks)
+    table = _table("Training answers", "", "")
+    for name, value in (
+        ("answers", f"{len(texts):,}"),
+        ("different, normalised", f"{len(counts):,}"),
+        ("repeats", f"{len(texts) - len(counts):,}" + (f" (most: {', '.join(often)})" if often else "")),
+        ("words, least / median / most", f"{words.min()} / {np.median(words):g} / {words.max()}"),
+        ("characters, longest", f"{max(map(len, texts))}: {max(texts, key=len)[:60]!r}"),
+        ("empty once normalised", f"{counts['']:,}"),
+        ("searches asked for: answers", ", ".join(f"{n}: {count:,}" for n, count in sorted(searches.items()))),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def overlap_table(training: set[str], sets: dict[str, list[Task]]) -> Table:
+    table = _table("Evaluation", "set", "questions", "repeated", "answer in training", "of questions", "most asked")
+    for name, questions in sets.items():
+        found = overlap(training, questions)
+        share = f"{found.asked / found.questions:.1%}"
+        examples = ", ".join(found.shared[:EXAMPLES])
+        table.add_row(name, f"{found.questions:,}", f"{found.repeated:,}", f"{found.asked:,}", share, examples)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=any(columns))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if 0 < i < len(columns) - 1 else "left")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ssp_jax.audit", description=__doc__.partition("\n")[0])
+    parser.add_argument("--answers", required=True, help="config key data.answers")
+    parser.add_argument("--eval", action="append", default=[], help="a file of data.eval_sets; may be repeated")
+    args = parser.parse_args(arguments)
+    try:
+        names = [Path(path).name for path in args.eval]
+        names = names if len(set(names)) == len(names) else args.eval
+        tasks, sets = load_answers(args.answers), load_question_sets(dict(zip(names, args.eval, strict=True)))
+    except InputError as error:
+        print(f"ssp_jax: {error}", file=sys.stderr)
+        return 2
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(answers_table(tasks))
+    if sets:
+        console.print(overlap_table(set().union(*normalized(tasks)), sets))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""A run folder as one HTML page, with curves and games to read, that needs no network and no other file:
+
+    python -m ssp_jax.report WORKDIR [--out=report.html] [--games=300]
+
+Curves are matplotlib SVGs: some 15 KB each and sharp at any size, where an embedded plotly would bring 4 MB. The page
+may be made while the run goes on.
+"""
+
+import argparse
+import base64
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from ssp_jax import prompts
+from ssp_jax.data import InputError, read_rows
+
+GAMES = 300  # shown at most, spread over the dumps of a run
+SMOOTHED_STEPS = 60  # runs longer than this get a running mean over a twentieth of their steps
+COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#64748b", "#b91c1c", "#1e293b")
+UPDATES = ("solver", "proposer", "both")
+
+Steps = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """label -> metric; a metric that the run never wrote is left out, and so is a chart without any."""
+
+    title: str
+    lines: Mapping[str, str | Callable[[dict[str, float]], float | None]]
+    note: str = ""
+    percent: bool = False
+
+
+def _share(part: str, whole: str) -> Callable[[dict[str, float]], float | None]:
+    return lambda row: 100 * row[part] / row[whole] if row.get(whole) and part in row else None
+
+
+CHARTS = (
+    Chart(
+        "Rewards",
+        {"proposer": "reward/proposer", "solver": "reward/solver"},
+        "Proposer: 1 minus mean solver success; solver: share of right attempts.",
+    ),
+    Chart(
+        "Funnel, % of the questions asked",
+        {
+            "well-formed": _share("funnel/well_formed", "funnel/proposed"),
+            "verified": _share("funnel/verified", "funnel/proposed"),
+            "taken from the pool": _share("funnel/reused", "funnel/proposed"),
+        },
+        "Verified: answered from the proposer's own documents.",
+        percent=True,
+    ),
+    Chart("Searches of an episode", {"proposer": "proposer/searches", "solver": "solver/searches"}),
+    Chart("Tokens sampled in an episode", {"proposer": "proposer/tokens", "solver": "solver/tokens"}),
+    Chart("KL to the initial model", {name: f"update/{name}/kl" for name in UPDATES}),
+    Chart("Entropy of the policy", {name: f"update/{name}/entropy" for name in UPDATES}, "Nats a token."),
+    Chart("Gradient norm", {name: f"update/{name}/grad_norm" for name in UPDATES}, "Before clipping."),
+    Chart(
+        "Throughput, tokens a second",
+        {"sampled": "play/tokens_per_second", "trained": "update/tokens_per_second"},
+    ),
+    Chart("Seconds", {"a whole step": "seconds", "playing": "play/seconds", "updating": "update/seconds"}),
+)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_metrics(workdir: Path) -> tuple[Steps, Steps]:
+    """The rows of steps, and those of evaluations. A last line that a running process has half written waits."""
+    path = workdir / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{workdir}: expected a run folder, found no metrics.jsonl in it")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [r for r in rows if "seconds" in r], [r for r in rows if any(k.startswith("eval/") for k in r)]
+
+
+def read_games(workdir: Path, most: int) -> tuple[list[dict[str, Any]], int]:
+    """At most `most` games, as many of each dump, and how many there are in all."""
+    dumps = sorted((workdir / "episodes").glob("step_*.jsonl"))
+    each, games, total = max(1, most // max(len(dumps), 1)), [], 0
+    kept = {dumps[i] for i in np.linspace(0, len(dumps) - 1, min(len(dumps), most)).round().astype(int)}
+    for path in dumps:
+        step = int(path.stem.removeprefix("step_"))
+        for number, row in enumerate(read_rows(path)):
+            total += 1
+            if path in kept and number < each:
+                games.append(shown_game(step, row.values))
+    return games, total
+
+
+def shown_game(step: int, game: dict[str, Any]) -> dict[str, Any]:
+    """What the page needs of a record that selfplay.readable wrote."""
+    scores = [attempt["score"] for attempt in game["attempts"]]
+    question = game["question"]
+    outcome = game["fault"] or "unfinished"
+    said = [turn["text"] for turn in (game["proposer"] or {"turns": []})["turns"] if turn["who"] == "proposer"]
+    if question is not None:
+        outcome = "reused" if question["reused"] else "verified"
+    episodes = [("Proposer", game["proposer"], None), ("Verifier", game["verifier"], None)]
+    episodes += [(f"Attempt {i}", a, a["score"]) for i, a in enumerate(game["attempts"], 1)]
+    return {
+        "step": step,
+        "answer": game["answer"],
+        "requested": game["requested_searches"],
+        "question": question["text"] if question else prompts.first_question("".join(said)),
+        "golds": question["answers"] if question else [game["answer"]],
+        "played": question is not None,
+        "outcome": outcome,
+        "solved": f"{sum(s > 0 for s in scores)}/{len(scores)}" if scores else "",
+        "reward": game["proposer_reward"],
+        "episodes": [shown_episode(name, e, score) for name, e, score in episodes if e],
+    }
+
+
+def shown_episode(name: str, episode: dict[str, Any], score: float | None) -> dict[str, Any]:
+    turns = [
+        {"found": turn["who"] == "search engine", "titles": _titles(turn["text"]), "text": turn["text"].strip()}
+        for turn in episode["turns"]
+    ]
+    searches = sum(turn["found"] for turn in turns)
+    answer = prompts.last_answer("".join(turn["text"] for turn in turns if not turn["found"])) or ""
+    stop = episode["stop_reason"]
+    return {"name": name, "turns": turns, "stop": stop, "score": score, "searches": searches, "answer": answer}
+
+
+def _titles(text: str) -> list[str]:
+    return [title.strip(' "') for title in re.findall(r"^(?:<\w+>)?Doc \d+\(Title: (.*?)\) ", text, re.MULTILINE)]
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def _figure() -> Any:
+    """An empty chart; made without pyplot, which would look for a display."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(5.4, 2.9), layout="constrained").add_subplot()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    return axes
+
+
+def _image(axes: Any) -> str:
+    """With a legend, as a data URI: as an image its ids cannot meet those of another chart."""
+    import matplotlib
+
+    axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ssp_jax", "font.family": "sans-serif"}):
+        axes.figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _line(axes: Any, label: str, points: Sequence[tuple[float, float]], color: str) -> None:
+    steps, values = np.array(points, float).T
+    if len(steps) < SMOOTHED_STEPS:
+        axes.plot(steps, values, color=color, label=label, marker="o", markersize=3)
+        return
+    width = max(3, len(steps) // 20)
+    weights = np.convolve(np.ones_like(values), np.ones(width), "same")
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, np.convolve(values, np.ones(width), "same") / weights, color=color, label=label)
+
+
+def draw(chart: Chart, rows: Steps) -> str | None:
+    axes, drawn = _figure(), 0
+    for (label, metric), color in zip(chart.lines.items(), COLORS, strict=False):
+        found = [(row["step"], metric(row) if callable(metric) else row.get(metric)) for row in rows]
+        points = [(step, value) for step, value in found if value is not None]
+        if points:
+            _line(axes, label, points, color)
+            drawn += 1
+    if not drawn:
+        return None
+    low = axes.get_ylim()[0]
+    axes.set_ylim(bottom=0 if low > 0 or chart.percent else low, top=103 if chart.percent else None)
+    return _image(axes)
+
+
+def draw_faults(rows: Steps) -> str | None:
+    """Why questions failed, stacked, as counts of a step."""
+    names = [key for key in (rows[0] if rows else {}) if key.startswith("fault/") and any(row.get(key) for row in rows)]
+    if not names:
+        return None
+    axes, steps = _figure(), [row["step"] for row in rows]
+    counts = [[row.get(name) or 0 for row in rows] for name in names]
+    labels = [name.removeprefix("fault/").replace("_", " ") for name in names]
+    colors = [COLORS[i % len(COLORS)] for i in range(len(names))]
+    axes.stackplot(steps, counts, labels=labels, colors=colors, alpha=0.8)
+    return _image(axes)
+
+
+def wilson(percent: float, n: float) -> tuple[float, float]:
+    """The 95 % interval of a share of n questions, in percent (Wilson 1927)."""
+    z, p = 1.96, percent / 100
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 100 / (1 + z * z / n)
+    return max(0.0, (middle - half) * scale), min(100.0, (middle + half) * scale)  # rounding may step outside
+
+
+def evaluations(rows: Steps) -> dict[str, list[tuple[int, float, float]]]:
+    """Set -> (step, exact match in percent, questions), in the order of steps; a repeated step counts once."""
+    found: dict[str, dict[int, tuple[int, float, float]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if match := re.fullmatch(r"eval/(.+)/em", key):
+                found.setdefault(match[1], {})[int(row["step"])] = (int(row["step"]), value, row[f"eval/{match[1]}/n"])
+    return {name: [points[step] for step in sorted(points)] for name, points in found.items()}
+
+
+def draw_evaluations(sets: Mapping[str, list[tuple[int, float, float]]]) -> str | None:
+    if not sets:
+        return None
+    axes = _figure()
+    for i, (name, points) in enumerate(sets.items()):
+        limits = np.array([wilson(value, n) for _, value, n in points]).T
+        values = np.array([value for _, value, _ in points])
+        errors = np.maximum(0, [values - limits[0], limits[1] - values])
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.5, "elinewidth": 0.8}
+        axes.errorbar([s for s, _, _ in points], values, errors, label=name, color=COLORS[i % len(COLORS)], **style)
+    axes.set_ylim(0, 103)
+    return _image(axes)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _charts(steps: Steps, evals: Mapping[str, list[tuple[int, float, float]]]) -> Iterator[dict[str, str]]:
+    note = "Greedy, with the 95 % interval that the number of questions leaves (Wilson)."
+    drawn = [("Exact match on held-out questions, %", note, draw_evaluations(evals))]
+    drawn += [(chart.title, chart.note, draw(chart, steps)) for chart in CHARTS]
+    drawn.insert(3, ("Questions that failed, by reason", "Questions of a step.", draw_faults(steps)))
+    yield from ({"title": title, "note": note, "image": image} for title, note, image in drawn if image)
+
+
+def page(workdir: Path, most_games: int) -> str:
+    steps, evals = read_metrics(workdir)
+    games, total = read_games(workdir, most_games)
+    sets = evaluations(evals)
+    config = workdir / "config.json"
+    source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    return template.render(
+        name=workdir.resolve().name,
+        steps=int(steps[-1]["step"]) if steps else 0,
+        minutes=sum(row["seconds"] for row in steps) / 60,
+        evaluations={name: (points[0], points[-1], wilson(*points[-1][1:])) for name, points in sets.items()},
+        charts=list(_charts(steps, sets)),
+        games=games,
+        total=total,
+        outcomes=sorted({game["outcome"] for game in games}),
+        dumps=sorted({game["step"] for game in games}),
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ssp_jax.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--out", type=Path, help="WORKDIR/report.html if not given")
+    parser.add_argument("--games", type=int, default=GAMES, help="shown at most")
+    args = parser.parse_args(arguments)
+    out = args.out or args.workdir / "report.html"
+    try:
+        text = page(args.workdir, args.games)
+        out.write_text(text, encoding="utf-8")
+    except InputError as error:
+        print(f"ssp_jax: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {len(text.encode()) / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Overlap counts what exact match would count; the table is what a person sees."""
+
+import json
+
+from ssp_jax import audit
+from ssp_jax.data import Task
+
+
+def test_overlap():
+    questions = [
+        Task(0, ("The Paris!", "P."), "a?"),
+        Task(1, ("rome",), "b?"),
+        Task(2, ("paris",), "a?"),
+        Task(3, ("the", "x"), "c?"),
+    ]
+    training = set().union(*audit.normalized([Task(0, ("Paris",)), Task(1, ("A Rome",)), Task(2, ("The",))]))
+    assert training == {"paris", "rome"}  # what is nothing once normalised matches nothing
+    assert audit.overlap(training, questions) == audit.Overlap(4, 1, ["paris", "rome"], 3)
+
+
+def test_table(tmp_path, capsys):
+    answers = [("Paris", 2), ("the Paris", 1), ("City of Light and more", 2)]
+    rows = [{"ground_truth": answer, "search_turns": n} for answer, n in answers]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "q.jsonl").write_text('{"question": "Where?", "golden_answers": ["paris", "x"]}\n')
+    assert audit.main([f"--answers={tmp_path}/a.jsonl", f"--eval={tmp_path}/q.jsonl"]) == 0
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for expected in ("answers 3", "different, normalised 2", "repeats 1 (most: 'paris' x 2)", "1: 1, 2: 2"):
+        assert any(expected in line for line in shown), (expected, shown)
+    assert "words, least / median / most 1 / 2 / 5" in shown
+    assert any(line.endswith("q.jsonl 1 0 1 100.0% paris") for line in shown), shown
+
+
+def test_wrong_file(tmp_path, capsys):
+    assert audit.main([f"--answers={tmp_path}/none.jsonl"]) == 2
+    assert "none.jsonl: expected a readable file" in capsys.readouterr().err

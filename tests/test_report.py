@@ -1,0 +1,152 @@
+"""The page holds what the run wrote, needs nothing else, and cannot be written to by a model."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from ssp_jax import report
+from ssp_jax.data import InputError
+
+
+def episode(*turns, stop="answer"):
+    return {"turns": [{"who": who, "text": text} for who, text in turns], "stop_reason": stop}
+
+
+def game(question="Which city?", fault="", reused=False, scores=(1.0, 0.0), said="<think> so </think>"):
+    found = (
+        "search engine",
+        '\n<information>Doc 1(Title: "Paris") A city.\nDoc 2(Title: "Rome") Another.\n</information>\n',
+    )
+    asked = {"text": question, "answers": ["Paris", "City of Light"], "reused": reused}
+    attempts = [
+        episode(("solver", "<search> a </search>"), found, ("solver", f"<answer> x{i} </answer>")) for i in range(2)
+    ]
+    return {
+        "answer": "Paris",
+        "requested_searches": 2,
+        "proposer": episode(
+            ("proposer", said), found, ("proposer", f"<question> {question} </question>"), stop="question"
+        ),
+        "documents": [],
+        "fault": fault,
+        "question": None if fault else asked,
+        "verifier": episode(("verifier", "<answer> Paris </answer>")),
+        "attempts": [] if fault else [a | {"score": s} for a, s in zip(attempts, scores, strict=True)],
+        "proposer_reward": 0.5,
+    }
+
+
+def run_folder(folder, steps=3, games=()):
+    rows = [{"step": 0, "time": 1.0, "eval/paper/nq/em": 20.0, "eval/paper/nq/f1": 25.0, "eval/paper/nq/n": 100.0}]
+    for step in range(1, steps + 1):
+        rows.append({"step": step, "time": 2.0, "seconds": 60.0, "reward/solver": 0.1 * step, "reward/proposer": None})
+        rows[-1] |= {"funnel/proposed": 20.0, "funnel/well_formed": 10.0, "fault/too_short": 2.0, "fault/empty": 0.0}
+    rows.append(rows[0] | {"step": steps, "eval/paper/nq/em": 45.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "hal')
+    (folder / "episodes").mkdir()
+    for step, records in games:
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "episodes" / f"step_{step:06d}.jsonl").write_text(lines)
+    return folder
+
+
+class Page(HTMLParser):
+    """Text, addresses and scripts of a page, with its elements checked for their ends."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.words, self.sources, self.scripts, self.images = [], [], [], 0, []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.sources += [values[name] for name in ("src", "href") if name in values]
+        self.scripts += tag == "script"
+        if tag not in ("meta", "img", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_page(tmp_path, capsys):
+    records = [game(), game("Why?", fault="too_short"), game("When?", reused=True)]
+    assert report.main([str(run_folder(tmp_path, games=[(2, records)]))]) == 0
+    assert "report.html" in capsys.readouterr().out
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.sources and all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    text = " ".join(" ".join(page.words).split())
+    for expected in (
+        "paper/nq 20.0 45.0 35.6 to 54.8 +25.0 100",
+        "step 2 verified solved 1/2 reward 0.50 Which city? → Paris",
+        "step 2 too short reward 0.50 Why? → Paris",
+        "step 2 reused solved 1/2 reward 0.50 When? → Paris",
+        "found: Paris · Rome",
+        "Attempt 2 x1 searches: 1, stopped by answer score 0",
+        "3 of the 3 games",
+        "3 steps, 3.0 minutes",
+    ):
+        assert expected in text, (expected, text)
+
+
+def test_curves(tmp_path):
+    steps, evals = report.read_metrics(run_folder(tmp_path))
+    drawn = {chart["title"]: chart["image"] for chart in report._charts(steps, report.evaluations(evals))}
+    assert list(drawn) == [
+        "Exact match on held-out questions, %",
+        "Rewards",
+        "Funnel, % of the questions asked",
+        "Questions that failed, by reason",
+        "Seconds",
+    ]  # of KL and the rest the run wrote nothing
+    texts = {title: _svg(image) for title, image in drawn.items()}
+    assert ">solver<" in texts["Rewards"] and ">proposer<" not in texts["Rewards"]  # null at each step
+    assert ">too short<" in texts["Questions that failed, by reason"] and ">empty<" not in "".join(texts.values())
+    assert ">paper/nq<" in texts["Exact match on held-out questions, %"]
+
+
+def _svg(image):
+    return re.sub(r"\s*\n\s*", "", base64.b64decode(image.partition(",")[2]).decode())
+
+
+def test_a_model_cannot_write_html(tmp_path):
+    evil = '</pre><script>alert(1)</script><img src="http://x/y">'
+    run_folder(tmp_path, games=[(1, [game(question=f"Q {evil}", said=evil)])])
+    page = Page(report.page(tmp_path, 10))
+    assert page.scripts == 1 and not any("http" in source for source in page.sources)
+    assert "alert(1)" in "".join(page.words)
+
+
+def test_long_runs_are_smoothed_and_games_sampled(tmp_path):
+    run_folder(tmp_path, steps=80, games=[(step, [game()] * 7) for step in range(10, 90, 10)])
+    games, total = report.read_games(tmp_path, 16)
+    assert total == 56 and [g["step"] for g in games] == [step for step in range(10, 90, 10) for _ in range(2)]
+    games, _ = report.read_games(tmp_path, 3)
+    assert [g["step"] for g in games] == [10, 50, 80]  # first and last, and between
+    flat = [(step, 5.0) for step in range(80)]
+    axes = report._figure()
+    report._line(axes, "x", flat, "blue")
+    assert len(axes.lines) == 2 and set(axes.lines[1].get_ydata().round(9)) == {5.0}  # ends included
+
+
+def test_wilson():
+    """Newcombe 1998, table I: 81 of 263."""
+    assert [round(x, 2) for x in report.wilson(100 * 81 / 263, 263)] == [25.53, 36.62]
+    low, high = report.wilson(0.0, 10)
+    assert low == 0 and 25 < high < 30
+
+
+def test_no_run(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "expected a run folder" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "No step has ended yet." in report.page(tmp_path, 5)
+    with pytest.raises(InputError, match="metrics.jsonl"):
+        report.read_metrics(tmp_path / "none")
