@@ -45,9 +45,8 @@ class Setup:
             if number % self.parts:
                 raise InputError(f"config key {key} is {number}; expected a multiple of {self.parts} for this mesh")
         if self.model.num_kv_heads % self.tensor:
-            raise InputError(
-                f"config key mesh.tensor is {self.tensor}; expected a divisor of {self.model.num_kv_heads} key/value heads"
-            )
+            heads = self.model.num_kv_heads
+            raise InputError(f"config key mesh.tensor is {self.tensor}; expected a divisor of {heads} key/value heads")
 
     @property
     def parts(self) -> int:
@@ -79,12 +78,26 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
 
 
+# Tracing these takes most of a plan's time, and a search for what fits asks for them again and again.
+_abstract_params = functools.cache(model.abstract_params)
+
+
+@functools.cache
+def _abstract_copy(config: model.ModelConfig, dtype: Any) -> model.Params:
+    return jax.eval_shape(functools.partial(model.unstack, dtype=dtype), _abstract_params(config))
+
+
+@functools.cache
+def _abstract_slots(config: model.ModelConfig, slots: int, cache_tokens: int, dtype: Any) -> sampler.SamplerState:
+    return jax.eval_shape(functools.partial(sampler.init_state, config, slots, cache_tokens, dtype))
+
+
 def train_state(setup: Setup) -> learner.TrainState:
-    abstract = model.abstract_params(setup.model)
+    abstract = _abstract_params(setup.model)
     params = place(abstract, sharding.param_shardings(abstract, setup.mesh))
     optimizer = learner.optimizer(setup.learner)
     whole = NamedSharding(setup.mesh, P())
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     opt_state = optax.tree.map_params(
         optimizer,
         lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
@@ -97,14 +110,12 @@ def train_state(setup: Setup) -> learner.TrainState:
 
 def sampler_params(setup: Setup) -> model.Params:
     """The unstacked copy in the compute dtype."""
-    copy = jax.eval_shape(functools.partial(model.unstack, dtype=setup.dtype), model.abstract_params(setup.model))
+    copy = _abstract_copy(setup.model, setup.dtype)
     return place(copy, sharding.param_shardings(copy, setup.mesh, drop=("fsdp",)))
 
 
 def sampler_state(setup: Setup) -> sampler.SamplerState:
-    sizes = setup.sizes
-    make = functools.partial(sampler.init_state, setup.model, sizes.slots, sizes.cache_tokens, setup.dtype)
-    state = jax.eval_shape(make)
+    state = _abstract_slots(setup.model, setup.sizes.slots, setup.sizes.cache_tokens, setup.dtype)
     return place(state, sharding.state_shardings(state, setup.mesh))
 
 
@@ -145,7 +156,8 @@ def temporaries(setup: Setup) -> dict[str, float]:
         + rows * T * D * item * (L if setup.config.model.remat else 0)
         + rows * T * wide * item * (1 if setup.config.model.remat else L)
         + scores(rows, T, T, 3 if setup.config.model.remat else 1 + 2 * L)
-        + 2 * layer * item + layer * 4
+        + 2 * layer * item
+        + layer * 4
         + V * D / t * (item + 4)
         + 3 * rows * chunk * V / t * 4
     )
@@ -199,7 +211,7 @@ def work(setup: Setup, load: Workload) -> dict[str, Work]:
     """Least operations and bytes of a step's phases on each device; whatever can overlap is taken to overlap."""
     m, c, sizes, item = setup.model, setup.config.learner, setup.sizes, setup.dtype.itemsize
     devices = setup.parts * setup.tensor
-    total = sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params(m)))
+    total = sum(math.prod(x.shape) for x in jax.tree.leaves(_abstract_params(m)))
     table = m.vocab_size * m.embed_dim
     body = total - table * (1 if m.tie_embeddings else 2)  # parameters of the layers
     attention = 2 * m.num_layers * m.num_heads * m.head_dim * load.tokens  # FLOPs a token: 4 x half the episode

@@ -1,6 +1,7 @@
 """Published numbers, for planning without the hardware and without the weights: chips, slices, model shapes."""
 
 import dataclasses
+import math
 
 from ssp_jax.data import InputError
 from ssp_jax.gpu import MEMORY_FRACTION
@@ -50,9 +51,11 @@ class Slice:
     chip: Chip
     chips: int
 
+    kind: str  # key of TPUS, or of GPUS
+
     @property
     def is_tpu(self) -> bool:
-        return not self.name.startswith("gpu:")
+        return self.kind in TPUS
 
     @property
     def devices(self) -> int:
@@ -66,36 +69,36 @@ class Slice:
     def device(self) -> Chip:
         """The share of one JAX device in its chip."""
         c, n = self.chip, self.chip.devices
-        shares = {"hbm": c.hbm / n, "flops": c.flops / n, "bandwidth": c.bandwidth / n, "link": c.link / n}
-        return dataclasses.replace(c, **shares)
+        return dataclasses.replace(c, hbm=c.hbm / n, flops=c.flops / n, bandwidth=c.bandwidth / n, link=c.link / n)
 
 
 def parse_topology(text: str) -> Slice:
     """`v5p:2x2x2`, or `gpu:h100x8` (GPUs have no shape)."""
     kind, _, shape = text.partition(":")
-    if kind == "gpu":
-        name, _, shape = shape.rpartition("x")
-        chip = GPUS.get(name)
-    else:
-        chip = TPUS.get(kind)
-    sizes = shape.split("x")
-    if chip is None or not all(size.isdecimal() and int(size) for size in sizes) or (kind == "gpu" and len(sizes) > 1):
-        known = ", ".join([*(f"{t}:{c.slices[1]}" for t, c in TPUS.items()), *(f"gpu:{g}x8" for g in GPUS)])
-        raise InputError(f"--topology={text}: expected chips and their number, such as {known}")
-    if kind != "gpu" and len(sizes) != len(chip.slices[0].split("x")):
-        raise InputError(f"--topology={text}: expected {len(chip.slices[0].split('x'))} sizes, as in {chip.slices[1]}")
-    chips = 1
-    for size in sizes:
-        chips *= int(size)
-    return Slice(text, chip, chips)
+    gpu = kind == "gpu"
+    if gpu:
+        kind, _, shape = shape.rpartition("x")
+    chip = (GPUS if gpu else TPUS).get(kind)
+    sizes = [int(size) if size.isdecimal() else 0 for size in shape.split("x")]
+    if chip is None or not all(sizes):
+        known = [*(f"{t}:{c.slices[1]}" for t, c in TPUS.items()), *(f"gpu:{g}x8" for g in GPUS)]
+        raise InputError(f"--topology={text}: expected chips and their number, such as {', '.join(known)}")
+    example = chip.slices[1]
+    if len(sizes) != len(example.split("x")):
+        raise InputError(f"--topology={text}: expected a shape such as {example}")
+    return Slice(text, chip, math.prod(sizes), kind)
 
 
 def slices_of(kind: str) -> list[Slice]:
-    """All slices of one TPU generation that can be had, smallest first."""
+    """All slices of one TPU generation, or numbers of one GPU, that can be had, smallest first."""
+    if kind in GPUS:
+        return [parse_topology(f"gpu:{kind}x{number}") for number in GPUS[kind].slices]
     return [parse_topology(f"{kind}:{shape}") for shape in TPUS[kind].slices]
 
 
-def _qwen25(layers: int, width: int, heads: int, kv_heads: int, head: int, ffn: int, vocab: int, tied: bool) -> ModelConfig:
+def _qwen25(
+    layers: int, width: int, heads: int, kv_heads: int, head: int, ffn: int, vocab: int, tied: bool
+) -> ModelConfig:
     return ModelConfig(vocab, layers, width, heads, kv_heads, head, ffn, 1e6, tie_embeddings=tied, qkv_bias=True)
 
 
