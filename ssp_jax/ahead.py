@@ -124,7 +124,7 @@ def _sampler_sources(setup: Setup) -> Iterator[_Source]:
     states = sum(len(stop) + 1 for role in ROLES for stop in role.stops)  # of the stop automata: at most one a byte
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (m, params, state, struct(jnp.int8, states, V), struct(jnp.int8, states), struct(key.dtype))
-    options |= {"eos": (0,), "steps": sizes.chunk}
+    options = options | {"eos": (0,), "steps": sizes.chunk}  # not in place: the prefill has the other
     yield _Source(f"decode of {sizes.slots} slots", "decode", sampler.decode_chunk, arguments, options)
 
 

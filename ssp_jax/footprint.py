@@ -92,16 +92,22 @@ def _abstract_slots(config: model.ModelConfig, slots: int, cache_tokens: int, dt
     return jax.eval_shape(functools.partial(sampler.init_state, config, slots, cache_tokens, dtype))
 
 
+@functools.cache
+def _abstract_optimizer(c: learner.LearnerConfig) -> Any:
+    return jax.eval_shape(learner.optimizer(c).init, _abstract_params(c.model))
+
+
 def train_state(setup: Setup) -> learner.TrainState:
     abstract = _abstract_params(setup.model)
     params = place(abstract, sharding.param_shardings(abstract, setup.mesh))
-    optimizer = learner.optimizer(setup.learner)
+    # What the optimizer does not read is made equal, so that a search over it traces once.
+    c = dataclasses.replace(setup.learner, rows=0, row_tokens=0, logprob_chunk=0, kl_coef=0.0, remat=False)
     whole = NamedSharding(setup.mesh, P())
     number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     opt_state = optax.tree.map_params(
-        optimizer,
+        learner.optimizer(c),
         lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
-        jax.eval_shape(optimizer.init, params),
+        _abstract_optimizer(c),
         params,
         transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
     )
@@ -138,8 +144,8 @@ def kept(setup: Setup) -> dict[str, float]:
     }
 
 
-def temporaries(setup: Setup) -> dict[str, float]:
-    """Estimates, bytes per device. Attention is an einsum today, so its float32 scores exist."""
+def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
+    """Estimates, bytes per device. parameters: kept()'s. Attention is an einsum today, so its float32 scores exist."""
     m, c, sizes, t, item = setup.model, setup.config.learner, setup.sizes, setup.tensor, setup.dtype.itemsize
     D, L, V, N, K, H, F = m.embed_dim, m.num_layers, m.vocab_size, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim
     layer = (D * (2 * N + 2 * K) * H + 3 * D * F) / t  # parameters of a layer, gathered over fsdp
@@ -152,7 +158,7 @@ def temporaries(setup: Setup) -> dict[str, float]:
     rows, T, chunk = c.rows / setup.parts, c.row_tokens, c.logprob_chunk
     longest = max(sizes.extend_buckets)
     update = (
-        device_bytes(train_state(setup).params)  # this micro-batch's gradients, before they are added
+        parameters  # this micro-batch's gradients, before they are added
         + rows * T * D * item * (L if setup.config.model.remat else 0)
         + rows * T * wide * item * (1 if setup.config.model.remat else L)
         + scores(rows, T, T, 3 if setup.config.model.remat else 1 + 2 * L)

@@ -72,11 +72,12 @@ def make_plan(
     else:
         mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
     setup = Setup(config, model, mesh)
-    temporaries = footprint.temporaries(setup)
+    kept = footprint.kept(setup)
+    temporaries = footprint.temporaries(setup, kept["parameters"])
     programs = ahead.compile_all(setup, _tell) if compiled else []
     for phase in {program.phase for program in programs}:
         temporaries[phase] = max(program.temporaries for program in programs if program.phase == phase)
-    return Plan(setup, slice_, footprint.kept(setup), temporaries, footprint.work(setup, load), programs)
+    return Plan(setup, slice_, kept, temporaries, footprint.work(setup, load), programs)
 
 
 def _tell(text: str) -> None:
@@ -100,7 +101,7 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def _moves(config: ConfigDict, model: ModelConfig, parts: int) -> Iterator[tuple[str, Any]]:
-    """Changes of one key that need less memory; each keeps the config valid."""
+    """Changes of one key that need less memory; each keeps the config valid and what it learns the same."""
     c, e = config.learner, config.engine
     if c.rows // 2 >= parts and c.rows // 2 % parts == 0:
         yield "learner.rows", c.rows // 2
@@ -116,8 +117,6 @@ def _moves(config: ConfigDict, model: ModelConfig, parts: int) -> Iterator[tuple
         yield "mesh.tensor", config.mesh.tensor * 2
     if not config.model.remat:
         yield "model.remat", True
-    if c.kl_coef:
-        yield "learner.kl_coef", 0.0  # no reference model; another objective, so the last resort
 
 
 def _excess(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]) -> float | None:
@@ -127,8 +126,9 @@ def _excess(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mappin
         setup = Setup(config, model, mesh)
     except InputError:
         return None
-    scaled = {phase: size * scale[phase] for phase, size in footprint.temporaries(setup).items()}
-    return sum(max(p - slice_.device.hbm, 0.0) for p in footprint.peaks(footprint.kept(setup), scaled).values())
+    kept = footprint.kept(setup)
+    scaled = {phase: size * scale[phase] for phase, size in footprint.temporaries(setup, kept["parameters"]).items()}
+    return sum(max(peak - slice_.device.hbm, 0.0) for peak in footprint.peaks(kept, scaled).values())
 
 
 def changes_that_fit(
@@ -264,7 +264,7 @@ def report(plan: Plan, load: footprint.Workload) -> Iterator[str]:
         return
     yield "it does not fit; what would (estimates):"
     config, model = plan.setup.config, plan.setup.model
-    estimate = footprint.temporaries(plan.setup)
+    estimate = footprint.temporaries(plan.setup, plan.kept["parameters"])
     scale = {phase: plan.temporaries[phase] / estimate[phase] for phase in estimate} if plan.programs else _NO_SCALE
     changes = changes_that_fit(config, model, slice_, scale)
     for values in changes:

@@ -177,6 +177,6 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
     slice_ = published.parse_topology("v5p:2x2x1")
     p = plan.make_plan(c, SMALL, slice_, footprint.workload(c, 300, 100), compiled=True)
     assert [program.phase for program in p.programs] == ["prefill", "decode", "reshard", "update", "update"]
-    estimate = footprint.temporaries(p.setup)
+    estimate = footprint.temporaries(p.setup, p.kept["parameters"])
     assert p.fits and 0.2 < p.temporaries["update"] / estimate["update"] < 5
     assert "compiled by libtpu" in "\n".join(plan.report(p, footprint.workload(c, 300, 100)))
