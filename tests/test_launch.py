@@ -104,6 +104,24 @@ def test_a_slurm_job_has_one_process_per_node_with_all_gpus() -> None:
     assert "--ntasks-per-node=1" in (ROOT / "launch" / "slurm_gpu.sh").read_text()
 
 
+def test_a_slurm_job_near_its_time_limit_saves_and_queues_itself_again(tmp_path: Path) -> None:
+    for name, body in {
+        "srun": "trap 'echo saved; exit 0' TERM\necho ready\nwhile true; do sleep 0.05; done",
+        "scontrol": 'echo "scontrol $*"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "2", "SSP_JAX_SUBMITTED": "yes"}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = [str(ROOT / "launch" / "slurm_gpu.sh"), CONFIG]
+    with subprocess.Popen(job, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "ready\n":
+            assert process.poll() is None
+        process.terminate()
+        assert process.stdout.read() == "saved\nscontrol requeue 77\n" and process.wait(timeout=30) == 0
+
+
 def test_prepare_prints_keys_that_a_run_takes(tmp_path: Path) -> None:
     done = launch("prepare.sh", str(tmp_path / "a folder"), "--dry-run")
     assert done.returncode == 0, done.stderr
