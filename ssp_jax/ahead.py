@@ -34,6 +34,10 @@ _ENVIRONMENT = {
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
+def _bytes(found: Any) -> float:
+    return float(found[1]) * _UNITS[found[2]]
+
+
 def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
@@ -79,12 +83,14 @@ class _Source:
         try:
             compiled = self.function.lower(*self.arguments, **self.options).compile()
         except jax.errors.JaxRuntimeError as error:
+            # The compiler gives up before or after it has placed all buffers.
+            needs = re.search(r"required for HLO temporaries \(([\d.]+)([KMG]?)\)", str(error))
             used = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", str(error))
-            if used is None:
+            if needs is None and used is None:
                 raise
-            needed = float(used[1]) * _UNITS[used[2]]
             spent = time.monotonic() - start
-            return Program(self.name, self.phase, spent, needed - given - self.counted, 0.0, 0.0, False)
+            beyond = _bytes(needs) if needs else _bytes(used) - given - self.counted
+            return Program(self.name, self.phase, spent, beyond, 0.0, 0.0, False)
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
         needed = (
             memory.argument_size_in_bytes

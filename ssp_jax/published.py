@@ -28,12 +28,13 @@ _2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS = ("1", "2", "4", "8", "16", "32", "64", "128")
 
-# TPUs: cloud.google.com/tpu/docs, one page per generation. GPUs: NVIDIA's data sheets of the SXM boards.
+# TPUs: cloud.google.com/tpu/docs, one page per generation; their memory is what the compiler lets a program have, which
+# differs a little from the published size. GPUs: NVIDIA's data sheets of the SXM boards.
 TPUS = {
-    "v5e": Chip(16 * GIB, 197e12, 819 * GB, 200 * GB, 4, 1, _2D),
-    "v6e": Chip(32 * GIB, 918e12, 1638 * GB, 400 * GB, 4, 1, _2D),
-    "v5p": Chip(95 * GIB, 459e12, 2765 * GB, 600 * GB, 4, 1, _3D),
-    "tpu7x": Chip(192 * GIB, 2307e12, 7380 * GB, 600 * GB, 4, 2, _3D),
+    "v5e": Chip(15.75 * GIB, 197e12, 819 * GB, 200 * GB, 4, 1, _2D),
+    "v6e": Chip(31.25 * GIB, 918e12, 1638 * GB, 400 * GB, 4, 1, _2D),
+    "v5p": Chip(95.74 * GIB, 459e12, 2765 * GB, 600 * GB, 4, 1, _3D),
+    "tpu7x": Chip(189.5 * GIB, 2307e12, 7380 * GB, 600 * GB, 4, 2, _3D),
 }
 GPUS = {
     "a100": Chip(MEMORY_FRACTION * 80 * GIB, 312e12, 2039 * GB, 300 * GB, 8, 1, _GPUS),

@@ -180,3 +180,12 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
     estimate = footprint.temporaries(p.setup, p.kept["parameters"])
     assert p.fits and 0.2 < p.temporaries["update"] / estimate["update"] < 5
     assert "compiled by libtpu" in "\n".join(plan.report(p, footprint.workload(c, 300, 100)))
+
+
+@pytest.mark.skipif(not ahead.available(), reason="libtpu is not installed: pip install '.[plan]'")
+def test_a_program_that_the_compiler_gives_up_on_is_reported() -> None:
+    c = config(engine__slots=4, engine__chunk=1, engine__cache_tokens=10**8, learner__rows=4)
+    slice_ = published.parse_topology("v5e:2x2")
+    s = footprint.Setup(c, SMALL, sharding.make_mesh(c.mesh.to_dict(), ahead.make_devices(slice_)))
+    decode = list(ahead._sampler_sources(s))[1].compile()
+    assert not decode.fits and decode.temporaries > 16 * GIB
