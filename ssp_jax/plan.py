@@ -234,14 +234,14 @@ def _time_lines(plan: Plan, load: footprint.Workload) -> Iterator[str]:
         seconds = work.seconds(chip)
         bound = max(seconds, key=lambda name: seconds[name])
         total += seconds[bound]
-        sizes = f"{work.flops / 1e12:12.1f}{work.hbm / 1e9:12.1f}{work.link / 1e9:12.1f}"
+        sizes = f"{work.flops / 1e12:12.4g}{work.hbm / 1e9:12.4g}{work.link / 1e9:12.4g}"
         yield f"  {phase:<10}{sizes}{seconds[bound]:10.2f}   {bound}"
     yield f"  {'total':<10}{total:46.2f}"
     for program in plan.programs:
         if program.fits and program.phase in ("prefill", "decode"):  # the others loop over layers
             yield (
-                f"  the compiler counts for one {program.name}: {program.flops / 1e12:.3f} TFLOPs and "
-                f"{program.hbm / 1e9:.2f} GB" + (" for each token" if program.phase == "decode" else "")
+                f"  the compiler counts for one {program.name}: {program.flops / 1e12:.3g} TFLOPs and "
+                f"{program.hbm / 1e9:.3g} GB" + (", its loop over tokens counted once" * (program.phase == "decode"))
             )
 
 
