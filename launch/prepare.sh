@@ -3,11 +3,12 @@
 #
 #   launch/prepare.sh FOLDER [--model=Qwen/Qwen2.5-7B-Instruct] [--skip-model] [--skip-corpus] [--dry-run]
 #
-# FOLDER/model    the model, from the Hugging Face hub
-# FOLDER/corpus   Wikipedia 2018 as Search-R1 uses it: 21 million passages, 5 GB packed
-# FOLDER/answers  given answers and FOLDER/eval the seven question sets, from the authors of SSP
-# FOLDER/index    the search index of the corpus (hours and tens of GB for the whole of Wikipedia)
+# FOLDER/model           the model, from the Hugging Face hub
+# FOLDER/wiki-18.jsonl   Wikipedia 2018 as Search-R1 uses it: 21 million passages; 5 GB packed, 14 GB unpacked
+# FOLDER/wiki-18.index   its search index: hours, and tens of GB
+# FOLDER/ssp             given answers and the seven question sets, from the authors of SSP
 #
+# With FOLDER=data these are the names in configs/qwen7b.py.
 # Needs requirements.txt installed (PYTHON, default python3). What is there already is not fetched again. At the end it
 # prints the keys for ssp_jax.main. --dry-run prints every command and runs none.
 set -euo pipefail
@@ -47,33 +48,15 @@ if [[ -n $with_model ]]; then
   download "$model" --local-dir "$folder/model" --include '*.json' --include '*.safetensors' --include '*.txt'
 fi
 if [[ -n $with_corpus ]]; then
-  download PeterJinGo/wiki-18-corpus wiki-18.jsonl.gz --repo-type dataset --local-dir "$folder/corpus"
+  download PeterJinGo/wiki-18-corpus wiki-18.jsonl.gz --repo-type dataset --local-dir "$folder"
+  if [[ ! -f $folder/wiki-18.jsonl ]]; then act gunzip --keep "$folder/wiki-18.jsonl.gz"; fi
 fi
 # One file after the other: as a data set the two do not share a schema.
 for file in "$SSP_ANSWERS" test.jsonl; do
   download Quark-LLM/SSP "$file" --repo-type dataset --revision "$SSP_REVISION" --local-dir "$folder/ssp"
 done
-act "$PYTHON" - "$folder" "$SSP_ANSWERS" "$SSP_TEST_SHA256" <<'PYTHON_END'
-import hashlib, json, pathlib, shutil, sys
-
-folder, answers, expected = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-test = (folder / "ssp" / "test.jsonl").read_bytes()
-found = hashlib.sha256(test).hexdigest()
-if found != expected:
-    sys.exit(f"prepare.sh: test.jsonl has SHA-256 {found}; expected {expected}")
-(folder / "answers").mkdir(exist_ok=True)
-shutil.copyfile(folder / "ssp" / answers, folder / "answers" / "answers.jsonl")
-(folder / "eval").mkdir(exist_ok=True)
-sets = {}
-for line in test.decode().splitlines():
-    name = json.loads(line)["data_source"].removeprefix("searchR1_").lower()
-    # The name becomes a config key, which cannot begin with a digit.
-    sets.setdefault({"2wikimultihopqa": "twowiki"}.get(name, name), []).append(line)
-for name, lines in sorted(sets.items()):
-    (folder / "eval" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{name}: {len(lines)} questions")
-PYTHON_END
-keys=("--config.retriever.corpus=$folder/corpus/wiki-18.jsonl.gz" "--config.retriever.index=$folder/index")
+if [[ -z $dry_run ]]; then sha256sum --check --quiet <<< "$SSP_TEST_SHA256  $folder/ssp/test.jsonl"; fi
+keys=("--config.retriever.corpus=$folder/wiki-18.jsonl" "--config.retriever.index=$folder/wiki-18.index")
 if [[ -n $with_corpus ]]; then
   # With the settings of configs/default.py, which the run must share.
   act "$PYTHON" -c '
@@ -85,8 +68,5 @@ open_retriever(r.corpus, r.index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r
     --config=configs/default.py "${keys[@]}"
 fi
 echo "keys of a run with these files:"
-printf '  %s\n' "--config.model.path=$folder/model" "--config.data.answers=$folder/answers/answers.jsonl" "${keys[@]}"
-for name in nq triviaqa popqa hotpotqa twowiki musique bamboogle; do
-  [[ -n $dry_run || -f $folder/eval/$name.jsonl ]] || continue
-  printf '  %s\n' "--config.data.eval_sets.$name=$folder/eval/$name.jsonl"
-done
+printf '  %s\n' "--config.model.path=$folder/model" "--config.data.answers=$folder/ssp/$SSP_ANSWERS" \
+  "--config.data.eval_sets.ssp=$folder/ssp/test.jsonl" "${keys[@]}"

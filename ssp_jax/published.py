@@ -132,9 +132,9 @@ ARCHITECTURES = {
 
 
 def architecture(name: str) -> ModelConfig:
-    """The shape of a model by its hub name (`Qwen/Qwen2.5-7B-Instruct`) or its folder's name."""
-    last = name.rstrip("/").rsplit("/", 1)[-1].lower()
-    found = [known for known in ARCHITECTURES if last == known.lower() or last.startswith(known.lower() + "-")]
+    """The shape of a model by its hub name, or its folder's, where that names what it is made from."""
+    last = "-" + name.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-") + "-"
+    found = [known for known in ARCHITECTURES if f"-{known.lower()}-" in last]
     if not found:
         raise InputError(
             f"config key model.path is {name!r}: no config.json is there; expected a Hugging Face folder, or for "

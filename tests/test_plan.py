@@ -46,6 +46,7 @@ def test_published_shapes_have_the_published_number_of_parameters(name: str, cou
 def test_a_model_folder_is_read_and_an_unknown_name_is_told() -> None:
     assert plan.read_model(str(ROOT / "assets" / "tiny" / "model")).num_layers > 0
     assert plan.read_model("Qwen/Qwen2.5-7B-Instruct").mlp_dim == 18944
+    assert plan.read_model("somebody/Search_qwen2.5-7b_grpo") == plan.read_model("Qwen/Qwen2.5-7B")
     with pytest.raises(InputError, match="model.path is 'Qwen/Qwen9'.*one of .*Qwen2.5-7B"):
         plan.read_model("Qwen/Qwen9")
 
