@@ -6,10 +6,12 @@
 on where it stopped. Exit codes: 0 done, or saved after SIGTERM; 2 unusable input, told in one sentence; 130 Ctrl-C.
 """
 
+import os
 import sys
 
 from absl import logging
 
+from ssp_jax import gpu
 from ssp_jax.config import parse_command_line
 from ssp_jax.data import InputError
 
@@ -22,6 +24,8 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.ERROR)
     try:
         config, workdir = parse_command_line(argv)
+        if gpu.will_be_used(os.environ):
+            print("GPU: set", *gpu.set_defaults(os.environ) or ["nothing; the environment has it all"], file=sys.stderr)
         from ssp_jax import train  # here, so that mistakes above are told before the seconds that JAX takes to load
 
         train.train(config, workdir)

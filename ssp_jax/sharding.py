@@ -31,16 +31,20 @@ PARAM_RULES = (
 ROWS = P(("data", "fsdp"))  # packed rows and slots: one part per device that does not share its rows
 
 
-def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
-    """The mesh of config section `mesh`; one size may be -1 and takes the devices that are left."""
-    devices = list(jax.devices() if devices is None else devices)
+def mesh_sizes(axis_sizes: dict[str, int], devices: int) -> list[int]:
+    """Config section `mesh` for this many devices, in the order of AXES; one size may be -1 and takes what is left."""
     sizes = [axis_sizes[name] for name in AXES]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise InputError(f"config section mesh has sizes {sizes}; expected positive numbers and at most one -1")
     known = int(np.prod([s for s in sizes if s != -1]))
-    if known > len(devices) or (-1 in sizes and len(devices) % known):
-        raise InputError(f"config section mesh asks for {sizes} but there are {len(devices)} devices")
-    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if known > devices or (-1 in sizes and devices % known):
+        raise InputError(f"config section mesh asks for {sizes} but there are {devices} devices")
+    return [devices // known if s == -1 else s for s in sizes]
+
+
+def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(axis_sizes, len(devices))
     devices = devices[: int(np.prod(sizes))]  # sizes that are all given may leave devices unused
     return Mesh(np.array(devices).reshape(sizes), AXES)
 

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=ssp_jax
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.log
+#SBATCH --signal=B:TERM@300
+#
+# Runs ssp_jax on one or more GPU nodes of a Slurm cluster:
+#
+#   launch/slurm_gpu.sh [--dry-run] NODES GPUS_PER_NODE [SBATCH_OPTION ...] -- --config=configs/qwen7b.py --workdir=...
+#
+# One process per node with all its GPUs; JAX finds the coordinator through Slurm's variables. The workdir must be on a
+# file system that all nodes see. Five minutes before the time limit Slurm sends SIGTERM: the run saves, and the job is
+# queued again and goes on. VENV (default .venv) has requirements.txt and 'jax[cuda12]' or 'jax[cuda13]' installed.
+# --dry-run prints every command and runs none.
+set -euo pipefail
+
+usage() {
+  sed -n '10,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" >&2
+  exit 2
+}
+
+terminated="" child="" code=0
+stop() {
+  terminated=yes
+  if [[ -n $child ]]; then kill -TERM "$child"; fi
+}
+
+# What the job runs. SLURM_* come from Slurm; in a dry run from below.
+job() {
+  local devices command
+  devices=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+  # Without JAX_LOCAL_DEVICE_IDS JAX gives a Slurm task one GPU only.
+  command=(srun --kill-on-bad-exit=1 "--export=ALL,JAX_LOCAL_DEVICE_IDS=$devices" "$VENV/bin/python" -m ssp_jax.main "$@")
+  printf '%q ' "${command[@]}"
+  printf '\n'
+  if [[ -n $dry_run ]]; then
+    echo "after SIGTERM: scontrol requeue $SLURM_JOB_ID"
+    return
+  fi
+  trap stop TERM # before the run starts, so that no signal is lost
+  "${command[@]}" &
+  child=$!
+  if [[ -n $terminated ]]; then stop; fi
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
+  if [[ -n $terminated ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  exit "$code"
+}
+
+dry_run=""
+VENV=${VENV:-.venv}
+if [[ -n ${SLURM_JOB_ID:-} && -n ${SSP_JAX_SUBMITTED:-} ]]; then
+  job "$@"
+  exit
+fi
+
+[[ ${1:-} != --dry-run ]] || { dry_run=yes && shift; }
+[[ ${1:-} =~ ^[0-9]+$ && ${2:-} =~ ^[0-9]+$ ]] || usage
+nodes=$1 gpus=$2 options=()
+shift 2
+while (($#)) && [[ $1 != -- ]]; do
+  options+=("$1")
+  shift
+done
+(($# > 1)) || usage
+shift
+command=(sbatch "--nodes=$nodes" "--gpus-per-node=$gpus" "--export=ALL,SSP_JAX_SUBMITTED=yes,VENV=$VENV"
+  "${options[@]}" "${BASH_SOURCE[0]}" "$@")
+printf '%q ' "${command[@]}"
+printf '\n'
+if [[ -n $dry_run ]]; then
+  SLURM_JOB_ID=JOB SLURM_GPUS_ON_NODE=$gpus job "$@"
+else
+  "${command[@]}"
+fi

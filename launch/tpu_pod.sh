@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# Runs ssp_jax on a Cloud TPU slice, from getting the slice to giving it back:
+#
+#   launch/tpu_pod.sh run    NAME ZONE TYPE [--spot] [--dry-run] -- --config=configs/qwen7b.py --workdir=gs://...
+#   launch/tpu_pod.sh logs   NAME ZONE [--dry-run]
+#   launch/tpu_pod.sh delete NAME ZONE [--dry-run]
+#
+# NAME of the slice and of its queued resource; TYPE as Cloud TPU calls it: v5p-16 is plan's v5p:2x2x2 (v4 and v5p count
+# two cores a chip), v5litepod-16 is v5e:4x4, v6e-16 is v6e:4x4. TPU7x slices come through GKE only: gke_jobset.yaml.
+#
+# run: creates the slice or takes the one that is there, installs this commit on all workers, starts the same command on
+# all, and shows worker 0's log until the run ends. A lost connection is taken up again; after a preemption the slice is
+# made anew and the run goes on from its last checkpoint (so the workdir must be in a bucket). It does not delete the
+# slice: `delete` does, and costs go on until then. --dry-run prints every command and runs none.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+POLL=${POLL:-30} # seconds between looks at a slice that is not ready yet
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" >&2
+  exit 2
+}
+
+show() {
+  printf '%q ' "$@"
+  printf '\n'
+}
+
+# Runs a command, or only prints it.
+act() {
+  show "$@"
+  if [[ -z $dry_run ]]; then "$@"; fi
+}
+
+queue() { act gcloud compute tpus queued-resources "$@" "--zone=$zone"; }
+
+on_workers() { # WORKERS COMMAND
+  act gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" "--worker=$1" "--command=$2"
+}
+
+# State of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; nothing when there is none.
+state() {
+  gcloud compute tpus queued-resources describe "$name" "--zone=$zone" '--format=value(state.state)' 2>/dev/null || true
+}
+
+runtime() {
+  case $type in
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) echo "tpu_pod.sh: TYPE is $type; expected v5p-N, v5litepod-N or v6e-N" >&2 && exit 2 ;;
+  esac
+}
+
+create() {
+  queue create "$name" "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$runtime_version" \
+    ${spot:+"$spot"}
+}
+
+delete() { queue delete "$name" --force --quiet; }
+
+# Until the slice is there. A preempted or failed request is deleted and made again.
+ensure() {
+  if [[ -n $dry_run ]]; then
+    show gcloud compute tpus queued-resources describe "$name" "--zone=$zone" '--format=value(state.state)'
+    create
+    return
+  fi
+  local now before=""
+  while now=$(state) && [[ $now != ACTIVE ]]; do
+    [[ $now == "$before" ]] || echo "slice $name: ${now:-does not exist}"
+    before=$now
+    case $now in
+      "") create ;;
+      SUSPENDED | FAILED) delete ;;
+      *) sleep "$POLL" ;;
+    esac
+  done
+}
+
+# This commit, in a Python of its own: the image's is older than 3.11. Nothing is done twice for the same commit, and
+# nothing under a run that is going on.
+install() {
+  local commit archive
+  commit=$(git rev-parse HEAD)
+  archive="${TMPDIR:-/tmp}/ssp_jax-$commit.tar.gz"
+  act git archive --format=tar.gz "--output=$archive" HEAD
+  act gcloud compute tpus tpu-vm scp "$archive" "$name:ssp_jax.tar.gz" "--zone=$zone" --worker=all
+  on_workers all "set -e
+    test \"\$(cat ssp_jax/COMMIT 2>/dev/null)\" != $commit || exit 0
+    ! kill -0 \"\$(cat ssp_jax/run.pid 2>/dev/null)\" 2>/dev/null || exit 0
+    rm -rf ssp_jax && mkdir ssp_jax && tar -xzf ssp_jax.tar.gz -C ssp_jax && cd ssp_jax
+    python3 -m pip install --quiet --user uv
+    ~/.local/bin/uv venv --quiet --python 3.12 .venv
+    ~/.local/bin/uv pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]'
+    echo $commit > COMMIT"
+}
+
+# The run outlives this connection. Where it is running already (a lost connection) nothing happens.
+start() {
+  local arguments
+  arguments=$(printf '%q ' "$@")
+  on_workers all "cd ssp_jax
+    if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then exit 0; fi
+    rm -f run.exit
+    nohup setsid bash -c '.venv/bin/python -m ssp_jax.main \"\$@\"; echo \$? > run.exit' - $arguments \\
+      >> run.log 2>&1 < /dev/null &
+    echo \$! > run.pid"
+}
+
+# Worker 0's log until its run or the connection ends.
+logs() {
+  # shellcheck disable=SC2016  # expanded on the worker
+  on_workers 0 'cd ssp_jax && tail -n +1 -F run.log --pid="$(cat run.pid)"' || true
+}
+
+# The run's exit code; nothing while it runs, or when nobody answers.
+exit_code() {
+  gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=0 '--command=cat ssp_jax/run.exit' 2>/dev/null || true
+}
+
+run() {
+  local code
+  while true; do
+    ensure
+    install
+    start "$@"
+    logs
+    if [[ -n $dry_run ]]; then
+      show gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=0 '--command=cat ssp_jax/run.exit'
+      return
+    fi
+    code=$(exit_code)
+    # A preempted run saves and ends with 0 as well; then the slice is on its way out.
+    if [[ $code =~ ^[0-9]+$ && $(state) == ACTIVE ]]; then
+      echo "tpu_pod.sh: the run ended with code $code; the slice is still there" >&2
+      exit "$code"
+    fi
+    echo "tpu_pod.sh: connection lost; going on" >&2
+    sleep "$POLL"
+  done
+}
+
+dry_run="" spot="" positional=()
+while (($#)); do
+  case $1 in
+    --dry-run) dry_run=yes ;;
+    --spot) spot=--spot ;;
+    --) shift && break ;;
+    -*) usage ;;
+    *) positional+=("$1") ;;
+  esac
+  shift
+done
+((${#positional[@]} >= 3)) || usage
+command=${positional[0]} name=${positional[1]} zone=${positional[2]} type=${positional[3]:-}
+case $command in
+  run)
+    [[ -n $type && $# -gt 0 ]] || usage
+    runtime_version=$(runtime)
+    run "$@"
+    ;;
+  logs | delete) "$command" ;;
+  *) usage ;;
+esac

@@ -1,0 +1,167 @@
+"""The programs of a run compiled ahead of time for a TPU slice that is not there, and what its compiler says of them.
+
+The PyPI package libtpu holds the whole TPU compiler and runs it on any CPU.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ssp_jax import footprint, learner, model, sampler, sharding
+from ssp_jax.data import InputError
+from ssp_jax.episodes import ROLES
+from ssp_jax.footprint import Setup, device_bytes
+from ssp_jax.published import Slice
+
+# libtpu must not look for the machine that it compiles for, and two plans may run side by side.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def _bytes(found: Any) -> float:
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def available() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def make_devices(slice_: Slice) -> list[Any]:
+    os.environ |= _ENVIRONMENT
+    options = {"chips_per_host_bounds": (1, 1, 1)} if slice_.chips == 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=slice_.name, **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"--topology={slice_.name}: the TPU compiler refuses it: {str(error).splitlines()[0]}"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler says of one program, per device. FLOPs and bytes count the body of a loop once."""
+
+    name: str
+    phase: str
+    seconds: float  # that compiling took
+    temporaries: float  # bytes beyond what is kept, padding and code included
+    flops: float
+    hbm: float  # bytes
+    fits: bool  # False: the compiler gave up
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A program before compilation: arguments are shapes with shardings; `counted` output bytes are kept."""
+
+    name: str
+    phase: str
+    function: Any  # jitted
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    counted: float = 0.0
+
+    def compile(self) -> Program:
+        start = time.monotonic()
+        given = device_bytes([x for x in jax.tree.leaves(self.arguments) if isinstance(x, jax.ShapeDtypeStruct)])
+        try:
+            compiled = self.function.lower(*self.arguments, **self.options).compile()
+        except jax.errors.JaxRuntimeError as error:
+            # The compiler gives up before or after it has placed all buffers.
+            needs = re.search(r"required for HLO temporaries \(([\d.]+)([KMG]?)\)", str(error))
+            used = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", str(error))
+            if needs is None and used is None:
+                raise
+            spent = time.monotonic() - start
+            beyond = _bytes(needs) if needs else _bytes(used) - given - self.counted
+            return Program(self.name, self.phase, spent, beyond, 0.0, 0.0, False)
+        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        needed = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.generated_code_size_in_bytes
+        )
+        spent = time.monotonic() - start
+        beyond = needed - given - self.counted
+        return Program(self.name, self.phase, spent, beyond, cost["flops"], cost["bytes accessed"], True)
+
+
+def _sampler_sources(setup: Setup) -> Iterator[_Source]:
+    """The largest prefill and the longest decode chunk."""
+    m, sizes, V = setup.model, setup.sizes, setup.model.vocab_size
+    whole = NamedSharding(setup.mesh, P())
+
+    def struct(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    params, state = footprint.sampler_params(setup), footprint.sampler_state(setup)
+    N, T = sizes.extend_rows, max(b for b in sizes.extend_buckets if b <= sizes.cache_tokens)
+    starts = {field.name: struct(jnp.int32, N) for field in dataclasses.fields(sampler.Starts)}
+    starts["temperature_N"] = struct(jnp.float32, N)
+    options: dict[str, Any] = {"cache_len": sizes.cache_tokens, "dtype": setup.dtype}
+    arguments: tuple[Any, ...] = (
+        m,
+        params,
+        state,
+        sampler.Starts(**starts),
+        struct(jnp.int32, N, T),
+        struct(jnp.int32, N),
+    )
+    yield _Source(f"prefill of {N} x {T}", "prefill", sampler.extend, arguments, options)
+
+    states = sum(len(stop) + 1 for role in ROLES for stop in role.stops)  # of the stop automata: at most one a byte
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    arguments = (m, params, state, struct(jnp.int8, states, V), struct(jnp.int8, states), struct(key.dtype))
+    options = options | {"eos": (0,), "steps": sizes.chunk}  # not in place: the prefill has the other
+    yield _Source(f"decode of {sizes.slots} slots", "decode", sampler.decode_chunk, arguments, options)
+
+
+def _learner_sources(setup: Setup) -> Iterator[_Source]:
+    c, state = setup.learner, footprint.train_state(setup)
+    copy = footprint.sampler_params(setup)
+    unstack = functools.partial(model.unstack, dtype=setup.dtype)
+    reshard = jax.jit(unstack, out_shardings=jax.tree.map(lambda x: x.sharding, copy))
+    yield _Source("reshard", "reshard", reshard, (state.params,), {}, device_bytes(copy))
+
+    rows, whole = sharding.rows_sharding(setup.mesh), NamedSharding(setup.mesh, P())
+
+    def column(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((c.rows, c.row_tokens), dtype, sharding=rows)
+
+    batch = learner.Batch(*[column(jnp.int32)] * 4, *[column(jnp.float32)] * 3)
+    zeros = jax.eval_shape(learner._zeros, state.params)
+    total = (state.params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), zeros[1]))
+    reference = footprint.cast(state.params, c.dtype) if c.kl_coef else None
+    accumulate = jax.jit(functools.partial(learner._accumulate, c), donate_argnums=(0,))
+    arguments = (total, state.params, reference, batch, column(jnp.float32))
+    yield _Source(f"gradients of {c.rows} x {c.row_tokens}", "update", accumulate, arguments, {})
+    apply = jax.jit(functools.partial(learner._apply, c), donate_argnums=(0,))
+    yield _Source("optimizer step", "update", apply, (state, state.params), {})
+
+
+def compile_all(setup: Setup, tell: Callable[[str], None]) -> list[Program]:
+    """setup.mesh must be of make_devices(). One after the other: each takes all cores and much memory."""
+    programs = []
+    for source in (*_sampler_sources(setup), *_learner_sources(setup)):
+        program = source.compile()
+        tell(f"compiled {program.name} in {program.seconds:.0f} s")
+        programs.append(program)
+    return programs

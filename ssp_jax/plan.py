@@ -1,0 +1,331 @@
+"""Does a config fit on hardware that you don't have, and how long must a step take there at least?
+
+    python -m ssp_jax.plan --config=configs/qwen7b.py --topology=v5p:2x2x2 [--config.KEY=VALUE ...]
+
+--topology   v5e:4x4, v6e:4x4, v5p:2x2x2, tpu7x:2x2x1, gpu:h100x8, ...; without it: the smallest slice of each TPU
+             generation that fits, from shapes alone
+--shapes     no compiler: estimates from shapes alone, in a second
+--tokens     tokens of a mean episode (3000), of which the model writes --sampled (1000)
+
+For a TPU the run's programs are compiled ahead of time by the TPU's own compiler, on any CPU (pip install '.[plan]'):
+what they need is what it says. For a GPU there is no such compiler, and temporaries are estimates.
+"""
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from ssp_jax import ahead, footprint, published, sharding, weights
+from ssp_jax.config import flatten_config, parse_command_line
+from ssp_jax.data import InputError
+from ssp_jax.footprint import Setup, Work
+from ssp_jax.model import ModelConfig
+from ssp_jax.published import GIB, Slice
+
+_NO_SCALE = dict.fromkeys(footprint.KEEPS, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes and work per device."""
+
+    setup: Setup
+    slice: Slice
+    kept: dict[str, float]
+    temporaries: dict[str, float]
+    work: dict[str, Work]
+    programs: list[ahead.Program]  # none: from shapes alone
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        return footprint.peaks(self.kept, self.temporaries)
+
+    @property
+    def fits(self) -> bool:
+        return max(self.peaks.values()) <= self.slice.device.hbm and all(p.fits for p in self.programs)
+
+    @property
+    def cache_budget(self) -> float:
+        """Bytes that the key/value cache may take: what the fullest phase leaves."""
+        return self.slice.device.hbm - max(self.peaks.values()) + self.kept["key/value cache"]
+
+    @property
+    def slots(self) -> int:
+        """Slots that this budget buys, over all devices, with temporaries as they are."""
+        per_slot = self.kept["key/value cache"] / (self.setup.sizes.slots / self.setup.parts)
+        return max(int(self.cache_budget // per_slot), 0) * self.setup.parts
+
+
+def make_plan(
+    config: ConfigDict, model: ModelConfig, slice_: Slice, load: footprint.Workload, *, compiled: bool
+) -> Plan:
+    if compiled:
+        mesh: Any = sharding.make_mesh(config.mesh.to_dict(), ahead.make_devices(slice_))
+    else:
+        mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
+    setup = Setup(config, model, mesh)
+    kept = footprint.kept(setup)
+    temporaries = footprint.temporaries(setup, kept["parameters"])
+    programs = ahead.compile_all(setup, _tell) if compiled else []
+    for phase in {program.phase for program in programs}:
+        temporaries[phase] = max(program.temporaries for program in programs if program.phase == phase)
+    return Plan(setup, slice_, kept, temporaries, footprint.work(setup, load), programs)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_model(path: str) -> ModelConfig:
+    if (Path(path) / "config.json").is_file():
+        return weights.read_config(path)
+    return published.architecture(path)
+
+
+# What would make it fit
+
+
+def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    changed = copy.deepcopy(config)
+    with changed.unlocked():
+        changed.update_from_flattened_dict(dict(values))
+    return changed
+
+
+def _moves(config: ConfigDict, model: ModelConfig, parts: int) -> Iterator[tuple[str, Any]]:
+    """Changes of one key that need less memory; each keeps the config valid and what it learns the same."""
+    c, e = config.learner, config.engine
+    if c.rows // 2 >= parts and c.rows // 2 % parts == 0:
+        yield "learner.rows", c.rows // 2
+    if e.slots // 2 >= parts and e.slots // 2 % parts == 0:
+        yield "engine.slots", e.slots // 2
+    if e.extend_rows > 1:
+        yield "engine.extend_rows", e.extend_rows // 2
+    if len(e.extend_buckets) > 1:
+        yield "engine.extend_buckets", tuple(sorted(e.extend_buckets)[:-1])
+    if c.logprob_chunk > 128 and c.logprob_chunk % 2 == 0:
+        yield "learner.logprob_chunk", c.logprob_chunk // 2
+    if config.mesh.tensor * 2 <= model.num_kv_heads and model.num_kv_heads % (config.mesh.tensor * 2) == 0:
+        yield "mesh.tensor", config.mesh.tensor * 2
+    if not config.model.remat:
+        yield "model.remat", True
+
+
+def _excess(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]) -> float | None:
+    """Bytes over all phases by which this config does not fit; None where it cannot run."""
+    try:
+        mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
+        setup = Setup(config, model, mesh)
+    except InputError:
+        return None
+    kept = footprint.kept(setup)
+    scaled = {phase: size * scale[phase] for phase, size in footprint.temporaries(setup, kept["parameters"]).items()}
+    return sum(max(peak - slice_.device.hbm, 0.0) for peak in footprint.peaks(kept, scaled).values())
+
+
+def changes_that_fit(
+    config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Single changes that are enough; where there is none, the changes that together are, the most useful first.
+
+    From estimates, times `scale`: what the compiler said of a phase over its estimate.
+    """
+
+    def tried(values: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+        base = with_values(config, values)
+        found = []
+        for key, value in _moves(base, model, slice_.devices // base.mesh.tensor):
+            excess = _excess(with_values(base, {key: value}), model, slice_, scale)
+            if excess is not None:
+                found.append((excess, values | {key: value}))
+        return found
+
+    first = tried({})
+    if enough := [values for excess, values in first if excess == 0]:
+        return enough
+    best = min(first, key=lambda x: x[0], default=None)
+    while best is not None and best[0] > 0:
+        further = min(tried(best[1]), key=lambda x: x[0], default=None)
+        best = further if further is not None and further[0] < best[0] else None
+    return [best[1]] if best is not None else []
+
+
+def _fitting(config: ConfigDict, model: ModelConfig, slice_: Slice, change: bool) -> dict[str, Any] | None:
+    """Values with which this config fits: rows and slots raised to the mesh's next multiple, and changes if allowed."""
+    try:
+        data, fsdp, _ = sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)
+    except InputError:
+        return None
+    parts, flat = data * fsdp, flatten_config(config)
+    values = {key: -(-flat[key] // parts) * parts for key in ("learner.rows", "engine.slots") if flat[key] % parts}
+    changed = with_values(config, values)
+    excess = _excess(changed, model, slice_, _NO_SCALE)
+    if excess == 0:
+        return values
+    found = changes_that_fit(changed, model, slice_, _NO_SCALE) if change and excess is not None else []
+    return values | found[0] if found else None
+
+
+def smallest(config: ConfigDict, model: ModelConfig, slices: list[Slice]) -> tuple[Slice, dict[str, Any]] | None:
+    """The first slice that fits and the values that the config needs there; with changes only where none fits as is."""
+    for change in (False, True):
+        for slice_ in slices:
+            values = _fitting(config, model, slice_, change)
+            if values is not None:
+                return slice_, values
+    return None
+
+
+# The report
+
+
+def _overrides(values: Mapping[str, Any]) -> str:
+    return " ".join(f"--config.{key}={value}".replace(" ", "") for key, value in values.items())
+
+
+def _memory_lines(plan: Plan) -> Iterator[str]:
+    setup, hbm = plan.setup, plan.slice.device.hbm
+    notes = {
+        "parameters": "float32",
+        "optimizer": "Adam's moments, float32",
+        "reference": f"{setup.dtype}" if plan.kept["reference"] else "kl_coef is 0",
+        "sampler copy": f"{setup.dtype}, while playing",
+        "key/value cache": f"{setup.sizes.slots // setup.parts} of {setup.sizes.slots} slots",
+        "gradients": "float32, while updating",
+    }
+    yield "kept, GiB per device"
+    for name, size in plan.kept.items():
+        yield f"  {name:<18}{size / GIB:8.2f}   {notes[name]}"
+    source = "from the compiler, padding and code included" if plan.programs else "estimated from shapes alone"
+    yield f"phases, GiB per device; temporaries {source}"
+    yield f"  {'':<10}{'kept':>10}{'temporaries':>14}{'peak':>9}{'of HBM':>9}"
+    for phase, peak in plan.peaks.items():
+        temporary = plan.temporaries[phase]
+        verdict = "" if peak <= hbm else "   does not fit"
+        sizes = f"{(peak - temporary) / GIB:10.2f}{temporary / GIB:14.2f}{peak / GIB:9.2f}"
+        yield f"  {phase:<10}{sizes}{peak / hbm:9.0%}{verdict}"
+    yield (
+        f"key/value budget {plan.cache_budget / GIB:.2f} GiB per device: {plan.slots} slots of "
+        f"{setup.sizes.cache_tokens} tokens (config: {setup.sizes.slots})"
+    )
+
+
+def _time_lines(plan: Plan, load: footprint.Workload) -> Iterator[str]:
+    chip = plan.slice.device
+    yield (
+        f"one step, lower bound: {load.played} episodes played ({load.trained} trained) of {load.tokens} tokens, "
+        f"{load.sampled} of them sampled;"
+    )
+    yield (
+        f"  {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of HBM and {chip.link / 1e9:.0f} GB/s of "
+        "links per device at their peaks; all slots always busy; searches, scheduling and the judge take no time"
+    )
+    yield f"  {'':<10}{'TFLOPs':>12}{'HBM GB':>12}{'link GB':>12}{'seconds':>10}   bound by"
+    total = 0.0
+    for phase, work in plan.work.items():
+        seconds = work.seconds(chip)
+        bound = max(seconds, key=lambda name: seconds[name])
+        total += seconds[bound]
+        sizes = f"{work.flops / 1e12:12.4g}{work.hbm / 1e9:12.4g}{work.link / 1e9:12.4g}"
+        yield f"  {phase:<10}{sizes}{seconds[bound]:10.2f}   {bound}"
+    yield f"  {'total':<10}{total:46.2f}"
+    for program in plan.programs:
+        if program.fits and program.phase in ("prefill", "decode"):  # the others loop over layers
+            yield (
+                f"  the compiler counts for one {program.name}: {program.flops / 1e12:.3g} TFLOPs and "
+                f"{program.hbm / 1e9:.3g} GB" + (", its loop over tokens counted once" * (program.phase == "decode"))
+            )
+
+
+def report(plan: Plan, load: footprint.Workload) -> Iterator[str]:
+    slice_, shape = plan.slice, plan.setup.mesh.shape
+    hosts = f"{slice_.hosts} host{'s' * (slice_.hosts > 1)}"
+    per_chip = f" ({slice_.chip.devices} devices each)" if slice_.chip.devices > 1 else ""
+    yield (
+        f"{plan.setup.config.model.path} on {slice_.name}: {slice_.chips} chips{per_chip}, {hosts}, "
+        f"{slice_.device.hbm / GIB:.1f} GiB per device; mesh {' x '.join(f'{n} {s}' for n, s in shape.items())}"
+    )
+    if plan.programs:
+        yield f"compiled by libtpu for this slice; jax {jax.__version__}"
+    else:
+        yield "from shapes alone: no compiler was asked"
+    yield from _memory_lines(plan)
+    yield from _time_lines(plan, load)
+    if plan.fits:
+        yield "it fits"
+        return
+    yield "it does not fit; what would (estimates):"
+    config, model = plan.setup.config, plan.setup.model
+    estimate = footprint.temporaries(plan.setup, plan.kept["parameters"])
+    scale = {phase: plan.temporaries[phase] / estimate[phase] for phase in estimate} if plan.programs else _NO_SCALE
+    changes = changes_that_fit(config, model, slice_, scale)
+    for values in changes:
+        yield f"  {_overrides(values)}"
+    found = smallest(config, model, [s for s in published.slices_of(slice_.kind) if s.chips > slice_.chips])
+    if found:
+        yield f"  --topology={found[0].name} {_overrides(found[1])}".rstrip()
+    elif not changes:
+        yield "  no change of mesh, rows, slots or buckets alone: shorten limits.* and learner.row_tokens"
+
+
+def smallest_slices(config: ConfigDict, model: ModelConfig) -> Iterator[str]:
+    yield f"{config.model.path}: the smallest slice of each TPU generation that fits, from shapes alone"
+    for kind in published.TPUS:
+        slices = published.slices_of(kind)
+        found = smallest(config, model, slices)
+        if found:
+            yield f"  {found[0].name:<14}{found[0].chips:4} chips  {_overrides(found[1])}".rstrip()
+        else:
+            yield f"  {kind:<14}none up to {slices[-1].chips} chips with this mesh, rows and slots"
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print((__doc__ or "").strip())
+        return 0
+    jax.config.update("jax_platforms", "cpu")  # the machine that plans is not the one that runs
+    try:
+        own, rest = _parse(argv)
+        config, _ = parse_command_line(rest)
+        model = read_model(config.model.path)
+        if own.topology is None:
+            print(*smallest_slices(config, model), sep="\n")
+            return 0
+        slice_ = published.parse_topology(own.topology)
+        compiled = slice_.is_tpu and not own.shapes
+        if compiled and not ahead.available():
+            _tell("libtpu is not installed (pip install '.[plan]'): estimates from shapes alone")
+            compiled = False
+        load = footprint.workload(config, own.tokens, own.sampled)
+        plan = make_plan(config, model, slice_, load, compiled=compiled)
+        print(*report(plan, load), sep="\n")
+    except InputError as error:
+        print(f"ssp_jax: {error}", file=sys.stderr)
+        return 2
+    return 0 if plan.fits else 1
+
+
+def _parse(argv: list[str]) -> tuple[Any, list[str]]:
+    """This command's own flags, and the rest, which is ssp_jax.main's."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("topology", None, "chips", flag_values=values)
+    flags.DEFINE_bool("shapes", False, "do not compile", flag_values=values)
+    flags.DEFINE_integer("tokens", 3000, "of a mean episode", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("sampled", 1000, "of these, written by the model", lower_bound=1, flag_values=values)
+    values.set_gnu_getopt(True)
+    try:
+        return values, values(argv, known_only=True)
+    except flags.Error as error:
+        raise InputError(" ".join(str(error).split())) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,64 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssp_jax import gpu
+
+NAMES = [*gpu.XLA_FLAGS, "XLA_CLIENT_MEM_FRACTION"]
+
+
+def test_all_defaults_are_set_and_told() -> None:
+    environment: dict[str, str] = {}
+    told = " ".join(gpu.set_defaults(environment))
+    assert all(name in told for name in NAMES)
+    assert environment["XLA_CLIENT_MEM_FRACTION"] == str(gpu.MEMORY_FRACTION)
+    assert environment["XLA_FLAGS"] == " ".join(f"{name}={value}" for name, value in gpu.XLA_FLAGS.items())
+
+
+def test_what_the_user_has_set_stays() -> None:
+    flag = next(iter(gpu.XLA_FLAGS))
+    given = {"XLA_FLAGS": f"--xla_dump_to=x {flag}=false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+    environment = dict(given)
+    assert gpu.set_defaults(environment) == [] and environment == given
+
+
+def test_other_flags_of_the_user_are_kept() -> None:
+    environment = {"XLA_FLAGS": "--xla_dump_to=x"}
+    gpu.set_defaults(environment)
+    assert environment["XLA_FLAGS"].split() == ["--xla_dump_to=x", *(f"{n}={v}" for n, v in gpu.XLA_FLAGS.items())]
+
+
+@pytest.mark.parametrize(
+    ("platforms", "driver", "plugin", "expected"),
+    [
+        ("", True, True, True),
+        ("cuda,cpu", True, True, True),
+        ("cpu", True, True, False),
+        ("tpu", True, True, False),
+        ("", False, True, False),
+        ("", True, False, False),
+    ],
+)
+def test_a_gpu_is_expected_where_jax_would_take_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platforms: str, driver: bool, plugin: bool, expected: bool
+) -> None:
+    if driver:
+        (tmp_path / "version").touch()
+    if plugin:
+        (tmp_path / "jax_cuda12_plugin.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+    elif any(map(gpu.importlib.util.find_spec, gpu._PLUGINS)):
+        pytest.skip("a CUDA plugin is installed")
+    assert gpu.will_be_used({"JAX_PLATFORMS": platforms}, tmp_path / "version") is expected
+
+
+def test_jax_knows_every_flag() -> None:
+    """XLA ends the process at a flag that it does not know, on any backend."""
+    flags = " ".join(f"{name}={value}" for name, value in gpu.XLA_FLAGS.items())
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    for given, expected in ((flags, True), ("--xla_gpu_no_such_flag=true", False)):
+        done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": given}, capture_output=True, timeout=300)
+        assert (done.returncode == 0) is expected, done.stderr

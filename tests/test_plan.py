@@ -1,0 +1,192 @@
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import pytest
+from conftest import ROOT
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from configs import default
+from ssp_jax import ahead, footprint, model, plan, published, sharding, train
+from ssp_jax.data import InputError
+from ssp_jax.published import GIB
+
+SMALL = model.ModelConfig(1024, 2, 256, 4, 2, 64, 512, qkv_bias=True)
+# Parameters of the published weights, from the hub's own count.
+COUNTS = {
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-8B": 8_190_735_360,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.1-8B": 8_030_261_248,
+}
+
+
+def config(**values: Any) -> ConfigDict:
+    return plan.with_values(default.get_config(), {key.replace("__", "."): value for key, value in values.items()})
+
+
+def setup(model_config: model.ModelConfig, devices: int = 8, **values: Any) -> footprint.Setup:
+    c = config(**values)
+    return footprint.Setup(
+        c, model_config, AbstractMesh(tuple(sharding.mesh_sizes(c.mesh.to_dict(), devices)), sharding.AXES)
+    )
+
+
+@pytest.mark.parametrize(("name", "count"), COUNTS.items())
+def test_published_shapes_have_the_published_number_of_parameters(name: str, count: int) -> None:
+    shapes = jax.tree.leaves(model.abstract_params(published.architecture(f"someone/{name}-Instruct")))
+    assert sum(math.prod(x.shape) for x in shapes) == count
+
+
+def test_a_model_folder_is_read_and_an_unknown_name_is_told() -> None:
+    assert plan.read_model(str(ROOT / "assets" / "tiny" / "model")).num_layers > 0
+    assert plan.read_model("Qwen/Qwen2.5-7B-Instruct").mlp_dim == 18944
+    assert plan.read_model("somebody/Search_qwen2.5-7b_grpo") == plan.read_model("Qwen/Qwen2.5-7B")
+    with pytest.raises(InputError, match="model.path is 'Qwen/Qwen9'.*one of .*Qwen2.5-7B"):
+        plan.read_model("Qwen/Qwen9")
+
+
+@pytest.mark.parametrize(
+    ("text", "chips", "devices", "hosts"),
+    [("v5p:2x2x2", 8, 8, 2), ("v6e:4x4", 16, 16, 4), ("tpu7x:2x2x1", 4, 8, 1), ("gpu:h100x8", 8, 8, 1)],
+)
+def test_topologies(text: str, chips: int, devices: int, hosts: int) -> None:
+    slice_ = published.parse_topology(text)
+    assert (slice_.chips, slice_.devices, slice_.hosts) == (chips, devices, hosts)
+    assert slice_.device.hbm * slice_.devices == slice_.chip.hbm * slice_.chips
+
+
+@pytest.mark.parametrize("text", ["v9:2x2", "v5p:2x2", "v5p:2x2x0", "gpu:h100", "gpu:v5px8", "v5p", "gpu:h100x2x2"])
+def test_a_wrong_topology_is_one_sentence(text: str) -> None:
+    with pytest.raises(InputError, match=f"--topology={text}: expected"):
+        published.parse_topology(text)
+
+
+def test_what_is_kept_is_what_a_run_allocates() -> None:
+    """Bytes on one device of the real arrays, on the 8 fake devices of the tests."""
+    c = config(engine__cache_tokens=64, engine__slots=8, mesh__tensor=2, model__path="x")
+    s = footprint.Setup(c, SMALL, train._make_mesh(c))
+    zeros = jax.tree.map(
+        lambda x: jax.device_put(jax.numpy.zeros(x.shape, x.dtype), x.sharding), footprint.train_state(s)
+    )
+
+    def on_one_device(tree: Any) -> int:
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    kept = footprint.kept(s)
+    assert kept["parameters"] == on_one_device(zeros.params) == kept["gradients"]
+    assert kept["optimizer"] == on_one_device(zeros.opt_state) > 1.99 * kept["parameters"]
+    # Two key/value heads over tensor=2, eight slots over fsdp=4; bfloat16; the small int columns come on top.
+    cache = 2 * SMALL.num_layers * (8 // 4) * (2 // 2) * 64 * SMALL.head_dim * 2
+    assert cache < kept["key/value cache"] < 1.01 * cache
+    assert kept["reference"] == kept["parameters"] / 2
+    total = sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params(SMALL)))
+    assert total * 2 / 2 < kept["sampler copy"] < total * 2  # whole over fsdp, most of it split over tensor
+    assert footprint.kept(setup(SMALL, learner__kl_coef=0.0))["reference"] == 0
+
+
+def test_the_7b_arithmetic_by_hand() -> None:
+    s = setup(published.ARCHITECTURES["Qwen2.5-7B"])
+    kept = footprint.kept(s)
+    assert kept["parameters"] * 8 == pytest.approx(4 * COUNTS["Qwen2.5-7B"], rel=0.01)
+    assert kept["sampler copy"] == 2 * COUNTS["Qwen2.5-7B"]
+    assert kept["key/value cache"] == pytest.approx(64 / 8 * 12288 * 28 * 2 * 4 * 128 * 2, rel=1e-3)
+    load = footprint.workload(s.config, 3000, 1000)
+    assert (load.played, load.trained) == (256 + 256 + 1280, 256 + 1280)
+    work = footprint.work(s, load)
+    # Forward, backward twice, once more for remat, the reference: 5 x 2 FLOPs a parameter and token, and attention.
+    weights_only = 10 * (COUNTS["Qwen2.5-7B"] - 152064 * 3584) * load.trained * 3000 / 8
+    assert weights_only < work["update"].flops < 1.1 * weights_only
+    assert work["decode"].hbm > 1792 * 1000 / 64 * 13e9
+
+
+def test_workload_follows_the_roles() -> None:
+    both = footprint.workload(config(game__rl_pair="grpo_grpo", game__verify=False), 3000, 1000)
+    assert both.played == both.trained == 256 * 5 + 256 * 5 * 5
+    solver = footprint.workload(config(game__train="solver"), 10**6, 10**6)
+    assert solver.trained == 1280 and solver.tokens == 4096 + 8192 and solver.sampled == 8192
+
+
+def small_plan(hbm: float, **values: Any) -> plan.Plan:
+    c = config(engine__cache_tokens=512, engine__extend_buckets=(64,), engine__cache_buckets=(256,), **values)
+    slice_ = published.parse_topology("v5p:2x2x1")
+    slice_ = dataclasses.replace(slice_, chip=dataclasses.replace(slice_.chip, hbm=hbm))
+    return plan.make_plan(c, SMALL, slice_, footprint.workload(c, 300, 100), compiled=False)
+
+
+def test_slots_are_what_the_budget_buys() -> None:
+    p = small_plan(GIB, learner__row_tokens=512, learner__rows=4, engine__slots=16)
+    per_slot = p.kept["key/value cache"] / 4
+    free = GIB - max(p.peaks.values())
+    assert p.fits and p.slots == 4 * math.floor((free + p.kept["key/value cache"]) / per_slot) > 16
+
+
+def test_changes_make_it_fit() -> None:
+    values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 64, "engine__slots": 16}
+    need = small_plan(GIB, **values).peaks["update"]
+    p = small_plan(need * 0.9, **values)
+    text = "\n".join(plan.report(p, footprint.workload(p.setup.config, 300, 100)))
+    assert not p.fits and "does not fit" in text and "--config.learner.rows=32" in text
+    assert small_plan(need * 0.9, **values | {"learner__rows": 32}).fits
+    assert "it fits" in "\n".join(plan.report(small_plan(need * 1.1, **values), footprint.workload(config(), 300, 100)))
+
+
+def test_several_changes_where_one_is_not_enough() -> None:
+    values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 64, "engine__slots": 16}
+    p = small_plan(small_plan(GIB, **values).peaks["update"] * 0.3, **values)
+    (found,) = plan.changes_that_fit(p.setup.config, SMALL, p.slice, dict.fromkeys(footprint.KEEPS, 1.0))
+    assert found["learner.rows"] <= 16
+
+
+def test_the_smallest_slice_gets_rows_and_slots_that_divide() -> None:
+    c = config(engine__cache_tokens=512, learner__rows=6, engine__slots=6, learner__row_tokens=512)
+    found = plan.smallest(c, SMALL, published.slices_of("v5e"))
+    assert found is not None and found[0].name == "v5e:2x2" and found[1] == {"learner.rows": 8, "engine.slots": 8}
+
+
+def test_without_a_compiler_the_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = [
+        "plan",
+        f"--config={ROOT / 'configs' / 'tiny.py'}",
+        f"--config.model.path={ROOT / 'assets' / 'tiny' / 'model'}",
+    ]
+    assert plan.main([*tiny, "--topology=gpu:h100x1", "--tokens=200", "--sampled=50"]) == 0
+    out = capsys.readouterr().out
+    assert "from shapes alone" in out and "it fits" in out and "73.6 GiB" in out
+    assert plan.main([*tiny, "--topology=v9:1"]) == 2
+    assert plan.main([*tiny, "--topolgy=v5p:2x2x1"]) == 2
+    assert plan.main(tiny) == 0
+    assert "v5p:2x2x1" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not ahead.available(), reason="libtpu is not installed: pip install '.[plan]'")
+def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
+    small = {"engine__slots": 4, "engine__chunk": 2, "engine__extend_rows": 4, "learner__rows": 4}
+    c = config(
+        **small,
+        engine__cache_tokens=256,
+        engine__extend_buckets=(64,),
+        engine__cache_buckets=(128,),
+        learner__row_tokens=256,
+        learner__logprob_chunk=128,
+    )
+    slice_ = published.parse_topology("v5p:2x2x1")
+    p = plan.make_plan(c, SMALL, slice_, footprint.workload(c, 300, 100), compiled=True)
+    assert [program.phase for program in p.programs] == ["prefill", "decode", "reshard", "update", "update"]
+    estimate = footprint.temporaries(p.setup, p.kept["parameters"])
+    assert p.fits and 0.2 < p.temporaries["update"] / estimate["update"] < 5
+    assert "compiled by libtpu" in "\n".join(plan.report(p, footprint.workload(c, 300, 100)))
+
+
+@pytest.mark.skipif(not ahead.available(), reason="libtpu is not installed: pip install '.[plan]'")
+def test_a_program_that_the_compiler_gives_up_on_is_reported() -> None:
+    c = config(engine__slots=4, engine__chunk=1, engine__cache_tokens=10**8, learner__rows=4)
+    slice_ = published.parse_topology("v5e:2x2")
+    s = footprint.Setup(c, SMALL, sharding.make_mesh(c.mesh.to_dict(), ahead.make_devices(slice_)))
+    decode = list(ahead._sampler_sources(s))[1].compile()
+    assert not decode.fits and decode.temporaries > 16 * GIB
