@@ -147,11 +147,12 @@ def _titles(text: str) -> list[str]:
 def _figure() -> Any:
     """An empty chart; made without pyplot, which would look for a display."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     axes = Figure(figsize=(5.4, 2.9), layout="constrained").add_subplot()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     return axes
 
