@@ -84,13 +84,17 @@ def get_config() -> ConfigDict:
     c.sampling = ConfigDict()
     c.sampling.temperature = 1.0  # both players while training [P T4]
     c.sampling.verify_temperature = 0.1  # [C]
+    c.sampling.top_k = 0  # draw from the likeliest so many tokens, 0 for all; see sampler.Truncation [H]
+    c.sampling.top_p = 1.0  # and of these from the likeliest that reach this probability together [H]
     c.sampling.eval_temperature = 0.0  # 0 is greedy [P T4]
 
     c.engine = ConfigDict()
     c.engine.slots = 64  # episodes decoded at the same time
     c.engine.chunk = 16  # tokens decoded per dispatch
-    c.engine.cache_tokens = 12288  # key/value cache length of a slot; at least the longest episode
-    c.engine.cache_buckets = (1024, 4096)  # shorter lengths that a decode chunk may read when all slots fit
+    c.engine.schedule = "pipelined"  # pipelined | barrier: a role starts when all of the one before have ended
+    c.engine.cache_tokens = 12288  # tokens that a slot can grow to; at least the longest episode
+    c.engine.cache_buckets = (1024, 4096)  # tokens after which a slot takes more memory, and a chunk reads more
+    c.engine.kv_cache_gib = 0.0  # keys and values, GiB a device; 0: what is free, all that slots can need on CPU [H]
     c.engine.extend_buckets = (64, 256, 1024, 4096)  # padded lengths of prompts and insertions
     c.engine.extend_rows = 8  # prompts or insertions written in one call
 

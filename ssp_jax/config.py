@@ -199,6 +199,7 @@ CHOICES: dict[str, Iterable[str]] = {
     "game.batch_fill": ("dummy", "resample", "full_reuse", "periodic_reset"),
     "reward.metric": rewards.METRICS,
     "reward.proposer": rewards.PROPOSER_REWARDS,
+    "engine.schedule": ("pipelined", "barrier"),
     "learner.kl_type": ("k1", "k2", "k3"),
     "learner.proposer_baseline": ("none", "batch_mean", "leave_one_out", "hop_grouped"),
     "learner.aggregation": ("sequence_mean", "token_mean"),
@@ -207,7 +208,7 @@ CHOICES: dict[str, Iterable[str]] = {
 }
 _MAY_BE_ZERO = (
     *("seed", "steps", "game.noise_documents", "rules.", "reward.", "sampling."),
-    *("retriever.k1", "retriever.b", "retriever.threads", "retriever.retries"),
+    *("retriever.k1", "retriever.b", "retriever.threads", "retriever.retries", "engine.kv_cache_gib"),
     *(
         "learner.warmup_steps",
         "learner.weight_decay",

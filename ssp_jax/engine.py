@@ -6,69 +6,30 @@ result is used exactly one chunk later, however fast it was: the schedule is a f
 same seed gives the same run, bit for bit. The engine knows nothing of the game: a `Player` says what follows a stop.
 """
 
-import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 
-from ssp_jax import model, sampler
+from ssp_jax import cache, model, sampler
+from ssp_jax.slots import Memory, Player, Row, Stats, Table
 from ssp_jax.stops import Automaton
 
+__all__ = ["Engine", "Player", "Sizes", "Stats"]
+
 Search = Callable[[list[str]], Sequence[Any]]
-
-
-class Player(Protocol):
-    """One episode in play. tokens[: prompt] is the prompt; the engine only reads it."""
-
-    uid: int
-    tokens: list[int]
-    temperature: float
-    stop_reason: str  # "" while playing
-
-    @property
-    def stop_set(self) -> int:
-        """Which of the engine's automata this player listens to."""
-        ...
-
-    def token_limit(self) -> int:
-        """Total number of tokens at which the coming turn must end."""
-        ...
-
-    def stopped(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
-        """Takes the turn's last tokens and why it stopped; returns a search query, or None when the episode ended."""
-        ...
-
-    def going_on(self, tokens: list[int], logprobs: list[float]) -> None:
-        """Takes tokens of a turn that has not stopped yet."""
-        ...
-
-    def observe(self, result: Any) -> None:
-        """Takes the result of the search; may end the episode."""
-        ...
-
-
-@dataclasses.dataclass
-class Stats:
-    """What a call of `play` cost. occupancy = busy_steps / slot_steps."""
-
-    seconds: float = 0.0
-    sampled_tokens: int = 0
-    written_tokens: int = 0  # prompt and observation tokens computed
-    shared_tokens: int = 0  # prompt tokens copied from another slot instead
-    searches: int = 0
-    busy_steps: int = 0
-    slot_steps: int = 0
-    finished: int = 0
+SCHEDULES = ("pipelined", "barrier")
+_GIB = 1 << 30
+_FREE_SHARE = 0.8  # of measured free memory, for keys and values; the rest is for the programs' temporaries
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Fixed shapes of the compiled programs, config section `engine`."""
+    """Fixed shapes of the compiled programs and memory, config section `engine`."""
 
     slots: int
     chunk: int
@@ -76,19 +37,47 @@ class Sizes:
     cache_buckets: tuple[int, ...]
     extend_buckets: tuple[int, ...]
     extend_rows: int
-
-    def cache_len(self, tokens: int) -> int:
-        return next((b for b in sorted(self.cache_buckets) if tokens <= b < self.cache_tokens), self.cache_tokens)
+    kv_cache_gib: float = 0.0
+    schedule: str = "pipelined"
 
     def extend_len(self, tokens: int) -> int:
         return next((b for b in sorted(self.extend_buckets) if tokens <= b), max(self.extend_buckets))
 
-    def cache_lens(self) -> list[int]:
-        return sorted({self.cache_len(b) for b in self.cache_buckets} | {self.cache_tokens})
+    def cache_ends(self) -> tuple[int, ...]:
+        return (*sorted({b for b in self.cache_buckets if b < self.cache_tokens}), self.cache_tokens)
+
+
+def choose_layout(
+    config: model.ModelConfig,
+    sizes: Sizes,
+    dtype: Any,
+    state_sharding: Callable[[sampler.SamplerState], Any] | None,
+    budget: int | None,
+) -> cache.Layout:
+    """Rows of the cache's pieces for a budget in bytes a device; None: the longest episode in every slot."""
+    full = cache.full_layout(sizes.cache_ends(), sizes.slots)
+    parts, share = 1, 1.0
+    if state_sharding is not None:
+        state = jax.eval_shape(lambda: sampler.init_state(config, full, dtype))
+        shape = state.caches[0].k[0].shape
+        shard = state_sharding(state).caches[0].k[0].shard_shape(shape)
+        parts, share = shape[0] // shard[0], shard[1] / shape[1]
+    if budget is None:
+        return dataclasses.replace(full, parts=parts)
+    tokens = int(parts * budget / (share * cache.token_bytes(config, dtype)))
+    return cache.layout_for(full.ends, sizes.slots, tokens, parts)
+
+
+def _free_memory() -> int | None:
+    """Bytes free on the fullest device, where devices report it (CPUs do not)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return min((s["bytes_limit"] - s["bytes_in_use"] for s in stats if s), default=None)
 
 
 class Engine:
-    """Owns the sampler state between calls; `play` runs a set of players, and those they lead to, to their ends."""
+    """`play` runs a set of players, and those they lead to, to their ends. Between calls it holds no device memory but
+    the stop tables: keys and values are made when a call starts and are gone when it ends, so the update has the room.
+    """
 
     def __init__(
         self,
@@ -99,26 +88,38 @@ class Engine:
         dtype: Any,
         search: Search,
         state_sharding: Callable[[sampler.SamplerState], Any] | None = None,
+        truncation: sampler.Truncation = sampler.ALL_TOKENS,
     ):
         self._config, self._sizes, self._eos, self._dtype, self._search = config, sizes, eos, dtype, search
+        self._state_sharding, self._truncation = state_sharding, truncation
         offsets = np.cumsum([0] + [len(a.stop_S) for a in automata[:-1]])
         self._roots = [int(o) for o in offsets]
         table = np.concatenate([a.table_SV.astype(np.int16) + o for a, o in zip(automata, offsets, strict=True)])
-        self._table = jax.numpy.asarray(table.astype(np.int8) if len(table) <= 127 else table)
-        self._found = jax.numpy.asarray(np.concatenate([a.stop_S for a in automata]))
-        self._state = sampler.init_state(config, sizes.slots, sizes.cache_tokens, dtype)
-        if state_sharding is not None:
-            self._state = jax.device_put(self._state, state_sharding(self._state))
+        self._stops = sampler.Stops(
+            jax.numpy.asarray(table.astype(np.int8) if len(table) <= 127 else table),
+            jax.numpy.asarray(np.concatenate([a.stop_S for a in automata])),
+        )
+        self._layout: cache.Layout | None = None
+
+    @property
+    def memory(self) -> str:
+        """What the engine chose, for people; known from the first call on."""
+        assert self._layout is not None
+        size = self._layout.tokens * cache.token_bytes(self._config, self._dtype) / _GIB
+        pieces = zip(self._layout.rows, self._layout.starts, self._layout.ends, strict=True)
+        rows = ", ".join(f"{n} of tokens {start} to {end}" for n, start, end in pieces)
+        return f"{self._layout.rows[0]} slots; keys and values {size:.3g} GiB, rows: {rows}"
 
     def warm_up(self, params: model.Params, key: jax.Array) -> None:
         """Runs every program once on rows that write nothing; after this nothing compiles."""
-        sizes = self._sizes
-        for cache_len in sizes.cache_lens():
-            for length in sorted(set(sizes.extend_buckets)):
-                if length <= cache_len:
-                    self._extend(params, [], length, cache_len)
-            self._share([], cache_len)
-            self._decode(params, key, cache_len)
+        device = self.device(params, key)
+        memory = Memory(device.layout)
+        for depth in range(len(device.layout.ends) + 1):
+            for length in sorted(set(self._sizes.extend_buckets)):
+                device.extend(memory.rows_JB, [], length, depth)
+            if depth:
+                device.share(memory.rows_JB, [], depth)
+                device.decode(memory.rows_JB, memory.room_B, depth)
 
     def play(
         self,
@@ -133,256 +134,123 @@ class Engine:
         params: the sampler's unstacked copy. key: with a player's uid and a position it makes the key of a token.
         """
         start = time.monotonic()
+        device, barrier = self.device(params, key), self._sizes.schedule == "barrier"
         with ThreadPoolExecutor(1) as threads:
-            table = _Table(self._sizes, players, finished, lambda queries: threads.submit(self._search, queries))
+
+            def submit(queries: list[str]) -> Any:
+                return threads.submit(self._search, queries)
+
+            table = Table(device.layout, self._sizes.chunk, players, finished, submit, barrier)
             in_flight: tuple[sampler.Chunk, dict[int, int]] | None = None
             while True:
                 table.take_results()
-                self._write(params, table)
-                running = table.running()
-                chunk = self._decode(params, key, self._sizes.cache_len(table.longest(running))) if running else None
+                self._write(device, table)
+                turns, chunk = table.running(), None
+                if turns:
+                    chunk = device.decode(table.memory.rows_JB, table.memory.room_B, table.depth(turns))
                 if in_flight is not None:
-                    table.take_chunk(*in_flight)
+                    table.take_chunk(jax.device_get(in_flight[0]), in_flight[1])
                     table.stats.seconds = time.monotonic() - start
                     progress(table.stats)
-                in_flight = (chunk, running) if chunk is not None else None
-                if in_flight is None and table.idle():
+                in_flight = (chunk, turns) if chunk is not None else None
+                if in_flight is None and table.over():
                     return table.stats
 
-    def _decode(self, params: model.Params, key: jax.Array, cache_len: int) -> sampler.Chunk:
-        self._state, chunk = sampler.decode_chunk(
-            self._config,
-            params,
-            self._state,
-            self._table,
-            self._found,
-            key,
-            eos=self._eos,
-            steps=self._sizes.chunk,
-            cache_len=cache_len,
-            dtype=self._dtype,
+    def device(self, params: model.Params, key: jax.Array) -> "Device":
+        """Slots on the device; the first call chooses their layout, once the sampler's params are in memory."""
+        if self._layout is None:
+            free = _free_memory()
+            budget = int(self._sizes.kv_cache_gib * _GIB) or (free and int(_FREE_SHARE * free))
+            self._layout = choose_layout(self._config, self._sizes, self._dtype, self._state_sharding, budget)
+        layout = self._layout
+        like = jax.eval_shape(lambda: sampler.init_state(self._config, layout, self._dtype))
+        shardings = self._state_sharding(like) if self._state_sharding else None
+        common = dict(config=self._config, dtype=self._dtype, shardings=shardings)
+        state = sampler.new_state(layout=layout, **common)
+        decode = dict(stops=self._stops, key=key, eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation)
+        return Device(layout, self._sizes.extend_rows, self._roots, params, state, common, decode)
+
+    def _write(self, device: "Device", table: Table) -> None:
+        """Brings every slot that is not up to date up to date: prompts, copies of prompts, observations."""
+        sizes, rows_JB = self._sizes, table.memory.rows_JB
+        rows = sorted(table.to_extend(), key=lambda row: (row.filled > 0, -row.count))
+        longest = max(sizes.extend_buckets)
+        while rows:
+            # A row longer than the largest bucket is written in pieces; its last piece starts the turn.
+            batch, rest = rows[: sizes.extend_rows], rows[sizes.extend_rows :]
+            pieces = [row.first(longest) for row in batch]
+            depth = device.layout.depth(max(p.filled for p in pieces))
+            device.extend(rows_JB, pieces, sizes.extend_len(max(p.count for p in pieces)), depth)
+            rows = [row.after(longest) for row in batch if row.count > longest] + rest
+        copies = table.to_share()
+        for i in range(0, len(copies), sizes.extend_rows):
+            batch = copies[i : i + sizes.extend_rows]
+            device.share(rows_JB, batch, max(1, device.layout.depth(max(row.count for row in batch))))
+
+
+@dataclasses.dataclass
+class Device:
+    """The sampler's programs over one state, fed with the host's rows."""
+
+    layout: cache.Layout
+    extend_rows: int
+    roots: list[int]
+    params: model.Params
+    state: sampler.SamplerState
+    common: dict[str, Any]  # what programs share
+    for_decode: dict[str, Any]
+
+    def decode(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> sampler.Chunk:
+        self.state, chunk = sampler.decode_chunk(
+            params=self.params,
+            state=self.state,
+            rows_JB=rows_JB.copy(),  # the host goes on writing into its own
+            room_B=room_B.copy(),
+            depth=depth,
+            **self.for_decode,
+            **self.common,
         )
         return chunk
 
-    def _write(self, params: model.Params, table: "_Table") -> None:
-        """Brings every slot that is not up to date up to date: prompts, copies of prompts, observations."""
-        rows = sorted(table.to_extend(), key=lambda row: -row.count)
-        longest = max(self._sizes.extend_buckets)
-        while rows:
-            # A row longer than the largest bucket is written in pieces; its last piece starts the turn.
-            batch, rest = rows[: self._sizes.extend_rows], rows[self._sizes.extend_rows :]
-            pieces = [row.first(longest) for row in batch]
-            cache_len = self._sizes.cache_len(max(p.filled + p.count for p in pieces))
-            self._extend(params, pieces, self._sizes.extend_len(max(p.count for p in pieces)), cache_len)
-            rows = [row.after(longest) for row in batch if row.count > longest] + rest
-        copies = table.to_share()
-        for i in range(0, len(copies), self._sizes.extend_rows):
-            batch = copies[i : i + self._sizes.extend_rows]
-            self._share(batch, self._sizes.cache_len(max(row.filled + row.count for row in batch)))
-
-    def _extend(self, params: model.Params, rows: Sequence["_Row"], length: int, cache_len: int) -> None:
-        N = self._sizes.extend_rows
-        tokens_NT = np.zeros((N, length), np.int32)
-        count_N = np.zeros((N,), np.int32)
+    def extend(self, rows_JB: np.ndarray, rows: Sequence[Row], length: int, depth: int) -> None:
+        tokens_NT = np.zeros((self.extend_rows, length), np.int32)
+        count_N = np.zeros((self.extend_rows,), np.int32)
         for i, row in enumerate(rows):
             tokens_NT[i, : row.count] = row.tokens[row.filled : row.filled + row.count]
             count_N[i] = row.count
-        self._state = sampler.extend(
-            self._config,
-            params,
-            self._state,
-            self._starts(rows),
-            tokens_NT,
-            count_N,
-            cache_len=min(cache_len, self._sizes.cache_tokens),
-            dtype=self._dtype,
+        self.state = sampler.extend(
+            params=self.params,
+            state=self.state,
+            rows_JB=rows_JB.copy(),
+            starts=self._starts(rows),
+            tokens_NT=tokens_NT,
+            count_N=count_N,
+            depth=depth,
+            **self.common,
         )
 
-    def _share(self, rows: Sequence["_Row"], cache_len: int) -> None:
-        source_N = np.zeros((self._sizes.extend_rows,), np.int32)
+    def share(self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int) -> None:
+        source_N = np.zeros((self.extend_rows,), np.int32)
         source_N[: len(rows)] = [row.source for row in rows]
-        self._state = sampler.share(self._state, source_N, self._starts(rows), cache_len=cache_len)
+        self.state = sampler.share(
+            self.state,
+            rows_JB.copy(),
+            source_N,
+            self._starts(rows),
+            depth=depth,
+            shardings=self.common["shardings"],
+        )
 
-    def _starts(self, rows: Sequence["_Row"]) -> sampler.Starts:
-        N = self._sizes.extend_rows
-
+    def _starts(self, rows: Sequence[Row]) -> sampler.Starts:
         def column(values: list[Any], fill: Any, dtype: Any = np.int32) -> np.ndarray:
-            return np.array(values + [fill] * (N - len(values)), dtype)
+            return np.array(values + [fill] * (self.extend_rows - len(values)), dtype)
 
         return sampler.Starts(
-            slot_N=column([r.slot for r in rows], self._sizes.slots),
+            slot_N=column([r.slot for r in rows], self.layout.rows[0]),
             length_N=column([r.filled + r.count for r in rows], 0),
             token_N=column([r.tokens[r.filled + r.count] for r in rows], 0),
             limit_N=column([r.limit for r in rows], 0),
-            match_N=column([self._roots[r.stop_set] for r in rows], 0),
+            match_N=column([self.roots[r.stop_set] for r in rows], 0),
             uid_N=column([r.uid for r in rows], 0),
             temperature_N=column([r.temperature for r in rows], 0.0, np.float32),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """Tokens that one slot's cache lacks: tokens[filled : filled + count], and what its next turn needs."""
-
-    slot: int
-    tokens: list[int]
-    filled: int
-    count: int
-    limit: int
-    stop_set: int
-    uid: int
-    temperature: float
-    source: int = -1  # the slot to copy from, for shared prompts
-
-    def first(self, longest: int) -> "_Row":
-        return dataclasses.replace(self, count=min(self.count, longest))
-
-    def after(self, longest: int) -> "_Row":
-        return dataclasses.replace(self, filled=self.filled + longest, count=self.count - longest)
-
-
-class _Table:
-    """Who sits where during one call of `play`, and what each slot waits for. Pure host bookkeeping."""
-
-    def __init__(
-        self,
-        sizes: Sizes,
-        players: Iterable[Player],
-        finished: Callable[[Any], Iterable[Player]],
-        submit: Callable[[list[str]], Future[Sequence[Any]]],
-    ):
-        self.stats = Stats()
-        self._sizes, self._finished, self._submit = sizes, finished, submit
-        self._waiting = collections.deque(players)
-        self._seats: list[Player | None] = [None] * sizes.slots
-        self._filled = [0] * sizes.slots  # tokens in the cache, as far as the host has seen
-        self._turn = [0] * sizes.slots  # counts stops: tells a slot's old turn from its new one
-        self._playing: set[int] = set()  # slots in the middle of a turn
-        self._stale: list[int] = []  # seated slots whose cache lacks tokens
-        self._prompt_in: dict[int, tuple[int, ...]] = {}  # slot -> prompt that its cache begins with
-        self._copies: list[_Row] = []
-        self._search: tuple[Future[Sequence[Any]], list[int]] | None = None
-
-    def idle(self) -> bool:
-        return not (self._waiting or self._playing or self._stale or self._search)
-
-    def running(self) -> dict[int, int]:
-        return {slot: self._turn[slot] for slot in sorted(self._playing)}
-
-    def longest(self, running: Iterable[int]) -> int:
-        """Tokens that the coming chunk may reach; the host's view is up to one chunk old."""
-        return max(self._filled[slot] for slot in running) + 1 + 2 * self._sizes.chunk
-
-    def take_results(self) -> None:
-        """Results of the searches handed out after the chunk before."""
-        if self._search is None:
-            return
-        future, slots = self._search
-        self._search = None
-        for slot, result in zip(slots, future.result(), strict=True):
-            player = self._seats[slot]
-            assert player is not None
-            player.observe(result)
-            if player.stop_reason:
-                self._leave(slot)
-            else:
-                self._stale.append(slot)
-
-    def take_chunk(self, chunk: sampler.Chunk, running: dict[int, int]) -> None:
-        """New tokens and stops of a chunk; turns that ended in the chunk before are passed over."""
-        tokens_CB, logprobs_CB, count_B, stop_B = jax.device_get(
-            (chunk.tokens_CB, chunk.logprobs_CB, chunk.count_B, chunk.stop_B)
-        )
-        self.stats.slot_steps += tokens_CB.size
-        queries: list[str] = []
-        slots: list[int] = []
-        for slot, turn in running.items():
-            if self._turn[slot] != turn:
-                continue
-            player, count = self._seats[slot], int(count_B[slot])
-            assert player is not None
-            tokens, logprobs = tokens_CB[:count, slot].tolist(), logprobs_CB[:count, slot].tolist()
-            self._filled[slot] += count
-            self.stats.busy_steps += count
-            self.stats.sampled_tokens += count
-            if stop_B[slot] == sampler.RUNNING:
-                player.going_on(tokens, logprobs)
-                continue
-            self._turn[slot] += 1
-            self._playing.discard(slot)
-            query = player.stopped(tokens, logprobs, int(stop_B[slot]))
-            if query is None:
-                self._leave(slot)
-            else:
-                queries.append(query)
-                slots.append(slot)
-        if queries:
-            self.stats.searches += len(queries)
-            self._search = (self._submit(queries), slots)
-
-    def to_extend(self) -> list[_Row]:
-        """Seats waiting players and lists all rows to compute; those that can copy a prompt are kept for to_share."""
-        rows = [self._row(slot) for slot in self._stale]
-        self._stale = []
-        free = [slot for slot, player in enumerate(self._seats) if player is None]
-        while free and (player := self._next_waiting()) is not None:
-            prompt = tuple(player.tokens)
-            holders = [slot for slot, held in self._prompt_in.items() if held == prompt]
-            # A free slot that holds the prompt is taken itself: another player must not overwrite it before the copy.
-            slot = next((s for s in holders if s in free), free[0])
-            source = slot if slot in holders else next(iter(holders), -1)
-            free.remove(slot)
-            self._seats[slot], self._filled[slot] = player, 0
-            row = dataclasses.replace(self._row(slot), source=source)
-            if source < 0 or source == slot:
-                self._prompt_in[slot] = prompt
-            else:
-                self._prompt_in.pop(slot, None)  # nobody may copy from a copy that is not made yet: see to_share
-            if source >= 0:
-                self._copies.append(row)
-                self.stats.shared_tokens += row.count
-            else:
-                rows.append(row)
-        for row in rows:
-            self.stats.written_tokens += row.count
-        return rows
-
-    def to_share(self) -> list[_Row]:
-        copies, self._copies = self._copies, []
-        self._prompt_in |= {row.slot: tuple(row.tokens) for row in copies}
-        return copies
-
-    def _next_waiting(self) -> Player | None:
-        """The next player that has something to play; one whose prompt was refused ends at once."""
-        while self._waiting:
-            player = self._waiting.popleft()
-            if not player.stop_reason:
-                return player
-            self._end(player)
-        return None
-
-    def _row(self, slot: int) -> _Row:
-        player, filled = self._seats[slot], self._filled[slot]
-        assert player is not None
-        count = len(player.tokens) - 1 - filled
-        self._filled[slot] += count
-        self._playing.add(slot)
-        return _Row(
-            slot,
-            list(player.tokens),
-            filled,
-            count,
-            player.token_limit(),
-            player.stop_set,
-            player.uid,
-            player.temperature,
-        )
-
-    def _leave(self, slot: int) -> None:
-        player, self._seats[slot] = self._seats[slot], None
-        assert player is not None
-        self._end(player)
-
-    def _end(self, player: Player) -> None:
-        self.stats.finished += 1
-        self._waiting.extend(self._finished(player))

@@ -168,6 +168,8 @@ class Player:
         self.turns.append((self.role.name, self.stage.decode(self.tokens[self._turn_start :])))
         if stop == sampler.EOS:
             self.stop_reason = "eos"
+        elif stop == sampler.FULL:
+            self.stop_reason = "cache_tokens"
         elif stop == sampler.LIMIT:
             full = len(self.tokens) >= self.prompt_length + self.stage.limits.response_tokens
             self.stop_reason = "response_tokens" if full else "turn_tokens"

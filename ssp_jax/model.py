@@ -256,7 +256,8 @@ def head_weight(params: Params) -> jax.Array:
 def logits(params: Params, hidden_XD: jax.Array) -> jax.Array:
     """float32 logits [X, V] of hidden states [X, D]."""
     weight_VD = head_weight(params).astype(hidden_XD.dtype)
-    return jax.lax.dot_general(hidden_XD, weight_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    # The weight in front: twice as fast on CPU for the few rows of a decode step.
+    return jax.lax.dot_general(weight_VD, hidden_XD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).T
 
 
 def unstack(params: Params, dtype: Any) -> Params:

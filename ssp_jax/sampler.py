@@ -12,19 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssp_jax import attention, model
+from ssp_jax import attention, cache, model
 
-RUNNING, EOS, LIMIT = -1, 100, 101  # values of `stop` beside the indices of stop strings (0, 1, ...)
+# Values of `stop` beside the indices of stop strings (0, 1, ...). FULL: the slot's memory ends before its limit.
+RUNNING, EOS, LIMIT, FULL = -1, 100, 101, 102
 _BLOCK = 128  # vocabulary columns per block of the two-level draw
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplerState:
-    """All slots. B slots, S cache length; one array per layer so that an update never copies its neighbours."""
+    """All slots: B of them."""
 
-    k: tuple[jax.Array, ...]  # L x [B, K, S, H]
-    v: tuple[jax.Array, ...]
+    caches: tuple[cache.Cache, ...]  # one per layer, so that an update never copies its neighbours
     token_B: jax.Array  # int32: the pending token
     length_B: jax.Array  # int32: tokens in the cache = position of the pending token
     limit_B: jax.Array  # int32: total number of tokens (cache + pending) at which the turn ends
@@ -32,6 +32,7 @@ class SamplerState:
     stop_B: jax.Array  # int32: RUNNING, EOS, LIMIT or the index of the stop string found
     uid_B: jax.Array  # int32: episode id, part of the key of every token
     temperature_B: jax.Array  # float32: 0 is greedy
+    layout: cache.Layout = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -59,17 +60,13 @@ class Chunk:
     stop_B: jax.Array
 
 
-def init_state(config: model.ModelConfig, slots: int, cache_tokens: int, dtype: Any) -> SamplerState:
-    def per_layer() -> tuple[jax.Array, ...]:
-        shape = (slots, config.num_kv_heads, cache_tokens, config.head_dim)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
-
+def init_state(config: model.ModelConfig, layout: cache.Layout, dtype: Any) -> SamplerState:
     def full(value: int) -> jax.Array:
-        return jnp.full((slots,), value, jnp.int32)
+        return jnp.full((layout.rows[0],), value, jnp.int32)
 
-    return SamplerState(
-        per_layer(), per_layer(), full(0), full(0), full(0), full(0), full(LIMIT), full(0), jnp.zeros((slots,))
-    )
+    caches = tuple(cache.init_cache(config, layout, dtype) for _ in range(config.num_layers))
+    numbers = [full(value) for value in (0, 0, 0, 0, LIMIT, 0)]
+    return SamplerState(caches, *numbers, jnp.zeros((layout.rows[0],)), layout)
 
 
 def _begin(state: SamplerState, s: Starts) -> SamplerState:
@@ -88,84 +85,148 @@ def _begin(state: SamplerState, s: Starts) -> SamplerState:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "cache_len", "dtype"), donate_argnames=("state",))
+def _pinned(state: SamplerState, shardings: SamplerState | None) -> SamplerState:
+    """What a program gives back lies where the next one expects it: else it would be compiled a second time."""
+    return state if shardings is None else jax.lax.with_sharding_constraint(state, shardings)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout", "dtype", "shardings"))
+def new_state(
+    config: model.ModelConfig, layout: cache.Layout, dtype: Any, shardings: SamplerState | None = None
+) -> SamplerState:
+    return _pinned(init_state(config, layout, dtype), shardings)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "depth", "dtype", "shardings"), donate_argnames=("state",), keep_unused=True
+)
 def extend(
     config: model.ModelConfig,
     params: model.Params,
     state: SamplerState,
+    rows_JB: jax.Array,
     starts: Starts,
     tokens_NT: jax.Array,
     count_N: jax.Array,
     *,
-    cache_len: int,
+    depth: int,
     dtype: Any,
+    shardings: SamplerState | None = None,
 ) -> SamplerState:
     """Feeds count_N tokens to each slot, after what its cache holds, and starts its turn.
 
-    Serves prompts (empty cache) and observations alike. cache_len: the keys that these rows may look at.
+    Serves prompts (empty cache, depth 0) and observations alike. depth: pieces of the cache that these tokens look at.
     """
-    N, T = tokens_NT.shape
-    slots, capacity = state.token_B.shape[0], state.k[0].shape[2]
-    column_T = jnp.arange(T)[None, :]
-    positions_NT = (starts.length_N - count_N)[:, None] + column_T
-    real_NT = (column_T < count_N[:, None]) & (starts.slot_N < slots)[:, None]
-    write_NT = jnp.where(real_NT, positions_NT, capacity)  # out of range: dropped
-    row_N = jnp.arange(N)[:, None]
+    T = tokens_NT.shape[1]
+    view = cache.View(state.layout, rows_JB, depth)
+    before_N = starts.length_N - count_N
+    positions_NT = before_N[:, None] + jnp.arange(T)[None, :]
+    write_NT = jnp.where(jnp.arange(T)[None, :] < count_N[:, None], positions_NT, -1)
+    causal_NTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (len(tokens_NT), T, T))
 
-    def attend(cache: tuple[jax.Array, jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        gathered = [c[starts.slot_N, :, :cache_len] for c in cache]
-        k_row, v_row = (g.at[row_N, :, write_NT].set(x, mode="drop") for g, x in zip(gathered, (k, v), strict=True))
-        o_NTNH = attention.cached(q, k_row, v_row, positions_NT)
-        slot_N = starts.slot_N[:, None]
-        return o_NTNH, tuple(c.at[slot_N, :, write_NT].set(x, mode="drop") for c, x in zip(cache, (k, v), strict=True))
+    def attend(layer: cache.Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, cache.Cache]:
+        own = attention.part(q, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), causal_NTT)
+        parts = [own, *view.attend_some(q, layer, starts.slot_N, before_N)]
+        return attention.merged(parts).astype(dtype), view.write(layer, k, v, starts.slot_N, write_NT)
 
-    caches = tuple(zip(state.k, state.v, strict=True))
-    _, caches = model.forward_cached(config, params, tokens_NT, positions_NT, attend, caches, dtype=dtype)
-    state = dataclasses.replace(state, k=tuple(c[0] for c in caches), v=tuple(c[1] for c in caches))
-    return _begin(state, starts)
+    _, caches = model.forward_cached(config, params, tokens_NT, positions_NT, attend, state.caches, dtype=dtype)
+    return _pinned(_begin(dataclasses.replace(state, caches=caches), starts), shardings)
 
 
-@functools.partial(jax.jit, static_argnames=("cache_len",), donate_argnames=("state",))
-def share(state: SamplerState, source_N: jax.Array, starts: Starts, *, cache_len: int) -> SamplerState:
+@functools.partial(jax.jit, static_argnames=("depth", "shardings"), donate_argnames=("state",), keep_unused=True)
+def share(
+    state: SamplerState,
+    rows_JB: jax.Array,
+    source_N: jax.Array,
+    starts: Starts,
+    *,
+    depth: int,
+    shardings: SamplerState | None = None,
+) -> SamplerState:
     """Starts slots from the keys and values that another slot holds: a group's prompt is computed once."""
-
-    def copy(cache: jax.Array) -> jax.Array:
-        rows = cache[source_N, :, :cache_len]
-        return cache.at[starts.slot_N, :, :cache_len].set(rows, mode="drop")
-
-    state = dataclasses.replace(state, k=tuple(map(copy, state.k)), v=tuple(map(copy, state.v)))
-    return _begin(state, starts)
+    view = cache.View(state.layout, rows_JB, depth)
+    caches = tuple(view.copy(layer, source_N, starts.slot_N) for layer in state.caches)
+    return _pinned(_begin(dataclasses.replace(state, caches=caches), starts), shardings)
 
 
-def _draw(logp_BV: jax.Array, key_B: jax.Array) -> jax.Array:
-    """One token a row by the Gumbel-max trick in two levels: a block of the vocabulary, then a token inside it.
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """Tokens that may be drawn: the top_k likeliest (0: all), of these the likeliest that reach top_p together.
 
-    Exact, with V / 128 + 128 random numbers a row instead of V. Comparing perturbed log-probs (and not a random number
-    with a running sum, which is cheaper still) makes rounding matter once in a million tokens, not once in a thousand:
-    so a trajectory survives another batch size.
+    Log-probs are those of the distribution that is left, since it is the one sampled from. The trainer computes its
+    own over the whole vocabulary, which is lower by the log of the mass kept here, token by token: with a truncation
+    the ratio of the two is no longer 1 for the same weights, and the objective should recompute the old log-probs.
     """
-    B, V = logp_BV.shape
-    padded_BXC = jnp.pad(logp_BV, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
-    X = padded_BXC.shape[1]
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (X + _BLOCK,)))(key_B)
-    block_B = jnp.argmax(jax.nn.logsumexp(padded_BXC, axis=-1) + noise[:, :X], axis=-1)
-    inside_BC = jnp.take_along_axis(padded_BXC, block_B[:, None, None], axis=1)[:, 0]
-    return block_B * _BLOCK + jnp.argmax(inside_BC + noise[:, X:], axis=-1)
+
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def cut(self, logits_BV: jax.Array) -> jax.Array:
+        """logits with -inf where a token may not be drawn. Equal logits at the border all stay."""
+        if self.top_k:
+            logits_BV = _keep(logits_BV, jnp.ones_like(logits_BV), float(self.top_k))
+        if self.top_p < 1.0:
+            logits_BV = _keep(logits_BV, jax.nn.softmax(logits_BV, axis=-1), self.top_p)
+        return logits_BV
+
+
+ALL_TOKENS = Truncation()
+
+
+def _keep(logits_BV: jax.Array, mass_BV: jax.Array, least: float) -> jax.Array:
+    """The largest logits whose mass reaches `least`; the border is found by halving, since sorting is slow.
+
+    Float bits, with those of negative numbers turned round, are integers in the same order: 32 halvings are exact.
+    """
+    bits = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
+    order_BV = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    lowest, highest = (jnp.full(logits_BV.shape[:1], x, jnp.int32) for x in (-(2**31), 2**31 - 1))
+
+    def halve(_: int, border: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = border  # the mass from low_B on reaches `least`, that from high_B on does not
+        middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)
+        enough_B = jnp.where(order_BV >= middle_B[:, None], mass_BV, 0.0).sum(-1) >= least
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+    border_B, _ = jax.lax.fori_loop(0, 32, halve, (lowest, highest))
+    return jnp.where(order_BV >= border_B[:, None], logits_BV, -jnp.inf)
 
 
 def sample(
-    logits_BV: jax.Array, key: jax.Array, uid_B: jax.Array, position_B: jax.Array, temperature_B: jax.Array
+    logits_BV: jax.Array,
+    key: jax.Array,
+    uid_B: jax.Array,
+    position_B: jax.Array,
+    temperature_B: jax.Array,
+    truncation: Truncation = ALL_TOKENS,
 ) -> tuple[jax.Array, jax.Array]:
-    """Next tokens and their log-probs. The key of a token is a function of (key, episode id, position) alone."""
-    hot_B = temperature_B > 0
-    logp_BV = jax.nn.log_softmax(logits_BV / jnp.where(hot_B, temperature_B, 1.0)[:, None], axis=-1)
+    """Next tokens and their log-probs. The key of a token is a function of (key, episode id, position) alone.
 
-    def token_key(uid: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(key, uid), position)
+    Drawn by the Gumbel-max trick in two levels: a block of the vocabulary, then a token inside it. Exact, with
+    V / 128 + 128 random numbers a row instead of V. Comparing perturbed log-probs (and not a random number with a
+    running sum, which is cheaper still) makes rounding matter once in a million tokens, not once in a thousand: so a
+    trajectory survives another batch size. Greedy rows take the block of the largest logit, and no noise.
+    """
+    B, V = logits_BV.shape
+    hot_B = (temperature_B > 0)[:, None]
+    scaled_BV = truncation.cut(logits_BV / jnp.where(hot_B, temperature_B[:, None], 1.0))
+    blocks_BXC = jnp.pad(scaled_BV, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
+    X = blocks_BXC.shape[1]
 
-    drawn_B = _draw(logp_BV, jax.vmap(token_key)(uid_B, position_B))
-    token_B = jnp.where(hot_B, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
-    return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
+    def noise(uid: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, uid), position), (X + _BLOCK,))
+
+    noise_B = jnp.where(hot_B, jax.vmap(noise)(uid_B, position_B), 0.0)
+    max_BX = jnp.max(blocks_BXC, axis=-1)
+    max_B1 = jnp.max(max_BX, axis=-1, keepdims=True)
+    mass_BX = jnp.sum(jnp.exp(blocks_BXC - max_B1[..., None]), axis=-1)
+    total_B1 = max_B1 + jnp.log(mass_BX.sum(-1, keepdims=True))
+    level_BX = jnp.where(hot_B, max_B1 + jnp.log(mass_BX) - total_B1, max_BX)
+    block_B1 = jnp.argmax(level_BX + noise_B[:, :X], axis=-1, keepdims=True)
+    logp_BC = jnp.take_along_axis(blocks_BXC, block_B1[..., None], axis=1)[:, 0] - total_B1
+    inside_B1 = jnp.argmax(logp_BC + noise_B[:, X:], axis=-1, keepdims=True)
+    token_B1 = block_B1 * _BLOCK + inside_B1
+    return token_B1[:, 0].astype(jnp.int32), jnp.take_along_axis(logp_BC, inside_B1, axis=-1)[:, 0]
 
 
 def _turn_end(token_B: jax.Array, found_B: jax.Array, over_B: jax.Array, eos: tuple[int, ...]) -> jax.Array:
@@ -175,69 +236,85 @@ def _turn_end(token_B: jax.Array, found_B: jax.Array, over_B: jax.Array, eos: tu
     return jnp.where(found_B >= 0, found_B.astype(jnp.int32), otherwise_B)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stops:
+    """The stop automaton on the device."""
+
+    table_AV: jax.Array
+    found_A: jax.Array
+
+
 @functools.partial(
-    jax.jit, static_argnames=("config", "eos", "steps", "cache_len", "dtype"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("config", "eos", "steps", "depth", "dtype", "truncation", "shardings"),
+    donate_argnames=("state",),
+    keep_unused=True,
 )
 def decode_chunk(
     config: model.ModelConfig,
     params: model.Params,
     state: SamplerState,
-    table_AV: jax.Array,
-    found_A: jax.Array,
+    rows_JB: jax.Array,
+    room_B: jax.Array,
+    stops: Stops,
     key: jax.Array,
     *,
     eos: tuple[int, ...],
     steps: int,
-    cache_len: int,
+    depth: int,
     dtype: Any,
+    truncation: Truncation = ALL_TOKENS,
+    shardings: SamplerState | None = None,
 ) -> tuple[SamplerState, Chunk]:
     """A fixed number of decode steps over all slots; slots that stop stay as they are until they are extended.
 
-    A stopped slot computes along and writes its pending token's keys where they belong anyway, so nothing is masked.
+    room_B: how many tokens there is memory for; a slot waits when it has no more. depth: pieces of the cache that are
+    read; they stay as they are inside the loop. The chunk's own keys and values lie in a buffer of `steps` positions,
+    where all slots write at the same place, and go to the cache once, at the end. A slot that does not run computes
+    along, and nothing of it is kept.
     """
     B = state.token_B.shape[0]
-    row_B = jnp.arange(B)
+    view = cache.View(state.layout, rows_JB, depth)
 
-    def attend(position_B: jax.Array, cache: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        k_new, v_new = (
-            c.at[row_B, :, position_B].set(x[:, 0], mode="drop") for c, x in zip(cache, (k, v), strict=True)
-        )
-        return attention.cached(q, k_new, v_new, position_B[:, None]), (k_new, v_new)
+    def step(carry: tuple[Any, ...], i: jax.Array) -> tuple[tuple[Any, ...], tuple[jax.Array, ...]]:
+        buffers, token_B, length_B, match_B, stop_B = carry
+        running_B = (stop_B == RUNNING) & (length_B < room_B)
+        seen_BTC = jnp.broadcast_to(jnp.arange(steps) <= i, (B, 1, steps))
 
-    def step(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], tuple[jax.Array, ...]]:
-        caches, token_B, length_B, match_B, stop_B = carry
-        running_B = stop_B == RUNNING
-        hidden_BTD, caches = model.forward_cached(
-            config,
-            params,
-            token_B[:, None],
-            length_B[:, None],
-            functools.partial(attend, length_B),
-            caches,
-            dtype=dtype,
+        def attend(layer: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+            old, buffer = layer
+            buffer = tuple(
+                jax.lax.dynamic_update_slice_in_dim(b, jnp.moveaxis(x, 1, 2), i, axis=2)
+                for b, x in zip(buffer, (k, v), strict=True)
+            )
+            parts = [attention.part(q, *buffer, seen_BTC), *view.attend_all(q, old, state.length_B)]
+            return attention.merged(parts).astype(dtype), buffer
+
+        layers = tuple(zip(state.caches, buffers, strict=True))
+        hidden_BTD, buffers = model.forward_cached(
+            config, params, token_B[:, None], length_B[:, None], attend, layers, dtype=dtype
         )
         logits_BV = model.logits(params, hidden_BTD[:, 0])
-        next_B, logprob_B = sample(logits_BV, key, state.uid_B, length_B + 1, state.temperature_B)
+        next_B, logprob_B = sample(logits_BV, key, state.uid_B, length_B + 1, state.temperature_B, truncation)
         token_B = jnp.where(running_B, next_B, token_B)
         length_B = length_B + running_B
-        match_B = jnp.where(running_B, table_AV[match_B, token_B].astype(jnp.int32), match_B)
-        now_B = _turn_end(token_B, found_A[match_B], length_B + 1 >= state.limit_B, eos)
+        match_B = jnp.where(running_B, stops.table_AV[match_B, token_B].astype(jnp.int32), match_B)
+        now_B = _turn_end(token_B, stops.found_A[match_B], length_B + 1 >= state.limit_B, eos)
         stop_B = jnp.where(running_B, now_B, stop_B)
-        return (caches, token_B, length_B, match_B, stop_B), (token_B, logprob_B, running_B)
+        return (buffers, token_B, length_B, match_B, stop_B), (token_B, logprob_B, running_B)
 
-    # The loop runs over a slice of the cache, copied once per chunk: all slots fit into it.
-    caches = tuple((k[:, :, :cache_len], v[:, :, :cache_len]) for k, v in zip(state.k, state.v, strict=True))
-    carry = (caches, state.token_B, state.length_B, state.match_B, state.stop_B)
-    (caches, token_B, length_B, match_B, stop_B), (tokens_CB, logprobs_CB, running_CB) = jax.lax.scan(
-        step, carry, None, length=steps
+    empty = jnp.zeros((B, config.num_kv_heads, steps, config.head_dim), dtype)
+    buffers = ((empty, empty),) * config.num_layers
+    carry = (buffers, state.token_B, state.length_B, state.match_B, state.stop_B)
+    (buffers, *numbers), (tokens_CB, logprobs_CB, running_CB) = jax.lax.scan(step, carry, jnp.arange(steps))
+    count_B = running_CB.sum(0)
+    column_C = jnp.arange(steps)[None, :]
+    write_BC = jnp.where(column_C < count_B[:, None], state.length_B[:, None] + column_C, -1)
+    caches = tuple(
+        view.write(old, *(jnp.moveaxis(x, 2, 1) for x in new), jnp.arange(B), write_BC)
+        for old, new in zip(state.caches, buffers, strict=True)
     )
-    state = dataclasses.replace(
-        state,
-        k=tuple(k.at[:, :, :cache_len].set(c[0]) for k, c in zip(state.k, caches, strict=True)),
-        v=tuple(v.at[:, :, :cache_len].set(c[1]) for v, c in zip(state.v, caches, strict=True)),
-        token_B=token_B,
-        length_B=length_B,
-        match_B=match_B,
-        stop_B=stop_B,
-    )
-    return state, Chunk(tokens_CB, logprobs_CB, running_CB.sum(0), stop_B)
+    named = dict(zip(("token_B", "length_B", "match_B", "stop_B"), numbers, strict=True))
+    state = _pinned(dataclasses.replace(state, caches=caches, **named), shardings)
+    return state, Chunk(tokens_CB, logprobs_CB, count_B, state.stop_B)

@@ -25,8 +25,13 @@ from ssp_jax.data import InputError, Task
 from ssp_jax.engine import Sizes, Stats
 from ssp_jax.evaluate import Result, evaluate
 from ssp_jax.metrics import CompileCounter, Logger
+<<<<<<< HEAD
 from ssp_jax.remote import RemoteRetriever
 from ssp_jax.retriever import Search, open_retriever
+=======
+from ssp_jax.retriever import Retriever, open_retriever
+from ssp_jax.sampler import Truncation
+>>>>>>> eaf7ca9 (Cache in pieces by budget, barriers, top-k and top-p, decode chunks that leave the cache in place; benchmarks (in progress))
 from ssp_jax.selfplay import Memory, Round, SelfPlay, Training, readable
 
 
@@ -172,6 +177,7 @@ class _Run:
             jnp.dtype(config.model.dtype),
             search,
             functools.partial(sharding.state_shardings, mesh=self._mesh),
+            Truncation(config.sampling.top_k, config.sampling.top_p),
         )
         self._game = SelfPlay(config, stage, self._engine, inputs.retriever)
 
@@ -200,6 +206,7 @@ class _Run:
         with self.logger.phase("compiling"):
             self._engine.warm_up(self._to_sampler(self._state.params), self._key)
             self._learner.warm_up(self._state.params)
+        self.logger.say(self._engine.memory)
         self.logger.say(f"compiled {self.compiles.count} programs in {self.compiles.seconds:.1f} s")
 
     def play_and_update(self, stop: _Sigterm) -> None:

@@ -32,10 +32,14 @@ def test_packed_has_no_gradient_across_segments_or_from_the_future():
     assert slope[:, [3, 4]].any()
 
 
-def test_cached_equals_packed_when_the_cache_holds_the_row():
+def test_parts_put_together_equal_attention_to_all_keys():
+    """Keys in three places, in any order; one of them out of sight for some queries, one for all."""
     q, k, v = random_qkv()
-    k_cache, v_cache = (
-        jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, 5), (0, 0)), constant_values=9.0) for x in (k, v)
-    )
-    got = attention.cached(q, k_cache, v_cache, jnp.broadcast_to(jnp.arange(T), (B, T)))
-    np.testing.assert_allclose(got, attention.packed(q, k, v, jnp.ones((B, T), jnp.int32)), atol=1e-5)
+    k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))
+    seen = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+    pieces = [slice(4, 6), slice(0, 1), slice(1, 4)]
+    parts = [attention.part(q, k[:, :, p], v[:, :, p], seen[:, :, p]) for p in pieces]
+    parts.append(attention.part(q, 9 * k, 9 * v, jnp.zeros_like(seen)))
+    got = attention.merged(parts)
+    expected = attention.packed(q, *(jnp.moveaxis(x, 2, 1) for x in (k, v)), jnp.ones((B, T), jnp.int32))
+    np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssp_jax import engine, episodes, model, prompts, sharding, weights
+from ssp_jax import cache, engine, episodes, model, prompts, sampler, sharding, weights
 from ssp_jax.data import Document
 from ssp_jax.engine import Sizes
 from ssp_jax.metrics import CompileCounter
@@ -31,7 +31,7 @@ class Searcher(episodes.Player):
     """Ends its first turns with a search, as if the model had written one: a random model never does."""
 
     def stopped(self, tokens, logprobs, stop):
-        if len(self.queries) < 2:
+        if stop != sampler.FULL and len(self.queries) < 2:
             self.going_on(tokens, logprobs)
             self.turns.append((self.role.name, ""))
             self.queries.append(f"{self.uid} {len(self.queries)}")
@@ -74,6 +74,7 @@ def same(a, b):
     for uid in a:
         assert a[uid].tokens == b[uid].tokens
         assert a[uid].turns == b[uid].turns
+        assert a[uid].stop_reason == b[uid].stop_reason
         np.testing.assert_allclose(a[uid].logprobs, b[uid].logprobs, atol=1e-5)
 
 
@@ -87,6 +88,100 @@ def expected():
 )
 def test_episodes_do_not_depend_on_the_schedule(expected, changes):
     same(expected, play(dataclasses.replace(SIZES, **changes))[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_4_16_and_64_slots_play_the_same_tokens(temperature):
+    """Greedy, and sampled with the same keys, in float32."""
+    played = [
+        play(dataclasses.replace(SIZES, slots=slots), make_players(groups=6, temperature=temperature))[0]
+        for slots in (4, 16, 64)
+    ]
+    same(played[0], played[1])
+    same(played[0], played[2])
+
+
+def followers():
+    """The first attempts of two groups, each with two more that follow when it has ended."""
+    players = make_players(groups=2)
+    first = [players[0], players[3]]
+    rest = {players[0].uid: players[1:3], players[3].uid: players[4:6]}
+    return first, lambda player: rest.get(player.uid, ())
+
+
+@pytest.mark.parametrize("schedule", engine.SCHEDULES)
+def test_both_schedules_play_the_same_episodes(expected, schedule):
+    """With barriers the followers of one player wait for the other player too."""
+    first, follow = followers()
+    order, ended = [], {}
+
+    def finished(player):
+        order.append(player.uid)
+        ended[player.uid] = player.episode()
+        return follow(player)
+
+    # One slot: pipelined or not, a queue. The second of the first wave comes before all followers in both.
+    make_engine(dataclasses.replace(SIZES, schedule=schedule)).play(PARAMS, KEY, first, finished)
+    same({uid: expected[uid] for uid in ended}, ended)
+    assert len(ended) == 6
+    if schedule == "barrier":
+        assert set(order[:2]) == {player.uid for player in first}
+
+
+def test_barriers_wait_for_the_whole_wave():
+    """A short player's follower starts at once in a pipeline, and after the long one with barriers."""
+    orders = {}
+    for schedule in engine.SCHEDULES:
+        long = make_players(groups=1, attempts=1)[0]
+        short, follower = (episodes.Player(STAGE, episodes.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902))
+        orders[schedule] = order = []
+
+        def finished(player, order=order, short=short, follower=follower):
+            order.append(player.uid)
+            return [follower] if player is short else []
+
+        make_engine(dataclasses.replace(SIZES, schedule=schedule)).play(PARAMS, KEY, [long, short], finished)
+    assert orders == {"pipelined": [901, 902, 0], "barrier": [901, 0, 902]}
+
+
+def memory_for(tokens):
+    """Sizes with three pieces and a budget of so many tokens."""
+    gib = tokens * cache.token_bytes(CONFIG, jnp.float32) / 2**30
+    return dataclasses.replace(SIZES, cache_buckets=(48, 96), kv_cache_gib=gib)
+
+
+@pytest.mark.parametrize("tokens", [8 * 48 + 2 * 48 + 160, 8 * 48 + 4 * 48 + 2 * 160, 2 * 48 + 48 + 160])
+def test_little_memory_only_makes_episodes_wait(expected, tokens):
+    """Down to a single row of the later pieces, or less than all slots: the same episodes, and no deadlock."""
+    ended, stats = play(memory_for(tokens))
+    same(expected, ended)
+    assert stats.finished == len(expected)
+
+
+def test_memory_that_is_short_is_waited_for():
+    _, rich = play(SIZES)
+    _, poor = play(memory_for(8 * 48 + 2 * 48 + 160))
+    assert rich.stalled_steps == 0 < poor.stalled_steps
+
+
+def test_what_the_engine_chose_is_told_and_fits():
+    one = make_engine(memory_for(1000))
+    one.warm_up(PARAMS, KEY)
+    assert one.memory.startswith("8 slots; keys and values ")
+    sizes = memory_for(1000)
+    layout = engine.choose_layout(CONFIG, sizes, jnp.float32, None, int(sizes.kv_cache_gib * 2**30))
+    assert layout.rows[0] == 8 and layout.tokens <= 1000
+
+
+def test_an_episode_longer_than_the_memory_ends_with_its_own_reason(expected):
+    """cache_tokens below what the limits allow: by a turn, by an observation, and by a prompt."""
+    ended, _ = play(dataclasses.replace(SIZES, cache_tokens=70), make_players(attempts=1))
+    assert {e.stop_reason for e in ended.values()} == {"cache_tokens"}
+    for uid, episode in ended.items():
+        assert np.flatnonzero(episode.sampled)[-1] < 70
+        assert episode.tokens == expected[uid].tokens[: len(episode.tokens)]
+    ended, _ = play(dataclasses.replace(SIZES, cache_tokens=5), make_players(attempts=1))
+    assert {(e.stop_reason, e.num_sampled) for e in ended.values()} == {("cache_tokens", 0)}
 
 
 def test_an_episode_can_be_replayed_alone(expected):
@@ -148,12 +243,18 @@ def test_a_refused_prompt_ends_without_playing():
     assert stats.finished == 2
 
 
-def test_nothing_compiles_after_warm_up():
-    one = make_engine(SIZES)
-    one.warm_up(PARAMS, KEY)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_nothing_compiles_after_warm_up(devices):
+    """Over runs of varied lengths, with little memory; on a mesh too, where what a program gives back must lie as the
+    next one expects it."""
+    mesh = sharding.make_mesh({"data": devices // 4 or 1, "fsdp": devices // 4 or 1, "tensor": devices // 4 or 1})
+    params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh, drop=("fsdp",)))
+    sizes = dataclasses.replace(memory_for(900), kv_cache_gib=memory_for(900).kv_cache_gib / (4 if devices > 1 else 1))
+    one = make_engine(sizes, state_sharding=lambda state: sharding.state_shardings(state, mesh))
+    one.warm_up(params, KEY)
     counter = CompileCounter()
     for groups in (1, 5):
-        one.play(PARAMS, KEY, make_players(groups=groups))
+        one.play(params, KEY, make_players(groups=groups))
     assert counter.count == 0
 
 
@@ -173,6 +274,8 @@ def test_eight_devices_play_the_same_episodes(expected):
         ended[player.uid] = player.episode()
         return []
 
-    many = make_engine(SIZES, state_sharding=lambda state: sharding.state_shardings(state, mesh))
+    # Each of four parts has one row of the later pieces for its two slots.
+    sizes = dataclasses.replace(SIZES, cache_buckets=(48, 96), kv_cache_gib=memory_for(1300).kv_cache_gib / 8)
+    many = make_engine(sizes, state_sharding=lambda state: sharding.state_shardings(state, mesh))
     many.play(params, KEY, make_players(), finished)
     same(expected, ended)

@@ -1,6 +1,5 @@
 """Sampler: what it records is what the trainer computes; stops, limits, independence of rows."""
 
-import dataclasses
 import types
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssp_jax import learner, model, sampler
+from ssp_jax import cache, learner, model, sampler
 from ssp_jax.stops import build_automaton
 
 V, SLOTS, CACHE = 64, 4, 48
@@ -20,6 +19,11 @@ EOS = 63
 # Token i < 60 is the letter chr(48 + i); 60 is "</", 61 "s>": the stop "</s>" takes two tokens or four.
 PIECES = [bytes([48 + i]) for i in range(60)] + [b"</", b"s>!", b"", b""]
 AUTOMATON = build_automaton(["</s>"], PIECES, V)
+STOPS = sampler.Stops(jnp.asarray(AUTOMATON.table_SV), jnp.asarray(AUTOMATON.stop_S))
+# Two pieces: every slot has memory for 16 tokens, and the second row of the rest belongs to slot 0, and so on.
+LAYOUT = cache.Layout((16, CACHE), (SLOTS, SLOTS))
+ROWS = np.array([[1, 0, 3, 2]], np.int32)
+ROOM = np.full((SLOTS,), CACHE, np.int32)
 
 
 def starts(rows):
@@ -35,28 +39,28 @@ def extend(state, rows, tokens, counts):
     tokens_NT, count_N = np.zeros((SLOTS, 8), np.int32), np.zeros((SLOTS,), np.int32)
     for i, (row, count) in enumerate(zip(tokens, counts, strict=True)):
         tokens_NT[i, : len(row)], count_N[i] = row, count
-    return sampler.extend(
-        CONFIG, UNSTACKED, state, starts(rows), tokens_NT, count_N, cache_len=CACHE, dtype=jnp.float32
-    )
+    return sampler.extend(CONFIG, UNSTACKED, state, ROWS, starts(rows), tokens_NT, count_N, depth=2, dtype=jnp.float32)
 
 
-def decode(state, steps=6, cache_len=CACHE, params=UNSTACKED):
+def decode(state, steps=6, depth=2, params=UNSTACKED, room=ROOM, truncation=sampler.ALL_TOKENS):
     return sampler.decode_chunk(
         CONFIG,
         params,
         state,
-        jnp.asarray(AUTOMATON.table_SV),
-        jnp.asarray(AUTOMATON.stop_S),
+        ROWS,
+        room,
+        STOPS,
         KEY,
         eos=(EOS,),
         steps=steps,
-        cache_len=cache_len,
+        depth=depth,
         dtype=jnp.float32,
+        truncation=truncation,
     )
 
 
 def fresh():
-    return sampler.init_state(CONFIG, SLOTS, CACHE, jnp.float32)
+    return sampler.new_state(CONFIG, LAYOUT, jnp.float32)
 
 
 def generate(prompts, temperature=1.0, steps=6, uids=(10, 11, 12, 13), slots=None, limit=CACHE):
@@ -126,16 +130,72 @@ def test_shared_prompt_equals_own_prompt():
     prompt = PROMPTS[0]
     state = extend(fresh(), [(0, 3, prompt[-1], CACHE, 1, 1.0)], [prompt[:-1]], [3])
     state = sampler.share(
-        state, jnp.zeros(SLOTS, jnp.int32), starts([(1, 3, prompt[-1], CACHE, 2, 1.0)]), cache_len=CACHE
+        state, ROWS, jnp.zeros(SLOTS, jnp.int32), starts([(1, 3, prompt[-1], CACHE, 2, 1.0)]), depth=2
     )
     _, got = decode(state)
     np.testing.assert_array_equal(got.tokens_CB[:, :2], expected.tokens_CB[:, :2])
 
 
-def test_short_cache_bucket_gives_the_same_tokens():
+def test_pieces_that_nobody_has_reached_need_not_be_read():
     state, _ = generate(PROMPTS, steps=2)
     copy = jax.tree.map(jnp.copy, state)
-    np.testing.assert_array_equal(decode(state)[1].tokens_CB, decode(copy, cache_len=16)[1].tokens_CB)
+    np.testing.assert_array_equal(decode(state)[1].tokens_CB, decode(copy, depth=1)[1].tokens_CB)
+
+
+def long_prompt(length, seed=0):
+    return np.random.default_rng(seed).integers(0, 60, length).tolist()
+
+
+def written(prompts, layout=LAYOUT, rows=ROWS, temperature=1.0):
+    """State after these prompts, fed in eights."""
+    state = sampler.new_state(CONFIG, layout, jnp.float32)
+    for start in range(0, max(map(len, prompts)) - 1, 8):
+        heads = [p[: min(start + 8, len(p) - 1)] for p in prompts]
+        counts = [max(0, len(head) - start) for head in heads]
+        begun = [
+            (slot, start + n, p[start + n], CACHE, 10 + slot, temperature) if n else (SLOTS, 0, 0, 0, 0, 0.0)
+            for slot, (p, n) in enumerate(zip(prompts, counts, strict=True))
+        ]
+        tokens = np.zeros((SLOTS, 8), np.int32)
+        for i, (head, n) in enumerate(zip(heads, counts, strict=True)):
+            tokens[i, :n] = head[start:]
+        count_N = np.pad(np.array(counts, np.int32), (0, SLOTS - len(counts)))
+        state = sampler.extend(
+            CONFIG, UNSTACKED, state, rows, starts(begun), tokens, count_N, depth=len(layout.ends), dtype=jnp.float32
+        )
+    return state
+
+
+@pytest.mark.parametrize("length", [10, 15, 16, 17, 30])
+def test_an_episode_that_crosses_pieces_equals_one_in_a_single_piece(length):
+    """Written before, at and behind the border, and decoded over it."""
+    prompts = [long_prompt(length), long_prompt(12, seed=1), long_prompt(20, seed=2)]
+    single = cache.full_layout((CACHE,), SLOTS)
+    no_rows = np.zeros((0, SLOTS), np.int32)
+    options = dict(eos=(EOS,), steps=6, dtype=jnp.float32)
+    _, expected = sampler.decode_chunk(
+        CONFIG, UNSTACKED, written(prompts, single, no_rows), no_rows, ROOM, STOPS, KEY, depth=1, **options
+    )
+    state, first = decode(written(prompts), steps=3)
+    _, second = decode(state, steps=3)
+    for name in ("tokens_CB", "logprobs_CB"):
+        got = jnp.concatenate([getattr(first, name), getattr(second, name)])
+        np.testing.assert_allclose(got[:, :3], getattr(expected, name)[:, :3], atol=1e-5)
+
+
+def test_a_slot_without_room_waits_and_goes_on():
+    """Memory for 6 tokens, then for all: the same tokens as without waiting, and the neighbours do not notice."""
+    _, expected = generate(PROMPTS)
+    state, _ = generate(PROMPTS, steps=1)
+    little = np.array([6, CACHE, 6, CACHE], np.int32)
+    state, first = decode(state, steps=5, room=little)
+    assert first.count_B.tolist() == [2, 5, 0, 5]
+    assert first.stop_B.tolist() == [sampler.RUNNING] * 4
+    _, second = decode(state, steps=5)
+    got = np.concatenate([first.tokens_CB[:2, 0], second.tokens_CB[:3, 0]])
+    np.testing.assert_array_equal(got, expected.tokens_CB[1:, 0])
+    np.testing.assert_array_equal(first.tokens_CB[:, 1], expected.tokens_CB[1:, 1])
+    np.testing.assert_array_equal(second.tokens_CB[:, 2], expected.tokens_CB[1:, 2])
 
 
 def test_rows_out_of_range_write_nothing():
@@ -180,22 +240,81 @@ def test_rows_end_independently():
     assert chunk.stop_B.tolist() == [sampler.LIMIT] * 4
 
 
+def draw(probs, rows=20000, temperature=1.0, truncation=sampler.ALL_TOKENS):
+    """Tokens and log-probs of independent rows with these probabilities."""
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(probs, jnp.float32)), (rows, len(probs)))
+    ids = jnp.arange(rows)
+    run = jax.jit(sampler.sample, static_argnames="truncation")
+    return run(logits, KEY, ids, ids * 0, jnp.full((rows,), temperature), truncation=truncation)
+
+
+PROBS = np.zeros(300)
+PROBS[[0, 2, 150, 299]] = [0.1, 0.6, 0.25, 0.05]
+
+
 def test_draw_follows_the_probabilities_in_and_across_blocks():
-    probs = np.zeros(300)
-    probs[[0, 2, 150, 299]] = [0.1, 0.6, 0.25, 0.05]
-    logp = jnp.broadcast_to(jnp.log(probs), (20000, 300))
-    drawn = sampler._draw(logp, jax.random.split(jax.random.key(0), 20000))
-    np.testing.assert_allclose(np.bincount(drawn, minlength=300) / 20000, probs, atol=0.012)
+    drawn, logp = draw(PROBS)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=300) / 20000, PROBS, atol=0.012)
     assert not set(np.unique(drawn)) - {0, 2, 150, 299}
+    np.testing.assert_allclose(logp, np.log(PROBS[np.asarray(drawn)]), atol=1e-5)
 
 
-def test_cache_is_updated_in_place():
-    """No copy of the whole cache inside the loop: temporaries stay near one copy per chunk, far below one a step."""
-    state = jax.eval_shape(lambda: sampler.init_state(CONFIG, 64, 512, jnp.float32))
-    shapes = jax.eval_shape(lambda: (UNSTACKED, jnp.asarray(AUTOMATON.table_SV), jnp.asarray(AUTOMATON.stop_S), KEY))
-    compiled = sampler.decode_chunk.lower(
-        CONFIG, shapes[0], state, *shapes[1:], eos=(EOS,), steps=16, cache_len=512, dtype=jnp.float32
+@pytest.mark.parametrize(
+    ("truncation", "kept"),
+    [
+        (sampler.Truncation(top_k=1), [2]),
+        (sampler.Truncation(top_k=3), [2, 150, 0]),
+        (sampler.Truncation(top_p=0.5), [2]),
+        (sampler.Truncation(top_p=0.7), [2, 150]),  # 0.6 is too little, 0.85 is enough
+        (sampler.Truncation(top_p=0.96), [2, 150, 0, 299]),
+        (sampler.Truncation(top_k=2, top_p=0.71), [2, 150]),  # 0.6 of the 0.85 that top_k leaves is 0.706
+        (sampler.Truncation(top_k=2, top_p=0.7), [2]),
+    ],
+)
+def test_truncated_draw_has_the_renormalised_probabilities(truncation, kept):
+    drawn, logp = draw(PROBS, truncation=truncation)
+    left = np.zeros(300)
+    left[kept] = PROBS[kept] / PROBS[kept].sum()
+    np.testing.assert_allclose(np.bincount(drawn, minlength=300) / 20000, left, atol=0.012)
+    np.testing.assert_allclose(logp, np.log(left[np.asarray(drawn)]), atol=1e-5)
+
+
+def test_truncation_comes_after_temperature_and_equals_sorting():
+    logits = 3 * jax.random.normal(KEY, (6, 1000))
+    got = np.asarray(sampler.Truncation(top_k=50, top_p=0.9).cut(logits))
+    for row, before in zip(got, np.asarray(logits), strict=True):
+        best = np.sort(before)[::-1][:50]
+        probs = np.exp(best) / np.exp(best).sum()
+        n = int((np.cumsum(probs) < 0.9).sum()) + 1
+        assert set(row[np.isfinite(row)]) == set(best[:n])
+    hot, _ = draw(PROBS, temperature=5.0, truncation=sampler.Truncation(top_p=0.7))
+    assert set(np.unique(hot)) == {2, 150, 0}  # at this temperature 2 and 150 have 0.57 together
+
+
+def test_greedy_draw_takes_the_first_of_the_likeliest():
+    logits = jnp.zeros((2, 300)).at[:, jnp.array([140, 141, 290])].set(1.0)
+    ids = jnp.arange(2)
+    token, logp = sampler.sample(logits, KEY, ids, ids, jnp.zeros(2))
+    assert token.tolist() == [140, 140]
+    np.testing.assert_allclose(logp, jax.nn.log_softmax(logits)[:, 140], atol=1e-6)
+
+
+def test_the_cache_is_not_copied():
+    """Temporaries are far below the cache: a chunk reads it where it is, and writes into it."""
+    layout = cache.Layout((256, 1024), (64, 16))
+    state = jax.eval_shape(lambda: sampler.init_state(CONFIG, layout, jnp.float32))
+    params, stops, key = jax.eval_shape(lambda: (UNSTACKED, STOPS, KEY))
+    rows, room, some = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 64), (64,), (4,)))
+    options = dict(depth=2, dtype=jnp.float32)
+    decode = sampler.decode_chunk.lower(
+        CONFIG, params, state, rows, room, stops, key, eos=(EOS,), steps=8, **options
     ).compile()
-    cache = sum(x.size * 4 for x in (*state.k, *state.v))
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * cache
-    assert dataclasses.is_dataclass(state)
+    assert decode.memory_analysis().temp_size_in_bytes < 0.3 * state_bytes(state)
+    tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+    begun = sampler.Starts(*[some] * 6, jax.ShapeDtypeStruct((4,), jnp.float32))
+    extend = sampler.extend.lower(CONFIG, params, state, rows, begun, tokens, some, **options).compile()
+    assert extend.memory_analysis().temp_size_in_bytes < 0.3 * state_bytes(state)
+
+
+def state_bytes(state):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.caches))

@@ -1,0 +1,64 @@
+"""Cache: what a budget buys. What the pieces hold is tested where they are used, in test_sampler and test_engine."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssp_jax.cache import full_layout, layout_for
+from ssp_jax.data import InputError
+from ssp_jax.slots import Memory
+
+ENDS = (1024, 4096, 12288)
+
+
+@given(st.integers(1, 4), st.integers(1, 64), st.integers(12288, 3_000_000))
+def test_a_layout_keeps_to_its_budget(parts, each, tokens):
+    tokens *= parts
+    layout = layout_for(ENDS, each * parts, tokens, parts)
+    assert layout.tokens <= tokens
+    assert all(n % parts == 0 and n >= parts for n in layout.rows)
+    assert list(layout.rows) == sorted(layout.rows, reverse=True)
+    if tokens >= parts * each * 12288:
+        assert layout == full_layout(ENDS, each * parts, parts)
+    elif layout.rows[0] == each * parts:
+        # No rows are left unbought that a flatter fall would have given: three quarters of the budget are used.
+        assert layout.tokens > 0.5 * tokens or layout.rows[0] == layout.rows[1]
+
+
+def test_seven_billion_parameters_on_one_device():
+    """24 GiB at 56 KiB a token: every slot starts, and 25 of them may be in the last piece, 27 times more than none."""
+    layout = layout_for(ENDS, 64, 24 * 2**20 // 56)
+    assert layout.rows[0] == 64 and 50 <= layout.rows[1] <= 60 and 24 <= layout.rows[2] <= 30
+    assert full_layout(ENDS, 64).tokens > 1.7 * layout.tokens
+
+
+def test_less_memory_than_slots_makes_fewer_slots():
+    assert layout_for(ENDS, 64, 12288 + 10 * 1024).rows == (11, 1, 1)
+    with pytest.raises(InputError, match="kv_cache_gib has room for 12287 tokens; expected at least 12288"):
+        layout_for(ENDS, 64, 12287)
+
+
+@given(st.data())
+def test_no_row_ever_has_two_owners(data):
+    """Slots that grow and leave in any order; memory is exactly what was promised, and all comes back."""
+    layout = layout_for((4, 8, 16), 4, 60, parts=2)
+    memory = Memory(layout)
+    for _ in range(30):
+        slot = data.draw(st.integers(0, 3))
+        if data.draw(st.booleans()):
+            memory.grow(slot, data.draw(st.integers(1, 16)))
+        else:
+            memory.release(slot)
+        for piece in (1, 2):
+            each = layout.rows[piece] // 2
+            for part in (memory.rows_JB[piece - 1, :2], memory.rows_JB[piece - 1, 2:]):
+                taken = [row for row in part if row < each]
+                assert len(taken) == len(set(taken))
+        has = (memory.rows_JB < [[layout.rows[1] // 2], [layout.rows[2] // 2]]).sum(0)
+        assert [layout.ends[n] for n in has] == memory.room_B.tolist()
+    for slot in range(4):
+        memory.release(slot)
+        assert memory.fits(slot, 16)
+        memory.grow(slot, 16)
+        assert memory.room_B[slot] == 16
+        memory.release(slot)
