@@ -62,6 +62,7 @@ def merged(parts: list[Part]) -> jax.Array:
     """Attention [B, T, N, H], float32, over the keys of all parts; each query must see a key in one of them."""
     max_BTN = functools.reduce(jnp.maximum, [p.max_BTN for p in parts])
     scales = [jnp.exp(p.max_BTN - max_BTN) for p in parts]
-    sum_BTN = sum(p.sum_BTN * scale for p, scale in zip(parts, scales, strict=True))
-    o_BTNH = sum(p.o_BTNH * scale[..., None] for p, scale in zip(parts, scales, strict=True))
+    pairs = list(zip(parts, scales, strict=True))
+    sum_BTN = functools.reduce(jnp.add, [p.sum_BTN * scale for p, scale in pairs])
+    o_BTNH = functools.reduce(jnp.add, [p.o_BTNH * scale[..., None] for p, scale in pairs])
     return o_BTNH / sum_BTN[..., None]

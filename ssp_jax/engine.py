@@ -165,9 +165,11 @@ class Engine:
         layout = self._layout
         like = jax.eval_shape(lambda: sampler.init_state(self._config, layout, self._dtype))
         shardings = self._state_sharding(like) if self._state_sharding else None
-        common = dict(config=self._config, dtype=self._dtype, shardings=shardings)
+        common: dict[str, Any] = dict(config=self._config, dtype=self._dtype, shardings=shardings)
         state = sampler.new_state(layout=layout, **common)
-        decode = dict(stops=self._stops, key=key, eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation)
+        decode: dict[str, Any] = dict(
+            stops=self._stops, key=key, eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation
+        )
         return Device(layout, self._sizes.extend_rows, self._roots, params, state, common, decode)
 
     def _write(self, device: "Device", table: Table) -> None:

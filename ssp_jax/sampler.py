@@ -65,8 +65,9 @@ def init_state(config: model.ModelConfig, layout: cache.Layout, dtype: Any) -> S
         return jnp.full((layout.rows[0],), value, jnp.int32)
 
     caches = tuple(cache.init_cache(config, layout, dtype) for _ in range(config.num_layers))
-    numbers = [full(value) for value in (0, 0, 0, 0, LIMIT, 0)]
-    return SamplerState(caches, *numbers, jnp.zeros((layout.rows[0],)), layout)
+    return SamplerState(
+        caches, full(0), full(0), full(0), full(0), full(LIMIT), full(0), jnp.zeros((layout.rows[0],)), layout
+    )
 
 
 def _begin(state: SamplerState, s: Starts) -> SamplerState:
@@ -288,7 +289,7 @@ def decode_chunk(
                 jax.lax.dynamic_update_slice_in_dim(b, jnp.moveaxis(x, 1, 2), i, axis=2)
                 for b, x in zip(buffer, (k, v), strict=True)
             )
-            parts = [attention.part(q, *buffer, seen_BTC), *view.attend_all(q, old, state.length_B)]
+            parts = [attention.part(q, buffer[0], buffer[1], seen_BTC), *view.attend_all(q, old, state.length_B)]
             return attention.merged(parts).astype(dtype), buffer
 
         layers = tuple(zip(state.caches, buffers, strict=True))
@@ -307,14 +308,18 @@ def decode_chunk(
     empty = jnp.zeros((B, config.num_kv_heads, steps, config.head_dim), dtype)
     buffers = ((empty, empty),) * config.num_layers
     carry = (buffers, state.token_B, state.length_B, state.match_B, state.stop_B)
-    (buffers, *numbers), (tokens_CB, logprobs_CB, running_CB) = jax.lax.scan(step, carry, jnp.arange(steps))
+    (buffers, token_B, length_B, match_B, stop_B), (tokens_CB, logprobs_CB, running_CB) = jax.lax.scan(
+        step, carry, jnp.arange(steps)
+    )
     count_B = running_CB.sum(0)
     column_C = jnp.arange(steps)[None, :]
     write_BC = jnp.where(column_C < count_B[:, None], state.length_B[:, None] + column_C, -1)
     caches = tuple(
-        view.write(old, *(jnp.moveaxis(x, 2, 1) for x in new), jnp.arange(B), write_BC)
-        for old, new in zip(state.caches, buffers, strict=True)
+        view.write(old, jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), jnp.arange(B), write_BC)
+        for old, (k, v) in zip(state.caches, buffers, strict=True)
     )
-    named = dict(zip(("token_B", "length_B", "match_B", "stop_B"), numbers, strict=True))
-    state = _pinned(dataclasses.replace(state, caches=caches, **named), shardings)
+    state = dataclasses.replace(
+        state, caches=caches, token_B=token_B, length_B=length_B, match_B=match_B, stop_B=stop_B
+    )
+    state = _pinned(state, shardings)
     return state, Chunk(tokens_CB, logprobs_CB, count_B, state.stop_B)

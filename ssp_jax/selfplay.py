@@ -342,5 +342,6 @@ def _metrics(games: list[Game], stats: Stats) -> dict[str, float]:
         "play/tokens_per_second": stats.sampled_tokens / max(stats.seconds, 1e-9),
         "play/written_tokens_per_second": stats.written_tokens / max(stats.seconds, 1e-9),
         "play/occupancy": stats.busy_steps / max(stats.slot_steps, 1),
+        "play/stalled": stats.stalled_steps / max(stats.slot_steps, 1),  # of slots that waited for memory
         "play/searches_per_second": stats.searches / max(stats.seconds, 1e-9),
     }

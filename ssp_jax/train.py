@@ -54,6 +54,7 @@ class Inputs:
 def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
     check_values(config)
+    keep_compiled(workdir)
     inputs = _read(config, workdir)
     check_workdir(workdir, config)  # after the inputs: a mistyped path must not become the workdir's config
     run = _Run(config, workdir, inputs)
@@ -75,6 +76,12 @@ def train(config: ConfigDict, workdir: str) -> None:
             run.logger.say(f"terminated: saved step {run.step}; the same command goes on from there")
             run.checkpoints.wait()
             sys.exit(0)
+
+
+def keep_compiled(workdir: str) -> None:
+    """A run that is resumed finds its programs in the workdir; a folder of the user's own choice stays."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
 
 
 def _read(config: ConfigDict, workdir: str) -> Inputs:
@@ -203,11 +210,13 @@ class _Run:
         devices = f"{self._mesh.devices.size} x {jax.devices()[0].device_kind}"
         start = f"resuming after step {self.step}" if self.step else "starting"
         self.logger.say(f"{start} in {self._workdir} on {devices}; jax {jax.__version__}")
+        began = time.monotonic()
         with self.logger.phase("compiling"):
             self._engine.warm_up(self._to_sampler(self._state.params), self._key)
             self._learner.warm_up(self._state.params)
         self.logger.say(self._engine.memory)
-        self.logger.say(f"compiled {self.compiles.count} programs in {self.compiles.seconds:.1f} s")
+        took = time.monotonic() - began
+        self.logger.say(f"warm-up took {took:.1f} s: {self.compiles.count} programs, {self.compiles.seconds:.1f} s")
 
     def play_and_update(self, stop: _Sigterm) -> None:
         """One step: the round of the game, then the update of both roles."""

@@ -187,6 +187,26 @@ def test_token_bytes_spell_the_text(make):
     assert run(build_automaton(STOPS, bytes_of, len(bytes_of)), ids)[-1] == 0
 
 
+REAL = {make.__name__: make() for make in (byte_level, sentencepiece)}
+TEXTS = st.lists(st.sampled_from([*STOPS, "</", "</sear", "ch>", "<", "/search>", "終", "ü🙂", " ", "ist"]), max_size=8)
+
+
+@pytest.mark.parametrize("name", REAL)
+@given(parts=TEXTS, data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_random_tokenisations_of_real_tokenizers(name, parts, data):
+    """Any cut of a text into tokens, through characters and stops too: found as soon as the text has a stop."""
+    tokenizer, text = REAL[name], "".join(parts)
+    bytes_of, rest, ids = token_bytes(tokenizer), text.encode(), []
+    while rest:
+        ids.append(data.draw(st.sampled_from([i for i, b in enumerate(bytes_of) if b and rest.startswith(b)])))
+        rest = rest[len(bytes_of[ids[-1]]) :]
+    found = run(build_automaton(STOPS, bytes_of, len(bytes_of)), ids)
+    assert found == search(STOPS, [bytes_of[i] for i in ids])
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert (NO_STOP not in found[-1:] and bool(ids)) == any(stop in decoded for stop in STOPS)
+
+
 def test_added_tokens_have_bytes_and_special_ones_none():
     tokenizer = byte_level()
     bytes_of = token_bytes(tokenizer)

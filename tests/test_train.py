@@ -59,6 +59,18 @@ def rows_of(workdir):
     return [{k: v for k, v in row.items() if not k.endswith(timing)} for row in rows]
 
 
+def test_compiled_programs_stay_in_the_workdir_unless_the_user_has_a_folder(tmp_path):
+    users = jax.config.jax_compilation_cache_dir
+    train.keep_compiled(str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir == users != ""
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        train.keep_compiled(str(tmp_path))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", users)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
