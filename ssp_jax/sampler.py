@@ -98,9 +98,7 @@ def new_state(
     return _pinned(init_state(config, layout, dtype), shardings)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "depth", "dtype", "shardings"), donate_argnames=("state",), keep_unused=True
-)
+@functools.partial(jax.jit, static_argnames=("config", "depth", "dtype", "shardings"), donate_argnames=("state",))
 def extend(
     config: model.ModelConfig,
     params: model.Params,
@@ -134,7 +132,7 @@ def extend(
     return _pinned(_begin(dataclasses.replace(state, caches=caches), starts), shardings)
 
 
-@functools.partial(jax.jit, static_argnames=("depth", "shardings"), donate_argnames=("state",), keep_unused=True)
+@functools.partial(jax.jit, static_argnames=("depth", "shardings"), donate_argnames=("state",))
 def share(
     state: SamplerState,
     rows_JB: jax.Array,
@@ -237,6 +235,29 @@ def _turn_end(token_B: jax.Array, found_B: jax.Array, over_B: jax.Array, eos: tu
     return jnp.where(found_B >= 0, found_B.astype(jnp.int32), otherwise_B)
 
 
+def _attend_step(
+    view: cache.View, before_B: jax.Array, i: jax.Array, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Attention of step i to the cache, which ends at before_B, and to the steps of this chunk up to i."""
+    old, (k_BKCH, v_BKCH) = layer
+    k_BKCH = jax.lax.dynamic_update_slice_in_dim(k_BKCH, jnp.moveaxis(k, 1, 2), i, axis=2)
+    v_BKCH = jax.lax.dynamic_update_slice_in_dim(v_BKCH, jnp.moveaxis(v, 1, 2), i, axis=2)
+    B, _, C, _ = k_BKCH.shape
+    own = attention.part(q, k_BKCH, v_BKCH, jnp.broadcast_to(jnp.arange(C) <= i, (B, 1, C)))
+    return attention.merged([own, *view.attend_all(q, old, before_B)]).astype(q.dtype), (k_BKCH, v_BKCH)
+
+
+def _stored(view: cache.View, state: SamplerState, buffers: Any, count_B: jax.Array) -> tuple[cache.Cache, ...]:
+    """The cache with the first count_B steps of a chunk behind what it held."""
+    B, _, C, _ = buffers[0][0].shape
+    column_1C = jnp.arange(C)[None, :]
+    write_BC = jnp.where(column_1C < count_B[:, None], state.length_B[:, None] + column_1C, -1)
+    return tuple(
+        view.write(old, jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), jnp.arange(B), write_BC)
+        for old, (k, v) in zip(state.caches, buffers, strict=True)
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stops:
@@ -250,7 +271,6 @@ class Stops:
     jax.jit,
     static_argnames=("config", "eos", "steps", "depth", "dtype", "truncation", "shardings"),
     donate_argnames=("state",),
-    keep_unused=True,
 )
 def decode_chunk(
     config: model.ModelConfig,
@@ -281,20 +301,15 @@ def decode_chunk(
     def step(carry: tuple[Any, ...], i: jax.Array) -> tuple[tuple[Any, ...], tuple[jax.Array, ...]]:
         buffers, token_B, length_B, match_B, stop_B = carry
         running_B = (stop_B == RUNNING) & (length_B < room_B)
-        seen_BTC = jnp.broadcast_to(jnp.arange(steps) <= i, (B, 1, steps))
-
-        def attend(layer: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-            old, buffer = layer
-            buffer = tuple(
-                jax.lax.dynamic_update_slice_in_dim(b, jnp.moveaxis(x, 1, 2), i, axis=2)
-                for b, x in zip(buffer, (k, v), strict=True)
-            )
-            parts = [attention.part(q, buffer[0], buffer[1], seen_BTC), *view.attend_all(q, old, state.length_B)]
-            return attention.merged(parts).astype(dtype), buffer
-
         layers = tuple(zip(state.caches, buffers, strict=True))
         hidden_BTD, buffers = model.forward_cached(
-            config, params, token_B[:, None], length_B[:, None], attend, layers, dtype=dtype
+            config,
+            params,
+            token_B[:, None],
+            length_B[:, None],
+            functools.partial(_attend_step, view, state.length_B, i),
+            layers,
+            dtype=dtype,
         )
         logits_BV = model.logits(params, hidden_BTD[:, 0])
         next_B, logprob_B = sample(logits_BV, key, state.uid_B, length_B + 1, state.temperature_B, truncation)
@@ -312,14 +327,8 @@ def decode_chunk(
         step, carry, jnp.arange(steps)
     )
     count_B = running_CB.sum(0)
-    column_C = jnp.arange(steps)[None, :]
-    write_BC = jnp.where(column_C < count_B[:, None], state.length_B[:, None] + column_C, -1)
-    caches = tuple(
-        view.write(old, jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), jnp.arange(B), write_BC)
-        for old, (k, v) in zip(state.caches, buffers, strict=True)
-    )
+    caches = _stored(view, state, buffers, count_B)
     state = dataclasses.replace(
         state, caches=caches, token_B=token_B, length_B=length_B, match_B=match_B, stop_B=stop_B
     )
-    state = _pinned(state, shardings)
-    return state, Chunk(tokens_CB, logprobs_CB, count_B, state.stop_B)
+    return _pinned(state, shardings), Chunk(tokens_CB, logprobs_CB, count_B, stop_B)
