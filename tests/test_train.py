@@ -196,6 +196,8 @@ def test_bad_input_is_told_before_anything_compiles(tmp_path, key):
         ("engine.cache_tokens", 256, "limits.verify_prompt_tokens"),
         ("learner.logprob_chunk", 100, "multiple"),
         ("engine.slots", 0, "more than 0"),
+        ("engine.schedule", "fast", "expected one of pipelined, barrier"),
+        ("sampling.top_p", 0.0, "more than 0, up to 1"),
         ("model.path", "", "expected a path"),
         ("mesh.tensor", 3, "divisor of 2"),
         ("learner.rows", 3, "rows"),
