@@ -116,11 +116,15 @@ def _sampler_sources(setup: Setup) -> Iterator[_Source]:
     N, T = sizes.extend_rows, max(b for b in sizes.extend_buckets if b <= sizes.cache_tokens)
     starts = {field.name: struct(jnp.int32, N) for field in dataclasses.fields(sampler.Starts)}
     starts["temperature_N"] = struct(jnp.float32, N)
-    options: dict[str, Any] = {"cache_len": sizes.cache_tokens, "dtype": setup.dtype}
+    pieces = len(state.layout.ends)
+    rows_JB = struct(jnp.int32, pieces - 1, state.layout.rows[0])
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    options: dict[str, Any] = {"depth": pieces, "dtype": setup.dtype, "shardings": shardings}
     arguments: tuple[Any, ...] = (
         m,
         params,
         state,
+        rows_JB,
         sampler.Starts(**starts),
         struct(jnp.int32, N, T),
         struct(jnp.int32, N),
@@ -129,7 +133,8 @@ def _sampler_sources(setup: Setup) -> Iterator[_Source]:
 
     states = sum(len(stop) + 1 for role in ROLES for stop in role.stops)  # of the stop automata: at most one a byte
     key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = (m, params, state, struct(jnp.int8, states, V), struct(jnp.int8, states), struct(key.dtype))
+    stops = sampler.Stops(struct(jnp.int8, states, V), struct(jnp.int8, states))
+    arguments = (m, params, state, rows_JB, struct(jnp.int32, state.layout.rows[0]), stops, struct(key.dtype))
     options = options | {"eos": (0,), "steps": sizes.chunk}  # not in place: the prefill has the other
     yield _Source(f"decode of {sizes.slots} slots", "decode", sampler.decode_chunk, arguments, options)
 

@@ -242,13 +242,13 @@ def check_values(config: ConfigDict) -> None:
         least = 0 if key.startswith(_MAY_BE_ZERO) else 1e-12
         if key != "reward.invalid_question" and any(n < least for n in numbers):
             raise InputError(f"config key {key} is {value}; expected {'at least 0' if not least else 'more than 0'}")
-    if not 0 < config.sampling.top_p <= 1:
-        raise InputError(f"config key sampling.top_p is {config.sampling.top_p}; expected more than 0, up to 1")
     _check_sizes(config, values)
 
 
 def _check_sizes(config: ConfigDict, values: dict[str, Any]) -> None:
-    """Lengths that must hold each other."""
+    """Numbers with an upper bound, and lengths that must hold each other."""
+    if not 0 < config.sampling.top_p <= 1:
+        raise InputError(f"config key sampling.top_p is {config.sampling.top_p}; expected more than 0, up to 1")
     limits = config.limits
     played = limits.prompt_tokens + limits.response_tokens
     needs = {

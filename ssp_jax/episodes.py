@@ -53,10 +53,11 @@ def make_engine(
     dtype: Any,
     search: Search,
     state_sharding: Callable[[sampler.SamplerState], Any],
+    truncation: sampler.Truncation = sampler.ALL_TOKENS,
 ) -> Engine:
     """The engine that plays all roles: training, evaluation and generate.py share it."""
     automata = role_automata(tokenizer, config.vocab_size)
-    return Engine(config, sizes, automata, eos, dtype, search, state_sharding)
+    return Engine(config, sizes, automata, eos, dtype, search, state_sharding, truncation)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from ssp_jax import learner, model, sampler, sharding, train
+from ssp_jax import cache, learner, model, sampler, sharding, train
 from ssp_jax.config import RL_PAIRS
 from ssp_jax.data import InputError
-from ssp_jax.engine import Sizes
+from ssp_jax.engine import Sizes, choose_layout
 from ssp_jax.published import Chip
 
 # What lies in memory while a phase runs. The sampler's copy is dropped before the update, its cache is not.
@@ -88,8 +88,8 @@ def _abstract_copy(config: model.ModelConfig, dtype: Any) -> model.Params:
 
 
 @functools.cache
-def _abstract_slots(config: model.ModelConfig, slots: int, cache_tokens: int, dtype: Any) -> sampler.SamplerState:
-    return jax.eval_shape(functools.partial(sampler.init_state, config, slots, cache_tokens, dtype))
+def _abstract_slots(config: model.ModelConfig, layout: cache.Layout, dtype: Any) -> sampler.SamplerState:
+    return jax.eval_shape(functools.partial(sampler.init_state, config, layout, dtype))
 
 
 @functools.cache
@@ -121,8 +121,12 @@ def sampler_params(setup: Setup) -> model.Params:
 
 
 def sampler_state(setup: Setup) -> sampler.SamplerState:
-    state = _abstract_slots(setup.model, setup.sizes.slots, setup.sizes.cache_tokens, setup.dtype)
-    return place(state, sharding.state_shardings(state, setup.mesh))
+    """All slots; without engine.kv_cache_gib the longest episode in each of them."""
+    shardings = functools.partial(sharding.state_shardings, mesh=setup.mesh)
+    budget = int(setup.sizes.kv_cache_gib * 2**30) or None
+    layout = choose_layout(setup.model, setup.sizes, setup.dtype, shardings, budget)
+    state = _abstract_slots(setup.model, layout, setup.dtype)
+    return place(state, shardings(state))
 
 
 def device_bytes(tree: Any) -> float:
@@ -170,8 +174,7 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     N_rows = sizes.extend_rows
     cache_rows = N_rows * sizes.cache_tokens * 2 * K / t * H * item
     prefill = N_rows * longest * wide / 2 * item + scores(N_rows, longest, sizes.cache_tokens, 2) + 2 * cache_rows
-    shorter = [b for b in sizes.cache_buckets if b < sizes.cache_tokens]
-    copied = slots * max(shorter, default=0) * L * 2 * K / t * H * item  # the slice that a chunk loops over
+    copied = slots * sizes.chunk * L * 2 * K / t * H * item  # the chunk's own keys and values
     decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
     return {"prefill": prefill, "decode": decode, "reshard": 2 * layer * 4, "update": update}
 

@@ -25,13 +25,9 @@ from ssp_jax.data import InputError, Task
 from ssp_jax.engine import Sizes, Stats
 from ssp_jax.evaluate import Result, evaluate
 from ssp_jax.metrics import CompileCounter, Logger
-<<<<<<< HEAD
 from ssp_jax.remote import RemoteRetriever
 from ssp_jax.retriever import Search, open_retriever
-=======
-from ssp_jax.retriever import Retriever, open_retriever
 from ssp_jax.sampler import Truncation
->>>>>>> eaf7ca9 (Cache in pieces by budget, barriers, top-k and top-p, decode chunks that leave the cache in place; benchmarks (in progress))
 from ssp_jax.selfplay import Memory, Round, SelfPlay, Training, readable
 
 
