@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face folder: config.json, *.safetensors, tokenizer
     c.model.dtype = "bfloat16"  # compute and sampler dtype; master weights are always float32
-    c.model.remat = True  # recompute each layer's activations in the backward pass
+    c.model.remat = "full"  # full | attention | dots | none: what a layer computes again when training, model.REMAT
 
     c.mesh = ConfigDict()  # devices per axis; at most one -1 takes what is left
     c.mesh.data = 1  # replicas
@@ -99,23 +99,30 @@ def get_config() -> ConfigDict:
     c.engine.extend_rows = 8  # prompts or insertions written in one call
 
     c.learner = ConfigDict()
-    c.learner.learning_rate = 1e-6  # constant after warm-up [P T4]
+    c.learner.learning_rate = 1e-6  # after warm-up [P T4]
     c.learner.warmup_steps = 5  # optimizer steps [P T4]
+    c.learner.schedule = "constant"  # constant [P T4] | cosine | linear: down over decay_steps
+    c.learner.decay_steps = 800  # optimizer steps after warm-up: 200 steps x 2 roles x 2 mini-batches
+    c.learner.final_rate = 0.1  # share of learning_rate where cosine and linear end [H]
     c.learner.adam_b1 = 0.9  # verl default
     c.learner.adam_b2 = 0.999  # verl default
     c.learner.weight_decay = 0.01  # verl default
     c.learner.max_grad_norm = 1.0  # verl default
+    c.learner.momentum_dtype = "float32"  # float32 | bfloat16: Adam's first moment; the second is always float32 [H]
+    c.learner.offload_moments = False  # Adam's moments in host memory between optimizer steps [H]; True in [C]
+    c.learner.offload_reference = False  # the reference model in host memory while it does not score [H]; True in [C]
     c.learner.mini_batches = 2  # optimizer steps per role and step: 256 / 128 [P T4]
     c.learner.row_tokens = 12288  # packed row length; at least the longest episode
     c.learner.rows = 8  # packed rows of one micro-batch, over all devices
-    c.learner.logprob_chunk = 512  # tokens of a row whose logits exist at the same time
+    c.learner.logprob_chunk = 512  # sampled tokens of a row whose logits exist at the same time
+    c.learner.drop_no_advantage = False  # leave out what has advantage 0, with its KL term, but not out of means (DAPO)
     c.learner.clip_low = 0.2  # verl default
     c.learner.clip_high = 0.285  # [C]
     c.learner.kl_coef = 0.01  # 0 keeps no reference model [P T4]
     c.learner.kl_type = "k3"  # k1 | k2 | k3 (low_var_kl) [C]
     c.learner.grpo_std = False  # [P eq.4]; the reference code runs with True
     c.learner.proposer_baseline = "none"  # none [P eq.5] | batch_mean | leave_one_out | hop_grouped (Dr. Zero)
-    c.learner.aggregation = "sequence_mean"  # [P eq.4] | token_mean: verl default, so [C]
+    c.learner.aggregation = "sequence_mean"  # [P eq.4] | token_mean: verl default, so [C] | constant: Dr. GRPO
     c.learner.update_order = "solver_first"  # [P Alg.1] | proposer_first [C] | combined: one update
     c.learner.old_logprobs = "sampler"  # sampler: no extra pass | recompute [C]
     c.learner.importance_cap = 2.0  # cap of the trainer/sampler ratio when recomputing [H]

@@ -154,11 +154,17 @@ def _learner_sources(setup: Setup) -> Iterator[_Source]:
     batch = learner.Batch(*[column(jnp.int32)] * 4, *[column(jnp.float32)] * 3)
     zeros = jax.eval_shape(learner._zeros, state.params)
     total = (state.params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), zeros[1]))
-    reference = footprint.cast(state.params, c.dtype) if c.kl_coef else None
-    accumulate = jax.jit(functools.partial(learner._accumulate, c), donate_argnums=(0,))
-    arguments = (total, state.params, reference, batch, column(jnp.float32))
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    reference_logp = None
+    if c.kl_coef:
+        reference_logp, reference = column(jnp.float32), footprint.cast(state.params, c.dtype)
+        score = jax.jit(lambda params, batch: learner.score(c, params, batch)[0])
+        yield _Source("scores of the reference", "update", score, (reference, batch), {})
+    out = (layout.params, None)
+    accumulate = jax.jit(functools.partial(learner._accumulate, c), donate_argnums=(0,), out_shardings=out)
+    arguments = (total, state.params, batch, column(jnp.float32), reference_logp)
     yield _Source(f"gradients of {c.rows} x {c.row_tokens}", "update", accumulate, arguments, {})
-    apply = jax.jit(functools.partial(learner._apply, c), donate_argnums=(0,))
+    apply = jax.jit(functools.partial(learner._apply, c), donate_argnums=(0,), out_shardings=(layout, None))
     yield _Source("optimizer step", "update", apply, (state, state.params), {})
 
 

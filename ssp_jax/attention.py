@@ -1,6 +1,6 @@
 """Attention over packed rows and over keys that lie in several places: the one place that decides how it is computed.
 
-Both are XLA einsums today, on every backend. Scores and softmax are float32 in both, so that sampler and trainer agree.
+Both are XLA einsums on every backend. Scores and softmax are float32 in both, so that sampler and trainer agree.
 """
 
 import dataclasses
@@ -8,7 +8,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+KEPT = "attention"  # the name, for remat policies, of what the backward pass of packed attention wants back
+_MIN_BLOCK, _MAX_BLOCKS = 128, 16  # queries of a block; blocks of a row, which are unrolled
 NEG_INF = -1e30  # finite: a row with no visible key (padding) stays free of NaN
 
 
@@ -29,12 +32,91 @@ def _weighted(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_B
 
 
 def packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """Causal attention inside each segment of a packed row; segment 0 is padding."""
-    T = q_BTNH.shape[1]
-    causal = jnp.tril(jnp.ones((T, T), bool))
-    same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    k_BKTH, v_BKTH = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
-    return _weighted(q_BTNH, k_BKTH, v_BKTH, same & causal[None])
+    """Causal attention inside each segment of a packed row; segment 0 is padding. Differentiable in q, k and v.
+
+    Queries go in blocks, each against the keys up to its end: half of the T x T scores are never computed, and only one
+    block of them exists at a time, forward and backward (the backward pass makes them again from the log-sum-exp, as
+    FlashAttention does, arXiv 2205.14135).
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    q_BKRTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
+    o_BKRTH = _blocks(q_BKRTH, jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2), segment_ids_BT)
+    return jnp.moveaxis(o_BKRTH, 3, 1).reshape(B, T, N, H)
+
+
+def spans(T: int) -> list[tuple[int, int]]:
+    """First and last + 1 of each block of queries of a row of T."""
+    size = max(_MIN_BLOCK, -(-T // _MAX_BLOCKS))
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def _block_forward(q: jax.Array, k: jax.Array, v: jax.Array, visible_BTS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Outputs [B, K, R, T, H] of one block of queries, and the log of each query's sum of exp(score) [B, K, R, T]."""
+    scores = jnp.einsum("bkrth,bksh->bkrts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.where(visible_BTS[:, None, None], scores, NEG_INF)
+    top_BKRT = scores.max(-1)
+    weights = jnp.exp(scores - top_BKRT[..., None])
+    sum_BKRT = weights.sum(-1)
+    o = jnp.einsum("bkrts,bksh->bkrth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (o / sum_BKRT[..., None]).astype(v.dtype), top_BKRT + jnp.log(sum_BKRT)
+
+
+def _block_backward(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible_BST: jax.Array, do: jax.Array, delta: jax.Array, total: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq in v's dtype, dk and dv in float32. Keys come first in scores: so no product needs a transposed [S, T]."""
+    scale, float32 = q.shape[-1] ** -0.5, {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bksh,bkrth->bksrt", k, q, **float32) * scale
+    scores = jnp.where(visible_BST[:, None, :, None], scores, NEG_INF)
+    weights = jnp.exp(scores - total[:, :, None])
+    slope = weights * (jnp.einsum("bksh,bkrth->bksrt", v, do, **float32) - delta[:, :, None]) * scale
+    # What is used by two products is made once, and not inside each of them.
+    weights, slope = jax.lax.optimization_barrier((weights.astype(q.dtype), slope.astype(q.dtype)))
+    dq_BKHRT = jnp.einsum("bkhs,bksrt->bkhrt", jnp.swapaxes(k, 2, 3), slope)
+    dk = jnp.einsum("bksrt,bkrth->bksh", slope, q, **float32)
+    dv = jnp.einsum("bksrt,bkrth->bksh", weights, do, **float32)
+    return jnp.moveaxis(dq_BKHRT, 2, 4), dk, dv
+
+
+def _visible(segment_ids_BT: jax.Array, start: int, end: int) -> jax.Array:
+    """[B, queries start to end, keys up to end]: earlier or same position, same segment."""
+    same_BTS = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
+    return same_BTS & jnp.tri(end - start, end, start, dtype=bool)[None]
+
+
+def _blocks_forward(
+    q_BKRTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segment_ids_BT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    blocks = [
+        _block_forward(
+            q_BKRTH[:, :, :, start:end], k_BKTH[:, :, :end], v_BKTH[:, :, :end], _visible(segment_ids_BT, start, end)
+        )
+        for start, end in spans(q_BKRTH.shape[3])
+    ]
+    o_BKRTH, total_BKRT = (checkpoint_name(jnp.concatenate(x, axis=3), KEPT) for x in zip(*blocks, strict=True))
+    return o_BKRTH, (q_BKRTH, k_BKTH, v_BKTH, segment_ids_BT, o_BKRTH, total_BKRT)
+
+
+@jax.custom_vjp
+def _blocks(q_BKRTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    return _blocks_forward(q_BKRTH, k_BKTH, v_BKTH, segment_ids_BT)[0]
+
+
+def _blocks_backward(kept: tuple[jax.Array, ...], do_BKRTH: jax.Array) -> tuple[jax.Array | None, ...]:
+    q_BKRTH, k_BKTH, v_BKTH, segment_ids_BT, o_BKRTH, total_BKRT = kept
+    delta_BKRT = (do_BKRTH.astype(jnp.float32) * o_BKRTH.astype(jnp.float32)).sum(-1)
+    dq, dk_BKTH, dv_BKTH = [], jnp.zeros(k_BKTH.shape, jnp.float32), jnp.zeros(v_BKTH.shape, jnp.float32)
+    for start, end in spans(q_BKRTH.shape[3]):
+        q, do, delta, total = (x[:, :, :, start:end] for x in (q_BKRTH, do_BKRTH, delta_BKRT, total_BKRT))
+        visible_BST = jnp.swapaxes(_visible(segment_ids_BT, start, end), 1, 2)
+        block = _block_backward(q, k_BKTH[:, :, :end], v_BKTH[:, :, :end], visible_BST, do, delta, total)
+        dq.append(block[0])
+        dk_BKTH, dv_BKTH = dk_BKTH.at[:, :, :end].add(block[1]), dv_BKTH.at[:, :, :end].add(block[2])
+    return jnp.concatenate(dq, axis=3), dk_BKTH.astype(k_BKTH.dtype), dv_BKTH.astype(v_BKTH.dtype), None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 @jax.tree_util.register_dataclass

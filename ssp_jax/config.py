@@ -189,6 +189,7 @@ RL_PAIRS = {
 # Keys whose value is one of a few names.
 CHOICES: dict[str, Iterable[str]] = {
     "model.dtype": ("bfloat16", "float32"),
+    "model.remat": ("full", "attention", "dots", "none"),
     "prompt.style": prompts.STYLES,
     "prompt.template": ("chat", "raw_chatml"),
     "game.rl_pair": RL_PAIRS,
@@ -202,7 +203,9 @@ CHOICES: dict[str, Iterable[str]] = {
     "engine.schedule": ("pipelined", "barrier"),
     "learner.kl_type": ("k1", "k2", "k3"),
     "learner.proposer_baseline": ("none", "batch_mean", "leave_one_out", "hop_grouped"),
-    "learner.aggregation": ("sequence_mean", "token_mean"),
+    "learner.aggregation": ("sequence_mean", "token_mean", "constant"),
+    "learner.schedule": ("constant", "cosine", "linear"),
+    "learner.momentum_dtype": ("float32", "bfloat16"),
     "learner.update_order": ("solver_first", "proposer_first", "combined"),
     "learner.old_logprobs": ("sampler", "recompute"),
 }
@@ -214,6 +217,7 @@ _MAY_BE_ZERO = (
         "learner.weight_decay",
         "learner.kl_coef",
         "learner.clip_",
+        "learner.final_rate",
         "eval.",
         "checkpoint.every",
         "log.",

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from ssp_jax import cache, learner, model, sampler, sharding, train
+from ssp_jax import attention, cache, learner, model, sampler, sharding, train
 from ssp_jax.config import RL_PAIRS
 from ssp_jax.data import InputError
 from ssp_jax.engine import Sizes, choose_layout
@@ -101,7 +101,7 @@ def train_state(setup: Setup) -> learner.TrainState:
     abstract = _abstract_params(setup.model)
     params = place(abstract, sharding.param_shardings(abstract, setup.mesh))
     # What the optimizer does not read is made equal, so that a search over it traces once.
-    c = dataclasses.replace(setup.learner, rows=0, row_tokens=0, logprob_chunk=0, kl_coef=0.0, remat=False)
+    c = dataclasses.replace(setup.learner, rows=0, row_tokens=0, logprob_chunk=0, kl_coef=0.0, remat="none")
     whole = NamedSharding(setup.mesh, P())
     number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     opt_state = optax.tree.map_params(
@@ -149,11 +149,18 @@ def kept(setup: Setup) -> dict[str, float]:
 
 
 def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
-    """Estimates, bytes per device. parameters: kept()'s. Attention is an einsum today, so its float32 scores exist."""
+    """Estimates, bytes per device. parameters: kept()'s. Attention is an einsum, so float32 scores of a block exist."""
     m, c, sizes, t, item = setup.model, setup.config.learner, setup.sizes, setup.tensor, setup.dtype.itemsize
     D, L, V, N, K, H, F = m.embed_dim, m.num_layers, m.vocab_size, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim
     layer = (D * (2 * N + 2 * K) * H + 3 * D * F) / t  # parameters of a layer, gathered over fsdp
     wide = 4 * D + ((4 * N + 4 * K) * H + 6 * F) / t  # activations of a token inside a layer and its gradient
+
+    held = {  # numbers that stay of a layer and token, by remat policy
+        "full": D,
+        "attention": D + N / t * H,
+        "dots": 3 * D + ((N + 2 * K) * H + 2 * F) / t,
+        "none": wide,
+    }
 
     def scores(rows: float, queries: int, keys: int, copies: int) -> float:
         return copies * rows * N / t * queries * keys * 4.0
@@ -163,9 +170,8 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     longest = max(sizes.extend_buckets)
     update = (
         parameters  # this micro-batch's gradients, before they are added
-        + rows * T * D * item * (L if setup.config.model.remat else 0)
-        + rows * T * wide * item * (1 if setup.config.model.remat else L)
-        + scores(rows, T, T, 3 if setup.config.model.remat else 1 + 2 * L)
+        + rows * T * (wide + L * held[setup.config.model.remat]) * item
+        + scores(rows, max(end - start for start, end in attention.spans(T)), T, 3)
         + 2 * layer * item
         + layer * 4
         + V * D / t * (item + 4)
@@ -238,7 +244,7 @@ def work(setup: Setup, load: Workload) -> dict[str, Work]:
     copy = bytes_["sampler copy"]
     reshard = Work(hbm=bytes_["parameters"] + copy, link=copy * (1 - 1 / setup.mesh.shape["fsdp"]))
 
-    passes = 3 + setup.config.model.remat + (c.kl_coef > 0) + (c.old_logprobs == "recompute")
+    passes = 3 + (setup.config.model.remat in ("full", "attention")) + (c.kl_coef > 0) + (c.old_logprobs == "recompute")
     tokens = load.trained * load.tokens
     batches = math.ceil(tokens / (c.rows * c.row_tokens))
     f = setup.mesh.shape["fsdp"]

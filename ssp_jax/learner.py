@@ -1,7 +1,7 @@
 """The update: pack episodes into fixed rows, accumulate gradients over micro-batches, one optimizer step.
 
-Two jitted programs of fixed shape, whatever was played: `accumulate` adds one micro-batch's gradient to a donated
-buffer, `apply` takes the optimizer step. A scan over micro-batches would tie the program to their number and compile
+Jitted programs of fixed shape, whatever was played: `accumulate` adds one micro-batch's gradient to a donated buffer,
+`apply` takes the optimizer step. A scan over micro-batches would tie the program to their number and compile
 anew when it changes; a loop on the host costs one dispatch each, hidden behind the device's work.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssp_jax import attention, model, objective
+from ssp_jax import attention, model, objective, sharding
 from ssp_jax.data import InputError
 
 
@@ -57,11 +57,11 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class LearnerConfig:
-    """Config section `learner`, with the compute dtype, remat and the temperature that the sampler used."""
+    """Config section `learner`, with compute dtype, remat (a key of model.REMAT) and the sampler's temperature."""
 
     model: model.ModelConfig
     dtype: Any
-    remat: bool
+    remat: str
     temperature: float
     learning_rate: float
     warmup_steps: int
@@ -80,19 +80,54 @@ class LearnerConfig:
     aggregation: str
     old_logprobs: str
     importance_cap: float
+    response_tokens: int = 1  # the longest response: the divisor of aggregation = "constant"
+    drop_no_advantage: bool = False
+    schedule: str = "constant"
+    decay_steps: int = 1
+    final_rate: float = 0.0
+    momentum_dtype: str = "float32"
+    offload_moments: bool = False
+    offload_reference: bool = False
+
+
+def learning_rate(c: LearnerConfig) -> optax.Schedule:
+    """Linear warm-up, then constant, or down to final_rate * learning_rate by a cosine or a line over decay_steps."""
+    top, last = c.learning_rate, c.learning_rate * c.final_rate
+    warm = optax.schedules.linear_schedule(top / max(c.warmup_steps, 1), top, c.warmup_steps)
+    if c.schedule == "constant":
+        return warm
+    down = {
+        "cosine": optax.schedules.cosine_decay_schedule(top, c.decay_steps, c.final_rate),
+        "linear": optax.schedules.linear_schedule(top, last, c.decay_steps),
+    }
+    return optax.schedules.join_schedules([warm, down[c.schedule]], [c.warmup_steps])
 
 
 def optimizer(c: LearnerConfig) -> optax.GradientTransformation:
-    """AdamW with linear warm-up to a constant rate, after clipping by the global norm."""
-    rate = optax.schedules.linear_schedule(c.learning_rate / max(c.warmup_steps, 1), c.learning_rate, c.warmup_steps)
+    """AdamW after clipping by the global norm.
+
+    Only the first moment may be bfloat16: the second moves by a share of 1 - b2 = 0.001 a step, which is less than half
+    of bfloat16's spacing, so it would stand still.
+    """
     return optax.chain(
         optax.clip_by_global_norm(c.max_grad_norm),
-        optax.adamw(rate, b1=c.adam_b1, b2=c.adam_b2, weight_decay=c.weight_decay),
+        optax.adamw(
+            learning_rate(c),
+            b1=c.adam_b1,
+            b2=c.adam_b2,
+            weight_decay=c.weight_decay,
+            mu_dtype=jnp.dtype(c.momentum_dtype),
+        ),
     )
 
 
 def init_state(c: LearnerConfig, params: model.Params) -> TrainState:
-    return TrainState(params, optimizer(c).init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    """Fresh moments laid out like the params, in host memory if they are to live there."""
+    counts = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))  # two: a donated buffer can be given once only
+    state = sharding.settle(TrainState(params, optimizer(c).init(params), *counts), params)
+    if c.offload_moments:
+        state = dataclasses.replace(state, opt_state=sharding.to_host(state.opt_state, "learner.offload_moments"))
+    return state
 
 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -116,9 +151,15 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def make_batches(c: LearnerConfig, episodes: Sequence[Trajectory], advantage_E: np.ndarray) -> list[Batch]:
-    """Packed micro-batches of c.rows rows; weights make the loss a mean over all episodes given here."""
-    weight_E = objective.sequence_weight(np.array([sum(e.sampled) for e in episodes]), c.aggregation)
-    rows = pack([len(e.tokens) for e in episodes], c.row_tokens)
+    """Packed micro-batches of c.rows rows; weights make the loss a mean over all episodes given here.
+
+    Also over those that c.drop_no_advantage then leaves out (groups of equal rewards, as in DAPO, arXiv 2503.14476):
+    they would add nothing but their KL term.
+    """
+    lengths_E = np.array([sum(e.sampled) for e in episodes])
+    weight_E = objective.sequence_weight(lengths_E, c.aggregation, c.response_tokens)
+    played = [i for i in range(len(episodes)) if advantage_E[i] != 0 or not c.drop_no_advantage]
+    rows = [[played[i] for i in row] for row in pack([len(episodes[i].tokens) for i in played], c.row_tokens)]
     batches = []
     for start in range(0, len(rows), c.rows):
         shape = (c.rows, c.row_tokens)
@@ -143,7 +184,7 @@ def make_batches(c: LearnerConfig, episodes: Sequence[Trajectory], advantage_E: 
 
 
 def score(c: LearnerConfig, params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies [B, T] of the batch's targets."""
+    """Log-probs and entropies [B, T] of the batch's sampled targets, 0 elsewhere."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
         return attention.packed(q, k, v, batch.segments_BT), None
@@ -152,7 +193,8 @@ def score(c: LearnerConfig, params: model.Params, batch: Batch) -> tuple[jax.Arr
         c.model, params, batch.tokens_BT, batch.positions_BT, attend, dtype=c.dtype, remat=c.remat
     )
     weight_VD = model.head_weight(params)
-    return objective.token_logprobs(hidden_BTD, weight_VD, batch.targets_BT, c.temperature, c.logprob_chunk)
+    wanted_BT = batch.weight_BT != 0
+    return objective.token_logprobs(hidden_BTD, weight_VD, batch.targets_BT, wanted_BT, c.temperature, c.logprob_chunk)
 
 
 def loss(
@@ -179,19 +221,33 @@ def loss(
 class Learner:
     """Compiled programs for one configuration and mesh; all state is passed in and returned."""
 
-    def __init__(self, c: LearnerConfig, reference: model.Params | None, put_batch: Callable[[Batch], Batch]):
-        """reference: params of the initial model in the compute dtype, None when kl_coef is 0."""
+    def __init__(
+        self,
+        c: LearnerConfig,
+        state: TrainState,
+        reference: model.Params | None,
+        put_batch: Callable[[Batch], Batch],
+    ):
+        """state: how the train state is laid out. reference: the initial model in the compute dtype, or None."""
+        if reference is not None and c.offload_reference:
+            reference = sharding.to_host(reference, "learner.offload_reference")
         self._config, self._reference, self._put = c, reference, put_batch
+        # Told and not left to XLA: a gradient or moment that comes out whole on every device does not fit there.
+        layout = sharding.device_layout(state)
         self._score = jax.jit(lambda params, batch: score(c, params, batch)[0])
-        self._accumulate = jax.jit(functools.partial(_accumulate, c), donate_argnums=(0,))
-        self._apply = jax.jit(functools.partial(_apply, c), donate_argnums=(0,))
+        self._accumulate = jax.jit(
+            functools.partial(_accumulate, c), donate_argnums=(0,), out_shardings=(layout.params, None)
+        )
+        self._apply = jax.jit(functools.partial(_apply, c), donate_argnums=(0,), out_shardings=(layout, None))
+        self._no_gradient = jax.jit(_zeros, out_shardings=(layout.params, None))
 
     def warm_up(self, params: model.Params) -> None:
-        """Compiles the long program by running it on a batch without tokens; its result is dropped."""
+        """Compiles the long programs by running them on a batch without tokens; the result is dropped."""
         shape = (self._config.rows, self._config.row_tokens)
         batch = self._put(Batch(*[np.zeros(shape, np.int32)] * 4, *[np.zeros(shape, np.float32)] * 3))
-        old_logp_BT = self._old_logprobs(params, batch)
-        jax.block_until_ready(self._accumulate(_zeros(params), params, self._reference, batch, old_logp_BT))
+        old, reference = self._old_logprobs(params, [[batch]]), self._reference_logprobs([[batch]])
+        arguments = (params, batch, old[0][0], reference[0][0])
+        jax.block_until_ready(self._accumulate(self._accumulate(None, *arguments), *arguments))
 
     def update(
         self, state: TrainState, episodes: Sequence[Trajectory], advantage_E: np.ndarray, order: np.random.Generator
@@ -201,46 +257,59 @@ class Learner:
         parts = [sorted(part.tolist()) for part in split if len(part)]
         made = [make_batches(self._config, [episodes[i] for i in part], advantage_E[part]) for part in parts]
         batches = [[self._put(batch) for batch in part] for part in made]
+        reference = self._reference_logprobs(batches)
         # Old log-probs belong to the policy before the first of these optimizer steps.
-        old = [[self._old_logprobs(state.params, batch) for batch in part] for part in batches]
+        old = self._old_logprobs(state.params, batches)
         reports = []
-        for part, part_old in zip(batches, old, strict=True):
-            grads, sums = _zeros(state.params)
-            for batch, old_logp_BT in zip(part, part_old, strict=True):
-                grads, sums = self._accumulate((grads, sums), state.params, self._reference, batch, old_logp_BT)
-            state, norm = self._apply(state, grads)
-            reports.append((sums, norm))
-        tokens = sum(sum(episodes[i].sampled) for part in parts for i in part)
-        length = sum(len(e.tokens) for e in episodes)
-        cells = sum(len(part) for part in batches) * self._config.rows * self._config.row_tokens
-        first = jax.device_get(reports[0][0])  # before any optimizer step of this update
-        gap = {"logprob_gap": float(first.gap) / max(sum(sum(episodes[i].sampled) for i in parts[0]), 1)}
-        gap["logprob_gap_max"] = float(first.gap_max)
-        report = _report(reports, tokens) | gap
-        return state, report | {"packed": length / max(cells, 1), "tokens": float(length)}
+        for part in zip(batches, old, reference, strict=True):
+            total: Any = None if part[0] else self._no_gradient(state.params)  # no rows: everything was dropped
+            for batch, old_logp_BT, ref_logp_BT in zip(*part, strict=True):
+                total = self._accumulate(total, state.params, batch, old_logp_BT, ref_logp_BT)
+            state, norm = self._step(state, total[0])
+            reports.append((total[1], norm))
+        return state, _report(reports, made)
 
-    def _old_logprobs(self, params: model.Params, batch: Batch) -> jax.Array:
-        return batch.sampler_logp_BT if self._config.old_logprobs == "sampler" else self._score(params, batch)
+    def _step(self, state: TrainState, grads: model.Params) -> tuple[TrainState, jax.Array]:
+        """The optimizer step. Moments that live on the host visit the device for it."""
+        if not self._config.offload_moments:
+            return self._apply(state, grads)
+        on_device = dataclasses.replace(state, opt_state=sharding.to_device(state.opt_state))
+        state, norm = self._apply(on_device, grads)
+        opt_state = sharding.to_host(state.opt_state, "learner.offload_moments")
+        return dataclasses.replace(state, opt_state=opt_state), norm
+
+    def _old_logprobs(self, params: model.Params, batches: list[list[Batch]]) -> list[list[jax.Array]]:
+        if self._config.old_logprobs == "sampler":
+            return [[batch.sampler_logp_BT for batch in part] for part in batches]
+        return [[self._score(params, batch) for batch in part] for part in batches]
+
+    def _reference_logprobs(self, batches: list[list[Batch]]) -> list[list[jax.Array | None]]:
+        """Ahead of all gradients, so that a reference that lives on the host is on the device only here."""
+        if self._reference is None:
+            return [[None] * len(part) for part in batches]
+        reference = sharding.to_device(self._reference) if self._config.offload_reference else self._reference
+        return [[self._score(reference, batch) for batch in part] for part in batches]
 
 
-@jax.jit
 def _zeros(params: model.Params) -> tuple[model.Params, objective.LossSums]:
-    """Where gradients and sums are added up: float32, laid out like the params."""
+    """The gradient and sums of no rows at all."""
     return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params), objective.LossSums(*jnp.zeros((6,)))
 
 
 def _accumulate(
     c: LearnerConfig,
-    total: tuple[model.Params, objective.LossSums],
+    total: tuple[model.Params, objective.LossSums] | None,
     params: model.Params,
-    reference: model.Params | None,
     batch: Batch,
     old_logp_BT: jax.Array,
+    ref_logp_BT: jax.Array | None,
 ) -> tuple[model.Params, objective.LossSums]:
-    ref_logp_BT = None if reference is None else score(c, reference, batch)[0]
+    """The total with this micro-batch's gradient. The first has none: a program of its own, without that memory."""
     (_, sums), grads = jax.value_and_grad(functools.partial(loss, c), has_aux=True)(
         params, batch, old_logp_BT, ref_logp_BT
     )
+    if total is None:
+        return grads, sums
     added = objective.LossSums(*(a + b for a, b in zip(total[1], sums, strict=True)))
     added = added._replace(gap_max=jnp.maximum(total[1].gap_max, sums.gap_max))
     return jax.tree.map(jnp.add, total[0], grads), added
@@ -264,13 +333,16 @@ def _apply(c: LearnerConfig, state: TrainState, grads: model.Params) -> tuple[Tr
     ), norm
 
 
-def _report(reports: list[tuple[objective.LossSums, jax.Array]], tokens: int) -> dict[str, float]:
-    """Means over sampled tokens; the loss and the gradient norm are means over optimizer steps."""
+def _report(reports: list[tuple[objective.LossSums, jax.Array]], made: list[list[Batch]]) -> dict[str, float]:
+    """Means over the sampled tokens in rows; the loss and the gradient norm are means over optimizer steps."""
     sums = jax.device_get([r[0] for r in reports])
     norms = np.array(jax.device_get([r[1] for r in reports]))
+    segments = [batch.segments_BT for part in made for batch in part]
+    sampled = [sum(int(np.count_nonzero(batch.weight_BT)) for batch in part) for part in made]
+    length, cells = sum(int(np.count_nonzero(x)) for x in segments), sum(x.size for x in segments)
 
     def per_token(name: str) -> float:
-        return float(sum(getattr(s, name) for s in sums) / max(tokens, 1))
+        return float(sum(getattr(s, name) for s in sums) / max(sum(sampled), 1))
 
     return {
         "loss": float(np.mean([s.loss for s in sums])),
@@ -278,4 +350,9 @@ def _report(reports: list[tuple[objective.LossSums, jax.Array]], tokens: int) ->
         "entropy": per_token("entropy"),
         "clip_fraction": per_token("clipped"),
         "grad_norm": float(norms.mean()),
+        # Of the first step alone: later ones see weights that have moved since sampling.
+        "logprob_gap": float(sums[0].gap) / max(sampled[0], 1),
+        "logprob_gap_max": float(sums[0].gap_max),
+        "packed": length / max(cells, 1),
+        "tokens": float(length),
     }

@@ -7,11 +7,13 @@ Anywhere else there are plain lines with the time in front, and progress at most
 import json
 import math
 import os
+import re
+import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -55,6 +57,24 @@ COLUMNS = (
     Column("KL", "update/both/kl", "6.4f", "yellow"),
     Column("tok/s", "play/tokens_per_second", "5", "blue"),
 )
+
+
+def peak_memory_gib() -> float:
+    """The most that was in use so far: on the fullest device of this host, or, on CPU, of this process.
+
+    A device tells its peak since the start, so the update's shows once it exceeds that of play. On Linux the process's
+    peak starts again with each call, and each phase has its own.
+    """
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if peaks := [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]:
+        return max(peaks) / 2**30
+    status = Path("/proc/self/status")
+    if not status.exists():  # macOS counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    kib = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
+    with suppress(OSError):  # a sandbox may refuse it; then the peak is the one since the start
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    return kib / 2**20
 
 
 class CompileCounter:

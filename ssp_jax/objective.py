@@ -4,7 +4,8 @@ Every loss is sum(weight * term) over tokens: what a mean is taken over (tokens,
 host, so packing and micro-batching cannot change it.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,30 +26,97 @@ class LossSums(NamedTuple):
 
 
 def token_logprobs(
-    hidden_BTD: jax.Array, weight_VD: jax.Array, targets_BT: jax.Array, temperature: float, chunk: int
+    hidden_BTD: jax.Array,
+    weight_VD: jax.Array,
+    targets_BT: jax.Array,
+    wanted_BT: jax.Array,
+    temperature: float,
+    chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs of the targets and entropies [B, T], float32, of the distribution at this temperature.
+    """log softmax(hidden W^T / temperature) at the targets, and entropies, [B, T] float32; 0 where not wanted.
 
-    Logits exist for `chunk` positions of a row at a time and are recomputed in the backward pass, so [B, T, V] never
-    exists. T must be a multiple of chunk.
+    Wanted positions of a row are moved to its front, and logits exist for `chunk` of them at a time, forward and again
+    backward: [B, T, V] never exists, and prompts, inserted results and padding cost nothing. T must be a multiple of
+    chunk. Entropies carry no gradient.
     """
-    B, T, D = hidden_BTD.shape
-    hidden_XBCD = jnp.moveaxis(hidden_BTD.reshape(B, T // chunk, chunk, D), 1, 0)
-    targets_XBC = jnp.moveaxis(targets_BT.reshape(B, T // chunk, chunk), 1, 0)
-    weight_VD = weight_VD.astype(hidden_BTD.dtype)
+    order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
+    targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
+    chunks = -(-wanted_BT.sum(1).max() // chunk)
+    front = _front_logprobs(temperature, chunk, hidden_BTD, weight_VD, targets_BT, order_BT, chunks)
+    inverse_BT = jnp.argsort(order_BT, axis=1)
+    back = (jnp.where(wanted_BT, jnp.take_along_axis(x_BT, inverse_BT, axis=1), 0.0) for x_BT in front)
+    logp_BT, entropy_BT = back
+    return logp_BT, jax.lax.stop_gradient(entropy_BT)
 
-    @jax.checkpoint
-    def one(carry: None, x: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        hidden_BCD, targets_BC = x
-        logits_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, weight_VD, preferred_element_type=jnp.float32) / temperature
-        total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+
+def _chunk_logits(hidden_BCD: jax.Array, weight_VD: jax.Array, temperature: float) -> jax.Array:
+    """float32. The vocabulary may be split over devices: nothing below gathers it."""
+    return jnp.einsum("bcd,vd->bcv", hidden_BCD, weight_VD, preferred_element_type=jnp.float32) / temperature
+
+
+def _hits(targets_BC: jax.Array, vocab: int) -> jax.Array:
+    """[B, C, V]: true at the target. A comparison stays on the device that holds its part of V, a gather would not."""
+    return targets_BC[..., None] == jnp.arange(vocab)[None, None]
+
+
+def _front_forward(
+    temperature: float, chunk: int, hidden_BTD: Any, weight_VD: Any, targets_BT: Any, order_BT: Any, chunks: Any
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    front_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1)
+    cast_VD = weight_VD.astype(hidden_BTD.dtype)
+
+    def one(i: jax.Array, filled: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        hidden_BCD, targets_BC = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1) for x in (front_BTD, targets_BT))
+        logits_BCV = _chunk_logits(hidden_BCD, cast_VD, temperature)
+        top_BC = logits_BCV.max(-1)
+        exp_BCV = jnp.exp(logits_BCV - top_BC[..., None])
+        sum_BC = exp_BCV.sum(-1)
+        total_BC = top_BC + jnp.log(sum_BC)
+        picked_BC = jnp.where(_hits(targets_BC, logits_BCV.shape[-1]), logits_BCV, 0.0).sum(-1)
+        entropy_BC = total_BC - (exp_BCV * logits_BCV).sum(-1) / sum_BC
+        new = (picked_BC - total_BC, entropy_BC, total_BC)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, i * chunk, 1) for x, y in zip(filled, new, strict=True))
+
+    zeros_BT = jnp.zeros(targets_BT.shape, jnp.float32)
+    logp_BT, entropy_BT, total_BT = jax.lax.fori_loop(0, chunks, one, (zeros_BT, zeros_BT, zeros_BT))
+    return (logp_BT, entropy_BT), (front_BTD, weight_VD, targets_BT, order_BT, chunks, total_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _front_logprobs(
+    temperature: float, chunk: int, hidden_BTD: Any, weight_VD: Any, targets_BT: Any, order_BT: Any, chunks: Any
+) -> tuple[jax.Array, jax.Array]:
+    """token_logprobs in the order of `order_BT`, for its first `chunks` chunks."""
+    return _front_forward(temperature, chunk, hidden_BTD, weight_VD, targets_BT, order_BT, chunks)[0]
+
+
+def _front_backward(temperature: float, chunk: int, kept: Any, slopes: Any) -> tuple[jax.Array | None, ...]:
+    """d log p_t / d logits = onehot(t) - p. The gradient of the weights is added up in float32."""
+    front_BTD, weight_VD, targets_BT, order_BT, chunks, total_BT = kept
+    cast_VD = weight_VD.astype(front_BTD.dtype)
+
+    def one(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        parts = (front_BTD, targets_BT, total_BT, slopes[0])
+        hidden_BCD, targets_BC, total_BC, slope_BC = (
+            jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1) for x in parts
+        )
+        logits_BCV = _chunk_logits(hidden_BCD, cast_VD, temperature)
         probs_BCV = jnp.exp(logits_BCV - total_BC[..., None])
-        entropy_BC = total_BC - (probs_BCV * logits_BCV).sum(-1)
-        return None, (picked_BC - total_BC, jax.lax.stop_gradient(entropy_BC))
+        hits_BCV = _hits(targets_BC, logits_BCV.shape[-1])
+        slope_BCV = jnp.where(hits_BCV, 1.0 - probs_BCV, -probs_BCV) * (slope_BC / temperature)[..., None]
+        slope_BCV = jax.lax.optimization_barrier(slope_BCV.astype(front_BTD.dtype))  # once, not inside two products
+        front_slope_BCD = jnp.einsum("bcv,vd->bcd", slope_BCV, cast_VD)
+        weight_slope_VD = jnp.einsum("bcv,bcd->vd", slope_BCV, hidden_BCD, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(sums[0], front_slope_BCD, i * chunk, 1), sums[1] + weight_slope_VD
 
-    _, (logprobs_XBC, entropy_XBC) = jax.lax.scan(one, None, (hidden_XBCD, targets_XBC))
-    return jnp.moveaxis(logprobs_XBC, 0, 1).reshape(B, T), jnp.moveaxis(entropy_XBC, 0, 1).reshape(B, T)
+    start = (jnp.zeros_like(front_BTD), jnp.zeros(weight_VD.shape, jnp.float32))
+    front_slope_BTD, weight_slope_VD = jax.lax.fori_loop(0, chunks, one, start)
+    inverse_BT = jnp.argsort(order_BT, axis=1)
+    hidden_slope_BTD = jnp.take_along_axis(front_slope_BTD, inverse_BT[..., None], axis=1)
+    return hidden_slope_BTD, weight_slope_VD.astype(weight_VD.dtype), None, None, None
+
+
+_front_logprobs.defvjp(_front_forward, _front_backward)
 
 
 def advantages(
@@ -56,10 +124,14 @@ def advantages(
 ) -> np.ndarray:
     """Reward minus its group's mean, over the group's standard deviation if asked.
 
-    One function for all estimators, because a group is data: GRPO groups by question [P eq.4], plain REINFORCE gives
-    each episode a group of its own [P eq.5], a batch baseline puts all into one group, hop-grouped by requested
-    searches (Dr. Zero). A group of one has mean 0 and standard deviation 1, so its advantage is its reward (verl's
-    rule). leave_one_out: the mean of the others (RLOO, arXiv 2402.14740). std uses ddof 1 and epsilon 1e-6 (verl).
+    One function for all estimators, because a group is data. With r_i the rewards of a group of G:
+      GRPO, groups by question    A_i = r_i - mean(r)                    [P eq.4], Dr. GRPO (arXiv 2503.20783)
+      GRPO with std               A_i = (r_i - mean(r)) / (std(r) + 1e-6)    arXiv 2402.03300; ddof 1, epsilon of verl
+      REINFORCE, groups of one    A_i = r_i                              [P eq.5]
+      RLOO, leave_one_out         A_i = r_i - mean of the others         arXiv 2402.14740
+      REINFORCE++, one group      GRPO with std over the whole batch     arXiv 2501.03262
+      HRPO, groups by searches    the same over all episodes of as many requested searches (Dr. Zero, 2601.07055)
+    A group of one has mean 0 and standard deviation 1, so its advantage is its reward (verl's rule).
     """
     rewards_E = np.asarray(rewards_E, np.float64)
     result_E = rewards_E.copy()
@@ -77,19 +149,29 @@ def advantages(
     return result_E.astype(np.float32)
 
 
-def sequence_weight(num_tokens_E: np.ndarray, aggregation: str) -> np.ndarray:
-    """The weight of each sampled token of an episode in the loss; all weights of a mini-batch sum to 1.
+def sequence_weight(num_tokens_E: np.ndarray, aggregation: str, constant: int) -> np.ndarray:
+    """The weight w of each sampled token of an episode in the loss sum_i sum_t w_i l_it, for E episodes of n_i tokens.
 
-    sequence_mean: mean over an episode's tokens, then over episodes [P eq.4]. token_mean: over all tokens (verl, DAPO).
+    sequence_mean   w_i = 1 / (E n_i)     mean over an episode's tokens, then over episodes [P eq.4]
+    token_mean      w_i = 1 / sum_j n_j   mean over all tokens (DAPO, arXiv 2503.14476; verl)
+    constant        w_i = 1 / (E C)       C is the longest response allowed, so a long wrong answer is not let off
+                                          lightly (Dr. GRPO, arXiv 2503.20783)
     """
     num_tokens_E = np.asarray(num_tokens_E, np.float64)
+    episodes = max(len(num_tokens_E), 1)
     if aggregation == "sequence_mean":
-        return 1.0 / (np.maximum(num_tokens_E, 1) * max(len(num_tokens_E), 1))
+        return 1.0 / (np.maximum(num_tokens_E, 1) * episodes)
+    if aggregation == "constant":
+        return np.full(len(num_tokens_E), 1.0 / (episodes * constant))
     return np.full(len(num_tokens_E), 1.0 / max(num_tokens_E.sum(), 1))
 
 
 def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: str) -> jax.Array:
-    """Per-token estimate of KL(policy || reference) (Schulman 2020): k1 unbiased, k2 low bias, k3 low variance."""
+    """Per-token estimate of KL(policy || reference), with d = log reference - log policy (Schulman 2020, joschu.net).
+
+    k1 = -d, unbiased; k2 = d^2 / 2, low bias; k3 = exp(d) - d - 1, low variance and never negative. As losses their
+    gradients differ: that of k1 has mean 0, that of k2 is the KL's own.
+    """
     delta = jnp.clip(ref_logp - logp, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     if kind == "k1":
         return -delta
@@ -113,10 +195,13 @@ def policy_loss(
     kl_type: str,
     importance_cap: float,
 ) -> LossSums:
-    """Clipped surrogate (PPO with clip-higher) plus KL to the reference, summed with weights; weight 0 is no token.
+    """Clipped surrogate (PPO, arXiv 1707.06347; clip-higher: DAPO, 2503.14476) plus KL to the reference.
 
-    loss = sum_t w_t * [ c_t * -min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t) + kl_coef * KL_t ] with r the ratio to
-    the old policy and c = min(old / sampler, cap) the truncated importance weight, 1 when old is the sampler's own.
+    loss = sum_t w_t * [ -c_t * min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t) + kl_coef * KL_t ]   [P eq.4, eq.5]
+    with r = exp(clamp(logp - old)) and c = min(exp(clamp(old - sampler)), cap), the truncated importance weight of what
+    was sampled by another program than `old` comes from (Ionides 2008, "Truncated Importance Sampling"; 1 when old is
+    the sampler's own).
+    The clamp is +-LOG_RATIO_BOUND. Where w is 0 there is no token, and whatever stands there adds nothing.
     """
     real_BT = weight_BT != 0
 

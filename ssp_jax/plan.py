@@ -115,8 +115,8 @@ def _moves(config: ConfigDict, model: ModelConfig, parts: int) -> Iterator[tuple
         yield "learner.logprob_chunk", c.logprob_chunk // 2
     if config.mesh.tensor * 2 <= model.num_kv_heads and model.num_kv_heads % (config.mesh.tensor * 2) == 0:
         yield "mesh.tensor", config.mesh.tensor * 2
-    if not config.model.remat:
-        yield "model.remat", True
+    if config.model.remat != "full":
+        yield "model.remat", "full"
 
 
 def _excess(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]) -> float | None:

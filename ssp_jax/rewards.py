@@ -149,6 +149,17 @@ def dr_zero(scores_QG: np.ndarray) -> np.ndarray:
     return np.where(solved_Q > 0, reward_Q, 0.0)
 
 
+def variance(scores_QG: np.ndarray) -> np.ndarray:
+    """exp(-(Var - 1/4)^2 / 0.02) of the solver's scores: 1 where half of them are right, the largest variance that
+    scores in [0, 1] can have, and 0.04 where all agree (SPICE, arXiv 2510.24684)."""
+    return np.exp(-np.square(scores_QG.var(axis=1) - 0.25) / 0.02)
+
+
+def r_zero(scores_QG: np.ndarray) -> np.ndarray:
+    """1 - 2 |s - 1/2|: falls evenly from half of the games won to both ends (R-Zero, arXiv 2508.05004)."""
+    return 1.0 - 2.0 * np.abs(scores_QG.mean(axis=1) - 0.5)
+
+
 def format_only(scores_QG: np.ndarray) -> np.ndarray:
     """Every verified question earns 1, however hard (reference: format_only)."""
     return np.ones(len(scores_QG))
@@ -159,5 +170,7 @@ PROPOSER_REWARDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "intermediate": intermediate,
     "azr": azr,
     "dr_zero": dr_zero,
+    "variance": variance,
+    "r_zero": r_zero,
     "format_only": format_only,
 }

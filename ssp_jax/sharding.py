@@ -28,6 +28,7 @@ PARAM_RULES = (
     (r"mlp/down/kernel", ("tensor", "fsdp")),  # F, D
     (r"norm/scale", (None,)),
 )
+HOST = "pinned_host"  # JAX's name of page-locked host memory
 ROWS = P(("data", "fsdp"))  # packed rows and slots: one part per device that does not share its rows
 
 
@@ -79,6 +80,36 @@ def sampler_copy(config: model.ModelConfig, mesh: Mesh, dtype: Any) -> Callable[
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
+
+
+def to_host(tree: Any, key: str) -> Any:
+    """The arrays in the host memory of their devices, each part where it was; `key` is who asks for it."""
+    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    if HOST not in kinds:
+        raise InputError(
+            f"config key {key} is True; expected False, for {jax.default_backend()} has no {HOST} memory in this JAX"
+        )
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST), tree))
+
+
+def settle(tree: Any, like: Any) -> Any:
+    """Arrays where they are, scalars on all devices of `like`; from now on a program that takes them compiles once.
+
+    (Of arrays that nobody placed JAX compiles one program, and another of those that come out of that.)
+    """
+    place = jax.tree.leaves(like)[0].sharding
+    everywhere = NamedSharding(place.mesh, P()) if isinstance(place, NamedSharding) else place
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding if x.ndim else everywhere, tree))
+
+
+def device_layout(tree: Any) -> Any:
+    """Shardings of the arrays in device memory, wherever they are now."""
+    kind = jax.devices()[0].default_memory().kind
+    return jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree)
+
+
+def to_device(tree: Any) -> Any:
+    return jax.device_put(tree, device_layout(tree))
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:

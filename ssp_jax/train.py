@@ -24,7 +24,7 @@ from ssp_jax.config import check_values
 from ssp_jax.data import InputError, Task
 from ssp_jax.engine import Sizes, Stats
 from ssp_jax.evaluate import Result, evaluate
-from ssp_jax.metrics import CompileCounter, Logger
+from ssp_jax.metrics import CompileCounter, Logger, peak_memory_gib
 from ssp_jax.remote import RemoteRetriever
 from ssp_jax.retriever import Search, open_retriever
 from ssp_jax.sampler import Truncation
@@ -134,6 +134,7 @@ def make_learner_config(config: ConfigDict, model_config: model.ModelConfig) -> 
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         temperature=config.sampling.temperature,
+        response_tokens=config.limits.response_tokens,
         **{name: value for name, value in config.learner.items() if name in names},
     )
 
@@ -193,8 +194,8 @@ class _Run:
         rows = sharding.rows_sharding(self._mesh)
         cast = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p), out_shardings=shardings)
         reference = cast(initial) if c.kl_coef else None
-        self._learner = learner.Learner(c, reference, lambda batch: jax.device_put(batch, rows))
         self._state = learner.init_state(c, initial)
+        self._learner = learner.Learner(c, self._state, reference, lambda batch: jax.device_put(batch, rows))
         self._memory, self._seconds = Memory(), 0.0
         if self.step:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
@@ -224,11 +225,13 @@ class _Run:
             params = self._to_sampler(self._state.params)
             progress = functools.partial(_show_play, phase, stop)
             round_, memory = self._game.play(self.step, tasks, self._memory, params, key, progress)
-            del params
+            del params  # the sampler's copy: the update has its room
         with self.logger.phase("updating"):
             played = time.monotonic()
-            metrics = round_.metrics | self._update(round_)
+            metrics = round_.metrics | {"memory/play_gib": peak_memory_gib()}
+            metrics |= self._update(round_)
             seconds = time.monotonic() - played
+            metrics["memory/update_gib"] = peak_memory_gib()
             metrics["update/seconds"] = seconds
             metrics["update/tokens_per_second"] = metrics.get("update/tokens", 0.0) / seconds
         self._memory, self.step = memory, self.step + 1

@@ -24,6 +24,34 @@ def test_packed_equals_plain_attention_per_segment():
         np.testing.assert_allclose(got[b, jnp.array(places)], expected[0], atol=1e-5)
 
 
+def test_blocks_change_neither_values_nor_gradients(monkeypatch):
+    """Against softmax over all scores at once; the last block is a short one."""
+    q, k, v = random_qkv()
+    segments = jnp.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+    slope = jnp.sin(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
+
+    def plain(q, k, v):
+        mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tri(T, dtype=bool)[None]
+        return (slope * jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])).sum()
+
+    expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(q, k, v)
+    for size in (4, 128):
+        monkeypatch.setattr(attention, "_MIN_BLOCK", size)
+        assert len(attention.spans(T)) == (2 if size == 4 else 1)
+        got = jax.value_and_grad(lambda *qkv: (slope * attention.packed(*qkv, segments)).sum(), argnums=(0, 1, 2))(
+            q, k, v
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), got, expected)
+
+
+def test_a_long_row_never_has_all_its_scores_at_once():
+    q, k, v = (jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.bfloat16) for _ in range(3))
+    segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    slope = jax.grad(lambda q, k, v, s: attention.packed(q, k, v, s).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    text = jax.jit(slope).lower(q, k, v, segments).as_text()
+    assert "x256x4096xf32>" in text and "4096x4096" not in text
+
+
 def test_packed_has_no_gradient_across_segments_or_from_the_future():
     q, k, v = random_qkv()
     segments = jnp.array([[1, 1, 1, 2, 2, 2]] * B)

@@ -1,6 +1,9 @@
 """Learner: packing, micro-batching and sharding never change the update; broken updates are skipped."""
 
 import dataclasses
+import functools
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ MODEL = model.ModelConfig(61, 2, 32, 4, 2, 8, 48, qkv_bias=True)
 BASE = learner.LearnerConfig(
     model=MODEL,
     dtype=jnp.float32,
-    remat=True,
+    remat="full",
     temperature=1.0,
     learning_rate=1e-2,
     warmup_steps=1,
@@ -62,11 +65,15 @@ EPISODES = make_episodes([5, 9, 20, 7, 11, 6, 32, 8])
 ADVANTAGES = np.linspace(-1, 1, 8).astype(np.float32)
 
 
+ACCUMULATE = jax.jit(learner._accumulate, static_argnums=0)
+
+
 def gradient(c, episodes=EPISODES, advantages=ADVANTAGES):
     """Loss and gradient of one mini-batch, as the update sees them: summed over its micro-batches."""
     total = learner._zeros(PARAMS)
     for batch in learner.make_batches(c, episodes, advantages):
-        total = jax.jit(learner._accumulate, static_argnums=0)(c, total, PARAMS, PARAMS, batch, batch.sampler_logp_BT)
+        reference = learner.score(c, PARAMS, batch)[0] if c.kl_coef else None
+        total = ACCUMULATE(c, total, PARAMS, batch, batch.sampler_logp_BT, reference)
     return total
 
 
@@ -74,7 +81,7 @@ def close(a, b, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), a, b)
 
 
-@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
 @pytest.mark.parametrize("changes", [{"rows": 1}, {"rows": 2, "row_tokens": 48}, {"row_tokens": 128, "rows": 1}])
 def test_packing_and_micro_batches_do_not_change_loss_and_gradient(aggregation, changes):
     base = dataclasses.replace(BASE, aggregation=aggregation)
@@ -144,7 +151,8 @@ def test_an_episode_longer_than_a_row_is_an_input_error():
 
 def make_learner(c, params=PARAMS, put=lambda batch: batch):
     reference = params if c.kl_coef else None
-    return learner.Learner(c, reference, put), learner.init_state(c, jax.tree.map(jnp.copy, params))
+    state = learner.init_state(c, jax.tree.map(jnp.copy, params))
+    return learner.Learner(c, state, reference, put), state
 
 
 def update(c, state=None, episodes=EPISODES, advantages=ADVANTAGES, seed=0):
@@ -152,20 +160,100 @@ def update(c, state=None, episodes=EPISODES, advantages=ADVANTAGES, seed=0):
     return one.update(fresh if state is None else state, episodes, advantages, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
+@functools.cache
+def single_device():
+    return update(BASE)
+
+
+@pytest.mark.parametrize("axes", [x for x in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(x) == 8])
 def test_sharded_update_equals_single_device(axes):
-    expected, _ = update(BASE)
+    """Every factorisation of 8; heads and vocabulary that do not divide stay whole."""
+    expected, reported = single_device()
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))
     params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh))
     rows = sharding.rows_sharding(mesh)
     one, state = make_learner(BASE, params, lambda batch: jax.device_put(batch, rows))
-    state, _ = one.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
+    state, report = one.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
     close(expected.params, jax.device_get(state.params), atol=1e-4)
+    assert report == pytest.approx(reported, rel=1e-3, abs=1e-5)
+    laid_out = sharding.param_shardings(PARAMS, mesh)
+    adam = state.opt_state[1][0]
+    for tree in (state.params, adam.mu, adam.nu):
+        jax.tree.map(lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)), tree, laid_out)
+
+
+def test_a_split_vocabulary_is_not_gathered():
+    """Over `tensor` each device keeps the logits of its own part of the vocabulary, forward and backward."""
+    config = dataclasses.replace(MODEL, vocab_size=64)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    params = model.abstract_params(config)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, sharding.param_shardings(params, mesh)
+    )
+    (batch,) = learner.make_batches(BASE, EPISODES, ADVANTAGES)
+    rows = sharding.rows_sharding(mesh)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
+    c = dataclasses.replace(BASE, model=config)
+    slope = jax.grad(lambda p, b: (learner.score(c, p, b)[0] * b.weight_BT).sum())
+    text = jax.jit(slope).lower(placed, batch).compile().as_text()
+    assert "f32[2,16,32]" in text  # 8 rows over 4, chunk of 16, 64 words over 2
+    assert not re.search(r"f32\[\d+,16,64\]", text)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_dropping_what_has_no_advantage_changes_rows_and_nothing_else(aggregation):
+    c = dataclasses.replace(BASE, kl_coef=0.0, aggregation=aggregation, mini_batches=2)
+    advantages = np.array([0, 0, 0, 0, 1, -1, 0, 0.5], np.float32)
+    (expected, full), (state, report) = (
+        update(dataclasses.replace(c, drop_no_advantage=drop), advantages=advantages) for drop in (False, True)
+    )
+    close(expected.params, state.params, atol=1e-4)
+    assert report["tokens"] == sum(len(EPISODES[i].tokens) for i in (4, 5, 7)) < full["tokens"]
+    assert report["loss"] == pytest.approx(full["loss"], rel=1e-5)
+    nothing, report = update(dataclasses.replace(c, drop_no_advantage=True), advantages=np.zeros(8, np.float32))
+    assert int(nothing.updates) == 2 and report["tokens"] == 0 == report["grad_norm"]
+
+
+def rates(**changes):
+    rate = learner.learning_rate(dataclasses.replace(BASE, learning_rate=1.0, warmup_steps=4, **changes))
+    return [round(float(rate(step)), 4) for step in (0, 2, 4, 9, 14, 99)]
+
+
+def test_schedules_by_hand():
+    """4 steps from 1/4 to 1; then 10 steps down to 0.2: the middle of both ways is 0.6."""
+    assert rates() == [0.25, 0.625, 1.0, 1.0, 1.0, 1.0]
+    down = dict(decay_steps=10, final_rate=0.2)
+    assert rates(schedule="linear", **down) == rates(schedule="cosine", **down) == [0.25, 0.625, 1.0, 0.6, 0.2, 0.2]
+    quarter = [
+        float(learner.learning_rate(dataclasses.replace(BASE, learning_rate=1.0, schedule=s, **down))(1 + 2.5))
+        for s in ("linear", "cosine")
+    ]
+    np.testing.assert_allclose(quarter, [0.8, 0.2 + 0.8 * (1 + np.cos(np.pi / 4)) / 2], rtol=1e-5)
+
+
+def test_momentum_in_bfloat16_keeps_the_second_moment_in_float32():
+    state, _ = update(dataclasses.replace(BASE, momentum_dtype="bfloat16"))
+    adam = state.opt_state[1][0]
+    assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+    expected, _ = single_device()
+    close(expected.params, state.params, atol=1e-3)
+
+
+def test_offloaded_moments_and_reference_change_nothing_but_where_they_are():
+    c = dataclasses.replace(BASE, offload_moments=True, offload_reference=True)
+    state, report = update(c)
+    expected, reported = single_device()
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
+    assert report == reported
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state)}
+    assert kinds == {sharding.HOST} and jax.tree.leaves(state.params)[0].sharding.memory_kind != sharding.HOST
 
 
 def test_compiles_do_not_grow_with_content():
     one, state = make_learner(BASE)
     rng = np.random.default_rng(0)
+    one.warm_up(state.params)
     state, _ = one.update(state, EPISODES, ADVANTAGES, rng)
     counter = CompileCounter()
     for lengths in ([4], [32] * 20, [5, 6, 7] * 9):

@@ -112,34 +112,97 @@ def test_leave_one_out_is_reward_minus_mean_of_the_others():
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "expected"), [("sequence_mean", [1 / 4, 1 / 8]), ("token_mean", [1 / 6, 1 / 6])]
+    ("aggregation", "expected", "total"),
+    [
+        ("sequence_mean", [1 / 4, 1 / 8], 1.0),
+        ("token_mean", [1 / 6, 1 / 6], 1.0),
+        ("constant", [1 / 20, 1 / 20], 0.3),  # 2 episodes of at most 10 tokens, 6 of 20 taken
+    ],
 )
-def test_sequence_weights_by_hand_and_sum_to_one(aggregation, expected):
+def test_sequence_weights_by_hand(aggregation, expected, total):
     lengths = np.array([2, 4])
-    weight = objective.sequence_weight(lengths, aggregation)
+    weight = objective.sequence_weight(lengths, aggregation, 10)
     np.testing.assert_allclose(weight, expected)
-    assert (weight * lengths).sum() == pytest.approx(1.0)
+    assert (weight * lengths).sum() == pytest.approx(total)
 
 
-@pytest.mark.parametrize("chunk", [2, 4, 8])
+HIDDEN, WEIGHT = jax.random.normal(jax.random.key(0), (2, 8, 5)), jax.random.normal(jax.random.key(1), (11, 5))
+TARGETS = jax.random.randint(jax.random.key(2), (2, 8), 0, 11)
+ALL = jnp.ones((2, 8), bool)
+
+
+def plain(hidden, weight, temperature):
+    return jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, weight) / temperature)
+
+
+@pytest.mark.parametrize("chunk", [2, 8])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_equal_plain_log_softmax(chunk, temperature):
-    keys = jax.random.split(jax.random.key(0), 3)
-    hidden, weight = jax.random.normal(keys[0], (2, 8, 5)), jax.random.normal(keys[1], (11, 5))
-    targets = jax.random.randint(keys[2], (2, 8), 0, 11)
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
+def test_token_logprobs_equal_plain_log_softmax_where_wanted(chunk, temperature, share):
+    """Values and gradients; what is not wanted is 0 and gets no gradient, also from a slope that is not 0."""
+    wanted = jnp.asarray(np.random.default_rng(0).random((2, 8)) < share)
+    slope = jnp.linspace(-1, 2, 16).reshape(2, 8)
 
     def chunked(hidden, weight):
-        return objective.token_logprobs(hidden, weight, targets, temperature, chunk)[0].sum()
+        logp = objective.token_logprobs(hidden, weight, TARGETS, wanted, temperature, chunk)[0]
+        return (slope * logp).sum(), logp
 
-    def plain(hidden, weight):
-        logp = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, weight) / temperature)
-        return jnp.take_along_axis(logp, targets[..., None], -1).sum()
+    def expected(hidden, weight):
+        logp = jnp.take_along_axis(plain(hidden, weight, temperature), TARGETS[..., None], -1)[..., 0] * wanted
+        return (slope * logp).sum(), logp
 
-    got, expected = (jax.value_and_grad(f, argnums=(0, 1))(hidden, weight) for f in (chunked, plain))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+    got, want = (jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(HIDDEN, WEIGHT) for f in (chunked, expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_gradient_of_a_float32_weight_is_not_rounded_to_the_compute_dtype():
+    def total(weight):
+        return objective.token_logprobs(HIDDEN.astype(jnp.bfloat16), weight, TARGETS, ALL, 1.0, 2)[0].sum()
+
+    slope = jax.grad(total)(WEIGHT)
+    assert slope.dtype == jnp.float32 and (slope != slope.astype(jnp.bfloat16)).any()
+
+
+def test_entropy_equals_plain_and_has_no_gradient():
+    def entropy(hidden):
+        return objective.token_logprobs(hidden, WEIGHT, TARGETS, ALL, 0.7, 4)[1]
+
+    logp = plain(HIDDEN, WEIGHT, 0.7)
+    np.testing.assert_allclose(entropy(HIDDEN), -(jnp.exp(logp) * logp).sum(-1), rtol=1e-4)
+    assert not jax.grad(lambda x: entropy(x).sum())(HIDDEN).any()
+
+
+def test_no_array_of_all_logits_exists():
+    def total(hidden, weight):
+        return objective.token_logprobs(hidden, weight, TARGETS, ALL, 1.0, 2)[0].sum()
+
+    text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(HIDDEN, WEIGHT).as_text()
+    assert "tensor<2x2x11xf32>" in text and "2x8x11x" not in text and "4x2x2x11x" not in text
 
 
 def test_entropy_by_hand():
     hidden, weight = jnp.ones((1, 2, 1)), jnp.log(jnp.array([[0.5], [0.25], [0.25]]))
-    _, entropy = objective.token_logprobs(hidden, weight, jnp.zeros((1, 2), jnp.int32), 1.0, 2)
+    _, entropy = objective.token_logprobs(hidden, weight, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), 1.0, 2)
     np.testing.assert_allclose(entropy, 1.5 * np.log(2), rtol=1e-6)
+
+
+def test_reinforce_by_hand():
+    """-1/2 sum_i 1/n_i sum_t A_i log p_it: two episodes of 1 and 2 tokens, rewards 1 and 0.5, on policy."""
+    advantages = objective.advantages(np.array([1.0, 0.5]), np.arange(2))
+    weights = objective.sequence_weight(np.array([1, 2]), "sequence_mean", 1)
+    logp = jnp.array([[-1.0, -2.0, -3.0]])
+
+    def total(logp_BT):
+        return objective.policy_loss(
+            logp_BT,
+            jnp.zeros_like(logp),
+            old_logp_BT=logp,
+            sampler_logp_BT=logp,
+            ref_logp_BT=None,
+            advantage_BT=jnp.asarray(advantages[np.array([[0, 1, 1]])]),
+            weight_BT=jnp.asarray(weights[np.array([[0, 1, 1]])], jnp.float32),
+            **SETTINGS,
+        ).loss
+
+    np.testing.assert_allclose(total(logp), -(1 / 2) * (1.0 + 0.5), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(total)(logp), [[-0.5, -0.125, -0.125]], rtol=1e-6)

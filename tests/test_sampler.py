@@ -88,7 +88,7 @@ def test_recorded_logprobs_equal_the_trainers(temperature):
         tokens = jnp.array([prompt + new + [0] * (16 - len(prompt) - n)])
         ones = jnp.ones_like(tokens)
         batch = learner.Batch(tokens, jnp.roll(tokens, -1, 1), jnp.arange(16)[None], ones, ones, ones, ones)
-        values = dict(model=CONFIG, dtype=jnp.float32, remat=False, temperature=temperature, logprob_chunk=8)
+        values = dict(model=CONFIG, dtype=jnp.float32, remat="none", temperature=temperature, logprob_chunk=8)
         settings = types.SimpleNamespace(**values)
         logp = learner.score(settings, PARAMS, batch)[0][0, len(prompt) - 1 : len(prompt) - 1 + n]
         np.testing.assert_allclose(chunk.logprobs_CB[:n, slot], logp, atol=1e-5)

@@ -1,7 +1,9 @@
 """Sharding: the mesh from the config, and the table that says what is split."""
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssp_jax import model, sharding
@@ -58,3 +60,19 @@ def test_mesh_sizes(axes, shape):
 def test_impossible_meshes_are_input_errors(axes):
     with pytest.raises(InputError, match="config section mesh"):
         sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))
+
+
+def test_arrays_go_to_the_host_and_back():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    x = jax.device_put(np.arange(16.0).reshape(8, 2), NamedSharding(mesh, P("fsdp", "tensor")))
+    host = sharding.to_host({"x": x}, "learner.offload_moments")["x"]
+    assert host.sharding.memory_kind == sharding.HOST and host.sharding.spec == x.sharding.spec
+    back = sharding.to_device({"x": host})["x"]
+    assert back.sharding == x.sharding
+    np.testing.assert_array_equal(back, x)
+
+
+def test_a_backend_without_host_memory_is_told(monkeypatch):
+    monkeypatch.setattr(sharding, "HOST", "attic")
+    with pytest.raises(InputError, match="key learner.offload_moments is True; expected False, for cpu has no attic"):
+        sharding.to_host(np.zeros(2), "learner.offload_moments")

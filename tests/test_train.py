@@ -54,7 +54,7 @@ def steps_of(workdir):
 
 def rows_of(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    timing = ("seconds", "time", "per_second", "compiles")
+    timing = ("seconds", "time", "per_second", "compiles", "_gib")
     rows = [json.loads(line) for line in lines]
     return [{k: v for k, v in row.items() if not k.endswith(timing)} for row in rows]
 

@@ -146,7 +146,7 @@ def settings(rows: int, row_tokens: int) -> learner.LearnerConfig:
     return learner.LearnerConfig(
         model=CONFIG,
         dtype=jnp.float32,
-        remat=True,
+        remat="full",
         temperature=1.0,
         learning_rate=LEARNING_RATE,
         warmup_steps=0,

@@ -1,0 +1,370 @@
+"""One GRPO update, ours beside Tunix's GRPO learner and a PyTorch loop; and what packing is worth at real lengths.
+
+    python benchmarks/update.py --out=runs/bench_update [--shapes=1m,15m,0.5b] [--contenders=ssp_jax,tunix,torch]
+
+Runs on whatever JAX (and PyTorch) find, float32 on CPU and bfloat16 compute elsewhere, each contender and shape in a
+process of its own, so that peak memory is its own. The peers get virtual environments with pinned versions under --out;
+Tunix needs Python 3.12 and is left out, with a line that says so, where there is none. Compare within one run only.
+
+The update: a batch of episodes of 128 prompt and 384 sampled tokens (8; 1 for 0.5b and 1.5b), on-policy clipped
+surrogate without KL, no reference model, AdamW and clipping by the global norm. Tokens a second count all tokens. Then,
+with log-normal lengths (mean 400, at most 2,048), ours packed against ours with one episode a row.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT, RESPONSE = 128, 384
+CLIP_LOW, CLIP_HIGH, RATE = 0.2, 0.28, 1e-6
+PEERS = {
+    "tunix": ("python3.12", ["google-tunix==0.1.7", "jax==0.12.0.1"]),
+    "torch": (sys.executable, ["torch==2.13.0", "transformers==5.23.0", "numpy"]),
+}
+# Highest bfloat16 rate of a chip, dense, FLOP/s, from the makers' data sheets; by the start of JAX's device_kind.
+PEAKS = {
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A Qwen2 with tied embeddings."""
+
+    vocab: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head: int
+    mlp: int
+    batch: int
+    remat: str  # ours; the peers keep everything, as they do by default
+
+    @property
+    def params(self) -> int:
+        attention = self.width * self.head * (2 * self.heads + 2 * self.kv_heads)
+        return self.vocab * self.width + self.layers * (attention + 3 * self.width * self.mlp)
+
+    def flops(self, tokens: int, length: int) -> float:
+        """Forward and backward, causal attention counted once, nothing for what is computed again."""
+        return tokens * 6.0 * (self.params + self.layers * self.heads * self.head * length)
+
+
+SHAPES = {
+    "1m": Shape(2048, 4, 128, 4, 2, 32, 384, 8, "none"),
+    "15m": Shape(8192, 8, 384, 6, 2, 64, 1024, 8, "none"),
+    "0.5b": Shape(151936, 24, 896, 14, 2, 64, 4864, 1, "attention"),  # Qwen2.5-0.5B
+    "1.5b": Shape(151936, 28, 1536, 12, 2, 128, 8960, 1, "attention"),  # Qwen2.5-1.5B
+}
+
+
+def timed(step: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` steps after two that compile and warm up; step() returns when its work is done."""
+    seconds = []
+    for _ in range(2 + repeats):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
+
+
+def peak_gib(device_peak: int | None) -> float:
+    import resource
+
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (device_peak or of_process) / 2**30
+
+
+def jax_device() -> tuple[str, int | None]:
+    import jax
+
+    stats = jax.devices()[0].memory_stats()
+    return jax.devices()[0].device_kind, stats and stats["peak_bytes_in_use"]
+
+
+@dataclasses.dataclass
+class Played:
+    """An episode as the learner takes it."""
+
+    tokens: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
+
+
+def episodes(shape: Shape, lengths: list[int], prompt: int) -> list[Played]:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    return [
+        Played(rng.integers(0, shape.vocab, n).tolist(), [i >= prompt for i in range(n)], [0.0] * n) for n in lengths
+    ]
+
+
+def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
+    """Learner and train state. No old log-probs are computed: the sampler's serve, as in the default config."""
+    import jax
+    import jax.numpy as jnp
+
+    from ssp_jax import learner, model
+
+    config = model.ModelConfig(
+        shape.vocab, shape.layers, shape.width, shape.heads, shape.kv_heads, shape.head, shape.mlp,
+        tie_embeddings=True, qkv_bias=True,
+    )  # fmt: skip
+    c = learner.LearnerConfig(
+        model=config,
+        dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
+        remat=shape.remat,
+        temperature=1.0,
+        learning_rate=RATE,
+        warmup_steps=0,
+        adam_b1=0.9,
+        adam_b2=0.999,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        mini_batches=1,
+        row_tokens=row_tokens,
+        rows=rows,
+        logprob_chunk=64 if row_tokens % 64 == 0 else row_tokens,
+        clip_low=CLIP_LOW,
+        clip_high=CLIP_HIGH,
+        kl_coef=0.0,
+        kl_type="k3",
+        aggregation="token_mean",
+        old_logprobs="sampler",
+        importance_cap=2.0,
+    )
+    state = learner.init_state(c, jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0)))
+    return learner.Learner(c, state, None, jax.device_put), state
+
+
+def our_seconds(shape: Shape, played: list[Played], rows: int, row_tokens: int, repeats: int) -> list[float]:
+    import jax
+    import numpy as np
+
+    learner, state = our_learner(shape, rows, row_tokens)
+    states, advantages = [state], np.linspace(-1, 1, len(played) + 1)[1:].astype(np.float32)
+    del state
+
+    def step() -> None:
+        new, _ = learner.update(states.pop(), played, advantages, np.random.default_rng(0))
+        states.append(jax.block_until_ready(new))
+
+    return timed(step, repeats)
+
+
+def run_ssp_jax(shape: Shape, repeats: int) -> dict[str, Any]:
+    played = episodes(shape, [PROMPT + RESPONSE] * shape.batch, PROMPT)
+    seconds = our_seconds(shape, played, shape.batch, PROMPT + RESPONSE, repeats)
+    kind, peak = jax_device()
+    return {"seconds": seconds, "peak_gib": peak_gib(peak), "device": kind}
+
+
+def run_tunix(shape: Shape, repeats: int) -> dict[str, Any]:
+    """The train step that its GRPO learner compiles, on a batch as that learner makes it."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from flax import nnx
+    from tunix.models.qwen2 import model as qwen2
+    from tunix.rl import algo_core, trainer
+    from tunix.rl.grpo import grpo_learner
+    from tunix.sft import peft_trainer
+
+    config = qwen2.ModelConfig(
+        num_layers=shape.layers, vocab_size=shape.vocab, embed_dim=shape.width, hidden_dim=shape.mlp,
+        num_heads=shape.heads, head_dim=shape.head, num_kv_heads=shape.kv_heads, rope_theta=10000, norm_eps=1e-6,
+        use_tied_embedding=True, dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
+    )  # fmt: skip
+    algorithm = grpo_learner.GRPOConfig(beta=0.0, epsilon=CLIP_LOW, loss_agg_mode="token-mean")
+    algorithm.epsilon_high, algorithm.temperature = CLIP_HIGH, 1.0
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE, weight_decay=0.01))
+    settings = peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=10**9)
+    one = trainer.Trainer(qwen2.Qwen2(config, rngs=nnx.Rngs(0)), optimizer, settings, dict)
+    one.with_loss_fn(lambda m, train_example: algo_core.grpo_loss_fn(m, train_example, algorithm, 0, 1), has_aux=True)
+    one.with_gen_model_input_fn(lambda example: {"train_example": example})
+    rng = np.random.default_rng(0)
+
+    def tokens(length: int) -> jax.Array:
+        return jnp.asarray(rng.integers(2, shape.vocab, (shape.batch, length)))  # 0 is padding, 1 the end
+
+    example = grpo_learner.TrainExample(
+        prompt_ids=tokens(PROMPT),
+        prompt_mask=jnp.ones((shape.batch, PROMPT), bool),
+        completion_ids=tokens(RESPONSE),
+        completion_mask=jnp.ones((shape.batch, RESPONSE), bool),
+        ref_per_token_logps=None,
+        advantages=jnp.linspace(-1, 1, shape.batch + 1)[1:],
+        old_per_token_logps=None,
+    )
+    step = one.jit_train_and_eval_step(cache_nnx_graph=True)[0]
+    seconds = timed(lambda: jax.block_until_ready((step(example), nnx.state(one.model))), repeats)
+    kind, peak = jax_device()
+    return {"seconds": seconds, "peak_gib": peak_gib(peak), "device": kind}
+
+
+def run_torch(shape: Shape, repeats: int) -> dict[str, Any]:
+    """A plain loop over a Hugging Face model, float32 weights, autocast to bfloat16 on a GPU."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    config = Qwen2Config(
+        vocab_size=shape.vocab, num_hidden_layers=shape.layers, hidden_size=shape.width,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, intermediate_size=shape.mlp,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).float().to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    tokens = torch.randint(0, shape.vocab, (shape.batch, PROMPT + RESPONSE), device=device)
+    advantage = torch.linspace(-1, 1, shape.batch + 1, device=device)[1:, None]
+
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+            logits = model(input_ids=tokens, logits_to_keep=RESPONSE + 1, use_cache=False).logits[:, :-1]
+        targets = tokens[:, PROMPT:, None]
+        logp = torch.gather(logits.float().log_softmax(-1), -1, targets)[..., 0]
+        ratio = torch.exp(logp - logp.detach())
+        clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+        loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()  # waits for the GPU
+
+    seconds = timed(step, repeats)
+    peak = torch.cuda.max_memory_allocated() if gpu else None
+    name = torch.cuda.get_device_name() if gpu else "cpu"
+    return {"seconds": seconds, "peak_gib": peak_gib(peak), "device": name}
+
+
+def run_packing(shape: Shape, repeats: int) -> dict[str, Any]:
+    """32 episodes in rows of 2,048 tokens: first-fit-decreasing, and one to a row; the same learner does both."""
+    import numpy as np
+
+    row_tokens, mean, rows = 2048, 400, 2
+    drawn = np.random.default_rng(0).lognormal(np.log(mean) - 0.5 * 0.7**2, 0.7, 32)
+    played = episodes(shape, np.clip(drawn, 32, row_tokens).astype(int).tolist(), 16)
+    padded = [Played(e.tokens + [0] * (row_tokens - len(e.tokens)), e.sampled, e.logprobs) for e in played]
+    for e in padded:
+        e.sampled = e.sampled + [False] * (row_tokens - len(e.sampled))
+        e.logprobs = e.logprobs + [0.0] * (row_tokens - len(e.logprobs))
+    useful, result = sum(len(e.tokens) for e in played), {}
+    for name, batch in (("packed", played), ("padded", padded)):
+        seconds = statistics.median(our_seconds(shape, batch, rows, row_tokens, repeats))
+        result[name] = {"useful_tokens_per_second": useful / seconds}
+    from ssp_jax import learner
+
+    cells = -(-len(learner.pack([len(e.tokens) for e in played], row_tokens)) // rows) * rows * row_tokens
+    result["packed"]["useful_share"] = useful / cells
+    result["padded"]["useful_share"] = useful / (len(padded) * row_tokens)
+    return result
+
+
+WORKERS = {"ssp_jax": run_ssp_jax, "tunix": run_tunix, "torch": run_torch, "packing": run_packing}
+
+
+def environment(contender: str, out: Path) -> str | None:
+    """The interpreter of a contender, installed on first use; None, with a line why, where it cannot be."""
+    if contender not in PEERS:
+        return sys.executable
+    name, packages = PEERS[contender]
+    versions = Path.home() / ".pyenv" / "versions"
+    found = next((str(p) for p in sorted(versions.glob("3.12*/bin/python3.12"))), None) if "3.12" in name else None
+    base = found or shutil.which(name)
+    if base is None:
+        print(f"{contender} is left out: it needs {name}, which is not on PATH", flush=True)
+        return None
+    python, stamp = out / "venvs" / contender / "bin" / "python", out / "venvs" / contender / "installed"
+    if not stamp.exists() or stamp.read_text() != " ".join(packages):
+        print(f"installing {' '.join(packages)}", flush=True)
+        subprocess.run([base, "-m", "venv", "--clear", str(out / "venvs" / contender)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+        stamp.write_text(" ".join(packages))
+    return str(python)
+
+
+def measure(contender: str, shape: str, repeats: int, out: Path) -> dict[str, Any] | None:
+    """What the worker process prints last; None if it fails, and its error is shown."""
+    python = environment(contender, out)
+    if python is None:
+        return None
+    command = [python, __file__, f"--worker={contender}", f"--shapes={shape}", f"--repeats={repeats}"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    if done.returncode:
+        print(f"{contender} {shape} failed:\n{done.stderr[-2000:]}", flush=True)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarize(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    shape, seconds = SHAPES[name], statistics.median(result["seconds"])
+    tokens = shape.batch * (PROMPT + RESPONSE)
+    rate = shape.flops(tokens, PROMPT + RESPONSE) / seconds
+    peak = next((p for kind, p in PEAKS.items() if result["device"].startswith(kind)), None)
+    return result | {"tokens_per_second": tokens / seconds, "gflops": rate / 1e9, "mfu": peak and rate / peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--shapes", default="1m,15m,0.5b")
+    parser.add_argument("--contenders", default="ssp_jax,tunix,torch,packing")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(WORKERS[args.worker](SHAPES[args.shapes], args.repeats)))
+        return
+    if args.out is None:
+        parser.error("--out is missing: a folder for the results and the peers' environments")
+    out, results = args.out.resolve(), {}
+    out.mkdir(parents=True, exist_ok=True)
+    for shape in args.shapes.split(","):
+        for contender in args.contenders.split(","):
+            if result := measure(contender, shape, args.repeats, out):
+                results[f"{shape} {contender}"] = result if contender == "packing" else summarize(shape, result)
+    (out / "update.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    show(results)
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    print("| shape and contender | tokens/s | GFLOP/s | MFU | peak GiB |\n|---|---|---|---|---|")
+    packed = []
+    for name, r in results.items():
+        if name.endswith("packing"):
+            packed.append((name, r))
+            continue
+        mfu = f"{r['mfu']:.1%}" if r["mfu"] else "-"
+        print(f"| {name} | {r['tokens_per_second']:,.0f} | {r['gflops']:,.1f} | {mfu} | {r['peak_gib']:.2f} |")
+    if packed:
+        print("\n| log-normal lengths | useful tokens/s | useful share of rows |\n|---|---|---|")
+    for name, result in packed:
+        for kind, r in result.items():
+            rate, share = r["useful_tokens_per_second"], r["useful_share"]
+            print(f"| {name.removesuffix(' packing')} {kind} | {rate:,.0f} | {share:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
