@@ -127,7 +127,10 @@ def load_tokenizer(folder: str | Path) -> Any:
     if eos is not None and eos not in vocabulary and all(token["content"] != eos for token in declared):
         raise InputError(f'{found.place("tokenizer.json")} lacks the token "{eos}", its eos_token, which ends a text')
     rows = _number(found.place("config.json"), found.read_json("config.json"), "vocab_size")
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    never_fed = {tokenizer.pad_token} - {eos}
+    token, last = max(
+        ((t, i) for t, i in tokenizer.get_vocab().items() if t not in never_fed), key=lambda item: item[1]
+    )
     if last >= rows:
         raise InputError(f'{found.place("tokenizer.json")}: token "{token}" has id {last}; the model has {rows} rows')
     return tokenizer
