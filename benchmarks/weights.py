@@ -3,9 +3,9 @@
     python benchmarks/weights.py --folder=FOLDER [--repeats=5] [--torch_python=PYTHON]
 
 Each load is a process of its own, in turns, with the files in the system's cache. Seconds are wall time and the
-processor time of all threads, for the load call, until every page of the weights has been touched: transformers only maps the file, and
-reads it at the first use. Memory is resident memory of the whole process. Without --torch_python an environment with
-PyTorch for CPUs and transformers is made in .venv-torch.
+processor time of all threads, for the load call, until every page of the weights has been touched: transformers only
+maps the file, and reads it at the first use. Memory is resident memory of the whole process. Without --torch_python an
+environment with PyTorch for CPUs and transformers is made in .venv-torch.
 """
 
 import argparse
