@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -150,8 +151,9 @@ def test_dtype_that_we_cannot_read(folder):
     bad_weights(folder, f'model.safetensors: tensor "{NORM}" has dtype I8; expected F32, F16, BF16')
 
 
-def test_half_precision_is_read(folder):
-    x = np.linspace(-2, 2, 64).astype(np.float16)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_read(folder, dtype):
+    x = np.linspace(-2, 2, 64).astype(dtype)
     edit_tensors(folder, **{NORM: x})
     np.testing.assert_array_equal(load(folder)["layers"]["attention_norm"]["scale"][1], x.astype(np.float32))
 
