@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import data, episodes, learner, model, prompts, sharding, weights
+from ssp_jax import data, episodes, export, learner, model, prompts, sharding, weights
 from ssp_jax.checkpoint import Checkpoints, check_workdir
 from ssp_jax.config import check_values
 from ssp_jax.data import InputError, Task
@@ -310,7 +310,7 @@ class _Run:
         if self._config.checkpoint.export:
             with self.logger.phase("exporting"):
                 folder = self._workdir / "export"
-                weights.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
+                export.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
         (self._workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         if len(summary["eval"]) == 2 and self._inputs.eval_sets:
             before, after = summary["eval"]["before"], summary["eval"]["after"]

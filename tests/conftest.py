@@ -1,6 +1,7 @@
 """Before JAX is loaded: 8 fake devices on the CPU, here and in the processes that tests start. Strict JAX."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,3 +34,9 @@ def run_main(tmp_path: Path) -> RunMain:
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
     return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the tied model of the goldens, which a test may damage."""
+    return Path(shutil.copytree(ROOT / "tests/goldens/qwen2", tmp_path / "model"))

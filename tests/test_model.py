@@ -7,28 +7,68 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssp_jax import attention, model, weights
+from ssp_jax import attention, model, sampler, weights
+from ssp_jax.stops import build_automaton
 
 GOLDENS = Path(__file__).parent / "goldens"
 
 
-@pytest.mark.parametrize("prompt", ["short", "long"])
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3"])
-def test_logits_equal_huggingface(name, prompt):
+NAMES = ["qwen2", "qwen3", "llama3", "qwen2_untied", "llama3_tied"]
+
+
+def golden(name):
+    """config, params and the reference's numbers."""
     config = weights.read_config(GOLDENS / name)
-    params = weights.load(GOLDENS / name, config, None, jnp.float32)
-    with np.load(GOLDENS / f"{name}.npz") as golden:
-        tokens_BT, expected_TV = golden[f"{prompt}_tokens"][None], golden[f"{prompt}_logits"]
-    positions_BT = np.arange(tokens_BT.shape[1])[None]
-    hidden_BTD = model.forward(
+    with np.load(GOLDENS / f"{name}.npz") as numbers:
+        return config, weights.load(GOLDENS / name, config, None, jnp.float32), dict(numbers)
+
+
+@pytest.mark.parametrize("prompt", ["short", "long"])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_huggingface(name, prompt):
+    config, params, numbers = golden(name)
+    got_BTV = full_logits(config, params, jnp.asarray(numbers[f"{prompt}_tokens"])[None])
+    np.testing.assert_allclose(got_BTV[0], numbers[f"{prompt}_logits"], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_right_padding_and_packing_give_huggingfaces_logits(name):
+    """Row 0: the short prompt, then padding; row 1: the short one packed before the beginning of the long one."""
+    config, params, numbers = golden(name)
+    short, long = numbers["short_tokens"], numbers["long_tokens"]
+    n, m = len(short), len(long) - len(short)
+    rows = np.stack([np.pad(short, (0, m)), np.concatenate([short, long[:m]])])
+    segments = np.array([[1] * n + [0] * m, [1] * n + [2] * m])
+    positions = np.array([[*range(n), *[0] * m], [*range(n), *range(m)]])
+    got_BTV = full_logits(config, params, rows, jnp.asarray(segments), jnp.asarray(positions))
+    np.testing.assert_allclose(got_BTV[0, :n], numbers["padded_logits"], atol=2e-4)
+    np.testing.assert_allclose(got_BTV[1, :n], numbers["short_logits"], atol=2e-4)
+    np.testing.assert_allclose(got_BTV[1, n:], numbers["long_logits"][:m], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_untied", "llama3_tied"])  # all features once: it compiles for long
+def test_cached_decoding_gives_huggingfaces_tokens(name):
+    """Through the sampler, greedily: a prompt, then one token after the other."""
+    config, params, numbers = golden(name)
+    prompt, expected = numbers["short_tokens"], numbers["greedy_tokens"]
+    params = model.unstack(params, jnp.float32)
+    no_stop = build_automaton(["</s>"], [b""] * config.vocab_size, config.vocab_size)
+    start = [np.array([x], np.int32) for x in (0, len(prompt) - 1, prompt[-1], 100, 0, 0)]
+    options = dict(cache_len=48, dtype=jnp.float32)
+    state = sampler.extend(
         config,
         params,
-        tokens_BT,
-        positions_BT,
-        lambda q, k, v: (attention.packed(q, k, v, jnp.ones(tokens_BT.shape, jnp.int32)), None),
-        dtype=jnp.float32,
+        sampler.init_state(config, 1, 48, jnp.float32),
+        sampler.Starts(*start, np.zeros((1,), np.float32)),
+        prompt[None, :-1],
+        np.array([len(prompt) - 1], np.int32),
+        **options,
     )
-    np.testing.assert_allclose(model.logits(params, hidden_BTD[0]), expected_TV, atol=2e-4)
+    table, found = jnp.asarray(no_stop.table_SV), jnp.asarray(no_stop.stop_S)
+    key, end = jax.random.key(0), (config.vocab_size,)  # a token that never comes
+    _, chunk = sampler.decode_chunk(config, params, state, table, found, key, eos=end, steps=len(expected), **options)
+    np.testing.assert_array_equal(chunk.tokens_CB[:, 0], expected)
+    np.testing.assert_allclose(chunk.logprobs_CB[:, 0], numbers["greedy_logprobs"], atol=2e-4)
 
 
 def random_model(**changes):

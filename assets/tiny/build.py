@@ -26,7 +26,7 @@ from assets.tiny import script, warm_start, worlds
 from assets.tiny.facts import real_world
 from assets.tiny.script import Goal
 from assets.tiny.worlds import Country, Passage, Question, World
-from ssp_jax import weights
+from ssp_jax import export
 from ssp_jax.prompts import format_documents
 from ssp_jax.rewards import normalize_answer
 
@@ -224,7 +224,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     report(data, tokenizer)
     (out / "model" / "config.json").write_text(json.dumps(warm_start.hf_config(), indent=2) + "\n")
-    weights.save(warm_start.warm_start(tokenizer, SEED), warm_start.CONFIG, out / "model", out / "model")
+    export.save(warm_start.warm_start(tokenizer, SEED), warm_start.CONFIG, out / "model", out / "model")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""Seconds and peak memory of loading a Hugging Face folder in bfloat16: ssp_jax beside transformers.
+
+    python benchmarks/weights.py --folder=FOLDER [--repeats=5] [--torch_python=PYTHON]
+
+Each load is a process of its own, in turns, with the files in the system's cache. Seconds are wall time and the
+processor time of all threads, for the load call, until every page of the weights has been touched: transformers only
+maps the file, and reads it at the first use. Memory is resident memory of the whole process. Without --torch_python an
+environment with PyTorch for CPUs and transformers is made in .venv-torch.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = ("torch==2.13.0", "transformers==5.23.0")
+MIB = 2**20
+
+
+def load_ssp_jax(folder: str) -> dict[str, float]:
+    """All of it on one device."""
+    sys.path.insert(0, str(ROOT))
+    import jax
+    import jax.numpy as jnp
+
+    from ssp_jax import weights
+
+    jax.devices()
+    before, clock = peak(), Clock()
+    params = jax.block_until_ready(weights.load(folder, weights.read_config(folder), None, jnp.bfloat16))
+    return clock.read() | {"before": before, "size": sum(x.nbytes for x in jax.tree.leaves(params)) / MIB}
+
+
+def load_transformers(folder: str) -> dict[str, float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    before, clock = peak(), Clock()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for x in model.parameters():
+        x.detach().view(torch.int16).view(-1)[::2048].sum()  # a value of each page of 4 KiB
+    return clock.read() | {"before": before, "size": sum(x.nbytes for x in model.parameters()) / MIB}
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"wall": time.perf_counter() - self._wall, "cpu": time.process_time() - self._cpu}
+
+
+def peak() -> float:
+    """The most memory that this process has had so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+LOADERS = {"ssp_jax": load_ssp_jax, "transformers": load_transformers}
+
+
+def torch_python() -> str:
+    """An environment of the benchmark's own: transformers loads models only where PyTorch is."""
+    python = ROOT / ".venv-torch" / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *TORCH], check=True)
+    return str(python)
+
+
+def measure(python: str, loader: str, folder: Path) -> dict[str, float]:
+    command = [python, __file__, f"--folder={folder}", f"--loader={loader}"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--torch_python", help="a Python with torch and transformers")
+    parser.add_argument("--loader", choices=LOADERS, help="load once in this process, print one line of JSON")
+    args = parser.parse_args()
+    if args.loader:
+        figures = LOADERS[args.loader](str(args.folder))
+        print(json.dumps(figures | {"peak": peak()}))
+        return
+    pythons = {"ssp_jax": sys.executable, "transformers": args.torch_python or torch_python()}
+    for file in args.folder.glob("*.safetensors"):
+        with file.open("rb") as stream:  # into the system's cache; in pieces, for a child starts with its parent's peak
+            while stream.read(2**24):
+                pass
+    runs = [{name: measure(pythons[name], name, args.folder) for name in LOADERS} for _ in range(args.repeats)]
+    columns = ["wall seconds: median", "least", "most", "processor seconds", "weights MiB", "before MiB", "peak MiB"]
+    print(f"| loader | {' | '.join(columns)} | peak / weights |\n|{'---|' * 9}")
+    for loader in LOADERS:
+        values = {key: [run[loader][key] for run in runs] for key in runs[0][loader]}
+        cpu, size, before, most = (statistics.median(values[key]) for key in ("cpu", "size", "before", "peak"))
+        wall = [statistics.median(values["wall"]), min(values["wall"]), max(values["wall"])]
+        seconds = " | ".join(f"{x:.2f}" for x in (*wall, cpu))
+        print(f"| {loader} | {seconds} | {size:.0f} | {before:.0f} | {most:.0f} | {most / size:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Model folders (on this machine, in a bucket, on the Hugging Face hub) and the safetensors files in them.
+
+The file format (8-byte header length, JSON header, raw tensors) is read and written here, without the safetensors
+package: so a process can take just its own part of a tensor, from a disk or from a bucket, and cut it along any axis.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import mmap
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ssp_jax.data import InputError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+Bounds = tuple[int, int]  # first, and one past the last
+_SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # all that a model has beside its weights
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A model folder: its small files are always local, its weights may lie in a bucket."""
+
+    name: str  # as the user gave it
+    path: Path  # local
+    bucket: Any = None  # the fsspec file system that has the weights, None when they are in `path`
+    prefix: str = ""  # of the weights' names in the bucket
+    names: frozenset[str] = frozenset()  # of the files in the bucket
+
+    def place(self, file: str) -> str:
+        """How messages name a file."""
+        return f"{self.name.rstrip('/')}/{file}"
+
+    def read_json(self, file: str) -> dict[str, Any]:
+        path, place = self.path / file, self.place(file)
+        if not path.is_file():
+            raise InputError(f"{place} does not exist; expected a Hugging Face folder with {file}")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{place} is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{place} expected a JSON object, found {type(values).__name__}")
+        return values
+
+    def has(self, file: str) -> bool:
+        return (self.path / file).is_file() or file in self.names
+
+    def open(self, file: str) -> "_LocalFile | _BucketFile":
+        if not self.has(file):
+            raise InputError(f"{self.place(file)} does not exist; it should hold model weights")
+        if self.bucket is not None:
+            return _BucketFile(self.place(file), self.bucket, f"{self.prefix}/{file}")
+        return _LocalFile(self.place(file), self.path / file)
+
+
+def find(folder: str | Path) -> Folder:
+    """The folder of a local path, of a URL that fsspec knows (gs://, s3://, ...) or of a hub name (Qwen/Qwen2.5-7B)."""
+    name = str(folder)
+    if "://" in name:
+        return _in_bucket(name)
+    if Path(folder).is_dir():
+        return Folder(name, Path(folder))
+    if _HUB_NAME.fullmatch(name):
+        return Folder(name, _from_hub(name))
+    raise InputError(f"model folder {name} does not exist; expected a local folder, a URL such as gs://… or a hub name")
+
+
+@functools.cache  # small files are fetched once per process
+def _in_bucket(url: str) -> Folder:
+    import fsspec  # slow to import, and only needed here
+
+    try:
+        bucket, prefix = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # the protocol's package is missing, or nobody knows the protocol
+        raise InputError(f"model folder {url} cannot be reached: {error}") from None
+    path = Path(tempfile.mkdtemp(prefix="ssp_jax_model_"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    try:
+        files = {Path(entry["name"]).name: entry["name"] for entry in bucket.ls(prefix, detail=True)}
+        for name in files:
+            if name.endswith(_SMALL_FILES):
+                bucket.get_file(files[name], str(path / name))
+    except FileNotFoundError:
+        raise InputError(f"model folder {url} does not exist") from None
+    except OSError as error:
+        raise InputError(f"model folder {url} cannot be read: {error}") from None
+    return Folder(url, path, bucket, prefix.rstrip("/"), frozenset(files))
+
+
+@functools.cache
+def _from_hub(name: str) -> Path:
+    """The hub's local copy of a model, downloaded by those who have a network and no copy yet."""
+    from huggingface_hub import snapshot_download  # only needed here
+
+    wanted = ["*.safetensors", *(f"*{suffix}" for suffix in _SMALL_FILES)]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except OSError as error:  # all errors of the hub and of the network
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"model {name} is neither a local folder nor to be had from the Hugging Face hub ({reason})"
+        ) from None
+
+
+# --- reading ---
+
+
+class _LocalFile:
+    """A mapped file: only the pages that somebody looks at are read, and each is given back as soon as it is copied.
+
+    Without giving them back they would count as memory of this process, which would then hold the model twice.
+    """
+
+    chunk = 2**22  # bytes that one thread handles at a time: few calls, and little memory beside the arrays
+
+    def __init__(self, place: str, path: Path) -> None:
+        self.place, self.size = place, path.stat().st_size
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        self._bytes = np.frombuffer(self._map or b"", np.uint8)
+
+    @contextlib.contextmanager
+    def read(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """Bytes, to be used inside the `with` only."""
+        yield self._bytes[begin:end]
+        if self._map is not None and end > begin:
+            page = begin - begin % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, page, end - page)
+
+
+class _BucketFile:
+    """A file that is read by ranges. A range is contiguous: what lies between the columns of a cut is read as well."""
+
+    chunk = 2**24  # a request takes tens of milliseconds, whatever it brings
+
+    def __init__(self, place: str, bucket: Any, path: str) -> None:
+        self.place, self._bucket, self._path = place, bucket, path
+        self.size = int(bucket.size(path))
+
+    @contextlib.contextmanager
+    def read(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        yield np.frombuffer(self._bucket.cat_file(self._path, begin, end), np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file. Nothing of it is read before `read`."""
+
+    file: _LocalFile | _BucketFile
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int  # byte in the file
+
+    @property
+    def place(self) -> str:
+        return f'{self.file.place}: tensor "{self.name}"'
+
+    def read(self, shape: Sequence[int], box: Sequence[Bounds]) -> np.ndarray:
+        """A copy of one box of the tensor, which is seen in `shape` (its own, or axes split further)."""
+        row = math.prod(shape[1:]) * self.dtype.itemsize
+        columns = tuple(slice(*bounds) for bounds in box[1:])
+        with self.file.read(self.begin + box[0][0] * row, self.begin + box[0][1] * row) as raw:
+            rows = raw.view(f"u{self.dtype.itemsize}").reshape(-1, *shape[1:])
+            return rows[(slice(None), *columns)].copy().view(self.dtype)
+
+
+def open_tensors(folder: Folder) -> dict[str, Tensor]:
+    """All tensors of a folder: from its single file, or from the files that the index names."""
+    if folder.has(SINGLE_FILE):  # before an index, as transformers has it
+        return _open_file(folder, SINGLE_FILE)
+    if not folder.has(INDEX_FILE):
+        raise InputError(f"{folder.name} has no model weights; expected {SINGLE_FILE} or {INDEX_FILE}")
+    index = folder.place(INDEX_FILE)
+    weight_map = folder.read_json(INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f'{index}: key "weight_map" is missing or does not give a file name for each tensor')
+    files = sorted(set(weight_map.values()))
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(files, pool.map(functools.partial(_open_file, folder), files), strict=True))
+    for name, file in weight_map.items():
+        if name not in found[file]:
+            raise InputError(f'{folder.place(file)}: tensor "{name}" is missing, though {INDEX_FILE} says it is there')
+    return {name: found[file][name] for name, file in weight_map.items()}
+
+
+def _open_file(folder: Folder, name: str) -> dict[str, Tensor]:
+    file = folder.open(name)
+    with file.read(0, min(8, file.size)) as raw:
+        start = 8 + int.from_bytes(raw.tobytes(), "little")
+    if file.size < 8 or start > file.size:
+        raise InputError(f"{file.place} is truncated or not a safetensors file: it has {file.size} bytes")
+    try:
+        with file.read(8, start) as raw:
+            header = json.loads(raw.tobytes())
+    except ValueError:
+        raise InputError(f"{file.place} is not a safetensors file: its header is not valid JSON") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{file.place} is not a safetensors file: its header is not a JSON object")
+    return {key: _open_tensor(file, start, key, entry) for key, entry in header.items() if key != "__metadata__"}
+
+
+def _open_tensor(file: Any, start: int, name: str, entry: Any) -> Tensor:
+    place = f'{file.place}: tensor "{name}"'
+    try:
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{place} has no dtype, shape and data_offsets in the header") from None
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise InputError(f"{place} has shape {shape} and offsets {[begin, end]}; expected natural numbers")
+    if kind not in DTYPES:
+        raise InputError(f"{place} has dtype {kind}; expected {', '.join(DTYPES)}")
+    if start + end > file.size:
+        raise InputError(f"{place} ends at byte {start + end}, but the file is truncated: it has {file.size}")
+    if math.prod(shape) * DTYPES[kind].itemsize != end - begin:
+        raise InputError(f"{place} of shape {shape} has {end - begin} bytes")
+    return Tensor(file, name, DTYPES[kind], shape, start + begin)
+
+
+# --- writing ---
+
+Plan = dict[str, tuple[int, dict[str, tuple[int, ...]]]]  # file -> process that writes it, shapes of its tensors
+
+
+def plan_files(owners: dict[str, int], shapes: dict[str, tuple[int, ...]], dtype: np.dtype, max_bytes: int) -> Plan:
+    """Files of at most `max_bytes` (a larger tensor has its own), each with tensors of one process."""
+    files: list[tuple[int, dict[str, tuple[int, ...]]]] = []
+    for process in sorted(set(owners.values())):
+        filled = max_bytes
+        for tensor, shape in shapes.items():
+            if owners[tensor] == process:
+                size = math.prod(shape) * dtype.itemsize
+                if filled + size > max_bytes:
+                    files.append((process, {}))
+                    filled = 0
+                files[-1][1][tensor] = shape
+                filled += size
+    if len(files) == 1:
+        return {SINGLE_FILE: files[0]}
+    return {f"model-{number:05d}-of-{len(files):05d}.safetensors": file for number, file in enumerate(files, 1)}
+
+
+def write_file(path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterator[np.ndarray], tag: str) -> None:
+    """One safetensors file with the next arrays; tag is their dtype, a key of DTYPES."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    end = 0
+    for tensor, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * DTYPES[tag].itemsize
+        header[tensor] = {"dtype": tag, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for aligned tensors
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _ in shapes:
+            file.write(next(arrays).view(np.uint8).data)

@@ -1,0 +1,43 @@
+"""What tests of model folders share: damaging a copy, loading it, comparing to the bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from ssp_jax import weights
+
+GOLDENS = Path(__file__).parent / "goldens"
+NAMES = ["qwen2", "qwen3", "llama3", "qwen2_untied", "llama3_tied"]
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    """Sets keys of config.json; the value `...` removes one."""
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+    return folder
+
+
+def edit_tensors(folder: Path, **changes: Any) -> Path:
+    """Sets tensors of model.safetensors by Hugging Face's own library; None removes one."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors") | changes
+    safetensors.numpy.save_file(
+        {name: x for name, x in tensors.items() if x is not None}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return folder
+
+
+def load(folder: Path, dtype: Any = jnp.float32) -> Any:
+    return weights.load(folder, weights.read_config(folder), None, dtype)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Same tree, dtypes and bits."""
+    leaves_a, leaves_b = jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b)
+    for (path_a, x), (path_b, y) in zip(leaves_a, leaves_b, strict=True):
+        assert path_a == path_b and x.dtype == y.dtype and x.shape == y.shape
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
