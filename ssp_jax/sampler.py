@@ -263,8 +263,8 @@ def _stored(view: cache.View, state: SamplerState, buffers: Any, count_B: jax.Ar
 class Stops:
     """The stop automaton on the device."""
 
-    table_AV: jax.Array
-    found_A: jax.Array
+    table_AV: Any  # NumPy or JAX arrays
+    found_A: Any
 
 
 @functools.partial(

@@ -76,8 +76,9 @@ def train(config: ConfigDict, workdir: str) -> None:
 
 def keep_compiled(workdir: str) -> None:
     """A run that is resumed finds its programs in the workdir; a folder of the user's own choice stays."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
+    options: Any = jax.config  # which makes its attributes at import, unseen by a type checker
+    if options.jax_compilation_cache_dir is None:
+        options.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
 
 
 def _read(config: ConfigDict, workdir: str) -> Inputs:
