@@ -58,6 +58,7 @@ def test_no_row_ever_has_two_owners(data):
         assert [layout.ends[n] for n in has] == memory.room_B.tolist()
     for slot in range(4):
         memory.release(slot)
+    for slot in range(4):
         assert memory.fits(slot, 16)
         memory.grow(slot, 16)
         assert memory.room_B[slot] == 16
