@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssp_jax import attention, model, sampler, weights
+from ssp_jax import attention, cache, model, sampler, weights
 from ssp_jax.stops import build_automaton
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -54,19 +54,21 @@ def test_cached_decoding_gives_huggingfaces_tokens(name):
     params = model.unstack(params, jnp.float32)
     no_stop = build_automaton(["</s>"], [b""] * config.vocab_size, config.vocab_size)
     start = [np.array([x], np.int32) for x in (0, len(prompt) - 1, prompt[-1], 100, 0, 0)]
-    options = dict(cache_len=48, dtype=jnp.float32)
+    rows = np.zeros((0, 1), np.int32)  # the cache is one piece: no row of a later one
     state = sampler.extend(
         config,
         params,
-        sampler.init_state(config, 1, 48, jnp.float32),
+        sampler.new_state(config, cache.full_layout((48,), 1), jnp.float32),
+        rows,
         sampler.Starts(*start, np.zeros((1,), np.float32)),
         prompt[None, :-1],
         np.array([len(prompt) - 1], np.int32),
-        **options,
+        depth=1,
+        dtype=jnp.float32,
     )
-    table, found = jnp.asarray(no_stop.table_SV), jnp.asarray(no_stop.stop_S)
-    key, end = jax.random.key(0), (config.vocab_size,)  # a token that never comes
-    _, chunk = sampler.decode_chunk(config, params, state, table, found, key, eos=end, steps=len(expected), **options)
+    stops, room = sampler.Stops(no_stop.table_SV, no_stop.stop_S), np.array([48], np.int32)
+    key, options = jax.random.key(0), dict(eos=(config.vocab_size,), depth=1, dtype=jnp.float32)  # eos never comes
+    _, chunk = sampler.decode_chunk(config, params, state, rows, room, stops, key, steps=len(expected), **options)
     np.testing.assert_array_equal(chunk.tokens_CB[:, 0], expected)
     np.testing.assert_allclose(chunk.logprobs_CB[:, 0], numbers["greedy_logprobs"], atol=2e-4)
 
