@@ -125,8 +125,8 @@ def extend(
 
     def attend(layer: cache.Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, cache.Cache]:
         own = attention.part(q, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), causal_NTT)
-        parts = [own, *view.attend_some(q, layer, starts.slot_N, before_N)]
-        return attention.merged(parts).astype(dtype), view.write(layer, k, v, starts.slot_N, write_NT)
+        o_NTNH = attention.merged([own, *view.attend_some(q, layer, starts.slot_N, before_N)]).astype(dtype)
+        return o_NTNH, view.write(layer, k, v, starts.slot_N, _after(o_NTNH, write_NT))
 
     _, caches = model.forward_cached(config, params, tokens_NT, positions_NT, attend, state.caches, dtype=dtype)
     return _pinned(_begin(dataclasses.replace(state, caches=caches), starts), shardings)
@@ -146,6 +146,12 @@ def share(
     view = cache.View(state.layout, rows_JB, depth)
     caches = tuple(view.copy(layer, source_N, starts.slot_N) for layer in state.caches)
     return _pinned(_begin(dataclasses.replace(state, caches=caches), starts), shardings)
+
+
+def _after(read: jax.Array, index: jax.Array) -> jax.Array:
+    """index, made to wait for `read`: a write that may come before a read of the same cache costs a copy of it."""
+    zero = jnp.minimum(jnp.isnan(read.ravel()[0]).astype(index.dtype), 0)  # an optimization_barrier is not enough
+    return index + zero
 
 
 @dataclasses.dataclass(frozen=True)
