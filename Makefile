@@ -1,4 +1,4 @@
-# make demo    the main job on this machine: play, train, evaluate; about 5 minutes on 2 cores
+# make demo    the main job on this machine: play, train, evaluate; about 4 minutes on 2 cores
 # make test    lint, types, tests
 # make lint    lint and types only
 # PYTHON=python3.12 takes another interpreter, with a virtual environment of its own; ARGS=--config.seed=1 goes to demo.

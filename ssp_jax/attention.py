@@ -66,16 +66,16 @@ def _block_backward(
     q: jax.Array, k: jax.Array, v: jax.Array, visible_BST: jax.Array, do: jax.Array, delta: jax.Array, total: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq in v's dtype, dk and dv in float32. Keys come first in scores: so no product needs a transposed [S, T]."""
-    scale, float32 = q.shape[-1] ** -0.5, {"preferred_element_type": jnp.float32}
-    scores = jnp.einsum("bksh,bkrth->bksrt", k, q, **float32) * scale
+    scale, product = q.shape[-1] ** -0.5, functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("bksh,bkrth->bksrt", k, q) * scale
     scores = jnp.where(visible_BST[:, None, :, None], scores, NEG_INF)
     weights = jnp.exp(scores - total[:, :, None])
-    slope = weights * (jnp.einsum("bksh,bkrth->bksrt", v, do, **float32) - delta[:, :, None]) * scale
+    slope = weights * (product("bksh,bkrth->bksrt", v, do) - delta[:, :, None]) * scale
     # What is used by two products is made once, and not inside each of them.
     weights, slope = jax.lax.optimization_barrier((weights.astype(q.dtype), slope.astype(q.dtype)))
     dq_BKHRT = jnp.einsum("bkhs,bksrt->bkhrt", jnp.swapaxes(k, 2, 3), slope)
-    dk = jnp.einsum("bksrt,bkrth->bksh", slope, q, **float32)
-    dv = jnp.einsum("bksrt,bkrth->bksh", weights, do, **float32)
+    dk = product("bksrt,bkrth->bksh", slope, q)
+    dv = product("bksrt,bkrth->bksh", weights, do)
     return jnp.moveaxis(dq_BKHRT, 2, 4), dk, dv
 
 
