@@ -62,7 +62,8 @@ class Setup:
 
     @property
     def learner(self) -> learner.LearnerConfig:
-        return train.make_learner_config(self.config, self.model)
+        c = train.make_learner_config(self.config, self.model)
+        return dataclasses.replace(c, rows_sharding=sharding.rows_sharding(self.mesh))
 
     @property
     def dtype(self) -> Any:
@@ -101,7 +102,9 @@ def train_state(setup: Setup) -> learner.TrainState:
     abstract = _abstract_params(setup.model)
     params = place(abstract, sharding.param_shardings(abstract, setup.mesh))
     # What the optimizer does not read is made equal, so that a search over it traces once.
-    c = dataclasses.replace(setup.learner, rows=0, row_tokens=0, logprob_chunk=0, kl_coef=0.0, remat="none")
+    c = dataclasses.replace(
+        setup.learner, rows=0, row_tokens=0, logprob_chunk=0, kl_coef=0.0, remat="none", rows_sharding=None
+    )
     whole = NamedSharding(setup.mesh, P())
     number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     opt_state = optax.tree.map_params(

@@ -88,6 +88,7 @@ class LearnerConfig:
     momentum_dtype: str = "float32"
     offload_moments: bool = False
     offload_reference: bool = False
+    rows_sharding: jax.sharding.NamedSharding | None = None  # how rows are split over devices, None for one device
 
 
 def learning_rate(c: LearnerConfig) -> optax.Schedule:
@@ -189,8 +190,11 @@ def score(c: LearnerConfig, params: model.Params, batch: Batch) -> tuple[jax.Arr
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
         return attention.packed(q, k, v, batch.segments_BT), None
 
+    def place(x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if c.rows_sharding is None else jax.lax.with_sharding_constraint(x_BTD, c.rows_sharding)
+
     hidden_BTD = model.forward(
-        c.model, params, batch.tokens_BT, batch.positions_BT, attend, dtype=c.dtype, remat=c.remat
+        c.model, params, batch.tokens_BT, batch.positions_BT, attend, dtype=c.dtype, remat=c.remat, place=place
     )
     weight_VD = model.head_weight(params)
     wanted_BT = batch.weight_BT != 0

@@ -257,18 +257,20 @@ def forward(
     *,
     dtype: Any,
     remat: str = "none",
+    place: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD,
 ) -> jax.Array:
     """Hidden states [B, T, D] before the head, from stacked params, by a scan over layers (training and scoring).
 
-    remat: a key of REMAT.
+    remat: a key of REMAT. place: says how hidden states are split over devices; left alone, XLA may split D as the
+    weights are, and then sends activations of all rows to all devices instead of one layer's weights.
     """
     rope = rotary(config, positions_BT)
 
     def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        return _run_block(config, weights, x_BTD, rope, attend)[0], None
+        return place(_run_block(config, weights, x_BTD, rope, attend)[0]), None
 
     step = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
-    x_BTD, _ = jax.lax.scan(step, embed(params, tokens_BT, dtype), params["layers"])
+    x_BTD, _ = jax.lax.scan(step, place(embed(params, tokens_BT, dtype)), params["layers"])
     return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps)
 
 

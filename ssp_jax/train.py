@@ -193,6 +193,7 @@ class _Run:
         shardings = sharding.param_shardings(abstract, self._mesh)
         initial = weights.load(self._config.model.path, config, shardings, jnp.float32)
         rows = sharding.rows_sharding(self._mesh)
+        c = dataclasses.replace(c, rows_sharding=rows)
         cast = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p), out_shardings=shardings)
         reference = cast(initial) if c.kl_coef else None
         self._state = learner.init_state(c, initial)
