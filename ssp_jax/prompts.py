@@ -120,13 +120,13 @@ _SOLVED = (
     ("answer", _ANSWER),
 )
 _PROPOSED = (
-    ("think", "The answer is a river of the Alps. I look for a city that it flows through."),
-    ("search", "Alpine city on a river"),
+    ("think", "The answer must be Salzach. I look for what is known about it."),
+    ("search", "Salzach"),
     _MOZART,
-    ("think", "Salzburg, where Mozart was born. What is he known for?"),
+    ("think", "Salzach is the river of Salzburg, where Mozart was born. What leads to Mozart?"),
     ("search", "opera composed by Mozart"),
     _OPERA,
-    ("think", "The chain goes from The Magic Flute to Mozart, to Salzburg, to the river."),
+    ("think", "The Magic Flute leads to Mozart, Mozart to Salzburg, and the river of Salzburg is Salzach."),
     ("question", _QUESTION),
 )
 _VERIFIED = (
