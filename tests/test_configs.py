@@ -145,7 +145,7 @@ def test_the_cpu_command_of_vital_is_a_valid_one() -> None:
     command = text[text.rindex("    python -m ssp_jax.main") :].replace("\\\n", " ").split("\n")[0]
     config, _ = parse(*shlex.split(command)[3:])
     check_values(config)
-    assert (config.game.answers_per_step, config.game.group_size, config.steps) == (4, 4, 1)
+    assert (config.game.answers_per_step, config.game.group_size, config.steps) == (16, 4, 1)
     assert config.prompt.worked_example
 
 
