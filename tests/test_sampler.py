@@ -6,19 +6,21 @@ import importlib.util
 import os
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import default
 from ssp_jax import cache, learner, model, sampler
 from ssp_jax.stops import build_automaton
+from ssp_jax.train import make_learner_config
 
 V, SLOTS, CACHE = 64, 4, 48
 CONFIG = model.ModelConfig(V, 2, 32, 4, 2, 8, 48, qkv_bias=True)
 PARAMS = model.init_params(CONFIG, jax.random.key(0))
+SETTINGS = dataclasses.replace(make_learner_config(default.get_config(), CONFIG), dtype=jnp.float32, logprob_chunk=8)
 UNSTACKED = model.unstack(PARAMS, jnp.float32)
 KEY = jax.random.key(3)
 EOS = 63
@@ -88,8 +90,7 @@ def test_recorded_logprobs_equal_the_trainers(temperature):
         tokens = jnp.array([prompt + new + [0] * (16 - len(prompt) - n)])
         ones = jnp.ones_like(tokens)
         batch = learner.Batch(tokens, jnp.roll(tokens, -1, 1), jnp.arange(16)[None], ones, ones, ones, ones)
-        values = dict(model=CONFIG, dtype=jnp.float32, remat="none", temperature=temperature, logprob_chunk=8)
-        settings = types.SimpleNamespace(**values)
+        settings = dataclasses.replace(SETTINGS, temperature=temperature)
         logp = learner.score(settings, PARAMS, batch)[0][0, len(prompt) - 1 : len(prompt) - 1 + n]
         np.testing.assert_allclose(chunk.logprobs_CB[:n, slot], logp, atol=1e-5)
 
