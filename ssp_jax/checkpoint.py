@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
@@ -36,7 +37,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        if jax.process_count() == 1 or kind is None or issubclass(kind, InputError | SystemExit):
+            self.close()  # it waits for the other processes, which know nothing of an error of this one
 
     def latest_step(self) -> int | None:
         """The newest finished step (or one that this process is just writing); None when there is none."""

@@ -4,6 +4,7 @@ A config file is Python with `get_config() -> ConfigDict`; it starts from config
 `--config.SECTION.KEY=VALUE` overrides one key, through ml_collections.config_flags.
 """
 
+import dataclasses
 import re
 import runpy
 import traceback
@@ -63,6 +64,39 @@ def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
     config = load_config(path)
     _override(config, rest)
     return config, values.workdir or str(Path("runs") / path.stem)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process stands among those of the run; nothing is given where a cluster's environment tells it."""
+
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None
+    process: int | None = None
+
+
+def take_place(argv: list[str]) -> tuple[list[str], Place]:
+    """`--coordinator=HOST:PORT --processes=N --process=I`, all or none of them, or `--processes=1`; and the rest."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("coordinator", None, "address of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "of the run", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, "this one", lower_bound=0, flag_values=values)
+    values.set_gnu_getopt(True)
+    try:
+        rest = values(argv, known_only=True)
+    except flags.Error as error:
+        raise InputError(_one_line(error)) from None
+    place = Place(values.coordinator, values.processes, values.process)
+    if place in (Place(), Place(processes=1)):
+        return rest, place
+    if place.coordinator is None or place.processes is None or place.process is None:
+        raise InputError("expected --coordinator=HOST:PORT, --processes=N and --process=I together, or none of them")
+    if not re.fullmatch(r"\S+:\d+", place.coordinator) or place.process >= place.processes:
+        raise InputError(
+            f"--coordinator={place.coordinator} --processes={place.processes} --process={place.process}: expected "
+            "HOST:PORT of process 0, and for each process its own number from 0 to N - 1"
+        )
+    return rest, place
 
 
 def load_config(path: Path) -> ConfigDict:

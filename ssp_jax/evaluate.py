@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ssp_jax import prompts, rewards
+from ssp_jax import hosts, prompts, rewards
 from ssp_jax.data import Task
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import SOLVER, Episode, Player, Stage, episode_id
@@ -35,7 +35,7 @@ def evaluate(
     temperature: float,
     progress: Callable[[Stats], None] = lambda stats: None,
 ) -> dict[str, Result]:
-    """Plays all questions of all sets at once, so that the slots stay full across sets."""
+    """Plays all questions of all sets at once, so that the slots stay full; each process plays its share."""
     tasks = [(name, task) for name, questions in sets.items() for task in questions]
     ended: dict[int, Episode] = {}
 
@@ -43,11 +43,16 @@ def evaluate(
         ended[player.uid] = player.episode()
         return []
 
-    players = []
-    for row, (_, task) in enumerate(tasks):
-        prompt = stage.prompt(prompts.solver_messages(stage.style, task.question))
-        players.append(Player(stage, SOLVER, episode_id(SOLVER, row, 0), temperature, prompt))
-    engine.play(params, key, players, finished, progress)
+    def play_own() -> dict[int, Episode]:
+        players = []
+        for row in hosts.own_share([1.0] * len(tasks)):
+            prompt = stage.prompt(prompts.solver_messages(stage.style, tasks[row][1].question))
+            players.append(Player(stage, SOLVER, episode_id(SOLVER, row, 0), temperature, prompt))
+        engine.play(params, key, players, finished, progress)
+        return dict(ended)
+
+    for part in hosts.share(play_own, {"the questions of an evaluation": hosts.digest(tasks)}):
+        ended |= part
     results = {}
     for name in sets:
         rows = [row for row, (owner, _) in enumerate(tasks) if owner == name]

@@ -1,9 +1,12 @@
 """Run or resume self-play:
 
     python -m ssp_jax.main --config=configs/tiny.py [--workdir=runs/tiny] [--config.KEY=VALUE ...]
+                           [--coordinator=HOST:PORT --processes=N --process=I]
 
 --config is a file in the form of configs/default.py, which lists every KEY. The same command in the same workdir goes
-on where it stopped. Exit codes: 0 done, or saved after SIGTERM; 2 unusable input, told in one sentence; 130 Ctrl-C.
+on where it stopped. On several hosts the same command runs on each, with a workdir that all see; Slurm, Open MPI, GKE
+and Cloud TPU tell who is who, elsewhere the last three flags do (process 0 is at HOST; --processes=1 asks nobody).
+Exit codes: 0 done, or saved after SIGTERM; 2 unusable input, told in one sentence; 130 Ctrl-C; else 1 or a signal's.
 """
 
 import os
@@ -12,7 +15,7 @@ import sys
 from absl import logging
 
 from ssp_jax import gpu
-from ssp_jax.config import parse_command_line
+from ssp_jax.config import parse_command_line, take_place
 from ssp_jax.data import InputError
 
 
@@ -23,11 +26,13 @@ def main(argv: list[str]) -> int:
     # Orbax tells each of its steps through absl; what fails still shows.
     logging.set_verbosity(logging.ERROR)
     try:
-        config, workdir = parse_command_line(argv)
+        rest, place = take_place(argv)
+        config, workdir = parse_command_line(rest)
         if gpu.will_be_used(os.environ):
             print("GPU: set", *gpu.set_defaults(os.environ) or ["nothing; the environment has it all"], file=sys.stderr)
-        from ssp_jax import train  # here, so that mistakes above are told before the seconds that JAX takes to load
+        from ssp_jax import hosts, train  # here, so that mistakes are told before the seconds that JAX takes to load
 
+        hosts.start(place, os.environ)
         train.train(config, workdir)
     except InputError as error:
         print(f"ssp_jax: {error}", file=sys.stderr)

@@ -116,19 +116,26 @@ class Logger:
     """The voice of a run; a context manager. `resume_step` is the step of the checkpoint, 0 for none.
 
     What a killed run wrote after it is dropped from metrics.jsonl (and hidden in TensorBoard): those steps come again.
+    Of several processes one speaks; the others are `mute`: they show and write nothing.
     """
 
-    def __init__(self, workdir: str, total_steps: int, tensorboard: bool, resume_step: int = 0) -> None:
-        self._folder, self._total_steps, self._step = Path(workdir), total_steps, resume_step
-        self._folder.mkdir(parents=True, exist_ok=True)
-        _keep_steps(self._folder / "metrics.jsonl", resume_step)
-        self._rows = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
+    def __init__(
+        self, workdir: str, total_steps: int, tensorboard: bool, resume_step: int = 0, mute: bool = False
+    ) -> None:
+        self._folder, self._total_steps, self._step, self._mute = Path(workdir), total_steps, resume_step, mute
+        rows = Path(os.devnull)
+        if not mute:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            rows = self._folder / "metrics.jsonl"
+            _keep_steps(rows, resume_step)
+        self._rows = rows.open("a", encoding="utf-8")
         events = str(self._folder / "tensorboard")
-        self._writer = SummaryWriter(events, purge_step=resume_step + 1) if tensorboard else None
-        self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._writer = SummaryWriter(events, purge_step=resume_step + 1) if tensorboard and not mute else None
+        self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not mute
         # force_terminal, for rich would also take FORCE_COLOR in a CI log for a terminal
         width = None if self._live else PLAIN_WIDTH
-        self._console = Console(file=sys.stdout, force_terminal=self._live, width=width, highlight=False)
+        file = self._rows if mute else sys.stdout
+        self._console = Console(file=file, force_terminal=self._live, width=width, highlight=False)
         self._bars = _progress(self._console)
         at = f"{resume_step}/{total_steps} steps"
         self._run_bar = self._bars.add_task("run", total=total_steps, completed=resume_step, detail=at)
@@ -200,6 +207,8 @@ class Logger:
 
     def episodes(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """workdir/episodes/step_000010.jsonl, one record a line, its text as a person reads it."""
+        if self._mute:
+            return
         folder = self._folder / "episodes"
         folder.mkdir(exist_ok=True)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

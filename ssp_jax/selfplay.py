@@ -6,6 +6,7 @@ documents come from the round before, reused questions from the pool as it stood
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import episodes, objective, prompts, rewards
+from ssp_jax import episodes, hosts, objective, prompts, rewards
 from ssp_jax.config import RL_PAIRS
 from ssp_jax.data import Document, Task
 from ssp_jax.engine import Engine, Stats
@@ -101,20 +102,34 @@ class SelfPlay:
         key: Any,
         progress: Callable[[Stats], None] = lambda stats: None,
     ) -> tuple[Round, Memory]:
-        """One round over these given answers."""
+        """One round over these given answers. Each process plays its share of them, and all get the whole round."""
         games = [Game(i, task) for i, task in enumerate(t for t in tasks for _ in range(self._proposals))]
         table = _Play(self._config, self._stage, games, self._noise(step, games, memory), memory.pool, step)
         table.attempts = self._attempts
-        first = [table.propose(game) for game in games]
-        stats = self._engine.play(params, key, first, table.finished, progress)
-        if table.held:  # noise from the same round: nothing is verified before all have proposed
-            table.noise = self._noise(step, games, Memory(documents=_documents_of(games)))
-            held, table.held = table.held, []
-            later = self._engine.play(params, key, [p for g in held for p in table.verify(g)], table.finished, progress)
-            stats = _added(stats, later)
-        return self._reward(games, stats), self._remember(step, games, memory)
+        own = hosts.own_share([game.task.searches for game in games])
+        facts = {"the step": step, "a step's given answers": hosts.digest(tasks), "the memory": hosts.digest(memory)}
 
-    def _reward(self, games: list[Game], stats: Stats) -> Round:
+        def played(first: Callable[[], list[Player]]) -> list[Stats]:
+            """These players and what they lead to; then all processes hand over their games."""
+
+            def action() -> tuple[Stats, list[Game]]:
+                stats = self._engine.play(params, key, first(), table.finished, progress)
+                return stats, [games[i] for i in own]
+
+            parts = hosts.share(action, facts)
+            for game in (game for _, part in parts for game in part):
+                if game.index not in own:
+                    games[game.index] = game
+            return [stats for stats, _ in parts]
+
+        costs = played(lambda: [table.propose(games[i]) for i in own])
+        if self._config.game.noise_source == "same_step":  # nothing is verified before all have proposed
+            table.noise = self._noise(step, games, Memory(documents=_documents_of(games)))
+            later = played(lambda: [player for game in table.held for player in table.verify(game)])
+            costs = [_added(*pair) for pair in zip(costs, later, strict=True)]
+        return self._reward(games, costs), self._remember(step, games, memory)
+
+    def _reward(self, games: list[Game], costs: list[Stats]) -> Round:
         """Solver: is the answer right. Proposer: 1 - mean solver success, or the price of a failed question."""
         c = self._config.reward
         for game in games:
@@ -124,10 +139,11 @@ class SelfPlay:
             game.proposer_reward = c.invalid_question if own is None else float(own)
         proposer = [(g.proposer, g.proposer_reward, g) for g in games if g.proposer is not None]
         solver = [(e, s, g) for g in games for e, s in zip(g.attempts, g.scores, strict=True)]
-        rounds = Round(
-            games, self._training(PROPOSER, proposer), self._training(SOLVER, solver), stats, _metrics(games, stats)
-        )
-        return rounds
+        # Processes play side by side: their work adds up, and the slowest one's time is the round's.
+        stats = dataclasses.replace(functools.reduce(_added, costs), seconds=max(cost.seconds for cost in costs))
+        waiting = 1 - sum(cost.seconds for cost in costs) / max(len(costs) * stats.seconds, 1e-9)
+        metrics = _metrics(games, stats) | {"play/waiting": waiting if len(costs) > 1 else 0.0}
+        return Round(games, self._training(PROPOSER, proposer), self._training(SOLVER, solver), stats, metrics)
 
     def _training(self, role: Role, played: list[tuple[Episode, float, Game]]) -> Training:
         reward_E = np.array([reward for _, reward, _ in played])

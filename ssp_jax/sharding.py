@@ -44,10 +44,51 @@ def mesh_sizes(axis_sizes: dict[str, int], devices: int) -> list[int]:
 
 
 def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
-    devices = list(jax.devices() if devices is None else devices)
+    """Over these devices, or over all of the run, process by process: the neighbours of `tensor` share a host."""
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     sizes = mesh_sizes(axis_sizes, len(devices))
     devices = devices[: int(np.prod(sizes))]  # sizes that are all given may leave devices unused
     return Mesh(np.array(devices).reshape(sizes), AXES)
+
+
+def playing_meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
+    """Where the sampler's params lie: on all devices, and of these the part of this process, where it plays alone.
+
+    Every host plays on replicas of its own, split over `tensor` only; one process plays on the learner's mesh.
+    """
+    if jax.process_count() == 1:
+        return mesh, mesh
+    per_host, tensor = jax.local_device_count(), mesh.shape["tensor"]
+    if mesh.size != jax.device_count():
+        raise InputError(
+            f"config section mesh takes {mesh.size} of {jax.device_count()} devices; expected all of them with several "
+            "processes, such as -1 for one axis"
+        )
+    if per_host % tensor:
+        raise InputError(
+            f"config key mesh.tensor is {tensor}; expected a divisor of the {per_host} devices of a process, for each "
+            "process plays on its own"
+        )
+    replicas = Mesh(mesh.devices.reshape(-1, 1, tensor), AXES)
+    begin, count = jax.process_index() * (per_host // tensor), per_host // tensor
+    return replicas, Mesh(replicas.devices[begin : begin + count], AXES)
+
+
+def own_part(tree: Any, mesh: Mesh) -> Any:
+    """The parts on this process's devices as arrays of their own, on `mesh`; each must be a whole there."""
+
+    def one(x: jax.Array) -> jax.Array:
+        sharding = NamedSharding(mesh, x.sharding.spec)  # type: ignore[attr-defined]
+        parts = [part.data for part in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+    return jax.tree.map(one, tree)
+
+
+def put_rows(batch: Any, sharding: NamedSharding) -> Any:
+    """Host arrays to devices; each process, which holds all of them, hands over the rows of its own devices."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), batch)
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...]) -> P:
@@ -84,7 +125,7 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 
 def to_host(tree: Any, key: str) -> Any:
     """The arrays in the host memory of their devices, each part where it was; `key` is who asks for it."""
-    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
     if HOST not in kinds:
         raise InputError(
             f"config key {key} is True; expected False, for {jax.default_backend()} has no {HOST} memory in this JAX"
@@ -104,7 +145,7 @@ def settle(tree: Any, like: Any) -> Any:
 
 def device_layout(tree: Any) -> Any:
     """Shardings of the arrays in device memory, wherever they are now."""
-    kind = jax.devices()[0].default_memory().kind
+    kind = jax.local_devices()[0].default_memory().kind
     return jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree)
 
 

@@ -6,8 +6,8 @@ checkpoint of the last finished step.
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,21 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import data, episodes, export, learner, model, prompts, sharding, weights
+from ssp_jax import data, episodes, export, hosts, learner, model, prompts, sharding, weights
 from ssp_jax.checkpoint import Checkpoints, check_workdir
-from ssp_jax.config import check_values
+from ssp_jax.config import check_values, flatten_config
 from ssp_jax.data import InputError, Task
 from ssp_jax.engine import Sizes, Stats
 from ssp_jax.evaluate import Result, evaluate
+from ssp_jax.hosts import Sigterm, Terminated
 from ssp_jax.metrics import CompileCounter, Logger, peak_memory_gib
 from ssp_jax.remote import RemoteRetriever
 from ssp_jax.retriever import Search, open_retriever
 from ssp_jax.sampler import Truncation
 from ssp_jax.selfplay import Memory, Round, SelfPlay, Training, readable
-
-
-class Terminated(Exception):
-    """SIGTERM arrived; raised between decode chunks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +48,12 @@ def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
     check_values(config)
     keep_compiled(workdir)
-    inputs = _read(config, workdir)
-    check_workdir(workdir, config)  # after the inputs: a mistyped path must not become the workdir's config
+    inputs = hosts.agree(lambda: _read(config, workdir))
+    # After the inputs: a mistyped path must not become the workdir's config.
+    hosts.agree(lambda: check_workdir(workdir, config) if hosts.first() else None)
     run = _Run(config, workdir, inputs)
-    with run.logger, run.checkpoints, _Sigterm() as stop:
+    run.compare()
+    with run.logger, run.checkpoints, Sigterm() as stop:
         try:
             run.warm_up()
             if config.eval.before:
@@ -140,35 +139,17 @@ def make_learner_config(config: ConfigDict, model_config: model.ModelConfig) -> 
     )
 
 
-class _Sigterm:
-    """While this context is open SIGTERM only sets a flag; calling the object raises Terminated once it is set."""
-
-    def __enter__(self) -> "_Sigterm":
-        self._set = False
-        self._before = signal.signal(signal.SIGTERM, self._arrived)
-        return self
-
-    def _arrived(self, *_: Any) -> None:
-        self._set = True
-
-    def __call__(self) -> None:
-        if self._set:
-            raise Terminated
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-
 class _Run:
     """The parts of a run and its state: train state, memory, step."""
 
     def __init__(self, config: ConfigDict, workdir: str, inputs: Inputs):
         self._config, self._workdir, self._inputs = config, Path(workdir), inputs
         self._mesh = _make_mesh(config)
+        self._playing = sharding.playing_meshes(self._mesh)
         self.compiles = CompileCounter()
         self.checkpoints = Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
         self.step = self.checkpoints.latest_step() or 0
-        self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step)
+        self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step, mute=not hosts.first())
         self._key = jax.random.key(config.seed)
         self._build_model()
         stage = make_stage(config, inputs.tokenizer)
@@ -178,10 +159,10 @@ class _Run:
             inputs.model_config,
             inputs.tokenizer,
             inputs.eos,
-            Sizes(**config.engine),
+            Sizes(**{**config.engine, "slots": config.engine.slots // jax.process_count()}),
             jnp.dtype(config.model.dtype),
             search,
-            functools.partial(sharding.state_shardings, mesh=self._mesh),
+            functools.partial(sharding.state_shardings, mesh=self._playing[1]),
             Truncation(config.sampling.top_k, config.sampling.top_p),
         )
         self._game = SelfPlay(config, stage, self._engine, inputs.retriever)
@@ -197,27 +178,51 @@ class _Run:
         cast = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p), out_shardings=shardings)
         reference = cast(initial) if c.kl_coef else None
         self._state = learner.init_state(c, initial)
-        self._learner = learner.Learner(c, self._state, reference, lambda batch: jax.device_put(batch, rows))
+        self._learner = learner.Learner(c, self._state, reference, lambda batch: sharding.put_rows(batch, rows))
         self._memory, self._seconds = Memory(), 0.0
         if self.step:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
             self._state, game = self.checkpoints.restore(self.step, like)
             self._memory, self._seconds = Memory.from_json(game["memory"]), game["seconds"]
-        self._to_sampler = sharding.sampler_copy(config, self._mesh, c.dtype)
+        self._copy = sharding.sampler_copy(config, self._playing[0], c.dtype)
+
+    def _to_sampler(self, params: model.Params) -> model.Params:
+        copy = self._copy(params)
+        return sharding.own_part(copy, self._playing[1]) if hosts.several() else copy
+
+    def compare(self) -> None:
+        """Nothing begins before all processes have been found to be about to do the same."""
+        inputs, packages = self._inputs, ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
+        facts = {f"config key {key}": value for key, value in flatten_config(self._config).items()}
+        facts |= {f"version of {name}": importlib.metadata.version(name) for name in packages}
+        facts |= {
+            "version of Python": sys.version.split()[0],
+            "number of devices": jax.local_device_count(),
+            "the newest checkpoint": self.step,
+            "the memory": hosts.digest(self._memory),
+            "data.answers (a digest)": hosts.digest(inputs.tasks),
+            "data.eval_sets (a digest)": hosts.digest(inputs.eval_sets),
+            "the model's shape": hosts.digest(inputs.model_config),
+            "the tokenizer (a digest)": hosts.digest(sorted(inputs.tokenizer.get_vocab().items())),
+            "the number of passages": len(inputs.retriever),
+        }
+        hosts.share(lambda: None, facts)
 
     def warm_up(self) -> None:
         devices = f"{self._mesh.devices.size} x {jax.devices()[0].device_kind}"
+        if hosts.several():
+            devices += f" of {jax.process_count()} processes"
         start = f"resuming after step {self.step}" if self.step else "starting"
         self.logger.say(f"{start} in {self._workdir} on {devices}; jax {jax.__version__}")
         began = time.monotonic()
         with self.logger.phase("compiling"):
             self._engine.warm_up(self._to_sampler(self._state.params), self._key)
             self._learner.warm_up(self._state.params)
-        self.logger.say(self._engine.memory)
+        self.logger.say(f"{'each process: ' if hosts.several() else ''}{self._engine.memory}")
         took = time.monotonic() - began
         self.logger.say(f"warm-up took {took:.1f} s: {self.compiles.count} programs, {self.compiles.seconds:.1f} s")
 
-    def play_and_update(self, stop: _Sigterm) -> None:
+    def play_and_update(self, stop: Sigterm) -> None:
         """One step: the round of the game, then the update of both roles."""
         start, c = time.monotonic(), self._config
         rows = data.batch_indices(len(self._inputs.tasks), c.game.answers_per_step, c.seed, self.step)
@@ -271,11 +276,12 @@ class _Run:
         with self.logger.phase("saving"):
             self.checkpoints.save(self.step, self._state, {"memory": self._memory.to_json(), "seconds": self._seconds})
 
-    def evaluate(self, step: int, stop: _Sigterm) -> dict[str, dict[str, float]]:
+    def evaluate(self, step: int, stop: Sigterm) -> dict[str, dict[str, float]]:
         """Scores of the current weights; workdir/eval keeps them, so a resumed run does not play them again."""
         path = self._workdir / "eval" / f"step_{step:06d}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+        found = hosts.share(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)[0]
+        if found is not None:
+            return found
         total = sum(map(len, self._inputs.eval_sets.values()))
         with self.logger.phase("evaluating", total) as phase:
             results = evaluate(
@@ -289,8 +295,9 @@ class _Run:
             )
         scores = {name: result.summary() for name, result in results.items()}
         self._show_scores(step, results)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        if hosts.first():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         return scores
 
     def _show_scores(self, step: int, results: dict[str, Result]) -> None:
@@ -302,7 +309,7 @@ class _Run:
             f"Held-out questions after step {step}", rows, ["set", "EM %", "F1 %", "searches", "questions"]
         )
 
-    def finish(self, stop: _Sigterm) -> None:
+    def finish(self, stop: Sigterm) -> None:
         """The last evaluation, the export, summary.json, and the table of before and after."""
         summary: dict[str, Any] = {"steps": self.step, "seconds": round(self._seconds, 1), "eval": {}}
         if self._config.eval.before:
@@ -313,7 +320,8 @@ class _Run:
             with self.logger.phase("exporting"):
                 folder = self._workdir / "export"
                 export.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
-        (self._workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        if hosts.first():
+            (self._workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         if len(summary["eval"]) == 2 and self._inputs.eval_sets:
             before, after = summary["eval"]["before"], summary["eval"]["after"]
             rows = [
@@ -325,7 +333,7 @@ class _Run:
             self.logger.table(title, rows, ["set", "before %", "after %", "gain", "questions"])
 
 
-def _show_play(phase: Any, stop: _Sigterm, stats: Stats) -> None:
+def _show_play(phase: Any, stop: Sigterm, stats: Stats) -> None:
     stop()
     phase.advance(stats.finished, tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
 

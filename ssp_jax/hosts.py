@@ -1,0 +1,250 @@
+"""Several processes that play one run: how they start, what they tell each other, and how they end together.
+
+Each process plays its own share of a step on its own devices, without any word to the others, and hands over what it
+played at the end. From then on all of them hold the same and compute the same update, each on its part of the mesh.
+On one process nothing here does anything.
+"""
+
+import atexit
+import hashlib
+import importlib.util
+import itertools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ssp_jax.config import Place
+from ssp_jax.data import InputError
+
+T = TypeVar("T")
+
+START_SECONDS = 600  # until all processes must have come: a cluster starts its hosts one by one
+HEARTBEAT_SECONDS = 100  # a process that has been silent for so long counts as dead
+_TICK_SECONDS = 0.5
+_BLOCK = 1 << 18  # bytes that a process hands over in one collective: one program, however much there is to tell
+_LOST = (
+    "another process of the run is gone (its own log says why, if it could); this one ends too, and the same command "
+    "goes on from the last checkpoint"
+)
+# The mourner prints this when the process that holds its standard input ends without having written anything to it:
+# JAX's runtime aborts a process whose coordinator or peer is gone, and leaves it no time for a word of its own.
+_MOURNER = "import sys; sys.stdin.buffer.read(1) or print('ssp_jax: process', *sys.argv[1:], file=sys.stderr)"
+
+
+class Terminated(Exception):
+    """SIGTERM arrived at one of the processes; raised between decode chunks."""
+
+
+# --- start ------------------------------------------------------------------------------------------------------------
+
+
+def start(place: Place, environment: MutableMapping[str, str]) -> None:
+    """Joins the other processes, if there are any; before anything touches the devices."""
+    if place.processes == 1 or not (place.coordinator or detected(environment)):
+        return
+    try:
+        jax.distributed.initialize(
+            place.coordinator or None,
+            place.processes,
+            place.process,
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        sys.exit(  # code 1: a cluster that starts all of them again may have more luck
+            f"ssp_jax: the processes of this run did not find each other ({why}); expected --coordinator=HOST:PORT, "
+            "--processes=N and --process=I on each, or --processes=1 for a run on its own"
+        )
+    if jax.process_count() > 1:
+        _end_at_once_on_errors()
+
+
+def detected(environment: MutableMapping[str, str], devices: Path = Path("/dev")) -> bool:
+    """Whether a cluster's environment says that there are more processes than this one, in a way that JAX reads too.
+
+    On a Cloud TPU VM only its metadata server knows; JAX asks it, and may find that this host is the only one.
+    """
+
+    def many(name: str) -> bool:
+        return environment.get(name, "").isdecimal() and int(environment[name]) > 1
+
+    if many("SLURM_NTASKS") and {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"} <= environment.keys():
+        return True
+    if many("OMPI_COMM_WORLD_SIZE"):
+        return True
+    if any("," in environment.get(name, "") for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")):
+        return True
+    if many("MEGASCALE_NUM_SLICES"):
+        return True
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return importlib.util.find_spec("kubernetes") is not None  # what JAX asks for the other pods with
+    platforms = environment.get("JAX_PLATFORMS", "tpu").split(",")
+    chips = [*devices.glob("accel[0-9]*"), *devices.glob("vfio/[0-9]*")]
+    alone = "TPU_SKIP_MDS_QUERY" in environment or "TPU_WORKER_HOSTNAMES" in environment
+    return "tpu" in platforms and bool(chips) and not alone and importlib.util.find_spec("libtpu") is not None
+
+
+def several() -> bool:
+    return jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this is the process that writes logs, scores and everything else that is written once."""
+    return jax.process_index() == 0
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def _end_at_once_on_errors() -> None:
+    """An error ends this process without the wait for the others that JAX has at exit: they would wait for this one."""
+    words = [str(jax.process_index()), "ended without a word of its own; most likely", _LOST]
+    mourner = subprocess.Popen([sys.executable, "-S", "-E", "-c", _MOURNER, *words], stdin=-1, start_new_session=True)
+    assert mourner.stdin is not None
+    pipe = mourner.stdin
+
+    def goodbye() -> None:
+        pipe.write(b".")
+        pipe.close()
+        mourner.wait()
+
+    def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
+        if lost_another(error):
+            print(f"{error}\nssp_jax: process {jax.process_index()}: {_LOST}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+        goodbye()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    atexit.register(goodbye)
+    sys.excepthook = leave
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether a collective failed because of another process: what gloo, NCCL and JAX's coordinator say then."""
+    said = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "unhealthy")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(words in str(error) for words in said)
+
+
+class Sigterm:
+    """While this context is open SIGTERM only sets a flag; calling the object raises Terminated once it is set.
+
+    With several processes JAX's preemption service has the signal: whichever process gets it, all have their flag set
+    at the same tick of a clock that each keeps on its own. They leave the game then, and meet where they hand over.
+    """
+
+    def __enter__(self) -> "Sigterm":
+        self._set, self._over = threading.Event(), threading.Event()
+        if several():
+            self._clock = threading.Thread(target=self._tick, daemon=True)
+            self._clock.start()
+        else:
+            self._before = signal.signal(signal.SIGTERM, lambda *_: self._set.set())
+        return self
+
+    def _tick(self) -> None:
+        for tick in itertools.count(1):
+            if multihost_utils.reached_preemption_sync_point(tick):
+                self._set.set()
+            if self._over.wait(_TICK_SECONDS):
+                return
+
+    def __call__(self) -> None:
+        if self._set.is_set():
+            raise Terminated
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if several():
+            self._clock.join()
+        else:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+# --- what they tell each other ----------------------------------------------------------------------------------------
+
+
+def deal(costs: Sequence[float], processes: int) -> list[list[int]]:
+    """Who plays what, as indices: the dearest first, to and fro, so that shares are alike in number and in cost."""
+    dearest = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    turn = [*range(processes), *reversed(range(processes))]
+    return [
+        sorted(i for place, i in enumerate(dearest) if turn[place % len(turn)] == process)
+        for process in range(processes)
+    ]
+
+
+def own_share(costs: Sequence[float]) -> list[int]:
+    return deal(costs, jax.process_count())[jax.process_index()]
+
+
+def share(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> list[T]:
+    """What `action` gives on each process, for all of them, in the order of processes.
+
+    What one of them is told (InputError, Terminated) all are told, so that they end together. `facts` must be the same
+    everywhere.
+    """
+    if not several():
+        return [action()]
+    result: T | None = None
+    told: InputError | Terminated | None = None
+    try:
+        result = action()
+    except (InputError, Terminated) as error:
+        told = error
+    parts = [pickle.loads(part) for part in _gather(pickle.dumps((dict(facts or {}), told, result)))]
+    check_alike([part[0] for part in parts])
+    for process, (_, of_one, _) in enumerate(parts):
+        if isinstance(of_one, InputError) and process != jax.process_index():
+            raise InputError(f"process {process}: {of_one}")
+        if of_one is not None:
+            raise of_one
+    return [part[2] for part in parts]
+
+
+def agree(action: Callable[[], T]) -> T:
+    """What `action` gives on this process; InputError of one is raised by all."""
+    kept: list[T] = []
+    share(lambda: kept.append(action()))
+    return kept[0]
+
+
+def check_alike(facts: Sequence[Mapping[str, Any]]) -> None:
+    """The same facts of each process, or InputError with the first that differs and where."""
+    for name in dict.fromkeys(name for own in facts for name in own):
+        values = [own.get(name) for own in facts]
+        where: dict[str, list[str]] = {}
+        for process, value in enumerate(values):
+            where.setdefault(repr(value), []).append(str(process))
+        if len(where) > 1:
+            differ = "; ".join(f"{value} on {', '.join(processes)}" for value, processes in where.items())
+            raise InputError(f"the processes of this run are not alike: {name} is {differ}")
+
+
+def digest(value: Any) -> str:
+    """Short, and the same on every process that has the same."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
+def _gather(own: bytes) -> list[bytes]:
+    """The bytes of every process."""
+    sizes = multihost_utils.process_allgather(np.array([len(own)], np.int32))[:, 0]
+    padded = np.zeros(-(-int(sizes.max()) // _BLOCK) * _BLOCK, np.uint8)
+    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    blocks = [multihost_utils.process_allgather(padded[i : i + _BLOCK]) for i in range(0, len(padded), _BLOCK)]
+    everything = np.concatenate(blocks, axis=1)
+    return [everything[process, :size].tobytes() for process, size in enumerate(sizes)]

@@ -1,0 +1,221 @@
+"""Several processes that play one run, for real: on this machine, over loopback, with fake devices."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from ssp_jax import hosts, train, weights
+from ssp_jax.config import Place, load_config, take_place
+from ssp_jax.data import InputError
+
+SECONDS = 600  # for whatever is waited for: these tests also pass on a machine that has much else to do
+SMALL = {
+    "steps": 3,
+    "game.answers_per_step": 6,
+    "game.group_size": 2,
+    "limits.searches": 2,
+    "engine.slots": 8,
+    "engine.extend_rows": 4,
+    "engine.cache_buckets": (),
+    "engine.extend_buckets": (448,),
+    "learner.rows": 4,
+    "eval.before": False,
+    "eval.max_questions": 3,
+    "checkpoint.every": 1,
+    "log.episodes_every": 1,
+    "log.tensorboard": False,
+}
+
+
+# --- rules ---
+
+
+@pytest.mark.parametrize(("number", "processes"), [(256, 4), (7, 3), (2, 4), (0, 2)])
+def test_shares_are_a_partition_alike_in_number_and_cost(number: int, processes: int) -> None:
+    costs = np.random.default_rng(number).integers(1, 11, number).tolist()
+    shares = hosts.deal(costs, processes)
+    assert sorted(i for share in shares for i in share) == list(range(number))
+    assert all(share == sorted(share) for share in shares)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    totals = [sum(costs[i] for i in share) for share in shares]
+    assert max(totals) - min(totals) <= max(costs, default=0)
+
+
+def test_what_differs_between_processes_is_named() -> None:
+    hosts.check_alike([{"the step": 3, "seed": 0}] * 3)
+    with pytest.raises(InputError, match="not alike: the step is 3 on 0, 2; 4 on 1"):
+        hosts.check_alike([{"seed": 0, "the step": 3}, {"seed": 0, "the step": 4}, {"seed": 0, "the step": 3}])
+    with pytest.raises(InputError, match="seed is 0 on 0; None on 1"):
+        hosts.check_alike([{"seed": 0}, {}])
+
+
+SLURM = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "node[1-2]"}
+GPU_POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        (SLURM | {"SLURM_NTASKS": "2"}, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "2"}, False),  # inside an allocation, not inside srun
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a-0,a-1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a-0", "MEGASCALE_NUM_SLICES": "2"}, True),
+        (GPU_POD, False),  # without the package that JAX asks Kubernetes with
+    ],
+)
+def test_clusters_are_seen_in_the_environment(tmp_path: Path, environment: dict[str, str], expected: bool) -> None:
+    assert hosts.detected(environment, tmp_path) is expected
+
+
+def test_place_is_taken_from_the_command_line() -> None:
+    given = ["main.py", "--config=a.py", "--coordinator=host0:1234", "--processes=2", "--process=1", "--config.seed=1"]
+    assert take_place(given) == (["main.py", "--config=a.py", "--config.seed=1"], Place("host0:1234", 2, 1))
+    assert take_place(["main.py", "--processes=1"]) == (["main.py"], Place(processes=1))
+    assert take_place(["main.py"]) == (["main.py"], Place())
+    for wrong in (["--processes=2"], [*given[2:4], "--process=2"], ["--coordinator=host0", *given[3:5]]):
+        with pytest.raises(InputError, match="expected"):
+            take_place(["main.py", *wrong])
+
+
+# --- for real ---
+
+
+class Run:
+    """The processes of a run, each with this many devices; what they print is in files."""
+
+    def __init__(self, workdir: Path, processes: int, devices: int, logs: Path, **changes: Any) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, "-m", "ssp_jax.main", f"--config={ROOT}/configs/tiny.py", f"--workdir={workdir}"]
+        command += [f"--config.{key}={value}" for key, value in settings(**changes).items()]
+        logs.mkdir(parents=True)
+        self.workdir, self.outputs = workdir, [logs / f"{process}.log" for process in range(processes)]
+        self.processes = []
+        for process, output in enumerate(self.outputs):
+            place = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={process}"]
+            given = [*command, *(place if processes > 1 else [])]
+            with output.open("w") as file:
+                started = subprocess.Popen(given, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            self.processes.append(started)
+
+    def codes(self) -> list[int]:
+        end = time.monotonic() + SECONDS
+        return [process.wait(max(1, end - time.monotonic())) for process in self.processes]
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        end = time.monotonic() + SECONDS
+        while not reached():
+            running = [process.poll() is None for process in self.processes]
+            assert all(running) and time.monotonic() < end, self.said()
+            time.sleep(0.1)
+
+    def until_step(self, step: int) -> None:
+        path = self.workdir / "metrics.jsonl"
+        self.until(lambda: path.exists() and any(row["step"] >= step for row in rows_of(self.workdir)))
+
+    def said(self) -> str:
+        return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in self.outputs)
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+
+
+def here(workdir: Path, **changes: Any) -> None:
+    """The same run by this process."""
+    config = load_config(ROOT / "configs" / "tiny.py").copy_and_resolve_references()
+    with config.unlocked():
+        config.update_from_flattened_dict(settings(**changes))
+    train.train(config, str(workdir))
+
+
+def rows_of(workdir: Path) -> list[dict[str, Any]]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same episodes to the letter; the same scores; the same parameters up to rounding."""
+    games = sorted(path.name for path in (a / "episodes").iterdir())
+    assert len(games) == SMALL["steps"]
+    for name in games:
+        assert (a / "episodes" / name).read_text() == (b / "episodes" / name).read_text()
+    exact = ("funnel/", "fault/", "reward/", "solver/", "proposer/", "update/tokens", "play/episodes", "eval/")
+    shown = [
+        [(row["step"], {k: v for k, v in row.items() if k.startswith(exact)}) for row in rows_of(run)] for run in (a, b)
+    ]
+    assert shown[0] == shown[1]
+    assert json.loads((a / "summary.json").read_text())["eval"] == json.loads((b / "summary.json").read_text())["eval"]
+    config = weights.read_config(a / "export")
+    values = [weights.load(run / "export", config, None, np.float32) for run in (a, b)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-7, atol=1e-4), *values)  # saved as bfloat16
+
+
+def test_two_processes_play_the_run_of_one_through_sigterm_and_sudden_death(tmp_path: Path) -> None:
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2}
+    here(tmp_path / "one", **mesh)
+
+    run = Run(tmp_path / "two", 2, 2, tmp_path / "first", **mesh)
+    run.until_step(1)
+    run.processes[1].send_signal(signal.SIGTERM)  # one is told, all save
+    assert run.codes() == [0, 0], run.said()
+    assert "2 processes" in run.said() and run.said().count("terminated: saved step") == 1  # one speaks
+
+    run = Run(tmp_path / "two", 2, 2, tmp_path / "second", **mesh)
+    run.until(lambda: "resuming after step" in run.outputs[0].read_text())
+    run.until_step(2)
+    run.processes[1].kill()
+    began = time.monotonic()
+    codes = run.codes()
+    assert codes[0] not in (0, 2) and codes[1] == -signal.SIGKILL, run.said()
+    assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 30
+    sentence = run.outputs[0].read_text().splitlines()[-1]
+    assert sentence.startswith("ssp_jax: process 0") and "another process of the run is gone" in sentence
+
+    here(tmp_path / "two", **mesh)  # and one process ends it
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_plays_the_same_run(tmp_path: Path) -> None:
+    """8 devices as 1 x 8, 2 x 4 and 4 x 2 (processes x devices), with an evaluation before; then a mesh with tensor."""
+    changes: dict[str, Any] = {"learner__rows": 8, "game__answers_per_step": 12, "engine__slots": 16}
+    for tensor in (1, 2):
+        mesh = {"mesh__data": 2, "mesh__fsdp": -1, "mesh__tensor": tensor, "eval__before": True}
+        runs = []
+        for processes in (1, 2, 4):
+            name = f"{processes}_{tensor}"
+            run = Run(tmp_path / name, processes, 8 // processes, tmp_path / f"{name}.logs", **changes, **mesh)
+            assert run.codes() == [0] * processes, run.said()
+            runs.append(run.workdir)
+        assert_same_run(runs[0], runs[1])
+        assert_same_run(runs[0], runs[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_processes_that_differ_or_die_early_end_all(tmp_path: Path, victim: int) -> None:
+    run = Run(tmp_path / "run", 2, 1, tmp_path / "logs", mesh__data=2, mesh__fsdp=1)
+    run.until(lambda: "starting" in run.outputs[0].read_text())  # both are compiling
+    run.processes[victim].kill()
+    codes = run.codes()
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, 2), run.said()
+    assert "another process of the run is gone" in run.outputs[1 - victim].read_text().splitlines()[-1], run.said()
