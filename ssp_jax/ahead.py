@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ssp_jax import footprint, learner, model, sampler, sharding
+from ssp_jax import footprint, learner, sampler, sharding
 from ssp_jax.data import InputError
 from ssp_jax.episodes import ROLES
 from ssp_jax.footprint import Setup, device_bytes
@@ -142,8 +142,7 @@ def _sampler_sources(setup: Setup) -> Iterator[_Source]:
 def _learner_sources(setup: Setup) -> Iterator[_Source]:
     c, state = setup.learner, footprint.train_state(setup)
     copy = footprint.sampler_params(setup)
-    unstack = functools.partial(model.unstack, dtype=setup.dtype)
-    reshard = jax.jit(unstack, out_shardings=jax.tree.map(lambda x: x.sharding, copy))
+    reshard = sharding.sampler_copy(setup.model, setup.mesh, setup.dtype)
     yield _Source("reshard", "reshard", reshard, (state.params,), {}, device_bytes(copy))
 
     rows, whole = sharding.rows_sharding(setup.mesh), NamedSharding(setup.mesh, P())
@@ -159,20 +158,22 @@ def _learner_sources(setup: Setup) -> Iterator[_Source]:
     if c.kl_coef:
         reference_logp, reference = column(jnp.float32), footprint.cast(state.params, c.dtype)
         score = jax.jit(lambda params, batch: learner.score(c, params, batch)[0])
-        yield _Source("scores of the reference", "update", score, (reference, batch), {})
+        yield _Source("scores of the reference", "scores", score, (reference, batch), {})
     out = (layout.params, None)
     accumulate = jax.jit(functools.partial(learner._accumulate, c), donate_argnums=(0,), out_shardings=out)
     arguments = (total, state.params, batch, column(jnp.float32), reference_logp)
-    yield _Source(f"gradients of {c.rows} x {c.row_tokens}", "update", accumulate, arguments, {})
+    yield _Source(f"gradients of {c.rows} x {c.row_tokens}", "gradients", accumulate, arguments, {})
     apply = jax.jit(functools.partial(learner._apply, c), donate_argnums=(0,), out_shardings=(layout, None))
-    yield _Source("optimizer step", "update", apply, (state, state.params), {})
+    yield _Source("optimizer step", "optimizer", apply, (state, state.params), {})
 
 
 def compile_all(setup: Setup, tell: Callable[[str], None]) -> list[Program]:
     """setup.mesh must be of make_devices(). One after the other: each takes all cores and much memory."""
-    programs = []
-    for source in (*_sampler_sources(setup), *_learner_sources(setup)):
-        program = source.compile()
-        tell(f"compiled {program.name} in {program.seconds:.0f} s")
-        programs.append(program)
+    sources = [*_sampler_sources(setup), *_learner_sources(setup)]
+    programs: list[Program] = []
+    start = time.monotonic()
+    for number, source in enumerate(sources, 1):
+        tell(f"{time.monotonic() - start:5.0f} s: compiling {source.name} ({number} of {len(sources)})")
+        programs.append(source.compile())
+    tell(f"{time.monotonic() - start:5.0f} s: compiled all")
     return programs

@@ -58,7 +58,8 @@ def choose_layout(
     full = cache.full_layout(sizes.cache_ends(), sizes.slots)
     parts, share = 1, 1.0
     if state_sharding is not None:
-        state = jax.eval_shape(lambda: sampler.init_state(config, full, dtype))
+        layer = dataclasses.replace(config, num_layers=1)  # all are alike
+        state = jax.eval_shape(lambda: sampler.init_state(layer, full, dtype))
         shape = state.caches[0].k[0].shape
         shard = state_sharding(state).caches[0].k[0].shard_shape(shape)
         parts, share = shape[0] // shard[0], shard[1] / shape[1]
@@ -66,6 +67,11 @@ def choose_layout(
         return dataclasses.replace(full, parts=parts)
     tokens = int(parts * budget / (share * cache.token_bytes(config, dtype)))
     return cache.layout_for(full.ends, sizes.slots, tokens, parts)
+
+
+def cache_budget(sizes: Sizes, free: int | None) -> int | None:
+    """Bytes a device for keys and values where so many are free; None where nobody knows."""
+    return int(sizes.kv_cache_gib * _GIB) or (free and int(_FREE_SHARE * free))
 
 
 def _free_memory() -> int | None:
@@ -159,8 +165,7 @@ class Engine:
     def device(self, params: model.Params, key: jax.Array) -> "Device":
         """Slots on the device; the first call chooses their layout, once the sampler's params are in memory."""
         if self._layout is None:
-            free = _free_memory()
-            budget = int(self._sizes.kv_cache_gib * _GIB) or (free and int(_FREE_SHARE * free))
+            budget = cache_budget(self._sizes, _free_memory())
             self._layout = choose_layout(self._config, self._sizes, self._dtype, self._state_sharding, budget)
         layout = self._layout
         like = jax.eval_shape(lambda: sampler.init_state(self._config, layout, self._dtype))

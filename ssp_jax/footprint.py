@@ -19,26 +19,34 @@ from ml_collections import ConfigDict
 from ssp_jax import attention, cache, learner, model, sampler, sharding, train
 from ssp_jax.config import RL_PAIRS
 from ssp_jax.data import InputError
-from ssp_jax.engine import Sizes, choose_layout
+from ssp_jax.engine import Sizes, cache_budget, choose_layout
 from ssp_jax.published import Chip
 
-# What lies in memory while a phase runs. The sampler's copy is dropped before the update, its cache is not.
-_ALWAYS = ("parameters", "optimizer", "reference", "key/value cache")
-KEEPS = {
-    "prefill": (*_ALWAYS, "sampler copy"),
-    "decode": (*_ALWAYS, "sampler copy"),
-    "reshard": (*_ALWAYS, "sampler copy"),
-    "update": (*_ALWAYS, "gradients"),
+# What lies in memory while a program runs, by phase. The sampler's copy and its keys and values are made for play and
+# gone after it; the reference scores before there are gradients. What is offloaded lies there only where it is used.
+PLAY = {
+    "reshard": ("parameters", "optimizer", "reference", "sampler copy"),
+    "prefill": ("parameters", "optimizer", "reference", "sampler copy", "key/value cache"),
+    "decode": ("parameters", "optimizer", "reference", "sampler copy", "key/value cache"),
 }
+UPDATE = {
+    "scores": ("parameters", "optimizer", "reference"),
+    "gradients": ("parameters", "optimizer", "reference", "gradients"),
+    "optimizer": ("parameters", "optimizer", "reference", "gradients"),
+}
+PHASES = PLAY | UPDATE
+CACHED = ("prefill", "decode")
+_USED = {"optimizer": "optimizer", "reference": "scores"}  # what may be offloaded -> the phase that needs it
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A config for a mesh of devices; the mesh may be abstract."""
+    """A config for a mesh of devices; the mesh may be abstract. hbm: bytes of a device, None where it is unknown."""
 
     config: ConfigDict
     model: model.ModelConfig
     mesh: Any
+    hbm: float | None = None
 
     def __post_init__(self) -> None:
         for key, number in (("learner.rows", self.config.learner.rows), ("engine.slots", self.config.engine.slots)):
@@ -123,13 +131,34 @@ def sampler_params(setup: Setup) -> model.Params:
     return place(copy, sharding.param_shardings(copy, setup.mesh, drop=("fsdp",)))
 
 
-def sampler_state(setup: Setup) -> sampler.SamplerState:
-    """All slots; without engine.kv_cache_gib the longest episode in each of them."""
+def longest_episode(setup: Setup) -> int:
+    """Bytes per device of the keys and values of one slot."""
+    return -(-setup.sizes.cache_tokens * cache.token_bytes(setup.model, setup.dtype) // setup.tensor)
+
+
+def _layout(setup: Setup, lasting: dict[str, float]) -> cache.Layout:
+    """As the engine chooses it when the sampler's copy is in memory; at least what it needs to play at all."""
     shardings = functools.partial(sharding.state_shardings, mesh=setup.mesh)
-    budget = int(setup.sizes.kv_cache_gib * 2**30) or None
-    layout = choose_layout(setup.model, setup.sizes, setup.dtype, shardings, budget)
-    state = _abstract_slots(setup.model, layout, setup.dtype)
-    return place(state, shardings(state))
+    free = None
+    if setup.hbm is not None:
+        free = max(int(setup.hbm - resident(setup, lasting, "reshard")), 1)
+    budget = cache_budget(setup.sizes, free)
+    if budget is not None:
+        budget = max(budget, longest_episode(setup))
+    return choose_layout(setup.model, setup.sizes, setup.dtype, shardings, budget)
+
+
+def cache_layout(setup: Setup) -> cache.Layout:
+    return _layout(setup, _lasting(setup))
+
+
+def _place_state(setup: Setup, layout: cache.Layout, config: model.ModelConfig) -> sampler.SamplerState:
+    state = _abstract_slots(config, layout, setup.dtype)
+    return place(state, sharding.state_shardings(state, setup.mesh))
+
+
+def sampler_state(setup: Setup) -> sampler.SamplerState:
+    return _place_state(setup, cache_layout(setup), setup.model)
 
 
 def device_bytes(tree: Any) -> float:
@@ -137,22 +166,43 @@ def device_bytes(tree: Any) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
-def kept(setup: Setup) -> dict[str, float]:
-    """Bytes per device of everything that outlives one program."""
+def _lasting(setup: Setup) -> dict[str, float]:
+    """kept() without the cache."""
     state = train_state(setup)
     parameters = device_bytes(state.params)
+    copy = sampler_params(dataclasses.replace(setup, model=_one_layer(setup.model)))
     return {
         "parameters": parameters,
         "optimizer": device_bytes(state.opt_state),
         "reference": device_bytes(cast(state.params, setup.dtype)) if setup.config.learner.kl_coef else 0.0,
-        "sampler copy": device_bytes(sampler_params(setup)),
-        "key/value cache": device_bytes(sampler_state(setup)),
+        "sampler copy": device_bytes(copy) + (setup.model.num_layers - 1) * device_bytes(copy["layers"]),
         "gradients": parameters,  # float32, laid out like the parameters
     }
 
 
+def _one_layer(config: model.ModelConfig) -> model.ModelConfig:
+    """The sampler's trees have leaves for each layer, all alike: tracing one is much faster than tracing all."""
+    return dataclasses.replace(config, num_layers=1)
+
+
+def kept(setup: Setup) -> dict[str, float]:
+    """Bytes per device of everything that outlives one program."""
+    lasting = _lasting(setup)
+    state = _place_state(setup, _layout(setup, lasting), _one_layer(setup.model))
+    cached = device_bytes(state) + (setup.model.num_layers - 1) * device_bytes(state.caches)
+    return lasting | {"key/value cache": cached}
+
+
+def resident(setup: Setup, kept: dict[str, float], phase: str) -> float:
+    """Bytes per device of what lies there while this phase runs, its own temporaries aside."""
+    c = setup.config.learner
+    offloaded = {"optimizer": c.offload_moments, "reference": c.offload_reference}
+    away = {name for name, phase_of_use in _USED.items() if offloaded[name] and phase != phase_of_use}
+    return sum(kept[name] for name in PHASES[phase] if name not in away)
+
+
 def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
-    """Estimates, bytes per device. parameters: kept()'s. Attention is an einsum, so float32 scores of a block exist."""
+    """Estimates by phase, bytes per device. parameters: kept()'s. Scores of attention are float32 einsums."""
     m, c, sizes, t, item = setup.model, setup.config.learner, setup.sizes, setup.tensor, setup.dtype.itemsize
     D, L, V, N, K, H, F = m.embed_dim, m.num_layers, m.vocab_size, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim
     layer = (D * (2 * N + 2 * K) * H + 3 * D * F) / t  # parameters of a layer, gathered over fsdp
@@ -168,28 +218,30 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     def scores(rows: float, queries: int, keys: int, copies: int) -> float:
         return copies * rows * N / t * queries * keys * 4.0
 
-    slots = sizes.slots / setup.parts
-    rows, T, chunk = c.rows / setup.parts, c.row_tokens, c.logprob_chunk
-    longest = max(sizes.extend_buckets)
-    update = (
-        parameters  # this micro-batch's gradients, before they are added
-        + rows * T * (wide + L * held[setup.config.model.remat]) * item
-        + scores(rows, max(end - start for start, end in attention.spans(T)), T, 3)
-        + 2 * layer * item
-        + layer * 4
-        + V * D / t * (item + 4)
-        + 3 * rows * chunk * V / t * 4
-    )
-    N_rows = sizes.extend_rows
-    cache_rows = N_rows * sizes.cache_tokens * 2 * K / t * H * item
-    prefill = N_rows * longest * wide / 2 * item + scores(N_rows, longest, sizes.cache_tokens, 2) + 2 * cache_rows
+    # The sampler. The rows of a prefill are on every device, whoever holds their slots.
+    slots, written, longest = sizes.slots / setup.parts, sizes.extend_rows, max(sizes.extend_buckets)
+    piece = max(end - start for start, end in zip((0, *sizes.cache_ends()), sizes.cache_ends(), strict=False))
+    cache_rows = written * sizes.cache_tokens * 2 * K / t * H * item
+    prefill = written * longest * wide / 2 * item + scores(written, longest, piece, 2) + 2 * cache_rows
     copied = slots * sizes.chunk * L * 2 * K / t * H * item  # the chunk's own keys and values
     decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
-    return {"prefill": prefill, "decode": decode, "reshard": 2 * layer * 4, "update": update}
+
+    rows, T = c.rows / setup.parts, c.row_tokens
+    block = max(end - start for start, end in attention.spans(T))
+    forward = rows * T * wide / 2 * item + scores(rows, block, T, 2) + 2 * layer * item
+    forward += V * D / t * item + 2 * rows * c.logprob_chunk * V / t * 4
+    backward = rows * T * wide / 2 * item + scores(rows, block, T, 1) + layer * 4 + V * D / t * 4
+    gradients = forward + backward + rows * T * L * held[setup.config.model.remat] * item
+    found = {"reshard": 2 * layer * 4, "prefill": prefill, "decode": decode}
+    if c.kl_coef or c.old_logprobs == "recompute":
+        found["scores"] = forward
+    # This micro-batch's gradients exist before they are added.
+    return found | {"gradients": gradients + parameters, "optimizer": parameters}
 
 
-def peaks(kept: dict[str, float], temporary: dict[str, float]) -> dict[str, float]:
-    return {phase: sum(kept[name] for name in names) + temporary[phase] for phase, names in KEEPS.items()}
+def peaks(setup: Setup, kept: dict[str, float], temporary: dict[str, float]) -> dict[str, float]:
+    """Bytes per device of each phase that the config has."""
+    return {phase: resident(setup, kept, phase) + size for phase, size in temporary.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +279,7 @@ class Work:
 
 def work(setup: Setup, load: Workload) -> dict[str, Work]:
     """Least operations and bytes of a step's phases on each device; whatever can overlap is taken to overlap."""
-    m, c, sizes, item = setup.model, setup.config.learner, setup.sizes, setup.dtype.itemsize
+    m, c, item = setup.model, setup.config.learner, setup.dtype.itemsize
     devices = setup.parts * setup.tensor
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(_abstract_params(m)))
     table = m.vocab_size * m.embed_dim
@@ -238,8 +290,10 @@ def work(setup: Setup, load: Workload) -> dict[str, Work]:
 
     given = load.played * (load.tokens - load.sampled)
     prefill = Work(flops=given * (2 * body + attention) / devices)
-    steps = math.ceil(load.played * load.sampled / sizes.slots)
-    slots = sizes.slots / setup.parts
+    # An episode holds half of its tokens on average; where memory is short fewer slots are busy.
+    layout = cache_layout(setup)
+    busy = min(layout.rows[0], layout.tokens / (load.tokens / 2))
+    steps, slots = math.ceil(load.played * load.sampled / busy), busy / setup.parts
     half = slots * load.tokens / 2 * 2 * m.num_layers * m.num_kv_heads / setup.tensor * m.head_dim * item
     read = bytes_["sampler copy"] - (0 if m.tie_embeddings else table * item / setup.tensor)
     decode = Work(flops=steps * slots * forward / setup.tensor, hbm=steps * (read + half))

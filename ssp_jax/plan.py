@@ -13,6 +13,7 @@ what they need is what it says. For a GPU there is no such compiler, and tempora
 
 import copy
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from ssp_jax.footprint import Setup, Work
 from ssp_jax.model import ModelConfig
 from ssp_jax.published import GIB, Slice
 
-_NO_SCALE = dict.fromkeys(footprint.KEEPS, 1.0)
+_NO_SCALE = dict.fromkeys(footprint.PHASES, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Plan:
 
     @property
     def peaks(self) -> dict[str, float]:
-        return footprint.peaks(self.kept, self.temporaries)
+        return footprint.peaks(self.setup, self.kept, self.temporaries)
 
     @property
     def fits(self) -> bool:
@@ -54,14 +55,8 @@ class Plan:
 
     @property
     def cache_budget(self) -> float:
-        """Bytes that the key/value cache may take: what the fullest phase leaves."""
-        return self.slice.device.hbm - max(self.peaks.values()) + self.kept["key/value cache"]
-
-    @property
-    def slots(self) -> int:
-        """Slots that this budget buys, over all devices, with temporaries as they are."""
-        per_slot = self.kept["key/value cache"] / (self.setup.sizes.slots / self.setup.parts)
-        return max(int(self.cache_budget // per_slot), 0) * self.setup.parts
+        """Bytes that the key/value cache may take: what the fullest phase of play leaves."""
+        return _cache_room(self.peaks, self.slice.device.hbm) + self.kept["key/value cache"]
 
 
 def make_plan(
@@ -71,13 +66,17 @@ def make_plan(
         mesh: Any = sharding.make_mesh(config.mesh.to_dict(), ahead.make_devices(slice_))
     else:
         mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
-    setup = Setup(config, model, mesh)
+    setup = Setup(config, model, mesh, slice_.device.hbm)
     kept = footprint.kept(setup)
     temporaries = footprint.temporaries(setup, kept["parameters"])
     programs = ahead.compile_all(setup, _tell) if compiled else []
     for phase in {program.phase for program in programs}:
         temporaries[phase] = max(program.temporaries for program in programs if program.phase == phase)
     return Plan(setup, slice_, kept, temporaries, footprint.work(setup, load), programs)
+
+
+def _cache_room(peaks: Mapping[str, float], hbm: float) -> float:
+    return hbm - max(peaks[phase] for phase in footprint.CACHED)
 
 
 def _tell(text: str) -> None:
@@ -100,13 +99,18 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     return changed
 
 
-def _moves(config: ConfigDict, model: ModelConfig, parts: int) -> Iterator[tuple[str, Any]]:
-    """Changes of one key that need less memory; each keeps the config valid and what it learns the same."""
-    c, e = config.learner, config.engine
-    if c.rows // 2 >= parts and c.rows // 2 % parts == 0:
-        yield "learner.rows", c.rows // 2
-    if e.slots // 2 >= parts and e.slots // 2 % parts == 0:
-        yield "engine.slots", e.slots // 2
+def _moves(setup: Setup, cache_room: float) -> Iterator[tuple[str, Any]]:
+    """Changes of one key that need less memory; each keeps the config valid and what it learns the same.
+
+    cache_room: bytes a device by which the key/value cache may grow, or must shrink.
+    """
+    config, model, c, e = setup.config, setup.model, setup.config.learner, setup.config.engine
+    for key, number in (("learner.rows", c.rows), ("engine.slots", e.slots)):
+        if number // 2 >= setup.parts and number // 2 % setup.parts == 0:
+            yield key, number // 2
+    room = math.floor((footprint.kept(setup)["key/value cache"] + cache_room) / GIB * 100) / 100
+    if cache_room < 0 and room * GIB >= footprint.longest_episode(setup):
+        yield "engine.kv_cache_gib", room
     if e.extend_rows > 1:
         yield "engine.extend_rows", e.extend_rows // 2
     if len(e.extend_buckets) > 1:
@@ -115,20 +119,38 @@ def _moves(config: ConfigDict, model: ModelConfig, parts: int) -> Iterator[tuple
         yield "learner.logprob_chunk", c.logprob_chunk // 2
     if config.mesh.tensor * 2 <= model.num_kv_heads and model.num_kv_heads % (config.mesh.tensor * 2) == 0:
         yield "mesh.tensor", config.mesh.tensor * 2
-    if config.model.remat != "full":
-        yield "model.remat", "full"
+    frugal = {"model.remat": "full", "learner.offload_moments": True}
+    if c.kl_coef:
+        frugal["learner.offload_reference"] = True
+    yield from ((key, value) for key, value in frugal.items() if flatten_config(config)[key] != value)
 
 
-def _excess(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]) -> float | None:
-    """Bytes over all phases by which this config does not fit; None where it cannot run."""
+@dataclasses.dataclass(frozen=True)
+class _Estimate:
+    """A config on a slice, from shapes, with temporaries times a scale."""
+
+    setup: Setup
+    peaks: dict[str, float]
+    hbm: float
+
+    @property
+    def excess(self) -> float:
+        """Bytes over all phases by which it does not fit."""
+        return sum(max(peak - self.hbm, 0.0) for peak in self.peaks.values())
+
+
+def _estimate(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]) -> _Estimate | None:
+    """None where it cannot run."""
+    hbm = slice_.device.hbm
     try:
         mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
-        setup = Setup(config, model, mesh)
+        setup = Setup(config, model, mesh, hbm)
+        kept = footprint.kept(setup)
     except InputError:
         return None
-    kept = footprint.kept(setup)
-    scaled = {phase: size * scale[phase] for phase, size in footprint.temporaries(setup, kept["parameters"]).items()}
-    return sum(max(peak - slice_.device.hbm, 0.0) for peak in footprint.peaks(kept, scaled).values())
+    temporaries = footprint.temporaries(setup, kept["parameters"])
+    scaled = {phase: size * scale.get(phase, 1.0) for phase, size in temporaries.items()}
+    return _Estimate(setup, footprint.peaks(setup, kept, scaled), hbm)
 
 
 def changes_that_fit(
@@ -141,11 +163,14 @@ def changes_that_fit(
 
     def tried(values: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
         base = with_values(config, values)
+        now = _estimate(base, model, slice_, scale)
+        if now is None:
+            return []
         found = []
-        for key, value in _moves(base, model, slice_.devices // base.mesh.tensor):
-            excess = _excess(with_values(base, {key: value}), model, slice_, scale)
-            if excess is not None:
-                found.append((excess, values | {key: value}))
+        for key, value in _moves(now.setup, _cache_room(now.peaks, now.hbm)):
+            then = _estimate(with_values(base, {key: value}), model, slice_, scale)
+            if then is not None:
+                found.append((then.excess, values | {key: value}))
         return found
 
     first = tried({})
@@ -167,10 +192,12 @@ def _fitting(config: ConfigDict, model: ModelConfig, slice_: Slice, change: bool
     parts, flat = data * fsdp, flatten_config(config)
     values = {key: -(-flat[key] // parts) * parts for key in ("learner.rows", "engine.slots") if flat[key] % parts}
     changed = with_values(config, values)
-    excess = _excess(changed, model, slice_, _NO_SCALE)
-    if excess == 0:
+    estimate = _estimate(changed, model, slice_, _NO_SCALE)
+    if estimate is None:
+        return None
+    if estimate.excess == 0:
         return values
-    found = changes_that_fit(changed, model, slice_, _NO_SCALE) if change and excess is not None else []
+    found = changes_that_fit(changed, model, slice_, _NO_SCALE) if change else []
     return values | found[0] if found else None
 
 
@@ -192,13 +219,14 @@ def _overrides(values: Mapping[str, Any]) -> str:
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:
-    setup, hbm = plan.setup, plan.slice.device.hbm
+    setup, hbm, c = plan.setup, plan.slice.device.hbm, plan.setup.config.learner
+    away = ", in host memory but for the "
     notes = {
         "parameters": "float32",
-        "optimizer": "Adam's moments, float32",
-        "reference": f"{setup.dtype}" if plan.kept["reference"] else "kl_coef is 0",
+        "optimizer": "Adam's moments" + (f"{away}optimizer step" if c.offload_moments else ""),
+        "reference": f"{setup.dtype}{f'{away}scores' if c.offload_reference else ''}" if c.kl_coef else "kl_coef is 0",
         "sampler copy": f"{setup.dtype}, while playing",
-        "key/value cache": f"{setup.sizes.slots // setup.parts} of {setup.sizes.slots} slots",
+        "key/value cache": "while playing",
         "gradients": "float32, while updating",
     }
     yield "kept, GiB per device"
@@ -212,10 +240,11 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
         verdict = "" if peak <= hbm else "   does not fit"
         sizes = f"{(peak - temporary) / GIB:10.2f}{temporary / GIB:14.2f}{peak / GIB:9.2f}"
         yield f"  {phase:<10}{sizes}{peak / hbm:9.0%}{verdict}"
-    yield (
-        f"key/value budget {plan.cache_budget / GIB:.2f} GiB per device: {plan.slots} slots of "
-        f"{setup.sizes.cache_tokens} tokens (config: {setup.sizes.slots})"
-    )
+    layout, tokens = footprint.cache_layout(setup), setup.sizes.cache_tokens
+    rows = ", ".join(f"{n} beyond {start} tokens" for n, start in zip(layout.rows[1:], layout.starts[1:], strict=True))
+    yield f"key/value cache: {layout.rows[0]} slots (config: {setup.sizes.slots})" + (f", {rows}" if rows else "")
+    full = max(int(plan.cache_budget // footprint.longest_episode(setup)), 0) * setup.parts
+    yield f"  {plan.cache_budget / GIB:.2f} GiB per device are free for it: {full} slots of {tokens} tokens each"
 
 
 def _time_lines(plan: Plan, load: footprint.Workload) -> Iterator[str]:

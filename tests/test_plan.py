@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from configs import default
-from ssp_jax import ahead, footprint, model, plan, published, sharding, train
+from ssp_jax import ahead, engine, footprint, model, plan, published, sharding, train
 from ssp_jax.data import InputError
 from ssp_jax.published import GIB
 
@@ -119,16 +119,70 @@ def small_plan(hbm: float, **values: Any) -> plan.Plan:
     return plan.make_plan(c, SMALL, slice_, footprint.workload(c, 300, 100), compiled=False)
 
 
-def test_slots_are_what_the_budget_buys() -> None:
+def test_the_cache_of_a_plan_is_the_one_that_the_engine_makes() -> None:
+    """From the memory that is free once the sampler's copy is there, up to the longest episode in every slot."""
+    values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 4, "engine__slots": 1024}
+    whole = small_plan(GIB, **values)
+    assert footprint.cache_layout(whole.setup).rows == (1024, 1024)
+    present = sum(whole.kept[name] for name in ("parameters", "optimizer", "reference", "sampler copy"))
+    hbm = present + whole.kept["key/value cache"]  # 0.8 of what is free is not enough
+    p = small_plan(hbm, **values)
+    expected = engine.cache_budget(p.setup.sizes, int(hbm - present))
+    layout = footprint.cache_layout(p.setup)
+    assert layout.rows[0] > layout.rows[1] and expected is not None
+    assert 0.99 * expected < p.kept["key/value cache"] < 1.01 * expected
+    assert small_plan(hbm, **values, engine__kv_cache_gib=0.01).kept["key/value cache"] < 0.0101 * GIB
+    assert footprint.cache_layout(small_plan(present / 2, **values).setup).rows == (4, 4)  # the least it can play with
+
+
+def test_what_the_cache_may_take_is_what_play_leaves() -> None:
     p = small_plan(GIB, learner__row_tokens=512, learner__rows=4, engine__slots=16)
-    per_slot = p.kept["key/value cache"] / 4
-    free = GIB - max(p.peaks.values())
-    assert p.fits and p.slots == 4 * math.floor((free + p.kept["key/value cache"]) / per_slot) > 16
+    room = GIB - max(p.peaks["prefill"], p.peaks["decode"])
+    assert p.fits and p.cache_budget == room + p.kept["key/value cache"]
+    slots = 4 * math.floor(p.cache_budget / (512 * 1024))  # two layers, two heads of 64, keys and values, bfloat16
+    assert f" {slots} slots of 512 tokens" in "\n".join(plan.report(p, footprint.workload(config(), 300, 100)))
+
+
+def test_play_and_update_do_not_keep_what_the_other_needs() -> None:
+    """As train.py does it: the copy and the cache are gone before the update, and gradients before play."""
+    p = small_plan(GIB, learner__row_tokens=512, learner__rows=4, engine__slots=16)
+    sizes = {name: 2.0**i for i, name in enumerate(p.kept)}
+    peaks = footprint.peaks(p.setup, sizes, dict.fromkeys(footprint.PHASES, 0.0))
+    always = sizes["parameters"] + sizes["optimizer"] + sizes["reference"]
+    playing = always + sizes["sampler copy"]
+    assert peaks == {
+        "reshard": playing,
+        "prefill": playing + sizes["key/value cache"],
+        "decode": playing + sizes["key/value cache"],
+        "scores": always,
+        "gradients": always + sizes["gradients"],
+        "optimizer": always + sizes["gradients"],
+    }
+    assert set(p.temporaries) == set(footprint.PHASES)
+    assert "scores" not in small_plan(GIB, learner__kl_coef=0.0, learner__rows=4).temporaries
+
+
+def test_what_is_offloaded_is_there_only_where_it_is_used() -> None:
+    values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 4}
+    there, away = (
+        small_plan(GIB, **values, learner__offload_moments=flag, learner__offload_reference=flag)
+        for flag in (False, True)
+    )
+    saved = {phase: there.peaks[phase] - away.peaks[phase] for phase in footprint.PHASES}
+    moments, reference = there.kept["optimizer"], there.kept["reference"]
+    assert saved.pop("scores") == moments and saved.pop("optimizer") == reference
+    assert set(saved.values()) == {moments + reference}
+    text = "\n".join(plan.report(away, footprint.workload(config(), 300, 100)))
+    assert "in host memory but for the optimizer step" in text and "in host memory but for the scores" in text
+
+
+def fixed(found: list[dict[str, Any]], key: str) -> Any:
+    return next((values[key] for values in found if set(values) == {key}), None)
 
 
 def test_changes_make_it_fit() -> None:
     values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 64, "engine__slots": 16}
-    need = small_plan(GIB, **values).peaks["update"]
+    need = small_plan(GIB, **values).peaks["gradients"]
     p = small_plan(need * 0.9, **values)
     text = "\n".join(plan.report(p, footprint.workload(p.setup.config, 300, 100)))
     assert not p.fits and "does not fit" in text and "--config.learner.rows=32" in text
@@ -136,10 +190,25 @@ def test_changes_make_it_fit() -> None:
     assert "it fits" in "\n".join(plan.report(small_plan(need * 1.1, **values), footprint.workload(config(), 300, 100)))
 
 
+def test_a_smaller_cache_or_offloading_is_offered_where_it_is_enough() -> None:
+    values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 4, "engine__slots": 2048}
+    values |= {"engine__extend_rows": 1, "engine__kv_cache_gib": 1.0}
+    p = small_plan(GIB, **values)
+    assert p.kept["key/value cache"] > 0.2 * GIB
+    tight = small_plan(max(p.peaks.values()) - 0.01 * GIB, **values)
+    assert not tight.fits
+    found = plan.changes_that_fit(tight.setup.config, SMALL, tight.slice, dict.fromkeys(footprint.PHASES, 1.0))
+    smaller = fixed(found, "engine.kv_cache_gib")
+    assert smaller and small_plan(tight.slice.device.hbm, **values | {"engine__kv_cache_gib": smaller}).fits
+    tight = small_plan(max(p.peaks.values()) - p.kept["optimizer"] / 2, **values)
+    found = plan.changes_that_fit(tight.setup.config, SMALL, tight.slice, dict.fromkeys(footprint.PHASES, 1.0))
+    assert fixed(found, "learner.offload_moments") is True
+
+
 def test_several_changes_where_one_is_not_enough() -> None:
     values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 64, "engine__slots": 16}
-    p = small_plan(small_plan(GIB, **values).peaks["update"] * 0.3, **values)
-    (found,) = plan.changes_that_fit(p.setup.config, SMALL, p.slice, dict.fromkeys(footprint.KEEPS, 1.0))
+    p = small_plan(small_plan(GIB, **values).peaks["gradients"] * 0.3, **values)
+    (found,) = plan.changes_that_fit(p.setup.config, SMALL, p.slice, dict.fromkeys(footprint.PHASES, 1.0))
     assert found["learner.rows"] <= 16
 
 
@@ -177,9 +246,16 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
     )
     slice_ = published.parse_topology("v5p:2x2x1")
     p = plan.make_plan(c, SMALL, slice_, footprint.workload(c, 300, 100), compiled=True)
-    assert [program.phase for program in p.programs] == ["prefill", "decode", "reshard", "update", "update"]
+    assert [program.phase for program in p.programs] == [
+        "prefill",
+        "decode",
+        "reshard",
+        "scores",
+        "gradients",
+        "optimizer",
+    ]
     estimate = footprint.temporaries(p.setup, p.kept["parameters"])
-    assert p.fits and 0.2 < p.temporaries["update"] / estimate["update"] < 5
+    assert p.fits and 0.2 < p.temporaries["gradients"] / estimate["gradients"] < 5
     assert "compiled by libtpu" in "\n".join(plan.report(p, footprint.workload(c, 300, 100)))
 
 
