@@ -243,10 +243,10 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
 
     rows, T = c.rows / setup.parts, c.row_tokens
-    block = max(end - start for start, end in attention.spans(T))
+    block = max(end - start for start, end in attention.spans(T))  # on TPU the scores of several blocks are alive
     forward = rows * T * wide / 2 * item + scores(rows, block, T, 2) + 2 * layer * item
     forward += V * D / t * item + 2 * rows * c.logprob_chunk * V / t * 4
-    backward = rows * T * wide / 2 * item + scores(rows, block, T, 1) + layer * 4 + V * D / t * 4
+    backward = rows * T * wide / 2 * item + scores(rows, block, T, 6) + layer * 4 + 2 * V * D / t * 4
     gradients = forward + backward + rows * T * L * held[setup.config.model.remat] * item
     found = {"reshard": 2 * layer * 4, "prefill": prefill, "decode": decode}
     if c.kl_coef or c.old_logprobs == "recompute":
@@ -304,8 +304,9 @@ def work(setup: Setup, load: Workload) -> dict[str, Work]:
     forward = 2 * (body + table) + attention
     bytes_ = kept(setup)
 
-    given = load.played * (load.tokens - load.sampled)
-    prefill = Work(flops=given * (2 * body + attention) / devices)
+    # All devices of a host compute all rows of a prefill, split over `tensor` only.
+    given = load.played * (load.tokens - load.sampled) / setup.hosts
+    prefill = Work(flops=given * (2 * body + attention) / setup.tensor)
     # An episode holds half of its tokens on average; where memory is short fewer slots are busy.
     layout = cache_layout(setup)
     busy = setup.hosts * min(layout.rows[0], layout.tokens / (load.tokens / 2))

@@ -264,7 +264,8 @@ def _time_lines(plan: Plan, load: footprint.Workload) -> Iterator[str]:
     )
     yield (
         f"  {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of HBM and {chip.link / 1e9:.0f} GB/s of "
-        "links per device at their peaks; all slots always busy; searches, scheduling and the judge take no time"
+        "links per device at their peaks; all slots always busy; prefill not split over replicas; "
+        "searches, scheduling and the judge take no time"
     )
     yield f"  {'':<10}{'TFLOPs':>12}{'HBM GB':>12}{'link GB':>12}{'seconds':>10}   bound by"
     total = 0.0

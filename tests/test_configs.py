@@ -48,6 +48,7 @@ SHAPES = {
 }
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 DEFAULT = "--config=configs/default.py"
+README = (ROOT / "README.md").read_text()
 
 
 def parse(*arguments: str) -> tuple[ConfigDict, str]:
@@ -133,13 +134,25 @@ def test_a_config_fits_its_hardware_as_its_docstring_says(name: str) -> None:
     assert memory(name)
 
 
+def test_the_readme_quotes_the_docstrings() -> None:
+    number = r" (\d+) \|"
+    row = rf"^\| (\w+) \| (\S+?:\w+)(?:, (.*?))? \|{number * 4}"
+    rows = re.findall(row, README, flags=re.MULTILINE)
+    assert {name for name, *_ in rows} == {"qwen7b", "qwen14b", "qwen32b"}
+    for name, topology, keys, *numbers, slots in rows:
+        overrides = [f"--config.{key}" for key in keys.replace("`", "").split()]
+        (said,) = (line for line in memory(name) if line[0] == topology)
+        assert list(said[1:4]) == [int(n) for n in numbers] and said[5] == overrides
+        assert parse(f"--config=configs/{name}.py", *overrides)[0].engine.slots == int(slots)
+
+
 def test_memory_by_hand() -> None:
     """7B on 8 devices: float32 parameters and moments, bfloat16 reference and copy, and 256 / 8 whole slots."""
     p, token = _7B.params, 2 * _7B.layers * _7B.kv_heads * _7B.head * 2
     while_playing = (14 * p / 8 + 2 * p + 256 // 8 * 12288 * token) / published.GIB
     while_updating = 18 * p / 8 / published.GIB
     _, playing, updating, *_ = memory("qwen7b")[0]
-    assert 1.0 < playing / while_playing < 1.5 and 1.0 < updating / while_updating < 2.5
+    assert 1.0 < playing / while_playing < 1.5 and 1.0 < updating / while_updating < 3.0
 
 
 def test_the_papers_hyper_parameters() -> None:

@@ -53,10 +53,12 @@ def test_a_tpu_run_creates_installs_starts_and_shows_the_log() -> None:
     printed = commands(*TPU, "v5p-16", "--spot", "--dry-run", "--", CONFIG, "--workdir=gs://bucket/a run")
     verbs = [next(w for w in words if w in ("describe", "create", "archive", "scp", "ssh")) for words in printed]
     assert verbs == ["describe", "create", "archive", "scp", "ssh", "ssh", "ssh", "ssh"]
-    create, install, start, logs = printed[1], printed[4], printed[5], printed[6]
-    assert {"ssp", "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5", "--spot"} <= set(create)
+    create, send, install, start, logs = printed[1], *printed[3:7]
+    assert {"ssp", "--node-id=ssp", "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5", "--spot"} <= set(
+        create
+    )
     assert all("--zone=us-east5-a" in words for words in printed if words[0] == "gcloud")
-    assert "--worker=all" in install and "jax[tpu]" in install[-1]
+    assert "--worker=all" in send and "--worker=all" in install and "jax[tpu]" in install[-1]
     assert "--worker=all" in start and CONFIG in start[-1] and "ssp_jax.main" in start[-1]
     assert "--worker=0" in logs and "run.log" in logs[-1]
 
