@@ -1,17 +1,19 @@
 """Qwen2.5-7B-Instruct on the paper's data: the setting of its ablations. Other paper-scale configs start here.
 
 command    python -m ssp_jax.main --config=configs/qwen7b.py --workdir=runs/qwen7b
-hardware   8 x H100 80 GB
-memory     57 GB a device while playing, 31 GB while updating, plus temporaries (estimate)
+hardware   8 x H100 80 GB, v5p:2x2x2 or v6e:4x4
+memory     gpu:h100x8  63 GiB playing, 40 updating of 73, from shapes
+           v5p:2x2x2   63 GiB playing, 40 updating of 96, from shapes
+           v6e:4x4     28 GiB playing, 22 updating of 31, from shapes; with
+                       --config.mesh.tensor=2 --config.engine.extend_rows=2
 time       not measured; the paper reports 83.4 s a step, 4.6 hours for 200 steps, on hardware it does not name
 score      average of seven sets, pass@1 by a judge: 41.5 before, 49.5 after (paper, Table 1); ours not measured
 
 Files under data/ are those of the Hugging Face data set Quark-LLM/SSP and Search-R1's corpus of Wikipedia 2018.
 
-The estimate, per device, for P parameters on n devices, of which t share a copy of the sampler: float32 master weights
-and Adam moments 12 P / n, bfloat16 reference 2 P / n, then while playing the sampler's copy 2 P / t and twice the
-key/value cache (a decode chunk may hold a second one), while updating the gradients 4 P / n and the cache once. Here
-P = 7.62e9, n = 8, t = 1, and the cache holds 160 / 8 slots of 12,288 tokens of 57,344 bytes.
+memory: what `python -m ssp_jax.plan --config=configs/qwen7b.py --topology=...` says of a device, for each kind of
+hardware; the cache of keys and values takes what is free, up to the longest episode in all slots. `from shapes`
+estimates temporaries, `compiled` has them from the hardware's own compiler.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +31,9 @@ def get_config() -> ConfigDict:
     c.retriever.corpus = "data/wiki-18.jsonl"
     c.retriever.index = "data/wiki-18.index"  # some 25 GB (estimate), so not one in each workdir
 
-    c.engine.slots = 160
+    c.engine.slots = 256
+    # Scores of a prefill are float32 numbers, one for each head, query and key: 15 GiB a device for these.
+    c.engine.extend_rows = 4
+    c.engine.extend_buckets = (64, 256, 1024, 2048)
     c.eval.every = 20  # 5 in [C], where the 3,125 questions would take two fifths of the time of play
     return c.lock()

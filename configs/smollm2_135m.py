@@ -1,12 +1,10 @@
 """SmolLM2-135M-Instruct: real weights of another family, small enough to try every part of a run.
 
 command    python -m ssp_jax.main --config=configs/smollm2_135m.py --workdir=runs/smollm2_135m
-hardware   1 x GPU 24 GB
-memory     14 GB a device while playing, 8 GB while updating, plus temporaries (estimate)
+hardware   1 x L4 24 GB
+memory     gpu:l4x1    10 GiB playing, 5 updating of 20, from shapes
 time       not measured
 score      not measured; plain, this model does not follow the tags at all
-
-The estimate's formula stands in configs/qwen7b.py; here P = 1.35e8, n = 1 and 8,192 tokens of 23,040 bytes a slot.
 """
 
 from ml_collections import ConfigDict

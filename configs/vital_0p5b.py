@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_0p5b
 hardware   1 x H100 80 GB, or a CPU for single steps (below)
-memory     18 GB a device while playing, 14 GB while updating, plus temporaries (estimate)
+memory     gpu:h100x1  14 GiB playing, 20 updating of 73, from shapes
 time       not measured
 score      not measured on these sets; greedy with the example shown the plain model answers 4 of 8 one-hop and 3 of 8
            two-hop questions (a small trial, not the whole sets)
@@ -10,9 +10,6 @@ score      not measured on these sets; greedy with the example shown the plain m
 The text and the model are no part of this repository: they are expected as data/vital and models/... here, or anywhere
 else by --config.data.answers=... and so on. Each prompt shows one worked example; without it this model almost never
 uses a tag.
-
-The estimate's formula stands in configs/qwen7b.py; here P = 4.94e8, n = 1 and 128 slots of 3,328 tokens of 12,288
-bytes.
 
 One step on a CPU, 16 answers x 4 solver episodes, in float32 and without the reference model. Measured on 2 cores of an
 AMD EPYC server: 299 s (play 198 s, 14.5 sampled and 72 written tokens/s; update 99 s), peak 16.4 GiB; 7 of 16 questions

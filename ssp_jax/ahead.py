@@ -46,7 +46,8 @@ def make_devices(slice_: Slice) -> list[Any]:
     os.environ |= _ENVIRONMENT
     options = {"chips_per_host_bounds": (1, 1, 1)} if slice_.chips == 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=slice_.name, **options).devices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=slice_.name, **options).devices
+        return sorted(found, key=lambda device: (device.process_index, device.id))
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
             f"--topology={slice_.name}: the TPU compiler refuses it: {str(error).splitlines()[0]}"
@@ -105,9 +106,9 @@ class _Source:
 
 
 def _sampler_sources(setup: Setup) -> Iterator[_Source]:
-    """The largest prefill and the longest decode chunk."""
+    """The largest prefill and the longest decode chunk, of one host."""
     m, sizes, V = setup.model, setup.sizes, setup.model.vocab_size
-    whole = NamedSharding(setup.mesh, P())
+    whole = NamedSharding(setup.playing, P())
 
     def struct(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -41,20 +41,21 @@ _USED = {"optimizer": "optimizer", "reference": "scores"}  # what may be offload
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A config for a mesh of devices; the mesh may be abstract. hbm: bytes of a device, None where it is unknown."""
+    """A config for a mesh of devices; the mesh may be abstract. Each host plays alone, on its own devices."""
 
     config: ConfigDict
     model: model.ModelConfig
     mesh: Any
-    hbm: float | None = None
+    hbm: float | None = None  # bytes of a device, None where it is unknown
+    per_host: int = 0  # devices of a host, 0: there is one host
 
     def __post_init__(self) -> None:
         for key, number in (("learner.rows", self.config.learner.rows), ("engine.slots", self.config.engine.slots)):
             if number % self.parts:
                 raise InputError(f"config key {key} is {number}; expected a multiple of {self.parts} for this mesh")
-        if self.model.num_kv_heads % self.tensor:
-            heads = self.model.num_kv_heads
-            raise InputError(f"config key mesh.tensor is {self.tensor}; expected a divisor of {heads} key/value heads")
+        for what, number in (("key/value heads", self.model.num_kv_heads), ("devices of a host", self.per_host)):
+            if number % self.tensor:
+                raise InputError(f"config key mesh.tensor is {self.tensor}; expected a divisor of {number} {what}")
 
     @property
     def parts(self) -> int:
@@ -65,8 +66,23 @@ class Setup:
         return self.mesh.shape["tensor"]
 
     @property
+    def hosts(self) -> int:
+        return max(1, self.mesh.size // self.per_host) if self.per_host else 1
+
+    @property
+    def playing(self) -> Any:
+        """The mesh of one host: replicas, split over `tensor` only."""
+        if self.hosts == 1:
+            return self.mesh
+        shape = (self.per_host // self.tensor, 1, self.tensor)
+        if isinstance(self.mesh, AbstractMesh):
+            return AbstractMesh(shape, sharding.AXES)
+        return Mesh(self.mesh.devices.ravel()[: self.per_host].reshape(shape), sharding.AXES)
+
+    @property
     def sizes(self) -> Sizes:
-        return Sizes(**self.config.engine)
+        """Of one host."""
+        return Sizes(**{**self.config.engine, "slots": self.config.engine.slots // self.hosts})
 
     @property
     def learner(self) -> learner.LearnerConfig:
@@ -126,9 +142,9 @@ def train_state(setup: Setup) -> learner.TrainState:
 
 
 def sampler_params(setup: Setup) -> model.Params:
-    """The unstacked copy in the compute dtype."""
+    """The unstacked copy in the compute dtype, on one host."""
     copy = _abstract_copy(setup.model, setup.dtype)
-    return place(copy, sharding.param_shardings(copy, setup.mesh, drop=("fsdp",)))
+    return place(copy, sharding.param_shardings(copy, setup.playing, drop=("fsdp",)))
 
 
 def longest_episode(setup: Setup) -> int:
@@ -138,7 +154,7 @@ def longest_episode(setup: Setup) -> int:
 
 def _layout(setup: Setup, lasting: dict[str, float]) -> cache.Layout:
     """As the engine chooses it when the sampler's copy is in memory; at least what it needs to play at all."""
-    shardings = functools.partial(sharding.state_shardings, mesh=setup.mesh)
+    shardings = functools.partial(sharding.state_shardings, mesh=setup.playing)
     free = None
     if setup.hbm is not None:
         free = max(int(setup.hbm - resident(setup, lasting, "reshard")), 1)
@@ -154,7 +170,7 @@ def cache_layout(setup: Setup) -> cache.Layout:
 
 def _place_state(setup: Setup, layout: cache.Layout, config: model.ModelConfig) -> sampler.SamplerState:
     state = _abstract_slots(config, layout, setup.dtype)
-    return place(state, sharding.state_shardings(state, setup.mesh))
+    return place(state, sharding.state_shardings(state, setup.playing))
 
 
 def sampler_state(setup: Setup) -> sampler.SamplerState:
@@ -218,8 +234,8 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     def scores(rows: float, queries: int, keys: int, copies: int) -> float:
         return copies * rows * N / t * queries * keys * 4.0
 
-    # The sampler. The rows of a prefill are on every device, whoever holds their slots.
-    slots, written, longest = sizes.slots / setup.parts, sizes.extend_rows, max(sizes.extend_buckets)
+    # The rows of a prefill are on every device of a host, whoever holds their slots.
+    slots, written, longest = setup.config.engine.slots / setup.parts, sizes.extend_rows, max(sizes.extend_buckets)
     piece = max(end - start for start, end in zip((0, *sizes.cache_ends()), sizes.cache_ends(), strict=False))
     cache_rows = written * sizes.cache_tokens * 2 * K / t * H * item
     prefill = written * longest * wide / 2 * item + scores(written, longest, piece, 2) + 2 * cache_rows
@@ -227,10 +243,10 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
 
     rows, T = c.rows / setup.parts, c.row_tokens
-    block = max(end - start for start, end in attention.spans(T))
+    block = max(end - start for start, end in attention.spans(T))  # on TPU the scores of several blocks are alive
     forward = rows * T * wide / 2 * item + scores(rows, block, T, 2) + 2 * layer * item
     forward += V * D / t * item + 2 * rows * c.logprob_chunk * V / t * 4
-    backward = rows * T * wide / 2 * item + scores(rows, block, T, 1) + layer * 4 + V * D / t * 4
+    backward = rows * T * wide / 2 * item + scores(rows, block, T, 6) + layer * 4 + 2 * V * D / t * 4
     gradients = forward + backward + rows * T * L * held[setup.config.model.remat] * item
     found = {"reshard": 2 * layer * 4, "prefill": prefill, "decode": decode}
     if c.kl_coef or c.old_logprobs == "recompute":
@@ -288,11 +304,12 @@ def work(setup: Setup, load: Workload) -> dict[str, Work]:
     forward = 2 * (body + table) + attention
     bytes_ = kept(setup)
 
-    given = load.played * (load.tokens - load.sampled)
-    prefill = Work(flops=given * (2 * body + attention) / devices)
+    # All devices of a host compute all rows of a prefill, split over `tensor` only.
+    given = load.played * (load.tokens - load.sampled) / setup.hosts
+    prefill = Work(flops=given * (2 * body + attention) / setup.tensor)
     # An episode holds half of its tokens on average; where memory is short fewer slots are busy.
     layout = cache_layout(setup)
-    busy = min(layout.rows[0], layout.tokens / (load.tokens / 2))
+    busy = setup.hosts * min(layout.rows[0], layout.tokens / (load.tokens / 2))
     steps, slots = math.ceil(load.played * load.sampled / busy), busy / setup.parts
     half = slots * load.tokens / 2 * 2 * m.num_layers * m.num_kv_heads / setup.tensor * m.head_dim * item
     read = bytes_["sampler copy"] - (0 if m.tie_embeddings else table * item / setup.tensor)

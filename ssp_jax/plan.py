@@ -50,6 +50,14 @@ class Plan:
         return footprint.peaks(self.setup, self.kept, self.temporaries)
 
     @property
+    def play_peak(self) -> float:
+        return max(peak for phase, peak in self.peaks.items() if phase in footprint.PLAY)
+
+    @property
+    def update_peak(self) -> float:
+        return max(peak for phase, peak in self.peaks.items() if phase in footprint.UPDATE)
+
+    @property
     def fits(self) -> bool:
         return max(self.peaks.values()) <= self.slice.device.hbm and all(p.fits for p in self.programs)
 
@@ -66,7 +74,7 @@ def make_plan(
         mesh: Any = sharding.make_mesh(config.mesh.to_dict(), ahead.make_devices(slice_))
     else:
         mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
-    setup = Setup(config, model, mesh, slice_.device.hbm)
+    setup = Setup(config, model, mesh, slice_.device.hbm, slice_.per_host)
     kept = footprint.kept(setup)
     temporaries = footprint.temporaries(setup, kept["parameters"])
     programs = ahead.compile_all(setup, _tell) if compiled else []
@@ -144,7 +152,7 @@ def _estimate(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapp
     hbm = slice_.device.hbm
     try:
         mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
-        setup = Setup(config, model, mesh, hbm)
+        setup = Setup(config, model, mesh, hbm, slice_.per_host)
         kept = footprint.kept(setup)
     except InputError:
         return None
@@ -241,8 +249,9 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
         sizes = f"{(peak - temporary) / GIB:10.2f}{temporary / GIB:14.2f}{peak / GIB:9.2f}"
         yield f"  {phase:<10}{sizes}{peak / hbm:9.0%}{verdict}"
     layout, tokens = footprint.cache_layout(setup), setup.sizes.cache_tokens
-    rows = ", ".join(f"{n} beyond {start} tokens" for n, start in zip(layout.rows[1:], layout.starts[1:], strict=True))
-    yield f"key/value cache: {layout.rows[0]} slots (config: {setup.sizes.slots})" + (f", {rows}" if rows else "")
+    numbers = [setup.hosts * n for n in layout.rows]
+    later = "".join(f", {n} beyond {start} tokens" for n, start in zip(numbers[1:], layout.starts[1:], strict=True))
+    yield f"key/value cache: {numbers[0]} slots (config: {setup.config.engine.slots}){later}"
     full = max(int(plan.cache_budget // footprint.longest_episode(setup)), 0) * setup.parts
     yield f"  {plan.cache_budget / GIB:.2f} GiB per device are free for it: {full} slots of {tokens} tokens each"
 
@@ -255,7 +264,8 @@ def _time_lines(plan: Plan, load: footprint.Workload) -> Iterator[str]:
     )
     yield (
         f"  {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of HBM and {chip.link / 1e9:.0f} GB/s of "
-        "links per device at their peaks; all slots always busy; searches, scheduling and the judge take no time"
+        "links per device at their peaks; all slots always busy; prefill not split over replicas; "
+        "searches, scheduling and the judge take no time"
     )
     yield f"  {'':<10}{'TFLOPs':>12}{'HBM GB':>12}{'link GB':>12}{'seconds':>10}   bound by"
     total = 0.0

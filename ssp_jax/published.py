@@ -29,7 +29,8 @@ _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS = ("1", "2", "4", "8", "16", "32", "64", "128")
 
 # TPUs: cloud.google.com/tpu/docs, one page per generation; their memory is what the compiler lets a program have, which
-# differs a little from the published size. GPUs: NVIDIA's data sheets of the SXM boards.
+# differs a little from the published size. GPUs: NVIDIA's data sheets of the SXM boards, L4: of the PCIe card; their
+# memory is the share of what CUDA reports that the run takes.
 TPUS = {
     "v5e": Chip(15.75 * GIB, 197e12, 819 * GB, 200 * GB, 4, 1, _2D),
     "v6e": Chip(31.25 * GIB, 918e12, 1638 * GB, 400 * GB, 4, 1, _2D),
@@ -37,10 +38,11 @@ TPUS = {
     "tpu7x": Chip(189.5 * GIB, 2307e12, 7380 * GB, 600 * GB, 4, 2, _3D),
 }
 GPUS = {
-    "a100": Chip(MEMORY_FRACTION * 80 * GIB, 312e12, 2039 * GB, 300 * GB, 8, 1, _GPUS),
-    "h100": Chip(MEMORY_FRACTION * 80 * GIB, 989e12, 3350 * GB, 450 * GB, 8, 1, _GPUS),
-    "h200": Chip(MEMORY_FRACTION * 141 * GB, 989e12, 4800 * GB, 450 * GB, 8, 1, _GPUS),
-    "b200": Chip(MEMORY_FRACTION * 180 * GB, 2250e12, 8000 * GB, 900 * GB, 8, 1, _GPUS),
+    "l4": Chip(MEMORY_FRACTION * 22.0 * GIB, 121e12, 300 * GB, 32 * GB, 8, 1, _GPUS),
+    "a100": Chip(MEMORY_FRACTION * 79.1 * GIB, 312e12, 2039 * GB, 300 * GB, 8, 1, _GPUS),
+    "h100": Chip(MEMORY_FRACTION * 79.1 * GIB, 989e12, 3350 * GB, 450 * GB, 8, 1, _GPUS),
+    "h200": Chip(MEMORY_FRACTION * 139.8 * GIB, 989e12, 4800 * GB, 450 * GB, 8, 1, _GPUS),
+    "b200": Chip(MEMORY_FRACTION * 178 * GIB, 2250e12, 8000 * GB, 900 * GB, 8, 1, _GPUS),
 }
 
 
@@ -65,6 +67,11 @@ class Slice:
     @property
     def hosts(self) -> int:
         return -(-self.chips // self.chip.per_host)
+
+    @property
+    def per_host(self) -> int:
+        """JAX devices of a host."""
+        return min(self.chips, self.chip.per_host) * self.chip.devices
 
     @property
     def device(self) -> Chip:
@@ -111,7 +118,7 @@ def _llama3(layers: int, width: int, heads: int, head: int, ffn: int, tied: bool
     return ModelConfig(128256, layers, width, heads, 8, head, ffn, 5e5, norm_eps=1e-5, tie_embeddings=tied)
 
 
-# From the config.json of each model on the Hugging Face hub; fine-tuned ones (-Instruct, ...) have the same shape.
+# From the config.json of each model on the Hugging Face hub; fine-tuned ones (-Instruct, -Coder) have the same shape.
 ARCHITECTURES = {
     "Qwen2.5-0.5B": _qwen25(24, 896, 14, 2, 64, 4864, 151936, True),
     "Qwen2.5-1.5B": _qwen25(28, 1536, 12, 2, 128, 8960, 151936, True),
@@ -125,6 +132,7 @@ ARCHITECTURES = {
     "Qwen3-8B": _qwen3(36, 4096, 32, 12288, False),
     "Qwen3-14B": _qwen3(40, 5120, 40, 17408, False),
     "Qwen3-32B": _qwen3(64, 5120, 64, 25600, False),
+    "SmolLM2-135M": ModelConfig(49152, 30, 576, 9, 3, 64, 1536, 1e5, norm_eps=1e-5, tie_embeddings=True),
     "Llama-3.2-1B": _llama3(16, 2048, 32, 64, 8192, True),
     "Llama-3.2-3B": _llama3(28, 3072, 24, 128, 8192, True),
     "Llama-3.1-8B": _llama3(32, 4096, 32, 128, 14336, False),
@@ -133,7 +141,7 @@ ARCHITECTURES = {
 
 def architecture(name: str) -> ModelConfig:
     """The shape of a model by its hub name, or its folder's, where that names what it is made from."""
-    last = "-" + name.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-") + "-"
+    last = "-" + name.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-").replace("-coder", "") + "-"
     found = [known for known in ARCHITECTURES if f"-{known.lower()}-" in last]
     if not found:
         raise InputError(

@@ -1,6 +1,10 @@
 """What the launch scripts would do, from their dry runs; nothing here reaches a cloud."""
 
+import gzip
+import importlib.metadata
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,7 +15,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from ssp_jax import published
+from configs import default
+from ssp_jax import published, retriever
 from ssp_jax.config import parse_command_line
 
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch" / "docker").glob("*.sh")]
@@ -21,7 +26,7 @@ TPU = ("tpu_pod.sh", "run", "ssp", "us-east5-a")
 
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "launch" / arguments[0]), *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
 
 
 # Splits each line as bash does, which has printed it with %q.
@@ -48,10 +53,12 @@ def test_a_tpu_run_creates_installs_starts_and_shows_the_log() -> None:
     printed = commands(*TPU, "v5p-16", "--spot", "--dry-run", "--", CONFIG, "--workdir=gs://bucket/a run")
     verbs = [next(w for w in words if w in ("describe", "create", "archive", "scp", "ssh")) for words in printed]
     assert verbs == ["describe", "create", "archive", "scp", "ssh", "ssh", "ssh", "ssh"]
-    create, install, start, logs = printed[1], printed[4], printed[5], printed[6]
-    assert {"ssp", "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5", "--spot"} <= set(create)
+    create, send, install, start, logs = printed[1], *printed[3:7]
+    assert {"ssp", "--node-id=ssp", "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5", "--spot"} <= set(
+        create
+    )
     assert all("--zone=us-east5-a" in words for words in printed if words[0] == "gcloud")
-    assert "--worker=all" in install and "jax[tpu]" in install[-1]
+    assert "--worker=all" in send and "--worker=all" in install and "jax[tpu]" in install[-1]
     assert "--worker=all" in start and CONFIG in start[-1] and "ssp_jax.main" in start[-1]
     assert "--worker=0" in logs and "run.log" in logs[-1]
 
@@ -98,23 +105,93 @@ def test_a_preempted_slice_is_made_anew_and_the_exit_code_is_the_runs(tmp_path: 
     assert asked == [*once, "delete", "create", *once], done.stdout
 
 
+def fake_worker(folder: Path) -> dict[str, str]:
+    """A gcloud whose worker is a folder here: what is sent there runs there; uv makes a Python that notes its call."""
+    home = folder / "worker"
+    programs = {
+        "gcloud": f"""cd {shlex.quote(str(home))}
+echo "$*" >> ../sent
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *scp*) cp "$5" ssp_jax.tar.gz && echo copied >> ../asked ;;
+  *) for argument in "$@"; do [[ $argument != --command=* ]] || HOME=$PWD bash -c "${{argument#*=}}"; done ;;
+esac""",
+        "python3": "",  # pip install uv
+        "worker/.local/bin/uv": """if [[ $1 == pip ]]; then echo "$*" >> ~/../asked && exit 0; fi
+mkdir -p .venv/bin
+printf '%s\n' '#!/bin/bash' 'printf "%s|" "$@" >> ~/calls; sleep 0.2; echo played; exit 5' > .venv/bin/python
+chmod +x .venv/bin/python""",
+    }
+    (home / ".local/bin").mkdir(parents=True)
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "POLL": "0", "TMPDIR": str(folder)}
+
+
+def test_a_tpu_worker_runs_the_command_as_given_and_installs_a_commit_once(tmp_path: Path) -> None:
+    environment, worker = fake_worker(tmp_path), tmp_path / "worker"
+    for _ in range(2):
+        done = launch(*TPU, "v6e-16", "--", CONFIG, "--workdir=gs://bucket/a run", **environment)
+        assert done.returncode == 5 and "played" in done.stdout, done.stdout + done.stderr
+    assert (worker / "calls").read_text() == f"-m|ssp_jax.main|{CONFIG}|--workdir=gs://bucket/a run|" * 2
+    (installed,) = (line for line in (tmp_path / "asked").read_text().splitlines() if line != "copied")
+    assert "requirements.txt" in installed and "jax[tpu]" in installed
+    assert (worker / "ssp_jax" / "launch" / "tpu_pod.sh").is_file()
+
+
+def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
+    """The connection was lost and another commit is here: neither is the run started twice nor its code replaced."""
+    environment, run = fake_worker(tmp_path), tmp_path / "worker" / "ssp_jax"
+    run.mkdir()
+    (run / "COMMIT").write_text("another")
+    until_shown = f"until grep -q tail {shlex.quote(str(tmp_path / 'sent'))}; do sleep 0.05; done 2>/dev/null"
+    going_on = ["bash", "-c", f"({until_shown}) & echo $!; wait"]
+    with subprocess.Popen(going_on, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        (run / "run.pid").write_text(process.stdout.readline())
+        (run / "run.log").write_text("step 3\n")
+        (run / "run.exit").write_text("7")
+        done = launch(*TPU, "v6e-16", "--", CONFIG, **environment)
+    assert done.returncode == 7 and "step 3" in done.stdout, done.stdout + done.stderr
+    assert (run / "COMMIT").read_text() == "another" and not (tmp_path / "worker" / "calls").exists()
+
+
 def test_a_slurm_job_has_one_process_per_node_with_all_gpus() -> None:
     submit, run, *_, requeue = commands("slurm_gpu.sh", "--dry-run", "2", "8", "--time=24:00:00", "--", CONFIG)
     assert submit[0] == "sbatch" and {"--nodes=2", "--gpus-per-node=8", "--time=24:00:00"} <= set(submit)
+    assert "--export=ALL,SSP_JAX_SUBMITTED=yes,VENV=.venv" in submit
     assert run[0] == "srun" and "--export=ALL,JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7" in run
     assert run[-3:] == ["-m", "ssp_jax.main", CONFIG] and requeue[-3:] == ["scontrol", "requeue", "JOB"]
     assert "--ntasks-per-node=1" in (ROOT / "launch" / "slurm_gpu.sh").read_text()
 
 
+def fake_slurm(folder: Path, srun: str) -> dict[str, str]:
+    for name, body in {"srun": srun, "scontrol": 'echo "scontrol $*"'}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "2", "SSP_JAX_SUBMITTED": "yes", "VENV": "my venv"}
+    return os.environ | slurm | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_slurm_is_told_to_signal_early_and_to_allow_a_second_start() -> None:
+    lines = (ROOT / "launch" / "slurm_gpu.sh").read_text().splitlines()
+    options = {line.split()[1].split("=")[0]: line.split()[1] for line in lines if line.startswith("#SBATCH")}
+    assert {"--requeue", "--exclusive", "--ntasks-per-node=1", "--open-mode=append"} <= set(options.values())
+    assert options["--signal"] == "--signal=B:TERM@300"  # B: to this script, which hands it on
+
+
+def test_a_slurm_job_that_ends_by_itself_keeps_its_code_and_is_not_queued_again(tmp_path: Path) -> None:
+    environment = fake_slurm(tmp_path, "printf '%s|' \"$@\"; exit 6")
+    job = [str(ROOT / "launch" / "slurm_gpu.sh"), CONFIG, "--workdir=a run"]
+    done = subprocess.run(job, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 6 and "requeue" not in done.stdout
+    assert done.stdout.endswith(f"my venv/bin/python|-m|ssp_jax.main|{CONFIG}|--workdir=a run|"), done.stdout
+    assert "--kill-on-bad-exit=1" in done.stdout  # one dead process ends the others
+
+
 def test_a_slurm_job_near_its_time_limit_saves_and_queues_itself_again(tmp_path: Path) -> None:
-    for name, body in {
-        "srun": "trap 'echo saved; exit 0' TERM\necho ready\nwhile true; do sleep 0.05; done",
-        "scontrol": 'echo "scontrol $*"',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "2", "SSP_JAX_SUBMITTED": "yes"}
-    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = fake_slurm(tmp_path, "trap 'echo saved; exit 0' TERM\necho ready\nwhile true; do sleep 0.05; done")
     job = [str(ROOT / "launch" / "slurm_gpu.sh"), CONFIG]
     with subprocess.Popen(job, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -132,6 +209,39 @@ def test_prepare_prints_keys_that_a_run_takes(tmp_path: Path) -> None:
     config, _ = parse_command_line(["main.py", "--config=configs/default.py", *keys])
     assert config.model.path == f"{tmp_path}/a folder/model" and "ssp" in config.data.eval_sets
     assert not (tmp_path / "a folder").exists()
+
+
+def test_prepare_fetches_what_is_asked_for(tmp_path: Path) -> None:
+    """With a hub of small files: the index that it builds is one that the printed keys open."""
+    passages = (ROOT / "assets/tiny/corpus.jsonl").read_text().splitlines(keepends=True)[:50]
+    (tmp_path / "wiki.gz").write_bytes(gzip.compress("".join(passages).encode()))
+    for name, body in {
+        "python": f"""if [[ $2 != huggingface_hub.cli.hf ]]; then exec {sys.executable} "$@"; fi
+shift 3
+echo "fetched $*"
+while [[ $1 != --local-dir ]]; do [[ $1 != wiki* ]] || packed={tmp_path}/wiki.gz; shift; done
+mkdir -p "$2"
+if [[ -n ${{packed:-}} ]]; then cp "$packed" "$2/wiki-18.jsonl.gz"; fi""",
+        "sha256sum": 'echo "checked $(cat)"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PYTHON": f"{tmp_path}/python", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = launch("prepare.sh", str(tmp_path / "files"), "--model=some/model", **environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    fetched = [line.split()[1] for line in lines if line.startswith("fetched ")]
+    assert fetched == ["some/model", "PeterJinGo/wiki-18-corpus", "Quark-LLM/SSP", "Quark-LLM/SSP"]
+    assert any(line.startswith("checked ") and line.endswith("files/ssp/test.jsonl") for line in lines)
+    assert "safetensors" in next(line for line in lines if line.startswith("fetched some/model"))
+    keys = dict(line.strip().removeprefix("--config.").split("=", 1) for line in lines if line.startswith("  --config"))
+    settings = default.get_config().retriever
+    same = {key: settings[key] for key in ("stemmer", "stopwords", "k1", "b")}
+    assert len(retriever.open_retriever("", keys["retriever.index"], **same)) == 50
+    answers = next(line.split()[2] for line in lines if line.startswith("fetched Quark-LLM/SSP"))
+    assert keys["data.answers"].endswith(f"/files/ssp/{answers}")
+    done = launch("prepare.sh", "x", "--skip-model", "--skip-corpus", "--dry-run")
+    assert done.stdout.count(" download ") == 2 and "open_retriever" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -158,6 +268,34 @@ def test_the_jobset_agrees_with_itself() -> None:
     assert rule["onExitCodes"]["containerName"] == container["name"]
 
 
+def test_the_jobset_is_a_run_that_survives_preemptions() -> None:
+    text = (ROOT / "launch" / "gke_jobset.yaml").read_text()
+    jobset: Any = yaml.safe_load(text)
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0 and job["backoffLimit"] == 0
+    # Kubernetes takes a podFailurePolicy with restartPolicy Never only; 2 is the code of unusable input.
+    assert pod["restartPolicy"] == "Never" and job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    config, workdir = parse_command_line(["main.py", *pod["containers"][0]["args"]])
+    assert config.model.path and workdir.startswith("gs://")
+    found = re.findall(r"^# (\w+) ([\dx]+) +(\S+) +(\S+) +(\d+) +(\d+)$", text, flags=re.MULTILINE)
+    assert {kind.lower() for kind, *_ in found} == set(published.TPUS)
+    for kind, shape, _, topology, hosts, chips in found:
+        slice_ = published.parse_topology(f"{kind.lower()}:{shape}")
+        assert (topology, int(hosts), int(chips)) == (shape, slice_.hosts, slice_.chip.per_host)
+    selector = pod["nodeSelector"]
+    chosen = (selector["cloud.google.com/gke-tpu-accelerator"], selector["cloud.google.com/gke-tpu-topology"])
+    assert chosen in {(accelerator, topology) for _, _, accelerator, topology, *_ in found}
+
+
+def test_the_image_starts_what_is_there_and_can_be_made_for_all_accelerators() -> None:
+    text = (ROOT / "launch" / "docker" / "Dockerfile").read_text()
+    entry = json.loads(text.split("ENTRYPOINT ")[1])
+    assert os.access(ROOT / entry[0], os.X_OK) and "COPY . ." in text and '"jax[$ACCELERATOR]"' in text
+    extras = importlib.metadata.metadata("jax").get_all("Provides-Extra")
+    assert extras is not None and {"cuda12", "cuda13", "tpu"} <= set(extras)
+
+
 def test_a_terminated_container_is_not_done(tmp_path: Path) -> None:
     """The run saves at SIGTERM and ends with 0; Kubernetes would take the job as complete."""
     python = tmp_path / "python"
@@ -169,5 +307,6 @@ def test_a_terminated_container_is_not_done(tmp_path: Path) -> None:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.terminate()
         assert process.wait(timeout=30) == 143
-    python.write_text("#!/bin/bash\nexit 7\n")
-    assert subprocess.run([entry], env=environment, timeout=30).returncode == 7
+    python.write_text("#!/bin/bash\nprintf '%s|' \"$@\"\nexit 7\n")
+    done = subprocess.run([entry, CONFIG, "a b"], env=environment, timeout=30, capture_output=True, text=True)
+    assert done.returncode == 7 and done.stdout == f"-m|ssp_jax.main|{CONFIG}|a b|"
