@@ -13,8 +13,8 @@ import resource
 from ssp_jax import cpu
 cpu.keep_memory()
 import jax, jax.numpy as jnp
-f = jax.jit(lambda x: (jnp.exp(x) @ jnp.ones((4096, 8))).sum())  # a temporary of 64 MiB
-x = jnp.ones((4096, 4096))
+f = jax.jit(lambda x: (jnp.exp(x.reshape(4096, 4096)) @ jnp.ones((4096, 8))).sum())  # a temporary of 64 MiB
+x = jnp.ones(2**24)
 faults = []
 for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
