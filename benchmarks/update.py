@@ -7,12 +7,14 @@ process of its own, so that peak memory is its own. The peers get virtual enviro
 Tunix needs Python 3.12 and is left out, with a line that says so, where there is none. Compare within one run only.
 
 The update: a batch of episodes of 128 prompt and 384 sampled tokens (8; 1 for 0.5b and 1.5b), on-policy clipped
-surrogate without KL, no reference model, AdamW and clipping by the global norm. Tokens a second count all tokens. Then,
-with log-normal lengths (mean 400, at most 2,048), ours packed against ours with one episode a row.
+surrogate without KL, no reference model, AdamW and clipping by the global norm. Tokens a second count all tokens. And,
+for the first of the shapes, with log-normal lengths (mean 400, at most 2,048), ours packed against ours with one
+episode a row.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -27,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, RESPONSE = 128, 384
 CLIP_LOW, CLIP_HIGH, RATE = 0.2, 0.28, 1e-6
+TIME_LIMIT = 120.0
 PEERS = {
     "tunix": ("python3.12", ["google-tunix==0.1.7", "jax==0.12.0.1"]),
     "torch": (sys.executable, ["torch==2.13.0", "transformers==5.23.0", "numpy"]),
@@ -54,7 +57,8 @@ class Shape:
     head: int
     mlp: int
     batch: int
-    remat: str  # ours; the peers keep everything, as they do by default
+    remat: str  # ours, as `rows`; the peers keep everything and take the whole batch, as they do by default
+    rows: int  # of a micro-batch
 
     @property
     def params(self) -> int:
@@ -67,20 +71,26 @@ class Shape:
 
 
 SHAPES = {
-    "1m": Shape(2048, 4, 128, 4, 2, 32, 384, 8, "none"),
-    "15m": Shape(8192, 8, 384, 6, 2, 64, 1024, 8, "none"),
-    "0.5b": Shape(151936, 24, 896, 14, 2, 64, 4864, 1, "attention"),  # Qwen2.5-0.5B
-    "1.5b": Shape(151936, 28, 1536, 12, 2, 128, 8960, 1, "attention"),  # Qwen2.5-1.5B
+    "1m": Shape(2048, 4, 128, 4, 2, 32, 384, 8, "dots", 2),
+    "15m": Shape(8192, 8, 384, 6, 2, 64, 1024, 8, "dots", 2),
+    "0.5b": Shape(151936, 24, 896, 14, 2, 64, 4864, 1, "attention", 1),  # Qwen2.5-0.5B
+    "1.5b": Shape(151936, 28, 1536, 12, 2, 128, 8960, 1, "attention", 1),  # Qwen2.5-1.5B
 }
 
 
 def timed(step: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of `repeats` steps after two that compile and warm up; step() returns when its work is done."""
-    seconds = []
+    """Seconds of each of `repeats` steps after two that compile and warm up; step() returns when its work is done.
+
+    Two are enough where they take more than TIME_LIMIT seconds.
+    """
+    seconds: list[float] = []
     for _ in range(2 + repeats):
+        if len(seconds) >= 4 and sum(seconds) > TIME_LIMIT:
+            break
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
+        print(f"  step of {seconds[-1]:.2f} s", file=sys.stderr, flush=True)
     return seconds[2:]
 
 
@@ -114,6 +124,16 @@ def episodes(shape: Shape, lengths: list[int], prompt: int) -> list[Played]:
     return [
         Played(rng.integers(0, shape.vocab, n).tolist(), [i >= prompt for i in range(n)], [0.0] * n) for n in lengths
     ]
+
+
+def as_in_a_run() -> None:
+    """What main does before JAX starts."""
+    from ssp_jax import cpu, gpu
+
+    if gpu.will_be_used(os.environ):
+        gpu.set_defaults(os.environ)
+    if cpu.will_be_used(os.environ):
+        cpu.keep_memory()
 
 
 def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
@@ -171,7 +191,7 @@ def our_seconds(shape: Shape, played: list[Played], rows: int, row_tokens: int, 
 
 def run_ssp_jax(shape: Shape, repeats: int) -> dict[str, Any]:
     played = episodes(shape, [PROMPT + RESPONSE] * shape.batch, PROMPT)
-    seconds = our_seconds(shape, played, shape.batch, PROMPT + RESPONSE, repeats)
+    seconds = our_seconds(shape, played, shape.rows, PROMPT + RESPONSE, repeats)
     kind, peak = jax_device()
     return {"seconds": seconds, "peak_gib": peak_gib(peak), "device": kind}
 
@@ -259,11 +279,11 @@ def run_torch(shape: Shape, repeats: int) -> dict[str, Any]:
 
 
 def run_packing(shape: Shape, repeats: int) -> dict[str, Any]:
-    """32 episodes in rows of 2,048 tokens: first-fit-decreasing, and one to a row; the same learner does both."""
+    """128 episodes in rows of 2,048 tokens: first-fit-decreasing, and one to a row; the same learner does both."""
     import numpy as np
 
-    row_tokens, mean, rows = 2048, 400, 2
-    drawn = np.random.default_rng(0).lognormal(np.log(mean) - 0.5 * 0.7**2, 0.7, 32)
+    row_tokens, mean = 2048, 400
+    drawn = np.random.default_rng(0).lognormal(np.log(mean) - 0.5 * 0.7**2, 0.7, 128)
     played = episodes(shape, np.clip(drawn, 32, row_tokens).astype(int).tolist(), 16)
     padded = [Played(e.tokens + [0] * (row_tokens - len(e.tokens)), e.sampled, e.logprobs) for e in played]
     for e in padded:
@@ -271,11 +291,11 @@ def run_packing(shape: Shape, repeats: int) -> dict[str, Any]:
         e.logprobs = e.logprobs + [0.0] * (row_tokens - len(e.logprobs))
     useful, result = sum(len(e.tokens) for e in played), {}
     for name, batch in (("packed", played), ("padded", padded)):
-        seconds = statistics.median(our_seconds(shape, batch, rows, row_tokens, repeats))
+        seconds = statistics.median(our_seconds(shape, batch, shape.rows, row_tokens, repeats))
         result[name] = {"useful_tokens_per_second": useful / seconds}
     from ssp_jax import learner
 
-    cells = -(-len(learner.pack([len(e.tokens) for e in played], row_tokens)) // rows) * rows * row_tokens
+    cells = -(-len(learner.pack([len(e.tokens) for e in played], row_tokens)) // shape.rows) * shape.rows * row_tokens
     result["packed"]["useful_share"] = useful / cells
     result["padded"]["useful_share"] = useful / (len(padded) * row_tokens)
     return result
@@ -305,15 +325,16 @@ def environment(contender: str, out: Path) -> str | None:
 
 
 def measure(contender: str, shape: str, repeats: int, out: Path) -> dict[str, Any] | None:
-    """What the worker process prints last; None if it fails, and its error is shown."""
+    """What the worker process prints last; None if it fails. Its steps and errors go to stderr as they come."""
     python = environment(contender, out)
     if python is None:
         return None
     command = [python, __file__, f"--worker={contender}", f"--shapes={shape}", f"--repeats={repeats}"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    print(f"{shape} {contender}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
     if done.returncode:
-        print(f"{contender} {shape} failed:\n{done.stderr[-2000:]}", flush=True)
+        print(f"{contender} {shape} failed with exit code {done.returncode}", flush=True)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -335,17 +356,21 @@ def main() -> None:
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
+        if args.worker in ("ssp_jax", "packing"):
+            as_in_a_run()
         print(json.dumps(WORKERS[args.worker](SHAPES[args.shapes], args.repeats)))
         return
     if args.out is None:
         parser.error("--out is missing: a folder for the results and the peers' environments")
     out, results = args.out.resolve(), {}
     out.mkdir(parents=True, exist_ok=True)
-    for shape in args.shapes.split(","):
-        for contender in args.contenders.split(","):
-            if result := measure(contender, shape, args.repeats, out):
-                results[f"{shape} {contender}"] = result if contender == "packing" else summarize(shape, result)
-    (out / "update.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    shapes = args.shapes.split(",")
+    for shape, contender in itertools.product(shapes, args.contenders.split(",")):
+        if contender == "packing" and shape != shapes[0]:
+            continue
+        if result := measure(contender, shape, args.repeats, out):
+            results[f"{shape} {contender}"] = result if contender == "packing" else summarize(shape, result)
+            (out / "update.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     show(results)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 KEPT = "attention"  # the name, for remat policies, of what the backward pass of packed attention wants back
-_MIN_BLOCK, _MAX_BLOCKS = 128, 16  # queries of a block; blocks of a row, which are unrolled
+_MIN_BLOCK, _MAX_BLOCKS = 256, 16  # queries of a block; blocks of a row, which are unrolled
 NEG_INF = -1e30  # finite: a row with no visible key (padding) stays free of NaN
 
 

@@ -227,7 +227,7 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     held = {  # numbers that stay of a layer and token, by remat policy
         "full": D,
         "attention": D + N / t * H,
-        "dots": 3 * D + ((N + 2 * K) * H + 2 * F) / t,
+        "dots": 3 * D + ((2 * N + 2 * K) * H + 2 * F) / t,
         "none": wide,
     }
 

@@ -1,7 +1,7 @@
 """What a GPU run needs in its environment before JAX starts, set only where the user has not set it."""
 
 import importlib.util
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 # JAX takes 75 % of a GPU by default. This program is alone on it; the rest is left to the driver, cuBLAS and NCCL.
@@ -13,7 +13,7 @@ _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def will_be_used(environment: MutableMapping[str, str], driver: Path = _DRIVER) -> bool:
+def will_be_used(environment: Mapping[str, str], driver: Path = _DRIVER) -> bool:
     """Whether JAX is about to take an NVIDIA GPU, without asking it: asking would start the backend."""
     platforms = environment.get("JAX_PLATFORMS", "")
     wanted = not platforms or bool({"cuda", "gpu"} & set(platforms.split(",")))

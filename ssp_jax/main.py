@@ -14,7 +14,7 @@ import sys
 
 from absl import logging
 
-from ssp_jax import gpu
+from ssp_jax import cpu, gpu
 from ssp_jax.config import parse_command_line, take_place
 from ssp_jax.data import InputError
 
@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
         config, workdir = parse_command_line(rest)
         if gpu.will_be_used(os.environ):
             print("GPU: set", *gpu.set_defaults(os.environ) or ["nothing; the environment has it all"], file=sys.stderr)
+        if cpu.will_be_used(os.environ):
+            cpu.keep_memory()
         from ssp_jax import hosts, train  # here, so that mistakes are told before the seconds that JAX takes to load
 
         hosts.start(place, os.environ)

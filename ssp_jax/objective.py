@@ -106,14 +106,14 @@ def _front_backward(temperature: float, chunk: int, kept: Any, slopes: Any) -> t
         slope_BCV = jnp.where(hits_BCV, 1.0 - probs_BCV, -probs_BCV) * (slope_BC / temperature)[..., None]
         slope_BCV = jax.lax.optimization_barrier(slope_BCV.astype(front_BTD.dtype))  # once, not inside two products
         front_slope_BCD = jnp.einsum("bcv,vd->bcd", slope_BCV, cast_VD)
-        weight_slope_VD = jnp.einsum("bcv,bcd->vd", slope_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(sums[0], front_slope_BCD, i * chunk, 1), sums[1] + weight_slope_VD
+        weight_slope_DV = jnp.einsum("bcd,bcv->dv", hidden_BCD, slope_BCV, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(sums[0], front_slope_BCD, i * chunk, 1), sums[1] + weight_slope_DV
 
-    start = (jnp.zeros_like(front_BTD), jnp.zeros(weight_VD.shape, jnp.float32))
-    front_slope_BTD, weight_slope_VD = jax.lax.fori_loop(0, chunks, one, start)
+    start = (jnp.zeros_like(front_BTD), jnp.zeros(weight_VD.shape[::-1], jnp.float32))
+    front_slope_BTD, weight_slope_DV = jax.lax.fori_loop(0, chunks, one, start)
     inverse_BT = jnp.argsort(order_BT, axis=1)
     hidden_slope_BTD = jnp.take_along_axis(front_slope_BTD, inverse_BT[..., None], axis=1)
-    return hidden_slope_BTD, weight_slope_VD.astype(weight_VD.dtype), None, None, None
+    return hidden_slope_BTD, weight_slope_DV.T.astype(weight_VD.dtype), None, None, None
 
 
 _front_logprobs.defvjp(_front_forward, _front_backward)

@@ -188,7 +188,7 @@ def test_sharded_update_equals_single_device(axes):
     state, report = one.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
     close(expected.params, jax.device_get(state.params), atol=1e-4)
     assert report == pytest.approx(reported, rel=1e-3, abs=1e-5)
-    adam = state.opt_state[1][0]
+    adam = state.opt_state[0]
     for tree in (state.params, adam.mu, adam.nu):
         jax.tree.map(lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)), tree, laid_out)
 
@@ -244,7 +244,7 @@ def test_schedules_by_hand():
 
 def test_momentum_in_bfloat16_keeps_the_second_moment_in_float32():
     state, _ = update(dataclasses.replace(BASE, momentum_dtype="bfloat16"))
-    adam = state.opt_state[1][0]
+    adam = state.opt_state[0]
     assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
     expected, _ = single_device()
