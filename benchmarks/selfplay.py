@@ -1,7 +1,7 @@
 """One step of self-play three ways: roles pipelined, with barriers between them, and a static batch loop.
 
     python benchmarks/selfplay.py --out=runs/bench_selfplay [--config=configs/tiny.py] [--repeats=3] [--answers=20]
-        [--slots=32]
+        [--slots=8]
 
 The static loop is what generators without slots do: a batch plays turn by turn, each turn waits for the longest one of
 the batch, searches, and computes all its tokens again from the start. It runs on the same compiled programs. All three
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -25,12 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import data, engine, episodes, model, sampler, weights
-from ssp_jax.config import load_config
-from ssp_jax.retriever import Retriever, open_retriever
-from ssp_jax.selfplay import Memory, Round, SelfPlay
-from ssp_jax.slots import Player, Row, Stats
-from ssp_jax.train import make_stage
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ssp_jax import data, engine, episodes, model, sampler, weights  # noqa: E402
+from ssp_jax.config import load_config  # noqa: E402
+from ssp_jax.retriever import Retriever, open_retriever  # noqa: E402
+from ssp_jax.selfplay import Memory, Round, SelfPlay  # noqa: E402
+from ssp_jax.slots import Player, Row, Stats  # noqa: E402
+from ssp_jax.train import make_stage  # noqa: E402
 
 Progress = Callable[[Stats], None]
 

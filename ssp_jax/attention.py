@@ -15,22 +15,6 @@ _MIN_BLOCK, _MAX_BLOCKS = 256, 16  # queries of a block; blocks of a row, which 
 NEG_INF = -1e30  # finite: a row with no visible key (padding) stays free of NaN
 
 
-def _scores(q_BTNH: jax.Array, k_BKSH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    """float32 [B, K, R, T, S]; each of the K key/value heads serves R = N / K query heads."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
-    q_BKRTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
-    scores = jnp.einsum("bkrth,bksh->bkrts", q_BKRTH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
-    return jnp.where(visible_BTS[:, None, None], scores, NEG_INF)
-
-
-def _weighted(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    """Grouped-query softmax attention."""
-    weights = jax.nn.softmax(_scores(q_BTNH, k_BKSH, visible_BTS), axis=-1).astype(v_BKSH.dtype)
-    o_BKRTH = jnp.einsum("bkrts,bksh->bkrth", weights, v_BKSH)
-    return jnp.moveaxis(o_BKRTH, 3, 1).reshape(q_BTNH.shape)
-
-
 def packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """Causal attention inside each segment of a packed row; segment 0 is padding. Differentiable in q, k and v.
 
@@ -129,9 +113,17 @@ class Part:
     sum_BTN: jax.Array  # of exp(score - max)
 
 
-def part(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> Part:
-    """Grouped-query attention over these keys. A query that sees none of them gets a max of NEG_INF."""
-    scores = _scores(q_BTNH, k_BKSH, visible_BTS)
+def part(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> Part:
+    """Attention over these keys; each of the K key/value heads serves R = N / K query heads, no key is repeated.
+
+    A query that sees none of them gets a max of NEG_INF. Positions are the last axis of keys: with few queries the
+    product of the scores is then twice to four times as fast on CPU as over keys [B, K, S, H] (measured).
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BKHS.shape[1]
+    q_BKRTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
+    scores = jnp.einsum("bkrth,bkhs->bkrts", q_BKRTH, k_BKHS, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.where(visible_BTS[:, None, None], scores, NEG_INF)
     max_BKRT = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - max_BKRT[..., None])
     o_BKRTH = jnp.einsum("bkrts,bksh->bkrth", weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)

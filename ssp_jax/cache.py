@@ -78,20 +78,19 @@ def layout_for(ends: tuple[int, ...], slots: int, tokens: int, parts: int = 1) -
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """One layer's keys and values: for each piece an array [rows, K, positions, H]."""
+    """One layer's keys and values. See attention.part for the order of the axes."""
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: tuple[jax.Array, ...]  # for each piece [rows, K, H, positions]
+    v: tuple[jax.Array, ...]  # for each piece [rows, K, positions, H]
 
 
 def init_cache(config: model.ModelConfig, layout: Layout, dtype: Any) -> Cache:
-    def pieces() -> tuple[jax.Array, ...]:
-        sizes = zip(layout.rows, layout.starts, layout.ends, strict=True)
-        return tuple(
-            jnp.zeros((n, config.num_kv_heads, end - start, config.head_dim), dtype) for n, start, end in sizes
-        )
-
-    return Cache(pieces(), pieces())
+    K, H = config.num_kv_heads, config.head_dim
+    sizes = [(n, end - start) for n, start, end in zip(layout.rows, layout.starts, layout.ends, strict=True)]
+    return Cache(
+        tuple(jnp.zeros((n, K, H, S), dtype) for n, S in sizes),
+        tuple(jnp.zeros((n, K, S, H), dtype) for n, S in sizes),
+    )
 
 
 def token_bytes(config: model.ModelConfig, dtype: Any) -> int:
@@ -136,11 +135,14 @@ class View:
         each = rows // self.layout.parts
         return jnp.where(row_N < each, row_N + slot_N // (slots // self.layout.parts) * each, rows)
 
+    def _positions(self, piece: int) -> jax.Array:
+        return jnp.arange(self.layout.starts[piece], self.layout.ends[piece])
+
     def attend_all(self, q_BTNH: jax.Array, cache: Cache, length_B: jax.Array) -> list[attention.Part]:
         """Attention of every slot to the first length_B tokens of its own."""
         found = []
         for piece in range(self.depth):
-            position_S = self.layout.starts[piece] + jnp.arange(cache.k[piece].shape[2])
+            position_S = self._positions(piece)
             owner_R = self._owners(piece) if piece else None
             q, length = (x if owner_R is None else self._pick(x, owner_R) for x in (q_BTNH, length_B))
             seen = (position_S[None, :] < length[:, None])[:, None]
@@ -162,7 +164,7 @@ class View:
         found = []
         for piece in range(self.depth):
             row_N = self._row(piece, slot_N)
-            position_S = self.layout.starts[piece] + jnp.arange(cache.k[piece].shape[2])
+            position_S = self._positions(piece)
             seen = (position_S[None, :] < length_N[:, None])[:, None]
             seen = jnp.broadcast_to(seen, (*q_NTNH.shape[:2], len(position_S)))
             found.append(attention.part(q_NTNH, cache.k[piece][row_N], cache.v[piece][row_N], seen))
@@ -172,14 +174,14 @@ class View:
         self, cache: Cache, k_NTKH: jax.Array, v_NTKH: jax.Array, slot_N: jax.Array, position_NT: jax.Array
     ) -> Cache:
         """Puts keys and values of tokens at their positions; a token whose position is negative is not written."""
-        pieces: tuple[list[jax.Array], list[jax.Array]] = ([], [])
+        new_k, new_v = [], []
         for piece, (start, end) in enumerate(zip(self.layout.starts, self.layout.ends, strict=True)):
             row_N1 = self._row(piece, slot_N)[:, None]
             inside_NT = (position_NT >= start) & (position_NT < end)
             place_NT = jnp.where(inside_NT, position_NT - start, end - start)  # out of range: dropped
-            for kept, old, new in zip(pieces, (cache.k, cache.v), (k_NTKH, v_NTKH), strict=True):
-                kept.append(old[piece].at[row_N1, :, place_NT].set(new, mode="drop"))
-        return Cache(tuple(pieces[0]), tuple(pieces[1]))
+            new_k.append(cache.k[piece].at[row_N1, :, :, place_NT].set(k_NTKH, mode="drop"))
+            new_v.append(cache.v[piece].at[row_N1, :, place_NT].set(v_NTKH, mode="drop"))
+        return Cache(tuple(new_k), tuple(new_v))
 
     def copy(self, cache: Cache, source_N: jax.Array, slot_N: jax.Array) -> Cache:
         """The pieces up to `depth` of some slots, from other slots."""

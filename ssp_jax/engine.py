@@ -180,15 +180,23 @@ class Engine:
     def _write(self, device: "Device", table: Table) -> None:
         """Brings every slot that is not up to date up to date: prompts, copies of prompts, observations."""
         sizes, rows_JB = self._sizes, table.memory.rows_JB
-        rows = sorted(table.to_extend(), key=lambda row: (row.filled > 0, -row.count))
         longest = max(sizes.extend_buckets)
+
+        def needs(row: Row) -> tuple[int, int]:
+            return sizes.extend_len(row.count), device.layout.depth(row.filled)
+
+        rows = table.to_extend()
         while rows:
-            # A row longer than the largest bucket is written in pieces; its last piece starts the turn.
-            batch, rest = rows[: sizes.extend_rows], rows[sizes.extend_rows :]
-            pieces = [row.first(longest) for row in batch]
-            depth = device.layout.depth(max(p.filled for p in pieces))
-            device.extend(rows_JB, pieces, sizes.extend_len(max(p.count for p in pieces)), depth)
-            rows = [row.after(longest) for row in batch if row.count > longest] + rest
+            # The cost of a call is that of its bucket and depth, full or not. So the row that needs the longest bucket
+            # takes along what fits beside it, and nothing that asks for more: a few long prompts and a few observations
+            # are two calls. A row longer than the largest bucket is written in pieces; its last piece starts the turn.
+            rows.sort(key=needs, reverse=True)
+            length, depth = needs(rows[0])
+            batch = [row for row in rows if needs(row)[1] <= depth][: sizes.extend_rows]
+            device.extend(rows_JB, [row.first(longest) for row in batch], length, depth)
+            taken = {row.slot for row in batch}
+            rows = [row for row in rows if row.slot not in taken]
+            rows += [row.after(longest) for row in batch if row.count > longest]
         copies = table.to_share()
         for i in range(0, len(copies), sizes.extend_rows):
             batch = copies[i : i + sizes.extend_rows]

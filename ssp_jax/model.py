@@ -313,11 +313,24 @@ def head_weight(params: Params) -> jax.Array:
     return params["head" if "head" in params else "embed"]["weight"]
 
 
+def _logits_on_cpu(hidden_XD: jax.Array, weight_VD: jax.Array) -> jax.Array:
+    """The weight in front and hidden states turned beforehand: with few rows Eigen then packs what is small.
+
+    Barriers keep XLA from turning it back into x @ W.T, which takes 1.6 times as long (8 rows, 151,936 x 896).
+    """
+    hidden_DX = jax.lax.optimization_barrier(hidden_XD.T)
+    product = jax.lax.dot_general(weight_VD, hidden_DX, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product).T
+
+
+def _logits_elsewhere(hidden_XD: jax.Array, weight_VD: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(hidden_XD, weight_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def logits(params: Params, hidden_XD: jax.Array) -> jax.Array:
     """float32 logits [X, V] of hidden states [X, D]."""
     weight_VD = head_weight(params).astype(hidden_XD.dtype)
-    # The weight in front: twice as fast on CPU for the few rows of a decode step.
-    return jax.lax.dot_general(weight_VD, hidden_XD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).T
+    return jax.lax.platform_dependent(hidden_XD, weight_VD, cpu=_logits_on_cpu, default=_logits_elsewhere)
 
 
 def unstack(params: Params, dtype: Any) -> Params:

@@ -124,7 +124,7 @@ def extend(
     causal_NTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (len(tokens_NT), T, T))
 
     def attend(layer: cache.Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, cache.Cache]:
-        own = attention.part(q, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), causal_NTT)
+        own = attention.part(q, jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2), causal_NTT)
         o_NTNH = attention.merged([own, *view.attend_some(q, layer, starts.slot_N, before_N)]).astype(dtype)
         return o_NTNH, view.write(layer, k, v, starts.slot_N, _after(o_NTNH, write_NT))
 
@@ -245,21 +245,21 @@ def _attend_step(
     view: cache.View, before_B: jax.Array, i: jax.Array, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention of step i to the cache, which ends at before_B, and to the steps of this chunk up to i."""
-    old, (k_BKCH, v_BKCH) = layer
-    k_BKCH = jax.lax.dynamic_update_slice_in_dim(k_BKCH, jnp.moveaxis(k, 1, 2), i, axis=2)
+    old, (k_BKHC, v_BKCH) = layer
+    k_BKHC = jax.lax.dynamic_update_slice_in_dim(k_BKHC, jnp.moveaxis(k, 1, 3), i, axis=3)
     v_BKCH = jax.lax.dynamic_update_slice_in_dim(v_BKCH, jnp.moveaxis(v, 1, 2), i, axis=2)
-    B, _, C, _ = k_BKCH.shape
-    own = attention.part(q, k_BKCH, v_BKCH, jnp.broadcast_to(jnp.arange(C) <= i, (B, 1, C)))
-    return attention.merged([own, *view.attend_all(q, old, before_B)]).astype(q.dtype), (k_BKCH, v_BKCH)
+    B, _, C, _ = v_BKCH.shape
+    own = attention.part(q, k_BKHC, v_BKCH, jnp.broadcast_to(jnp.arange(C) <= i, (B, 1, C)))
+    return attention.merged([own, *view.attend_all(q, old, before_B)]).astype(q.dtype), (k_BKHC, v_BKCH)
 
 
 def _stored(view: cache.View, state: SamplerState, buffers: Any, count_B: jax.Array) -> tuple[cache.Cache, ...]:
     """The cache with the first count_B steps of a chunk behind what it held."""
-    B, _, C, _ = buffers[0][0].shape
+    B, _, C, _ = buffers[0][1].shape
     column_1C = jnp.arange(C)[None, :]
     write_BC = jnp.where(column_1C < count_B[:, None], state.length_B[:, None] + column_1C, -1)
     return tuple(
-        view.write(old, jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), jnp.arange(B), write_BC)
+        view.write(old, jnp.moveaxis(k, 3, 1), jnp.moveaxis(v, 2, 1), jnp.arange(B), write_BC)
         for old, (k, v) in zip(state.caches, buffers, strict=True)
     )
 
@@ -326,8 +326,8 @@ def decode_chunk(
         stop_B = jnp.where(running_B, now_B, stop_B)
         return (buffers, token_B, length_B, match_B, stop_B), (token_B, logprob_B, running_B)
 
-    empty = jnp.zeros((B, config.num_kv_heads, steps, config.head_dim), dtype)
-    buffers = ((empty, empty),) * config.num_layers
+    K, H = config.num_kv_heads, config.head_dim
+    buffers = ((jnp.zeros((B, K, H, steps), dtype), jnp.zeros((B, K, steps, H), dtype)),) * config.num_layers
     carry = (buffers, state.token_B, state.length_B, state.match_B, state.stop_B)
     (buffers, token_B, length_B, match_B, stop_B), (tokens_CB, logprobs_CB, running_CB) = jax.lax.scan(
         step, carry, jnp.arange(steps)

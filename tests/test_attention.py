@@ -63,11 +63,11 @@ def test_packed_has_no_gradient_across_segments_or_from_the_future():
 def test_parts_put_together_equal_attention_to_all_keys():
     """Keys in three places, in any order; one of them out of sight for some queries, one for all."""
     q, k, v = random_qkv()
-    k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))
+    k_BKHS, v_BKSH = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
     seen = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
     pieces = [slice(4, 6), slice(0, 1), slice(1, 4)]
-    parts = [attention.part(q, k[:, :, p], v[:, :, p], seen[:, :, p]) for p in pieces]
-    parts.append(attention.part(q, 9 * k, 9 * v, jnp.zeros_like(seen)))
+    parts = [attention.part(q, k_BKHS[..., p], v_BKSH[:, :, p], seen[:, :, p]) for p in pieces]
+    parts.append(attention.part(q, 9 * k_BKHS, 9 * v_BKSH, jnp.zeros_like(seen)))
     got = attention.merged(parts)
-    expected = attention.packed(q, *(jnp.moveaxis(x, 2, 1) for x in (k, v)), jnp.ones((B, T), jnp.int32))
+    expected = attention.packed(q, k, v, jnp.ones((B, T), jnp.int32))
     np.testing.assert_allclose(got, expected, atol=1e-5)
