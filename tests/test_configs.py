@@ -50,7 +50,8 @@ DEFAULT = "--config=configs/default.py"
 
 
 def parse(*arguments: str) -> tuple[ConfigDict, str]:
-    return parse_command_line(["main.py", *arguments])
+    found = parse_command_line(["main.py", *arguments])
+    return found.config, found.workdir
 
 
 def config_file(folder: Path, *statements: str) -> Path:
