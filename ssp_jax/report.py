@@ -27,7 +27,7 @@ from ssp_jax.scores import AVERAGE
 GAMES = 300  # shown at most, spread over the dumps of a run
 SMOOTHED_STEPS = 60  # runs longer than this get a running mean over a twentieth of their steps
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#64748b", "#b91c1c", "#1e293b")
-UPDATES = ("solver", "proposer", "both")
+UPDATES = ("proposer", "solver", "both")  # in the order, and so the colours, of the other charts
 
 Steps = list[dict[str, float]]
 
@@ -166,7 +166,7 @@ def _image(axes: Any) -> str:
     """With a legend, as a data URI: as an image its ids cannot meet those of another chart."""
     import matplotlib
 
-    axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ssp_jax", "font.family": "sans-serif"}):
         axes.figure.savefig(buffer, format="svg", metadata={"Date": None})
