@@ -68,9 +68,17 @@ def get_config() -> ConfigDict:
     c.rules.forbid_answer_in_search = False  # use_search_terms_filter, off [C]
 
     c.reward = ConfigDict()
-    c.reward.metric = "em"  # em | cover_em: when a solver's answer counts as right [H]; LLM judge in [P]
+    c.reward.metric = "em"  # em | cover_em | policy | openai: when an answer counts as right [H]; LLM judge in [P]
     c.reward.proposer = "one_minus_mean"  # [P eq.5]; see rewards.PROPOSER_REWARDS
     c.reward.invalid_question = 0.0  # proposer's reward for a question that fails [P]; -1 in [C] unless overridden
+
+    c.judge = ConfigDict()  # asked where exact match fails, if reward.metric or eval.judge is policy or openai [C]
+    c.judge.url = ""  # of an OpenAI-compatible server, http://HOST:PORT/v1; its key: OPENAI_API_KEY (openai)
+    c.judge.model = ""  # its name there (openai); Qwen2.5-32B-Instruct [P]
+    c.judge.concurrency = 32  # requests at the same time (openai); 32 to 50 in [C]
+    c.judge.timeout_s = 30.0  # seconds until a request counts as failed (openai) [C]
+    c.judge.retries = 5  # of a failed request, after pauses that grow from half a second (openai) [H]
+    c.judge.max_tokens = 16  # of a verdict; more for models that think first [H]; 10 in [C]
 
     c.limits = ConfigDict()  # each ends an episode with its own stop reason
     c.limits.prompt_tokens = 4096  # longest prompt of a proposer or solver [P T4]
@@ -133,6 +141,7 @@ def get_config() -> ConfigDict:
     c.eval.after = True  # and after the last
     c.eval.every = 0  # steps between evaluations, 0 for never; 5 in [C]
     c.eval.max_questions = 0  # per set, 0 for all
+    c.eval.judge = "em"  # em | cover_em | policy: the initial model | openai: when an answer counts as right [H]
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 5  # steps [C]

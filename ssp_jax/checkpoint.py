@@ -17,19 +17,22 @@ from ml_collections import ConfigDict
 from ssp_jax.config import flatten_config
 from ssp_jax.data import InputError
 
-MAY_CHANGE = ("steps", "eval.", "checkpoint.", "log.")  # keys, or sections, that a resumed run may set anew
+MAY_CHANGE = ("steps", "eval.", "judge.", "checkpoint.", "log.")  # keys, or sections, that a resumed run may set anew
+# What an evaluation may change besides: model, prompts, limits, search and sampling are those of the run.
+EVALUATION_MAY_CHANGE = (*MAY_CHANGE, "mesh.", "data.", "game.", "rules.", "reward.", "engine.", "learner.")
 
 
 class Checkpoints:
     """workdir/checkpoints, the newest `keep` steps; a context manager. `every` is in steps, 0 for never."""
 
-    def __init__(self, workdir: str, every: int, keep: int) -> None:
+    def __init__(self, workdir: str, every: int, keep: int, *, read_only: bool = False) -> None:
         self._every = every
         options = ocp.CheckpointManagerOptions(
             # each save() is meant: with `every` as Orbax's interval it would skip the last step of a run
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            cleanup_tmp_directories=True,  # what a killed run left unfinished
+            cleanup_tmp_directories=not read_only,  # what a killed run left unfinished
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(Path(workdir).resolve() / "checkpoints", options=options)
 
@@ -61,6 +64,13 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(state=state, game=host))
         return found["state"], found["game"]
 
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """The weights alone, cast to the dtypes that are asked for."""
+        wanted = {"params": abstract_params}
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+        state = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
+        return self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]["params"]
+
     def wait(self) -> None:
         """Until what was saved is on disk."""
         self._manager.wait_until_finished()
@@ -69,11 +79,12 @@ class Checkpoints:
         self._manager.close()
 
 
-def check_workdir(workdir: str, config: ConfigDict) -> None:
+def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
     """A workdir belongs to one config: the first run writes config.json, later ones must agree with it.
 
-    Keys of MAY_CHANGE are free; the file then takes the new values.
+    Keys of MAY_CHANGE are free; the file then takes the new values. An evaluation is freer, and leaves it as it is.
     """
+    free = EVALUATION_MAY_CHANGE if evaluating else MAY_CHANGE
     path = Path(workdir) / "config.json"
     now = json.loads(json.dumps(flatten_config(config)))  # as it comes back from a file: tuples are lists
     try:
@@ -86,11 +97,13 @@ def check_workdir(workdir: str, config: ConfigDict) -> None:
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not the config of a run: {error}; expected a JSON object of keys") from error
     changed = sorted(
-        key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not key.startswith(MAY_CHANGE)
+        key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not key.startswith(free)
     )
     if changed:
         keys = ", ".join(f"{key} was {_show(before, key)} and is {_show(now, key)}" for key in changed)
         raise InputError(f"workdir {workdir} holds a run of another config: {keys}; take another --workdir")
+    if evaluating and path.exists():
+        return
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
     fresh.replace(path)

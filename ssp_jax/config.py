@@ -9,6 +9,7 @@ import re
 import runpy
 import traceback
 from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from textwrap import shorten
@@ -48,11 +49,22 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return max(names, key=likeness)
 
 
-def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
-    """(locked config, workdir) of `--config=FILE [--workdir=FOLDER] [--config.KEY=VALUE ...]` (argv[0]: program)."""
+MODES = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    config: ConfigDict  # locked
+    workdir: str
+    mode: str  # of MODES
+
+
+def parse_command_line(argv: list[str]) -> CommandLine:
+    """`--config=FILE [--workdir=FOLDER] [--mode=MODE] [--config.KEY=VALUE ...]` (argv[0]: program)."""
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "config file", flag_values=values)
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
+    flags.DEFINE_enum("mode", MODES[0], MODES, "what to do", flag_values=values)
     values.set_gnu_getopt(True)
     try:
         rest = values(argv, known_only=True)
@@ -63,7 +75,7 @@ def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
     path = _find(values.config)
     config = load_config(path)
     _override(config, rest)
-    return config, values.workdir or str(Path("runs") / path.stem)
+    return CommandLine(config, values.workdir or str(Path("runs") / path.stem), values.mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +146,7 @@ def _override(config: ConfigDict, rest: list[str]) -> None:
                 config.update_from_flattened_dict({key: ""})
             known[key] = ""
         if not name.startswith("config."):
-            expected = nearest(name, ["config", "workdir", *(f"config.{k}" for k in known)])
+            expected = nearest(name, ["config", "workdir", "mode", *(f"config.{k}" for k in known)])
             raise InputError(f"unknown flag --{name}; the nearest is --{expected}")
         if key not in known:
             raise InputError(f"--{name}: {_no_key(key, known)}")
@@ -232,7 +244,8 @@ CHOICES: dict[str, Iterable[str]] = {
     "game.noise_unit": ("passage", "trajectory"),
     "game.noise_source": ("previous_step", "same_step"),
     "game.batch_fill": ("dummy", "resample", "full_reuse", "periodic_reset"),
-    "reward.metric": rewards.METRICS,
+    "reward.metric": rewards.WAYS_TO_JUDGE,
+    "eval.judge": rewards.WAYS_TO_JUDGE,
     "reward.proposer": rewards.PROPOSER_REWARDS,
     "engine.schedule": ("pipelined", "barrier"),
     "learner.kl_type": ("k1", "k2", "k3"),
@@ -245,7 +258,7 @@ CHOICES: dict[str, Iterable[str]] = {
 }
 _MAY_BE_ZERO = (
     *("seed", "steps", "game.noise_documents", "rules.", "reward.", "sampling."),
-    *("retriever.k1", "retriever.b", "retriever.threads", "retriever.retries", "engine.kv_cache_gib"),
+    *("retriever.k1", "retriever.b", "retriever.threads", "retriever.retries", "judge.retries", "engine.kv_cache_gib"),
     *(
         "learner.warmup_steps",
         "learner.weight_decay",
@@ -265,14 +278,7 @@ def check_values(config: ConfigDict) -> None:
     for key, names in CHOICES.items():
         if values[key] not in names:
             raise InputError(f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}")
-    needed = {"model.path": "a path", "data.answers": "a path"}
-    if values["retriever.kind"] == "http":
-        needed["retriever.url"] = "the address of a search server, such as http://127.0.0.1:8000/retrieve"
-    elif not values["retriever.index"]:
-        needed["retriever.corpus"] = "a path"
-    for key, expected in needed.items():
-        if not values[key]:
-            raise InputError(f"config key {key} is empty; expected {expected}")
+    _check_given(values)
     for key, value in values.items():
         numbers = value if isinstance(value, tuple) else (value,)
         if key.startswith("mesh.") or any(isinstance(n, str | bool) for n in numbers):
@@ -281,6 +287,20 @@ def check_values(config: ConfigDict) -> None:
         if key != "reward.invalid_question" and any(n < least for n in numbers):
             raise InputError(f"config key {key} is {value}; expected {'at least 0' if not least else 'more than 0'}")
     _check_sizes(config, values)
+
+
+def _check_given(values: dict[str, Any]) -> None:
+    """What a run with these choices cannot do without."""
+    needed = {"model.path": "a path", "data.answers": "a path"}
+    if values["retriever.kind"] == "http":
+        needed["retriever.url"] = "the address of a search server, such as http://127.0.0.1:8000/retrieve"
+    elif not values["retriever.index"]:
+        needed["retriever.corpus"] = "a path"
+    if "openai" in (values["reward.metric"], values["eval.judge"]):
+        needed |= {"judge.url": "an address such as http://127.0.0.1:8000/v1", "judge.model": "its name on that server"}
+    for key, expected in needed.items():
+        if not values[key]:
+            raise InputError(f"config key {key} is empty; expected {expected}")
 
 
 def _check_sizes(config: ConfigDict, values: dict[str, Any]) -> None:

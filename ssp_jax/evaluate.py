@@ -1,68 +1,267 @@
-"""The solver on question sets, greedy, through the same engine as training."""
+"""The solver on question sets, greedy, through the same engine as training; judged, scored, and nothing done twice.
 
-import dataclasses
-from collections.abc import Callable
+For the weights of a step, workdir/eval/ holds step_000040/episodes.jsonl and step_000040/verdicts.jsonl, a line written
+as each episode or verdict ends, and step_000040.json with the scores. What stands there is not played or judged again:
+an evaluation that was killed goes on, one that is repeated with another judge only asks that judge.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from ssp_jax import hosts, prompts, rewards
+from ssp_jax import hosts, prompts, rewards, scores
 from ssp_jax.data import Task
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import SOLVER, Episode, Player, Stage, episode_id
+from ssp_jax.judge import Case, Judge, Verdict
+from ssp_jax.metrics import Logger
+from ssp_jax.scores import Values
+
+Record = dict[str, Any]  # a line of episodes.jsonl
+Key = tuple[str, int]  # set, and row in its file
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class Setting:
+    """What the evaluations of a run have in common."""
+
+    folder: Path  # workdir/eval
+    sets: dict[str, list[Task]]
+    engine: Engine
+    stage: Stage
+    key: Any  # of random numbers
+    temperature: float
+    metric: str  # config key eval.judge
+    judge: Judge | None  # where that is one
+    logger: Logger
+    stop: Callable[[], None]  # called often; may raise
+
+    @property
+    def questions(self) -> list[tuple[str, Task]]:
+        return [(name, task) for name, tasks in self.sets.items() for task in tasks]
+
+
+@dataclass(frozen=True)
 class Result:
-    """Scores of one set in percent; episodes in the order of its questions."""
-
-    em: float
-    f1: float
-    n: int
-    searches: float  # per question
-    episodes: list[Episode]
-
-    def summary(self) -> dict[str, float]:
-        return {"em": self.em, "f1": self.f1, "n": self.n}
+    step: int
+    document: dict[str, Any]  # what step_000040.json holds
+    values: Values
+    fresh: bool  # something was played or judged for it
 
 
-def evaluate(
-    engine: Engine,
-    stage: Stage,
-    sets: dict[str, list[Task]],
-    params: Any,
-    key: Any,
-    temperature: float,
-    progress: Callable[[Stats], None] = lambda stats: None,
-) -> dict[str, Result]:
-    """Plays all questions of all sets at once, so that the slots stay full; each process plays its share."""
-    tasks = [(name, task) for name, questions in sets.items() for task in questions]
-    ended: dict[int, Episode] = {}
+def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any]) -> Result:
+    """weights: what they are, in words. params: gives the sampler's copy, asked for only if a question is left.
 
-    def finished(player: Player) -> list[Player]:
-        ended[player.uid] = player.episode()
-        return []
+    Each process plays and judges its share, and writes files of its own; all get the whole.
+    """
+    folder = setting.folder / f"step_{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"the questions of an evaluation": hosts.digest(setting.questions), "the step": step}
+    records: dict[Key, Record] = hosts.share(lambda: _played(setting, folder) if hosts.first() else {}, facts)[0]
+    missing = [(name, task) for name, task in setting.questions if (name, task.uid) not in records]
+    if missing:
+        weights_now, own = params(), [missing[i] for i in hosts.own_share([1.0] * len(missing))]
+        for part in hosts.share(lambda: _play(setting, own, weights_now, folder / _own_file("episodes"))):
+            records |= part
+        del weights_now
+    verdicts, asked = _judge(setting, folder, records)
+    values = {
+        name: _values([records[name, task.uid] for task in tasks], setting.metric, verdicts)
+        for name, tasks in setting.sets.items()
+    }
+    document = {
+        "step": step,
+        "weights": weights,
+        "judge": setting.judge.name if setting.judge else setting.metric,
+        "unjudged": sum(verdict.right is None for verdict in verdicts.values()),
+        "seconds": round(_seconds(records.values()), 1),
+        "sets": scores.summarize(values),
+    }
+    if hosts.first():
+        folder.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return Result(step, document, values, bool(missing or asked))
 
-    def play_own() -> dict[int, Episode]:
-        players = []
-        for row in hosts.own_share([1.0] * len(tasks)):
-            prompt = stage.prompt(prompts.solver_messages(stage.style, tasks[row][1].question))
-            players.append(Player(stage, SOLVER, episode_id(SOLVER, row, 0), temperature, prompt))
-        engine.play(params, key, players, finished, progress)
-        return dict(ended)
 
-    for part in hosts.share(play_own, {"the questions of an evaluation": hosts.digest(tasks)}):
-        ended |= part
-    results = {}
-    for name in sets:
-        rows = [row for row, (owner, _) in enumerate(tasks) if owner == name]
-        played = [ended[episode_id(SOLVER, row, 0)] for row in rows]
-        answers = [(prompts.last_answer(e.text), tasks[row][1].answers) for e, row in zip(played, rows, strict=True)]
-        results[name] = Result(
-            em=100 * float(np.mean([rewards.exact_match(a, golds) for a, golds in answers])),
-            f1=100 * float(np.mean([rewards.f1_score(a, golds) for a, golds in answers])),
-            n=len(rows),
-            searches=float(np.mean([len(e.queries) for e in played])),
-            episodes=played,
-        )
-    return results
+def _values(records: list[Record], metric: str, verdicts: dict[Key, Verdict]) -> dict[str, np.ndarray]:
+    found: dict[str, list[float]] = {name: [] for name in (*scores.SHARES, *scores.MEANS)}
+    for record in records:
+        answer, golds = record["answer"], record["answers"]
+        verdict = verdicts.get((record["set"], record["row"]))
+        found["right"].append(rewards.is_right(answer, golds, metric, verdict.right if verdict else None))
+        for name, number in (
+            ("em", rewards.exact_match(answer, golds)),
+            ("cover_em", rewards.cover_exact_match(answer, golds)),
+            ("f1", rewards.f1_score(answer, golds)),
+            ("searches", len(record["searches"])),
+            ("tokens", record["tokens"]),
+        ):
+            found[name].append(number)
+    return {name: np.array(numbers, float) for name, numbers in found.items()}
+
+
+# --- playing ----------------------------------------------------------------------------------------------------------
+
+
+def _play(setting: Setting, questions: list[tuple[str, Task]], params: Any, path: Path) -> dict[Key, Record]:
+    """All questions of all sets at once, so that the slots stay full across sets."""
+    rows = {(name, task.uid): row for row, (name, task) in enumerate(setting.questions)}
+    began, start, owners, players = round(time.time(), 3), time.monotonic(), {}, []
+    for name, task in questions:
+        prompt = setting.stage.prompt(prompts.solver_messages(setting.stage.style, task.question))
+        uid = episode_id(SOLVER, rows[name, task.uid], 0)  # the same whatever is left to play
+        players.append(Player(setting.stage, SOLVER, uid, setting.temperature, prompt))
+        owners[uid] = (name, task)
+    records: dict[Key, Record] = {}
+
+    with open(path, "a", encoding="utf-8") as file, setting.logger.phase("evaluating", len(questions)) as phase:
+
+        def finished(player: Player) -> list[Player]:
+            name, task = owners[player.uid]
+            timed = {"began": began, "process": path.stem, "seconds": round(time.monotonic() - start, 3)}
+            records[name, task.uid] = record = _record(name, task, player.episode()) | timed
+            _write(file, record)
+            return []
+
+        def progress(stats: Stats) -> None:
+            setting.stop()
+            phase.advance(len(records), tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
+
+        setting.engine.play(params, setting.key, players, finished, progress)
+    return records
+
+
+def _record(name: str, task: Task, episode: Episode) -> Record:
+    return {
+        "set": name,
+        "row": task.uid,
+        "question": task.question,
+        "answers": list(task.answers),
+        "answer": prompts.last_answer(episode.text),
+        "searches": list(episode.queries),
+        "tokens": episode.num_sampled,
+        "length": len(episode.tokens) - episode.prompt_length,
+        "stop_reason": episode.stop_reason,
+        "turns": [{"who": who, "text": text} for who, text in episode.turns],
+    }
+
+
+def _seconds(records: Iterable[Record]) -> float:
+    """Of play: each start of a process has written how long it took so far. Of processes side by side the slowest."""
+    starts: dict[tuple[str, float], float] = {}
+    for record in records:
+        start = record["process"], record["began"]
+        starts[start] = max(starts.get(start, 0.0), record["seconds"])
+    sums: dict[str, float] = {}
+    for (process, _), seconds in starts.items():
+        sums[process] = sums.get(process, 0.0) + seconds
+    return max(sums.values(), default=0.0)
+
+
+def _played(setting: Setting, folder: Path) -> dict[Key, Record]:
+    """The episodes of earlier starts whose questions are still asked, word for word."""
+    asked = {(name, task.uid): (task.question, list(task.answers)) for name, task in setting.questions}
+    lines = {(line["set"], line["row"]): line for line in _lines(folder, "episodes")}
+    return {key: line for key, line in lines.items() if asked.get(key) == (line["question"], line["answers"])}
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def _judge(setting: Setting, folder: Path, records: dict[Key, Record]) -> tuple[dict[Key, Verdict], int]:
+    """The verdicts on answers that need one, and how many were asked for. Failed ones are asked for again."""
+    judge, metric = setting.judge, setting.metric
+    if judge is None:
+        return {}, 0
+    answers = {k: r["answer"] for k, r in records.items() if rewards.needs_judge(r["answer"], r["answers"], metric)}
+    verdicts: dict[Key, Verdict] = hosts.share(lambda: _judged(folder, judge.name, answers) if hosts.first() else {})[0]
+    left = [key for key in answers if key not in verdicts or verdicts[key].right is None]
+    if left:
+        own = [left[i] for i in hosts.own_share([1.0] * len(left))]  # perhaps none; the judge may load its weights
+        for part in hosts.share(lambda: _ask(setting, judge, own, records, folder / _own_file("verdicts"))):
+            verdicts |= part
+    return verdicts, len(left)
+
+
+def _judged(folder: Path, judge: str, answers: dict[Key, str]) -> dict[Key, Verdict]:
+    """What this judge said of these answers before. What it said counts for more than that it failed."""
+    verdicts: dict[Key, Verdict] = {}
+    for line in _lines(folder, "verdicts"):
+        key = (line["set"], line["row"])
+        known = key in verdicts and verdicts[key].right is not None
+        if line["judge"] == judge and line["answer"] == answers.get(key) and not known:
+            verdicts[key] = Verdict(line["right"], line["reply"])
+    return verdicts
+
+
+def _ask(setting: Setting, judge: Judge, keys: list[Key], records: dict[Key, Record], path: Path) -> dict[Key, Verdict]:
+    cases = [Case(r["question"], tuple(r["answers"]), r["answer"]) for r in (records[key] for key in keys)]
+    verdicts: dict[Key, Verdict] = {}
+    with open(path, "a", encoding="utf-8") as file, setting.logger.phase("judging", len(keys)) as phase:
+
+        def take(i: int, verdict: Verdict) -> None:
+            (name, row), answer = keys[i], cases[i].answer
+            verdicts[keys[i]] = verdict
+            line = {"set": name, "row": row, "answer": answer, "judge": judge.name}
+            _write(file, line | {"right": verdict.right, "reply": verdict.reply})
+
+        def progress() -> None:
+            setting.stop()
+            phase.advance(len(verdicts))
+
+        judge.ask(cases, take, progress)
+    return verdicts
+
+
+# --- files and tables -------------------------------------------------------------------------------------------------
+
+
+def _write(file: Any, line: dict[str, Any]) -> None:
+    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    file.flush()  # so that a process that is killed the next moment has it on disk
+
+
+def _own_file(name: str) -> str:
+    """episodes.jsonl of the first process, episodes_1.jsonl of the next."""
+    return f"{name}.jsonl" if hosts.first() else f"{name}_{jax.process_index()}.jsonl"
+
+
+def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The whole lines of all processes' files; what a killed one left half written is cut off, for more will follow."""
+    lines: list[dict[str, Any]] = []
+    for path in sorted(folder.glob(f"{name}*.jsonl")):
+        text = path.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            os.truncate(path, whole)
+        lines += [json.loads(line) for line in text[:whole].splitlines()]
+    return lines
+
+
+def show(logger: Logger, result: Result) -> None:
+    found = result.document
+    cells, heads = scores.rows(found["sets"], found["judge"])
+    title = f"Held-out questions, {found['weights']}: percent, 95 % interval; {found['seconds']:.0f} s of play"
+    logger.table(title, cells, heads)
+    if found["unjudged"]:
+        logger.say(f"{found['unjudged']} verdicts failed and count as wrong; the same command asks for them again")
+
+
+def compare(
+    logger: Logger, folder: Path, before: Result, after: Result, paper: dict[str, tuple[float, float]]
+) -> dict[str, Any]:
+    """Shows and writes before and after, beside the paper's figures where it has this model and these sets."""
+    found = scores.gains(before.values, after.values, paper)
+    cells, heads = scores.gain_rows(found)
+    judge = after.document["judge"]
+    logger.table(f"Right by {judge}, {after.step} steps of self-play", cells, heads)
+    document = {"before": before.step, "after": after.step, "judge": judge, "sets": scores.gains_json(found)}
+    if hosts.first():
+        (folder / "gain.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return document

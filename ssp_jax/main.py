@@ -1,11 +1,13 @@
 """Run or resume self-play:
 
-    python -m ssp_jax.main --config=configs/tiny.py [--workdir=runs/tiny] [--config.KEY=VALUE ...]
+    python -m ssp_jax.main --config=configs/tiny.py [--workdir=runs/tiny] [--mode=eval] [--config.KEY=VALUE ...]
                            [--coordinator=HOST:PORT --processes=N --process=I]
 
 --config is a file in the form of configs/default.py, which lists every KEY. The same command in the same workdir goes
-on where it stopped. On several hosts the same command runs on each, with a workdir that all see; Slurm, Open MPI, GKE
-and Cloud TPU tell who is who, elsewhere the last three flags do (process 0 is at HOST; --processes=1 asks nobody).
+on where it stopped. --mode=eval plays the question sets alone: with the model's own weights, and with those of the
+workdir's newest checkpoint. On several hosts the same command runs on each, with a workdir that all see; Slurm, Open
+MPI, GKE and Cloud TPU tell who is who, elsewhere the last three flags do (process 0 is at HOST; --processes=1 asks
+nobody).
 Exit codes: 0 done, or saved after SIGTERM; 2 unusable input, told in one sentence; 130 Ctrl-C; else 1 or a signal's.
 """
 
@@ -27,20 +29,22 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.ERROR)
     try:
         rest, place = take_place(argv)
-        config, workdir = parse_command_line(rest)
+        command = parse_command_line(rest)
         if gpu.will_be_used(os.environ):
             print("GPU: set", *gpu.set_defaults(os.environ) or ["nothing; the environment has it all"], file=sys.stderr)
         if cpu.will_be_used(os.environ):
             cpu.keep_memory()
-        from ssp_jax import hosts, train  # here, so that mistakes are told before the seconds that JAX takes to load
+        # Here, so that mistakes above are told before the seconds that JAX takes to load.
+        from ssp_jax import examine, hosts, train
 
         hosts.start(place, os.environ)
-        train.train(config, workdir)
+        run = examine.examine if command.mode == "eval" else train.train
+        run(command.config, command.workdir)
     except InputError as error:
         print(f"ssp_jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ssp_jax: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("ssp_jax: interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130
     return 0
 

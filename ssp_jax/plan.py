@@ -333,7 +333,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # the machine that plans is not the one that runs
     try:
         own, rest = _parse(argv)
-        config, _ = parse_command_line(rest)
+        config = parse_command_line(rest).config
         model = read_model(config.model.path)
         if own.topology is None:
             print(*smallest_slices(config, model), sep="\n")

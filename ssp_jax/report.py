@@ -10,7 +10,6 @@ import argparse
 import base64
 import io
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +22,12 @@ import numpy as np
 
 from ssp_jax import prompts
 from ssp_jax.data import InputError, read_rows
+from ssp_jax.scores import AVERAGE
 
 GAMES = 300  # shown at most, spread over the dumps of a run
 SMOOTHED_STEPS = 60  # runs longer than this get a running mean over a twentieth of their steps
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#64748b", "#b91c1c", "#1e293b")
-UPDATES = ("solver", "proposer", "both")
+UPDATES = ("proposer", "solver", "both")  # in the order, and so the colours, of the other charts
 
 Steps = list[dict[str, float]]
 
@@ -78,14 +78,19 @@ CHARTS = (
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_metrics(workdir: Path) -> tuple[Steps, Steps]:
-    """The rows of steps, and those of evaluations. A last line that a running process has half written waits."""
+def read_metrics(workdir: Path) -> Steps:
+    """The rows of steps. A last line that a running process has half written waits."""
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{workdir}: expected a run folder, found no metrics.jsonl in it")
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [r for r in rows if "seconds" in r], [r for r in rows if any(k.startswith("eval/") for k in r)]
+    return [row for row in rows if "seconds" in row]
+
+
+def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
+    """What evaluations wrote, in the order of steps."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((workdir / "eval").glob("step_*.json"))]
 
 
 def read_games(workdir: Path, most: int) -> tuple[list[dict[str, Any]], int]:
@@ -161,7 +166,7 @@ def _image(axes: Any) -> str:
     """With a legend, as a data URI: as an image its ids cannot meet those of another chart."""
     import matplotlib
 
-    axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ssp_jax", "font.family": "sans-serif"}):
         axes.figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -207,34 +212,20 @@ def draw_faults(rows: Steps) -> str | None:
     return _image(axes)
 
 
-def wilson(percent: float, n: float) -> tuple[float, float]:
-    """The 95 % interval of a share of n questions, in percent (Wilson 1927)."""
-    z, p = 1.96, percent / 100
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 100 / (1 + z * z / n)
-    return max(0.0, (middle - half) * scale), min(100.0, (middle + half) * scale)  # rounding may step outside
-
-
-def evaluations(rows: Steps) -> dict[str, list[tuple[int, float, float]]]:
-    """Set -> (step, exact match in percent, questions), in the order of steps; a repeated step counts once."""
-    found: dict[str, dict[int, tuple[int, float, float]]] = {}
-    for row in rows:
-        for key, value in row.items():
-            if match := re.fullmatch(r"eval/(.+)/em", key):
-                found.setdefault(match[1], {})[int(row["step"])] = (int(row["step"]), value, row[f"eval/{match[1]}/n"])
-    return {name: [points[step] for step in sorted(points)] for name, points in found.items()}
-
-
-def draw_evaluations(sets: Mapping[str, list[tuple[int, float, float]]]) -> str | None:
-    if not sets:
+def draw_evaluations(found: Sequence[dict[str, Any]]) -> str | None:
+    """Percent right of each set over steps, with the interval of each point."""
+    names = list(dict.fromkeys(name for document in found for name in document["sets"]))
+    if not names:
         return None
     axes = _figure()
-    for i, (name, points) in enumerate(sets.items()):
-        limits = np.array([wilson(value, n) for _, value, n in points]).T
-        values = np.array([value for _, value, _ in points])
-        errors = np.maximum(0, [values - limits[0], limits[1] - values])
+    for i, name in enumerate(names):
+        points = [(document["step"], document["sets"][name]) for document in found if name in document["sets"]]
+        values = np.array([row["right"] for _, row in points])
+        errors = np.array([[row["right"] - row["right_low"], row["right_high"] - row["right"]] for _, row in points]).T
         style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.5, "elinewidth": 0.8}
-        axes.errorbar([s for s, _, _ in points], values, errors, label=name, color=COLORS[i % len(COLORS)], **style)
+        style["linestyle"] = "--" if name == AVERAGE else "-"
+        steps = [step for step, _ in points]
+        axes.errorbar(steps, values, np.maximum(0, errors), label=name, color=COLORS[i % len(COLORS)], **style)
     axes.set_ylim(0, 103)
     return _image(axes)
 
@@ -242,18 +233,27 @@ def draw_evaluations(sets: Mapping[str, list[tuple[int, float, float]]]) -> str 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _charts(steps: Steps, evals: Mapping[str, list[tuple[int, float, float]]]) -> Iterator[dict[str, str]]:
-    note = "Greedy, with the 95 % interval that the number of questions leaves (Wilson)."
-    drawn = [("Exact match on held-out questions, %", note, draw_evaluations(evals))]
+def _charts(steps: Steps, evals: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
+    judges = ", ".join(dict.fromkeys(document["judge"] for document in evals))
+    note = f"Greedy, judged by {judges}, with 95 % bootstrap intervals."
+    drawn = [("Right answers to held-out questions, %", note, draw_evaluations(evals))]
     drawn += [(chart.title, chart.note, draw(chart, steps)) for chart in CHARTS]
     drawn.insert(3, ("Questions that failed, by reason", "Questions of a step.", draw_faults(steps)))
     yield from ({"title": title, "note": note, "image": image} for title, note, image in drawn if image)
 
 
+def _ends(evals: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+    """Set -> its row of the first evaluation and of the last, each with its step."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for document in evals:
+        for name, row in document["sets"].items():
+            rows.setdefault(name, []).append(row | {"step": document["step"]})
+    return {name: (found[0], found[-1]) for name, found in rows.items()}
+
+
 def page(workdir: Path, most_games: int) -> str:
-    steps, evals = read_metrics(workdir)
+    steps, evals = read_metrics(workdir), read_evaluations(workdir)
     games, total = read_games(workdir, most_games)
-    sets = evaluations(evals)
     config = workdir / "config.json"
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
@@ -261,8 +261,9 @@ def page(workdir: Path, most_games: int) -> str:
         name=workdir.resolve().name,
         steps=int(steps[-1]["step"]) if steps else 0,
         minutes=sum(row["seconds"] for row in steps) / 60,
-        evaluations={name: (points[0], points[-1], wilson(*points[-1][1:])) for name, points in sets.items()},
-        charts=list(_charts(steps, sets)),
+        evaluations=_ends(evals),
+        judge=evals[-1]["judge"] if evals else "",
+        charts=list(_charts(steps, evals)),
         games=games,
         total=total,
         outcomes=sorted({game["outcome"] for game in games}),

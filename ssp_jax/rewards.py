@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 
-from ssp_jax.data import InputError
 from ssp_jax.prompts import last_answer
 
 MAX_ANSWER_TAGS = 10  # more opening or closing tags than this cost three quarters of the reward (FACTS 1.2)
@@ -52,17 +51,29 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
 
 
 METRICS: dict[str, Callable[[str | None, Sequence[str]], bool]] = {"em": exact_match, "cover_em": cover_exact_match}
+JUDGES = ("policy", "openai")  # models that are asked where exact match fails (judge.py)
+WAYS_TO_JUDGE = (*METRICS, *JUDGES)  # config keys reward.metric and eval.judge
 
 
-def solver_reward(text: str, golds: Sequence[str], metric: str) -> float:
+def needs_judge(answer: str | None, golds: Sequence[str], metric: str) -> bool:
+    """No judge is asked about an answer that equals a gold, nor about none at all (FACTS 1.2)."""
+    return metric in JUDGES and bool(answer) and not exact_match(answer, golds)
+
+
+def is_right(answer: str | None, golds: Sequence[str], metric: str, verdict: bool | None = None) -> bool:
+    """verdict: what the judge said, for metrics that have one; None, when it failed to say, is never right."""
+    if metric in METRICS:
+        return METRICS[metric](answer, golds)
+    return exact_match(answer, golds) or (needs_judge(answer, golds, metric) and bool(verdict))
+
+
+def solver_reward(text: str, golds: Sequence[str], metric: str, verdict: bool | None = None) -> float:
     """1 if the last answer in what the model wrote itself is right by the metric, else 0 (FACTS 1.2, SSP section 3.2).
 
     text: the sampled turns of an episode, joined, without the observations. Writing the answer tag all over the place
-    keeps only a quarter (reference: quark_score.py). A judge is not needed: the metric is "em" or "cover_em".
+    keeps only a quarter (reference: quark_score.py).
     """
-    if metric not in METRICS:
-        raise InputError(f"config key reward.metric is {metric!r}; expected one of {', '.join(METRICS)}")
-    score = float(METRICS[metric](last_answer(text), golds))
+    score = float(is_right(last_answer(text), golds, metric, verdict))
     tags = max(text.count("<answer>"), text.count("</answer>"))
     return score / 4 if tags > MAX_ANSWER_TAGS else score
 

@@ -1,8 +1,9 @@
 """One round of the game in the paper's words: propose, verify, solve, reward (SSP section 3, Algorithm 1).
 
 All episodes of a round share the engine's slots: a question is verified as soon as its proposer ends, and its solvers
-start as soon as it is verified. Everything that an episode depends on is fixed when the round starts (the noise
-documents come from the round before, reused questions from the pool as it stood), so results do not depend on timing.
+start as soon as it is verified; those that need a judge's word wait until all its cases are there. Everything that an
+episode depends on is fixed when the round starts (the noise documents come from the round before, reused questions from
+the pool as it stood), so results do not depend on timing.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from ssp_jax.config import RL_PAIRS
 from ssp_jax.data import Document, Task
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import PROPOSER, SOLVER, VERIFIER, Episode, Player, Role, Stage
+from ssp_jax.judge import Case, Judge, Verdict
 from ssp_jax.retriever import Search
 
 
@@ -44,6 +46,7 @@ class Game:
     question: Question | None = None
     attempts: list[Episode] = dataclasses.field(default_factory=list)
     scores: list[float] = dataclasses.field(default_factory=list)
+    verdicts: dict[int, Verdict] = dataclasses.field(default_factory=dict)  # of episodes, by uid
     proposer_reward: float = 0.0
 
 
@@ -87,8 +90,9 @@ class Round:
 class SelfPlay:
     """The rules of a run, ready to play rounds. Holds no state between rounds: that is `Memory`."""
 
-    def __init__(self, config: ConfigDict, stage: Stage, engine: Engine, retriever: Search):
+    def __init__(self, config: ConfigDict, stage: Stage, engine: Engine, retriever: Search, judge: Judge | None = None):
         self._config, self._stage, self._engine, self._retriever = config, stage, engine, retriever
+        self._judge = judge
         self._pair = RL_PAIRS[config.game.rl_pair]
         self._proposals = config.game.group_size if self._pair[0] == "grpo" else 1
         self._attempts = config.game.group_size if self._pair[1] == "grpo" else 1
@@ -113,7 +117,10 @@ class SelfPlay:
             """These players and what they lead to; then all processes hand over their games."""
 
             def action() -> tuple[Stats, list[Game]]:
-                stats = self._engine.play(params, key, first(), table.finished, progress)
+                players, stats = first(), Stats()
+                while players:  # those that wait for a judge go on in a next wave
+                    stats = _added(stats, self._engine.play(params, key, players, table.finished, progress))
+                    players = table.judged(self._judge, functools.partial(progress, stats)) if self._judge else []
                 return stats, [games[i] for i in own]
 
             parts = hosts.share(action, facts)
@@ -123,10 +130,11 @@ class SelfPlay:
             return [stats for stats, _ in parts]
 
         costs = played(lambda: [table.propose(games[i]) for i in own])
-        if self._config.game.noise_source == "same_step":  # nothing is verified before all have proposed
-            table.noise = self._noise(step, games, Memory(documents=_documents_of(games)))
-            later = played(lambda: [player for game in table.held for player in table.verify(game)])
-            costs = [_added(*pair) for pair in zip(costs, later, strict=True)]
+        c = self._config.game
+        if c.noise_source == "same_step":  # nothing is verified before all have proposed, and proposed again
+            for _ in range(1 + (c.resample_rounds if c.batch_fill == "resample" else 0)):
+                table.noise = self._noise(step, games, Memory(documents=_documents_of(games)))
+                costs = [_added(*pair) for pair in zip(costs, played(table.release), strict=True)]
         return self._reward(games, costs), self._remember(step, games, memory)
 
     def _reward(self, games: list[Game], costs: list[Stats]) -> Round:
@@ -143,6 +151,9 @@ class SelfPlay:
         stats = dataclasses.replace(functools.reduce(_added, costs), seconds=max(cost.seconds for cost in costs))
         waiting = 1 - sum(cost.seconds for cost in costs) / max(len(costs) * stats.seconds, 1e-9)
         metrics = _metrics(games, stats) | {"play/waiting": waiting if len(costs) > 1 else 0.0}
+        if self._judge:
+            verdicts = [verdict for game in games for verdict in game.verdicts.values()]
+            metrics |= {"judge/asked": len(verdicts), "judge/failed": sum(v.right is None for v in verdicts)}
         return Round(games, self._training(PROPOSER, proposer), self._training(SOLVER, solver), stats, metrics)
 
     def _training(self, role: Role, played: list[tuple[Episode, float, Game]]) -> Training:
@@ -211,6 +222,7 @@ class _Play:
         self.noise, self._pool, self._step = noise, pool, step
         self.attempts = 1
         self.held: list[Game] = []  # waiting for the noise of this round
+        self._unjudged: list[tuple[Game, Episode]] = []
 
     def _player(self, role: Role, game: Game, attempt: int, messages: list[dict[str, str]]) -> Player:
         s = self._config.sampling
@@ -226,12 +238,30 @@ class _Play:
 
     def finished(self, player: Player) -> Iterable[Player]:
         game, episode = self._games[(player.uid >> 9) & ((1 << 19) - 1)], player.episode()
-        after = {
-            PROPOSER.name: self._after_proposer,
-            VERIFIER.name: self._after_verifier,
-            SOLVER.name: self._after_solver,
-        }
-        return after[episode.role](game, episode)
+        if player.role is PROPOSER:
+            return self._after_proposer(game, episode)
+        answer, metric = prompts.last_answer(episode.text), self._config.reward.metric
+        if game.question is not None and rewards.needs_judge(answer, game.question.answers, metric):
+            self._unjudged.append((game, episode))
+            return []
+        return self._after_answer(game, episode)
+
+    def judged(self, judge: Judge, progress: Callable[[], None]) -> list[Player]:
+        """Hears the judge about all who wait for it, and goes on with them, in an order that no timing changes."""
+        waiting, self._unjudged = sorted(self._unjudged, key=lambda pair: pair[1].uid), []
+        asked = [(game.question, prompts.last_answer(episode.text) or "") for game, episode in waiting]
+        cases = [Case(question.text, question.answers, answer) for question, answer in asked if question]
+
+        def take(i: int, verdict: Verdict) -> None:
+            game, episode = waiting[i]
+            game.verdicts[episode.uid] = verdict
+
+        if cases:
+            judge.ask(cases, take, progress)
+        return [player for game, episode in waiting for player in self._after_answer(game, episode)]
+
+    def _after_answer(self, game: Game, episode: Episode) -> Iterable[Player]:
+        return (self._after_verifier if episode.role == VERIFIER.name else self._after_solver)(game, episode)
 
     def _after_proposer(self, game: Game, episode: Episode) -> Iterable[Player]:
         """The rule filter."""
@@ -248,6 +278,11 @@ class _Play:
             self.held.append(game)
             return []
         return self.verify(game)
+
+    def release(self) -> list[Player]:
+        """Verifies what waited for the noise of this round."""
+        held, self.held = self.held, []
+        return [player for game in held for player in self.verify(game)]
 
     def verify(self, game: Game) -> list[Player]:
         """The same model answers from the proposer's own results and noise, without searching."""
@@ -291,7 +326,9 @@ class _Play:
 
     def _score(self, game: Game, episode: Episode) -> float:
         assert game.question is not None
-        return rewards.solver_reward(episode.text, game.question.answers, self._config.reward.metric)
+        found = game.verdicts.get(episode.uid)
+        golds, metric = game.question.answers, self._config.reward.metric
+        return rewards.solver_reward(episode.text, golds, metric, found.right if found else None)
 
 
 def readable(game: Game) -> dict[str, Any]:

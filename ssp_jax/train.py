@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import data, episodes, export, hosts, learner, model, prompts, sharding, weights
+from ssp_jax import data, episodes, evaluate, export, hosts, judge, learner, model, paper, prompts, sharding, weights
 from ssp_jax.checkpoint import Checkpoints, check_workdir
 from ssp_jax.config import check_values, flatten_config
 from ssp_jax.data import InputError, Task
-from ssp_jax.engine import Sizes, Stats
-from ssp_jax.evaluate import Result, evaluate
+from ssp_jax.engine import Engine, Sizes, Stats
+from ssp_jax.evaluate import Result, Setting
 from ssp_jax.hosts import Sigterm, Terminated
 from ssp_jax.metrics import CompileCounter, Logger, peak_memory_gib
 from ssp_jax.remote import RemoteRetriever
@@ -48,7 +49,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
     check_values(config)
     keep_compiled(workdir)
-    inputs = hosts.agree(lambda: _read(config, workdir))
+    inputs = hosts.agree(lambda: read_inputs(config, workdir))
     # After the inputs: a mistyped path must not become the workdir's config.
     hosts.agree(lambda: check_workdir(workdir, config) if hosts.first() else None)
     run = _Run(config, workdir, inputs)
@@ -80,7 +81,7 @@ def keep_compiled(workdir: str) -> None:
         options.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
 
 
-def _read(config: ConfigDict, workdir: str) -> Inputs:
+def read_inputs(config: ConfigDict, workdir: str) -> Inputs:
     model_config = weights.read_config(config.model.path)
     tokenizer = weights.load_tokenizer(config.model.path)
     kv_heads = model_config.num_kv_heads
@@ -111,7 +112,7 @@ def _open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
     return open_retriever(c.corpus, index, **settings, threads=c.threads)
 
 
-def _make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     """The mesh of the config; what is split over it must divide."""
     mesh = sharding.make_mesh(config.mesh.to_dict())
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -139,13 +140,58 @@ def make_learner_config(config: ConfigDict, model_config: model.ModelConfig) -> 
     )
 
 
+def make_engine(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> Engine:
+    """mesh: of the learner; each process plays on its own part of it."""
+    return episodes.make_engine(
+        inputs.model_config,
+        inputs.tokenizer,
+        inputs.eos,
+        Sizes(**{**config.engine, "slots": config.engine.slots // jax.process_count()}),
+        jnp.dtype(config.model.dtype),
+        functools.partial(inputs.retriever.search, top_k=config.retriever.top_k),
+        functools.partial(sharding.state_shardings, mesh=sharding.playing_meshes(mesh)[1]),
+        Truncation(config.sampling.top_k, config.sampling.top_p),
+    )
+
+
+def make_setting(
+    config: ConfigDict,
+    workdir: Path,
+    inputs: Inputs,
+    stage: episodes.Stage,
+    engine: Engine,
+    judges: Callable[[str], judge.Judge | None],
+    logger: Logger,
+    stop: Callable[[], None],
+) -> Setting:
+    """Of the evaluations of a run."""
+    metric, temperature = config.eval.judge, config.sampling.eval_temperature
+    key, asked = jax.random.key(config.seed), hosts.agree(lambda: judges(metric))
+    return Setting(workdir / "eval", inputs.eval_sets, engine, stage, key, temperature, metric, asked, logger, stop)
+
+
+def sampler_copy(
+    config: ConfigDict, model_config: model.ModelConfig, mesh: jax.sharding.Mesh
+) -> Callable[[model.Params], model.Params]:
+    """Params on the learner's mesh -> what this process plays with. All processes must call it together."""
+    everywhere, own = sharding.playing_meshes(mesh)
+    copy = sharding.sampler_copy(model_config, everywhere, jnp.dtype(config.model.dtype))
+    return lambda params: sharding.own_part(copy(params), own) if hosts.several() else copy(params)
+
+
+def load_initial(config: ConfigDict, model_config: model.ModelConfig, mesh: jax.sharding.Mesh) -> model.Params:
+    """The sampler's copy of the weights that the run starts from, read anew."""
+    shardings = sharding.param_shardings(model.abstract_params(model_config), mesh)
+    stacked = weights.load(config.model.path, model_config, shardings, jnp.dtype(config.model.dtype))
+    return sampler_copy(config, model_config, mesh)(stacked)
+
+
 class _Run:
     """The parts of a run and its state: train state, memory, step."""
 
     def __init__(self, config: ConfigDict, workdir: str, inputs: Inputs):
         self._config, self._workdir, self._inputs = config, Path(workdir), inputs
-        self._mesh = _make_mesh(config)
-        self._playing = sharding.playing_meshes(self._mesh)
+        self._mesh = make_mesh(config)
         self.compiles = CompileCounter()
         self.checkpoints = Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
         self.step = self.checkpoints.latest_step() or 0
@@ -153,19 +199,11 @@ class _Run:
         self._key = jax.random.key(config.seed)
         self._build_model()
         stage = make_stage(config, inputs.tokenizer)
-        search = functools.partial(inputs.retriever.search, top_k=config.retriever.top_k)
         self._stage = stage
-        self._engine = episodes.make_engine(
-            inputs.model_config,
-            inputs.tokenizer,
-            inputs.eos,
-            Sizes(**{**config.engine, "slots": config.engine.slots // jax.process_count()}),
-            jnp.dtype(config.model.dtype),
-            search,
-            functools.partial(sharding.state_shardings, mesh=self._playing[1]),
-            Truncation(config.sampling.top_k, config.sampling.top_p),
-        )
-        self._game = SelfPlay(config, stage, self._engine, inputs.retriever)
+        self._engine = make_engine(config, inputs, self._mesh)
+        self._judges = judge.make_judges(config, self._engine, stage, self._initial)
+        judging = hosts.agree(lambda: self._judges(config.reward.metric))
+        self._game = SelfPlay(config, stage, self._engine, inputs.retriever, judging)
 
     def _build_model(self) -> None:
         """Initial weights from the model folder; the train state from them or from the newest checkpoint."""
@@ -184,11 +222,10 @@ class _Run:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
             self._state, game = self.checkpoints.restore(self.step, like)
             self._memory, self._seconds = Memory.from_json(game["memory"]), game["seconds"]
-        self._copy = sharding.sampler_copy(config, self._playing[0], c.dtype)
-
-    def _to_sampler(self, params: model.Params) -> model.Params:
-        copy = self._copy(params)
-        return sharding.own_part(copy, self._playing[1]) if hosts.several() else copy
+        self._to_sampler = sampler_copy(self._config, config, self._mesh)
+        # While it judges what is trained, the initial model is in memory beside the player, and the slots leave room.
+        judging = self._config.reward.metric == "policy"
+        self._judging = load_initial(self._config, config, self._mesh) if judging else None
 
     def compare(self) -> None:
         """Nothing begins before all processes have been found to be about to do the same."""
@@ -207,6 +244,10 @@ class _Run:
             "the number of passages": len(inputs.retriever),
         }
         hosts.share(lambda: None, facts)
+
+    def _initial(self) -> model.Params:
+        """For the judge, and for questions of step 0 that are asked later."""
+        return self._judging or load_initial(self._config, self._inputs.model_config, self._mesh)
 
     def warm_up(self) -> None:
         devices = f"{self._mesh.devices.size} x {jax.devices()[0].device_kind}"
@@ -276,61 +317,39 @@ class _Run:
         with self.logger.phase("saving"):
             self.checkpoints.save(self.step, self._state, {"memory": self._memory.to_json(), "seconds": self._seconds})
 
-    def evaluate(self, step: int, stop: Sigterm) -> dict[str, dict[str, float]]:
-        """Scores of the current weights; workdir/eval keeps them, so a resumed run does not play them again."""
-        path = self._workdir / "eval" / f"step_{step:06d}.json"
-        found = hosts.share(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)[0]
-        if found is not None:
-            return found
-        total = sum(map(len, self._inputs.eval_sets.values()))
-        with self.logger.phase("evaluating", total) as phase:
-            results = evaluate(
-                self._engine,
-                self._stage,
-                self._inputs.eval_sets,
-                self._to_sampler(self._state.params),
-                self._key,
-                self._config.sampling.eval_temperature,
-                functools.partial(_show_play, phase, stop),
-            )
-        scores = {name: result.summary() for name, result in results.items()}
-        self._show_scores(step, results)
-        if hosts.first():
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-        return scores
-
-    def _show_scores(self, step: int, results: dict[str, Result]) -> None:
-        self.logger.record(
-            step, {f"eval/{name}/{key}": v for name, r in results.items() for key, v in r.summary().items()}
+    def evaluate(self, step: int, stop: Sigterm) -> Result:
+        """Of the current weights, or, for step 0 of a run that has gone on, of the initial ones."""
+        path = self._config.model.path
+        setting = make_setting(
+            self._config, self._workdir, self._inputs, self._stage, self._engine, self._judges, self.logger, stop
         )
-        rows = [[name, r.em, r.f1, r.searches, r.n] for name, r in results.items()]
-        self.logger.table(
-            f"Held-out questions after step {step}", rows, ["set", "EM %", "F1 %", "searches", "questions"]
-        )
+        name = f"after step {step}" if step else f"initial weights of {path}"
+        current = (lambda: self._to_sampler(self._state.params)) if step == self.step else self._initial
+        result = evaluate.evaluate(setting, step, name, current)
+        if result.fresh and self._inputs.eval_sets:
+            found = result.document["sets"].items()
+            self.logger.record(step, {f"eval/{set_}/{key}": v for set_, row in found for key, v in row.items()})
+            evaluate.show(self.logger, result)
+        return result
 
     def finish(self, stop: Sigterm) -> None:
         """The last evaluation, the export, summary.json, and the table of before and after."""
-        summary: dict[str, Any] = {"steps": self.step, "seconds": round(self._seconds, 1), "eval": {}}
+        results: dict[str, Result] = {}
         if self._config.eval.before:
-            summary["eval"]["before"] = self.evaluate(0, stop)
+            results["before"] = self.evaluate(0, stop)
         if self._config.eval.after:
-            summary["eval"]["after"] = self.evaluate(self.step, stop)
+            results["after"] = self.evaluate(self.step, stop)
         if self._config.checkpoint.export:
             with self.logger.phase("exporting"):
                 folder = self._workdir / "export"
                 export.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
+        summary: dict[str, Any] = {"steps": self.step, "seconds": round(self._seconds, 1)}
+        summary["eval"] = {when: result.document for when, result in results.items()}
         if hosts.first():
             (self._workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        if len(summary["eval"]) == 2 and self._inputs.eval_sets:
-            before, after = summary["eval"]["before"], summary["eval"]["after"]
-            rows = [
-                [n, before[n]["em"], after[n]["em"], after[n]["em"] - before[n]["em"], after[n]["n"]] for n in before
-            ]
-            means = [float(np.mean([row[i] for row in rows])) for i in (1, 2, 3)]
-            rows.append(["average", *means, sum(r["n"] for r in after.values())])
-            title = f"Exact match on held-out questions, {self.step} steps of self-play"
-            self.logger.table(title, rows, ["set", "before %", "after %", "gain", "questions"])
+        if len(results) == 2 and self._inputs.eval_sets:
+            figures = paper.table_1(self._config.model.path)
+            evaluate.compare(self.logger, self._workdir / "eval", results["before"], results["after"], figures)
 
 
 def _show_play(phase: Any, stop: Sigterm, stats: Stats) -> None:

@@ -52,7 +52,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def parse(*arguments: str) -> tuple[ConfigDict, str]:
-    return parse_command_line(["main.py", *arguments])
+    found = parse_command_line(["main.py", *arguments])
+    return found.config, found.workdir
 
 
 def config_file(folder: Path, *statements: str) -> Path:

@@ -1,10 +1,15 @@
-"""Evaluation: scores per set, each answer with its own question, whatever the order of ends."""
+"""Evaluation: each answer with its own question, nothing played or judged twice, failed verdicts never right."""
 
+import json
+
+import numpy as np
 import pytest
 from test_selfplay import STAGE, ScriptedEngine
 
+from ssp_jax import evaluate
 from ssp_jax.data import Task
-from ssp_jax.evaluate import evaluate
+from ssp_jax.judge import Verdict
+from ssp_jax.metrics import Logger
 
 SETS = {
     "first": [Task(0, ("Oslo",), "Capital of Norway?"), Task(1, ("Rome", "Roma"), "Capital of Italy?")],
@@ -21,21 +26,165 @@ def script(player):
     return f"<answer> {answer} </answer>" if player.queries else "<search> it </search>"
 
 
+class Judge:
+    """Says what it is told to say of an answer; remembers what it was asked."""
+
+    name = "scripted"
+
+    def __init__(self, **said):
+        self.said, self.asked = said, []
+
+    def ask(self, cases, take, progress):
+        for i in reversed(range(len(cases))):
+            self.asked.append(cases[i].answer)
+            take(i, Verdict(self.said[cases[i].answer], "reply"))
+            progress()
+
+
+def run(folder, engine=None, judge=None, sets=SETS, stop=lambda: None, params=lambda: None):
+    with Logger(str(folder), 0, tensorboard=False) as logger:
+        kind, engine = "policy" if judge else "em", engine or ScriptedEngine(script)
+        setting = evaluate.Setting(folder / "eval", sets, engine, STAGE, None, 0.0, kind, judge, logger, stop)
+        return evaluate.evaluate(setting, 3, "some weights", params)
+
+
+def lines(folder, name="episodes"):
+    return [json.loads(line) for line in (folder / "eval/step_000003" / f"{name}.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("last_first", [False, True])
-def test_scores_per_set(last_first):
-    results = evaluate(ScriptedEngine(script, last_first), STAGE, SETS, None, None, 0.0)
-    assert results["first"].summary() == {"em": 50.0, "f1": 50.0, "n": 2}
-    assert results["second"].summary() == {"em": 0.0, "f1": pytest.approx(100 * (2 / 3) / 2), "n": 2}
-    assert [r.searches for r in results.values()] == [1.0, 0.5]
-    assert "Norway" in STAGE.decode(results["first"].episodes[0].tokens)
+def test_scores_per_set(tmp_path, last_first):
+    result = run(tmp_path, ScriptedEngine(script, last_first))
+    assert json.loads((tmp_path / "eval/step_000003.json").read_text()) == result.document
+    first, second = result.document["sets"]["first"], result.document["sets"]["second"]
+    assert (first["right"], first["em"], first["cover_em"], first["f1"], first["n"]) == (50.0, 50.0, 50.0, 50.0, 2)
+    assert (second["right"], second["em"], second["f1"]) == (0.0, 0.0, pytest.approx(100 * (2 / 3) / 2))
+    assert (first["searches"], second["searches"]) == (1.0, 0.5)
+    assert result.document["sets"]["average"]["em"] == 25.0 and result.document["sets"]["average"]["n"] == 4
+    episodes = {line["question"]: line for line in lines(tmp_path)}
+    assert episodes["Capital of Norway?"]["answer"] == "oslo." and episodes["Capital of Italy?"]["set"] == "first"
+    said = [turn["who"] for turn in episodes["Capital of Norway?"]["turns"]]
+    assert said == ["solver", "search engine", "solver"]
+    assert episodes["Capital of Switzerland?"]["tokens"] == len(STAGE.encode("no idea"))
+    assert second["tokens"] == np.mean([line["tokens"] for line in lines(tmp_path) if line["set"] == "second"])
 
 
-def test_players_are_greedy_solvers():
+def test_players_are_greedy_solvers(tmp_path):
     seen = set()
 
     def watching(player):
         seen.add((player.role.name, player.temperature))
         return script(player)
 
-    evaluate(ScriptedEngine(watching), STAGE, SETS, None, None, 0.0)
+    run(tmp_path, ScriptedEngine(watching))
     assert seen == {("solver", 0.0)}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stops_after(number):
+    """A policy whose process dies at that episode."""
+    seen = set()
+
+    def turn(player):
+        seen.add(player.uid)
+        if len(seen) > number:
+            raise Stopped
+        return script(player)
+
+    return ScriptedEngine(turn)
+
+
+def test_an_evaluation_goes_on_where_it_was_killed(tmp_path):
+    with pytest.raises(Stopped):
+        run(tmp_path, stops_after(2))
+    before = lines(tmp_path)
+    assert len(before) == 2
+    path = tmp_path / "eval/step_000003/episodes.jsonl"
+    path.write_text(path.read_text() + '{"set": "second", "row": 1, "ques')  # what it was just writing
+    engine = ScriptedEngine(script)
+    whole, again = run(tmp_path / "whole"), run(tmp_path, engine)
+    assert len(engine.prompts) == 2 and again.fresh
+    assert lines(tmp_path)[:2] == before and len(lines(tmp_path)) == 4
+    assert again.document["sets"] == whole.document["sets"]
+    assert set(engine.prompts) == {2 << 9, 3 << 9}  # as they were in the run of all questions: rows 2 and 3
+
+
+def test_what_is_complete_is_neither_played_nor_loaded(tmp_path):
+    first = run(tmp_path)
+
+    def never():
+        raise AssertionError("the weights were asked for")
+
+    again = run(tmp_path, stops_after(0), params=never)
+    assert again.document == first.document and not again.fresh
+
+
+def test_a_question_that_has_changed_is_played_again(tmp_path):
+    run(tmp_path)
+    changed = {"first": [SETS["first"][0], Task(1, ("Paris",), "Capital of Italy?")]}
+    engine = ScriptedEngine(script)
+    result = run(tmp_path, engine, sets=changed)
+    assert len(engine.prompts) == 1 and result.document["sets"].keys() == {"first"}
+    assert result.document["sets"]["first"]["right"] == 100.0
+
+
+def test_a_judge_is_asked_where_exact_match_fails_and_never_twice(tmp_path):
+    judge = Judge(Paris=False, York=None)
+    result = run(tmp_path, judge=judge)
+    assert sorted(judge.asked) == ["Paris", "York"]  # "oslo." equals a gold, and "no idea" is no answer
+    assert result.document["unjudged"] == 1 and result.document["judge"] == "scripted"
+    assert [result.document["sets"][name]["right"] for name in ("first", "second")] == [50.0, 0.0]
+    judge = Judge(York=True)
+    result = run(tmp_path, stops_after(0), judge)
+    assert judge.asked == ["York"] and result.document["unjudged"] == 0 and result.fresh
+    assert result.document["sets"]["second"]["right"] == 50.0 and result.document["sets"]["second"]["em"] == 0.0
+    assert not run(tmp_path, stops_after(0), Judge()).fresh
+    assert [line["right"] for line in lines(tmp_path, "verdicts")] == [None, False, True]
+    other = Judge(Paris=True, York=True)
+    other.name = "another"
+    assert run(tmp_path, stops_after(0), other).document["sets"]["first"]["right"] == 100.0
+    assert len(other.asked) == 2
+
+
+def test_stopping_between_verdicts_keeps_those_that_are_there(tmp_path):
+    run(tmp_path)
+
+    def stop():
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run(tmp_path, judge=Judge(Paris=False, York=True), stop=stop)
+    assert [line["answer"] for line in lines(tmp_path, "verdicts")] == ["York"]
+    judge = Judge(Paris=False)
+    assert run(tmp_path, judge=judge).document["unjudged"] == 0 and judge.asked == ["Paris"]
+
+
+def test_seconds_add_up_over_processes(tmp_path):
+    with pytest.raises(Stopped):
+        run(tmp_path, stops_after(2))
+    path = tmp_path / "eval/step_000003/episodes.jsonl"
+    rows = [line | {"began": 1.0, "seconds": 10.0 + i} for i, line in enumerate(lines(tmp_path))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert 11.0 <= run(tmp_path).document["seconds"] < 12.0
+
+
+def test_tables(tmp_path, capsys):
+    before = run(tmp_path / "before", judge=Judge(Paris=False, York=None))
+    after = run(tmp_path / "after", judge=Judge(Paris=True, York=True))
+    with Logger(str(tmp_path), 0, tensorboard=False) as logger:
+        evaluate.show(logger, before)
+        found = evaluate.compare(logger, tmp_path, before, after, {"first": (40.0, 50.0)})
+    shown = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        "Held-out questions, some weights",
+        "| first | 50.0 (0-100) | 50.0 (0-100) | 50.0 (0-100) | 50.0 (0-100) | 1.0 |",
+        "1 verdicts failed and count as wrong",
+        "| first | 50.0 | 100.0 | +50.0 | +0.0 to +100.0 | 40.0 | 50.0 | +10.0",
+        "| average | 25.0 | 75.0 | +50.0 |",
+    ):
+        assert expected.replace("| first", "first").replace("| average", "average") in shown, (expected, shown)
+    assert json.loads((tmp_path / "gain.json").read_text()) == found
+    assert found["sets"]["first"]["paper_after"] == 50.0 and "paper_after" not in found["sets"]["second"]

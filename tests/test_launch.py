@@ -206,7 +206,7 @@ def test_prepare_prints_keys_that_a_run_takes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" download ") == 4 and "--revision" in done.stdout
     keys = [line.strip() for line in done.stdout.splitlines() if line.startswith("  --config.")]
-    config, _ = parse_command_line(["main.py", "--config=configs/default.py", *keys])
+    config = parse_command_line(["main.py", "--config=configs/default.py", *keys]).config
     assert config.model.path == f"{tmp_path}/a folder/model" and "ssp" in config.data.eval_sets
     assert not (tmp_path / "a folder").exists()
 

@@ -9,6 +9,7 @@ import pytest
 
 from ssp_jax import report
 from ssp_jax.data import InputError
+from ssp_jax.scores import MEANS, SHARES
 
 
 def episode(*turns, stop="answer"):
@@ -40,12 +41,22 @@ def game(question="Which city?", fault="", reused=False, scores=(1.0, 0.0), said
 
 
 def run_folder(folder, steps=3, games=()):
-    rows = [{"step": 0, "time": 1.0, "eval/paper/nq/em": 20.0, "eval/paper/nq/f1": 25.0, "eval/paper/nq/n": 100.0}]
+    rows = []
     for step in range(1, steps + 1):
         rows.append({"step": step, "time": 2.0, "seconds": 60.0, "reward/solver": 0.1 * step, "reward/proposer": None})
         rows[-1] |= {"funnel/proposed": 20.0, "funnel/well_formed": 10.0, "fault/too_short": 2.0, "fault/empty": 0.0}
-    rows.append(rows[0] | {"step": steps, "eval/paper/nq/em": 45.0})
+    rows.append({"step": steps, "time": 2.0, "eval/paper/nq/right": 45.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "hal')
+    (folder / "eval").mkdir()
+    for step, right, judge in ((0, 20.0, "em"), (steps, 45.0, "policy")):
+        row = {name: 30.0 for name in (*SHARES, *MEANS)} | {
+            "right": right,
+            "right_low": 12.6,
+            "right_high": 54.8,
+            "n": 100,
+        }
+        document = {"step": step, "judge": judge, "sets": {"paper/nq": row, "average": row | {"right": right + 1}}}
+        (folder / "eval" / f"step_{step:06d}.json").write_text(json.dumps(document))
     (folder / "episodes").mkdir()
     for step, records in games:
         lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -84,7 +95,9 @@ def test_page(tmp_path, capsys):
     assert page.sources and all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     text = " ".join(" ".join(page.words).split())
     for expected in (
-        "paper/nq 20.0 45.0 35.6 to 54.8 +25.0 100",
+        "paper/nq 20.0 13 to 55 45.0 13 to 55 +25.0 30.0 30.0 30.0 30.0 30 100",
+        "average 21.0 13 to 55 46.0",
+        "judged by policy, with 95 % intervals",
         "step 2 verified solved 1/2 reward 0.50 Which city? → Paris",
         "step 2 too short reward 0.50 Why? → Paris",
         "step 2 reused solved 1/2 reward 0.50 When? → Paris",
@@ -97,10 +110,12 @@ def test_page(tmp_path, capsys):
 
 
 def test_curves(tmp_path):
-    steps, evals = report.read_metrics(run_folder(tmp_path))
-    drawn = {chart["title"]: chart["image"] for chart in report._charts(steps, report.evaluations(evals))}
+    run_folder(tmp_path)
+    charts = list(report._charts(report.read_metrics(tmp_path), report.read_evaluations(tmp_path)))
+    drawn = {chart["title"]: chart["image"] for chart in charts}
+    assert "judged by em, policy" in charts[0]["note"]
     assert list(drawn) == [
-        "Exact match on held-out questions, %",
+        "Right answers to held-out questions, %",
         "Rewards",
         "Funnel, % of the questions asked",
         "Questions that failed, by reason",
@@ -109,7 +124,7 @@ def test_curves(tmp_path):
     texts = {title: _svg(image) for title, image in drawn.items()}
     assert ">solver<" in texts["Rewards"] and ">proposer<" not in texts["Rewards"]  # null at each step
     assert ">too short<" in texts["Questions that failed, by reason"] and ">empty<" not in "".join(texts.values())
-    assert ">paper/nq<" in texts["Exact match on held-out questions, %"]
+    assert ">paper/nq<" in texts["Right answers to held-out questions, %"]
 
 
 def _svg(image):
@@ -136,11 +151,16 @@ def test_long_runs_are_smoothed_and_games_sampled(tmp_path):
     assert len(axes.lines) == 2 and set(axes.lines[1].get_ydata().round(9)) == {5.0}  # ends included
 
 
-def test_wilson():
-    """Newcombe 1998, table I: 81 of 263."""
-    assert [round(x, 2) for x in report.wilson(100 * 81 / 263, 263)] == [25.53, 36.62]
-    low, high = report.wilson(0.0, 10)
-    assert low == 0 and 25 < high < 30
+def test_intervals_stand_around_their_points(tmp_path):
+    """Error bars: the first is from 12.6 to 54.8, the last a quarter as long, and its lower end is higher."""
+    run_folder(tmp_path)
+    found = report.read_evaluations(tmp_path)
+    found[1]["sets"]["paper/nq"] |= {"right_low": 40.0, "right_high": 50.55}
+    svg = _svg(report.draw_evaluations(found))
+    bars = re.search(r'<g id="LineCollection_1">(.*?)</g>', svg)[1]
+    low, high, last_low, last_high = (float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", bars))
+    assert low - high == pytest.approx(4 * (last_low - last_high), rel=1e-3)
+    assert low > last_low > last_high > high  # y grows downwards
 
 
 def test_no_run(tmp_path, capsys):

@@ -6,15 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from ssp_jax.data import InputError
 from ssp_jax.rewards import (
+    JUDGES,
     MAX_ANSWER_TAGS,
-    METRICS,
     PROPOSER_REWARDS,
     QUESTION_FAULTS,
     cover_exact_match,
     exact_match,
     f1_score,
+    is_right,
+    needs_judge,
     normalize_answer,
     question_fault,
     solver_reward,
@@ -103,10 +104,26 @@ def test_solver_reward(text, metric, reward):
     assert solver_reward(text, ["Paris"], metric) == reward
 
 
-def test_unknown_metric():
-    with pytest.raises(InputError, match=r"'f2'.*em, cover_em"):
-        solver_reward("<answer>Paris</answer>", ["Paris"], "f2")
-    assert set(METRICS) == {"em", "cover_em"}
+@pytest.mark.parametrize(
+    "answer, verdict, asked, right",
+    [
+        ("Paris", None, False, True),
+        ("the PARIS.", False, False, True),
+        ("the French capital", True, True, True),
+        ("the French capital", False, True, False),
+        ("the French capital", None, True, False),
+        ("", True, False, False),
+        (None, True, False, False),
+    ],
+)
+def test_judged_answers(answer, verdict, asked, right):
+    """Exact match comes first; a judge that failed, or was never asked, makes nothing right (FACTS 1.2, 1.8)."""
+    for metric in JUDGES:
+        assert needs_judge(answer, ["Paris"], metric) is asked
+        assert is_right(answer, ["Paris"], metric, verdict) is right
+        text = f"<answer>{answer}</answer>" if answer is not None else "none"
+        assert solver_reward(text, ["Paris"], metric, verdict) == float(right)
+    assert not needs_judge(answer, ["Paris"], "em") and not is_right("London", ["Paris"], "em", True)
 
 
 RULES = ConfigDict(

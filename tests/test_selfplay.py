@@ -11,6 +11,7 @@ from ssp_jax import episodes, prompts, sampler, weights
 from ssp_jax.config import RL_PAIRS
 from ssp_jax.data import Document, Task
 from ssp_jax.engine import Stats
+from ssp_jax.judge import Verdict
 from ssp_jax.selfplay import Memory, Question, SelfPlay, readable
 
 STAGE = episodes.Stage(
@@ -238,3 +239,75 @@ def test_memory_and_games_survive_json():
     assert shown["question"]["text"] == GOOD and shown["answer"] == "Ulaanbaatar"
     assert [turn["who"] for turn in shown["proposer"]["turns"]] == ["proposer", "search engine", "proposer"]
     assert [a["score"] for a in shown["attempts"]] == [1.0, 0.0, 0.0, 0.0, 1.0]
+
+
+class Judge:
+    """Finds one answer right, fails at another, and remembers the batches that it was asked."""
+
+    name = "scripted"
+
+    def __init__(self, right=(), fails=()):
+        self.right, self.fails, self.batches = right, fails, []
+
+    def ask(self, cases, take, progress):
+        self.batches.append([case.answer for case in cases])
+        for i in reversed(range(len(cases))):
+            answer = cases[i].answer
+            take(i, Verdict(None if answer in self.fails else answer in self.right, "reply"))
+            progress()
+
+
+def judged_script(verifier, solver):
+    def turn(player):
+        answer = answer_of(player)
+        if player.role is episodes.PROPOSER:
+            return script()(player)
+        return f"<answer> {(verifier if player.role is episodes.VERIFIER else solver).get(answer, answer)} </answer>"
+
+    return turn
+
+
+def play_judged(judge, turn, last_first=False, **changes):
+    game = SelfPlay(
+        config(reward__metric="policy", **changes), STAGE, ScriptedEngine(turn, last_first), Corpus(), judge
+    )
+    return game.play(0, TASKS, Memory(), None, None)[0]
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_a_judge_hears_what_exact_match_refuses(last_first):
+    """Its word verifies a question and pays the solver; when it fails, that is counted and nothing is right."""
+    verifier = {"Lhasa": "a capital in Tibet", "Oslo": "no idea", "Rome": "broken"}
+    turn = judged_script(verifier, {"Ulaanbaatar": "the capital of Mongolia"})
+    judge = Judge(right=("a capital in Tibet", "the capital of Mongolia"), fails=("broken",))
+    round_ = play_judged(judge, turn, last_first)
+    assert [game.fault for game in round_.games] == ["", "", "unverified", "unverified"]
+    assert [game.scores for game in round_.games] == [[1.0] * 5, [1.0] * 5, [], []]
+    # Of the first question, verified by exact match, the solvers play at once: one wave for all the judge's cases.
+    assert [sorted(batch) for batch in judge.batches] == [
+        ["a capital in Tibet", "broken", "no idea", *["the capital of Mongolia"] * 5]
+    ]
+    assert (round_.metrics["judge/asked"], round_.metrics["judge/failed"]) == (8, 1)
+
+
+def test_a_judge_is_heard_again_after_its_word_lets_a_question_pass():
+    judge = Judge(right=("mine",))
+    round_ = play_judged(judge, judged_script({"Lhasa": "mine"}, {"Lhasa": "mine"}))
+    assert judge.batches == [["mine"], ["mine"] * 5] and round_.games[1].scores == [1.0] * 5
+
+
+def test_without_a_judge_no_metric_of_one_is_written():
+    assert not any(key.startswith("judge/") for key in play(script())[0].metrics)
+
+
+def test_questions_proposed_again_are_verified_too_with_noise_of_the_same_step():
+    """batch_fill=resample brings new questions while the first ones are verified; each must come to an end."""
+
+    def turn(player):
+        if player.role is episodes.VERIFIER and (player.uid & 511) == 0:
+            return "<answer> wrong </answer>"  # the first proposal of each game
+        return script()(player)
+
+    changes = {"game__noise_source": "same_step", "game__batch_fill": "resample"}
+    round_, _, _ = play(turn, **changes)
+    assert [(game.fault, game.proposals, len(game.scores)) for game in round_.games] == [("", 2, 5)] * 4

@@ -82,8 +82,11 @@ def test_a_run_leaves_what_it_promises(whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["seconds"] > 0
     for when in ("before", "after"):
-        assert summary["eval"][when].keys() == {"one_hop", "two_hop"}
-        assert all(scores.keys() == {"em", "f1", "n"} and scores["n"] == 4 for scores in summary["eval"][when].values())
+        scores = summary["eval"][when]["sets"]
+        assert scores.keys() == {"one_hop", "two_hop", "average"} and scores["one_hop"]["n"] == 4
+        assert all(row["em_low"] <= row["em"] <= row["em_high"] for row in scores.values())
+    recorded = [row for row in rows_of(whole) if "eval/average/right_high" in row]
+    assert [row["step"] for row in recorded] == [0, 4]
     steps = steps_of(whole)
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     for row in steps:

@@ -1,0 +1,180 @@
+"""The paper's ablations on the embedded default, over seeds, in the paper's form and beside its numbers.
+
+    python benchmarks/ablations.py --out=runs/ablations [--tables=2,3,5,6] [--seeds=0,1,2] [--steps=40] [--jobs=1]
+
+Runs `python -m ssp_jax.main --config=configs/tiny.py` once per variant and seed and prints the tables in Markdown, for
+the README. A variant of several tables is run once, a finished run is not repeated, and one that was killed goes on.
+A run takes about as long as `make demo`; all four tables are 15 runs for each seed. --jobs runs share the machine.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SSP = "SSP"  # the default, a row of every table
+VARIANTS = {
+    SSP: "",
+    "solver only": "game.train=solver",
+    "proposer only": "game.train=proposer",
+    "no verification": "game.verify=False",
+    "0 noise documents": "game.noise_documents=0",
+    "1 noise document": "game.noise_documents=1",
+    "7 noise documents": "game.noise_documents=7",
+    "dummy padding": "game.batch_fill=dummy",
+    "dynamic resampling": "game.batch_fill=resample",
+    "full reuse": "game.batch_fill=full_reuse",
+    "REINFORCE / REINFORCE": "game.rl_pair=reinforce_reinforce",
+    "REINFORCE++ / GRPO": "game.rl_pair=reinforcepp_grpo",
+    "GRPO / REINFORCE": "game.rl_pair=grpo_reinforce",
+    "GRPO / REINFORCE++": "game.rl_pair=grpo_reinforcepp",
+    "GRPO / GRPO": "game.rl_pair=grpo_grpo",
+}
+BEFORE = "before"
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: variant -> the paper's figures under `columns`, percent right by a judge; `called` renames rows."""
+
+    title: str
+    columns: Sequence[str]
+    rows: dict[str, Sequence[float]]
+    called: dict[str, str]
+    seconds: bool = False  # with our seconds a step
+
+
+TABLES = {
+    2: Table(
+        "opponents (paper: Qwen2.5-7B-Instruct, average of seven sets)",
+        ["paper"],
+        {BEFORE: [41.5], "solver only": [44.2], "proposer only": [41.7], SSP: [49.5]},
+        {},
+    ),
+    3: Table(
+        "verification (paper: Qwen2.5-7B-Instruct, mean of three sets of one hop and of four of several)",
+        ["paper, general", "paper, multi-hop"],
+        {
+            "no verification": [49.5, 36.7],
+            "0 noise documents": [58.5, 38.2],
+            "1 noise document": [58.5, 36.9],
+            SSP: [60.0, 41.6],
+            "7 noise documents": [57.8, 35.9],
+        },
+        {SSP: "4 noise documents (SSP)"},
+    ),
+    5: Table(
+        "filling the batch (paper: Qwen2.5-7B-Base, average of seven sets)",
+        ["paper"],
+        {"dummy padding": [41.4], "dynamic resampling": [42.4], "full reuse": [44.4], SSP: [48.7]},
+        {SSP: "periodic reset (SSP)"},
+    ),
+    6: Table(
+        "RL algorithms, proposer / solver (paper: Qwen2.5-7B-Instruct, average of seven sets)",
+        ["paper", "paper, s a step"],
+        {
+            SSP: [49.5, 83.4],
+            "REINFORCE / REINFORCE": [42.0, 9.1],
+            "REINFORCE++ / GRPO": [48.1, 80.0],
+            "GRPO / REINFORCE": [46.5, 50.1],
+            "GRPO / REINFORCE++": [29.1, 66.7],
+            "GRPO / GRPO": [50.9, 504.4],
+        },
+        {SSP: "REINFORCE / GRPO (SSP)"},
+        seconds=True,
+    ),
+}
+SETS = ("one_hop", "two_hop", "average")
+
+
+@dataclass(frozen=True)
+class Plan:
+    out: Path
+    steps: int
+
+    def workdir(self, variant: str, seed: int) -> Path:
+        name = "".join(c if c.isalnum() else "_" for c in variant.replace("+", "p"))
+        return self.out / f"{name}_seed{seed}_steps{self.steps}"
+
+    def run(self, variant: str, seed: int) -> None:
+        """Starts or resumes a run that is not finished yet; its words go to log.txt in its workdir."""
+        workdir = self.workdir(variant, seed)
+        if (workdir / "summary.json").exists():
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "ssp_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}"]
+        command += [f"--config.seed={seed}", f"--config.steps={self.steps}", "--noconfig.checkpoint.export"]
+        command += [f"--config.{VARIANTS[variant]}"] if VARIANTS[variant] else []
+        # Runs of the same shapes share their programs.
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(self.out / "compiled")} | os.environ
+        with open(workdir / "log.txt", "a", encoding="utf-8") as log:
+            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+        print(f"finished: {variant}, seed {seed}", file=sys.stderr, flush=True)
+
+    def summary(self, variant: str, seed: int) -> dict[str, Any]:
+        return json.loads((self.workdir(variant, seed) / "summary.json").read_text(encoding="utf-8"))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation over seeds where there are several."""
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def table_lines(number: int, plan: Plan, seeds: Sequence[int]) -> list[str]:
+    table = TABLES[number]
+    heads = ["", "one hop", "two hop", "average", *(["s a step"] if table.seconds else []), *table.columns]
+    lines = [f"Table {number}, {table.title}:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for variant, figures in table.rows.items():
+        when = "before" if variant == BEFORE else "after"
+        runs = [plan.summary(SSP if variant == BEFORE else variant, seed) for seed in seeds]
+        cells = [spread([run["eval"][when]["sets"][name]["em"] for run in runs]) for name in SETS]
+        cells += [spread([run["seconds"] / run["steps"] for run in runs])] if table.seconds else []
+        cells += [f"{figure:.1f}" for figure in figures]
+        lines.append(f"| {table.called.get(variant, variant)} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tables", type=numbers, default=list(TABLES))
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    args = parser.parse_args()
+    if unknown := set(args.tables) - set(TABLES):
+        parser.error(f"--tables: the paper's Table {min(unknown)} is none of {', '.join(map(str, TABLES))}")
+    plan = Plan(args.out.resolve(), args.steps)
+    wanted = {variant for number in args.tables for variant in TABLES[number].rows} - {BEFORE} | {SSP}
+    with ThreadPoolExecutor(args.jobs) as threads:
+        todo = [(variant, seed) for seed in args.seeds for variant in VARIANTS if variant in wanted]
+        runs = [threads.submit(plan.run, *pair) for pair in todo]
+        failed = [(pair, run.exception()) for pair, run in zip(todo, runs, strict=True) if run.exception()]
+    for (variant, seed), _ in failed:
+        log = plan.workdir(variant, seed) / "log.txt"
+        print(f"failed: {variant}, seed {seed}; its last words in {log}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+    seeds = ", ".join(map(str, args.seeds))
+    print(
+        f"\nExact match in percent after {args.steps} steps of configs/tiny.py, mean ± deviation over seeds {seeds}.\n"
+    )
+    for number in args.tables:
+        print("\n".join(table_lines(number, plan, args.seeds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The question sets alone, as a run of its own (main --mode=eval): the initial weights, and those of the workdir."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ssp_jax import evaluate, hosts, judge, model, paper, sharding, train
+from ssp_jax.checkpoint import Checkpoints, check_workdir
+from ssp_jax.config import check_values
+from ssp_jax.data import InputError
+from ssp_jax.metrics import Logger
+
+
+def examine(config: ConfigDict, workdir: str) -> None:
+    """Plays, judges and scores whatever of it is not in the workdir yet; shows the tables; compares before and after.
+
+    The weights of model.path are the ones before. Those of the newest checkpoint, where there is one, are the ones
+    after; then eval.before says whether the former are played at all.
+    """
+    check_values(config)
+    train.keep_compiled(workdir)
+    inputs = hosts.agree(lambda: train.read_inputs(config, workdir))
+    if not inputs.eval_sets:
+        raise InputError("config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE")
+    hosts.agree(lambda: check_workdir(workdir, config, evaluating=True) if hosts.first() else None)
+    mesh, stage = train.make_mesh(config), train.make_stage(config, inputs.tokenizer)
+    engine = train.make_engine(config, inputs, mesh)
+
+    def initial() -> model.Params:
+        return train.load_initial(config, inputs.model_config, mesh)
+
+    judges = judge.make_judges(config, engine, stage, initial)
+    with (
+        Logger(str(Path(workdir) / "eval"), 0, tensorboard=False, mute=not hosts.first()) as logger,
+        Checkpoints(workdir, every=0, keep=0, read_only=True) as checkpoints,
+        hosts.Sigterm() as stop,
+    ):
+        setting = train.make_setting(config, Path(workdir), inputs, stage, engine, judges, logger, stop)
+        newest = checkpoints.latest_step()
+        asked: dict[int, tuple[str, Callable[[], Any]]] = {}
+        if config.eval.before or not newest:
+            asked[0] = f"initial weights of {config.model.path}", initial
+        if newest:
+            restore = _restorer(config, inputs.model_config, mesh, checkpoints, newest)
+            asked[newest] = f"checkpoint of step {newest} in {workdir}", restore
+        logger.say(f"evaluating {' and '.join(name for name, _ in asked.values())}; jax {jax.__version__}")
+        try:
+            results = [evaluate.evaluate(setting, step, *which) for step, which in asked.items()]
+        except hosts.Terminated:
+            logger.say("terminated: all that has ended is on disk; the same command goes on from there")
+            sys.exit(0)
+        for result in results:
+            evaluate.show(logger, result)
+        if len(results) == 2:
+            before, after = results
+            evaluate.compare(logger, setting.folder, before, after, paper.table_1(config.model.path))
+
+
+def _restorer(
+    config: ConfigDict, model_config: model.ModelConfig, mesh: jax.sharding.Mesh, checkpoints: Checkpoints, step: int
+) -> Callable[[], model.Params]:
+    """Gives the sampler's copy of a checkpoint's weights; the optimizer's state stays on disk."""
+    dtype = jnp.dtype(config.model.dtype)
+
+    def restore() -> model.Params:
+        abstract = model.abstract_params(model_config)
+        like = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place),
+            abstract,
+            sharding.param_shardings(abstract, mesh),
+        )
+        return train.sampler_copy(config, model_config, mesh)(checkpoints.restore_params(step, like))
+
+    return restore

@@ -1,0 +1,149 @@
+"""Judges: models that say whether an answer is right where exact match cannot tell.
+
+`policy` is the frozen initial model, in this process, through the same slots as the game. `openai` is any server that
+speaks the OpenAI protocol, asked by its official client. Both take batches and hand on each verdict as it comes.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+from ml_collections import ConfigDict
+
+from ssp_jax import prompts
+from ssp_jax.data import InputError
+from ssp_jax.engine import Engine, Stats
+from ssp_jax.episodes import ASSISTANT, Player, Stage, episode_id
+
+PROBE_SECONDS = 60.0  # a server that is just starting may take its time for the first answer
+
+
+@dataclass(frozen=True)
+class Case:
+    question: str
+    answers: tuple[str, ...]  # the right ones
+    answer: str  # the one to judge
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """right: None where the judge failed, or said neither; that is counted and never scored as right."""
+
+    right: bool | None
+    reply: str  # its words, or what failed
+
+
+Take = Callable[[int, Verdict], None]  # hears the number of a case and its verdict
+
+
+class Judge(Protocol):
+    name: str  # verdicts of another name are another judge's
+
+    def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
+        """Calls take(i, verdict) once for each case, in any order, and `progress`, which may raise, now and then."""
+        ...
+
+
+class Policy:
+    """The initial model. weights() gives the sampler's copy of it, which is let go when all cases are judged."""
+
+    name = "policy"
+
+    def __init__(self, engine: Engine, stage: Stage, weights: Callable[[], Any], max_tokens: int, cache_tokens: int):
+        room = cache_tokens - max_tokens
+        limits = replace(stage.limits, prompt_tokens=room, response_tokens=max_tokens, turn_tokens=max_tokens)
+        self._engine, self._stage, self._weights = engine, replace(stage, limits=limits), weights
+
+    def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
+        players = []
+        for i, case in enumerate(cases):
+            prompt = self._stage.prompt(prompts.judge_messages(case.question, case.answers, case.answer))
+            players.append(Player(self._stage, ASSISTANT, episode_id(ASSISTANT, i, 0), 0.0, prompt))
+        rows = {player.uid: i for i, player in enumerate(players)}
+
+        def finished(player: Player) -> list[Player]:
+            reply = player.episode().text or f"stopped by {player.stop_reason}"
+            take(rows[player.uid], Verdict(prompts.verdict(reply), reply))
+            return []
+
+        def playing(stats: Stats) -> None:
+            progress()
+
+        self._engine.play(self._weights(), jax.random.key(0), players, finished, playing)
+
+
+class OpenAI:
+    """A server. The client itself repeats what timed out or was refused for load, after pauses that grow."""
+
+    def __init__(self, url: str, model: str, *, concurrency: int, timeout_s: float, retries: int, max_tokens: int):
+        """Asks one question at once, so that a wrong address is told before anything is compiled."""
+        try:
+            import openai
+        except ImportError:
+            raise InputError("the openai judge: expected the package openai; pip install '.[openai]'") from None
+        self.name = f"openai {model}"
+        self._errors, self._model = openai.OpenAIError, model
+        self._concurrency, self._max_tokens = concurrency, max_tokens
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # servers of one's own ask for none
+        # One for each batch: its connections are closed when all has been judged.
+        self._connect = functools.partial(
+            openai.OpenAI, base_url=url, api_key=key, timeout=timeout_s, max_retries=retries
+        )
+        probe = Case("How many days has a week?", ("7",), "seven")
+        try:
+            with self._connect() as client:
+                self._complete(client, probe, timeout=max(timeout_s, PROBE_SECONDS))
+        except self._errors as error:
+            found = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"config key judge.url: {url}: expected a server that completes chats of judge.model {model!r}: {found}"
+            ) from None
+
+    def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
+        with self._connect() as client, ThreadPoolExecutor(self._concurrency) as threads:
+            asked = {threads.submit(self._judge, client, case): i for i, case in enumerate(cases)}
+            try:
+                for future in as_completed(asked):
+                    take(asked[future], future.result())
+                    progress()
+            finally:
+                threads.shutdown(cancel_futures=True)
+
+    def _judge(self, client: Any, case: Case) -> Verdict:
+        try:
+            reply = self._complete(client, case)
+        except self._errors as error:
+            return Verdict(None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return Verdict(prompts.verdict(reply), reply)
+
+    def _complete(self, client: Any, case: Case, **options: Any) -> str:
+        messages = prompts.judge_messages(case.question, case.answers, case.answer)
+        completion = client.chat.completions.create(
+            model=self._model, messages=messages, temperature=0.0, max_tokens=self._max_tokens, **options
+        )
+        return (completion.choices[0].message.content or "") if completion.choices else ""
+
+
+def make_judges(
+    config: ConfigDict, engine: Engine, stage: Stage, initial: Callable[[], Any]
+) -> Callable[[str], Judge | None]:
+    """The judge of reward.metric or eval.judge, None for a metric that needs none; each is made once.
+
+    initial: gives the sampler's copy of the initial weights.
+    """
+    c = config.judge
+
+    @functools.cache
+    def judge(kind: str) -> Judge | None:
+        if kind == "policy":
+            return Policy(engine, stage, initial, c.max_tokens, config.engine.cache_tokens)
+        if kind == "openai":
+            options = {"concurrency": c.concurrency, "timeout_s": c.timeout_s, "retries": c.retries}
+            return OpenAI(c.url, c.model, **options, max_tokens=c.max_tokens)
+        return None
+
+    return judge
