@@ -279,11 +279,11 @@ def run_torch(shape: Shape, repeats: int) -> dict[str, Any]:
 
 
 def run_packing(shape: Shape, repeats: int) -> dict[str, Any]:
-    """128 episodes in rows of 2,048 tokens: first-fit-decreasing, and one to a row; the same learner does both."""
+    """48 episodes in rows of 2,048 tokens: first-fit-decreasing, and one to a row; the same learner does both."""
     import numpy as np
 
     row_tokens, mean = 2048, 400
-    drawn = np.random.default_rng(0).lognormal(np.log(mean) - 0.5 * 0.7**2, 0.7, 128)
+    drawn = np.random.default_rng(0).lognormal(np.log(mean) - 0.5 * 0.7**2, 0.7, 48)
     played = episodes(shape, np.clip(drawn, 32, row_tokens).astype(int).tolist(), 16)
     padded = [Played(e.tokens + [0] * (row_tokens - len(e.tokens)), e.sampled, e.logprobs) for e in played]
     for e in padded:

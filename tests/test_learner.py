@@ -302,6 +302,28 @@ def test_old_logprobs_from_the_sampler_or_computed():
     assert any((x != y).any() for x, y in zip(jax.tree.leaves(off.params), jax.tree.leaves(b.params), strict=True))
 
 
+@pytest.mark.parametrize(("most", "factor"), [(1.0, 0.1), (20.0, 1.0)])
+def test_gradients_are_clipped_by_their_global_norm(most, factor):
+    """A norm of 10; the first step's momentum is 1 - b1 times the clipped gradient."""
+    c = dataclasses.replace(BASE, max_grad_norm=most)
+    count = sum(x.size for x in jax.tree.leaves(PARAMS))
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 10 / np.sqrt(count)), PARAMS)
+    state, norm = jax.jit(learner._apply, static_argnums=0)(c, learner.init_state(c, PARAMS), grads)
+    np.testing.assert_allclose(norm, 10.0, rtol=1e-5)
+    expected = jax.tree.map(lambda g: (1 - BASE.adam_b1) * factor * g, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.opt_state[0].mu, expected)
+
+
+def test_the_optimizer_step_needs_no_memory_of_its_own():
+    """Less than a tenth of the gradients, in temporaries: a clipped copy or a second set of moments would be one each."""
+    c = dataclasses.replace(BASE, model=dataclasses.replace(MODEL, vocab_size=2048, mlp_dim=512))
+    params = model.abstract_params(c.model)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    state = learner.TrainState(params, jax.eval_shape(learner.optimizer(c).init, params), count, count)
+    compiled = jax.jit(functools.partial(learner._apply, c), donate_argnums=0).lower(state, params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * sum(x.size for x in jax.tree.leaves(params))
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     broken = np.full(8, np.nan, np.float32)
     state, _ = update(BASE, advantages=broken)
