@@ -315,7 +315,7 @@ def test_gradients_are_clipped_by_their_global_norm(most, factor):
 
 
 def test_the_optimizer_step_needs_no_memory_of_its_own():
-    """Less than a tenth of the gradients, in temporaries: a clipped copy or a second set of moments would be one each."""
+    """Less than a tenth of the gradients, in temporaries: a clipped copy or second moments would be one of each."""
     c = dataclasses.replace(BASE, model=dataclasses.replace(MODEL, vocab_size=2048, mlp_dim=512))
     params = model.abstract_params(c.model)
     count = jax.ShapeDtypeStruct((), jnp.int32)
