@@ -244,6 +244,16 @@ def _posting(rows, low, high, row):
 
 
 @njit(cache=True, nogil=True)
+def best_rows_of_all(data, rows, starts, highest, terms, ends, scores, seen, best_rows, best_scores, found):
+    """best_rows_of for many queries in one call: terms[ends[i - 1] : ends[i]] fill best_rows[i] and best_scores[i]."""
+    begin = 0
+    for i in range(len(ends)):
+        query = terms[begin : ends[i]]
+        found[i] = best_rows_of(data, rows, starts, highest, query, scores, seen, best_rows[i], best_scores[i])
+        begin = ends[i]
+
+
+@njit(cache=True, nogil=True)
 def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, best_scores):
     """Fills best_rows and best_scores with the top len(best_rows) of a query; how many there are.
 

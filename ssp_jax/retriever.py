@@ -16,6 +16,7 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -39,6 +40,9 @@ from ssp_jax.data import Document, InputError, Position, iterate_corpus, parse_d
 
 FORMAT = 2  # raise it whenever the files of an index change their meaning: old folders are then built anew
 CACHED_QUERIES = 65_536  # about ten steps of the paper's setting; row numbers and scores are kept, some 15 MB
+KNOWN_WORDS = 1 << 20  # words of queries whose terms are remembered, some 100 MB
+SMALL_BATCH = 1 << 18  # postings that one thread walks in about a millisecond: not worth the handing over
+PARTS = 4  # of a batch for each thread, for queries differ in length
 PROGRESS_SECONDS = 10.0
 
 _META, _PASSAGES, _OFFSETS, _VOCABULARY = "meta.json", "passages.jsonl", "offsets.npy", "vocab.index.json"
@@ -223,11 +227,12 @@ class Retriever:
         self._passages = np.memmap(self._path, np.uint8, mode="r")
         self._stem, self._stem_lock = bm25.stem_function(meta["settings"]["stemmer"]), threading.Lock()
         self._stopwords = frozenset(meta["stopwords"])
+        self._numbers: dict[str, int] = {}  # of words that queries had: their terms, or -1
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
         self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
         self._cache: Cache[Hits] = Cache(CACHED_QUERIES)
-        self._best(np.zeros(0, np.int64), 1)  # compiles, or reads what was compiled before
+        self._best([[]], 1)  # compiles, or reads what was compiled before
 
     @classmethod
     def load(cls, index_dir: str | Path, threads: int = 0) -> "Retriever":
@@ -252,31 +257,48 @@ class Retriever:
         line = self._passages[self._offsets[row] : self._offsets[row + 1]].tobytes()
         return parse_document(parse_row(self._path, row + 1, line))
 
-    def _query_terms(self, query: str) -> np.ndarray:
-        """int64: the numbers of the query's words that the corpus has, in their order, repeats included."""
-        with self._stem_lock:  # PyStemmer's objects are not thread-safe
-            words = [self._stem(word) for word in bm25.split(query) if word not in self._stopwords]
-        return np.array([self._terms[word] for word in words if word in self._terms], np.int64)
+    def _query_terms(self, query: str) -> list[int]:
+        """The numbers of the query's words that the corpus has, in their order, repeats included."""
+        numbers = [self._number(word) for word in bm25.split(query)]
+        return [number for number in numbers if number >= 0]
 
-    def _best(self, terms: np.ndarray, top_k: int) -> Hits:
-        """The best rows, higher score first, at equal score the lower row first, also where top_k cuts a tie."""
-        rows, scores = np.empty(min(top_k, len(self)), np.int32), np.empty(min(top_k, len(self)), np.float32)
+    def _number(self, word: str) -> int:
+        """Of the word's term; -1 for a stop word, and for one that the corpus lacks."""
+        number = self._numbers.get(word)
+        if number is None:
+            with self._stem_lock:  # PyStemmer's objects are not thread-safe
+                number = -1 if word in self._stopwords else self._terms.get(self._stem(word), -1)
+                if len(self._numbers) >= KNOWN_WORDS:
+                    self._numbers = {}
+                self._numbers[word] = number
+        return number
+
+    def _best(self, queries: Sequence[list[int]], top_k: int) -> list[Hits]:
+        """The best rows of each, higher score first, at equal score the lower row, also where top_k cuts a tie."""
+        shape = len(queries), min(top_k, len(self))
+        rows, scores, found = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(len(queries), np.int64)
+        terms, ends = np.array([t for query in queries for t in query], np.int64), np.cumsum([len(q) for q in queries])
         try:
             scratch = self._scratch.get_nowait()
         except queue.Empty:
             scratch = np.zeros(len(self), np.float32), np.empty(len(self), np.int32)
-        found = bm25.best_rows_of(*self._arrays, terms, *scratch, rows, scores)
+        bm25.best_rows_of_all(*self._arrays, terms, ends, *scratch, rows, scores, found)
         self._scratch.put(scratch)
-        return tuple(zip(rows[:found].tolist(), scores[:found].tolist(), strict=True))
+        shown = zip(rows.tolist(), scores.tolist(), found.tolist(), strict=True)
+        return [tuple(zip(own[:n], own_scores[:n], strict=True)) for own, own_scores, n in shown]
 
     def hits(self, queries: Sequence[str], top_k: int) -> list[Hits]:
         """For each query the best top_k rows with their scores; only rows that share a word with it."""
         return self._cache.get(queries, top_k, self._search)
 
     def _search(self, queries: Sequence[str], top_k: int) -> Iterable[Hits]:
-        terms = [self._query_terms(query) for query in queries]
-        best = functools.partial(self._best, top_k=top_k)
-        return map(best, terms) if self._threads == 1 or len(terms) == 1 else self._pool.map(best, terms)
+        terms, starts = [self._query_terms(query) for query in queries], self._arrays[2]
+        postings = sum(int(starts[term + 1] - starts[term]) for query in terms for term in query)
+        if self._threads == 1 or postings < SMALL_BATCH:
+            return self._best(terms, top_k)
+        size = -(-len(terms) // (PARTS * self._threads))
+        parts = [terms[first : first + size] for first in range(0, len(terms), size)]
+        return itertools.chain.from_iterable(self._pool.map(functools.partial(self._best, top_k=top_k), parts))
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
         """For each query at most top_k passages that share a word with it, best first; fewer or none if fewer match."""

@@ -125,6 +125,24 @@ def test_threads_get_the_serial_results(tmp_path):
     assert [part[0] for part in parts] == serial
 
 
+def test_a_large_batch_is_searched_in_parts_by_several_threads(tmp_path, monkeypatch):
+    corpus, queries = corpus_of(tmp_path, random_texts(200)), random_texts(50, seed=2)
+    open_retriever(corpus, tmp_path / "index", **PLAIN)
+    alone = Retriever.load(tmp_path / "index", threads=1).hits(queries, 3)
+    monkeypatch.setattr("ssp_jax.retriever.SMALL_BATCH", 0)
+    monkeypatch.setattr("ssp_jax.retriever.KNOWN_WORDS", 3)  # of which most are forgotten on the way
+    several, parts, search = Retriever.load(tmp_path / "index", threads=3), [], Retriever._best
+
+    def watched(self, part, top_k):
+        parts.append(len(part))
+        return search(self, part, top_k)
+
+    monkeypatch.setattr(Retriever, "_best", watched)
+    assert several.hits(queries, 3) == alone and len({hits for hits in alone}) > 20
+    assert sorted(parts) == [5] * 10
+    assert 0 < len(several._numbers) <= 3
+
+
 def test_built_once_then_loaded(tmp_path):
     corpus, index = corpus_of(tmp_path, random_texts(30)), tmp_path / "deep" / "index"
     before = open_retriever(corpus, index, **PLAIN).search(WORDS, 3)

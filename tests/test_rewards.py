@@ -1,11 +1,14 @@
 """Answer matching, the rule filter and the rewards of both roles, as tables and as properties."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from ssp_jax.data import load_questions
 from ssp_jax.rewards import (
     JUDGES,
     MAX_ANSWER_TAGS,
@@ -88,6 +91,8 @@ def test_matching_properties(prediction, golds):
     [
         ("<think>x</think><answer> Paris </answer>", "em", 1.0),
         ("<answer>London</answer> no, <answer>Paris</answer>", "em", 1.0),
+        # The reference reads what follows the first word "answer", wherever it stands (FACTS 1.8).
+        ("<think>The answer: London? Its answer is no.</think><answer>Paris</answer>", "em", 1.0),
         ("<answer>Paris</answer> no, <answer>London</answer>", "em", 0.0),
         ("<answer>It is Paris</answer>", "em", 0.0),
         ("<answer>It is Paris</answer>", "cover_em", 1.0),
@@ -124,6 +129,17 @@ def test_judged_answers(answer, verdict, asked, right):
         text = f"<answer>{answer}</answer>" if answer is not None else "none"
         assert solver_reward(text, ["Paris"], metric, verdict) == float(right)
     assert not needs_judge(answer, ["Paris"], "em") and not is_right("London", ["Paris"], "em", True)
+
+
+@pytest.mark.parametrize("target", ["Paris", ["Paris"]])
+def test_listed_answers_have_valid_questions(target, tmp_path):
+    """The reference rejects every question whose row lists its answers, as its own data do (FACTS 1.8)."""
+    row = {"reward_model": {"ground_truth": {"target": target}}, "extra_info": {"question": "Capital of France?"}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (task,) = load_questions(tmp_path / "rows.jsonl")
+    rules = ConfigDict(RULES.to_dict() | {"min_searches": 1, "min_words": 1})
+    assert question_fault(task.question, task.answers[0], ["a search"], 1, rules) is None
+    assert question_fault("Is it Paris, France?", task.answers[0], ["a search"], 1, rules) == "answer_in_question"
 
 
 RULES = ConfigDict(

@@ -296,6 +296,18 @@ def test_a_judge_is_heard_again_after_its_word_lets_a_question_pass():
     assert judge.batches == [["mine"], ["mine"] * 5] and round_.games[1].scores == [1.0] * 5
 
 
+def test_temperatures_reach_the_players():
+    """In the reference the proposer's own setting goes nowhere (FACTS 1.8)."""
+    seen = set()
+
+    def turn(player):
+        seen.add((player.role.name, player.temperature))
+        return script()(player)
+
+    play(turn, sampling__temperature=0.7, sampling__verify_temperature=0.3)
+    assert seen == {("proposer", 0.7), ("verifier", 0.3), ("solver", 0.7)}
+
+
 def test_without_a_judge_no_metric_of_one_is_written():
     assert not any(key.startswith("judge/") for key in play(script())[0].metrics)
 
