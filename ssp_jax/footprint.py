@@ -252,8 +252,8 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     found = {"reshard": 2 * L * D * F / t * item, "prefill": prefill, "decode": decode}
     if c.kl_coef or c.old_logprobs == "recompute":
         found["scores"] = forward
-    # This micro-batch's gradients exist before they are added.
-    return found | {"gradients": gradients + parameters, "optimizer": parameters}
+    # This micro-batch's gradients exist before they are added. The optimizer step works in place, number by number.
+    return found | {"gradients": gradients + parameters, "optimizer": layer * 4}
 
 
 def peaks(setup: Setup, kept: dict[str, float], temporary: dict[str, float]) -> dict[str, float]:
