@@ -248,11 +248,12 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     forward += V * D / t * item + 2 * rows * c.logprob_chunk * V / t * 4
     backward = rows * T * wide / 2 * item + scores(rows, block, T, 6) + layer * 4 + 2 * V * D / t * 4
     gradients = forward + backward + rows * T * L * held[setup.config.model.remat] * item
-    found = {"reshard": 2 * layer * 4, "prefill": prefill, "decode": decode}
+    # A weight of all layers is gathered at a time, and another being cast.
+    found = {"reshard": 2 * L * D * F / t * item, "prefill": prefill, "decode": decode}
     if c.kl_coef or c.old_logprobs == "recompute":
         found["scores"] = forward
-    # This micro-batch's gradients exist before they are added.
-    return found | {"gradients": gradients + parameters, "optimizer": parameters}
+    # This micro-batch's gradients exist before they are added. The optimizer step works in place, number by number.
+    return found | {"gradients": gradients + parameters, "optimizer": layer * 4}
 
 
 def peaks(setup: Setup, kept: dict[str, float], temporary: dict[str, float]) -> dict[str, float]:

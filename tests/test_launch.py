@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from configs import default
 from ssp_jax import published, retriever
-from ssp_jax.config import parse_command_line
+from ssp_jax.config import load_config, parse_command_line
 
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch" / "docker").glob("*.sh")]
 CONFIG = "--config=configs/tiny.py"
@@ -240,6 +240,7 @@ if [[ -n ${{packed:-}} ]]; then cp "$packed" "$2/wiki-18.jsonl.gz"; fi""",
     assert len(retriever.open_retriever("", keys["retriever.index"], **same)) == 50
     answers = next(line.split()[2] for line in lines if line.startswith("fetched Quark-LLM/SSP"))
     assert keys["data.answers"].endswith(f"/files/ssp/{answers}")
+    assert load_config(ROOT / "configs/qwen7b.py").data.answers == f"data/ssp/{answers}"
     done = launch("prepare.sh", "x", "--skip-model", "--skip-corpus", "--dry-run")
     assert done.stdout.count(" download ") == 2 and "open_retriever" not in done.stdout
 
@@ -276,8 +277,8 @@ def test_the_jobset_is_a_run_that_survives_preemptions() -> None:
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0 and job["backoffLimit"] == 0
     # Kubernetes takes a podFailurePolicy with restartPolicy Never only; 2 is the code of unusable input.
     assert pod["restartPolicy"] == "Never" and job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
-    config, workdir = parse_command_line(["main.py", *pod["containers"][0]["args"]])
-    assert config.model.path and workdir.startswith("gs://")
+    given = parse_command_line(["main.py", *pod["containers"][0]["args"]])
+    assert given.config.model.path and given.workdir.startswith("gs://")
     found = re.findall(r"^# (\w+) ([\dx]+) +(\S+) +(\S+) +(\d+) +(\d+)$", text, flags=re.MULTILINE)
     assert {kind.lower() for kind, *_ in found} == set(published.TPUS)
     for kind, shape, _, topology, hosts, chips in found:
