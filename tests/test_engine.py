@@ -258,33 +258,6 @@ def test_nothing_compiles_after_warm_up(devices):
     assert counter.count == 0
 
 
-class Recorded(engine.Engine):
-    """Notes the padded length and the depth of every call that writes, and what its rows would need alone."""
-
-    def device(self, params, key):
-        device, self.calls = super().device(params, key), []
-        extend, sizes, layout = device.extend, self._sizes, self._layout
-
-        def noted(rows_JB, rows, length, depth):
-            needs = [(sizes.extend_len(row.count), layout.depth(row.filled)) for row in rows]
-            self.calls.append(((length, depth), needs))
-            extend(rows_JB, rows, length, depth)
-
-        device.extend = noted
-        return device
-
-
-def test_a_call_is_no_longer_or_deeper_than_its_first_row_needs(expected):
-    """Long prompts beside observations: neither pays for the other, and short prompts ride along."""
-    automata = episodes.role_automata(TOKENIZER, CONFIG.vocab_size)
-    eos = (TOKENIZER.eos_token_id,)
-    one = Recorded(CONFIG, dataclasses.replace(SIZES, slots=4), automata, eos, jnp.float32, search)
-    one.play(PARAMS, KEY, make_players())
-    assert all(own in needs for own, needs in one.calls)
-    assert all(need <= of and depth <= behind for (of, behind), needs in one.calls for need, depth in needs)
-    assert {own for own, _ in one.calls} >= {(64, 0), (64, 1)}
-
-
 def test_no_chunk_is_decoded_when_all_turns_reach_their_limits_in_the_one_before():
     players = [episodes.Player(STAGE, episodes.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)]
     ended, stats = play(SIZES, players)
