@@ -152,7 +152,7 @@ class Engine:
                 table.take_results()
                 self._write(device, table)
                 turns, chunk = table.running(), None
-                if turns:
+                if turns and not table.ending(turns, in_flight[1] if in_flight else {}):
                     chunk = device.decode(table.memory.rows_JB, table.memory.room_B, table.depth(turns))
                 if in_flight is not None:
                     table.take_chunk(jax.device_get(in_flight[0]), in_flight[1])

@@ -156,6 +156,16 @@ class Table:
         self._grow_seated()
         return {slot: self._turn[slot] for slot in sorted(self._playing)}
 
+    def ending(self, turns: dict[int, int], in_flight: dict[int, int]) -> bool:
+        """Whether all these turns reach their limits in the chunk in flight, so that another one would be for nothing.
+
+        (One that waits for memory does not; then only the time of a chunk is lost.)
+        """
+        return all(
+            in_flight.get(slot) == turn and self._filled[slot] + self._chunk + 1 >= self._limit(self._seats[slot])
+            for slot, turn in turns.items()
+        )
+
     def _grow_seated(self) -> None:
         """Takes the memory that observations and the coming chunk need, as far as it is free."""
         for slot, player in self._seats.items():

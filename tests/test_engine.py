@@ -258,6 +258,13 @@ def test_nothing_compiles_after_warm_up(devices):
     assert counter.count == 0
 
 
+def test_no_chunk_is_decoded_when_all_turns_reach_their_limits_in_the_one_before():
+    players = [episodes.Player(STAGE, episodes.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)]
+    ended, stats = play(SIZES, players)
+    assert [episode.num_sampled for episode in ended.values()] == [LIMITS.turn_tokens] * 2
+    assert stats.slot_steps == LIMITS.turn_tokens * SIZES.slots  # 12 steps: three chunks of 4
+
+
 def test_counts_add_up(expected):
     _, stats = play(SIZES)
     assert stats.sampled_tokens == stats.busy_steps == sum(e.num_sampled for e in expected.values())
