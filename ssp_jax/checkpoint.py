@@ -109,5 +109,11 @@ def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False)
     fresh.replace(path)
 
 
+def check_shared(workdir: str) -> None:
+    """Every process must see what the first one has just written."""
+    if not (Path(workdir) / "config.json").exists():
+        raise InputError(f"workdir {workdir} is not the same folder on all hosts; expected one that they share")
+
+
 def _show(values: dict[str, Any], key: str) -> str:
     return json.dumps(values[key]) if key in values else "not there"

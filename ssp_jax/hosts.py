@@ -33,10 +33,8 @@ START_SECONDS = 600  # until all processes must have come: a cluster starts its 
 HEARTBEAT_SECONDS = 100  # a process that has been silent for so long counts as dead
 _TICK_SECONDS = 0.5
 _BLOCK = 1 << 18  # bytes that a process hands over in one collective: one program, however much there is to tell
-_LOST = (
-    "another process of the run is gone (its own log says why, if it could); this one ends too, and the same command "
-    "goes on from the last checkpoint"
-)
+_GONE = "another process of the run is gone"
+_RESUME = "the same command goes on from the last checkpoint"
 # The mourner prints this when the process that holds its standard input ends without having written anything to it:
 # JAX's runtime aborts a process whose coordinator or peer is gone, and leaves it no time for a word of its own.
 _MOURNER = "import sys; sys.stdin.buffer.read(1) or print('ssp_jax: process', *sys.argv[1:], file=sys.stderr)"
@@ -110,8 +108,10 @@ def first() -> bool:
 
 def _end_at_once_on_errors() -> None:
     """An error ends this process without the wait for the others that JAX has at exit: they would wait for this one."""
-    words = [str(jax.process_index()), "ended without a word of its own; most likely", _LOST]
-    mourner = subprocess.Popen([sys.executable, "-S", "-E", "-c", _MOURNER, *words], stdin=-1, start_new_session=True)
+    own = str(jax.process_index())
+    words = [own, "was ended from outside, or by JAX because", _GONE, "(the lines above may say which);", _RESUME]
+    command = [sys.executable, "-S", "-E", "-c", _MOURNER, *words]
+    mourner = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert mourner.stdin is not None
     pipe = mourner.stdin
 
@@ -122,7 +122,7 @@ def _end_at_once_on_errors() -> None:
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
         if lost_another(error):
-            print(f"{error}\nssp_jax: process {jax.process_index()}: {_LOST}", file=sys.stderr)
+            print(f"{error}\nssp_jax: process {own} ends because {_GONE}; {_RESUME}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
         goodbye()

@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssp_jax import data, episodes, evaluate, export, hosts, judge, learner, model, paper, prompts, sharding, weights
-from ssp_jax.checkpoint import Checkpoints, check_workdir
+from ssp_jax.checkpoint import Checkpoints, check_shared, check_workdir
 from ssp_jax.config import check_values, flatten_config
 from ssp_jax.data import InputError, Task
 from ssp_jax.engine import Engine, Sizes, Stats
@@ -52,6 +52,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     inputs = hosts.agree(lambda: read_inputs(config, workdir))
     # After the inputs: a mistyped path must not become the workdir's config.
     hosts.agree(lambda: check_workdir(workdir, config) if hosts.first() else None)
+    hosts.agree(lambda: check_shared(workdir))
     run = _Run(config, workdir, inputs)
     run.compare()
     with run.logger, run.checkpoints, Sigterm() as stop:
@@ -229,6 +230,8 @@ class _Run:
 
     def compare(self) -> None:
         """Nothing begins before all processes have been found to be about to do the same."""
+        if not hosts.several():
+            return
         inputs, packages = self._inputs, ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
         facts = {f"config key {key}": value for key, value in flatten_config(self._config).items()}
         facts |= {f"version of {name}": importlib.metadata.version(name) for name in packages}
