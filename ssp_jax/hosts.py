@@ -35,9 +35,13 @@ _TICK_SECONDS = 0.5
 _BLOCK = 1 << 18  # bytes that a process hands over in one collective: one program, however much there is to tell
 _GONE = "another process of the run is gone"
 _RESUME = "the same command goes on from the last checkpoint"
-# The mourner prints this when the process that holds its standard input ends without having written anything to it:
-# JAX's runtime aborts a process whose coordinator or peer is gone, and leaves it no time for a word of its own.
-_MOURNER = "import sys; sys.stdin.buffer.read(1) or print('ssp_jax: process', *sys.argv[1:], file=sys.stderr)"
+# Prints its argument when its standard input ends without a word; signals that a whole job gets are not for it.
+_MOURNER = """
+import signal, sys
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+sys.stdin.buffer.read(1) or print("ssp_jax:", sys.argv[1], file=sys.stderr)
+"""
 
 
 class Terminated(Exception):
@@ -51,21 +55,24 @@ def start(place: Place, environment: MutableMapping[str, str]) -> None:
     """Joins the other processes, if there are any; before anything touches the devices."""
     if place.processes == 1 or not (place.coordinator or detected(environment)):
         return
+    expected = (
+        "expected --coordinator=HOST:PORT, --processes=N and --process=I on each, or --processes=1 for a run on its own"
+    )
+    found = _last_words(f"the processes of this run did not find each other in {START_SECONDS} seconds; {expected}")
     try:
         jax.distributed.initialize(
-            place.coordinator or None,
+            place.coordinator,
             place.processes,
             place.process,
             initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, OSError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        sys.exit(  # code 1: a cluster that starts all of them again may have more luck
-            f"ssp_jax: the processes of this run did not find each other ({why}); expected --coordinator=HOST:PORT, "
-            "--processes=N and --process=I on each, or --processes=1 for a run on its own"
-        )
-    if jax.process_count() > 1:
+        found()
+        # Code 1 and not 2: a cluster that starts all of them again may have more luck.
+        sys.exit(f"ssp_jax: the processes of this run did not find each other ({error}); {expected}")
+    found()
+    if several():
         _end_at_once_on_errors()
 
 
@@ -95,7 +102,8 @@ def detected(environment: MutableMapping[str, str], devices: Path = Path("/dev")
 
 
 def several() -> bool:
-    return jax.process_count() > 1
+    """Asks no device where there is no other process, so that mistakes in the input are told before devices are up."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:
@@ -106,23 +114,30 @@ def first() -> bool:
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def _end_at_once_on_errors() -> None:
-    """An error ends this process without the wait for the others that JAX has at exit: they would wait for this one."""
-    own = str(jax.process_index())
-    words = [own, "was ended from outside, or by JAX because", _GONE, "(the lines above may say which);", _RESUME]
-    command = [sys.executable, "-S", "-E", "-c", _MOURNER, *words]
+def _last_words(sentence: str) -> Callable[[], None]:
+    """The sentence is printed should this process end before it calls what is returned.
+
+    JAX's runtime aborts a process whose coordinator or peer is gone, from another thread: nothing in the process itself
+    can say anything then, so a small one beside it does.
+    """
+    command = [sys.executable, "-S", "-E", "-c", _MOURNER, sentence]
     mourner = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    assert mourner.stdin is not None
-    pipe = mourner.stdin
 
     def goodbye() -> None:
-        pipe.write(b".")
-        pipe.close()
-        mourner.wait()
+        mourner.communicate(b".")
+
+    return goodbye
+
+
+def _end_at_once_on_errors() -> None:
+    """An error ends this process without the wait for the others that JAX has at exit: they would wait for this one."""
+    own = f"process {jax.process_index()}"
+    why = f"{own} was ended from outside, or by JAX because {_GONE} (the lines above may say which); {_RESUME}"
+    goodbye = _last_words(why)
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
         if lost_another(error):
-            print(f"{error}\nssp_jax: process {own} ends because {_GONE}; {_RESUME}", file=sys.stderr)
+            print(f"{error}\nssp_jax: {own} ends because {_GONE}; {_RESUME}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
         goodbye()

@@ -97,15 +97,19 @@ def test_place_is_taken_from_the_command_line() -> None:
 # --- for real ---
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Run:
     """The processes of a run, each with this many devices; what they print is in files."""
 
     def __init__(
         self, workdir: Path, processes: int, devices: int, logs: Path, seeds: tuple[int, ...] = (), **changes: Any
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         command = [sys.executable, "-m", "ssp_jax.main", f"--config={ROOT}/configs/tiny.py", f"--workdir={workdir}"]
         logs.mkdir(parents=True)
@@ -180,6 +184,17 @@ def assert_lost(run: Run, victim: int) -> None:
             assert code not in (0, 2), run.said()
             (sentence,) = [line for line in output.read_text().splitlines() if line.startswith("ssp_jax: ")]
             assert f"process {process}" in sentence and "another process of the run is gone" in sentence
+
+
+def test_a_process_that_stays_alone_says_so() -> None:
+    code = "from ssp_jax import config, hosts; hosts.START_SECONDS = 3; hosts.start(config.Place({}, 2, {}), {{}})"
+    for process in (0, 1):
+        place = repr(f"127.0.0.1:{free_port()}"), process
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(*place)], capture_output=True, text=True, timeout=SECONDS
+        )
+        assert done.returncode not in (0, 2)
+        assert "ssp_jax: the processes of this run did not find each other in 3 seconds" in done.stderr
 
 
 def test_a_run_of_two_processes_is_the_run_of_one_that_ends_it_after_a_sudden_death(tmp_path: Path) -> None:
