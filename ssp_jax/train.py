@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     hosts.agree(lambda: check_workdir(workdir, config) if hosts.first() else None)
     hosts.agree(lambda: check_shared(workdir))
     run = _Run(config, workdir, inputs)
-    run.compare()
+    compare(config, inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
     with run.logger, run.checkpoints, Sigterm() as stop:
         try:
             run.warm_up()
@@ -111,6 +111,25 @@ def _open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
     index = c.index or str(Path(workdir) / "index")
     settings = {"stemmer": c.stemmer, "stopwords": c.stopwords, "k1": c.k1, "b": c.b}
     return open_retriever(c.corpus, index, **settings, threads=c.threads)
+
+
+def compare(config: ConfigDict, inputs: Inputs, more: dict[str, Any]) -> None:
+    """Nothing begins before all processes have been found to be about to do the same."""
+    if not hosts.several():
+        return
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
+    facts = {f"config key {key}": value for key, value in flatten_config(config).items()}
+    facts |= {f"version of {name}": importlib.metadata.version(name) for name in packages}
+    facts |= {
+        "version of Python": sys.version.split()[0],
+        "number of devices": jax.local_device_count(),
+        "data.answers (a digest)": hosts.digest(inputs.tasks),
+        "data.eval_sets (a digest)": hosts.digest(inputs.eval_sets),
+        "the model's shape": hosts.digest(inputs.model_config),
+        "the tokenizer (a digest)": hosts.digest(sorted(inputs.tokenizer.get_vocab().items())),
+        "the number of passages": len(inputs.retriever),
+    }
+    hosts.share(lambda: None, facts | more)
 
 
 def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
@@ -218,35 +237,15 @@ class _Run:
         reference = cast(initial) if c.kl_coef else None
         self._state = learner.init_state(c, initial)
         self._learner = learner.Learner(c, self._state, reference, lambda batch: sharding.put_rows(batch, rows))
-        self._memory, self._seconds = Memory(), 0.0
+        self.memory, self._seconds = Memory(), 0.0
         if self.step:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
             self._state, game = self.checkpoints.restore(self.step, like)
-            self._memory, self._seconds = Memory.from_json(game["memory"]), game["seconds"]
+            self.memory, self._seconds = Memory.from_json(game["memory"]), game["seconds"]
         self._to_sampler = sampler_copy(self._config, config, self._mesh)
         # While it judges what is trained, the initial model is in memory beside the player, and the slots leave room.
         judging = self._config.reward.metric == "policy"
         self._judging = load_initial(self._config, config, self._mesh) if judging else None
-
-    def compare(self) -> None:
-        """Nothing begins before all processes have been found to be about to do the same."""
-        if not hosts.several():
-            return
-        inputs, packages = self._inputs, ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
-        facts = {f"config key {key}": value for key, value in flatten_config(self._config).items()}
-        facts |= {f"version of {name}": importlib.metadata.version(name) for name in packages}
-        facts |= {
-            "version of Python": sys.version.split()[0],
-            "number of devices": jax.local_device_count(),
-            "the newest checkpoint": self.step,
-            "the memory": hosts.digest(self._memory),
-            "data.answers (a digest)": hosts.digest(inputs.tasks),
-            "data.eval_sets (a digest)": hosts.digest(inputs.eval_sets),
-            "the model's shape": hosts.digest(inputs.model_config),
-            "the tokenizer (a digest)": hosts.digest(sorted(inputs.tokenizer.get_vocab().items())),
-            "the number of passages": len(inputs.retriever),
-        }
-        hosts.share(lambda: None, facts)
 
     def _initial(self) -> model.Params:
         """For the judge, and for questions of step 0 that are asked later."""
@@ -275,7 +274,7 @@ class _Run:
         with self.logger.phase("playing", len(tasks)) as phase:
             params = self._to_sampler(self._state.params)
             progress = functools.partial(_show_play, phase, stop)
-            round_, memory = self._game.play(self.step, tasks, self._memory, params, key, progress)
+            round_, memory = self._game.play(self.step, tasks, self.memory, params, key, progress)
             del params  # the sampler's copy: the update has its room
         with self.logger.phase("updating"):
             played = time.monotonic()
@@ -285,7 +284,7 @@ class _Run:
             metrics["memory/update_gib"] = peak_memory_gib()
             metrics["update/seconds"] = seconds
             metrics["update/tokens_per_second"] = metrics.get("update/tokens", 0.0) / seconds
-        self._memory, self.step = memory, self.step + 1
+        self.memory, self.step = memory, self.step + 1
         self._seconds += time.monotonic() - start
         self.logger.step(self.step, metrics | {"compiles": self.compiles.count}, time.monotonic() - start)
         if c.log.episodes_every and self.step % c.log.episodes_every == 0:
@@ -318,7 +317,7 @@ class _Run:
 
     def save(self) -> None:
         with self.logger.phase("saving"):
-            self.checkpoints.save(self.step, self._state, {"memory": self._memory.to_json(), "seconds": self._seconds})
+            self.checkpoints.save(self.step, self._state, {"memory": self.memory.to_json(), "seconds": self._seconds})
 
     def evaluate(self, step: int, stop: Sigterm) -> Result:
         """Of the current weights, or, for step 0 of a run that has gone on, of the initial ones."""
