@@ -176,7 +176,10 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert one == other
     config = weights.read_config(a / "export")
     values = [weights.load(run / "export", config, None, np.float32) for run in (a, b)]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-7, atol=1e-4), *values)  # saved as bfloat16
+    one, other = (np.concatenate([x.ravel() for x in jax.tree.leaves(run)]) for run in values)
+    # Saved as bfloat16. Where a gradient is nearly 0 Adam makes a step of its rounding: seen in few, up to 1.3e-4.
+    np.testing.assert_allclose(one, other, rtol=2**-7, atol=3e-4)
+    assert np.abs(one - other).mean() < 1e-6
 
 
 def assert_lost(run: Run, victim: int) -> None:
