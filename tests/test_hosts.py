@@ -189,7 +189,7 @@ def assert_lost(run: Run, victim: int) -> None:
             assert code == -signal.SIGKILL, run.said()
         else:
             assert code not in (0, 2), run.said()
-            (sentence,) = [line for line in output.read_text().splitlines() if line.startswith("ssp_jax: ")]
+            (sentence,) = [line for line in output.read_text().splitlines() if line.startswith("ssp_jax: process")]
             assert f"process {process}" in sentence and "another process of the run is gone" in sentence
 
 
