@@ -189,8 +189,11 @@ def assert_lost(run: Run, victim: int) -> None:
             assert code == -signal.SIGKILL, run.said()
         else:
             assert code not in (0, 2), run.said()
-            (sentence,) = [line for line in output.read_text().splitlines() if line.startswith("ssp_jax: process")]
-            assert f"process {process}" in sentence and "another process of the run is gone" in sentence
+            end = time.monotonic() + 60  # where JAX has ended the process another one says so, a moment later
+            while f"ssp_jax: process {process}" not in output.read_text() and time.monotonic() < end:
+                time.sleep(0.1)
+            said = [line for line in output.read_text().splitlines() if line.startswith(f"ssp_jax: process {process}")]
+            assert len(said) == 1 and "another process of the run is gone" in said[0], run.said()
 
 
 def test_a_process_that_stays_alone_says_so() -> None:
