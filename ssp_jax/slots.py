@@ -58,6 +58,7 @@ class Stats:
     searches: int = 0
     busy_steps: int = 0
     slot_steps: int = 0
+    known: int = 0  # players so far; one that finishes may bring more
     finished: int = 0
     stalled_steps: int = 0  # steps that slots in play waited for memory
 
@@ -133,6 +134,7 @@ class Table:
         self._layout, self._chunk, self._finished, self._submit = layout, chunk, finished, submit
         self._barrier = barrier
         self._waiting = collections.deque(players)
+        self.stats.known = len(self._waiting)
         self._next_wave: list[Player] = []
         self._seats: dict[int, Player] = {}  # in the order of seating: who came first gets memory first
         self._filled = [0] * layout.rows[0]  # tokens in the cache, as far as the host has seen
@@ -307,5 +309,7 @@ class Table:
         self._end(player)
 
     def _end(self, player: Player) -> None:
+        followers = list(self._finished(player))
         self.stats.finished += 1
-        (self._next_wave if self._barrier else self._waiting).extend(self._finished(player))
+        self.stats.known += len(followers)
+        (self._next_wave if self._barrier else self._waiting).extend(followers)

@@ -271,7 +271,7 @@ class _Run:
         rows = data.batch_indices(len(self._inputs.tasks), c.game.answers_per_step, c.seed, self.step)
         tasks = [self._inputs.tasks[row] for row in rows]
         key = jax.random.fold_in(self._key, self.step + 1)
-        with self.logger.phase("playing", len(tasks)) as phase:
+        with self.logger.phase("playing") as phase:
             params = self._to_sampler(self._state.params)
             progress = functools.partial(_show_play, phase, stop)
             round_, memory = self._game.play(self.step, tasks, self.memory, params, key, progress)
@@ -356,7 +356,7 @@ class _Run:
 
 def _show_play(phase: Any, stop: Sigterm, stats: Stats) -> None:
     stop()
-    phase.advance(stats.finished, tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
+    phase.advance(stats.finished, total=stats.known, tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
 
 
 def _joined(parts: list[Training]) -> Training:

@@ -155,7 +155,7 @@ def test_little_memory_only_makes_episodes_wait(expected, tokens):
     """Down to a single row of the later pieces, or less than all slots: the same episodes, and no deadlock."""
     ended, stats = play(memory_for(tokens))
     same(expected, ended)
-    assert stats.finished == len(expected)
+    assert stats.known == stats.finished == len(expected)
 
 
 def test_memory_that_is_short_is_waited_for():
