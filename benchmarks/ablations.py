@@ -93,7 +93,7 @@ TABLES = {
         seconds=True,
     ),
 }
-SETS = ("one_hop", "two_hop", "average")
+SETS = {"one hop": ("one_hop",), "two hop": ("two_hop",), "average": ("one_hop", "two_hop")}
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,13 @@ def spread(values: Sequence[float]) -> str:
 
 def table_lines(number: int, plan: Plan, seeds: Sequence[int]) -> list[str]:
     table = TABLES[number]
-    heads = ["", "one hop", "two hop", "average", *(["s a step"] if table.seconds else []), *table.columns]
+    heads = ["", *SETS, *(["s a step"] if table.seconds else []), *table.columns]
     lines = [f"Table {number}, {table.title}:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for variant, figures in table.rows.items():
         when = "before" if variant == BEFORE else "after"
         runs = [plan.summary(SSP if variant == BEFORE else variant, seed) for seed in seeds]
-        cells = [spread([run["eval"][when]["sets"][name]["em"] for run in runs]) for name in SETS]
+        found = [run["eval"][when] for run in runs]
+        cells = [spread([np.mean([sets[name]["em"] for name in of]) for sets in found]) for of in SETS.values()]
         cells += [spread([run["seconds"] / run["steps"] for run in runs])] if table.seconds else []
         cells += [f"{figure:.1f}" for figure in figures]
         lines.append(f"| {table.called.get(variant, variant)} | {' | '.join(cells)} |")

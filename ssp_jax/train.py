@@ -346,7 +346,10 @@ class _Run:
                 folder = self._workdir / "export"
                 export.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
         summary: dict[str, Any] = {"steps": self.step, "seconds": round(self._seconds, 1)}
-        summary["eval"] = {when: result.document for when, result in results.items()}
+        summary["eval"] = {
+            when: {name: result.document["sets"][name] for name in self._inputs.eval_sets}
+            for when, result in results.items()
+        }
         if hosts.first():
             (self._workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         if len(results) == 2 and self._inputs.eval_sets:
