@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs ssp_jax on a Cloud TPU slice, from getting the slice to giving it back:
 #
-#   launch/tpu_pod.sh run    NAME ZONE TYPE [--spot] [--dry-run] -- --config=configs/qwen7b.py --workdir=gs://...
+#   launch/tpu_pod.sh run    NAME ZONE TYPE [--spot] [--bucket=BUCKET] [--dry-run] --
+#                            --config=configs/qwen7b.py --workdir=../bucket/ssp-qwen7b
 #   launch/tpu_pod.sh logs   NAME ZONE [--dry-run]
 #   launch/tpu_pod.sh delete NAME ZONE [--dry-run]
 #
@@ -10,8 +11,10 @@
 #
 # run: creates the slice or takes the one that is there, installs this commit on all workers, starts the same command on
 # all, and shows worker 0's log until the run ends. A lost connection is taken up again; after a preemption the slice is
-# made anew and the run goes on from its last checkpoint (so the workdir must be in a bucket). It does not delete the
-# slice: `delete` does, and costs go on until then. --dry-run prints every command and runs none.
+# made anew and the run goes on from its last checkpoint. So the workdir must be where all workers see it and where it
+# outlives them: --bucket mounts a Cloud Storage bucket at ~/bucket with gcsfuse (best one with a hierarchical namespace,
+# where a checkpoint's folder is renamed at once). It does not delete the slice: `delete` does, and costs go on until
+# then. --dry-run prints every command and runs none.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -97,6 +100,14 @@ install() {
     echo $commit > COMMIT"
 }
 
+# At ~/bucket of all workers. Folders are renamed object by object where the bucket has no hierarchical namespace.
+mount_bucket() {
+  on_workers all "set -e
+    command -v gcsfuse > /dev/null || { echo 'tpu_pod.sh: --bucket needs gcsfuse on the workers' >&2; exit 1; }
+    mkdir -p bucket
+    mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $(printf %q "$bucket") bucket"
+}
+
 # The run outlives this connection. Where it is running already (a lost connection) nothing happens.
 start() {
   local arguments
@@ -125,6 +136,7 @@ run() {
   while true; do
     ensure
     install
+    if [[ -n $bucket ]]; then mount_bucket; fi
     start "$@"
     logs
     if [[ -n $dry_run ]]; then
@@ -142,11 +154,12 @@ run() {
   done
 }
 
-dry_run="" spot="" positional=()
+dry_run="" spot="" bucket="" positional=()
 while (($#)); do
   case $1 in
     --dry-run) dry_run=yes ;;
     --spot) spot=--spot ;;
+    --bucket=?*) bucket=${1#--bucket=} ;;
     --) shift && break ;;
     -*) usage ;;
     *) positional+=("$1") ;;

@@ -50,15 +50,18 @@ def test_scripts_are_shellcheck_clean(script: Path) -> None:
 
 
 def test_a_tpu_run_creates_installs_starts_and_shows_the_log() -> None:
-    printed = commands(*TPU, "v5p-16", "--spot", "--dry-run", "--", CONFIG, "--workdir=gs://bucket/a run")
+    printed = commands(
+        *TPU, "v5p-16", "--spot", "--bucket=a-bucket", "--dry-run", "--", CONFIG, "--workdir=../bucket/a run"
+    )
     verbs = [next(w for w in words if w in ("describe", "create", "archive", "scp", "ssh")) for words in printed]
-    assert verbs == ["describe", "create", "archive", "scp", "ssh", "ssh", "ssh", "ssh"]
-    create, send, install, start, logs = printed[1], *printed[3:7]
+    assert verbs == ["describe", "create", "archive", "scp", *["ssh"] * 5]
+    create, send, install, mount, start, logs = printed[1], *printed[3:8]
     assert {"ssp", "--node-id=ssp", "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5", "--spot"} <= set(
         create
     )
     assert all("--zone=us-east5-a" in words for words in printed if words[0] == "gcloud")
     assert "--worker=all" in send and "--worker=all" in install and "jax[tpu]" in install[-1]
+    assert "--worker=all" in mount and " a-bucket bucket" in mount[-1]
     assert "--worker=all" in start and CONFIG in start[-1] and "ssp_jax.main" in start[-1]
     assert "--worker=0" in logs and "run.log" in logs[-1]
 
@@ -117,6 +120,7 @@ case "$*" in
   *) for argument in "$@"; do [[ $argument != --command=* ]] || HOME=$PWD bash -c "${{argument#*=}}"; done ;;
 esac""",
         "python3": "",  # pip install uv
+        "gcsfuse": 'echo "$*" >> ~/mounted',
         "worker/.local/bin/uv": """if [[ $1 == pip ]]; then echo "$*" >> ~/../asked && exit 0; fi
 mkdir -p .venv/bin
 printf '%s\n' '#!/bin/bash' 'printf "%s|" "$@" >> ~/calls; sleep 0.2; echo played; exit 5' > .venv/bin/python
@@ -132,9 +136,10 @@ chmod +x .venv/bin/python""",
 def test_a_tpu_worker_runs_the_command_as_given_and_installs_a_commit_once(tmp_path: Path) -> None:
     environment, worker = fake_worker(tmp_path), tmp_path / "worker"
     for _ in range(2):
-        done = launch(*TPU, "v6e-16", "--", CONFIG, "--workdir=gs://bucket/a run", **environment)
+        done = launch(*TPU, "v6e-16", "--bucket=b", "--", CONFIG, "--workdir=a run", **environment)
         assert done.returncode == 5 and "played" in done.stdout, done.stdout + done.stderr
-    assert (worker / "calls").read_text() == f"-m|ssp_jax.main|{CONFIG}|--workdir=gs://bucket/a run|" * 2
+    assert (worker / "mounted").read_text().splitlines()[0].endswith(" b bucket") and (worker / "bucket").is_dir()
+    assert (worker / "calls").read_text() == f"-m|ssp_jax.main|{CONFIG}|--workdir=a run|" * 2
     (installed,) = (line for line in (tmp_path / "asked").read_text().splitlines() if line != "copied")
     assert "requirements.txt" in installed and "jax[tpu]" in installed
     assert (worker / "ssp_jax" / "launch" / "tpu_pod.sh").is_file()
@@ -278,7 +283,10 @@ def test_the_jobset_is_a_run_that_survives_preemptions() -> None:
     # Kubernetes takes a podFailurePolicy with restartPolicy Never only; 2 is the code of unusable input.
     assert pod["restartPolicy"] == "Never" and job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
     given = parse_command_line(["main.py", *pod["containers"][0]["args"]])
-    assert given.config.model.path and given.workdir.startswith("gs://")
+    (bucket,) = (mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "bucket")
+    assert given.config.model.path and given.workdir.startswith(bucket["mountPath"] + "/")
+    assert "bucket" in {volume["name"] for volume in pod["volumes"]}
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     found = re.findall(r"^# (\w+) ([\dx]+) +(\S+) +(\S+) +(\d+) +(\d+)$", text, flags=re.MULTILINE)
     assert {kind.lower() for kind, *_ in found} == set(published.TPUS)
     for kind, shape, _, topology, hosts, chips in found:
