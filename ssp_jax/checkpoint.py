@@ -84,8 +84,6 @@ def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False)
 
     Keys of MAY_CHANGE are free; the file then takes the new values. An evaluation is freer, and leaves it as it is.
     """
-    if "://" in workdir:
-        raise InputError(f"--workdir={workdir} is a URL; expected a folder: a bucket must be mounted, as with gcsfuse")
     free = EVALUATION_MAY_CHANGE if evaluating else MAY_CHANGE
     path = Path(workdir) / "config.json"
     now = json.loads(json.dumps(flatten_config(config)))  # as it comes back from a file: tuples are lists

@@ -224,6 +224,7 @@ def test_a_config_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pyt
         ((DEFAULT, "--config.learner=1"), "learner is a section; set one of its keys, such as learner."),
         ((DEFAULT, "--steps=1"), "unknown flag --steps; the nearest is --config.steps"),
         ((DEFAULT, "--workdri=x"), "unknown flag --workdri; the nearest is --workdir"),
+        ((DEFAULT, "--workdir=gs://b/run"), "--workdir=gs://b/run is a URL; expected a folder"),
         ((DEFAULT, "--config.steps=many"), "key steps must be int, such as 200, and not 'many'"),
         ((DEFAULT, "--config.steps=2.5"), "key steps must be int, such as 200, and not '2.5'"),
         ((DEFAULT, "--config.eval.before=maybe"), "key eval.before must be bool, such as True, and not 'maybe'"),
