@@ -73,7 +73,7 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     if not values.config:
         raise InputError("flag --config is missing; expected a config file, such as --config=configs/tiny.py")
     if "://" in (values.workdir or ""):
-        raise InputError(f"--workdir={values.workdir} is a URL; expected a folder, such as a bucket's mounted by gcsfuse")
+        raise InputError(f"--workdir={values.workdir} is a URL; expected a folder (gcsfuse makes one of a bucket)")
     path = _find(values.config)
     config = load_config(path)
     _override(config, rest)
