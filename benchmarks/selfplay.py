@@ -75,8 +75,8 @@ class StaticLoop(engine.Engine):
             for i, p in enumerate(active)
         ]
         stats.written_tokens += sum(row.count for row in rows)
-        for i in range(0, len(rows), device.extend_rows):
-            part = rows[i : i + device.extend_rows]
+        for i in range(0, len(rows), device.rows_of_a_part):
+            part = rows[i : i + device.rows_of_a_part]
             device.extend(none, part, self._sizes.extend_len(max(row.count for row in part)), 0)
         stops: dict[int, int] = {}
         new: list[tuple[list[int], list[float]]] = [([], []) for _ in active]

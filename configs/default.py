@@ -104,7 +104,7 @@ def get_config() -> ConfigDict:
     c.engine.cache_buckets = (1024, 4096)  # tokens after which a slot takes more memory, and a chunk reads more
     c.engine.kv_cache_gib = 0.0  # keys and values, GiB a device; 0: what is free, all that slots can need on CPU [H]
     c.engine.extend_buckets = (64, 256, 1024, 4096)  # padded lengths of prompts and insertions
-    c.engine.extend_rows = 8  # prompts or insertions written in one call
+    c.engine.extend_rows = 8  # prompts or insertions written in one call, split like the slots: at least one a part
 
     c.learner = ConfigDict()
     c.learner.learning_rate = 1e-6  # after warm-up [P T4]

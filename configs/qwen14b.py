@@ -2,8 +2,8 @@
 
 command    python -m ssp_jax.main --config=configs/qwen14b.py --workdir=runs/qwen14b
 hardware   8 x H100 80 GB, v5p:2x2x2 or v6e:4x8
-memory     gpu:h100x8  64 GiB playing, 56 updating of 73, from shapes
-           v5p:2x2x2   64 GiB playing, 56 updating of 96, from shapes
+memory     gpu:h100x8  68 GiB playing, 56 updating of 73, from shapes
+           v5p:2x2x2   86 GiB playing, 56 updating of 96, from shapes
            v6e:4x8     29 GiB playing, 21 updating of 31, from shapes; with
                        --config.mesh.tensor=4 --config.learner.rows=8
 time       not measured
@@ -21,7 +21,6 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 2
 
     c.engine.slots = 192
-    c.engine.kv_cache_gib = 22.0  # what prefill leaves of 80 GB
     c.engine.extend_rows = 2
     c.learner.rows = 4
     return c.lock()

@@ -114,7 +114,8 @@ def _sampler_sources(setup: Setup) -> Iterator[_Source]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
     params, state = footprint.sampler_params(setup), footprint.sampler_state(setup)
-    N, T = sizes.extend_rows, max(b for b in sizes.extend_buckets if b <= sizes.cache_tokens)
+    N = setup.extend_rows * state.layout.parts
+    T = max(b for b in sizes.extend_buckets if b <= sizes.cache_tokens)
     starts = {field.name: struct(jnp.int32, N) for field in dataclasses.fields(sampler.Starts)}
     starts["temperature_N"] = struct(jnp.float32, N)
     pieces = len(state.layout.ends)

@@ -6,6 +6,7 @@ follows what episodes use, nothing is ever moved, and every program reads dense 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -15,12 +16,15 @@ import jax.numpy as jnp
 from ssp_jax import attention, model
 from ssp_jax.data import InputError
 
+_TILE = 128  # elements of a TPU tile along an array's last axis
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """ends: exclusive last position of each piece. rows: how many rows each has; rows[0] is the number of slots.
 
-    parts: slots and rows are split evenly over this many parts (of a mesh), and a slot takes rows of its own part.
+    parts: slots and rows are split evenly over this many parts (of a mesh), and a slot takes rows of its own part. So
+    each part plays alone.
     """
 
     ends: tuple[int, ...]
@@ -35,6 +39,14 @@ class Layout:
     def tokens(self) -> int:
         """Tokens that all rows hold together."""
         return sum(n * (end - start) for n, start, end in zip(self.rows, self.starts, self.ends, strict=True))
+
+    @property
+    def of_a_part(self) -> "Layout":
+        """What one part has."""
+        return Layout(self.ends, tuple(n // self.parts for n in self.rows))
+
+    def part(self, slot: int) -> int:
+        return slot // (self.rows[0] // self.parts)
 
     def depth(self, tokens: int) -> int:
         """How many pieces an episode of so many tokens needs."""
@@ -98,42 +110,69 @@ def token_bytes(config: model.ModelConfig, dtype: Any) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
+def _pick(values: jax.Array, index: jax.Array, fill: float = 0) -> jax.Array:
+    return values.at[index].get(mode="fill", fill_value=fill)
+
+
+def put(old: jax.Array, new: jax.Array, row_N: jax.Array, first_N: jax.Array, count_N: jax.Array, axis: int) -> Any:
+    """old[row_N] with the first count_N positions of new at first_N and on, as one scatter; outside is dropped."""
+    column_1T = jnp.arange(new.shape[axis])[None, :]
+    place_NT = first_N[:, None] + column_1T
+    size = old.shape[axis]
+    place_NT = jnp.where((column_1T < count_N[:, None]) & (place_NT >= 0), place_NT, size)
+    index = (row_N[:, None], *[slice(None)] * (axis - 1), place_NT)
+    return old.at[index].set(jnp.moveaxis(new, axis, 1), mode="drop")
+
+
+def put_in_turn(
+    old: jax.Array, new: jax.Array, row_N: jax.Array, first_N: jax.Array, count_N: jax.Array, axis: int
+) -> Any:
+    """The same, one row after the other: the TPU's compiler turns a scatter's operand round and back, whole copies.
+
+    It does so too for a few positions of the last axis, so there whole tiles of that axis are read and written.
+    """
+    size, length = old.shape[axis], new.shape[axis]
+    tile = _TILE if axis == old.ndim - 1 else 1
+    width = min(size, -(-(length + tile - 1) // tile) * tile)
+    shape = (1, *(width if i == axis else n for i, n in enumerate(old.shape) if i))
+
+    def one(n: jax.Array, old: jax.Array) -> jax.Array:
+        at = jnp.clip(first_N[n] // tile * tile, 0, size - width)
+        column_W = at - first_N[n] + jnp.arange(width)
+        mine_W = (column_W >= 0) & (column_W < count_N[n]) & (row_N[n] < old.shape[0])
+        place = [jnp.minimum(row_N[n], old.shape[0] - 1), *[jnp.int32(0)] * (old.ndim - 1)]
+        place[axis] = at.astype(jnp.int32)
+        there = jax.lax.dynamic_slice(old, place, shape)
+        row = jnp.take(new[n], jnp.clip(column_W, 0, length - 1), axis=axis - 1)[None]
+        mine = jnp.expand_dims(mine_W, [i for i in range(old.ndim) if i != axis])
+        return jax.lax.dynamic_update_slice(old, jnp.where(mine, row, there), place)
+
+    return jax.lax.fori_loop(0, len(row_N), one, old)
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The cache of all slots as one program sees it. rows_JB: the row, inside its part, that each slot has taken of
-    each piece after the first; the number of rows in a part where it has none.
+    """The cache of one part's slots as a program sees it. rows_JB: the row that each slot has taken of each piece after
+    the first; the number of rows where it has none.
 
     depth: how many pieces are read; no slot in play has tokens beyond them.
     """
 
-    layout: Layout
+    layout: Layout  # of a part
     rows_JB: jax.Array
     depth: int
 
-    def _pick(self, values: jax.Array, index: jax.Array, fill: float = 0) -> jax.Array:
-        """values[index] inside each part, so that no part needs another's values."""
-        parts = self.layout.parts
-        picked = jax.vmap(lambda v, i: v.at[i].get(mode="fill", fill_value=fill))(
-            values.reshape(parts, -1, *values.shape[1:]), index.reshape(parts, -1)
-        )
-        return picked.reshape(-1, *values.shape[1:])
-
     def _owners(self, piece: int) -> jax.Array:
-        """For each row of a piece its slot inside the part, or the number of slots in a part."""
-        parts, slots = self.layout.parts, self.layout.rows[0]
-        row_PB = self.rows_JB[piece - 1].reshape(parts, -1)
-        none = jnp.full((self.layout.rows[piece] // parts,), slots // parts, jnp.int32)
-        place = jnp.arange(slots // parts, dtype=jnp.int32)
-        return jax.vmap(lambda row: none.at[row].set(place, mode="drop"))(row_PB).reshape(-1)
+        """For each row of a piece its slot, or the number of slots."""
+        slots = self.layout.rows[0]
+        none_R = jnp.full((self.layout.rows[piece],), slots, jnp.int32)
+        return none_R.at[self.rows_JB[piece - 1]].set(jnp.arange(slots, dtype=jnp.int32), mode="drop")
 
     def _row(self, piece: int, slot_N: jax.Array) -> jax.Array:
-        """Row numbers in a whole piece; out of range for a slot that has none, or is out of range itself."""
-        slots, rows = self.layout.rows[0], self.layout.rows[piece]
+        """Row numbers in a piece; out of range for a slot that has none, or is out of range itself."""
         if piece == 0:
             return slot_N
-        row_N = self.rows_JB[piece - 1].at[slot_N].get(mode="fill", fill_value=rows)
-        each = rows // self.layout.parts
-        return jnp.where(row_N < each, row_N + slot_N // (slots // self.layout.parts) * each, rows)
+        return self.rows_JB[piece - 1].at[slot_N].get(mode="fill", fill_value=self.layout.rows[piece])
 
     def _positions(self, piece: int) -> jax.Array:
         return jnp.arange(self.layout.starts[piece], self.layout.ends[piece])
@@ -144,15 +183,15 @@ class View:
         for piece in range(self.depth):
             position_S = self._positions(piece)
             owner_R = self._owners(piece) if piece else None
-            q, length = (x if owner_R is None else self._pick(x, owner_R) for x in (q_BTNH, length_B))
+            q, length = (x if owner_R is None else _pick(x, owner_R) for x in (q_BTNH, length_B))
             seen = (position_S[None, :] < length[:, None])[:, None]
             part = attention.part(q, cache.k[piece], cache.v[piece], seen)
             if owner_R is not None:
                 row_B = self.rows_JB[piece - 1]
                 part = attention.Part(
-                    self._pick(part.o_BTNH, row_B),
-                    self._pick(part.max_BTN, row_B, attention.NEG_INF),
-                    self._pick(part.sum_BTN, row_B),
+                    _pick(part.o_BTNH, row_B),
+                    _pick(part.max_BTN, row_B, attention.NEG_INF),
+                    _pick(part.sum_BTN, row_B),
                 )
             found.append(part)
         return found
@@ -171,16 +210,22 @@ class View:
         return found
 
     def write(
-        self, cache: Cache, k_NTKH: jax.Array, v_NTKH: jax.Array, slot_N: jax.Array, position_NT: jax.Array
+        self,
+        cache: Cache,
+        k_NKHT: jax.Array,
+        v_NKTH: jax.Array,
+        slot_N: jax.Array,
+        first_N: jax.Array,
+        count_N: jax.Array,
     ) -> Cache:
-        """Puts keys and values of tokens at their positions; a token whose position is negative is not written."""
-        new_k, new_v = [], []
-        for piece, (start, end) in enumerate(zip(self.layout.starts, self.layout.ends, strict=True)):
-            row_N1 = self._row(piece, slot_N)[:, None]
-            inside_NT = (position_NT >= start) & (position_NT < end)
-            place_NT = jnp.where(inside_NT, position_NT - start, end - start)  # out of range: dropped
-            new_k.append(cache.k[piece].at[row_N1, :, :, place_NT].set(k_NTKH, mode="drop"))
-            new_v.append(cache.v[piece].at[row_N1, :, place_NT].set(v_NTKH, mode="drop"))
+        """Puts keys and values of each row's first count_N tokens at position first_N of its slot and those behind."""
+        new_k: list[jax.Array] = []
+        new_v: list[jax.Array] = []
+        for piece, start in enumerate(self.layout.starts):
+            where = (self._row(piece, slot_N), first_N - start, count_N)
+            for new, old, values, axis in ((new_k, cache.k, k_NKHT, 3), (new_v, cache.v, v_NKTH, 2)):
+                at_once, in_turn = (functools.partial(f, axis=axis) for f in (put, put_in_turn))
+                new.append(jax.lax.platform_dependent(old[piece], values, *where, tpu=in_turn, default=at_once))
         return Cache(tuple(new_k), tuple(new_v))
 
     def copy(self, cache: Cache, source_N: jax.Array, slot_N: jax.Array) -> Cache:

@@ -43,6 +43,10 @@ class Sizes:
     def extend_len(self, tokens: int) -> int:
         return next((b for b in sorted(self.extend_buckets) if tokens <= b), max(self.extend_buckets))
 
+    def rows_of_a_part(self, parts: int) -> int:
+        """Rows of an extend call that each part of the slots writes."""
+        return -(-self.extend_rows // parts)
+
     def cache_ends(self) -> tuple[int, ...]:
         return (*sorted({b for b in self.cache_buckets if b < self.cache_tokens}), self.cache_tokens)
 
@@ -175,7 +179,7 @@ class Engine:
         decode: dict[str, Any] = dict(
             stops=self._stops, key=key, eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation
         )
-        return Device(layout, self._sizes.extend_rows, self._roots, params, state, common, decode)
+        return Device(layout, self._sizes.rows_of_a_part(layout.parts), self._roots, params, state, common, decode)
 
     def _write(self, device: "Device", table: Table) -> None:
         """Brings every slot that is not up to date up to date: prompts, copies of prompts, observations."""
@@ -192,15 +196,17 @@ class Engine:
             # are two calls. A row longer than the largest bucket is written in pieces; its last piece starts the turn.
             rows.sort(key=needs, reverse=True)
             length, depth = needs(rows[0])
-            batch = [row for row in rows if needs(row)[1] <= depth][: sizes.extend_rows]
+            batch = device.batch(row for row in rows if needs(row)[1] <= depth)
             device.extend(rows_JB, [row.first(longest) for row in batch], length, depth)
             taken = {row.slot for row in batch}
             rows = [row for row in rows if row.slot not in taken]
             rows += [row.after(longest) for row in batch if row.count > longest]
         copies = table.to_share()
-        for i in range(0, len(copies), sizes.extend_rows):
-            batch = copies[i : i + sizes.extend_rows]
+        while copies:
+            batch = device.batch(copies)
             device.share(rows_JB, batch, max(1, device.layout.depth(max(row.count for row in batch))))
+            taken = {row.slot for row in batch}
+            copies = [row for row in copies if row.slot not in taken]
 
 
 @dataclasses.dataclass
@@ -208,7 +214,7 @@ class Device:
     """The sampler's programs over one state, fed with the host's rows."""
 
     layout: cache.Layout
-    extend_rows: int
+    rows_of_a_part: int  # in a call of extend or share
     roots: list[int]
     params: model.Params
     state: sampler.SamplerState
@@ -227,45 +233,64 @@ class Device:
         )
         return chunk
 
+    def batch(self, rows: Iterable[Row]) -> list[Row]:
+        """The first of these rows that go in one call."""
+        found, taken = [], [0] * self.layout.parts
+        for row in rows:
+            part = self.layout.part(row.slot)
+            if taken[part] < self.rows_of_a_part:
+                taken[part] += 1
+                found.append(row)
+        return found
+
     def extend(self, rows_JB: np.ndarray, rows: Sequence[Row], length: int, depth: int) -> None:
-        tokens_NT = np.zeros((self.extend_rows, length), np.int32)
-        count_N = np.zeros((self.extend_rows,), np.int32)
-        for i, row in enumerate(rows):
-            tokens_NT[i, : row.count] = row.tokens[row.filled : row.filled + row.count]
-            count_N[i] = row.count
+        lines = self._lines(rows)
+        tokens_NT = np.zeros((len(lines), length), np.int32)
+        for tokens_T, row in zip(tokens_NT, lines, strict=True):
+            if row is not None:
+                tokens_T[: row.count] = row.tokens[row.filled : row.filled + row.count]
         self.state = sampler.extend(
             params=self.params,
             state=self.state,
             rows_JB=rows_JB.copy(),
-            starts=self._starts(rows),
+            starts=self._starts(lines),
             tokens_NT=tokens_NT,
-            count_N=count_N,
+            count_N=np.array([row.count if row else 0 for row in lines], np.int32),
             depth=depth,
             **self.common,
         )
 
     def share(self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int) -> None:
-        source_N = np.zeros((self.extend_rows,), np.int32)
-        source_N[: len(rows)] = [row.source for row in rows]
+        lines, slots = self._lines(rows), self.layout.of_a_part.rows[0]
         self.state = sampler.share(
             self.state,
             rows_JB.copy(),
-            source_N,
-            self._starts(rows),
+            np.array([row.source % slots if row else 0 for row in lines], np.int32),
+            self._starts(lines),
             depth=depth,
             shardings=self.common["shardings"],
         )
 
-    def _starts(self, rows: Sequence[Row]) -> sampler.Starts:
-        def column(values: list[Any], fill: Any, dtype: Any = np.int32) -> np.ndarray:
-            return np.array(values + [fill] * (self.extend_rows - len(values)), dtype)
+    def _lines(self, rows: Sequence[Row]) -> list[Row | None]:
+        """The rows of a call where its programs expect them: those of the first part first, None is padding."""
+        found: list[Row | None] = []
+        for part in range(self.layout.parts):
+            own = [row for row in rows if self.layout.part(row.slot) == part]
+            found += [*own, *[None] * (self.rows_of_a_part - len(own))]
+        return found
+
+    def _starts(self, lines: Sequence[Row | None]) -> sampler.Starts:
+        slots = self.layout.of_a_part.rows[0]
+
+        def column(value: Callable[[Row], Any], padding: Any = 0, dtype: Any = np.int32) -> np.ndarray:
+            return np.array([value(row) if row else padding for row in lines], dtype)
 
         return sampler.Starts(
-            slot_N=column([r.slot for r in rows], self.layout.rows[0]),
-            length_N=column([r.filled + r.count for r in rows], 0),
-            token_N=column([r.tokens[r.filled + r.count] for r in rows], 0),
-            limit_N=column([r.limit for r in rows], 0),
-            match_N=column([self.roots[r.stop_set] for r in rows], 0),
-            uid_N=column([r.uid for r in rows], 0),
-            temperature_N=column([r.temperature for r in rows], 0.0, np.float32),
+            slot_N=column(lambda row: row.slot % slots, slots),
+            length_N=column(lambda row: row.filled + row.count),
+            token_N=column(lambda row: row.tokens[row.filled + row.count]),
+            limit_N=column(lambda row: row.limit),
+            match_N=column(lambda row: self.roots[row.stop_set]),
+            uid_N=column(lambda row: row.uid),
+            temperature_N=column(lambda row: row.temperature, 0.0, np.float32),
         )

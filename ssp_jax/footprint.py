@@ -85,6 +85,11 @@ class Setup:
         return Sizes(**{**self.config.engine, "slots": self.config.engine.slots // self.hosts})
 
     @property
+    def extend_rows(self) -> int:
+        """Rows of a prefill on each device: those of its own slots."""
+        return self.sizes.rows_of_a_part(self.parts // self.hosts)
+
+    @property
     def learner(self) -> learner.LearnerConfig:
         c = train.make_learner_config(self.config, self.model)
         return dataclasses.replace(c, rows_sharding=sharding.rows_sharding(self.mesh))
@@ -234,8 +239,7 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     def scores(rows: float, queries: int, keys: int, copies: int) -> float:
         return copies * rows * N / t * queries * keys * 4.0
 
-    # The rows of a prefill are on every device of a host, whoever holds their slots.
-    slots, written, longest = setup.config.engine.slots / setup.parts, sizes.extend_rows, max(sizes.extend_buckets)
+    slots, written, longest = setup.config.engine.slots / setup.parts, setup.extend_rows, max(sizes.extend_buckets)
     piece = max(end - start for start, end in zip((0, *sizes.cache_ends()), sizes.cache_ends(), strict=False))
     cache_rows = written * sizes.cache_tokens * 2 * K / t * H * item
     prefill = written * longest * wide / 2 * item + scores(written, longest, piece, 2) + 2 * cache_rows
@@ -305,9 +309,8 @@ def work(setup: Setup, load: Workload) -> dict[str, Work]:
     forward = 2 * (body + table) + attention
     bytes_ = kept(setup)
 
-    # All devices of a host compute all rows of a prefill, split over `tensor` only.
-    given = load.played * (load.tokens - load.sampled) / setup.hosts
-    prefill = Work(flops=given * (2 * body + attention) / setup.tensor)
+    given = load.played * (load.tokens - load.sampled)
+    prefill = Work(flops=given * (2 * body + attention) / devices)
     # An episode holds half of its tokens on average; where memory is short fewer slots are busy.
     layout = cache_layout(setup)
     busy = setup.hosts * min(layout.rows[0], layout.tokens / (load.tokens / 2))

@@ -119,7 +119,7 @@ def _moves(setup: Setup, cache_room: float) -> Iterator[tuple[str, Any]]:
     room = math.floor((footprint.kept(setup)["key/value cache"] + cache_room) / GIB * 100) / 100
     if cache_room < 0 and room * GIB >= footprint.longest_episode(setup):
         yield "engine.kv_cache_gib", room
-    if e.extend_rows > 1:
+    if setup.extend_rows > 1:
         yield "engine.extend_rows", e.extend_rows // 2
     if len(e.extend_buckets) > 1:
         yield "engine.extend_buckets", tuple(sorted(e.extend_buckets)[:-1])
@@ -264,8 +264,7 @@ def _time_lines(plan: Plan, load: footprint.Workload) -> Iterator[str]:
     )
     yield (
         f"  {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of HBM and {chip.link / 1e9:.0f} GB/s of "
-        "links per device at their peaks; all slots always busy; prefill not split over replicas; "
-        "searches, scheduling and the judge take no time"
+        "links per device at their peaks; all slots always busy; searches, scheduling and the judge take no time"
     )
     yield f"  {'':<10}{'TFLOPs':>12}{'HBM GB':>12}{'link GB':>12}{'seconds':>10}   bound by"
     total = 0.0

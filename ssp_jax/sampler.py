@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssp_jax import attention, cache, model
+from ssp_jax import attention, cache, model, sharding
 
 # Values of `stop` beside the indices of stop strings (0, 1, ...). FULL: the slot's memory ends before its limit.
 RUNNING, EOS, LIMIT, FULL = -1, 100, 101, 102
@@ -38,9 +38,11 @@ class SamplerState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Starts:
-    """Slots that begin or resume a turn. N rows; a row whose slot is out of range is padding and writes nothing."""
+    """Slots that begin or resume a turn. N rows, as many for each part of the layout, in the order of parts; a row
+    whose slot is out of range is padding and writes nothing.
+    """
 
-    slot_N: Any  # the fields of SamplerState, for these slots; numpy or JAX arrays
+    slot_N: Any  # inside the row's part; the rest is the fields of SamplerState, for these slots; numpy or JAX arrays
     length_N: Any
     token_N: Any
     limit_N: Any
@@ -116,20 +118,37 @@ def extend(
 
     Serves prompts (empty cache, depth 0) and observations alike. depth: pieces of the cache that these tokens look at.
     """
+    run: Any = functools.partial(_extend, config, depth=depth, dtype=dtype)
+    run = sharding.in_parts(run, shardings and shardings.token_B, (None, 0, 1, 0, 0, 0), 0)
+    return _pinned(run(params, state, rows_JB, starts, tokens_NT, count_N), shardings)
+
+
+def _extend(
+    config: model.ModelConfig,
+    params: model.Params,
+    state: SamplerState,
+    rows_JB: jax.Array,
+    starts: Starts,
+    tokens_NT: jax.Array,
+    count_N: jax.Array,
+    *,
+    depth: int,
+    dtype: Any,
+) -> SamplerState:
     T = tokens_NT.shape[1]
-    view = cache.View(state.layout, rows_JB, depth)
+    view = cache.View(state.layout.of_a_part, rows_JB, depth)
     before_N = starts.length_N - count_N
     positions_NT = before_N[:, None] + jnp.arange(T)[None, :]
-    write_NT = jnp.where(jnp.arange(T)[None, :] < count_N[:, None], positions_NT, -1)
     causal_NTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (len(tokens_NT), T, T))
 
     def attend(layer: cache.Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, cache.Cache]:
-        own = attention.part(q, jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2), causal_NTT)
+        k_NKHT, v_NKTH = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
+        own = attention.part(q, k_NKHT, v_NKTH, causal_NTT)
         o_NTNH = attention.merged([own, *view.attend_some(q, layer, starts.slot_N, before_N)]).astype(dtype)
-        return o_NTNH, view.write(layer, k, v, starts.slot_N, _after(o_NTNH, write_NT))
+        return o_NTNH, view.write(layer, k_NKHT, v_NKTH, starts.slot_N, _after(o_NTNH, before_N), count_N)
 
     _, caches = model.forward_cached(config, params, tokens_NT, positions_NT, attend, state.caches, dtype=dtype)
-    return _pinned(_begin(dataclasses.replace(state, caches=caches), starts), shardings)
+    return _begin(dataclasses.replace(state, caches=caches), starts)
 
 
 @functools.partial(jax.jit, static_argnames=("depth", "shardings"), donate_argnames=("state",))
@@ -142,10 +161,15 @@ def share(
     depth: int,
     shardings: SamplerState | None = None,
 ) -> SamplerState:
-    """Starts slots from the keys and values that another slot holds: a group's prompt is computed once."""
-    view = cache.View(state.layout, rows_JB, depth)
-    caches = tuple(view.copy(layer, source_N, starts.slot_N) for layer in state.caches)
-    return _pinned(_begin(dataclasses.replace(state, caches=caches), starts), shardings)
+    """Starts slots from the keys and values that another slot of their part holds: a prompt is computed once there."""
+
+    def run(state: SamplerState, rows_JB: jax.Array, source_N: jax.Array, starts: Starts) -> SamplerState:
+        view = cache.View(state.layout.of_a_part, rows_JB, depth)
+        caches = tuple(view.copy(layer, source_N, starts.slot_N) for layer in state.caches)
+        return _begin(dataclasses.replace(state, caches=caches), starts)
+
+    run = sharding.in_parts(run, shardings and shardings.token_B, (0, 1, 0, 0), 0)
+    return _pinned(run(state, rows_JB, source_N, starts), shardings)
 
 
 def _after(read: jax.Array, index: jax.Array) -> jax.Array:
@@ -255,11 +279,9 @@ def _attend_step(
 
 def _stored(view: cache.View, state: SamplerState, buffers: Any, count_B: jax.Array) -> tuple[cache.Cache, ...]:
     """The cache with the first count_B steps of a chunk behind what it held."""
-    B, _, C, _ = buffers[0][1].shape
-    column_1C = jnp.arange(C)[None, :]
-    write_BC = jnp.where(column_1C < count_B[:, None], state.length_B[:, None] + column_1C, -1)
+    B = len(state.length_B)
     return tuple(
-        view.write(old, jnp.moveaxis(k, 3, 1), jnp.moveaxis(v, 2, 1), jnp.arange(B), write_BC)
+        view.write(old, k, v, jnp.arange(B), state.length_B, count_B)
         for old, (k, v) in zip(state.caches, buffers, strict=True)
     )
 
@@ -301,8 +323,32 @@ def decode_chunk(
     where all slots write at the same place, and go to the cache once, at the end. A slot that does not run computes
     along, and nothing of it is kept.
     """
+    run: Any = functools.partial(
+        _decode_chunk, config, eos=eos, steps=steps, depth=depth, dtype=dtype, truncation=truncation
+    )
+    run = sharding.in_parts(run, shardings and shardings.token_B, (None, 0, 1, 0, None, None), (0, 1, 0))
+    state, of_steps, of_slots = run(params, state, rows_JB, room_B, stops, key)
+    return _pinned(state, shardings), Chunk(*of_steps, *of_slots)
+
+
+def _decode_chunk(
+    config: model.ModelConfig,
+    params: model.Params,
+    state: SamplerState,
+    rows_JB: jax.Array,
+    room_B: jax.Array,
+    stops: Stops,
+    key: jax.Array,
+    *,
+    eos: tuple[int, ...],
+    steps: int,
+    depth: int,
+    dtype: Any,
+    truncation: Truncation,
+) -> tuple[SamplerState, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The new state; then Chunk's fields, first those that have a step's axis in front."""
     B = state.token_B.shape[0]
-    view = cache.View(state.layout, rows_JB, depth)
+    view = cache.View(state.layout.of_a_part, rows_JB, depth)
 
     def step(carry: tuple[Any, ...], i: jax.Array) -> tuple[tuple[Any, ...], tuple[jax.Array, ...]]:
         buffers, token_B, length_B, match_B, stop_B = carry
@@ -337,4 +383,4 @@ def decode_chunk(
     state = dataclasses.replace(
         state, caches=caches, token_B=token_B, length_B=length_B, match_B=match_B, stop_B=stop_B
     )
-    return _pinned(state, shardings), Chunk(tokens_CB, logprobs_CB, count_B, stop_B)
+    return state, (tokens_CB, logprobs_CB), (count_B, stop_B)

@@ -1,6 +1,7 @@
 """The mesh and one table: which axis of which parameter is split over which mesh axis.
 
-Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments.
+Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments. Only the sampler says itself
+what is split: its slots play in parts that have nothing to do with each other.
 """
 
 import functools
@@ -162,3 +163,26 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, P(ROWS[0], "tensor") if split else ROWS)
 
     return jax.tree.map(one, state)
+
+
+def in_parts(
+    run: Callable[..., Any], slots: Any, inputs: tuple[int | None, ...], out: int | tuple[int, ...]
+) -> Callable[..., Any]:
+    """`run` on each part of the sampler's slots by itself: nothing is sent between parts, and nothing computed twice.
+
+    slots: the NamedSharding of an array of them, None for a single device. inputs, out: which axis of each argument and
+    result is split over the parts; None: each has the whole. Other axes of the mesh (`tensor`) are the compiler's.
+    """
+    axes = slots.spec[0] if slots is not None else ()
+    if all(slots.mesh.shape[axis] == 1 for axis in axes):
+        return run
+
+    def spec(axis: int | None) -> P:
+        return P() if axis is None else P(*[None] * axis, axes)
+
+    in_specs = tuple(spec(axis) for axis in inputs)
+    out_specs = tuple(spec(axis) for axis in out) if isinstance(out, tuple) else spec(out)
+    # check_vma would ask for a mark on each constant that meets a part's own values.
+    return jax.shard_map(
+        run, mesh=slots.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(axes), check_vma=False
+    )

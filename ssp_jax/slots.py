@@ -97,7 +97,7 @@ class Memory:
 
     def grow(self, slot: int, tokens: int) -> None:
         """Takes the rows that so many tokens need, as far as they are free."""
-        part = slot // self._each[0]
+        part = self._layout.part(slot)
         for piece in range(self._layout.depth(int(self.room_B[slot])), self._layout.depth(tokens)):
             if not self._free[piece][part]:
                 return
@@ -106,12 +106,12 @@ class Memory:
 
     def fits(self, slot: int, tokens: int) -> bool:
         """Whether a slot that holds nothing could grow to so many tokens."""
-        part = slot // self._each[0]
+        part = self._layout.part(slot)
         return all(self._free[piece][part] for piece in range(1, self._layout.depth(tokens)))
 
     def release(self, slot: int) -> None:
         """Gives back all but the first piece, which is the slot's own."""
-        part = slot // self._each[0]
+        part = self._layout.part(slot)
         for piece in range(1, self._layout.depth(int(self.room_B[slot]))):
             self._free[piece][part].append(int(self.rows_JB[piece - 1, slot]))
             self.rows_JB[piece - 1, slot] = self._each[piece]
@@ -242,14 +242,10 @@ class Table:
         passed: list[Player] = []  # no memory for them now; shorter ones may go ahead
         while free and (player := self._next_waiting()) is not None:
             prompt = tuple(player.tokens)
-            holders = [slot for slot, held in self._prompt_in.items() if held == prompt]
-            # A free slot that holds the prompt is taken itself: another player must not overwrite it before the copy.
-            wanted = [s for s in holders if s in free] or free
-            slot = next((s for s in wanted if self.memory.fits(s, len(prompt) - 1)), -1)
+            slot, source = self._place(prompt, free)
             if slot < 0:
                 passed.append(player)
                 continue
-            source = slot if slot in holders else next(iter(holders), -1)
             free.remove(slot)
             self.memory.grow(slot, len(prompt) - 1)
             self._seats[slot], self._filled[slot] = player, 0
@@ -265,6 +261,20 @@ class Table:
                 rows.append(row)
         self._waiting.extendleft(reversed(passed))
         return rows
+
+    def _place(self, prompt: tuple[int, ...], free: list[int]) -> tuple[int, int]:
+        """A free slot with memory for this prompt, and the slot of its part that holds it; -1 where there is none."""
+        part = self._layout.part
+        holders = [slot for slot, held in self._prompt_in.items() if held == prompt]
+        near, room = {part(slot) for slot in holders}, collections.Counter(map(part, free))
+        # A free slot that holds the prompt is taken itself: another player must not overwrite it before the copy. Else
+        # one where the prompt need not be computed, or in the emptiest part: parts compute prompts side by side.
+        wanted = [slot for slot in holders if slot in free]
+        wanted = wanted or sorted(free, key=lambda slot: (part(slot) not in near, -room[part(slot)]))
+        slot = next((s for s in wanted if self.memory.fits(s, len(prompt) - 1)), -1)
+        if slot in holders:
+            return slot, slot
+        return slot, next((s for s in holders if part(s) == part(slot)), -1)
 
     def to_share(self) -> list[Row]:
         copies, self._copies = self._copies, []

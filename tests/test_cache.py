@@ -1,14 +1,20 @@
 """Cache: what a budget buys. What the pieces hold is tested where they are used, in test_sampler and test_engine."""
 
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssp_jax.cache import full_layout, layout_for
+from ssp_jax.cache import full_layout, layout_for, put, put_in_turn
 from ssp_jax.data import InputError
 from ssp_jax.slots import Memory
 
 ENDS = (1024, 4096, 12288)
+WAYS = [jax.jit(way, static_argnames="axis") for way in (put, put_in_turn)]
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -65,3 +71,24 @@ def test_no_row_ever_has_two_owners(data):
         memory.grow(slot, 16)
         assert memory.room_B[slot] == 16
         memory.release(slot)
+
+
+@pytest.mark.parametrize("axis,size,length", [(3, 300, 7), (3, 384, 150), (2, 40, 7), (2, 6, 9)])
+def test_both_ways_to_write_put_the_same_tokens_where_they_belong(axis, size, length):
+    """Before, inside, across and behind a piece and the tiles of its last axis; a row out of range is padding."""
+    shape = [5, 2, 3, 3]
+    shape[axis] = size
+    old = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    shape[0], shape[axis] = 2, length
+    new = -1 - np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    firsts = (-length, -1, 0, 1, 121, 127, 128, 250, size - length, size - 1, size + 1)
+    for row, first, count in itertools.product((0, 4, 5), firsts, (0, 1, length // 2, length)):
+        rows, places, counts = (row, 2), (first, 3), (count, 2)
+        expected = np.moveaxis(old.copy(), axis, 1)
+        for n, values in enumerate(np.moveaxis(new, axis, 1)):
+            for i in range(counts[n]):
+                if rows[n] < 5 and 0 <= places[n] + i < size:
+                    expected[rows[n], places[n] + i] = values[i]
+        for way in WAYS:
+            got = way(*map(jnp.asarray, (old, new)), *map(jnp.array, (rows, places, counts)), axis=axis)
+            np.testing.assert_array_equal(np.moveaxis(np.asarray(got), axis, 1), expected)

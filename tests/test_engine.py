@@ -12,6 +12,7 @@ from ssp_jax import cache, engine, episodes, model, prompts, sampler, sharding, 
 from ssp_jax.data import Document
 from ssp_jax.engine import Sizes
 from ssp_jax.metrics import CompileCounter
+from ssp_jax.slots import Table
 
 TOKENIZER = weights.load_tokenizer(Path("assets/tiny/model"))
 CONFIG = model.ModelConfig(2048, 2, 32, 4, 2, 8, 48)
@@ -286,3 +287,30 @@ def test_eight_devices_play_the_same_episodes(expected):
     many = make_engine(sizes, state_sharding=lambda state: sharding.state_shardings(state, mesh))
     many.play(params, KEY, make_players(), finished)
     same(expected, ended)
+
+
+def test_different_prompts_go_to_different_parts_in_one_call():
+    layout = cache.full_layout((256,), 8, parts=4)
+    table = Table(layout, 4, make_players(attempts=1), lambda player: (), lambda queries: None, False)
+    rows = table.to_extend()
+    assert {layout.part(row.slot) for row in rows} == {0, 1, 2, 3}
+    assert engine.Device(layout, 1, [], {}, None, {}, {}).batch([*rows, *rows]) == rows
+
+
+@pytest.mark.parametrize("groups,attempts", [(4, 2), (2, 3)])
+def test_parts_share_prompts_inside_themselves(expected, groups, attempts):
+    """Four parts of two slots: a group's second attempt copies the first one's prompt, a third computes it again."""
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1})
+    params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh, drop=("fsdp",)))
+    many = make_engine(SIZES, state_sharding=lambda state: sharding.state_shardings(state, mesh))
+    players, ended = make_players(groups=groups, attempts=attempts), {}
+    prompts = [player.prompt_length - 1 for player in players[::attempts]]
+
+    def finished(player):
+        ended[player.uid] = player.episode()
+        return []
+
+    stats = many.play(params, KEY, players, finished)
+    assert stats.shared_tokens == sum(prompts)
+    same({uid: expected[uid] for uid in ended}, ended)
+    assert len(ended) == groups * attempts
