@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -27,7 +28,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ssp_jax import data, engine, episodes, model, sampler, weights  # noqa: E402
+from ssp_jax import backend, data, engine, episodes, model, sampler, weights  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
 from ssp_jax.retriever import Retriever, open_retriever  # noqa: E402
 from ssp_jax.selfplay import Memory, Round, SelfPlay  # noqa: E402
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=0, help="given answers in the step, 0: as configured")
     parser.add_argument("--slots", type=int, default=0, help="0: as configured")
     args = parser.parse_args()
+    backend.prepare(os.environ)
     config = load_config(args.config)
     config.game.answers_per_step = args.answers or config.game.answers_per_step
     config.engine.slots = args.slots or config.engine.slots

@@ -126,16 +126,6 @@ def episodes(shape: Shape, lengths: list[int], prompt: int) -> list[Played]:
     ]
 
 
-def as_in_a_run() -> None:
-    """What main does before JAX starts."""
-    from ssp_jax import cpu, gpu
-
-    if gpu.will_be_used(os.environ):
-        gpu.set_defaults(os.environ)
-    if cpu.will_be_used(os.environ):
-        cpu.keep_memory()
-
-
 def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
     """Learner and train state. No old log-probs are computed: the sampler's serve, as in the default config."""
     import jax
@@ -357,7 +347,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         if args.worker in ("ssp_jax", "packing"):
-            as_in_a_run()
+            from ssp_jax import backend
+
+            backend.prepare(os.environ)
         print(json.dumps(WORKERS[args.worker](SHAPES[args.shapes], args.repeats)))
         return
     if args.out is None:

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 from absl import flags
 from rich.console import Console
 
-from ssp_jax import episodes, model, prompts, sharding, weights
+from ssp_jax import backend, episodes, model, prompts, sharding, weights
 from ssp_jax.data import InputError, Row, read_rows
 from ssp_jax.engine import Engine, Search, Sizes, Stats
 from ssp_jax.episodes import ASSISTANT, SEARCH_ENGINE, SOLVER, Episode, Limits, Player, Role, Stage, episode_id
@@ -381,6 +382,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         f = parse_flags(argv)
+        backend.prepare(os.environ)
         (answer_file if f.prompts else answer_typed)(f)
     except InputError as error:
         print(f"ssp_jax: {error}", file=sys.stderr)

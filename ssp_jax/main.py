@@ -16,7 +16,7 @@ import sys
 
 from absl import logging
 
-from ssp_jax import cpu, gpu
+from ssp_jax import backend
 from ssp_jax.config import parse_command_line, take_place
 from ssp_jax.data import InputError
 
@@ -30,10 +30,7 @@ def main(argv: list[str]) -> int:
     try:
         rest, place = take_place(argv)
         command = parse_command_line(rest)
-        if gpu.will_be_used(os.environ):
-            print("GPU: set", *gpu.set_defaults(os.environ) or ["nothing; the environment has it all"], file=sys.stderr)
-        if cpu.will_be_used(os.environ):
-            cpu.keep_memory()
+        backend.prepare(os.environ)
         # Here, so that mistakes above are told before the seconds that JAX takes to load.
         from ssp_jax import examine, hosts, train
 
