@@ -1,12 +1,14 @@
-"""One step of self-play three ways: roles pipelined, with barriers between them, and a static batch loop.
+"""One step of self-play with roles pipelined, with barriers between them, and as static batch loops of two kinds.
 
     python benchmarks/selfplay.py --out=runs/bench_selfplay [--config=configs/tiny.py] [--repeats=3] [--answers=20]
         [--slots=8]
 
-The static loop is what generators without slots do: a batch plays turn by turn, each turn waits for the longest one of
-the batch, searches, and computes all its tokens again from the start. It runs on the same compiled programs. All three
-play the same episodes, which is checked. Occupancy is the share of slot steps that gave a token: over the whole step,
-and until nine tenths of the episodes had ended. Medians over repeats, taken in turn; the first round compiles.
+The static loop is what generators without slots do: a batch plays turn by turn, each turn computes all its tokens again
+from the start in one call padded to the longest of the batch (the smallest of our buckets that holds it), waits for the
+longest turn, and searches. Its second form pads nothing: row by row, each in its own bucket. It runs on the same
+compiled programs. All play the same episodes, which is checked. Occupancy is the share of slot steps that gave a token:
+over the whole step, and until nine tenths of the episodes had ended. Medians over repeats, taken in turn; the first
+round compiles.
 """
 
 import argparse
@@ -187,7 +189,8 @@ def main() -> None:
         games = {
             "pipelined": setting.game(engine.Engine, schedule="pipelined"),
             "barrier": setting.game(engine.Engine, schedule="barrier"),
-            "static loop": setting.game(StaticLoop, cache_buckets=()),
+            "static loop": setting.game(StaticLoop, cache_buckets=(), extend_rows=config.engine.slots),
+            "static, unpadded": setting.game(StaticLoop, cache_buckets=(), extend_rows=1),
         }
         costs: dict[str, list[dict[str, float]]] = {name: [] for name in games}
         for repeat in range(args.repeats + 1):

@@ -17,7 +17,7 @@ CONFIG = model.ModelConfig(64, 2, 32, 4, 2, 8, 48)
 DEEP = model.ModelConfig(64, 5, 32, 4, 2, 8, 48)
 
 
-def compiled(axes, config=CONFIG, ends=(16, 48), rows=(8, 8), written=(8, 16), dtype="float32", devices=None):
+def compiled(axes, config=CONFIG, ends=(16, 48), rows=(8, 8), written=(8, 16), dtype="float32", devices=None, steps=8):
     """Each program for a mesh that is split so, and the bytes of keys and values on one of its devices.
 
     written: rows and tokens of each in a call of extend.
@@ -42,15 +42,16 @@ def compiled(axes, config=CONFIG, ends=(16, 48), rows=(8, 8), written=(8, 16), d
         "extend": sampler.extend.lower(config, params, state, rows_JB, begun, tokens_NT, some, dtype=dtype, **common),
         "share": sampler.share.lower(state, rows_JB, some, begun, **common),
         "decode": sampler.decode_chunk.lower(
-            config, params, state, rows_JB, slots, stops, key, eos=(1,), steps=8, dtype=dtype, **common
+            config, params, state, rows_JB, slots, stops, key, eos=(1,), steps=steps, dtype=dtype, **common
         ),
     }
     return {name: program.compile() for name, program in lowered.items()}, footprint.device_bytes(state.caches)
 
 
-def test_the_cache_is_not_copied():
+@pytest.mark.parametrize("steps", [1, 8])
+def test_the_cache_is_not_copied(steps):
     """Temporaries are about what one of many layers has: a chunk reads the cache where it is, and writes into it."""
-    programs, size = compiled((1, 1, 1), DEEP, ends=(256, 1024), rows=(64, 16), written=(4, 16))
+    programs, size = compiled((1, 1, 1), DEEP, ends=(256, 1024), rows=(64, 16), written=(4, 16), steps=steps)
     for name in ("extend", "decode"):
         assert programs[name].memory_analysis().temp_size_in_bytes < 0.3 * size, name
 
