@@ -60,10 +60,10 @@ def train(config: ConfigDict, workdir: str) -> None:
             run.warm_up()
             if config.eval.before:
                 run.evaluate(0, stop)
+            run.evaluate_if_due(stop)  # where a signal has ended it after the step was played
             while run.step < config.steps:
                 run.play_and_update(stop)
-                if config.eval.every and run.step % config.eval.every == 0:
-                    run.evaluate(run.step, stop)
+                run.evaluate_if_due(stop)
                 if run.checkpoints.due(run.step):
                     run.save()
             run.save()
@@ -318,6 +318,11 @@ class _Run:
     def save(self) -> None:
         with self.logger.phase("saving"):
             self.checkpoints.save(self.step, self._state, {"memory": self.memory.to_json(), "seconds": self._seconds})
+
+    def evaluate_if_due(self, stop: Sigterm) -> None:
+        every = self._config.eval.every
+        if every and self.step and self.step % every == 0:
+            self.evaluate(self.step, stop)
 
     def evaluate(self, step: int, stop: Sigterm) -> Result:
         """Of the current weights, or, for step 0 of a run that has gone on, of the initial ones."""

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -144,6 +146,38 @@ def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, kill):
     assert process.returncode == 0 and "resuming after step" in output
     assert steps_of(tmp_path) == steps_of(whole)
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), params_of(whole))
+
+
+def without_step_4(whole, tmp_path):
+    """A run of 4 steps as it was after 3, with no evaluation of step 4."""
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    shutil.rmtree(workdir / "eval" / "step_000004")
+    return workdir
+
+
+def evaluated(workdir):
+    return [row["step"] for row in rows_of(workdir) if "eval/average/right" in row]
+
+
+def test_an_evaluation_that_a_signal_ends_is_finished_when_the_run_goes_on(whole, tmp_path):
+    workdir = without_step_4(whole, tmp_path)
+    folder = workdir / "eval" / "step_000004"
+
+    def interrupt():
+        while not folder.exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    config = small(eval__every=4, eval__after=False, checkpoint__every=9, checkpoint__export=False)
+    with pytest.raises(SystemExit, match="^0$"):
+        train.train(config, str(workdir))
+    thread.join()
+    assert (workdir / "checkpoints" / "4").exists() and evaluated(workdir) == [0]
+    train.train(config, str(workdir))
+    assert evaluated(workdir) == [0, 4] and len((folder / "episodes.jsonl").read_text().splitlines()) == 8
 
 
 @pytest.mark.parametrize("order", ["proposer_first", "combined"])
