@@ -53,7 +53,6 @@ class Result:
     step: int
     document: dict[str, Any]  # what step_000040.json holds
     values: Values
-    fresh: bool  # something was played or judged for it
 
 
 def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any]) -> Result:
@@ -71,7 +70,7 @@ def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any
         for part in hosts.share(lambda: _play(setting, own, weights_now, folder / _own_file("episodes"))):
             records |= part
         del weights_now
-    verdicts, asked = _judge(setting, folder, records)
+    verdicts = _judge(setting, folder, records)
     values = {
         name: _values([records[name, task.uid] for task in tasks], setting.metric, verdicts)
         for name, tasks in setting.sets.items()
@@ -86,7 +85,7 @@ def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any
     }
     if hosts.first():
         folder.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return Result(step, document, values, bool(missing or asked))
+    return Result(step, document, values)
 
 
 def _values(records: list[Record], metric: str, verdicts: dict[Key, Verdict]) -> dict[str, np.ndarray]:
@@ -174,11 +173,11 @@ def _played(setting: Setting, folder: Path) -> dict[Key, Record]:
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def _judge(setting: Setting, folder: Path, records: dict[Key, Record]) -> tuple[dict[Key, Verdict], int]:
-    """The verdicts on answers that need one, and how many were asked for. Failed ones are asked for again."""
+def _judge(setting: Setting, folder: Path, records: dict[Key, Record]) -> dict[Key, Verdict]:
+    """The verdicts on answers that need one. Failed ones are asked for again."""
     judge, metric = setting.judge, setting.metric
     if judge is None:
-        return {}, 0
+        return {}
     answers = {k: r["answer"] for k, r in records.items() if rewards.needs_judge(r["answer"], r["answers"], metric)}
     verdicts: dict[Key, Verdict] = hosts.share(lambda: _judged(folder, judge.name, answers) if hosts.first() else {})[0]
     left = [key for key in answers if key not in verdicts or verdicts[key].right is None]
@@ -186,7 +185,7 @@ def _judge(setting: Setting, folder: Path, records: dict[Key, Record]) -> tuple[
         own = [left[i] for i in hosts.own_share([1.0] * len(left))]  # perhaps none; the judge may load its weights
         for part in hosts.share(lambda: _ask(setting, judge, own, records, folder / _own_file("verdicts"))):
             verdicts |= part
-    return verdicts, len(left)
+    return verdicts
 
 
 def _judged(folder: Path, judge: str, answers: dict[Key, str]) -> dict[Key, Verdict]:

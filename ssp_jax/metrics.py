@@ -127,7 +127,7 @@ class Logger:
         if not mute:
             self._folder.mkdir(parents=True, exist_ok=True)
             rows = self._folder / "metrics.jsonl"
-            _keep_steps(rows, resume_step)
+        self._evaluated = {row["step"]: row for row in _keep_steps(rows, resume_step) if _of_evaluation(row)}
         self._rows = rows.open("a", encoding="utf-8")
         events = str(self._folder / "tensorboard")
         self._writer = SummaryWriter(events, purge_step=resume_step + 1) if tensorboard and not mute else None
@@ -182,10 +182,22 @@ class Logger:
         cells = [(_format(metrics[c.metric], c.form) if c.metric in metrics else "-", c.style) for c in columns]
         self._row(f"{step}/{self._total_steps}", cells, f"{seconds:.1f}", left)
 
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """A row for the scores of a step, unless its last one says the same: whether it was written.
+
+        So it stands there once however often the run was killed around it, and again where a judge says otherwise.
+        """
+        row = {"step": step, **_finite(metrics)}
+        before = self._evaluated.get(step, {})
+        if row == {name: value for name, value in before.items() if name != "time"}:
+            return False
+        self.record(step, metrics)
+        self._evaluated[step] = row
+        return True
+
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """metrics.jsonl and TensorBoard only. What is not finite is null in JSON, absent in TensorBoard."""
-        values = {name: float(value) for name, value in metrics.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite = _finite(metrics)
         self._rows.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         self._rows.flush()
         for name, value in finite.items():
@@ -255,17 +267,25 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _keep_steps(path: Path, last: int) -> None:
-    """Drop rows after step `last`, and a line that a killed run left half written."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= last:
-            kept.append(line)
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _of_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in row)
+
+
+def _keep_steps(path: Path, last: int) -> list[dict[str, Any]]:
+    """Drop rows after step `last`, and a line that a killed run left half written; the rows that stay."""
+    if not path.is_file():  # of a run that starts, or the null device
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    kept = [(line, row) for line, row in kept if row["step"] <= last]
     fresh = path.with_suffix(".new")
-    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.write_text("".join(line for line, _ in kept), encoding="utf-8")
     fresh.replace(path)
+    return [row for _, row in kept]
 
 
 def _format(value: float, form: str) -> str:

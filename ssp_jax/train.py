@@ -333,9 +333,8 @@ class _Run:
         name = f"after step {step}" if step else f"initial weights of {path}"
         current = (lambda: self._to_sampler(self._state.params)) if step == self.step else self._initial
         result = evaluate.evaluate(setting, step, name, current)
-        if result.fresh and self._inputs.eval_sets:
-            found = result.document["sets"].items()
-            self.logger.record(step, {f"eval/{set_}/{key}": v for set_, row in found for key, v in row.items()})
+        found = {f"eval/{set_}/{key}": v for set_, row in result.document["sets"].items() for key, v in row.items()}
+        if found and self.logger.evaluation(step, found):
             evaluate.show(self.logger, result)
         return result
 

@@ -106,7 +106,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(tmp_path):
     path.write_text(path.read_text() + '{"set": "second", "row": 1, "ques')  # what it was just writing
     engine = ScriptedEngine(script)
     whole, again = run(tmp_path / "whole"), run(tmp_path, engine)
-    assert len(engine.prompts) == 2 and again.fresh
+    assert len(engine.prompts) == 2
     assert lines(tmp_path)[:2] == before and len(lines(tmp_path)) == 4
     assert again.document["sets"] == whole.document["sets"]
     assert set(engine.prompts) == {2 << 9, 3 << 9}  # as they were in the run of all questions: rows 2 and 3
@@ -119,7 +119,7 @@ def test_what_is_complete_is_neither_played_nor_loaded(tmp_path):
         raise AssertionError("the weights were asked for")
 
     again = run(tmp_path, stops_after(0), params=never)
-    assert again.document == first.document and not again.fresh
+    assert again.document == first.document
 
 
 def test_a_question_that_has_changed_is_played_again(tmp_path):
@@ -139,9 +139,9 @@ def test_a_judge_is_asked_where_exact_match_fails_and_never_twice(tmp_path):
     assert [result.document["sets"][name]["right"] for name in ("first", "second")] == [50.0, 0.0]
     judge = Judge(York=True)
     result = run(tmp_path, stops_after(0), judge)
-    assert judge.asked == ["York"] and result.document["unjudged"] == 0 and result.fresh
+    assert judge.asked == ["York"] and result.document["unjudged"] == 0
     assert result.document["sets"]["second"]["right"] == 50.0 and result.document["sets"]["second"]["em"] == 0.0
-    assert not run(tmp_path, stops_after(0), Judge()).fresh
+    run(tmp_path, stops_after(0), Judge())  # knows nothing, so asking it would fail
     assert [line["right"] for line in lines(tmp_path, "verdicts")] == [None, False, True]
     other = Judge(Paris=True, York=True)
     other.name = "another"

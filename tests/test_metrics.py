@@ -53,6 +53,25 @@ def test_resuming_drops_rows_that_come_again_and_a_torn_line(tmp_path: Path) -> 
         assert [r["step"] for r in rows(tmp_path)] == [0]
 
 
+def test_an_evaluation_has_one_row_however_often_the_run_is_killed(tmp_path: Path) -> None:
+    before, after = {"eval/nq/right": 20.0, "eval/nq/n": 5}, {"eval/nq/right": 30.0, "eval/nq/n": 5}
+    with Logger(str(tmp_path), 9, tensorboard=False) as logger:
+        assert logger.evaluation(0, before) and not logger.evaluation(0, before)
+        logger.step(3, STEP, 1.5)
+        logger.step(4, STEP, 1.5)
+        assert logger.evaluation(4, after)
+    for _ in range(2):  # killed before step 4 is saved: its row goes, and comes back with what is on disk
+        with Logger(str(tmp_path), 9, tensorboard=False, resume_step=3) as logger:
+            assert not logger.evaluation(0, before)
+            logger.step(4, STEP, 1.5)
+            assert logger.evaluation(4, after)
+    with Logger(str(tmp_path), 9, tensorboard=False, resume_step=4) as logger:
+        assert not logger.evaluation(4, after)
+        assert logger.evaluation(4, after | {"eval/nq/right": 40.0})  # verdicts that had failed
+    found = [(row["step"], row["eval/nq/right"]) for row in rows(tmp_path) if "eval/nq/right" in row]
+    assert found == [(0, 20), (4, 30), (4, 40)]
+
+
 def test_tensorboard_file_grows_with_each_step(tmp_path: Path) -> None:
     def size() -> int:
         return sum(path.stat().st_size for path in (tmp_path / "tensorboard").glob("events.out.tfevents.*"))

@@ -178,6 +178,9 @@ def test_an_evaluation_that_a_signal_ends_is_finished_when_the_run_goes_on(whole
     assert (workdir / "checkpoints" / "4").exists() and evaluated(workdir) == [0]
     train.train(config, str(workdir))
     assert evaluated(workdir) == [0, 4] and len((folder / "episodes.jsonl").read_text().splitlines()) == 8
+    shutil.rmtree(workdir / "checkpoints" / "4")  # killed after the evaluation, before its step was saved
+    train.train(config, str(workdir))
+    assert evaluated(workdir) == [0, 4] and len((folder / "episodes.jsonl").read_text().splitlines()) == 8
 
 
 @pytest.mark.parametrize("order", ["proposer_first", "combined"])
