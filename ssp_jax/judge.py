@@ -5,6 +5,7 @@ speaks the OpenAI protocol, asked by its official client. Both take batches and 
 """
 
 import functools
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -76,6 +77,21 @@ class Policy:
         self._engine.play(self._weights(), jax.random.key(0), players, finished, playing)
 
 
+class NoReply(Exception):
+    """A server's answer of status 200 that holds no text of a model."""
+
+
+def _text_of(body: str) -> str:
+    """What the model said, in a chat completion. The client itself would take any body for one."""
+    try:
+        text = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, TypeError, LookupError):
+        text = None
+    if not isinstance(text, str):
+        raise NoReply(f"it answers with no text of a model: {body}")
+    return text
+
+
 class OpenAI:
     """A server. The client itself repeats what timed out or was refused for load, after pauses that grow."""
 
@@ -86,7 +102,7 @@ class OpenAI:
         except ImportError:
             raise InputError("the openai judge: expected the package openai; pip install '.[openai]'") from None
         self.name = f"openai {model}"
-        self._errors, self._model = openai.OpenAIError, model
+        self._errors, self._model = (openai.OpenAIError, NoReply), model
         self._concurrency, self._max_tokens = concurrency, max_tokens
         key = os.environ.get("OPENAI_API_KEY") or "none"  # servers of one's own ask for none
         # One for each batch: its connections are closed when all has been judged.
@@ -122,10 +138,10 @@ class OpenAI:
 
     def _complete(self, client: Any, case: Case, **options: Any) -> str:
         messages = prompts.judge_messages(case.question, case.answers, case.answer)
-        completion = client.chat.completions.create(
+        answer = client.chat.completions.with_raw_response.create(
             model=self._model, messages=messages, temperature=0.0, max_tokens=self._max_tokens, **options
         )
-        return (completion.choices[0].message.content or "") if completion.choices else ""
+        return _text_of(answer.http_response.text)
 
 
 def make_judges(

@@ -102,7 +102,7 @@ def test_a_case_that_is_too_long_for_the_policy_fails():
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks the protocol. `says`: word of the prompt -> the replies in turn: texts, or statuses to refuse with."""
+    """Speaks the protocol. `says`: word of the prompt -> the replies in turn: texts, whole bodies, or statuses to refuse with."""
 
     daemon_threads = True
 
@@ -131,10 +131,11 @@ class Handler(BaseHTTPRequestHandler):
             reply = replies.pop(0) if len(replies) > 1 else replies[0]
         if "week" not in text:
             self.server.gate.wait(30)
-        status, content = (200, reply) if isinstance(reply, str) else (reply, "")
+        status, content = (reply, "") if isinstance(reply, int) else (200, str(reply))
         message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [message]}
         data = json.dumps(answer if status == 200 else {"error": {"message": "no", "type": "x"}}).encode()
+        data = reply if isinstance(reply, bytes) else data
         with self.server.lock:
             self.server.at_once -= 1
         self.send_response(status)
@@ -197,6 +198,36 @@ def test_openai_tries_again_and_then_counts_a_failure(serve):
     asked = [body["messages"][-1]["content"] for _, body in server.asked]
     counts = [sum(f"answer {i}" in text for text in asked) for i in range(4)]
     assert counts == [3, 3, 1, 1]  # what will not get better is asked once
+
+
+BODIES = (
+    b"",
+    b"<html>Welcome</html>",
+    b"null",
+    b"[]",
+    b'"Correct"',
+    b'{"choices": null}',
+    b'{"choices": []}',
+    b'{"choices": {"message": "Correct"}}',
+    b'{"choices": [{"index": 0}]}',
+    b'{"choices": [{"message": null}]}',
+    b'{"choices": [{"message": {"content": null}}]}',
+    b'{"choices": [{"message": {"content": ["Correct"]}}]}',
+    b'{"choices": [{"message": {"content": "Cor\xff',
+)
+
+
+def test_an_answer_without_a_text_is_a_verdict_that_failed(serve):
+    server = serve(**{f"answer_{i}:": [body] for i, body in enumerate(BODIES)})
+    cases = [Case("Q?", ("Paris",), f"answer {i}:") for i in range(len(BODIES))]
+    for body, verdict in zip(BODIES, ask(connect(server, retries=0), cases), strict=True):
+        assert verdict.right is None and verdict.reply.startswith("NoReply: it answers with no text"), body
+
+
+@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b'{"choices": [{"message": {"content": null}}]}'])
+def test_a_server_that_answers_with_something_else_is_told_at_once(serve, body):
+    with pytest.raises(InputError, match="'a-judge': it answers with no text of a model: .*(Welcome|null)"):
+        connect(serve(week=[body]))
 
 
 def test_openai_gives_up_on_a_server_that_is_silent(serve):
