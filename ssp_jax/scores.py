@@ -79,8 +79,8 @@ def gains(before: Values, after: Values, paper: Mapping[str, tuple[float, float]
     whole = _with_average(differences)
     if AVERAGE in whole:
         old_mean, new_mean = (float(np.mean([end[i] for end in ends.values()])) for i in (0, 1))
-        known = [g.paper for g in found.values() if g.paper]
-        theirs = tuple(np.mean(known, axis=0).tolist()) if known and len(known) == len(paper) else None
+        same = sorted(name.rpartition("/")[2] for name in found) == sorted(paper)  # a mean over other sets is another
+        theirs = tuple(np.mean(list(paper.values()), axis=0).tolist()) if same else None
         found[AVERAGE] = Gain(old_mean, new_mean, *interval(whole[AVERAGE][1]), theirs)
     return found
 

@@ -57,6 +57,9 @@ def test_the_papers_row_stands_beside_the_sets_of_its_test_file():
     some = scores.gains(values(**{"ssp/nq": [0, 1], "mine": [1]}), values(**{"ssp/nq": [1, 1], "mine": [1]}), figures)
     assert some["average"].paper is None and some["mine"].paper is None
     assert [row[0] for row in scores.gain_rows(some)[0]] == ["ssp/nq", "mine", "average"]
+    for other in ("mine", "other/nq"):  # a mean over eight sets does not stand beside one over seven
+        more = values(**sets, **{other: [1, 1]})
+        assert scores.gains(more, more, figures)["average"].paper is None
 
 
 @pytest.mark.parametrize(
