@@ -102,7 +102,7 @@ def test_a_case_that_is_too_long_for_the_policy_fails():
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks the protocol. `says`: word of the prompt -> the replies in turn: texts, whole bodies, or statuses to refuse with."""
+    """Speaks the protocol. `says`: word of the prompt -> its replies in turn: texts, bodies, or statuses to refuse with."""
 
     daemon_threads = True
 
