@@ -132,7 +132,7 @@ def get_config() -> ConfigDict:
     c.learner.proposer_baseline = "none"  # none [P eq.5] | batch_mean | leave_one_out | hop_grouped (Dr. Zero)
     c.learner.aggregation = "sequence_mean"  # [P eq.4] | token_mean: verl default, so [C] | constant: Dr. GRPO
     c.learner.update_order = "solver_first"  # [P Alg.1] | proposer_first [C] | combined: one update
-    c.learner.old_logprobs = "sampler"  # sampler: no extra pass | recompute [C]
+    c.learner.old_logprobs = "sampler"  # sampler: no extra pass, biased with top_k or top_p | recompute [C]
     c.learner.importance_cap = 2.0  # cap of the trainer/sampler ratio when recomputing [H]
     c.learner.max_bad_updates = 3  # non-finite updates in a row that stop the run [H]
 

@@ -5,6 +5,7 @@ A config file is Python with `get_config() -> ConfigDict`; it starts from config
 """
 
 import dataclasses
+import math
 import re
 import runpy
 import traceback
@@ -234,6 +235,9 @@ RL_PAIRS = {
     "grpo_grpo": ("grpo", "grpo"),
 }
 
+# Of one role in a step; an episode's id (episodes.episode_id) has bits for so many.
+ID_ROWS, ID_ATTEMPTS = 1 << 19, 1 << 9
+
 # Keys whose value is one of a few names.
 CHOICES: dict[str, Iterable[str]] = {
     "model.dtype": ("bfloat16", "float32"),
@@ -285,6 +289,8 @@ def check_values(config: ConfigDict) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if key.startswith("mesh.") or any(isinstance(n, str | bool) for n in numbers):
             continue
+        if not all(map(math.isfinite, numbers)):
+            raise InputError(f"config key {key} is {value}; expected a finite number")
         least = 0 if key.startswith(_MAY_BE_ZERO) else 1e-12
         if key != "reward.invalid_question" and any(n < least for n in numbers):
             raise InputError(f"config key {key} is {value}; expected {'at least 0' if not least else 'more than 0'}")
@@ -321,8 +327,44 @@ def _check_sizes(config: ConfigDict, values: dict[str, Any]) -> None:
     for key, (least, why) in needs.items():
         if values[key] < least:
             raise InputError(f"config key {key} is {values[key]}; expected at least {least}, for {why}")
+    _check_ids(config)
+    if not config.engine.extend_buckets:
+        raise InputError("config key engine.extend_buckets is empty; expected at least one length")
+    judged = "policy" in (config.reward.metric, config.eval.judge)
+    if judged and config.judge.max_tokens >= config.engine.cache_tokens:
+        raise InputError(
+            f"config key judge.max_tokens is {config.judge.max_tokens}; expected less than engine.cache_tokens = "
+            f"{config.engine.cache_tokens}, which must hold what is judged too"
+        )
     if config.learner.row_tokens % config.learner.logprob_chunk:
         raise InputError(
             f"config key learner.row_tokens is {config.learner.row_tokens}; "
             f"expected a multiple of learner.logprob_chunk = {config.learner.logprob_chunk}"
         )
+
+
+def _check_ids(config: ConfigDict) -> None:
+    """What a step plays must have room in the ids of its episodes."""
+    game, groups = config.game, RL_PAIRS[config.game.rl_pair]
+    proposals, attempts = (game.group_size if algorithm == "grpo" else 1 for algorithm in groups)
+    for key, number in (("group_size", attempts), ("resample_rounds", 1 + game.resample_rounds)):
+        if number > ID_ATTEMPTS:
+            most = ID_ATTEMPTS - (key == "resample_rounds")
+            raise InputError(f"config key game.{key} is {game[key]}; expected at most {most}")
+    played = game.answers_per_step * proposals * attempts  # a judge may be asked about each of them
+    if played > ID_ROWS:
+        raise InputError(
+            f"config key game.answers_per_step is {game.answers_per_step}, which with game.group_size makes {played} "
+            f"attempts a step; expected at most {ID_ROWS}"
+        )
+
+
+def advice(config: ConfigDict) -> list[str]:
+    """Sentences for the start of a run on choices that work but are seldom meant."""
+    found = []
+    if (config.sampling.top_k or config.sampling.top_p < 1) and config.learner.old_logprobs == "sampler":
+        found.append(
+            "sampling.top_k and top_p leave tokens out that the trainer counts, so ratios to the sampler's log-probs "
+            "are too small and clipped for nothing; learner.old_logprobs=recompute corrects it"
+        )
+    return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssp_jax import model, prompts, sampler
+from ssp_jax.config import ID_ATTEMPTS, ID_ROWS
 from ssp_jax.data import Document, InputError
 from ssp_jax.engine import Engine, Search, Sizes
 from ssp_jax.stops import Automaton, build_automaton, token_bytes
@@ -29,14 +30,16 @@ ROLES = (SOLVER, PROPOSER, VERIFIER, ASSISTANT)
 
 SEARCH_ENGINE = "search engine"  # who speaks in a turn that no role wrote
 
-_ROWS, _ATTEMPTS = 1 << 19, 1 << 9
-
 
 def episode_id(role: Role, row: int, attempt: int) -> int:
     """A number below 2**31 that names an episode within a step: the same whenever and wherever it is played."""
-    if row >= _ROWS or attempt >= _ATTEMPTS:
-        raise ValueError(f"episode ids hold {_ROWS} rows and {_ATTEMPTS} attempts, got row {row}, attempt {attempt}")
-    return (role.code * _ROWS + row) * _ATTEMPTS + attempt
+    if row >= ID_ROWS or attempt >= ID_ATTEMPTS:
+        raise ValueError(f"episode ids hold {ID_ROWS} rows and {ID_ATTEMPTS} attempts, got row {row}, {attempt}")
+    return (role.code * ID_ROWS + row) * ID_ATTEMPTS + attempt
+
+
+def row_of(uid: int) -> int:
+    return uid // ID_ATTEMPTS % ID_ROWS
 
 
 def role_automata(tokenizer: Any, vocab_size: int) -> list[Automaton]:
@@ -97,7 +100,7 @@ class Stage:
         if len(tokens) <= self.limits.observation_tokens:
             return tokens
         closing = self.encode(self.style.observation_text.split("{documents}")[1])
-        return tokens[: self.limits.observation_tokens - len(closing)] + closing
+        return tokens[: max(0, self.limits.observation_tokens - len(closing))] + closing
 
 
 @dataclass(frozen=True)

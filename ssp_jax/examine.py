@@ -28,19 +28,19 @@ def examine(config: ConfigDict, workdir: str) -> None:
     if not inputs.eval_sets:
         raise InputError("config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE")
     hosts.agree(lambda: check_workdir(workdir, config, evaluating=True) if hosts.first() else None)
-    mesh, stage = train.make_mesh(config), train.make_stage(config, inputs.tokenizer)
+    mesh = train.make_mesh(config)
     engine = train.make_engine(config, inputs, mesh)
 
     def initial() -> model.Params:
         return train.load_initial(config, inputs.model_config, mesh)
 
-    judges = judge.make_judges(config, engine, stage, initial)
+    judges = judge.make_judges(config, engine, inputs.stage, initial)
     with (
         Logger(str(Path(workdir) / "eval"), 0, tensorboard=False, mute=not hosts.first()) as logger,
         Checkpoints(workdir, every=0, keep=0, read_only=True) as checkpoints,
         hosts.Sigterm() as stop,
     ):
-        setting = train.make_setting(config, Path(workdir), inputs, stage, engine, judges, logger, stop)
+        setting = train.make_setting(config, Path(workdir), inputs, engine, judges, logger, stop)
         newest = checkpoints.latest_step()
         train.compare(config, inputs, {"the newest checkpoint": newest})
         asked: dict[int, tuple[str, Callable[[], Any]]] = {}

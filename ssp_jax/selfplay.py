@@ -237,7 +237,7 @@ class _Play:
         return self._player(PROPOSER, game, game.proposals - 1, messages)
 
     def finished(self, player: Player) -> Iterable[Player]:
-        game, episode = self._games[(player.uid >> 9) & ((1 << 19) - 1)], player.episode()
+        game, episode = self._games[episodes.row_of(player.uid)], player.episode()
         if player.role is PROPOSER:
             return self._after_proposer(game, episode)
         answer, metric = prompts.last_answer(episode.text), self._config.reward.metric

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax import data, episodes, evaluate, export, hosts, judge, learner, model, paper, prompts, sharding, weights
 from ssp_jax.checkpoint import Checkpoints, check_shared, check_workdir
-from ssp_jax.config import check_values, flatten_config
+from ssp_jax.config import advice, check_values, flatten_config
 from ssp_jax.data import InputError, Task
 from ssp_jax.engine import Engine, Sizes, Stats
 from ssp_jax.evaluate import Result, Setting
@@ -42,6 +42,7 @@ class Inputs:
     retriever: Search
     model_config: model.ModelConfig
     tokenizer: Any
+    stage: episodes.Stage
     eos: tuple[int, ...]
 
 
@@ -49,11 +50,11 @@ def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
     check_values(config)
     keep_compiled(workdir)
-    inputs = hosts.agree(lambda: read_inputs(config, workdir))
+    inputs, mesh = hosts.agree(lambda: read_inputs(config, workdir)), make_mesh(config)
     # After the inputs: a mistyped path must not become the workdir's config.
     hosts.agree(lambda: check_workdir(workdir, config) if hosts.first() else None)
     hosts.agree(lambda: check_shared(workdir))
-    run = _Run(config, workdir, inputs)
+    run = _Run(config, workdir, inputs, mesh)
     compare(config, inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
     with run.logger, run.checkpoints, Sigterm() as stop:
         try:
@@ -100,6 +101,7 @@ def read_inputs(config: ConfigDict, workdir: str) -> Inputs:
         retriever=_open_search(config.retriever, workdir, tasks),
         model_config=model_config,
         tokenizer=tokenizer,
+        stage=make_stage(config, tokenizer),
         eos=episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
     )
 
@@ -145,7 +147,14 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
 def make_stage(config: ConfigDict, tokenizer: Any) -> episodes.Stage:
     p, limits = config.prompt, episodes.Limits(**config.limits)
     style = dataclasses.replace(prompts.STYLES[p.style], worked_example=p.worked_example)
-    return episodes.Stage(tokenizer, style, p.template, limits)
+    stage = episodes.Stage(tokenizer, style, p.template, limits)
+    least = len(stage.encode(style.observation_text.format(documents="")))
+    if limits.observation_tokens <= least:
+        raise InputError(
+            f"config key limits.observation_tokens is {limits.observation_tokens}; expected more than the {least} "
+            "tokens of the tags around a result"
+        )
+    return stage
 
 
 def make_learner_config(config: ConfigDict, model_config: model.ModelConfig) -> learner.LearnerConfig:
@@ -178,7 +187,6 @@ def make_setting(
     config: ConfigDict,
     workdir: Path,
     inputs: Inputs,
-    stage: episodes.Stage,
     engine: Engine,
     judges: Callable[[str], judge.Judge | None],
     logger: Logger,
@@ -187,7 +195,8 @@ def make_setting(
     """Of the evaluations of a run."""
     metric, temperature = config.eval.judge, config.sampling.eval_temperature
     key, asked = jax.random.key(config.seed), hosts.agree(lambda: judges(metric))
-    return Setting(workdir / "eval", inputs.eval_sets, engine, stage, key, temperature, metric, asked, logger, stop)
+    where, sets = workdir / "eval", inputs.eval_sets
+    return Setting(where, sets, engine, inputs.stage, key, temperature, metric, asked, logger, stop)
 
 
 def sampler_copy(
@@ -209,21 +218,20 @@ def load_initial(config: ConfigDict, model_config: model.ModelConfig, mesh: jax.
 class _Run:
     """The parts of a run and its state: train state, memory, step."""
 
-    def __init__(self, config: ConfigDict, workdir: str, inputs: Inputs):
-        self._config, self._workdir, self._inputs = config, Path(workdir), inputs
-        self._mesh = make_mesh(config)
+    def __init__(self, config: ConfigDict, workdir: str, inputs: Inputs, mesh: jax.sharding.Mesh):
+        self._config, self._workdir, self._inputs, self._mesh = config, Path(workdir), inputs, mesh
         self.compiles = CompileCounter()
         self.checkpoints = Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
         self.step = self.checkpoints.latest_step() or 0
-        self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step, mute=not hosts.first())
         self._key = jax.random.key(config.seed)
         self._build_model()
-        stage = make_stage(config, inputs.tokenizer)
-        self._stage = stage
         self._engine = make_engine(config, inputs, self._mesh)
-        self._judges = judge.make_judges(config, self._engine, stage, self._initial)
+        self._judges = judge.make_judges(config, self._engine, inputs.stage, self._initial)
         judging = hosts.agree(lambda: self._judges(config.reward.metric))
-        self._game = SelfPlay(config, stage, self._engine, inputs.retriever, judging)
+        if inputs.eval_sets and (config.eval.before or config.eval.every or config.eval.after):
+            hosts.agree(lambda: self._judges(config.eval.judge))  # a server that is not there is told now
+        self._game = SelfPlay(config, inputs.stage, self._engine, inputs.retriever, judging)
+        self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step, mute=not hosts.first())
 
     def _build_model(self) -> None:
         """Initial weights from the model folder; the train state from them or from the newest checkpoint."""
@@ -257,6 +265,8 @@ class _Run:
             devices += f" of {jax.process_count()} processes"
         start = f"resuming after step {self.step}" if self.step else "starting"
         self.logger.say(f"{start} in {self._workdir} on {devices}; jax {jax.__version__}")
+        for sentence in advice(self._config):
+            self.logger.say(sentence)
         began = time.monotonic()
         with self.logger.phase("compiling"):
             self._engine.warm_up(self._to_sampler(self._state.params), self._key)
@@ -327,9 +337,7 @@ class _Run:
     def evaluate(self, step: int, stop: Sigterm) -> Result:
         """Of the current weights, or, for step 0 of a run that has gone on, of the initial ones."""
         path = self._config.model.path
-        setting = make_setting(
-            self._config, self._workdir, self._inputs, self._stage, self._engine, self._judges, self.logger, stop
-        )
+        setting = make_setting(self._config, self._workdir, self._inputs, self._engine, self._judges, self.logger, stop)
         name = f"after step {step}" if step else f"initial weights of {path}"
         current = (lambda: self._to_sampler(self._state.params)) if step == self.step else self._initial
         result = evaluate.evaluate(setting, step, name, current)

@@ -135,6 +135,8 @@ def test_a_long_result_is_cut_but_closed():
     tokens = STAGE.observation(FOUND * 30)
     assert len(tokens) == LIMITS.observation_tokens
     assert STAGE.decode(tokens).endswith("</information>\n")
+    least = dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, observation_tokens=1))
+    assert STAGE.decode(least.observation(FOUND * 30)) == "</information>\n"  # not all but a few tokens
 
 
 def test_episode_ids_are_unique_and_fit():

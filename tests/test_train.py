@@ -238,18 +238,46 @@ def test_bad_input_is_told_before_anything_compiles(tmp_path, key):
         ("engine.slots", 0, "more than 0"),
         ("engine.schedule", "fast", "expected one of pipelined, barrier"),
         ("sampling.top_p", 0.0, "more than 0, up to 1"),
+        ("game.group_size", 513, "game.group_size is 513; expected at most 512"),
+        ("game.resample_rounds", 512, "game.resample_rounds is 512; expected at most 511"),
+        ("game.answers_per_step", (1 << 18) + 1, "makes 524290 attempts a step; expected at most 524288"),
+        ("engine.extend_buckets", (), "engine.extend_buckets is empty"),
+        ("limits.observation_tokens", 6, "limits.observation_tokens is 6; expected more than the 6 tokens"),
+        ("judge.max_tokens", 512, "judge.max_tokens is 512; expected less than engine.cache_tokens = 448"),
+        ("learner.learning_rate", float("nan"), "learner.learning_rate is nan; expected a finite number"),
+        ("reward.invalid_question", float("inf"), "reward.invalid_question is inf; expected a finite number"),
         ("model.path", "", "expected a path"),
         ("mesh.tensor", 3, "divisor of 2"),
         ("learner.rows", 3, "rows"),
     ],
 )
 def test_values_that_cannot_work_are_told(tmp_path, key, value, expected):
-    changes = {key: value} | ({"mesh.data": 2} if key == "learner.rows" else {})
+    needed = {"learner.rows": {"mesh.data": 2}, "judge.max_tokens": {"eval.judge": "policy"}}
+    changes = {key: value} | needed.get(key, {})
     c = small()
     with c.unlocked():
         c.update_from_flattened_dict(changes)
     with pytest.raises(data.InputError, match=expected):
         train.train(c, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.json").exists()  # so that the mended command is not another config's
+
+
+def test_the_judge_of_evaluations_is_asked_before_anything_is_played(tmp_path):
+    changes = {"eval.judge": "openai", "judge.url": "http://127.0.0.1:1/v1", "judge.model": "m", "judge.retries": 0}
+    c = small(eval__before=False)
+    with c.unlocked():
+        c.update_from_flattened_dict(changes)
+    with pytest.raises(data.InputError, match="judge.url"):
+        train.train(c, str(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_truncation_that_the_trainer_does_not_know_of_is_told():
+    assert configuration.advice(small()) == []
+    for key, value in (("top_k", 20), ("top_p", 0.9)):
+        changes = {f"sampling__{key}": value}
+        assert "learner.old_logprobs=recompute" in configuration.advice(small(**changes))[0]
+        assert configuration.advice(small(**changes, learner__old_logprobs="recompute")) == []
 
 
 def test_a_workdir_of_another_config_is_refused(whole):
