@@ -200,25 +200,43 @@ _NO_VERDICT = re.compile(
     r"correct\W{1,5}(or\W{1,5})?(wrong|incorrect)\b|(?<!\ba )\b(correct|right) answers?\b|\b(in)?correct\?|\bwrong\?"
 )
 _VERDICT = re.compile(r"(?<![a-z])(incorrect|correct|wrong)(?![a-z])")
-_CLAUSE_END = re.compile(r"[.,;:!?\n。，；：！？]|\bbut\b")
-_NEGATION = re.compile(r"\b(not|no|never|cannot|neither|nor|hardly)\b|n['\u2019]t\b|[不非没]|\bin[- ]$")
-_HEDGE = re.compile(r"\b(partially|partly|almost|nearly|somewhat|half)\b")
+_SENTENCE_END = re.compile(r"(?<!\bno)[.;:!?(\n。；：！？]")  # "No. The answer is correct" is no yes
+_PHRASE_END = re.compile(r"[,，]|\b(?:and|so)\b")
+_NEGATION = re.compile(
+    r"\b(not|no|never|cannot|neither|nor|hardly|far from|anything but|partially|partly|almost|nearly|somewhat|half)\b"
+    r"|n['\u2019]t\b|[不非没]|\bin[- ]$"
+)
+_PLAIN = frozenset(
+    re.findall(
+        r"\w+",
+        "a the this that i it its is was be been has as with my also but clearly completely considered deemed "
+        "definitely entirely exactly final fully given hence indeed judged marked of should still therefore thus would say "
+        "yes answer response reply verdict judgement judgment 正确",
+    )
+)
 
 
 def verdict(reply: str) -> bool | None:
     """What a judge's reply says of an answer: True only for a plain "correct", None where it says neither or both.
 
-    The reference takes every reply that contains "correct" for a yes, "Incorrect" too (FACTS 1.8). The reply's first
-    word decides where later ones differ from it.
+    Before a plain "correct" there stand, since the last comma, "and" or "so", only words of _PLAIN, and since the
+    beginning of the sentence no negation, which makes it a False. "wrong" and "incorrect" are False too, and mean
+    nothing after a negation. All mentions must agree, or the reply begins with the one that counts. The reference takes
+    every reply that contains "correct" for a yes, "Incorrect" too (FACTS 1.8).
     """
     text = _NO_VERDICT.sub(" - ", _THOUGHTS.sub(" ", reply).lower().replace("*", ""))
-    said, start = [], 0
+    said: list[bool | None] = []
+    start = 0
     for match in _VERDICT.finditer(text):
-        before = _CLAUSE_END.split(text[start : match.start()])[-1]
-        right = (match[1] == "correct") != bool(_NEGATION.search(before))
-        said.append(right and not _HEDGE.search(before))
-        start = match.end()
-    leads = bool(said) and not re.search(r"[a-z]", text[: next(_VERDICT.finditer(text)).start()])
+        sentence = _SENTENCE_END.split(text[start : match.start()])[-1]
+        phrase, start = _PHRASE_END.split(sentence)[-1], match.end()
+        if match[1] == "correct":
+            plain = _PLAIN.issuperset(re.findall(r"[^\W_]+", phrase))
+            said.append(False if _NEGATION.search(sentence) else plain or None)
+        elif not _NEGATION.search(phrase):
+            said.append(False)
+    first = _VERDICT.search(text)
+    leads = first is not None and not re.search(r"[a-z]", text[: first.start()])
     return said[0] if said and (leads or len(set(said)) == 1) else None
 
 

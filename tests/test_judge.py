@@ -23,7 +23,9 @@ from ssp_jax.judge import Case, Policy
             True,
             """Correct|correct.|CORRECT!|**Correct**|Verdict: Correct|I would say Correct.|This is a correct answer.
             Correct, not wrong.|The answer is not wrong but correct.|Richtig (Correct)|正确 Correct|ответ: Correct。
-            <think>It is wrong, or not?</think> Correct|Correct. Only the spelling is wrong.""",
+            <think>It is wrong, or not?</think> Correct|Correct. Only the spelling is wrong.|The answer is correct
+            The given answer matches a right one, so it is correct.|Yes, it is correct!|It should be considered correct.
+            {"verdict": "Correct"}|1. Correct|It names the same city and is correct.""",
         ),
         (
             False,
@@ -31,12 +33,16 @@ from ssp_jax.judge import Case, Policy
             cannot be considered correct|Partially correct|in correct|in-correct|不 correct|不correct|Never correct
             Correct or Wrong: Wrong|Wrong. The correct answer is Paris.|The correct answer is Paris, so this is wrong.
             Correct answer: Paris. Given: Rome. Wrong.|Correct? No, wrong.|<think>Correct.</think>Wrong
-            incorrect, the correct answers are others|The given answer is neither complete nor correct""",
+            incorrect, the correct answers are others|The given answer is neither complete nor correct|far from correct
+            not quite correct|anything but correct|It is not, however, correct|No, I would not say correct
+            No. The correct is Paris""",
         ),
         (
             None,
             """|Correct or Wrong|correct/incorrect|Yes|不正确|错误|Korrekt|Correcto|Incorrectly|<think>Correct
-            the answer is correct and wrong|The correct answer is Paris.|Right""",
+            the answer is correct and wrong|The correct answer is Paris.|Right|is this correct? no|Is it correct? Yes
+            It fails to be correct|I doubt that it is correct|less than correct|It lacks a correct date|It is not wrong
+            Only the first part is correct|If it were Lyon it would be correct|unlikely to be correct""",
         ),
     ],
 )
@@ -102,7 +108,7 @@ def test_a_case_that_is_too_long_for_the_policy_fails():
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks the protocol. `says`: word of the prompt -> its replies in turn: texts, bodies, or statuses to refuse with."""
+    """Speaks the protocol. `says`: word of the prompt -> its replies in turn: texts, bodies, or error statuses."""
 
     daemon_threads = True
 
