@@ -210,8 +210,8 @@ _PLAIN = frozenset(
     re.findall(
         r"\w+",
         "a the this that i it its is was be been has as with my also but clearly completely considered deemed "
-        "definitely entirely exactly final fully given hence indeed judged marked of should still therefore thus would say "
-        "yes answer response reply verdict judgement judgment 正确",
+        "definitely entirely exactly final fully given hence indeed judged marked of should still therefore thus would "
+        "say yes answer response reply verdict judgement judgment 正确",
     )
 )
 
