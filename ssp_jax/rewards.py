@@ -101,6 +101,8 @@ QUESTION_FAULTS = (
     "answer_in_search",
     "no_documents",
 )
+# Of well-formed ones: the verifier's answer is not right, or limits.verify_prompt_tokens leaves no room for the prompt.
+VERIFICATION_FAULTS = ("unverified", "too_long_to_verify")
 
 
 def question_fault(

@@ -298,7 +298,7 @@ class _Play:
         game.verifier = episode
         if self._score(game, episode) > 0:
             return self._solve(game)
-        return self._failed(game, "unverified")
+        return self._failed(game, "too_long_to_verify" if episode.stop_reason == "prompt_tokens" else "unverified")
 
     def _failed(self, game: Game, fault: str) -> Iterable[Player]:
         """How the batch is filled when a question fails [P B.1]; a dummy question gives no signal, so none plays."""
@@ -369,7 +369,7 @@ def _mean(values: Iterable[float]) -> float:
 def _metrics(games: list[Game], stats: Stats) -> dict[str, float]:
     """The funnel, rewards, lengths and rates of a round."""
     faults = Counter(g.fault for g in games if g.fault)
-    malformed = sum(n for fault, n in faults.items() if fault != "unverified")
+    malformed = sum(n for fault, n in faults.items() if fault not in rewards.VERIFICATION_FAULTS)
     fresh = [g for g in games if g.question is not None and not g.question.reused]
     solvers = [e for g in games for e in g.attempts]
     proposers = [g.proposer for g in games if g.proposer is not None]
@@ -380,7 +380,7 @@ def _metrics(games: list[Game], stats: Stats) -> dict[str, float]:
         "funnel/verified": len(fresh),
         "funnel/reused": sum(g.question is not None and g.question.reused for g in games),
         "funnel/solved": _mean(_mean(g.scores) for g in fresh),
-        **{f"fault/{fault}": float(faults[fault]) for fault in (*rewards.QUESTION_FAULTS, "unverified")},
+        **{f"fault/{name}": float(faults[name]) for name in (*rewards.QUESTION_FAULTS, *rewards.VERIFICATION_FAULTS)},
         "reward/proposer": _mean(g.proposer_reward for g in games),
         "reward/solver": _mean(s for g in games for s in g.scores),
         "solver/searches": _mean(len(e.queries) for e in solvers),

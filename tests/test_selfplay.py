@@ -1,5 +1,6 @@
 """The game with a scripted policy: every outcome of a question gets its written reward, and the batch is filled."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def test_a_failed_question_is_an_outcome_with_its_own_reward(turn, fault):
     assert round_.proposer.rewards.tolist() == [-0.25] * 4
     assert not round_.solver.episodes
     assert round_.metrics[f"fault/{fault}"] == 4
+
+
+def test_a_verifier_without_room_for_its_documents_has_a_fault_of_its_own():
+    """The question is well-formed: what is too short is limits.verify_prompt_tokens."""
+    stage = dataclasses.replace(STAGE, limits=dataclasses.replace(STAGE.limits, verify_prompt_tokens=20))
+    round_, _ = SelfPlay(config(), stage, ScriptedEngine(script()), Corpus()).play(0, TASKS, Memory(), None, None)
+    assert [game.fault for game in round_.games] == ["too_long_to_verify"] * 4
+    counts = [round_.metrics[name] for name in ("fault/too_long_to_verify", "fault/unverified", "funnel/well_formed")]
+    assert counts == [4, 0, 4]
 
 
 @pytest.mark.parametrize(("solved", "reward"), [((True,) * 5, 0.0), ((False,) * 5, 1.0)])
