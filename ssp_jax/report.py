@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from ssp_jax import prompts
-from ssp_jax.data import InputError, read_rows
+from ssp_jax import prompts, rewards
+from ssp_jax.data import InputError
 from ssp_jax.scores import AVERAGE
 
 GAMES = 300  # shown at most, spread over the dumps of a run
@@ -47,11 +48,7 @@ def _share(part: str, whole: str) -> Callable[[dict[str, float]], float | None]:
 
 
 CHARTS = (
-    Chart(
-        "Rewards",
-        {"proposer": "reward/proposer", "solver": "reward/solver"},
-        "Proposer: 1 minus mean solver success; solver: share of right attempts.",
-    ),
+    Chart("Rewards", {"proposer": "reward/proposer", "solver": "reward/solver"}),  # its note: reward_note
     Chart(
         "Funnel, % of the questions asked",
         {
@@ -78,19 +75,36 @@ CHARTS = (
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file. A last one that a running process has half written waits."""
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            yield dict(json.loads(line))
+        except (ValueError, TypeError):
+            raise InputError(f"{path} line {number}: expected a JSON object") from None
+
+
 def read_metrics(workdir: Path) -> Steps:
-    """The rows of steps. A last line that a running process has half written waits."""
+    """The rows of steps."""
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{workdir}: expected a run folder, found no metrics.jsonl in it")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row for row in rows if "seconds" in row]
+    return [row for row in _lines(path) if "seconds" in row]
 
 
 def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
-    """What evaluations wrote, in the order of steps."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((workdir / "eval").glob("step_*.json"))]
+    """What evaluations wrote, in the order of steps. A file that is just being written waits."""
+    found = []
+    for path in sorted((workdir / "eval").glob("step_*.json")):
+        with suppress(ValueError):
+            found.append(json.loads(path.read_bytes()))
+    return found
+
+
+def read_config(workdir: Path) -> str:
+    """As it stands in the file; "" where there is none."""
+    path = workdir / "config.json"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def read_games(workdir: Path, most: int) -> tuple[list[dict[str, Any]], int]:
@@ -100,10 +114,10 @@ def read_games(workdir: Path, most: int) -> tuple[list[dict[str, Any]], int]:
     kept = {dumps[i] for i in np.linspace(0, len(dumps) - 1, min(len(dumps), most)).round().astype(int)}
     for path in dumps:
         step = int(path.stem.removeprefix("step_"))
-        for number, row in enumerate(read_rows(path)):
+        for number, game in enumerate(_lines(path)):
             total += 1
             if path in kept and number < each:
-                games.append(shown_game(step, row.values))
+                games.append(shown_game(step, game))
     return games, total
 
 
@@ -201,7 +215,7 @@ def draw(chart: Chart, rows: Steps) -> str | None:
 
 def draw_faults(rows: Steps) -> str | None:
     """Why questions failed, stacked, as counts of a step."""
-    names = [key for key in (rows[0] if rows else {}) if key.startswith("fault/") and any(row.get(key) for row in rows)]
+    names = list(dict.fromkeys(key for row in rows for key, count in row.items() if key.startswith("fault/") and count))
     if not names:
         return None
     axes, steps = _figure(), [row["step"] for row in rows]
@@ -233,19 +247,41 @@ def draw_evaluations(found: Sequence[dict[str, Any]]) -> str | None:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _charts(steps: Steps, evals: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
-    judges = ", ".join(dict.fromkeys(document["judge"] for document in evals))
-    note = f"Greedy, judged by {judges}, with 95 % bootstrap intervals."
-    drawn = [("Right answers to held-out questions, %", note, draw_evaluations(evals))]
-    drawn += [(chart.title, chart.note, draw(chart, steps)) for chart in CHARTS]
-    drawn.insert(3, ("Questions that failed, by reason", "Questions of a step.", draw_faults(steps)))
+def reward_note(config: str) -> str:
+    """What both roles earn by a run's config.json."""
+    values = json.loads(config or "{}")
+    if values.get("reward.proposer") not in rewards.PROPOSER_REWARDS:
+        return ""
+    name, metric = values["reward.proposer"], values["reward.metric"]
+    what = " ".join(str(rewards.PROPOSER_REWARDS[name].__doc__).split())
+    return (
+        f"Proposer, {name}: {what} A question that fails: {values['reward.invalid_question']:g}. "
+        f"Solver: share of attempts that are right by {metric}."
+    )
+
+
+def by_judge(evals: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What one judge finds right is no point on another's curve. The last one's come first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for document in reversed(evals):
+        found.setdefault(document["judge"], []).insert(0, document)
+    return found
+
+
+def _charts(steps: Steps, evals: Sequence[dict[str, Any]], rewarded: str) -> Iterator[dict[str, str]]:
+    drawn = [(chart.title, chart.note, draw(chart, steps)) for chart in CHARTS]
+    drawn[0] = (drawn[0][0], rewarded, drawn[0][2])
+    drawn.insert(2, ("Questions that failed, by reason", "Questions of a step.", draw_faults(steps)))
+    for judge, documents in reversed(by_judge(evals).items()):
+        title, note = f"Right answers to held-out questions by {judge}, %", "With 95 % bootstrap intervals."
+        drawn.insert(0, (title, note, draw_evaluations(documents)))
     yield from ({"title": title, "note": note, "image": image} for title, note, image in drawn if image)
 
 
 def _ends(evals: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
-    """Set -> its row of the first evaluation and of the last, each with its step."""
+    """Set -> its row of the last judge's first evaluation and of the last, each with its step."""
     rows: dict[str, list[dict[str, float]]] = {}
-    for document in evals:
+    for document in next(iter(by_judge(evals).values()), []):
         for name, row in document["sets"].items():
             rows.setdefault(name, []).append(row | {"step": document["step"]})
     return {name: (found[0], found[-1]) for name, found in rows.items()}
@@ -254,7 +290,7 @@ def _ends(evals: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, float], 
 def page(workdir: Path, most_games: int) -> str:
     steps, evals = read_metrics(workdir), read_evaluations(workdir)
     games, total = read_games(workdir, most_games)
-    config = workdir / "config.json"
+    config = read_config(workdir)
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     return template.render(
@@ -263,12 +299,12 @@ def page(workdir: Path, most_games: int) -> str:
         minutes=sum(row["seconds"] for row in steps) / 60,
         evaluations=_ends(evals),
         judge=evals[-1]["judge"] if evals else "",
-        charts=list(_charts(steps, evals)),
+        charts=list(_charts(steps, evals, reward_note(config))),
         games=games,
         total=total,
         outcomes=sorted({game["outcome"] for game in games}),
         dumps=sorted({game["step"] for game in games}),
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        config=config,
     )
 
 

@@ -40,7 +40,7 @@ def game(question="Which city?", fault="", reused=False, scores=(1.0, 0.0), said
     }
 
 
-def run_folder(folder, steps=3, games=()):
+def run_folder(folder, steps=3, games=(), judges=("policy", "policy")):
     rows = []
     for step in range(1, steps + 1):
         rows.append({"step": step, "time": 2.0, "seconds": 60.0, "reward/solver": 0.1 * step, "reward/proposer": None})
@@ -48,7 +48,7 @@ def run_folder(folder, steps=3, games=()):
     rows.append({"step": steps, "time": 2.0, "eval/paper/nq/right": 45.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "hal')
     (folder / "eval").mkdir()
-    for step, right, judge in ((0, 20.0, "em"), (steps, 45.0, "policy")):
+    for step, right, judge in zip((0, steps), (20.0, 45.0), judges, strict=True):
         row = {name: 30.0 for name in (*SHARES, *MEANS)} | {
             "right": right,
             "right_low": 12.6,
@@ -109,22 +109,62 @@ def test_page(tmp_path, capsys):
         assert expected in text, (expected, text)
 
 
+def charts_of(folder):
+    charts = report._charts(report.read_metrics(folder), report.read_evaluations(folder), "what is paid")
+    return {chart["title"]: chart for chart in charts}
+
+
 def test_curves(tmp_path):
-    run_folder(tmp_path)
-    charts = list(report._charts(report.read_metrics(tmp_path), report.read_evaluations(tmp_path)))
-    drawn = {chart["title"]: chart["image"] for chart in charts}
-    assert "judged by em, policy" in charts[0]["note"]
+    drawn = charts_of(run_folder(tmp_path))
+    assert drawn["Rewards"]["note"] == "what is paid"
     assert list(drawn) == [
-        "Right answers to held-out questions, %",
+        "Right answers to held-out questions by policy, %",
         "Rewards",
         "Funnel, % of the questions asked",
         "Questions that failed, by reason",
         "Seconds",
     ]  # of KL and the rest the run wrote nothing
-    texts = {title: _svg(image) for title, image in drawn.items()}
+    texts = {title: _svg(chart["image"]) for title, chart in drawn.items()}
     assert ">solver<" in texts["Rewards"] and ">proposer<" not in texts["Rewards"]  # null at each step
     assert ">too short<" in texts["Questions that failed, by reason"] and ">empty<" not in "".join(texts.values())
-    assert ">paper/nq<" in texts["Right answers to held-out questions, %"]
+    assert ">paper/nq<" in texts["Right answers to held-out questions by policy, %"]
+
+
+def test_evaluations_of_two_judges_are_not_compared(tmp_path):
+    """Each has a curve, the last one first, and the table is the last one's."""
+    titles = list(charts_of(run_folder(tmp_path, judges=("em", "policy"))))
+    assert [title.split(" by ")[1] for title in titles[:2]] == ["policy, %", "em, %"] and titles[2] == "Rewards"
+    first, last = report._ends(report.read_evaluations(tmp_path))["paper/nq"]
+    assert first["right"] == last["right"] == 45.0
+
+
+def test_what_the_reward_is_stands_in_the_config(tmp_path):
+    values = {"reward.proposer": "azr", "reward.metric": "cover_em", "reward.invalid_question": -1.0}
+    note = report.reward_note(json.dumps(values))
+    assert note.startswith("Proposer, azr: The harder the better, as long as somebody solves it")
+    assert note.endswith("A question that fails: -1. Solver: share of attempts that are right by cover_em.")
+    assert report.reward_note("") == ""
+
+
+def test_a_run_that_goes_on_is_shown_with_what_is_whole(tmp_path):
+    """Files end in the middle of a line, of a letter, or are empty; a fault that came up later has its place."""
+    run_folder(tmp_path, games=[(2, [game(), game()])])
+    row = {"step": 4, "time": 2.0, "seconds": 60.0, "fault/too_long_to_verify": 2.0}
+    lines = (tmp_path / "metrics.jsonl").read_text().rpartition("\n")[0]
+    half = '{"step": 5, "name": "é'.encode()[:-1]
+    (tmp_path / "metrics.jsonl").write_bytes(f"{lines}\n{json.dumps(row)}\n".encode() + half)
+    with (tmp_path / "episodes" / "step_000002.jsonl").open("ab") as file:
+        file.write(half)
+    (tmp_path / "episodes" / "step_000004.jsonl").write_text("")
+    for name in ("step_000004.json", "step_000005.json"):
+        (tmp_path / "eval" / name).write_text('{"step": 4, "jud' if "4" in name else "")
+    assert [row["step"] for row in report.read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert report.read_games(tmp_path, 9)[1] == 2 and len(report.read_evaluations(tmp_path)) == 2
+    assert ">too long to verify<" in _svg(charts_of(tmp_path)["Questions that failed, by reason"]["image"])
+    assert "4 steps, 4.0 minutes" in report.page(tmp_path, 9)
+    (tmp_path / "metrics.jsonl").write_text("no JSON\n")
+    with pytest.raises(InputError, match="metrics.jsonl line 1: expected a JSON object"):
+        report.page(tmp_path, 9)
 
 
 def _svg(image):
