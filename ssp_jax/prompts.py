@@ -211,7 +211,7 @@ _PLAIN = frozenset(
         r"\w+",
         "a the this that i it its is was be been has as with my also but clearly completely considered deemed "
         "definitely entirely exactly final fully given hence indeed judged marked of should still therefore thus would "
-        "say yes answer response reply verdict judgement judgment 正确",
+        "say yes answer response reply verdict judgement judgment model s student candidate prediction provided 正确",
     )
 )
 
