@@ -85,7 +85,7 @@ def run_ssp_jax(shape: tuple[int, ...], batch: int, length: int, new: int, repea
 
     from ssp_jax import backend, cache, engine, model, stops
 
-    backend.prepare(os.environ)
+    backend.prepare()
     config = model.ModelConfig(*shape, rope_theta=ROPE_THETA, tie_embeddings=True, qkv_bias=True)
     make = jax.jit(lambda key: model.unstack(model.init_params(config, key), jnp.dtype(dtype)))
     params, vocab = make(jax.random.key(0)), shape[0]

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -180,7 +179,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=0, help="given answers in the step, 0: as configured")
     parser.add_argument("--slots", type=int, default=0, help="0: as configured")
     args = parser.parse_args()
-    backend.prepare(os.environ)
+    backend.prepare()
     config = load_config(args.config)
     config.game.answers_per_step = args.answers or config.game.answers_per_step
     config.engine.slots = args.slots or config.engine.slots

@@ -349,7 +349,7 @@ def main() -> None:
         if args.worker in ("ssp_jax", "packing"):
             from ssp_jax import backend
 
-            backend.prepare(os.environ)
+            backend.prepare()
         print(json.dumps(WORKERS[args.worker](SHAPES[args.shapes], args.repeats)))
         return
     if args.out is None:

@@ -1,14 +1,16 @@
-"""What a process tells its environment and the C library before JAX starts."""
+"""What a process needs to have told its environment before JAX starts."""
 
+import os
 import sys
-from collections.abc import MutableMapping
 
 from ssp_jax import cpu, gpu
 
 
-def prepare(environment: MutableMapping[str, str]) -> None:
-    """For the device that JAX is about to take; what it sets for a GPU it says on the standard error."""
-    if gpu.will_be_used(environment):
-        print("GPU: set", *gpu.set_defaults(environment) or ["nothing; the environment has it all"], file=sys.stderr)
-    if cpu.will_be_used(environment):
-        cpu.keep_memory()
+def prepare() -> None:
+    """For the device that JAX is about to take. The first thing a program does: it may start itself once more, because
+    glibc reads its settings only when a process starts. What is set for a GPU is said on the standard error.
+    """
+    if gpu.will_be_used(os.environ):
+        print("GPU: set", *gpu.set_defaults(os.environ) or ["nothing; the environment has it all"], file=sys.stderr)
+    if cpu.will_be_used(os.environ) and cpu.set_huge_pages(os.environ):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -382,7 +381,6 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         f = parse_flags(argv)
-        backend.prepare(os.environ)
         (answer_file if f.prompts else answer_typed)(f)
     except InputError as error:
         print(f"ssp_jax: {error}", file=sys.stderr)
@@ -394,4 +392,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    backend.prepare()
     sys.exit(main(sys.argv))

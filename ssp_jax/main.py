@@ -30,7 +30,6 @@ def main(argv: list[str]) -> int:
     try:
         rest, place = take_place(argv)
         command = parse_command_line(rest)
-        backend.prepare(os.environ)
         # Here, so that mistakes above are told before the seconds that JAX takes to load.
         from ssp_jax import examine, hosts, train
 
@@ -47,4 +46,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    backend.prepare()
     sys.exit(main(sys.argv))

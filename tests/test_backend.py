@@ -1,29 +1,36 @@
-"""What a process prepares before JAX starts."""
+"""What a process has told its environment before JAX starts."""
 
+import json
+import os
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-CALLS = """
-import resource
+SAYS = """
+import json, sys
+from pathlib import Path
 from ssp_jax import backend
-backend.prepare({"JAX_PLATFORMS": "cpu"})
-import jax, jax.numpy as jnp
-f = jax.jit(lambda x: (jnp.exp(x.reshape(4096, 4096)) @ jnp.ones((4096, 8))).sum())  # a temporary of 64 MiB
-x = jnp.ones(2**24)
-faults = []
-for _ in range(5):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    f(x).block_until_ready()
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults))
+backend.prepare()
+print(json.dumps([sys.argv, Path("/proc/self/environ").read_text().split(chr(0))]))
 """
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_a_program_called_again_finds_its_memory() -> None:
-    """Fewest page faults of five calls; its 64 MiB are 16,384 of them where the kernel clears them anew."""
-    done = subprocess.run([sys.executable, "-c", CALLS], check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 2000
+def started(**environment: str) -> Any:
+    """Arguments and the environment that the process began with, which is what the C library has read."""
+    command = [sys.executable, "-W", "error", "-c", SAYS, "a b", "--c"]
+    process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    said = process.communicate(timeout=60)[0]
+    return json.loads(said)
+
+
+def test_a_run_on_the_cpu_starts_itself_once_more_with_huge_pages() -> None:
+    arguments, environment = started(JAX_PLATFORMS="cpu", GLIBC_TUNABLES="")
+    assert arguments == ["-c", "a b", "--c"] and "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in environment
+
+
+def test_a_run_elsewhere_is_left_alone() -> None:
+    assert "GLIBC_TUNABLES=x.y=1" in started(JAX_PLATFORMS="tpu", GLIBC_TUNABLES="x.y=1")[1]

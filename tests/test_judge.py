@@ -23,8 +23,9 @@ from ssp_jax.judge import Case, Policy
             True,
             """Correct|correct.|CORRECT!|**Correct**|Verdict: Correct|I would say Correct.|This is a correct answer.
             Correct, not wrong.|The answer is not wrong but correct.|Richtig (Correct)|正确 Correct|ответ: Correct。
-            <think>It is wrong, or not?</think> Correct|Correct. Only the spelling is wrong.|The model's answer is correct
-            The given answer matches a right one, so it is correct.|Yes, it is correct!|It should be considered correct.
+            <think>It is wrong, or not?</think> Correct|Correct. Only the spelling is wrong.
+            The model's answer is correct|The given answer matches a right one, so it is correct.|Yes, it is correct!
+            It should be considered correct.|The answer is correct
             {"verdict": "Correct"}|1. Correct|It names the same city and is correct.""",
         ),
         (
