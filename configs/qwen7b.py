@@ -3,7 +3,7 @@
 command    python -m ssp_jax.main --config=configs/qwen7b.py --workdir=runs/qwen7b
 hardware   8 x H100 80 GB, v5p:2x2x2 or v6e:4x4
 memory     gpu:h100x8  51 GiB playing, 40 updating of 73, from shapes
-           v5p:2x2x2   51 GiB playing, 40 updating of 96, from shapes
+           v5p:2x2x2   49 GiB playing, 43 updating of 96, compiled
            v6e:4x4     28 GiB playing, 22 updating of 31, from shapes; with --config.mesh.tensor=2
 time       not measured; the paper reports 83.4 s a step, 4.6 hours for 200 steps, on hardware it does not name
 score      average of seven sets, pass@1 by a judge: 41.5 before, 49.5 after (paper, Table 1); ours not measured
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     with c.unlocked():
         c.data.eval_sets.ssp = "data/ssp/test.jsonl"  # 3,125 questions of seven sets
     c.retriever.corpus = "data/wiki-18.jsonl"
-    c.retriever.index = "data/wiki-18.index"  # some 25 GB (estimate), so not one in each workdir
+    c.retriever.index = "data/wiki-18.index"  # some 30 GB (see README), so not one in each workdir
 
     c.engine.slots = 256
     # Scores of a prefill are float32 numbers, one for each head, query and key: 4 GiB a row for these, and a
