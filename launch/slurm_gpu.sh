@@ -30,10 +30,12 @@ stop() {
 
 # What the job runs. SLURM_* come from Slurm; in a dry run from below.
 job() {
-  local devices command
-  devices=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
-  # Without JAX_LOCAL_DEVICE_IDS JAX gives a Slurm task one GPU only.
-  command=(srun --kill-on-bad-exit=1 "--export=ALL,JAX_LOCAL_DEVICE_IDS=$devices" "$VENV/bin/python" -m ssp_jax.main "$@")
+  local command
+  # Without it JAX gives a Slurm task one GPU only. Not a part of --export, which srun cuts at each comma.
+  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+  export JAX_LOCAL_DEVICE_IDS
+  command=(srun --kill-on-bad-exit=1 --export=ALL "$VENV/bin/python" -m ssp_jax.main "$@")
+  echo "export JAX_LOCAL_DEVICE_IDS=$JAX_LOCAL_DEVICE_IDS"
   printf '%q ' "${command[@]}"
   printf '\n'
   if [[ -n $dry_run ]]; then

@@ -163,16 +163,25 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_slurm_job_has_one_process_per_node_with_all_gpus() -> None:
-    submit, run, *_, requeue = commands("slurm_gpu.sh", "--dry-run", "2", "8", "--time=24:00:00", "--", CONFIG)
+    submit, set_, run, *_, requeue = commands("slurm_gpu.sh", "--dry-run", "2", "8", "--time=24:00:00", "--", CONFIG)
     assert submit[0] == "sbatch" and {"--nodes=2", "--gpus-per-node=8", "--time=24:00:00"} <= set(submit)
     assert "--export=ALL,SSP_JAX_SUBMITTED=yes,VENV=.venv" in submit
-    assert run[0] == "srun" and "--export=ALL,JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7" in run
+    assert set_ == ["export", "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7"] and run[0] == "srun"
     assert run[-3:] == ["-m", "ssp_jax.main", CONFIG] and requeue[-3:] == ["scontrol", "requeue", "JOB"]
     assert "--ntasks-per-node=1" in (ROOT / "launch" / "slurm_gpu.sh").read_text()
 
 
+EXPORT = """for argument in "$@"; do
+  if [[ $argument == --export=* ]]; then
+    IFS=, read -ra parts <<< "${argument#*=}"
+    for part in "${parts[@]}"; do [[ $part != *=* ]] || export "$part"; done
+  fi
+done
+"""  # what srun makes of --export: parts between commas
+
+
 def fake_slurm(folder: Path, srun: str) -> dict[str, str]:
-    for name, body in {"srun": srun, "scontrol": 'echo "scontrol $*"'}.items():
+    for name, body in {"srun": EXPORT + srun, "scontrol": 'echo "scontrol $*"'}.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "2", "SSP_JAX_SUBMITTED": "yes", "VENV": "my venv"}
@@ -187,12 +196,13 @@ def test_slurm_is_told_to_signal_early_and_to_allow_a_second_start() -> None:
 
 
 def test_a_slurm_job_that_ends_by_itself_keeps_its_code_and_is_not_queued_again(tmp_path: Path) -> None:
-    environment = fake_slurm(tmp_path, "printf '%s|' \"$@\"; exit 6")
+    environment = fake_slurm(tmp_path, "echo GPUs $JAX_LOCAL_DEVICE_IDS; printf '%s|' \"$@\"; exit 6")
     job = [str(ROOT / "launch" / "slurm_gpu.sh"), CONFIG, "--workdir=a run"]
     done = subprocess.run(job, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 6 and "requeue" not in done.stdout
     assert done.stdout.endswith(f"my venv/bin/python|-m|ssp_jax.main|{CONFIG}|--workdir=a run|"), done.stdout
     assert "--kill-on-bad-exit=1" in done.stdout  # one dead process ends the others
+    assert "GPUs 0,1\n" in done.stdout  # both of the node
 
 
 def test_a_slurm_job_near_its_time_limit_saves_and_queues_itself_again(tmp_path: Path) -> None:
