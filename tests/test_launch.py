@@ -163,11 +163,12 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_slurm_job_has_one_process_per_node_with_all_gpus() -> None:
-    submit, set_, run, *_, requeue = commands("slurm_gpu.sh", "--dry-run", "2", "8", "--time=24:00:00", "--", CONFIG)
+    submit, set_, run, signal, requeue = commands("slurm_gpu.sh", "--dry-run", "2", "8", "--time=24:00:00", "--", CONFIG)
     assert submit[0] == "sbatch" and {"--nodes=2", "--gpus-per-node=8", "--time=24:00:00"} <= set(submit)
     assert "--export=ALL,SSP_JAX_SUBMITTED=yes,VENV=.venv" in submit
     assert set_ == ["export", "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7"] and run[0] == "srun"
-    assert run[-3:] == ["-m", "ssp_jax.main", CONFIG] and requeue[-3:] == ["scontrol", "requeue", "JOB"]
+    assert run[-3:] == ["-m", "ssp_jax.main", CONFIG] and signal[-3:] == ["scancel", "--signal=TERM", "JOB"]
+    assert requeue[-3:] == ["scontrol", "requeue", "JOB"]
     assert "--ntasks-per-node=1" in (ROOT / "launch" / "slurm_gpu.sh").read_text()
 
 
@@ -181,7 +182,16 @@ done
 
 
 def fake_slurm(folder: Path, srun: str) -> dict[str, str]:
-    for name, body in {"srun": EXPORT + srun, "scontrol": 'echo "scontrol $*"'}.items():
+    """srun runs the task beside itself, and at SIGTERM kills it as Slurm's does; scancel signals the task."""
+    task = shlex.quote(str(folder / "task"))
+    programs = {
+        "srun": f"""{EXPORT}( echo $BASHPID > {task}; {srun} ) & child=$!
+trap 'echo killed; kill -9 $child; exit 143' TERM
+wait $child""",
+        "scancel": f'[[ "$*" == "--signal=TERM 77" ]] && kill -TERM "$(cat {task})"',
+        "scontrol": 'echo "scontrol $*"',
+    }
+    for name, body in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "2", "SSP_JAX_SUBMITTED": "yes", "VENV": "my venv"}
