@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssp_jax import data, episodes, evaluate, export, hosts, judge, learner, model, paper, prompts, sharding, weights
-from ssp_jax.checkpoint import Checkpoints, check_shared, check_workdir
+from ssp_jax.checkpoint import Checkpoints, check_shared, check_workdir, keep_config
 from ssp_jax.config import advice, check_values, flatten_config
 from ssp_jax.data import InputError, Task
 from ssp_jax.engine import Engine, Sizes, Stats
@@ -48,11 +48,9 @@ class Inputs:
 
 def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
-    check_values(config)
-    keep_compiled(workdir)
-    inputs, mesh = hosts.agree(lambda: read_inputs(config, workdir)), make_mesh(config)
+    inputs, mesh = read_inputs(config, workdir), make_mesh(config)
     # After the inputs: a mistyped path must not become the workdir's config.
-    hosts.agree(lambda: check_workdir(workdir, config) if hosts.first() else None)
+    hosts.agree(lambda: keep_config(workdir, config) if hosts.first() else None)
     hosts.agree(lambda: check_shared(workdir))
     run = _Run(config, workdir, inputs, mesh)
     compare(config, inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
@@ -83,7 +81,24 @@ def keep_compiled(workdir: str) -> None:
         options.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
 
 
-def read_inputs(config: ConfigDict, workdir: str) -> Inputs:
+def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -> Inputs:
+    """Checks and reads it all, the processes together. Last the search index, which may be built, for hours, and then
+    takes the place of the one before: a command that is refused must not come so far.
+    """
+    check_values(config)
+    keep_compiled(workdir)
+
+    def files() -> dict[str, Any]:
+        check_workdir(workdir, config, evaluating=evaluating)
+        return _read_files(config)
+
+    found = hosts.agree(files)
+    retriever = hosts.agree(lambda: _open_search(config.retriever, workdir, found["tasks"]))
+    return Inputs(**found, retriever=retriever)
+
+
+def _read_files(config: ConfigDict) -> dict[str, Any]:
+    """The fields of Inputs, but for the retriever."""
     model_config = weights.read_config(config.model.path)
     tokenizer = weights.load_tokenizer(config.model.path)
     kv_heads = model_config.num_kv_heads
@@ -91,19 +106,17 @@ def read_inputs(config: ConfigDict, workdir: str) -> Inputs:
         raise InputError(
             f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads"
         )
-    tasks = data.load_answers(config.data.answers)
-    return Inputs(
-        tasks=tasks,
-        eval_sets={
+    return {
+        "tasks": data.load_answers(config.data.answers),
+        "eval_sets": {
             name: questions[: config.eval.max_questions or None]
             for name, questions in data.load_question_sets(config.data.eval_sets).items()
         },
-        retriever=_open_search(config.retriever, workdir, tasks),
-        model_config=model_config,
-        tokenizer=tokenizer,
-        stage=make_stage(config, tokenizer),
-        eos=episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
-    )
+        "model_config": model_config,
+        "tokenizer": tokenizer,
+        "stage": make_stage(config, tokenizer),
+        "eos": episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
+    }
 
 
 def _open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:

@@ -280,9 +280,16 @@ def test_a_truncation_that_the_trainer_does_not_know_of_is_told():
         assert configuration.advice(small(**changes, learner__old_logprobs="recompute")) == []
 
 
-def test_a_workdir_of_another_config_is_refused(whole):
-    with pytest.raises(data.InputError, match="game.group_size was 2 and is 3"):
-        train.train(small(game__group_size=3), str(whole))
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [({"game__group_size": 3}, "game.group_size was 2 and is 3"), ({"retriever__k1": 0.9}, "k1 was 1.5 and is 0.9")],
+)
+def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(whole, change, expected):
+    files = [whole / "config.json", *sorted((whole / "index").iterdir())]
+    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
+    with pytest.raises(data.InputError, match=expected):
+        train.train(small(**change), str(whole))
+    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
 
 
 def test_every_choice_names_a_key():
