@@ -39,7 +39,7 @@ def examine(config: ConfigDict, workdir: str) -> None:
     ):
         setting = train.make_setting(config, Path(workdir), inputs, engine, judges, logger, stop)
         newest = checkpoints.latest_step()
-        train.compare(config, inputs, {"the newest checkpoint": newest})
+        train.compare(inputs, {"the newest checkpoint": newest})
         asked: dict[int, tuple[str, Callable[[], Any]]] = {}
         if config.eval.before or not newest:
             asked[0] = f"initial weights of {config.model.path}", initial

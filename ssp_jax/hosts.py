@@ -231,11 +231,40 @@ def share(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> li
     return [part[2] for part in parts]
 
 
-def agree(action: Callable[[], T]) -> T:
+def agree(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
     """What `action` gives on this process; InputError of one is raised by all."""
     kept: list[T] = []
-    share(lambda: kept.append(action()))
+    share(lambda: kept.append(action()), facts)
     return kept[0]
+
+
+def by_first(action: Callable[[], object]) -> None:
+    """The first process acts while the others wait, for hours if need be; its InputError is raised by all.
+
+    They wait in many short collectives: a long one counts as a failed one (Gloo gives up after half an hour).
+    """
+    told: list[InputError] = []
+
+    def act() -> None:
+        try:
+            action()
+        except InputError as error:
+            told.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)  # daemon: Ctrl-C ends the process and not only the wait
+    if first():
+        thread.start()
+
+    def over() -> bool:
+        if first():
+            thread.join(_TICK_SECONDS)
+        ended = not thread.is_alive()
+        if told:
+            raise told[0]
+        return ended
+
+    while not all(share(over)):
+        pass
 
 
 def check_alike(facts: Sequence[Mapping[str, Any]]) -> None:

@@ -28,7 +28,7 @@ from ssp_jax.evaluate import Result, Setting
 from ssp_jax.hosts import Sigterm, Terminated
 from ssp_jax.metrics import CompileCounter, Logger, peak_memory_gib
 from ssp_jax.remote import RemoteRetriever
-from ssp_jax.retriever import Search, open_retriever
+from ssp_jax.retriever import Search, ensure_index, open_retriever
 from ssp_jax.sampler import Truncation
 from ssp_jax.selfplay import Memory, Round, SelfPlay, Training, readable
 
@@ -53,7 +53,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     hosts.agree(lambda: keep_config(workdir, config) if hosts.first() else None)
     hosts.agree(lambda: check_shared(workdir))
     run = _Run(config, workdir, inputs, mesh)
-    compare(config, inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
+    compare(inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
     with run.logger, run.checkpoints, Sigterm() as stop:
         try:
             run.warm_up()
@@ -92,9 +92,8 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
         check_workdir(workdir, config, evaluating=evaluating)
         return _read_files(config)
 
-    found = hosts.agree(files)
-    retriever = hosts.agree(lambda: _open_search(config.retriever, workdir, found["tasks"]))
-    return Inputs(**found, retriever=retriever)
+    found = hosts.agree(files, _settings(config))
+    return Inputs(**found, retriever=open_search(config.retriever, workdir, found["tasks"]))
 
 
 def _read_files(config: ConfigDict) -> dict[str, Any]:
@@ -119,25 +118,34 @@ def _read_files(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
+def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
+    """Of several processes the first one builds a missing index: a lock file tells nothing to another host."""
     if c.kind == "http":
         probes = [task.answers[0] for task in tasks[:64]]
-        return RemoteRetriever(c.url, probes, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries)
+        remote = functools.partial(RemoteRetriever, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries)
+        return hosts.agree(lambda: remote(c.url, probes))
     index = c.index or str(Path(workdir) / "index")
     settings = {"stemmer": c.stemmer, "stopwords": c.stopwords, "k1": c.k1, "b": c.b}
-    return open_retriever(c.corpus, index, **settings, threads=c.threads)
+    if hosts.several():
+        hosts.by_first(lambda: ensure_index(c.corpus, index, **settings))
+    return hosts.agree(lambda: open_retriever(c.corpus, index, **settings, threads=c.threads))
 
 
-def compare(config: ConfigDict, inputs: Inputs, more: dict[str, Any]) -> None:
-    """Nothing begins before all processes have been found to be about to do the same."""
+def _settings(config: ConfigDict) -> dict[str, Any]:
+    """What must be the same on all processes before any of them does anything."""
     if not hosts.several():
-        return
+        return {}
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
     facts = {f"config key {key}": value for key, value in flatten_config(config).items()}
     facts |= {f"version of {name}": importlib.metadata.version(name) for name in packages}
-    facts |= {
-        "version of Python": sys.version.split()[0],
-        "number of devices": jax.local_device_count(),
+    return facts | {"version of Python": sys.version.split()[0], "number of devices": jax.local_device_count()}
+
+
+def compare(inputs: Inputs, more: dict[str, Any]) -> None:
+    """Nothing begins before all processes have been found to be about to do the same."""
+    if not hosts.several():
+        return
+    facts = {
         "data.answers (a digest)": hosts.digest(inputs.tasks),
         "data.eval_sets (a digest)": hosts.digest(inputs.eval_sets),
         "the model's shape": hosts.digest(inputs.model_config),

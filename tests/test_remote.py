@@ -135,5 +135,5 @@ def test_a_run_opens_it(server):
         check_values(config)
     config.retriever.url = server.url
     check_values(config)  # needs no corpus
-    search = train._open_search(config.retriever, "unused", [Task(0, ("Paris",)), Task(1, ("Rome",))])
+    search = train.open_search(config.retriever, "unused", [Task(0, ("Paris",)), Task(1, ("Rome",))])
     assert len(search) == 2 and server.asked[0][1]["queries"] == ["Paris", "Rome"]
