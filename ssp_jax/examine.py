@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from ssp_jax import evaluate, hosts, judge, model, paper, sharding, train
 from ssp_jax.checkpoint import Checkpoints, keep_config
 from ssp_jax.data import InputError
+from ssp_jax.inputs import compare, make_mesh, read_inputs
 from ssp_jax.metrics import Logger
 
 
@@ -23,9 +24,10 @@ def examine(config: ConfigDict, workdir: str) -> None:
     """
     if not config.data.eval_sets:
         raise InputError("config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE")
-    inputs = train.read_inputs(config, workdir, evaluating=True)
+    train.keep_compiled(workdir)
+    inputs = read_inputs(config, workdir, evaluating=True)
     hosts.agree(lambda: keep_config(workdir, config, evaluating=True) if hosts.first() else None)
-    mesh = train.make_mesh(config)
+    mesh = make_mesh(config)
     engine = train.make_engine(config, inputs, mesh)
 
     def initial() -> model.Params:
@@ -39,7 +41,7 @@ def examine(config: ConfigDict, workdir: str) -> None:
     ):
         setting = train.make_setting(config, Path(workdir), inputs, engine, judges, logger, stop)
         newest = checkpoints.latest_step()
-        train.compare(inputs, {"the newest checkpoint": newest})
+        compare(inputs, {"the newest checkpoint": newest})
         asked: dict[int, tuple[str, Callable[[], Any]]] = {}
         if config.eval.before or not newest:
             asked[0] = f"initial weights of {config.model.path}", initial

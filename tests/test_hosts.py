@@ -206,7 +206,7 @@ def test_a_process_that_stays_alone_says_so() -> None:
 
 OPEN_SEARCH = """
 import fcntl, json, sys, time
-from ssp_jax import bm25, hosts, train
+from ssp_jax import hosts, inputs
 from ssp_jax.config import Place, load_config
 from ssp_jax.data import InputError
 fcntl.flock = lambda *_: None  # what it does between hosts, on gcsfuse and on many an NFS
@@ -215,7 +215,7 @@ hosts.start(Place(coordinator, 2, int(process)), {})
 config = load_config("configs/tiny.py").copy_and_resolve_references().retriever
 config.corpus = corpus
 try:
-    search = train.open_search(config, workdir, [])
+    search = inputs.open_search(config, workdir, [])
     print(json.dumps([len(search), "bm25s" in sys.modules]))  # it is imported where an index is built
 except InputError as error:
     print(json.dumps(str(error)))

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from configs import default
-from ssp_jax import remote, train
+from ssp_jax import inputs, remote
 from ssp_jax.config import check_values
 from ssp_jax.data import Document, InputError, Task
 from ssp_jax.remote import RemoteRetriever
@@ -135,5 +135,5 @@ def test_a_run_opens_it(server):
         check_values(config)
     config.retriever.url = server.url
     check_values(config)  # needs no corpus
-    search = train.open_search(config.retriever, "unused", [Task(0, ("Paris",)), Task(1, ("Rome",))])
+    search = inputs.open_search(config.retriever, "unused", [Task(0, ("Paris",)), Task(1, ("Rome",))])
     assert len(search) == 2 and server.asked[0][1]["queries"] == ["Paris", "Rome"]
