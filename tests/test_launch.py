@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT
 
 from configs import default
-from ssp_jax import published, retriever
+from ssp_jax import folders, published, retriever
 from ssp_jax.config import load_config, parse_command_line
 
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch" / "docker").glob("*.sh")]
@@ -299,7 +299,8 @@ if [[ -n ${{packed:-}} ]]; then cp "$packed" "$2/wiki-18.jsonl.gz"; fi""",
     fetched = [line.split()[1] for line in lines if line.startswith("fetched ")]
     assert fetched == ["some/model", "PeterJinGo/wiki-18-corpus", "Quark-LLM/SSP", "Quark-LLM/SSP"]
     assert any(line.startswith("checked ") and line.endswith("files/ssp/test.jsonl") for line in lines)
-    assert "safetensors" in next(line for line in lines if line.startswith("fetched some/model"))
+    wanted = next(line for line in lines if line.startswith("fetched some/model"))
+    assert all(f"--include *{kind}" in wanted for kind in (".safetensors", *folders._SMALL_FILES))
     keys = dict(line.strip().removeprefix("--config.").split("=", 1) for line in lines if line.startswith("  --config"))
     settings = default.get_config().retriever
     same = {key: settings[key] for key in ("stemmer", "stopwords", "k1", "b")}
