@@ -18,7 +18,11 @@ from ssp_jax.config import flatten_config
 from ssp_jax.data import InputError
 
 CONFIG_FILE = "config.json"  # of a workdir
-MAY_CHANGE = ("steps", "eval.", "judge.", "checkpoint.", "log.")  # keys, or sections, that a resumed run may set anew
+# Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where servers are.
+MAY_CHANGE = (
+    *("steps", "eval.", "judge.", "checkpoint.", "log."),
+    *("retriever.url", "retriever.timeout_s", "retriever.retries", "retriever.threads"),
+)
 # What an evaluation may change besides: model, prompts, limits, search and sampling are those of the run.
 EVALUATION_MAY_CHANGE = (*MAY_CHANGE, "mesh.", "data.", "game.", "rules.", "reward.", "engine.", "learner.")
 

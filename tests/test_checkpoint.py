@@ -147,7 +147,15 @@ def test_workdir_belongs_to_one_config(tmp_path: Path) -> None:
     check_workdir(str(tmp_path / "run"), config)
     with config.unlocked():
         config.update_from_flattened_dict(
-            {"steps": 7, "eval.every": 3, "checkpoint.keep": 9, "log.tensorboard": False, "eval.max_questions": 1}
+            {
+                "steps": 7,
+                "eval.every": 3,
+                "checkpoint.keep": 9,
+                "log.tensorboard": False,
+                "eval.max_questions": 1,
+                "retriever.url": "http://elsewhere:80/retrieve",
+                "retriever.threads": 3,
+            }
         )
     check_workdir(str(tmp_path / "run"), config)
     keep_config(str(tmp_path / "run"), config, evaluating=True)
