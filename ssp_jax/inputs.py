@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax import data, episodes, hosts, model, prompts, sharding, weights
+from ssp_jax import data, episodes, export, hosts, model, prompts, sharding, weights
 from ssp_jax.checkpoint import check_workdir
 from ssp_jax.config import check_values, flatten_config
 from ssp_jax.data import InputError, Task
@@ -42,6 +42,8 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
 
     def files() -> dict[str, Any]:
         check_workdir(workdir, config, evaluating=evaluating)
+        if config.checkpoint.export and not evaluating:
+            export.check_place(Path(workdir) / export.FOLDER)
         return _read_files(config)
 
     found = hosts.agree(files, _settings(config))

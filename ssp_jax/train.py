@@ -264,7 +264,7 @@ class _Run:
             results["after"] = self.evaluate(self.step, stop)
         if self._config.checkpoint.export:
             with self.logger.phase("exporting"):
-                folder = self._workdir / "export"
+                folder = self._workdir / export.FOLDER
                 export.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
         summary: dict[str, Any] = {"steps": self.step, "seconds": round(self._seconds, 1)}
         summary["eval"] = {
