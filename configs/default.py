@@ -90,8 +90,8 @@ def get_config() -> ConfigDict:
     c.limits.observation_tokens = 2048  # an inserted result is cut to this many tokens [H]
 
     c.sampling = ConfigDict()
-    c.sampling.temperature = 1.0  # both players while training [P T4]
-    c.sampling.verify_temperature = 0.1  # [C]
+    c.sampling.temperature = 1.0  # both players while training, so more than 0 [P T4]
+    c.sampling.verify_temperature = 0.1  # 0 is greedy [C]
     c.sampling.top_k = 0  # draw from the likeliest so many tokens, 0 for all; see sampler.Truncation [H]
     c.sampling.top_p = 1.0  # and of these from the likeliest that reach this probability together [H]
     c.sampling.eval_temperature = 0.0  # 0 is greedy [P T4]
