@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax.config import flatten_config
 from ssp_jax.data import InputError
+from ssp_jax.hosts import AllTold
 
 CONFIG_FILE = "config.json"  # of a workdir
 # Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where servers are.
@@ -45,7 +46,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if jax.process_count() == 1 or kind is None or issubclass(kind, InputError | SystemExit):
+        if jax.process_count() == 1 or kind is None or issubclass(kind, AllTold | SystemExit):
             self.close()  # it waits for the other processes, which know nothing of an error of this one
 
     def latest_step(self) -> int | None:

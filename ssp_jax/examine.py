@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from ssp_jax import evaluate, hosts, judge, model, paper, sharding, train
 from ssp_jax.checkpoint import Checkpoints, keep_config
-from ssp_jax.data import InputError
 from ssp_jax.inputs import compare, make_mesh, read_inputs
 from ssp_jax.metrics import Logger
 
@@ -22,8 +21,6 @@ def examine(config: ConfigDict, workdir: str) -> None:
     The weights of model.path are the ones before. Those of the newest checkpoint, where there is one, are the ones
     after; then eval.before says whether the former are played at all.
     """
-    if not config.data.eval_sets:
-        raise InputError("config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE")
     train.keep_compiled(workdir)
     inputs = read_inputs(config, workdir, evaluating=True)
     hosts.agree(lambda: keep_config(workdir, config, evaluating=True) if hosts.first() else None)

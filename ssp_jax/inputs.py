@@ -38,9 +38,11 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
     """Checks and reads it all, the processes together. Last the search index, which may be built, for hours, and then
     takes the place of the one before: a command that is refused must not come so far.
     """
-    check_values(config)
 
     def files() -> dict[str, Any]:
+        check_values(config)
+        if evaluating and not config.data.eval_sets:
+            raise InputError("config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE")
         check_workdir(workdir, config, evaluating=evaluating)
         if config.checkpoint.export and not evaluating:
             export.check_place(Path(workdir) / export.FOLDER)

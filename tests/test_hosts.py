@@ -237,6 +237,30 @@ def test_the_first_of_several_processes_builds_the_index(tmp_path: Path, broken:
     assert not (tmp_path / "index.building").exists()
 
 
+TOLD_ALONE = """
+import sys
+from ssp_jax import hosts
+from ssp_jax.config import Place
+from ssp_jax.data import InputError
+hosts.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
+hosts.agree(lambda: None)
+with hosts.ending():
+    if sys.argv[2] == "1":
+        raise InputError("file: expected another")
+    hosts.agree(lambda: None)
+"""
+
+
+def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TOLD_ALONE, f"127.0.0.1:{free_port()}"]
+    began, pipe = time.monotonic(), subprocess.PIPE
+    started = [subprocess.Popen([*command, i], cwd=ROOT, stderr=pipe, text=True) for i in "01"]
+    other, told = (process.communicate(timeout=SECONDS)[1] for process in started)
+    assert started[1].returncode == 2 and told.splitlines()[-1] == "ssp_jax: process 1: file: expected another", told
+    assert started[0].returncode not in (0, 2) and "another process of the run is gone" in other
+    assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 60
+
+
 def test_a_run_of_two_processes_is_the_run_of_one_that_ends_it_after_a_sudden_death(tmp_path: Path) -> None:
     mesh = {"mesh__data": 2, "mesh__fsdp": 2}
     here(tmp_path / "one", **mesh)
