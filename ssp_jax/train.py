@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from ssp_jax import data, episodes, evaluate, export, hosts, judge, learner, model, paper, sharding, weights
 from ssp_jax.checkpoint import Checkpoints, check_shared, keep_config
 from ssp_jax.config import advice
+from ssp_jax.data import InputError
 from ssp_jax.engine import Engine, Sizes, Stats
 from ssp_jax.evaluate import Result, Setting
 from ssp_jax.hosts import Sigterm, Terminated
@@ -57,6 +58,11 @@ def train(config: ConfigDict, workdir: str) -> None:
             run.logger.say(f"terminated: saved step {run.step}; the same command goes on from there")
             run.checkpoints.wait()
             sys.exit(0)
+        except InputError as error:  # such as a search server that stays away; no update raises one
+            if run.step and hosts.together(error):
+                run.save()
+                run.logger.say(f"saved step {run.step}; the same command goes on from there")
+            raise
 
 
 def keep_compiled(workdir: str) -> None:
