@@ -179,7 +179,8 @@ def together(error: InputError) -> bool:
 def lost_another(error: BaseException) -> bool:
     """Whether a collective failed because of another process: what gloo, NCCL and JAX's coordinator say then."""
     said = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "unhealthy")
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(words in str(error) for words in said)
+    kinds = jax.errors.JaxRuntimeError, ValueError  # the latter where a program fails as it is dispatched
+    return isinstance(error, kinds) and any(words in str(error) for words in said)
 
 
 class Sigterm:

@@ -251,13 +251,15 @@ with hosts.ending():
 """
 
 
-def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(devices: int) -> None:
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-c", TOLD_ALONE, f"127.0.0.1:{free_port()}"]
     began, pipe = time.monotonic(), subprocess.PIPE
-    started = [subprocess.Popen([*command, i], cwd=ROOT, stderr=pipe, text=True) for i in "01"]
+    started = [subprocess.Popen([*command, i], cwd=ROOT, env=environment, stderr=pipe, text=True) for i in "01"]
     other, told = (process.communicate(timeout=SECONDS)[1] for process in started)
     assert started[1].returncode == 2 and told.splitlines()[-1] == "ssp_jax: process 1: file: expected another", told
-    assert started[0].returncode not in (0, 2) and "another process of the run is gone" in other
+    assert started[0].returncode not in (0, 2) and "another process of the run is gone" in other, other
     assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 60
 
 
