@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     c.retriever = ConfigDict()
     c.retriever.kind = "bm25"  # bm25: an index in this process | http: a server that speaks Search-R1's /retrieve
     c.retriever.corpus = ""  # jsonl or jsonl.gz in Search-R1's format; "" takes the index as it is (bm25)
-    c.retriever.index = ""  # folder of the bm25s index; "" puts it into the workdir; built when missing
+    c.retriever.index = ""  # folder of the bm25s index, "" for workdir/index; built where it is missing or differs
     c.retriever.threads = 0  # that search a batch (bm25), 0 for all cores; each holds 8 bytes a passage
     c.retriever.url = ""  # http://HOST:PORT/retrieve (http)
     c.retriever.timeout_s = 30.0  # seconds until a request counts as failed (http) [H]
@@ -90,8 +90,8 @@ def get_config() -> ConfigDict:
     c.limits.observation_tokens = 2048  # an inserted result is cut to this many tokens [H]
 
     c.sampling = ConfigDict()
-    c.sampling.temperature = 1.0  # both players while training [P T4]
-    c.sampling.verify_temperature = 0.1  # [C]
+    c.sampling.temperature = 1.0  # both players while training, so more than 0 [P T4]
+    c.sampling.verify_temperature = 0.1  # 0 is greedy [C]
     c.sampling.top_k = 0  # draw from the likeliest so many tokens, 0 for all; see sampler.Truncation [H]
     c.sampling.top_p = 1.0  # and of these from the likeliest that reach this probability together [H]
     c.sampling.eval_temperature = 0.0  # 0 is greedy [P T4]

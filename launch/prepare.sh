@@ -45,7 +45,8 @@ SSP_TEST_SHA256=871c7b7cdec2e090e8597ef26a9a973a46aad0830bb1e016679dddd748462f50
 download() { act "$PYTHON" -m huggingface_hub.cli.hf download "$@"; }
 
 if [[ -n $with_model ]]; then
-  download "$model" --local-dir "$folder/model" --include '*.json' --include '*.safetensors' --include '*.txt'
+  parts=(--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model' --include '*.jinja')
+  download "$model" --local-dir "$folder/model" "${parts[@]}"
 fi
 if [[ -n $with_corpus ]]; then
   download PeterJinGo/wiki-18-corpus wiki-18.jsonl.gz --repo-type dataset --local-dir "$folder"

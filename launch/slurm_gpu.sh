@@ -22,28 +22,31 @@ usage() {
   exit 2
 }
 
-terminated="" child="" code=0
+terminated="" code=0
+# To the processes of the run and not to srun, which would kill them at once; without --batch not to this script either.
 stop() {
   terminated=yes
-  if [[ -n $child ]]; then kill -TERM "$child"; fi
+  scancel --signal=TERM "$SLURM_JOB_ID" || true # the job would end with this script: whatever goes wrong, it waits
 }
 
 # What the job runs. SLURM_* come from Slurm; in a dry run from below.
 job() {
-  local devices command
-  devices=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
-  # Without JAX_LOCAL_DEVICE_IDS JAX gives a Slurm task one GPU only.
-  command=(srun --kill-on-bad-exit=1 "--export=ALL,JAX_LOCAL_DEVICE_IDS=$devices" "$VENV/bin/python" -m ssp_jax.main "$@")
+  local command child
+  # Without it JAX gives a Slurm task one GPU only. Not a part of --export, which srun cuts at each comma.
+  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+  export JAX_LOCAL_DEVICE_IDS
+  command=(srun --kill-on-bad-exit=1 --export=ALL "$VENV/bin/python" -m ssp_jax.main "$@")
+  echo "export JAX_LOCAL_DEVICE_IDS=$JAX_LOCAL_DEVICE_IDS"
   printf '%q ' "${command[@]}"
   printf '\n'
   if [[ -n $dry_run ]]; then
-    echo "after SIGTERM: scontrol requeue $SLURM_JOB_ID"
+    echo "at SIGTERM: scancel --signal=TERM $SLURM_JOB_ID"
+    echo "after that: scontrol requeue $SLURM_JOB_ID"
     return
   fi
-  trap stop TERM # before the run starts, so that no signal is lost
+  trap stop TERM # before the run starts: no signal may end this script
   "${command[@]}" &
   child=$!
-  if [[ -n $terminated ]]; then stop; fi
   wait "$child" || code=$?
   while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
   if [[ -n $terminated ]]; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -10,15 +10,16 @@
 # two cores a chip), v5litepod-16 is v5e:4x4, v6e-16 is v6e:4x4. TPU7x slices come through GKE only: gke_jobset.yaml.
 #
 # run: creates the slice or takes the one that is there, installs this commit on all workers, starts the same command on
-# all, and shows worker 0's log until the run ends. A lost connection is taken up again; after a preemption the slice is
-# made anew and the run goes on from its last checkpoint. So the workdir must be where all workers see it and where it
-# outlives them: --bucket mounts a Cloud Storage bucket at ~/bucket with gcsfuse (best one with a hierarchical namespace,
-# where a checkpoint's folder is renamed at once). It does not delete the slice: `delete` does, and costs go on until
-# then. --dry-run prints every command and runs none.
+# all, and shows worker 0's log until the run ends. A lost connection is taken up again, and what fails on the way is
+# tried again; after a preemption the slice is made anew and the run goes on from its last checkpoint. So the workdir
+# must be where all workers see it and where it outlives them: --bucket mounts a Cloud Storage bucket at ~/bucket with
+# gcsfuse (best one with a hierarchical namespace, where a checkpoint's folder is renamed at once). It does not delete
+# the slice: `delete` does, and costs go on until then. --dry-run prints every command and runs none.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-POLL=${POLL:-30} # seconds between looks at a slice that is not ready yet
+POLL=${POLL:-30} # seconds between looks at a slice that is not ready yet, and before a failed step is tried again
+UNUSABLE=64      # how a step on the workers ends that will not do better later
 
 usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" >&2
@@ -63,6 +64,13 @@ create() {
 
 delete() { queue delete "$name" --force --quiet; }
 
+# After a step that failed. Nothing does better later where no slice ever was: NAME, ZONE or TYPE may be wrong.
+later() {
+  [[ -n $seen ]] || exit 1
+  echo "tpu_pod.sh: the command above failed; again in $POLL seconds" >&2
+  sleep "$POLL"
+}
+
 # Until the slice is there. A preempted or failed request is deleted and made again.
 ensure() {
   if [[ -n $dry_run ]]; then
@@ -75,22 +83,21 @@ ensure() {
     [[ $now == "$before" ]] || echo "slice $name: ${now:-does not exist}"
     before=$now
     case $now in
-      "") create ;;
-      SUSPENDED | FAILED) delete ;;
+      "") create || later ;;
+      SUSPENDED | FAILED) delete || later ;;
       *) sleep "$POLL" ;;
     esac
   done
+  seen=yes
 }
 
 # This commit, in a Python of its own: the image's is older than 3.11. Nothing is done twice for the same commit, and
 # nothing under a run that is going on.
 install() {
-  local commit archive
-  commit=$(git rev-parse HEAD)
-  archive="${TMPDIR:-/tmp}/ssp_jax-$commit.tar.gz"
-  act git archive --format=tar.gz "--output=$archive" HEAD
-  act gcloud compute tpus tpu-vm scp "$archive" "$name:ssp_jax.tar.gz" "--zone=$zone" --worker=all
-  on_workers all "set -e
+  local archive="${TMPDIR:-/tmp}/ssp_jax-$commit.tar.gz"
+  act git archive --format=tar.gz "--output=$archive" "$commit" &&
+    act gcloud compute tpus tpu-vm scp "$archive" "$name:ssp_jax.tar.gz" "--zone=$zone" --worker=all &&
+    on_workers all "set -e
     test \"\$(cat ssp_jax/COMMIT 2>/dev/null)\" != $commit || exit 0
     ! kill -0 \"\$(cat ssp_jax/run.pid 2>/dev/null)\" 2>/dev/null || exit 0
     rm -rf ssp_jax && mkdir ssp_jax && tar -xzf ssp_jax.tar.gz -C ssp_jax && cd ssp_jax
@@ -103,9 +110,10 @@ install() {
 # At ~/bucket of all workers. Folders are renamed object by object where the bucket has no hierarchical namespace.
 mount_bucket() {
   on_workers all "set -e
-    command -v gcsfuse > /dev/null || { echo 'tpu_pod.sh: --bucket needs gcsfuse on the workers' >&2; exit 1; }
+    command -v gcsfuse > /dev/null || { echo 'tpu_pod.sh: --bucket needs gcsfuse on the workers' >&2; exit $UNUSABLE; }
     mkdir -p bucket
-    mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $(printf %q "$bucket") bucket"
+    mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $(printf %q "$bucket") bucket ||
+      exit $UNUSABLE"
 }
 
 # The run outlives this connection. Where it is running already (a lost connection) nothing happens.
@@ -131,13 +139,21 @@ exit_code() {
   gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=0 '--command=cat ssp_jax/run.exit' 2>/dev/null || true
 }
 
+# Joined by && for `set -e` is off in here: run asks whether it failed.
+prepare_and_start() { install && { [[ -z $bucket ]] || mount_bucket; } && start "$@"; }
+
 run() {
-  local code
+  local code commit seen=""
+  commit=$(git rev-parse HEAD)
   while true; do
     ensure
-    install
-    if [[ -n $bucket ]]; then mount_bucket; fi
-    start "$@"
+    code=0
+    prepare_and_start "$@" || code=$?
+    if ((code == UNUSABLE)); then exit 2; fi
+    if ((code)); then
+      later
+      continue
+    fi
     logs
     if [[ -n $dry_run ]]; then
       show gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=0 '--command=cat ssp_jax/run.exit'

@@ -16,8 +16,14 @@ from ml_collections import ConfigDict
 
 from ssp_jax.config import flatten_config
 from ssp_jax.data import InputError
+from ssp_jax.hosts import AllTold
 
-MAY_CHANGE = ("steps", "eval.", "judge.", "checkpoint.", "log.")  # keys, or sections, that a resumed run may set anew
+CONFIG_FILE = "config.json"  # of a workdir
+# Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where servers are.
+MAY_CHANGE = (
+    *("steps", "eval.", "judge.", "checkpoint.", "log."),
+    *("retriever.url", "retriever.timeout_s", "retriever.retries", "retriever.threads"),
+)
 # What an evaluation may change besides: model, prompts, limits, search and sampling are those of the run.
 EVALUATION_MAY_CHANGE = (*MAY_CHANGE, "mesh.", "data.", "game.", "rules.", "reward.", "engine.", "learner.")
 
@@ -40,7 +46,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if jax.process_count() == 1 or kind is None or issubclass(kind, InputError | SystemExit):
+        if jax.process_count() == 1 or kind is None or issubclass(kind, AllTold | SystemExit):
             self.close()  # it waits for the other processes, which know nothing of an error of this one
 
     def latest_step(self) -> int | None:
@@ -80,13 +86,12 @@ class Checkpoints:
 
 
 def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
-    """A workdir belongs to one config: the first run writes config.json, later ones must agree with it.
+    """A workdir belongs to one config: what a run left in config.json must agree, but for the keys of MAY_CHANGE.
 
-    Keys of MAY_CHANGE are free; the file then takes the new values. An evaluation is freer, and leaves it as it is.
+    An evaluation is freer. Nothing is written: a command that is refused here leaves the run in the workdir as it is.
     """
     free = EVALUATION_MAY_CHANGE if evaluating else MAY_CHANGE
-    path = Path(workdir) / "config.json"
-    now = json.loads(json.dumps(flatten_config(config)))  # as it comes back from a file: tuples are lists
+    path, now = Path(workdir) / CONFIG_FILE, _as_read(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.exists() else json.dumps(now)
@@ -102,17 +107,30 @@ def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False)
     if changed:
         keys = ", ".join(f"{key} was {_show(before, key)} and is {_show(now, key)}" for key in changed)
         raise InputError(f"workdir {workdir} holds a run of another config: {keys}; take another --workdir")
+
+
+def keep_config(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
+    """Writes config.json, with the new values of keys that may change; an evaluation leaves the file of a run alone."""
+    path = Path(workdir) / CONFIG_FILE
     if evaluating and path.exists():
         return
     fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    try:
+        fresh.write_text(json.dumps(_as_read(config), indent=1) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        raise InputError(f"workdir {workdir} cannot be used: {error}") from error
 
 
 def check_shared(workdir: str) -> None:
     """Every process must see what the first one has just written."""
-    if not (Path(workdir) / "config.json").exists():
+    if not (Path(workdir) / CONFIG_FILE).exists():
         raise InputError(f"workdir {workdir} is not the same folder on all hosts; expected one that they share")
+
+
+def _as_read(config: ConfigDict) -> dict[str, Any]:
+    """The keys as they come back from a file: tuples are lists."""
+    return json.loads(json.dumps(flatten_config(config)))
 
 
 def _show(values: dict[str, Any], key: str) -> str:

@@ -263,7 +263,8 @@ CHOICES: dict[str, Iterable[str]] = {
     "learner.old_logprobs": ("sampler", "recompute"),
 }
 _MAY_BE_ZERO = (
-    *("seed", "steps", "game.noise_documents", "rules.", "reward.", "sampling."),
+    *("seed", "steps", "game.noise_documents", "rules.", "reward."),
+    *("sampling.verify_temperature", "sampling.eval_temperature", "sampling.top_"),  # top_p is checked by itself
     *("retriever.k1", "retriever.b", "retriever.threads", "retriever.retries", "judge.retries", "engine.kv_cache_gib"),
     *(
         "learner.warmup_steps",

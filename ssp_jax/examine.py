@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssp_jax import evaluate, hosts, judge, model, paper, sharding, train
-from ssp_jax.checkpoint import Checkpoints, check_workdir
-from ssp_jax.config import check_values
-from ssp_jax.data import InputError
+from ssp_jax.checkpoint import Checkpoints, keep_config
+from ssp_jax.inputs import compare, make_mesh, read_inputs
 from ssp_jax.metrics import Logger
 
 
@@ -22,13 +21,10 @@ def examine(config: ConfigDict, workdir: str) -> None:
     The weights of model.path are the ones before. Those of the newest checkpoint, where there is one, are the ones
     after; then eval.before says whether the former are played at all.
     """
-    check_values(config)
     train.keep_compiled(workdir)
-    inputs = hosts.agree(lambda: train.read_inputs(config, workdir))
-    if not inputs.eval_sets:
-        raise InputError("config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE")
-    hosts.agree(lambda: check_workdir(workdir, config, evaluating=True) if hosts.first() else None)
-    mesh = train.make_mesh(config)
+    inputs = read_inputs(config, workdir, evaluating=True)
+    hosts.agree(lambda: keep_config(workdir, config, evaluating=True) if hosts.first() else None)
+    mesh = make_mesh(config)
     engine = train.make_engine(config, inputs, mesh)
 
     def initial() -> model.Params:
@@ -42,7 +38,7 @@ def examine(config: ConfigDict, workdir: str) -> None:
     ):
         setting = train.make_setting(config, Path(workdir), inputs, engine, judges, logger, stop)
         newest = checkpoints.latest_step()
-        train.compare(config, inputs, {"the newest checkpoint": newest})
+        compare(inputs, {"the newest checkpoint": newest})
         asked: dict[int, tuple[str, Callable[[], Any]]] = {}
         if config.eval.before or not newest:
             asked[0] = f"initial weights of {config.model.path}", initial

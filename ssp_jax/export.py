@@ -26,6 +26,7 @@ from ssp_jax.folders import Folder
 from ssp_jax.model import ModelConfig, Params
 from ssp_jax.names import Name
 
+FOLDER = "export"  # of a workdir: where a run writes its model
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
@@ -48,8 +49,7 @@ def save(
     folder, source = Path(folder), folders.find(source_folder)
     if weights.read_config(source_folder) != config:
         raise InputError(f"{source.place('config.json')} describes another model than the one to be saved")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise InputError(f"{folder} exists and is not a model folder; it will not be replaced")
+    check_place(folder)
     tag = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
     unfinished, first = folder.with_name(folder.name + ".unfinished"), jax.process_index() == 0
     if first:
@@ -76,6 +76,12 @@ def save(
         unfinished.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
     multihost_utils.sync_global_devices("ssp_jax: the folder is complete")
+
+
+def check_place(folder: Path) -> None:
+    """An export takes the place of an earlier one, of other things it does not."""
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} exists and is not a model folder; it will not be replaced")
 
 
 def _write_small_files(folder: Path, source: Folder, plan: folders.Plan, dtype: str) -> None:

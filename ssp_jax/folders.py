@@ -13,6 +13,7 @@ import math
 import mmap
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,22 +85,39 @@ def find(folder: str | Path) -> Folder:
 def _in_bucket(url: str) -> Folder:
     import fsspec  # slow to import, and only needed here
 
-    try:
-        bucket, prefix = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # the protocol's package is missing, or nobody knows the protocol
-        raise InputError(f"model folder {url} cannot be reached: {error}") from None
     path = Path(tempfile.mkdtemp(prefix="ssp_jax_model_"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     try:
+        bucket, prefix = fsspec.core.url_to_fs(url)
         files = {Path(entry["name"]).name: entry["name"] for entry in bucket.ls(prefix, detail=True)}
         for name in files:
             if name.endswith(_SMALL_FILES):
                 bucket.get_file(files[name], str(path / name))
+    except (ImportError, ValueError) as error:  # the protocol's package is missing, or nobody knows the protocol
+        raise InputError(f"model folder {url} cannot be reached: {_first_line(error)}") from None
     except FileNotFoundError:
         raise InputError(f"model folder {url} does not exist") from None
-    except OSError as error:
-        raise InputError(f"model folder {url} cannot be read: {error}") from None
+    except _bucket_errors() as error:
+        raise InputError(f"model folder {url} cannot be read: {_first_line(error)}") from None
     return Folder(url, path, bucket, prefix.rstrip("/"), frozenset(files))
+
+
+def _bucket_errors() -> tuple[type[Exception], ...]:
+    """What a store raises, such as for missing credentials: OSError, and what clients that are in use have beside it.
+
+    (To be asked when something was raised: only then are they loaded.)
+    """
+    kinds = {
+        "google.auth.exceptions": "GoogleAuthError",
+        "gcsfs.retry": "HttpError",
+        "botocore.exceptions": "BotoCoreError",
+        "azure.core.exceptions": "AzureError",
+    }
+    return OSError, *(getattr(sys.modules[module], kind) for module, kind in kinds.items() if module in sys.modules)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @functools.cache
@@ -111,7 +129,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except OSError as error:  # all errors of the hub and of the network
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = _first_line(error)
         raise InputError(
             f"model {name} is neither a local folder nor to be had from the Hugging Face hub ({reason})"
         ) from None

@@ -6,6 +6,7 @@ On one process nothing here does anything.
 """
 
 import atexit
+import contextlib
 import hashlib
 import importlib.util
 import itertools
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -46,6 +47,14 @@ sys.stdin.buffer.read(1) or print("ssp_jax:", sys.argv[1], file=sys.stderr)
 
 class Terminated(Exception):
     """SIGTERM arrived at one of the processes; raised between decode chunks."""
+
+
+class AllTold(InputError):
+    """What one of several processes was told, raised by all of them at the same place: they can still act together."""
+
+
+class Alone(Exception):
+    """What only this one of several processes was told: the others go on and would wait for it."""
 
 
 # --- start ------------------------------------------------------------------------------------------------------------
@@ -136,23 +145,42 @@ def _end_at_once_on_errors() -> None:
     goodbye = _last_words(why)
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
-        if lost_another(error):
+        if isinstance(error, Alone):
+            print(f"ssp_jax: {own}: {error}", file=sys.stderr)
+        elif lost_another(error):
             print(f"{error}\nssp_jax: {own} ends because {_GONE}; {_RESUME}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
         goodbye()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(2 if isinstance(error, Alone) else 1)
 
     atexit.register(goodbye)
     sys.excepthook = leave
 
 
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Around a run: an InputError of one process alone ends that one at once, and so the others, which see it gone."""
+    try:
+        yield
+    except InputError as error:
+        if together(error):
+            raise
+        raise Alone(str(error)) from None
+
+
+def together(error: InputError) -> bool:
+    """Whether no other process goes on as if nothing had happened."""
+    return not several() or isinstance(error, AllTold)
+
+
 def lost_another(error: BaseException) -> bool:
     """Whether a collective failed because of another process: what gloo, NCCL and JAX's coordinator say then."""
     said = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "unhealthy")
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(words in str(error) for words in said)
+    kinds = jax.errors.JaxRuntimeError, ValueError  # the latter where a program fails as it is dispatched
+    return isinstance(error, kinds) and any(words in str(error) for words in said)
 
 
 class Sigterm:
@@ -224,18 +252,47 @@ def share(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> li
     parts = [pickle.loads(part) for part in _gather(pickle.dumps((dict(facts or {}), told, result)))]
     check_alike([part[0] for part in parts])
     for process, (_, of_one, _) in enumerate(parts):
-        if isinstance(of_one, InputError) and process != jax.process_index():
-            raise InputError(f"process {process}: {of_one}")
+        if isinstance(of_one, InputError):
+            raise AllTold(str(of_one) if process == jax.process_index() else f"process {process}: {of_one}")
         if of_one is not None:
             raise of_one
     return [part[2] for part in parts]
 
 
-def agree(action: Callable[[], T]) -> T:
+def agree(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
     """What `action` gives on this process; InputError of one is raised by all."""
     kept: list[T] = []
-    share(lambda: kept.append(action()))
+    share(lambda: kept.append(action()), facts)
     return kept[0]
+
+
+def by_first(action: Callable[[], object]) -> None:
+    """The first process acts while the others wait, for hours if need be; its InputError is raised by all.
+
+    They wait in many short collectives: a long one counts as a failed one (Gloo gives up after half an hour).
+    """
+    told: list[InputError] = []
+
+    def act() -> None:
+        try:
+            action()
+        except InputError as error:
+            told.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)  # daemon: Ctrl-C ends the process and not only the wait
+    if first():
+        thread.start()
+
+    def over() -> bool:
+        if first():
+            thread.join(_TICK_SECONDS)
+        ended = not thread.is_alive()
+        if told:
+            raise told[0]
+        return ended
+
+    while not all(share(over)):
+        pass
 
 
 def check_alike(facts: Sequence[Mapping[str, Any]]) -> None:
@@ -247,7 +304,7 @@ def check_alike(facts: Sequence[Mapping[str, Any]]) -> None:
             where.setdefault(repr(value), []).append(str(process))
         if len(where) > 1:
             differ = "; ".join(f"{value} on {', '.join(processes)}" for value, processes in where.items())
-            raise InputError(f"the processes of this run are not alike: {name} is {differ}")
+            raise AllTold(f"the processes of this run are not alike: {name} is {differ}")
 
 
 def digest(value: Any) -> str:

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
 
         hosts.start(place, os.environ)
         run = examine.examine if command.mode == "eval" else train.train
-        run(command.config, command.workdir)
+        with hosts.ending():
+            run(command.config, command.workdir)
     except InputError as error:
         print(f"ssp_jax: {error}", file=sys.stderr)
         return 2

@@ -308,22 +308,30 @@ class Retriever:
 def open_retriever(
     corpus: str | Path, index_dir: str | Path, *, stemmer: str, stopwords: str, k1: float, b: float, threads: int = 0
 ) -> Retriever:
-    """The index of this corpus with these settings: loaded where it exists, built first where not.
+    """The index of this corpus with these settings, built first where it does not exist."""
+    ensure_index(corpus, index_dir, stemmer=stemmer, stopwords=stopwords, k1=k1, b=b)
+    return Retriever.load(index_dir, threads)
 
-    A lock file beside the folder makes processes that start together build once. An index that is already right is only
-    read, so it may lie on a read-only disk. Without a corpus the index is taken as it is.
+
+def ensure_index(
+    corpus: str | Path, index_dir: str | Path, *, stemmer: str, stopwords: str, k1: float, b: float
+) -> None:
+    """Builds the index of this corpus with these settings unless it is there.
+
+    A lock file beside the folder makes processes of one machine that start together build once. An index that is
+    already right is only read, so it may lie on a read-only disk. Without a corpus the index is taken as it is.
     """
     folder, source, settings = Path(index_dir), Path(corpus), _checked(stemmer, stopwords, k1, b)
-    if corpus and not _matches(folder, source, settings):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not _matches(folder, source, settings):
-                    build_index(source, folder, **settings)
-        except OSError as error:
-            raise InputError(f"{folder}: expected a folder where an index can be written ({error})") from None
-    return Retriever.load(folder, threads)
+    if not corpus or _matches(folder, source, settings):
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _matches(folder, source, settings):
+                build_index(source, folder, **settings)
+    except OSError as error:
+        raise InputError(f"{folder}: expected a folder where an index can be written ({error})") from None
 
 
 def _matches(folder: Path, corpus: Path, settings: dict[str, Any]) -> bool:

@@ -87,7 +87,8 @@ def build_automaton(stop_strings: Sequence[str], token_bytes: Sequence[bytes], v
     """The table of `vocab_size` columns (the rows of the embedding, which may exceed the tokenizer's ids).
 
     The stop string completed first in the text wins; where two end at the same byte, the one listed first. A token
-    without bytes (special, or a padding row of the embedding) breaks a half-read stop string: it leads to ROOT.
+    without bytes (special, or a padding row of the embedding) leaves the state as it is: the text that is parsed is
+    decoded without it (episodes.Stage.decode), and shows a stop string around it as one.
     """
     if "" in stop_strings or len(set(stop_strings)) < len(stop_strings):
         raise ValueError(f"stop strings must be distinct and not empty, got {list(stop_strings)}")
@@ -96,8 +97,7 @@ def build_automaton(stop_strings: Sequence[str], token_bytes: Sequence[bytes], v
     next_SB, stop_S = _byte_automaton([stop.encode() for stop in stop_strings])
     dtype = np.int8 if len(stop_S) <= np.iinfo(np.int8).max else np.int16
     states_S1 = np.arange(len(stop_S), dtype=dtype)[:, None]
-    # Unread columns: ROOT, except that a found stop stays found.
-    table_SV = np.repeat(np.where(stop_S[:, None] == NO_STOP, dtype(ROOT), states_S1), vocab_size, axis=1)
+    table_SV = np.repeat(states_S1, vocab_size, axis=1)  # right for tokens without bytes; the others follow
 
     # All tokens advance by one byte together, longest first, so that those still reading are a prefix.
     lengths = np.array([len(text) for text in token_bytes], np.int64)

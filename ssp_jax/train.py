@@ -6,7 +6,6 @@ checkpoint of the last finished step.
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import sys
 import time
@@ -19,43 +18,28 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import data, episodes, evaluate, export, hosts, judge, learner, model, paper, prompts, sharding, weights
-from ssp_jax.checkpoint import Checkpoints, check_shared, check_workdir
-from ssp_jax.config import advice, check_values, flatten_config
-from ssp_jax.data import InputError, Task
+from ssp_jax import data, episodes, evaluate, export, hosts, judge, learner, model, paper, sharding, weights
+from ssp_jax.checkpoint import Checkpoints, check_shared, keep_config
+from ssp_jax.config import advice
+from ssp_jax.data import InputError
 from ssp_jax.engine import Engine, Sizes, Stats
 from ssp_jax.evaluate import Result, Setting
 from ssp_jax.hosts import Sigterm, Terminated
+from ssp_jax.inputs import Inputs, compare, make_mesh, read_inputs
 from ssp_jax.metrics import CompileCounter, Logger, peak_memory_gib
-from ssp_jax.remote import RemoteRetriever
-from ssp_jax.retriever import Search, open_retriever
 from ssp_jax.sampler import Truncation
 from ssp_jax.selfplay import Memory, Round, SelfPlay, Training, readable
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """All that is read from files before anything is compiled."""
-
-    tasks: list[Task]
-    eval_sets: dict[str, list[Task]]
-    retriever: Search
-    model_config: model.ModelConfig
-    tokenizer: Any
-    stage: episodes.Stage
-    eos: tuple[int, ...]
-
-
 def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
-    check_values(config)
     keep_compiled(workdir)
-    inputs, mesh = hosts.agree(lambda: read_inputs(config, workdir)), make_mesh(config)
+    inputs, mesh = read_inputs(config, workdir), make_mesh(config)
     # After the inputs: a mistyped path must not become the workdir's config.
-    hosts.agree(lambda: check_workdir(workdir, config) if hosts.first() else None)
+    hosts.agree(lambda: keep_config(workdir, config) if hosts.first() else None)
     hosts.agree(lambda: check_shared(workdir))
     run = _Run(config, workdir, inputs, mesh)
-    compare(config, inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
+    compare(inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
     with run.logger, run.checkpoints, Sigterm() as stop:
         try:
             run.warm_up()
@@ -74,6 +58,11 @@ def train(config: ConfigDict, workdir: str) -> None:
             run.logger.say(f"terminated: saved step {run.step}; the same command goes on from there")
             run.checkpoints.wait()
             sys.exit(0)
+        except InputError as error:  # such as a search server that stays away; no update raises one
+            if run.step and hosts.together(error):
+                run.save()
+                run.logger.say(f"saved step {run.step}; the same command goes on from there")
+            raise
 
 
 def keep_compiled(workdir: str) -> None:
@@ -81,80 +70,6 @@ def keep_compiled(workdir: str) -> None:
     options: Any = jax.config  # which makes its attributes at import, unseen by a type checker
     if options.jax_compilation_cache_dir is None:
         options.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
-
-
-def read_inputs(config: ConfigDict, workdir: str) -> Inputs:
-    model_config = weights.read_config(config.model.path)
-    tokenizer = weights.load_tokenizer(config.model.path)
-    kv_heads = model_config.num_kv_heads
-    if config.mesh.tensor > 0 and kv_heads % config.mesh.tensor:
-        raise InputError(
-            f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads"
-        )
-    tasks = data.load_answers(config.data.answers)
-    return Inputs(
-        tasks=tasks,
-        eval_sets={
-            name: questions[: config.eval.max_questions or None]
-            for name, questions in data.load_question_sets(config.data.eval_sets).items()
-        },
-        retriever=_open_search(config.retriever, workdir, tasks),
-        model_config=model_config,
-        tokenizer=tokenizer,
-        stage=make_stage(config, tokenizer),
-        eos=episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
-    )
-
-
-def _open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
-    if c.kind == "http":
-        probes = [task.answers[0] for task in tasks[:64]]
-        return RemoteRetriever(c.url, probes, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries)
-    index = c.index or str(Path(workdir) / "index")
-    settings = {"stemmer": c.stemmer, "stopwords": c.stopwords, "k1": c.k1, "b": c.b}
-    return open_retriever(c.corpus, index, **settings, threads=c.threads)
-
-
-def compare(config: ConfigDict, inputs: Inputs, more: dict[str, Any]) -> None:
-    """Nothing begins before all processes have been found to be about to do the same."""
-    if not hosts.several():
-        return
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
-    facts = {f"config key {key}": value for key, value in flatten_config(config).items()}
-    facts |= {f"version of {name}": importlib.metadata.version(name) for name in packages}
-    facts |= {
-        "version of Python": sys.version.split()[0],
-        "number of devices": jax.local_device_count(),
-        "data.answers (a digest)": hosts.digest(inputs.tasks),
-        "data.eval_sets (a digest)": hosts.digest(inputs.eval_sets),
-        "the model's shape": hosts.digest(inputs.model_config),
-        "the tokenizer (a digest)": hosts.digest(sorted(inputs.tokenizer.get_vocab().items())),
-        "the number of passages": len(inputs.retriever),
-    }
-    hosts.share(lambda: None, facts | more)
-
-
-def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
-    """The mesh of the config; what is split over it must divide."""
-    mesh = sharding.make_mesh(config.mesh.to_dict())
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for key, number in (("learner.rows", config.learner.rows), ("engine.slots", config.engine.slots)):
-        if number % parts:
-            raise InputError(f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = {parts}")
-    return mesh
-
-
-def make_stage(config: ConfigDict, tokenizer: Any) -> episodes.Stage:
-    p, limits = config.prompt, episodes.Limits(**config.limits)
-    style = dataclasses.replace(prompts.STYLES[p.style], worked_example=p.worked_example)
-    stage = episodes.Stage(tokenizer, style, p.template, limits)
-    least = len(stage.encode(style.observation_text.format(documents="")))
-    if limits.observation_tokens <= least:
-        raise InputError(
-            f"config key limits.observation_tokens is {limits.observation_tokens}; expected more than the {least} "
-            "tokens of the tags around a result"
-        )
-    return stage
 
 
 def make_learner_config(config: ConfigDict, model_config: model.ModelConfig) -> learner.LearnerConfig:
@@ -355,7 +270,7 @@ class _Run:
             results["after"] = self.evaluate(self.step, stop)
         if self._config.checkpoint.export:
             with self.logger.phase("exporting"):
-                folder = self._workdir / "export"
+                folder = self._workdir / export.FOLDER
                 export.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
         summary: dict[str, Any] = {"steps": self.step, "seconds": round(self._seconds, 1)}
         summary["eval"] = {

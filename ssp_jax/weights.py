@@ -136,8 +136,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def _check_tensors(folder: Folder, tensors: dict[str, Tensor], config: ModelConfig) -> None:
+def check_tensors(folder: str | Path, config: ModelConfig) -> None:
+    """What `load` would refuse of the files' headers, in an instant."""
+    _open_tensors(folders.find(folder), config)
+
+
+def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
     """Exactly the tensors of this shape, each of its own shape; before anything is read."""
+    tensors = folders.open_tensors(folder)
     expected = names.file_shapes(config)
     for name, shape in expected.items():
         if name not in tensors:
@@ -149,6 +155,7 @@ def _check_tensors(folder: Folder, tensors: dict[str, Tensor], config: ModelConf
         # Old Llama files carry rotary tables; some tied models carry the embedding twice.
         if not (name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")):
             raise InputError(f"{tensors[name].place} is not part of the model in config.json")
+    return tensors
 
 
 def load(folder: str | Path, config: ModelConfig, shardings: Params | None, dtype: Any) -> Params:
@@ -157,9 +164,7 @@ def load(folder: str | Path, config: ModelConfig, shardings: Params | None, dtyp
     Threads read and lay out one parameter while the one before it goes to the devices; no more of the model than these
     two is in host memory (beside the params themselves, where the device is the host).
     """
-    found = folders.find(folder)
-    tensors = folders.open_tensors(found)
-    _check_tensors(found, tensors, config)
+    tensors = _open_tensors(folders.find(folder), config)
     params: Params = {}
     before: Any = ()
     with ThreadPoolExecutor() as pool:

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import default
-from ssp_jax.checkpoint import Checkpoints, check_workdir
+from ssp_jax.checkpoint import Checkpoints, check_workdir, keep_config
 from ssp_jax.data import InputError
 
 GAME = {"position": 7, "pool": [{"question": "Où est São Paulo?", "answers": ["Brazil"], "uid": None}], "rate": 0.1}
@@ -142,12 +142,25 @@ def test_kill_9_leaves_only_whole_steps(tmp_path: Path, seconds: float) -> None:
 def test_workdir_belongs_to_one_config(tmp_path: Path) -> None:
     config = default.get_config()
     check_workdir(str(tmp_path / "run"), config)
+    assert not (tmp_path / "run" / "config.json").exists()
+    keep_config(str(tmp_path / "run"), config)
     check_workdir(str(tmp_path / "run"), config)
     with config.unlocked():
         config.update_from_flattened_dict(
-            {"steps": 7, "eval.every": 3, "checkpoint.keep": 9, "log.tensorboard": False, "eval.max_questions": 1}
+            {
+                "steps": 7,
+                "eval.every": 3,
+                "checkpoint.keep": 9,
+                "log.tensorboard": False,
+                "eval.max_questions": 1,
+                "retriever.url": "http://elsewhere:80/retrieve",
+                "retriever.threads": 3,
+            }
         )
     check_workdir(str(tmp_path / "run"), config)
+    keep_config(str(tmp_path / "run"), config, evaluating=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 200
+    keep_config(str(tmp_path / "run"), config)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 7
     config.learner.kl_coef = 0.0
     config.engine.cache_buckets = (64,)

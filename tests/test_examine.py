@@ -107,11 +107,14 @@ def test_the_initial_model_judges_while_training(tmp_path):
     [
         ({"prompt__style": "search_r1"}, 'prompt.style was "brief" and is "search_r1"'),
         ({"limits__searches": 2}, "limits.searches was 4 and is 2"),
+        ({"retriever__b": 0.5}, "retriever.b was 0.75 and is 0.5"),
     ],
 )
 def test_what_a_run_was_trained_with_is_kept(trained, changes, expected):
+    index = (trained / "index" / "meta.json").read_bytes()
     with pytest.raises(InputError, match=expected):
         examine.examine(small(steps=1, **changes), str(trained))
+    assert (trained / "index" / "meta.json").read_bytes() == index
 
 
 def test_without_questions_there_is_nothing_to_evaluate(tmp_path):

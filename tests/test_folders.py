@@ -1,6 +1,8 @@
 """Folders: a model in a bucket or in the hub's local copy loads as from a disk; what is not to be had says so."""
 
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import fsspec
@@ -52,6 +54,21 @@ def test_bad_buckets(bucket):
         weights.read_config("gs://b/model")
     with pytest.raises(InputError, match="model folder zz://b/model cannot be reached: Protocol not known: zz"):
         weights.read_config("zz://b/model")
+
+
+def test_a_store_that_wants_credentials(bucket, monkeypatch):
+    """Its client's own kind of error, which is no OSError; here as Amazon's has it."""
+
+    class BotoCoreError(Exception):
+        pass
+
+    def refuse(*_, **__):
+        raise BotoCoreError("Unable to locate credentials.\nRead the manual.")
+
+    monkeypatch.setitem(sys.modules, "botocore.exceptions", types.SimpleNamespace(BotoCoreError=BotoCoreError))
+    monkeypatch.setattr(type(bucket), "ls", refuse)
+    with pytest.raises(InputError, match=r"model folder memory://a/b cannot be read: Unable to locate credentials$"):
+        weights.read_config("memory://a/b")
 
 
 def test_hub_names(tmp_path, monkeypatch):

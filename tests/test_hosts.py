@@ -204,6 +204,65 @@ def test_a_process_that_stays_alone_says_so() -> None:
         assert "ssp_jax: the processes of this run did not find each other in 3 seconds" in done.stderr
 
 
+OPEN_SEARCH = """
+import fcntl, json, sys, time
+from ssp_jax import hosts, inputs
+from ssp_jax.config import Place, load_config
+from ssp_jax.data import InputError
+fcntl.flock = lambda *_: None  # what it does between hosts, on gcsfuse and on many an NFS
+corpus, workdir, coordinator, process = sys.argv[1:]
+hosts.start(Place(coordinator, 2, int(process)), {})
+config = load_config("configs/tiny.py").copy_and_resolve_references().retriever
+config.corpus = corpus
+try:
+    search = inputs.open_search(config, workdir, [])
+    print(json.dumps([len(search), "bm25s" in sys.modules]))  # it is imported where an index is built
+except InputError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_first_of_several_processes_builds_the_index(tmp_path: Path, broken: bool) -> None:
+    lines = (ROOT / "assets/tiny/corpus.jsonl").read_text().splitlines(keepends=True)[:50]
+    (tmp_path / "corpus.jsonl").write_text("".join(lines) + ("{\n" if broken else ""))
+    command = [sys.executable, "-c", OPEN_SEARCH, str(tmp_path / "corpus.jsonl"), str(tmp_path)]
+    command.append(f"127.0.0.1:{free_port()}")
+    started = [subprocess.Popen([*command, i], cwd=ROOT, stdout=subprocess.PIPE, text=True) for i in "01"]
+    said = [json.loads(process.communicate(timeout=SECONDS)[0].splitlines()[-1]) for process in started]
+    if broken:
+        assert "corpus.jsonl line 51" in said[0] and said[1] == f"process 0: {said[0]}"
+    else:
+        assert said == [[50, True], [50, False]]
+    assert not (tmp_path / "index.building").exists()
+
+
+TOLD_ALONE = """
+import sys
+from ssp_jax import hosts
+from ssp_jax.config import Place
+from ssp_jax.data import InputError
+hosts.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
+hosts.agree(lambda: None)
+with hosts.ending():
+    if sys.argv[2] == "1":
+        raise InputError("file: expected another")
+    hosts.agree(lambda: None)
+"""
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(devices: int) -> None:
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-c", TOLD_ALONE, f"127.0.0.1:{free_port()}"]
+    began, pipe = time.monotonic(), subprocess.PIPE
+    started = [subprocess.Popen([*command, i], cwd=ROOT, env=environment, stderr=pipe, text=True) for i in "01"]
+    other, told = (process.communicate(timeout=SECONDS)[1] for process in started)
+    assert started[1].returncode == 2 and told.splitlines()[-1] == "ssp_jax: process 1: file: expected another", told
+    assert started[0].returncode not in (0, 2) and "another process of the run is gone" in other, other
+    assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 60
+
+
 def test_a_run_of_two_processes_is_the_run_of_one_that_ends_it_after_a_sudden_death(tmp_path: Path) -> None:
     mesh = {"mesh__data": 2, "mesh__fsdp": 2}
     here(tmp_path / "one", **mesh)
@@ -264,3 +323,4 @@ def test_processes_with_different_configs_do_not_begin(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", 2, 1, tmp_path / "logs", mesh__data=2, mesh__fsdp=1, seeds=(0, 1))
     assert run.codes() == [2, 2], run.said()
     assert run.said().count("not alike: config key seed is 0 on 0; 1 on 1") == 2
+    assert not (tmp_path / "run" / "index").exists()  # which the two might have built with different settings

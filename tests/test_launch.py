@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT
 
 from configs import default
-from ssp_jax import published, retriever
+from ssp_jax import folders, published, retriever
 from ssp_jax.config import load_config, parse_command_line
 
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch" / "docker").glob("*.sh")]
@@ -81,9 +81,13 @@ def test_a_slice_is_deleted_whole() -> None:
     ]
 
 
-def fake_gcloud(folder: Path, *states: str) -> dict[str, str]:
-    """A gcloud on PATH that reports these states one after the other and then ACTIVE, and logs what it was asked."""
+def fake_gcloud(folder: Path, *states: str, failing: tuple[str, ...] = ()) -> dict[str, str]:
+    """A gcloud on PATH that reports these states one after the other and then ACTIVE, and logs what it was asked.
+
+    failing: the steps that fail, one after the other, and their exit codes.
+    """
     (folder / "states").write_text("".join(f"{state}\n" for state in states))
+    (folder / "failing").write_text("".join(f"{step}\n" for step in failing))
     script = folder / "gcloud"
     script.write_text(
         f"""#!/bin/bash
@@ -91,8 +95,11 @@ cd {shlex.quote(str(folder))}
 case "$*" in
   *describe*) if [ -s states ]; then head -n 1 states; sed -i 1d states; else echo ACTIVE; fi ;;
   *--command=cat*) echo 3 ;;
-  *) printf '%s\\n' "$4 $5 $6" >> asked ;;
+  *)
+    printf '%s\\n' "$4 $5 $6" >> asked
+    read -r step code < failing && [ "$4" = "$step" ] && sed -i 1d failing && exit "$code" ;;
 esac
+exit 0
 """
     )
     script.chmod(0o755)
@@ -106,6 +113,39 @@ def test_a_preempted_slice_is_made_anew_and_the_exit_code_is_the_runs(tmp_path: 
     asked = [line.split()[0] for line in (tmp_path / "asked").read_text().splitlines()]
     once = ["scp", "ssh", "ssh", "ssh"]
     assert asked == [*once, "delete", "create", *once], done.stdout
+
+
+@pytest.mark.parametrize(
+    ("failing", "again"),
+    [
+        (("scp 255",), ["scp"]),
+        (("ssh 255",), ["scp", "ssh"]),  # install
+        (("scp 1", "scp 1", "ssh 2"), ["scp", "scp", "scp", "ssh"]),
+    ],
+)
+def test_a_step_that_fails_is_tried_again(tmp_path: Path, failing: tuple[str, ...], again: list[str]) -> None:
+    done = launch(*TPU, "v6e-16", "--bucket=b", "--", CONFIG, **fake_gcloud(tmp_path, failing=failing))
+    assert done.returncode == 3, done.stdout + done.stderr
+    asked = [line.split()[0] for line in (tmp_path / "asked").read_text().splitlines()]
+    assert asked == [*again, "scp", "ssh", "ssh", "ssh", "ssh"] and "failed; again in" in done.stderr
+
+
+def test_a_lost_network_does_not_end_what_has_a_slice(tmp_path: Path) -> None:
+    """Nobody answers: neither is the slice seen nor can one be created. Without any slice before that is the end."""
+    states, failing = ("ACTIVE", "SUSPENDED", "SUSPENDED", ""), ("delete 1", "create 1")
+    done = launch(*TPU, "v6e-16", "--", CONFIG, **fake_gcloud(tmp_path, *states, failing=failing))
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert [line.split()[0] for line in (tmp_path / "asked").read_text().splitlines()].count("create") == 1
+    (tmp_path / "asked").unlink()
+    done = launch(*TPU, "v6e-16", "--", CONFIG, **fake_gcloud(tmp_path, "", failing=("create 1",)))
+    assert done.returncode == 1 and (tmp_path / "asked").read_text().startswith("create")
+
+
+def test_a_bucket_that_cannot_be_mounted_ends_it(tmp_path: Path) -> None:
+    environment = fake_worker(tmp_path)
+    (tmp_path / "gcsfuse").write_text("#!/bin/bash\necho no such bucket >&2\nexit 1\n")
+    done = launch(*TPU, "v6e-16", "--bucket=b", "--", CONFIG, **environment)
+    assert done.returncode == 2 and "no such bucket" in done.stderr, done.stdout + done.stderr
 
 
 def fake_worker(folder: Path) -> dict[str, str]:
@@ -163,16 +203,36 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_slurm_job_has_one_process_per_node_with_all_gpus() -> None:
-    submit, run, *_, requeue = commands("slurm_gpu.sh", "--dry-run", "2", "8", "--time=24:00:00", "--", CONFIG)
+    printed = commands("slurm_gpu.sh", "--dry-run", "2", "8", "--time=24:00:00", "--", CONFIG)
+    submit, set_, run, signal, requeue = printed
     assert submit[0] == "sbatch" and {"--nodes=2", "--gpus-per-node=8", "--time=24:00:00"} <= set(submit)
     assert "--export=ALL,SSP_JAX_SUBMITTED=yes,VENV=.venv" in submit
-    assert run[0] == "srun" and "--export=ALL,JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7" in run
-    assert run[-3:] == ["-m", "ssp_jax.main", CONFIG] and requeue[-3:] == ["scontrol", "requeue", "JOB"]
+    assert set_ == ["export", "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7"] and run[0] == "srun"
+    assert run[-3:] == ["-m", "ssp_jax.main", CONFIG] and signal[-3:] == ["scancel", "--signal=TERM", "JOB"]
+    assert requeue[-3:] == ["scontrol", "requeue", "JOB"]
     assert "--ntasks-per-node=1" in (ROOT / "launch" / "slurm_gpu.sh").read_text()
 
 
+EXPORT = """for argument in "$@"; do
+  if [[ $argument == --export=* ]]; then
+    IFS=, read -ra parts <<< "${argument#*=}"
+    for part in "${parts[@]}"; do [[ $part != *=* ]] || export "$part"; done
+  fi
+done
+"""  # what srun makes of --export: parts between commas
+
+
 def fake_slurm(folder: Path, srun: str) -> dict[str, str]:
-    for name, body in {"srun": srun, "scontrol": 'echo "scontrol $*"'}.items():
+    """srun runs the task beside itself, and at SIGTERM kills it as Slurm's does; scancel signals the task."""
+    task = shlex.quote(str(folder / "task"))
+    programs = {
+        "srun": f"""{EXPORT}( echo $BASHPID > {task}; {srun} ) & child=$!
+trap 'echo killed; kill -9 $child; exit 143' TERM
+wait $child""",
+        "scancel": f'[[ "$*" == "--signal=TERM 77" ]] && kill -TERM "$(cat {task})"',
+        "scontrol": 'echo "scontrol $*"',
+    }
+    for name, body in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "2", "SSP_JAX_SUBMITTED": "yes", "VENV": "my venv"}
@@ -187,12 +247,13 @@ def test_slurm_is_told_to_signal_early_and_to_allow_a_second_start() -> None:
 
 
 def test_a_slurm_job_that_ends_by_itself_keeps_its_code_and_is_not_queued_again(tmp_path: Path) -> None:
-    environment = fake_slurm(tmp_path, "printf '%s|' \"$@\"; exit 6")
+    environment = fake_slurm(tmp_path, "echo GPUs $JAX_LOCAL_DEVICE_IDS; printf '%s|' \"$@\"; exit 6")
     job = [str(ROOT / "launch" / "slurm_gpu.sh"), CONFIG, "--workdir=a run"]
     done = subprocess.run(job, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 6 and "requeue" not in done.stdout
     assert done.stdout.endswith(f"my venv/bin/python|-m|ssp_jax.main|{CONFIG}|--workdir=a run|"), done.stdout
     assert "--kill-on-bad-exit=1" in done.stdout  # one dead process ends the others
+    assert "GPUs 0,1\n" in done.stdout  # both of the node
 
 
 def test_a_slurm_job_near_its_time_limit_saves_and_queues_itself_again(tmp_path: Path) -> None:
@@ -238,7 +299,8 @@ if [[ -n ${{packed:-}} ]]; then cp "$packed" "$2/wiki-18.jsonl.gz"; fi""",
     fetched = [line.split()[1] for line in lines if line.startswith("fetched ")]
     assert fetched == ["some/model", "PeterJinGo/wiki-18-corpus", "Quark-LLM/SSP", "Quark-LLM/SSP"]
     assert any(line.startswith("checked ") and line.endswith("files/ssp/test.jsonl") for line in lines)
-    assert "safetensors" in next(line for line in lines if line.startswith("fetched some/model"))
+    wanted = next(line for line in lines if line.startswith("fetched some/model"))
+    assert all(f"--include *{kind}" in wanted for kind in (".safetensors", *folders._SMALL_FILES))
     keys = dict(line.strip().removeprefix("--config.").split("=", 1) for line in lines if line.startswith("  --config"))
     settings = default.get_config().retriever
     same = {key: settings[key] for key in ("stemmer", "stopwords", "k1", "b")}

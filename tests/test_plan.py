@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from configs import default
-from ssp_jax import ahead, engine, footprint, model, plan, published, sharding, train
+from ssp_jax import ahead, engine, footprint, inputs, model, plan, published, sharding
 from ssp_jax.data import InputError
 from ssp_jax.published import GIB
 
@@ -72,7 +72,7 @@ def test_a_wrong_topology_is_one_sentence(text: str) -> None:
 def test_what_is_kept_is_what_a_run_allocates() -> None:
     """Bytes on one device of the real arrays, on the 8 fake devices of the tests."""
     c = config(engine__cache_tokens=64, engine__slots=8, mesh__tensor=2, model__path="x")
-    s = footprint.Setup(c, SMALL, train.make_mesh(c))
+    s = footprint.Setup(c, SMALL, inputs.make_mesh(c))
     zeros = jax.tree.map(
         lambda x: jax.device_put(jax.numpy.zeros(x.shape, x.dtype), x.sharding), footprint.train_state(s)
     )

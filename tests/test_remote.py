@@ -6,9 +6,10 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from test_train import small, steps_of
 
 from configs import default
-from ssp_jax import remote, train
+from ssp_jax import inputs, remote, train
 from ssp_jax.config import check_values
 from ssp_jax.data import Document, InputError, Task
 from ssp_jax.remote import RemoteRetriever
@@ -127,6 +128,23 @@ def test_no_server(server):
         retriever.search(["a"], 3)
 
 
+def test_a_server_that_is_lost_costs_no_finished_step(server, tmp_path, capsys):
+    class Failing(Handler):
+        def found(self, asked):
+            stepped = (tmp_path / "metrics.jsonl").exists() and steps_of(tmp_path)
+            return {"detail": "out of order"} if stepped else super().found(asked)
+
+    server.RequestHandlerClass = Failing
+    changes = {"eval__before": False, "eval__after": False, "checkpoint__export": False, "checkpoint__every": 0}
+    changes |= {"engine__cache_buckets": (), "engine__extend_buckets": (448,), "limits__searches": 1, "mesh__fsdp": 1}
+    changes |= {"game__answers_per_step": 2, "engine__slots": 4, "learner__rows": 1, "log__tensorboard": False}
+    config = small(steps=2, retriever__kind="http", retriever__url=server.url, **changes)
+    with pytest.raises(InputError, match=r"retriever\.url.*out of order"):
+        train.train(config, str(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert "saved step 1; the same command goes on from there" in capsys.readouterr().out
+
+
 def test_a_run_opens_it(server):
     config = default.get_config()
     with config.unlocked():
@@ -135,5 +153,5 @@ def test_a_run_opens_it(server):
         check_values(config)
     config.retriever.url = server.url
     check_values(config)  # needs no corpus
-    search = train._open_search(config.retriever, "unused", [Task(0, ("Paris",)), Task(1, ("Rome",))])
+    search = inputs.open_search(config.retriever, "unused", [Task(0, ("Paris",)), Task(1, ("Rome",))])
     assert len(search) == 2 and server.asked[0][1]["queries"] == ["Paris", "Rome"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from model_folders import edit_tensors
 
 from ssp_jax import config as configuration
 from ssp_jax import data, train, weights
@@ -246,20 +247,24 @@ def test_bad_input_is_told_before_anything_compiles(tmp_path, key):
         ("judge.max_tokens", 512, "judge.max_tokens is 512; expected less than engine.cache_tokens = 448"),
         ("learner.learning_rate", float("nan"), "learner.learning_rate is nan; expected a finite number"),
         ("reward.invalid_question", float("inf"), "reward.invalid_question is inf; expected a finite number"),
+        ("sampling.temperature", 0.0, "sampling.temperature is 0.0; expected more than 0"),
         ("model.path", "", "expected a path"),
         ("mesh.tensor", 3, "divisor of 2"),
+        ("mesh.tensor", 2, "there are 8 devices"),
         ("learner.rows", 3, "rows"),
     ],
 )
 def test_values_that_cannot_work_are_told(tmp_path, key, value, expected):
     needed = {"learner.rows": {"mesh.data": 2}, "judge.max_tokens": {"eval.judge": "policy"}}
     changes = {key: value} | needed.get(key, {})
+    changes |= {"mesh.data": 3, "mesh.fsdp": -1} if expected.endswith("8 devices") else {}
     c = small()
     with c.unlocked():
         c.update_from_flattened_dict(changes)
     with pytest.raises(data.InputError, match=expected):
         train.train(c, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "config.json").exists()  # so that the mended command is not another config's
+    assert not (tmp_path / "run" / "index").exists()  # which may take hours
 
 
 def test_the_judge_of_evaluations_is_asked_before_anything_is_played(tmp_path):
@@ -280,9 +285,36 @@ def test_a_truncation_that_the_trainer_does_not_know_of_is_told():
         assert configuration.advice(small(**changes, learner__old_logprobs="recompute")) == []
 
 
-def test_a_workdir_of_another_config_is_refused(whole):
-    with pytest.raises(data.InputError, match="game.group_size was 2 and is 3"):
-        train.train(small(game__group_size=3), str(whole))
+def test_a_model_that_cannot_be_used_is_told_before_the_index_is_built(tmp_path):
+    model = Path(shutil.copytree(ROOT / "assets/tiny/model", tmp_path / "model"))
+    norm, text = "model.norm.weight", (model / "tokenizer_config.json").read_text()
+    (model / "tokenizer_config.json").write_text(json.dumps(json.loads(text) | {"chat_template": None}))
+    for expected in ("has no chat template", f'tensor "{norm}" has shape'):
+        with pytest.raises(data.InputError, match=expected):
+            train.train(small(model__path=str(model)), str(tmp_path / "run"))
+        (model / "tokenizer_config.json").write_text(text)
+        edit_tensors(model, **{norm: np.ones(5, np.float32)})
+    assert not (tmp_path / "run" / "index").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [({"game__group_size": 3}, "game.group_size was 2 and is 3"), ({"retriever__k1": 0.9}, "k1 was 1.5 and is 0.9")],
+)
+def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(whole, change, expected):
+    files = [whole / "config.json", *sorted((whole / "index").iterdir())]
+    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
+    with pytest.raises(data.InputError, match=expected):
+        train.train(small(**change), str(whole))
+    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
+
+
+def test_a_folder_in_the_way_of_the_export_is_told_at_the_start(tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "notes.txt").write_text("mine")
+    with pytest.raises(data.InputError, match="export exists and is not a model folder; it will not be replaced"):
+        train.train(small(), str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
 
 
 def test_every_choice_names_a_key():

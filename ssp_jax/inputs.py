@@ -1,0 +1,139 @@
+"""What a run checks and reads before anything is compiled: files, search, mesh. What takes long comes last.
+
+All processes of a run do it together: what one of them is told all are told, and they must be about to do the same.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ssp_jax import data, episodes, export, hosts, model, prompts, sharding, weights
+from ssp_jax.checkpoint import check_workdir
+from ssp_jax.config import check_values, flatten_config
+from ssp_jax.data import InputError, Task
+from ssp_jax.remote import RemoteRetriever
+from ssp_jax.retriever import Search, ensure_index, open_retriever
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the files say, and the search."""
+
+    tasks: list[Task]
+    eval_sets: dict[str, list[Task]]
+    retriever: Search
+    model_config: model.ModelConfig
+    tokenizer: Any
+    stage: episodes.Stage
+    eos: tuple[int, ...]
+
+
+def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -> Inputs:
+    """Checks and reads it all, the processes together. Last the search index, which may be built, for hours, and then
+    takes the place of the one before: a command that is refused must not come so far.
+    """
+
+    def files() -> dict[str, Any]:
+        check_values(config)
+        if evaluating and not config.data.eval_sets:
+            raise InputError("config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE")
+        check_workdir(workdir, config, evaluating=evaluating)
+        if config.checkpoint.export and not evaluating:
+            export.check_place(Path(workdir) / export.FOLDER)
+        return _read_files(config)
+
+    found = hosts.agree(files, _settings(config))
+    hosts.agree(lambda: make_mesh(config))
+    return Inputs(**found, retriever=open_search(config.retriever, workdir, found["tasks"]))
+
+
+def _read_files(config: ConfigDict) -> dict[str, Any]:
+    """The fields of Inputs, but for the retriever."""
+    model_config = weights.read_config(config.model.path)
+    weights.check_tensors(config.model.path, model_config)
+    tokenizer = weights.load_tokenizer(config.model.path)
+    stage = make_stage(config, tokenizer)
+    stage.prompt([{"role": "user", "content": "Who?"}])
+    kv_heads = model_config.num_kv_heads
+    if config.mesh.tensor > 0 and kv_heads % config.mesh.tensor:
+        raise InputError(
+            f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads"
+        )
+    return {
+        "tasks": data.load_answers(config.data.answers),
+        "eval_sets": {
+            name: questions[: config.eval.max_questions or None]
+            for name, questions in data.load_question_sets(config.data.eval_sets).items()
+        },
+        "model_config": model_config,
+        "tokenizer": tokenizer,
+        "stage": stage,
+        "eos": episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
+    }
+
+
+def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
+    """Of several processes the first one builds a missing index: a lock file tells nothing to another host."""
+    if c.kind == "http":
+        probes = [task.answers[0] for task in tasks[:64]]
+        remote = functools.partial(RemoteRetriever, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries)
+        return hosts.agree(lambda: remote(c.url, probes))
+    index = c.index or str(Path(workdir) / "index")
+    settings = {"stemmer": c.stemmer, "stopwords": c.stopwords, "k1": c.k1, "b": c.b}
+    if hosts.several():
+        hosts.by_first(lambda: ensure_index(c.corpus, index, **settings))
+    return hosts.agree(lambda: open_retriever(c.corpus, index, **settings, threads=c.threads))
+
+
+def _settings(config: ConfigDict) -> dict[str, Any]:
+    """What must be the same on all processes before any of them does anything."""
+    if not hosts.several():
+        return {}
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
+    facts = {f"config key {key}": value for key, value in flatten_config(config).items()}
+    facts |= {f"version of {name}": importlib.metadata.version(name) for name in packages}
+    return facts | {"version of Python": sys.version.split()[0], "number of devices": jax.local_device_count()}
+
+
+def compare(inputs: Inputs, more: dict[str, Any]) -> None:
+    """Nothing begins before all processes have been found to be about to do the same."""
+    if not hosts.several():
+        return
+    facts = {
+        "data.answers (a digest)": hosts.digest(inputs.tasks),
+        "data.eval_sets (a digest)": hosts.digest(inputs.eval_sets),
+        "the model's shape": hosts.digest(inputs.model_config),
+        "the tokenizer (a digest)": hosts.digest(sorted(inputs.tokenizer.get_vocab().items())),
+        "the number of passages": len(inputs.retriever),
+    }
+    hosts.share(lambda: None, facts | more)
+
+
+def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of the config; what is split over it must divide."""
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    sharding.playing_meshes(mesh)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for key, number in (("learner.rows", config.learner.rows), ("engine.slots", config.engine.slots)):
+        if number % parts:
+            raise InputError(f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = {parts}")
+    return mesh
+
+
+def make_stage(config: ConfigDict, tokenizer: Any) -> episodes.Stage:
+    p, limits = config.prompt, episodes.Limits(**config.limits)
+    style = dataclasses.replace(prompts.STYLES[p.style], worked_example=p.worked_example)
+    stage = episodes.Stage(tokenizer, style, p.template, limits)
+    least = len(stage.encode(style.observation_text.format(documents="")))
+    if limits.observation_tokens <= least:
+        raise InputError(
+            f"config key limits.observation_tokens is {limits.observation_tokens}; expected more than the {least} "
+            "tokens of the tags around a result"
+        )
+    return stage
