@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+Shape = tuple[int, int, int, int, int, int, int]
 # Qwen2 shapes: vocabulary, layers, width, query heads, key/value heads, head size, feed-forward width; new tokens.
 SHAPES = {
     "1M": ((2048, 4, 128, 4, 2, 32, 512), 128),
@@ -63,7 +64,8 @@ class Rollout:
     stop_set, stop_reason, temperature = 0, "", 1.0
 
     def __init__(self, uid: int, prompt: list[int], new: int):
-        self.uid, self.tokens, self.logprobs, self._limit = uid, list(prompt), [], len(prompt) + new
+        self.uid, self.tokens, self._limit = uid, list(prompt), len(prompt) + new
+        self.logprobs: list[float] = []
 
     def token_limit(self) -> int:
         return self._limit
@@ -79,7 +81,7 @@ class Rollout:
         raise AssertionError("nothing was searched for")
 
 
-def run_ssp_jax(shape: tuple[int, ...], batch: int, length: int, new: int, repeats: int, dtype: str) -> dict[str, Any]:
+def run_ssp_jax(shape: Shape, batch: int, length: int, new: int, repeats: int, dtype: str) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
@@ -144,7 +146,7 @@ class Numbers:
         return 0
 
 
-def run_tunix(shape: tuple[int, ...], batch: int, length: int, new: int, repeats: int, dtype: str) -> dict[str, Any]:
+def run_tunix(shape: Shape, batch: int, length: int, new: int, repeats: int, dtype: str) -> dict[str, Any]:
     import jax.numpy as jnp
     from flax import nnx
     from tunix.generate.sampler import CacheConfig, Sampler
@@ -185,7 +187,7 @@ def run_tunix(shape: tuple[int, ...], batch: int, length: int, new: int, repeats
     return timed(rollout, repeats, batch * new)
 
 
-def run_torch(shape: tuple[int, ...], batch: int, length: int, new: int, repeats: int, dtype: str) -> dict[str, Any]:
+def run_torch(shape: Shape, batch: int, length: int, new: int, repeats: int, dtype: str) -> dict[str, Any]:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -202,7 +204,8 @@ def run_torch(shape: tuple[int, ...], batch: int, length: int, new: int, repeats
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = Qwen2ForCausalLM(config).to(device, getattr(torch, dtype)).eval()
+    network: Any = Qwen2ForCausalLM(config)
+    network = network.to(device, getattr(torch, dtype)).eval()
     given = torch.tensor(prompts(vocab, batch, length), device=device)
     # generate's own default is top_k = 50.
     options = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=None)

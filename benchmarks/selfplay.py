@@ -31,10 +31,10 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ssp_jax import backend, data, engine, episodes, model, sampler, weights  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
+from ssp_jax.inputs import make_stage  # noqa: E402
 from ssp_jax.retriever import Retriever, open_retriever  # noqa: E402
 from ssp_jax.selfplay import Memory, Round, SelfPlay  # noqa: E402
 from ssp_jax.slots import Player, Row, Stats  # noqa: E402
-from ssp_jax.train import make_stage  # noqa: E402
 
 Progress = Callable[[Stats], None]
 

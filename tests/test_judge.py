@@ -1,5 +1,6 @@
 """Judges: what a reply says, the policy through the engine's interface, and the official client against a server."""
 
+import contextlib
 import json
 import sys
 import threading
@@ -149,7 +150,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(BrokenPipeError):  # a client that waits no longer
+            self.wfile.write(data)
 
     def log_message(self, *_):
         pass
