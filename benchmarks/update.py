@@ -151,7 +151,7 @@ def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
         mini_batches=1,
         row_tokens=row_tokens,
         rows=rows,
-        logprob_chunk=64 if row_tokens % 64 == 0 else row_tokens,
+        logprob_chunk=128 if row_tokens % 128 == 0 else row_tokens,
         clip_low=CLIP_LOW,
         clip_high=CLIP_HIGH,
         kl_coef=0.0,
