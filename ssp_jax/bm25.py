@@ -11,8 +11,9 @@ words that are left could not lift an unseen passage into the top k, only passag
 
 import math
 import re
+import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ DATA, ROWS, STARTS = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.
 HIGHEST = "highest.npy"  # ours: float32 [terms], the most that a term adds to any passage
 BLOCK_TOKENS = 1 << 25  # words of a block: 128 MB, and as much again for each of its two columns
 RANGE_POSTINGS = 1 << 24  # postings merged at a time: 128 MB
-KNOWN_WORDS = 1 << 22  # word forms whose stem is remembered, some 400 MB
+KNOWN_WORDS = 1 << 22  # word forms whose stem is remembered while building, some 400 MB
+QUERY_WORDS = 1 << 20  # and while searching, some 100 MB
 
 _WORD = re.compile(r"(?u)\b\w\w+\b")  # the token pattern of bm25s: two letters or more
 _STOP = -1
@@ -33,7 +35,7 @@ _STOP = -1
 class Words(dict[str, int]):
     """Word form -> term number, in the order of first appearance; stop words -> -1. What is looked up is learnt."""
 
-    def __init__(self, stemmer: str, stopwords: Sequence[str]) -> None:
+    def __init__(self, stemmer: str, stopwords: Iterable[str]) -> None:
         super().__init__()
         self.terms: dict[str, int] = {}
         self._stem = stem_function(stemmer)
@@ -49,6 +51,26 @@ class Words(dict[str, int]):
         if len(self) > KNOWN_WORDS:
             self.clear()
             self.update(self._stopwords)
+
+
+class QueryWords(dict[str, int]):
+    """Word form -> number of its term in the corpus; -1 for a stop word, and for one that the corpus lacks.
+
+    Threads may look up at the same time. The forms are remembered, up to QUERY_WORDS of them.
+    """
+
+    def __init__(self, stemmer: str, stopwords: Iterable[str], terms: Mapping[str, int]) -> None:
+        super().__init__()
+        self._stem, self._lock = stem_function(stemmer), threading.Lock()
+        self._stopwords, self._terms = frozenset(stopwords), terms
+
+    def __missing__(self, word: str) -> int:
+        with self._lock:  # PyStemmer's objects are not thread-safe
+            number = _STOP if word in self._stopwords else self._terms.get(self._stem(word), _STOP)
+            if len(self) >= QUERY_WORDS:
+                self.clear()
+            self[word] = number
+        return number
 
 
 def stem_function(stemmer: str) -> Any:
@@ -209,6 +231,8 @@ def _append(starts, rows, counts, heads, out_rows, out_scores, idf, lengths, ave
 
 
 # --- searching --------------------------------------------------------------------------------------------------------
+# Rows come as uint32, for an index that may be negative costs a comparison at each access; and where one posting in two
+# would take another way, both ways are gone at once.
 
 
 @njit(cache=True)
@@ -258,9 +282,9 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
     """Fills best_rows and best_scores with the top len(best_rows) of a query; how many there are.
 
     `terms` are the query's, repeats included. `scores` (float32 [passages], all zero, and again so at the end) and
-    `seen` (int32 [passages]) are scratch. Scores only grow, so the best of the partial sums is a lower bound of the
-    final k-th score; what cannot reach it is left out. `slack` covers that float32 sums depend on their order; at the
-    end the few that are left are summed in the order of the query, as bm25s does.
+    `seen` (uint32 [passages + 1]) are scratch. Scores only grow, so the best of the partial sums is a lower bound of
+    the final k-th score; what cannot reach it is left out. `slack` covers that float32 sums depend on their order; at
+    the end the few that are left are summed in the order of the query, as bm25s does.
     """
     number, size = len(terms), 0
     order = np.argsort(-highest[terms])
@@ -293,12 +317,11 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
 def _add(data, rows, low, high, scores, seen, num_seen, size, bar, best_rows, best_scores):
     """Adds a word to all passages that have it; the new number of passages seen, size of the list, and bar."""
     last = len(best_rows) - 1
-    for at in range(low, high):
+    for at in range(np.uint64(low), np.uint64(high)):
         row = rows[at]
         score = scores[row]
-        if score == 0:
-            seen[num_seen] = row
-            num_seen += 1
+        seen[num_seen] = row  # stays if it is new
+        num_seen += score == 0
         score += data[at]
         scores[row] = score
         if score >= bar:
@@ -311,15 +334,12 @@ def _add(data, rows, low, high, scores, seen, num_seen, size, bar, best_rows, be
 @njit(cache=True)
 def _drop(seen, alive, scores, least):
     """Moves rows that score less than `least` behind the others; how many others there are."""
-    j = 0
-    while j < alive:
+    kept = 0
+    for j in range(alive):
         row = seen[j]
-        if scores[row] < least:
-            alive -= 1
-            seen[j], seen[alive] = seen[alive], row
-        else:
-            j += 1
-    return alive
+        seen[j], seen[kept] = seen[kept], row
+        kept += scores[row] >= least
+    return kept
 
 
 @njit(cache=True)
@@ -335,7 +355,7 @@ def _complete(data, rows, low, high, seen, alive, scores, bar, best_rows, best_s
                     _offer(seen[j], scores[seen[j]], size, best_rows, best_scores)
                     bar = best_scores[size - 1]
         return bar
-    for at in range(low, high):
+    for at in range(np.uint64(low), np.uint64(high)):
         row = rows[at]
         if scores[row] > 0:
             scores[row] += data[at]

@@ -14,7 +14,6 @@ jax.distributed.initialize() raises. Open a retriever after the distributed star
 
 import argparse
 import fcntl
-import functools
 import hashlib
 import itertools
 import json
@@ -40,9 +39,7 @@ from ssp_jax.data import Document, InputError, Position, iterate_corpus, parse_d
 
 FORMAT = 2  # raise it whenever the files of an index change their meaning: old folders are then built anew
 CACHED_QUERIES = 65_536  # about ten steps of the paper's setting; row numbers and scores are kept, some 15 MB
-KNOWN_WORDS = 1 << 20  # words of queries whose terms are remembered, some 100 MB
-SMALL_BATCH = 1 << 18  # postings that one thread walks in about a millisecond: not worth the handing over
-PARTS = 4  # of a batch for each thread, for queries differ in length
+SMALL_PART = 1 << 14  # postings that a thread walks in a tenth of a millisecond: not worth being split further
 PROGRESS_SECONDS = 10.0
 
 _META, _PASSAGES, _OFFSETS, _VOCABULARY = "meta.json", "passages.jsonl", "offsets.npy", "vocab.index.json"
@@ -222,17 +219,16 @@ class Retriever:
         names = (bm25.DATA, bm25.ROWS, bm25.STARTS, bm25.HIGHEST)
         # plain arrays over the maps, for Numba does not know np.memmap
         self._arrays = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in names]
-        self._terms: dict[str, int] = json.loads((folder / _VOCABULARY).read_bytes())
+        self._arrays[1] = self._arrays[1].view(np.uint32)
+        vocabulary = json.loads((folder / _VOCABULARY).read_bytes())
+        self._words = bm25.QueryWords(meta["settings"]["stemmer"], meta["stopwords"], vocabulary)
         self._offsets = np.load(folder / _OFFSETS, mmap_mode="r")
         self._passages = np.memmap(self._path, np.uint8, mode="r")
-        self._stem, self._stem_lock = bm25.stem_function(meta["settings"]["stemmer"]), threading.Lock()
-        self._stopwords = frozenset(meta["stopwords"])
-        self._numbers: dict[str, int] = {}  # of words that queries had: their terms, or -1
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
         self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
         self._cache: Cache[Hits] = Cache(CACHED_QUERIES)
-        self._best([[]], 1)  # compiles, or reads what was compiled before
+        self._search([""], 1)  # compiles, or reads what was compiled before
 
     @classmethod
     def load(cls, index_dir: str | Path, threads: int = 0) -> "Retriever":
@@ -259,46 +255,46 @@ class Retriever:
 
     def _query_terms(self, query: str) -> list[int]:
         """The numbers of the query's words that the corpus has, in their order, repeats included."""
-        numbers = [self._number(word) for word in bm25.split(query)]
-        return [number for number in numbers if number >= 0]
+        return [number for number in map(self._words.__getitem__, bm25.split(query)) if number >= 0]
 
-    def _number(self, word: str) -> int:
-        """Of the word's term; -1 for a stop word, and for one that the corpus lacks."""
-        number = self._numbers.get(word)
-        if number is None:
-            with self._stem_lock:  # PyStemmer's objects are not thread-safe
-                number = -1 if word in self._stopwords else self._terms.get(self._stem(word), -1)
-                if len(self._numbers) >= KNOWN_WORDS:
-                    self._numbers = {}
-                self._numbers[word] = number
-        return number
-
-    def _best(self, queries: Sequence[list[int]], top_k: int) -> list[Hits]:
-        """The best rows of each, higher score first, at equal score the lower row, also where top_k cuts a tie."""
-        shape = len(queries), min(top_k, len(self))
-        rows, scores, found = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(len(queries), np.int64)
-        terms, ends = np.array([t for query in queries for t in query], np.int64), np.cumsum([len(q) for q in queries])
+    def _best(self, terms: np.ndarray, ends: np.ndarray, best: tuple[np.ndarray, ...], a: int, b: int) -> None:
+        """Fills `best` for the queries from a to b, of which query i has terms[ends[i] : ends[i + 1]]."""
         try:
             scratch = self._scratch.get_nowait()
         except queue.Empty:
-            scratch = np.zeros(len(self), np.float32), np.empty(len(self), np.int32)
-        bm25.best_rows_of_all(*self._arrays, terms, ends, *scratch, rows, scores, found)
+            scratch = np.zeros(len(self), np.float32), np.empty(len(self) + 1, np.uint32)
+        own = terms[ends[a] : ends[b]], ends[a + 1 : b + 1] - ends[a]
+        bm25.best_rows_of_all(*self._arrays, *own, *scratch, *(array[a:b] for array in best))
         self._scratch.put(scratch)
-        shown = zip(rows.tolist(), scores.tolist(), found.tolist(), strict=True)
-        return [tuple(zip(own[:n], own_scores[:n], strict=True)) for own, own_scores, n in shown]
 
     def hits(self, queries: Sequence[str], top_k: int) -> list[Hits]:
-        """For each query the best top_k rows with their scores; only rows that share a word with it."""
+        """For each query the best top_k rows with their scores; only rows that share a word with it.
+
+        Higher score first, at equal score the lower row, also where top_k cuts a tie.
+        """
         return self._cache.get(queries, top_k, self._search)
 
-    def _search(self, queries: Sequence[str], top_k: int) -> Iterable[Hits]:
-        terms, starts = [self._query_terms(query) for query in queries], self._arrays[2]
-        postings = sum(int(starts[term + 1] - starts[term]) for query in terms for term in query)
-        if self._threads == 1 or postings < SMALL_BATCH:
-            return self._best(terms, top_k)
-        size = -(-len(terms) // (PARTS * self._threads))
-        parts = [terms[first : first + size] for first in range(0, len(terms), size)]
-        return itertools.chain.from_iterable(self._pool.map(functools.partial(self._best, top_k=top_k), parts))
+    def _search(self, queries: Sequence[str], top_k: int) -> list[Hits]:
+        of_queries, number = [self._query_terms(query) for query in queries], len(queries)
+        terms = np.array([term for own in of_queries for term in own], np.int64)
+        ends = np.cumsum([0] + [len(own) for own in of_queries])
+        shape = number, min(top_k, len(self))
+        best = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(number, np.int64)
+        cuts = self._cuts(terms, ends)
+        others = [self._pool.submit(self._best, terms, ends, best, a, b) for a, b in itertools.pairwise(cuts[1:])]
+        self._best(terms, ends, best, 0, cuts[1])
+        for other in others:
+            other.result()
+        shown = zip(*(array.tolist() for array in best), strict=True)
+        return [tuple(zip(rows[:found], scores[:found], strict=True)) for rows, scores, found in shown]
+
+    def _cuts(self, terms: np.ndarray, ends: np.ndarray) -> list[int]:
+        """Where the queries are cut into parts of about as many postings, one for each thread if they are many."""
+        starts = self._arrays[2]
+        postings = np.concatenate([[0], np.cumsum(starts[terms + 1] - starts[terms])])[ends]
+        parts = min(max(1, int(postings[-1]) // SMALL_PART), self._threads)
+        inner = np.searchsorted(postings, postings[-1] * np.arange(1, parts) / parts)
+        return [0, *sorted(set(inner.tolist()) - {0, len(ends) - 1}), len(ends) - 1]
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
         """For each query at most top_k passages that share a word with it, best first; fewer or none if fewer match."""

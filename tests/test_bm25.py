@@ -68,7 +68,7 @@ def test_results_are_those_of_bm25s(tmp_path, reference):
 
 def random_postings(rng, passages, frequencies):
     """Arrays in which each term has as many postings as `frequencies` says; few distinct scores: some tie."""
-    rows = [np.sort(rng.choice(passages, n, replace=False)).astype(np.int32) for n in frequencies]
+    rows = [np.sort(rng.choice(passages, n, replace=False)).astype(np.uint32) for n in frequencies]
     data = [(rng.integers(1, 6, n) * np.log(1 + passages / n) / 7).astype(np.float32) for n in frequencies]
     starts = np.concatenate([[0], np.cumsum(frequencies)]).astype(np.int64)
     highest = np.array([column.max() for column in data], np.float32)
@@ -88,7 +88,7 @@ def test_pruned_search_equals_adding_everything_up(top_k):
     rng, passages = np.random.default_rng(top_k), 20_000
     frequencies = [1, 1, 2, 3, 5, 10, 30, 100, 300, 1000, 3000, 5000, 10_000, 19_999, 20_000]
     arrays = random_postings(rng, passages, frequencies)
-    scratch = np.zeros(passages, np.float32), np.empty(passages, np.int32)
+    scratch = np.zeros(passages, np.float32), np.empty(passages + 1, np.uint32)
     for _ in range(300):
         terms = rng.integers(len(frequencies), size=rng.integers(0, 9))  # with repeats
         rows, scores = np.empty(top_k, np.int32), np.empty(top_k, np.float32)
@@ -104,7 +104,7 @@ def test_pruned_search_equals_adding_everything_up(top_k):
 def test_few_seen_passages_are_looked_up_and_many_walked():
     """Both ways of completing a sum, one after the other, on a case small enough to read."""
     passages = 4000
-    rows = [np.array([7, 900], np.int32), np.arange(passages, dtype=np.int32)]
+    rows = [np.array([7, 900], np.uint32), np.arange(passages, dtype=np.uint32)]
     data = [np.array([5, 5], np.float32), np.full(passages, 0.5, np.float32)]
     data[1][900] = 0.75
     arrays = np.concatenate(data), np.concatenate(rows), 2, 2 + passages
@@ -113,6 +113,6 @@ def test_few_seen_passages_are_looked_up_and_many_walked():
         scores[seen] = 1
         scores[[7, 900]] = 5
         best = np.array([7, 900], np.int32), np.array([5, 5], np.float32)
-        bar = bm25._complete(*arrays, np.array(seen, np.int32), len(seen), scores, np.float32(5), *best)
+        bar = bm25._complete(*arrays, np.array(seen, np.uint32), len(seen), scores, np.float32(5), *best)
         assert scores[[7, 900]].tolist() == expected and (scores[1::2][:5] == 0)[[0, 1, 2, 4]].all()
         assert bar == 5.5 and best[0].tolist() == [900, 7] and best[1].tolist() == [5.75, 5.5]

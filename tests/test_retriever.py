@@ -129,18 +129,19 @@ def test_a_large_batch_is_searched_in_parts_by_several_threads(tmp_path, monkeyp
     corpus, queries = corpus_of(tmp_path, random_texts(200)), random_texts(50, seed=2)
     open_retriever(corpus, tmp_path / "index", **PLAIN)
     alone = Retriever.load(tmp_path / "index", threads=1).hits(queries, 3)
-    monkeypatch.setattr("ssp_jax.retriever.SMALL_BATCH", 0)
-    monkeypatch.setattr("ssp_jax.retriever.KNOWN_WORDS", 3)  # of which most are forgotten on the way
+    monkeypatch.setattr("ssp_jax.retriever.SMALL_PART", 1)
+    monkeypatch.setattr("ssp_jax.bm25.QUERY_WORDS", 3)  # of which most are forgotten on the way
     several, parts, search = Retriever.load(tmp_path / "index", threads=3), [], Retriever._best
 
-    def watched(self, part, top_k):
-        parts.append(len(part))
-        return search(self, part, top_k)
+    def watched(self, terms, ends, best, first, last):
+        parts.append((first, last))
+        search(self, terms, ends, best, first, last)
 
     monkeypatch.setattr(Retriever, "_best", watched)
     assert several.hits(queries, 3) == alone and len({hits for hits in alone}) > 20
-    assert sorted(parts) == [5] * 10
-    assert 0 < len(several._numbers) <= 3
+    cuts = sorted(parts)
+    assert len(cuts) == 3 and [last for _, last in cuts] == [first for first, _ in cuts[1:]] + [50]
+    assert 0 < len(several._words) <= 3
 
 
 def test_built_once_then_loaded(tmp_path):
