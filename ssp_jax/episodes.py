@@ -31,6 +31,12 @@ ROLES = (SOLVER, PROPOSER, VERIFIER, ASSISTANT)
 SEARCH_ENGINE = "search engine"  # who speaks in a turn that no role wrote
 
 
+def check_rows(place: str, number: int) -> None:
+    """Told while inputs are read: so many episodes of a role can be told apart."""
+    if number > ID_ROWS:
+        raise InputError(f"{place}: expected at most {ID_ROWS:,} at a time, found {number:,}")
+
+
 def episode_id(role: Role, row: int, attempt: int) -> int:
     """A number below 2**31 that names an episode within a step: the same whenever and wherever it is played."""
     if row >= ID_ROWS or attempt >= ID_ATTEMPTS:

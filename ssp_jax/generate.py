@@ -187,9 +187,11 @@ def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
 
 def _rows(path: str) -> list[Row]:
     with contextlib.closing(read_rows(path)) as rows:
-        if found := list(rows):
-            return found
-    raise InputError(f"{path}: expected at least one line, found none")
+        found = list(rows)
+    if not found:
+        raise InputError(f"{path}: expected at least one line, found none")
+    episodes.check_rows(f"lines of {path}", len(found))
+    return found
 
 
 def describe(episode: Episode, tokenizer: Any) -> dict[str, Any]:

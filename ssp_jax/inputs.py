@@ -65,12 +65,12 @@ def _read_files(config: ConfigDict) -> dict[str, Any]:
         raise InputError(
             f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads"
         )
+    sets = data.load_question_sets(config.data.eval_sets)
+    sets = {name: questions[: config.eval.max_questions or None] for name, questions in sets.items()}
+    episodes.check_rows("questions of data.eval_sets", sum(map(len, sets.values())))
     return {
         "tasks": data.load_answers(config.data.answers),
-        "eval_sets": {
-            name: questions[: config.eval.max_questions or None]
-            for name, questions in data.load_question_sets(config.data.eval_sets).items()
-        },
+        "eval_sets": sets,
         "model_config": model_config,
         "tokenizer": tokenizer,
         "stage": stage,

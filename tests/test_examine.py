@@ -123,3 +123,9 @@ def test_without_questions_there_is_nothing_to_evaluate(tmp_path):
         c.data.eval_sets = type(c.data.eval_sets)()
     with pytest.raises(InputError, match="data.eval_sets is empty"):
         examine.examine(c, str(tmp_path))
+
+
+def test_more_questions_than_episodes_have_ids_are_told_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssp_jax.episodes.ID_ROWS", 3)
+    with pytest.raises(InputError, match="questions of data.eval_sets: expected at most 3 at a time, found"):
+        examine.examine(small(steps=1), str(tmp_path))
