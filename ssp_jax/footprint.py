@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -48,6 +49,7 @@ class Setup:
     mesh: Any
     hbm: float | None = None  # bytes of a device, None where it is unknown
     per_host: int = 0  # devices of a host, 0: there is one host
+    host: Any = None  # the devices of one host, where they are not the first of the mesh
 
     def __post_init__(self) -> None:
         for key, number in (("learner.rows", self.config.learner.rows), ("engine.slots", self.config.engine.slots)):
@@ -77,7 +79,8 @@ class Setup:
         shape = (self.per_host // self.tensor, 1, self.tensor)
         if isinstance(self.mesh, AbstractMesh):
             return AbstractMesh(shape, sharding.AXES)
-        return Mesh(self.mesh.devices.ravel()[: self.per_host].reshape(shape), sharding.AXES)
+        devices = np.array(self.host or self.mesh.devices.ravel()[: self.per_host])
+        return Mesh(devices.reshape(shape), sharding.AXES)
 
     @property
     def sizes(self) -> Sizes:

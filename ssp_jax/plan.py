@@ -67,14 +67,22 @@ class Plan:
         return _cache_room(self.peaks, self.slice.device.hbm) + self.kept["key/value cache"]
 
 
+def make_setup(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compiled: bool) -> Setup:
+    host = None
+    if compiled:
+        mesh: Any = sharding.make_mesh(config.mesh.to_dict(), ahead.make_devices(slice_))
+        # What one host runs is compiled for a slice of one host: the compiler takes four chips of a large slice for a
+        # small one, and then stumbles over their numbers.
+        host = ahead.make_devices(published.slices_of(slice_.kind)[0]) if slice_.hosts > 1 else None
+    else:
+        mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
+    return Setup(config, model, mesh, slice_.device.hbm, slice_.per_host, host)
+
+
 def make_plan(
     config: ConfigDict, model: ModelConfig, slice_: Slice, load: footprint.Workload, *, compiled: bool
 ) -> Plan:
-    if compiled:
-        mesh: Any = sharding.make_mesh(config.mesh.to_dict(), ahead.make_devices(slice_))
-    else:
-        mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
-    setup = Setup(config, model, mesh, slice_.device.hbm, slice_.per_host)
+    setup = make_setup(config, model, slice_, compiled=compiled)
     kept = footprint.kept(setup)
     temporaries = footprint.temporaries(setup, kept["parameters"])
     programs = ahead.compile_all(setup, _tell) if compiled else []
@@ -151,8 +159,7 @@ def _estimate(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapp
     """None where it cannot run."""
     hbm = slice_.device.hbm
     try:
-        mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
-        setup = Setup(config, model, mesh, hbm, slice_.per_host)
+        setup = make_setup(config, model, slice_, compiled=False)
         kept = footprint.kept(setup)
     except InputError:
         return None

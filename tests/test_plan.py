@@ -262,6 +262,17 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
 
 
 @pytest.mark.skipif(not ahead.available(), reason="libtpu is not installed: pip install '.[plan]'")
+def test_what_a_host_runs_compiles_where_its_chips_are_not_numbered_in_a_row() -> None:
+    c = config(engine__slots=64, engine__chunk=1, engine__cache_tokens=64, learner__rows=64, mesh__tensor=4)
+    s = plan.make_setup(
+        c, dataclasses.replace(SMALL, num_kv_heads=4), published.parse_topology("v6e:8x8"), compiled=True
+    )
+    assert [device.id for device in s.mesh.devices.ravel()[:4]] == [0, 1, 8, 9]
+    assert s.playing.shape == {"data": 1, "fsdp": 1, "tensor": 4}
+    assert all(source.compile().fits for source in ahead._sampler_sources(s))
+
+
+@pytest.mark.skipif(not ahead.available(), reason="libtpu is not installed: pip install '.[plan]'")
 def test_a_program_that_the_compiler_gives_up_on_is_reported() -> None:
     c = config(engine__slots=4, engine__chunk=1, engine__cache_tokens=10**8, learner__rows=4)
     slice_ = published.parse_topology("v5e:2x2")
