@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssp_jax import data, episodes, evaluate, export, hosts, judge, learner, model, paper, sharding, weights
-from ssp_jax.checkpoint import Checkpoints, check_shared, keep_config
+from ssp_jax.checkpoint import Checkpoints, check_shared, held, keep_config
 from ssp_jax.config import advice
 from ssp_jax.data import InputError
 from ssp_jax.engine import Engine, Sizes, Stats
@@ -35,12 +35,18 @@ def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
     keep_compiled(workdir)
     inputs, mesh = read_inputs(config, workdir), make_mesh(config)
-    # After the inputs: a mistyped path must not become the workdir's config.
-    hosts.agree(lambda: keep_config(workdir, config) if hosts.first() else None)
-    hosts.agree(lambda: check_shared(workdir))
-    run = _Run(config, workdir, inputs, mesh)
-    compare(inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
-    with run.logger, run.checkpoints, Sigterm() as stop:
+    with held(workdir):
+        # After the inputs: a mistyped path must not become the workdir's config.
+        hosts.agree(lambda: keep_config(workdir, config) if hosts.first() else None)
+        hosts.agree(lambda: check_shared(workdir))
+        run = _Run(config, workdir, inputs, mesh)
+        compare(inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
+        _to_the_end(run, config)
+
+
+def _to_the_end(run: "_Run", config: ConfigDict) -> None:
+    """From the step where the run is. A signal does not end it before what is being saved is on disk."""
+    with run.logger, Sigterm() as stop, run.checkpoints:
         try:
             run.warm_up()
             if config.eval.before:

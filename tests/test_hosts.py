@@ -94,6 +94,20 @@ def test_place_is_taken_from_the_command_line() -> None:
             take_place(["main.py", *wrong])
 
 
+DISK_FULL = 'OSError(28, "No space left on device", "x")'
+NO_SPACE = (
+    "the run in runs/a ends because of its files: [Errno 28] No space left on device: 'x'; the same command goes on "
+    "from the last checkpoint"
+)
+
+
+def test_a_full_disk_is_one_sentence_and_not_unusable_input() -> None:
+    """So that a cluster starts the run again."""
+    with pytest.raises(SystemExit) as ended, hosts.ending("runs/a"):
+        raise eval(DISK_FULL)
+    assert ended.value.code == f"ssp_jax: {NO_SPACE}"
+
+
 # --- for real ---
 
 
@@ -244,21 +258,30 @@ from ssp_jax.config import Place
 from ssp_jax.data import InputError
 hosts.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
 hosts.agree(lambda: None)
-with hosts.ending():
+with hosts.ending("runs/a"):
     if sys.argv[2] == "1":
-        raise InputError("file: expected another")
+        raise eval(sys.argv[3])
     hosts.agree(lambda: None)
 """
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(devices: int) -> None:
+@pytest.mark.parametrize(
+    ("devices", "error", "code", "sentence"),
+    [
+        (1, 'InputError("file: expected another")', 2, "file: expected another"),
+        (2, "KeyboardInterrupt", 130, "interrupted"),
+        (2, DISK_FULL, 1, NO_SPACE),
+    ],
+)
+def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(
+    devices: int, error: str, code: int, sentence: str
+) -> None:
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-c", TOLD_ALONE, f"127.0.0.1:{free_port()}"]
     began, pipe = time.monotonic(), subprocess.PIPE
-    started = [subprocess.Popen([*command, i], cwd=ROOT, env=environment, stderr=pipe, text=True) for i in "01"]
+    started = [subprocess.Popen([*command, i, error], cwd=ROOT, env=environment, stderr=pipe, text=True) for i in "01"]
     other, told = (process.communicate(timeout=SECONDS)[1] for process in started)
-    assert started[1].returncode == 2 and told.splitlines()[-1] == "ssp_jax: process 1: file: expected another", told
+    assert started[1].returncode == code and told.splitlines()[-1] == f"ssp_jax: process 1: {sentence}", told
     assert started[0].returncode not in (0, 2) and "another process of the run is gone" in other, other
     assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 60
 

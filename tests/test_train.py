@@ -17,6 +17,7 @@ from model_folders import edit_tensors
 
 from ssp_jax import config as configuration
 from ssp_jax import data, train, weights
+from ssp_jax.checkpoint import Checkpoints
 from ssp_jax.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -110,9 +111,20 @@ def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
     assert weights.load_tokenizer(whole / "export").eos_token_id == 2
 
 
-def test_two_and_two_steps_equal_four_bitwise(whole, tmp_path):
+def test_two_and_two_steps_equal_four_bitwise(whole, tmp_path, monkeypatch):
+    """Also where a signal comes while the last step is being written: the run still holds it then."""
+    early, close = [], Checkpoints.close
+
+    def signalled(checkpoints):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "close", signalled)
+    before = signal.signal(signal.SIGTERM, lambda *_: early.append(True))
     train.train(small(steps=2), str(tmp_path))
     train.train(small(), str(tmp_path))
+    signal.signal(signal.SIGTERM, before)
+    assert not early
     assert steps_of(tmp_path) == steps_of(whole)
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), params_of(whole))
 
