@@ -319,14 +319,14 @@ def test_any_number_of_processes_plays_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_at_one_process_saves_once_for_all_and_four_go_on(tmp_path: Path) -> None:
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2}
-    here(tmp_path / "one", **mesh)
-    run = Run(tmp_path / "many", 2, 2, tmp_path / "two", **mesh)
+    changes = {"steps": 6, "mesh__data": 2, "mesh__fsdp": 2}  # JAX takes some seconds to tell all of a signal
+    here(tmp_path / "one", **changes)
+    run = Run(tmp_path / "many", 2, 2, tmp_path / "two", **changes)
     run.until_step(1)
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.codes() == [0, 0], run.said()
     assert run.said().count("terminated: saved step") == 1  # one of them speaks
-    run = Run(tmp_path / "many", 4, 1, tmp_path / "four", **mesh)
+    run = Run(tmp_path / "many", 4, 1, tmp_path / "four", **changes)
     assert run.codes() == [0] * 4, run.said()
     assert "resuming after step" in run.said()
     assert_same_run(tmp_path / "one", tmp_path / "many")
