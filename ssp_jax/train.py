@@ -65,10 +65,13 @@ def _to_the_end(run: "_Run", config: ConfigDict) -> None:
             run.checkpoints.wait()
             sys.exit(0)
         except InputError as error:  # such as a search server that stays away; no update raises one
-            if run.step and hosts.together(error):
+            if not hosts.together(error):
+                raise
+            if run.step:
                 run.save()
                 run.logger.say(f"saved step {run.step}; the same command goes on from there")
-            raise
+            # With code 1, for it was usable when the run began: a cluster that starts it again may have more luck.
+            sys.exit(f"ssp_jax: {error}")
 
 
 def keep_compiled(workdir: str) -> None:
