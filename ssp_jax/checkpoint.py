@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -118,8 +119,9 @@ def _writing() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The end of a message that tells the whole way down to the file, in many lines."""
-    return ": ".join(" ".join(str(error).split()).split(": ")[-2:])
+    """The end of a message that tells the whole way down to the file; without TensorStore's specifications."""
+    message = re.sub(r" \[\w+(\[\d+\])?='.*", "", " ".join(str(error).split()))
+    return ": ".join(message.split(": ")[-2:])
 
 
 @contextlib.contextmanager
