@@ -282,6 +282,14 @@ def agree(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
     return kept[0]
 
 
+def meet() -> None:
+    """Waits for those that compile what others find in their cache, before devices talk that have not talked before.
+
+    (Gloo gives up after half a minute then, and after half an hour between those that have.)
+    """
+    share(lambda: None)
+
+
 def by_first(action: Callable[[], object]) -> None:
     """The first process acts while the others wait, for hours if need be; its InputError is raised by all.
 

@@ -75,7 +75,11 @@ def _to_the_end(run: "_Run", config: ConfigDict) -> None:
 
 
 def keep_compiled(workdir: str) -> None:
-    """A run that is resumed finds its programs in the workdir; a folder of the user's own choice stays."""
+    """A run that is resumed finds its programs in the workdir; a folder of the user's own choice stays.
+
+    (Of several processes JAX lets only the first one write. On GPUs all find their programs; on TPUs the others compile
+    those of play anew, which know their devices by name.)
+    """
     options: Any = jax.config  # which makes its attributes at import, unseen by a type checker
     if options.jax_compilation_cache_dir is None:
         options.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
@@ -194,6 +198,7 @@ class _Run:
         began = time.monotonic()
         with self.logger.phase("compiling"):
             self._engine.warm_up(self._to_sampler(self._state.params), self._key)
+            hosts.meet()
             self._learner.warm_up(self._state.params)
         self.logger.say(f"{'each process: ' if hosts.several() else ''}{self._engine.memory}")
         took = time.monotonic() - began
