@@ -347,3 +347,29 @@ def test_processes_with_different_configs_do_not_begin(tmp_path: Path) -> None:
     assert run.codes() == [2, 2], run.said()
     assert run.said().count("not alike: config key seed is 0 on 0; 1 on 1") == 2
     assert not (tmp_path / "run" / "index").exists()  # which the two might have built with different settings
+
+
+LATE = """
+import sys, time
+import jax, numpy as np
+from ssp_jax import hosts, sharding
+from ssp_jax.config import Place
+hosts.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
+hosts.agree(lambda: None)
+mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+rows = sharding.put_rows(np.ones((4, 4), np.float32), sharding.rows_sharding(mesh))
+time.sleep(40 * int(sys.argv[2]))  # as if it compiled what the first one finds in its cache
+hosts.meet()
+assert jax.jit(lambda x: x.sum())(rows) == 16
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_for_long_is_waited_for(tmp_path: Path) -> None:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", LATE, f"127.0.0.1:{free_port()}"]
+    started = [
+        subprocess.Popen([*command, i], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for i in "01"
+    ]
+    said = [process.communicate(timeout=SECONDS)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
