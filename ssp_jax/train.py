@@ -54,9 +54,9 @@ def _to_the_end(run: "_Run", config: ConfigDict) -> None:
             run.evaluate_if_due(stop)  # where a signal has ended it after the step was played
             while run.step < config.steps:
                 run.play_and_update(stop)
-                run.evaluate_if_due(stop)
                 if run.checkpoints.due(run.step):
-                    run.save()
+                    run.save()  # before the evaluation, which may take long, and may be killed
+                run.evaluate_if_due(stop)
             run.save()
             run.finish(stop)
         except Terminated:

@@ -175,19 +175,21 @@ def evaluated(workdir):
 
 def test_an_evaluation_that_a_signal_ends_is_finished_when_the_run_goes_on(whole, tmp_path):
     workdir = without_step_4(whole, tmp_path)
-    folder = workdir / "eval" / "step_000004"
+    folder, begun = workdir / "eval" / "step_000004", []
 
     def interrupt():
         while not folder.exists():
             time.sleep(0.001)
+        begun.extend(path.name.split(".")[0] for path in (workdir / "checkpoints").iterdir())
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    config = small(eval__every=4, eval__after=False, checkpoint__every=9, checkpoint__export=False)
+    config = small(eval__every=4, eval__after=False, checkpoint__every=4, checkpoint__export=False)
     with pytest.raises(SystemExit, match="^0$"):
         train.train(config, str(workdir))
     thread.join()
+    assert "4" in begun  # it is saved, or being saved, before it is evaluated
     assert (workdir / "checkpoints" / "4").exists() and evaluated(workdir) == [0]
     train.train(config, str(workdir))
     assert evaluated(workdir) == [0, 4] and len((folder / "episodes.jsonl").read_text().splitlines()) == 8
