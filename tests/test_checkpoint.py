@@ -120,13 +120,15 @@ def test_kill_9_leaves_only_whole_steps(tmp_path: Path, seconds: float) -> None:
     child = subprocess.Popen([sys.executable, "-c", ENDLESS_SAVING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     begun = 0
-    while begun < 3:  # its save() has returned, so the thread is writing
+    while begun < 3:
         begun = int(child.stdout.readline())
+    while all(name.isdigit() for name in os.listdir(tmp_path / "checkpoints")):
+        pass  # until it is writing
     time.sleep(seconds)
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    left = set(os.listdir(tmp_path / "checkpoints"))
     assert seconds > 0 or any(not name.isdigit() for name in left), f"killed too late to catch it writing: {left}"
     like = {"weight": jax.ShapeDtypeStruct((16, 2**20), jnp.float32, sharding=_on(jax.make_mesh((8,), ("x",)), "x"))}
     with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
