@@ -165,6 +165,18 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, state)
 
 
+def on_own_rows_and_heads(run: Callable[..., Any], rows: NamedSharding | None) -> Callable[..., Any]:
+    """`run(q, k, v, segments)` on each device with its own packed rows and heads: XLA would not split a Pallas kernel.
+
+    rows: of the rows; None for a single device. `tensor` divides the key/value heads (inputs.py), so a query's head and
+    its keys are on the same device.
+    """
+    if rows is None:
+        return run
+    heads = P(ROWS[0], None, "tensor")
+    return jax.shard_map(run, mesh=rows.mesh, in_specs=(heads, heads, heads, ROWS), out_specs=heads, check_vma=False)
+
+
 def in_parts(
     run: Callable[..., Any], slots: Any, inputs: tuple[int | None, ...], out: int | tuple[int, ...]
 ) -> Callable[..., Any]:
