@@ -237,7 +237,7 @@ def _attending(setup: Setup) -> tuple[float, float]:
 
 
 def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
-    """Estimates by phase, bytes per device. parameters: kept()'s. Scores of attention are float32 einsums, but for splash."""
+    """Estimates by phase, bytes per device. parameters: kept()'s. Scores are float32, in play and without splash."""
     m, c, sizes, t, item = setup.model, setup.config.learner, setup.sizes, setup.tensor, setup.dtype.itemsize
     D, L, V, N, K, H, F = m.embed_dim, m.num_layers, m.vocab_size, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim
     layer = (D * (2 * N + 2 * K) * H + 3 * D * F) / t  # parameters of a layer, gathered over fsdp

@@ -176,14 +176,18 @@ def unsplit():
     return one.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("axes", [x for x in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(x) == 8])
-def test_sharded_update_equals_single_device(axes):
-    """Every factorisation of 8; the vocabulary of 61 does not divide and stays whole."""
+FACTORS_OF_8 = [x for x in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(x) == 8]
+
+
+@pytest.mark.parametrize(("axes", "attention"), [*((x, "xla") for x in FACTORS_OF_8), ((2, 2, 2), "splash")])
+def test_sharded_update_equals_single_device(axes, attention):
+    """Every factorisation of 8; the vocabulary of 61 does not divide and stays whole. The kernel is interpreted."""
     expected, reported = unsplit()
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))
     laid_out = sharding.param_shardings(SPLIT_PARAMS, mesh)
     rows = sharding.rows_sharding(mesh)
-    c, params = dataclasses.replace(SPLIT, rows_sharding=rows), jax.device_put(SPLIT_PARAMS, laid_out)
+    c = dataclasses.replace(SPLIT, rows_sharding=rows, attention=attention)
+    params = jax.device_put(SPLIT_PARAMS, laid_out)
     one, state = make_learner(c, params, lambda batch: jax.device_put(batch, rows))
     state, report = one.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
     close(expected.params, jax.device_get(state.params), atol=1e-4)
