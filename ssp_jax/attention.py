@@ -15,9 +15,9 @@ KEPT = "attention"  # the name, for remat policies, of what the backward pass of
 _MIN_BLOCK, _MAX_BLOCKS = 256, 16  # queries of a block; blocks of a row, which are unrolled
 NEG_INF = -1e30  # finite: a row with no visible key (padding) stays free of NaN
 LANES = 128  # of a TPU; the kernel's blocks are multiples
-# The longest block of keys in the kernel's backward pass, which writes one gradient of the queries for each of them:
-# long, so that these are few. All other blocks are half of it. More did not fit the 16 MiB of VMEM that programs have
-# on a v5e at H = 128; at 1024 queries a block each byte of keys read does 1024 FLOPs, and the fastest chip needs 560.
+# The longest block of keys in the kernel's backward pass, which writes the queries' gradient for each: long, so that
+# these are few. All other blocks are half of it: 1024 queries do 1024 FLOPs with a byte of keys and values, and a
+# v6e, which needs most, has 560 in that time. Blocks of 2048 queries do not fit the VMEM of a v5e or v5p.
 _SPLASH_KEYS = 2048
 
 
@@ -128,7 +128,7 @@ def splash(
     No key is repeated, and rows whose length does not suit the kernel are padded. XLA does not split a Pallas kernel
     over devices: see sharding.on_own_rows_and_heads. interpret: where there is no TPU, for tests.
     """
-    # Here: nothing else needs it, and it takes a while to import.
+    # Here: only TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     (_, T, N, H), keys = q_BTNH.shape, splash_keys(q_BTNH.shape[1])

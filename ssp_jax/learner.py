@@ -183,7 +183,7 @@ def make_batches(c: LearnerConfig, episodes: Sequence[Trajectory], advantage_E: 
 
 
 def _attention(c: LearnerConfig) -> Callable[..., jax.Array]:
-    """Of packed rows: (q, k, v, segments) -> o."""
+    """Of packed rows: (q, k, v, segments) -> o. The kernel is interpreted on what is no TPU, which tests ask for."""
     if c.attention == "xla":
         return attention.packed
     rows = c.rows_sharding
