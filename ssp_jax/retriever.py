@@ -5,8 +5,8 @@
 
 An index is a folder: the arrays and vocabulary of bm25s (which loads it too), `passages.jsonl` with the corpus in row
 order, `offsets.npy` (int64 [rows + 1], where each line begins), and `meta.json`, written last. Passages and postings
-stay on disk and are read through memory maps: only the vocabulary, and 8 bytes a passage for each thread that searches,
-are in host memory.
+stay on disk and are read through memory maps: only the vocabulary, and 12 bytes a passage for each thread that
+searches, are in host memory.
 
 bm25s is imported inside functions only, when an index is built: `import bm25s` runs a JAX op, after which
 jax.distributed.initialize() raises. Open a retriever after the distributed start.
@@ -101,13 +101,12 @@ class Cache(Generic[T]):
 class Progress:
     """Lines on stderr, one in PROGRESS_SECONDS: what is done quickly is done silently."""
 
-    def __init__(self, seconds: float = PROGRESS_SECONDS) -> None:
+    def __init__(self) -> None:
         self._start = self._last = time.monotonic()
-        self._seconds = seconds
 
     def __call__(self, text: Callable[[float], str]) -> None:
         now = time.monotonic()
-        if now - self._last >= self._seconds:
+        if now - self._last >= PROGRESS_SECONDS:
             self._last = now
             print(f"ssp_jax: {text(now - self._start)}", file=sys.stderr, flush=True)
 
@@ -262,7 +261,7 @@ class Retriever:
         try:
             scratch = self._scratch.get_nowait()
         except queue.Empty:
-            scratch = np.zeros(len(self), np.float32), np.empty(len(self) + 1, np.uint32)
+            scratch = np.zeros(len(self), np.float32), np.empty(2 * len(self) + 1, np.uint32)
         own = terms[ends[a] : ends[b]], ends[a + 1 : b + 1] - ends[a]
         bm25.best_rows_of_all(*self._arrays, *own, *scratch, *(array[a:b] for array in best))
         self._scratch.put(scratch)
@@ -373,10 +372,15 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _ask(args: argparse.Namespace) -> None:
+    if args.top_k < 1:
+        raise InputError(f"--top_k is {args.top_k}, expected at least 1")
     retriever = Retriever.load(args.index, threads=1)
-    for row, score in retriever.hits([args.query], args.top_k)[0]:
+    hits = retriever.hits([args.query], args.top_k)[0]
+    for row, score in hits:
         document = retriever.document(row)
         print(f"{score:8.3f}  [{document.id}] {document.title}\n          {document.text}")
+    if not hits:
+        print("no passage has a word of this query")
 
 
 if __name__ == "__main__":
