@@ -215,14 +215,13 @@ class Retriever:
 
     def __init__(self, folder: Path, meta: dict[str, Any], threads: int = 0) -> None:
         self._path = str(folder / _PASSAGES)
-        names = (bm25.DATA, bm25.ROWS, bm25.STARTS, bm25.HIGHEST)
-        # plain arrays over the maps, for Numba does not know np.memmap
-        self._arrays = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in names]
+        names = (bm25.DATA, bm25.ROWS, bm25.STARTS, bm25.HIGHEST, _OFFSETS)
+        # plain arrays over the maps, for Numba does not know np.memmap, and each slice of one costs microseconds
+        *self._arrays, self._offsets = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in names]
         self._arrays[1] = self._arrays[1].view(np.uint32)
         vocabulary = json.loads((folder / _VOCABULARY).read_bytes())
         self._words = bm25.QueryWords(meta["settings"]["stemmer"], meta["stopwords"], vocabulary)
-        self._offsets = np.load(folder / _OFFSETS, mmap_mode="r")
-        self._passages = np.memmap(self._path, np.uint8, mode="r")
+        self._passages = np.asarray(np.memmap(self._path, np.uint8, mode="r"))
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
         self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
