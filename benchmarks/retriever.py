@@ -6,7 +6,8 @@ Prints, as tables for the README: seconds and peak memory of building, seconds a
 second in batches of 64 with k = 3. bm25s searches the very same arrays, held in memory, with the best of its backends
 and thread counts. Synthetic passages have 100 words of a Zipf law without its 50 most frequent words, which stop words
 take; a query has 3 to 9 words of one passage. A half and all of --passages give the slope for 21M passages; with
---passages=0 only the real corpus is measured. Plain bm25s builds corpora of at most PLAIN_BUILD passages here: it holds all their words.
+--passages=0 only the real corpus is measured. Plain bm25s builds corpora of at most PLAIN_BUILD passages here: it holds
+all their words.
 """
 
 import argparse
