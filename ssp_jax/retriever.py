@@ -40,6 +40,7 @@ from ssp_jax.data import Document, InputError, Position, iterate_corpus, parse_d
 FORMAT = 2  # raise it whenever the files of an index change their meaning: old folders are then built anew
 CACHED_QUERIES = 65_536  # about ten steps of the paper's setting; row numbers and scores are kept, some 15 MB
 SMALL_PART = 1 << 14  # postings that a thread walks in a tenth of a millisecond: not worth being split further
+PARTS = 2  # of a batch for each thread, so that one that wakes late or is disturbed leaves its second to the others
 PROGRESS_SECONDS = 10.0
 
 _META, _PASSAGES, _OFFSETS, _VOCABULARY = "meta.json", "passages.jsonl", "offsets.npy", "vocab.index.json"
@@ -278,19 +279,27 @@ class Retriever:
         ends = np.cumsum([0] + [len(own) for own in of_queries])
         shape = number, min(top_k, len(self))
         best = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(number, np.int64)
-        cuts = self._cuts(terms, ends)
-        others = [self._pool.submit(self._best, terms, ends, best, a, b) for a, b in itertools.pairwise(cuts[1:])]
-        self._best(terms, ends, best, 0, cuts[1])
+        parts = list(itertools.pairwise(self._cuts(terms, ends)))
+        left = iter(parts)  # each thread takes the next one
+
+        def work() -> None:
+            for a, b in left:
+                self._best(terms, ends, best, a, b)
+
+        others = [self._pool.submit(work) for _ in range(min(len(parts), self._threads) - 1)]
+        work()
         for other in others:
-            other.result()
+            if not other.cancel():  # one that has not begun until now has nothing left to do
+                other.result()
         shown = zip(*(array.tolist() for array in best), strict=True)
         return [tuple(zip(rows[:found], scores[:found], strict=True)) for rows, scores, found in shown]
 
     def _cuts(self, terms: np.ndarray, ends: np.ndarray) -> list[int]:
-        """Where the queries are cut into parts of about as many postings, one for each thread if they are many."""
+        """Where the queries are cut into parts of about as many postings, a few for each thread if they are many."""
         starts = self._arrays[2]
         postings = np.concatenate([[0], np.cumsum(starts[terms + 1] - starts[terms])])[ends]
-        parts = min(max(1, int(postings[-1]) // SMALL_PART), self._threads)
+        most = PARTS * self._threads if self._threads > 1 else 1
+        parts = min(max(1, int(postings[-1]) // SMALL_PART), most)
         inner = np.searchsorted(postings, postings[-1] * np.arange(1, parts) / parts)
         return [0, *sorted(set(inner.tolist()) - {0, len(ends) - 1}), len(ends) - 1]
 

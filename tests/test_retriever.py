@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from ssp_jax import retriever as command
 from ssp_jax.data import Document, InputError
-from ssp_jax.retriever import Cache, Retriever, build_index, open_retriever
+from ssp_jax.retriever import PARTS, Cache, Retriever, build_index, open_retriever
 
 PLAIN: dict[str, Any] = {"stemmer": "", "stopwords": "", "k1": 0.9, "b": 0.4}
 ENGLISH: dict[str, Any] = {"stemmer": "english", "stopwords": "en", "k1": 1.5, "b": 0.75}
@@ -154,8 +155,19 @@ def test_a_large_batch_is_searched_in_parts_by_several_threads(tmp_path, monkeyp
     monkeypatch.setattr(Retriever, "_best", watched)
     assert several.hits(queries, 3) == alone and len({hits for hits in alone}) > 20
     cuts = sorted(parts)
-    assert len(cuts) == 3 and [last for _, last in cuts] == [first for first, _ in cuts[1:]] + [50]
+    assert len(cuts) == 3 * PARTS and [last for _, last in cuts] == [first for first, _ in cuts[1:]] + [50]
     assert 0 < len(several._words) <= 3
+
+
+def test_threads_that_do_not_come_are_not_waited_for(tmp_path, monkeypatch):
+    """As on a machine whose cores are all at work: the caller searches every part itself."""
+    corpus, queries, gate = corpus_of(tmp_path, random_texts(200)), random_texts(50, seed=2), threading.Event()
+    alone = open_retriever(corpus, tmp_path / "index", **PLAIN, threads=1).hits(queries, 3)
+    monkeypatch.setattr("ssp_jax.retriever.SMALL_PART", 1)
+    several = Retriever.load(tmp_path / "index", threads=3)
+    busy = [several._pool.submit(gate.wait, 60) for _ in range(3)]
+    assert several.hits(queries, 3) == alone and not any(thread.done() for thread in busy)
+    gate.set()
 
 
 def test_built_once_then_loaded(tmp_path):
