@@ -39,7 +39,7 @@ class Task:
     uid: int  # row number in the file, from 0
     answers: tuple[str, ...]
     question: str = ""
-    searches: int = 1  # requested number of searches (FACTS 1.7), a wish and not a rule
+    searches: int = 1  # requested number of searches [C], a wish and not a rule
     examples: str = ""  # example questions for the proposer's system turn
     source: str = ""  # data_source of the row
 

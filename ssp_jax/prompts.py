@@ -222,7 +222,7 @@ def verdict(reply: str) -> bool | None:
     Before a plain "correct" there stand, since the last comma, "and" or "so", only words of _PLAIN, and since the
     beginning of the sentence no negation, which makes it a False. "wrong" and "incorrect" are False too, and mean
     nothing after a negation. All mentions must agree, or the reply begins with the one that counts. The reference takes
-    every reply that contains "correct" for a yes, "Incorrect" too (FACTS 1.8).
+    every reply that contains "correct" for a yes, "Incorrect" too.
     """
     text = _NO_VERDICT.sub(" - ", _THOUGHTS.sub(" ", reply).lower().replace("*", ""))
     said: list[bool | None] = []
@@ -286,12 +286,12 @@ def last_search(text: str) -> str | None:
 
 
 def last_answer(text: str) -> str | None:
-    """The last complete answer counts (FACTS 1.2), None when there is none."""
+    """The last complete answer counts [C], None when there is none."""
     found = _inside("answer", text)
     return found[-1] if found else None
 
 
 def first_question(text: str) -> str | None:
-    """Only the first question counts (FACTS 1.4), None when there is none."""
+    """Only the first question counts [C], None when there is none."""
     found = _inside("question", text)
     return found[0] if found else None

@@ -10,7 +10,7 @@ import numpy as np
 
 from ssp_jax.prompts import last_answer
 
-MAX_ANSWER_TAGS = 10  # more opening or closing tags than this cost three quarters of the reward (FACTS 1.2)
+MAX_ANSWER_TAGS = 10  # more opening or closing tags than this cost three quarters of the reward [C]
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -56,7 +56,7 @@ WAYS_TO_JUDGE = (*METRICS, *JUDGES)  # config keys reward.metric and eval.judge
 
 
 def needs_judge(answer: str | None, golds: Sequence[str], metric: str) -> bool:
-    """No judge is asked about an answer that equals a gold, nor about none at all (FACTS 1.2)."""
+    """No judge is asked about an answer that equals a gold, nor about none at all [C]."""
     return metric in JUDGES and bool(answer) and not exact_match(answer, golds)
 
 
@@ -68,7 +68,7 @@ def is_right(answer: str | None, golds: Sequence[str], metric: str, verdict: boo
 
 
 def solver_reward(text: str, golds: Sequence[str], metric: str, verdict: bool | None = None) -> float:
-    """1 if the last answer in what the model wrote itself is right by the metric, else 0 (FACTS 1.2, SSP section 3.2).
+    """1 if the last answer in what the model wrote itself is right by the metric, else 0 [P s3.2].
 
     text: the sampled turns of an episode, joined, without the observations. Writing the answer tag all over the place
     keeps only a quarter (reference: quark_score.py).
@@ -79,7 +79,7 @@ def solver_reward(text: str, golds: Sequence[str], metric: str, verdict: bool | 
 
 
 class QuestionRules(Protocol):
-    """What a question must satisfy; a ConfigDict with these keys serves. FACTS 1.4 has the paper's and reference's."""
+    """What a question must satisfy; a ConfigDict with these keys serves. configs/default.py has the sources."""
 
     min_chars: int
     max_chars: int

@@ -49,7 +49,7 @@ from ssp_jax.judge import Case, Policy
     ],
 )
 def test_verdicts(right, replies):
-    """The reference takes "Incorrect" for a yes, for it contains "correct" (FACTS 1.8)."""
+    """The reference takes "Incorrect" for a yes, for it contains "correct"."""
     for line in replies.split("\n"):
         for reply in line.strip(" ").split("|"):
             assert prompts.verdict(reply) is right, reply

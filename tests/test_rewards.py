@@ -91,7 +91,7 @@ def test_matching_properties(prediction, golds):
     [
         ("<think>x</think><answer> Paris </answer>", "em", 1.0),
         ("<answer>London</answer> no, <answer>Paris</answer>", "em", 1.0),
-        # The reference reads what follows the first word "answer", wherever it stands (FACTS 1.8).
+        # The reference reads what follows the first word "answer", wherever it stands.
         ("<think>The answer: London? Its answer is no.</think><answer>Paris</answer>", "em", 1.0),
         ("<answer>Paris</answer> no, <answer>London</answer>", "em", 0.0),
         ("<answer>It is Paris</answer>", "em", 0.0),
@@ -122,7 +122,7 @@ def test_solver_reward(text, metric, reward):
     ],
 )
 def test_judged_answers(answer, verdict, asked, right):
-    """Exact match comes first; a judge that failed, or was never asked, makes nothing right (FACTS 1.2, 1.8)."""
+    """Exact match comes first; a judge that failed, or was never asked, makes nothing right."""
     for metric in JUDGES:
         assert needs_judge(answer, ["Paris"], metric) is asked
         assert is_right(answer, ["Paris"], metric, verdict) is right
@@ -133,7 +133,7 @@ def test_judged_answers(answer, verdict, asked, right):
 
 @pytest.mark.parametrize("target", ["Paris", ["Paris"]])
 def test_listed_answers_have_valid_questions(target, tmp_path):
-    """The reference rejects every question whose row lists its answers, as its own data do (FACTS 1.8)."""
+    """The reference rejects every question whose row lists its answers, as its own data do."""
     row = {"reward_model": {"ground_truth": {"target": target}}, "extra_info": {"question": "Capital of France?"}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     (task,) = load_questions(tmp_path / "rows.jsonl")
@@ -230,4 +230,4 @@ def test_proposer_plus_mean_solver_is_one(attempts, scores):
     scores_QG = np.array(scores * attempts).reshape(-1, attempts)
     np.testing.assert_allclose(PROPOSER_REWARDS["one_minus_mean"](scores_QG) + scores_QG.mean(axis=1), 1.0)
     for reward in PROPOSER_REWARDS.values():
-        assert ((reward(scores_QG) >= 0) & (reward(scores_QG) <= 1)).all()  # never negative: FACTS figure 5
+        assert ((reward(scores_QG) >= 0) & (reward(scores_QG) <= 1)).all()  # never negative: [P Fig. 5] collapses

@@ -307,7 +307,7 @@ def test_a_judge_is_heard_again_after_its_word_lets_a_question_pass():
 
 
 def test_temperatures_reach_the_players():
-    """In the reference the proposer's own setting goes nowhere (FACTS 1.8)."""
+    """In the reference the proposer's own setting goes nowhere."""
     seen = set()
 
     def turn(player):

@@ -2,7 +2,7 @@
 
     pip install torch==2.13.0 transformers==5.23.0 && python tests/goldens/make_goldens.py
 
-Not imported by any test: tests compare with the files, so they need no torch. float32 throughout (FACTS 8). Norm scales
+Not imported by any test: tests compare with the files, so they need no torch. float32 throughout. Norm scales
 and biases are random too, else a model that forgets them would pass.
 """
 
