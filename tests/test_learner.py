@@ -289,6 +289,12 @@ def test_mini_batches_take_one_optimizer_step_each():
     assert int(state.updates) == 1
 
 
+def test_mini_batches_share_the_old_policy():
+    """The one before the first optimizer step: at the second, ratios differ from 1, and narrow bounds clip them."""
+    c = dataclasses.replace(BASE, mini_batches=2, old_logprobs="recompute", clip_low=1e-3, clip_high=1e-3)
+    assert update(c)[1]["clip_fraction"] > 0.1
+
+
 def test_old_logprobs_from_the_sampler_or_computed():
     """Right ones give the same update as recomputing; wrong ones are corrected, up to the cap."""
     batches = learner.make_batches(BASE, EPISODES, ADVANTAGES)
@@ -313,14 +319,29 @@ def test_old_logprobs_from_the_sampler_or_computed():
 
 @pytest.mark.parametrize(("most", "factor"), [(1.0, 0.1), (20.0, 1.0)])
 def test_gradients_are_clipped_by_their_global_norm(most, factor):
-    """A norm of 10; the first step's momentum is 1 - b1 times the clipped gradient."""
-    c = dataclasses.replace(BASE, max_grad_norm=most)
+    """A norm of 10; the first step's moments are 1 - b1 of the clipped gradient and 1 - b2 of its square, and the step
+    is the learning rate times its sign, and the weight decay."""
+    c = dataclasses.replace(BASE, max_grad_norm=most, weight_decay=0.5)
     count = sum(x.size for x in jax.tree.leaves(PARAMS))
     grads = jax.tree.map(lambda x: jnp.full_like(x, 10 / np.sqrt(count)), PARAMS)
     state, norm = jax.jit(learner._apply, static_argnums=0)(c, learner.init_state(c, PARAMS), grads)
     np.testing.assert_allclose(norm, 10.0, rtol=1e-5)
     expected = jax.tree.map(lambda g: (1 - BASE.adam_b1) * factor * g, grads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.opt_state[0].mu, expected)
+    expected = jax.tree.map(lambda g: (1 - BASE.adam_b2) * np.square(factor * g), grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.opt_state[0].nu, expected)
+    expected = jax.tree.map(lambda x: x - BASE.learning_rate * (1 + 0.5 * x), PARAMS)
+    close(state.params, expected)
+
+
+def test_what_a_step_replaces_is_given_back():
+    one, state = make_learner(BASE)
+    (batch,) = learner.make_batches(BASE, EPISODES, ADVANTAGES)
+    first = one._accumulate(None, state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT)
+    total = one._accumulate(first, state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT)
+    one._apply(state, total[0])
+    for replaced in (first[0], state.params, state.opt_state[0].mu, state.opt_state[0].nu):
+        assert all(x.is_deleted() for x in jax.tree.leaves(replaced))
 
 
 def test_the_optimizer_step_needs_no_memory_of_its_own():
