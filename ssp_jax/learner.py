@@ -207,7 +207,9 @@ def score(c: LearnerConfig, params: model.Params, batch: Batch) -> tuple[jax.Arr
     )
     weight_VD = model.head_weight(params)
     wanted_BT = batch.weight_BT != 0
-    return objective.token_logprobs(hidden_BTD, weight_VD, batch.targets_BT, wanted_BT, c.temperature, c.logprob_chunk)
+    return objective.token_logprobs(
+        hidden_BTD, weight_VD, batch.targets_BT, wanted_BT, c.temperature, c.logprob_chunk, c.rows_sharding
+    )
 
 
 def loss(

@@ -1,7 +1,8 @@
 """The mesh and one table: which axis of which parameter is split over which mesh axis.
 
-Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments. Only the sampler says itself
-what is split: its slots play in parts that have nothing to do with each other.
+Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments. Only two loops say themselves
+what is split (`in_parts`): the sampler's, whose slots have nothing to do with each other, and that over the logits of
+packed rows, where XLA would send the head's weight around at every turn.
 """
 
 import functools
@@ -180,7 +181,7 @@ def on_own_rows_and_heads(run: Callable[..., Any], rows: NamedSharding | None) -
 def in_parts(
     run: Callable[..., Any], slots: Any, inputs: tuple[int | None, ...], out: int | tuple[int, ...]
 ) -> Callable[..., Any]:
-    """`run` on each part of the sampler's slots by itself: nothing is sent between parts, and nothing computed twice.
+    """`run` on each part of slots or rows by itself: nothing is sent between parts, and nothing computed twice.
 
     slots: the NamedSharding of an array of them, None for a single device. inputs, out: which axis of each argument and
     result is split over the parts; None: each has the whole. Other axes of the mesh (`tensor`) are the compiler's.
