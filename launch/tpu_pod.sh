@@ -107,10 +107,18 @@ install() {
     echo $commit > COMMIT"
 }
 
-# At ~/bucket of all workers. Folders are renamed object by object where the bucket has no hierarchical namespace.
+# At ~/bucket of all workers, whose image has no gcsfuse: as its documentation installs it. Folders are renamed object by
+# object where the bucket has no hierarchical namespace.
 mount_bucket() {
-  on_workers all "set -e
-    command -v gcsfuse > /dev/null || { echo 'tpu_pod.sh: --bucket needs gcsfuse on the workers' >&2; exit $UNUSABLE; }
+  on_workers all "set -eo pipefail
+    if ! command -v gcsfuse > /dev/null; then
+      packages=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
+      curl -fsS \$packages/doc/apt-key.gpg | sudo tee \$key > /dev/null
+      echo \"deb [signed-by=\$key] \$packages gcsfuse-\$(lsb_release -cs) main\" |
+        sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
+      sudo apt-get -qq update
+      sudo apt-get -qq install gcsfuse
+    fi
     mkdir -p bucket
     mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $(printf %q "$bucket") bucket ||
       exit $UNUSABLE"

@@ -5,7 +5,12 @@ documents). Orbax writes under a temporary name in a background thread and renam
 whole or not at all, whenever the process dies.
 """
 
+import contextlib
+import fcntl
 import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,9 +19,9 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from ssp_jax import hosts
 from ssp_jax.config import flatten_config
 from ssp_jax.data import InputError
-from ssp_jax.hosts import AllTold
 
 CONFIG_FILE = "config.json"  # of a workdir
 # Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where servers are.
@@ -32,7 +37,7 @@ class Checkpoints:
     """workdir/checkpoints, the newest `keep` steps; a context manager. `every` is in steps, 0 for never."""
 
     def __init__(self, workdir: str, every: int, keep: int, *, read_only: bool = False) -> None:
-        self._every = every
+        self._every, self._folder = every, Path(workdir).resolve() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             # each save() is meant: with `every` as Orbax's interval it would skip the last step of a run
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
@@ -40,13 +45,13 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,  # what a killed run left unfinished
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(Path(workdir).resolve() / "checkpoints", options=options)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if jax.process_count() == 1 or kind is None or issubclass(kind, AllTold | SystemExit):
+        if jax.process_count() == 1 or kind is None or issubclass(kind, hosts.AllTold | SystemExit):
             self.close()  # it waits for the other processes, which know nothing of an error of this one
 
     def latest_step(self) -> int | None:
@@ -54,6 +59,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def due(self, step: int) -> bool:
+        """Asked after each step, so that what has failed in the background is told before many more are played."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
         return self._every > 0 and step % self._every == 0
 
     def save(self, step: int, train_state: Any, game: dict[str, Any]) -> None:
@@ -62,12 +70,13 @@ class Checkpoints:
         Orbax leaves a step that is already there as it is. What fails in its thread is raised by the next call here.
         """
         state, host = ocp.args.StandardSave(train_state), ocp.args.JsonSave(game)
-        self._manager.save(step, args=ocp.args.Composite(state=state, game=host))
+        with _writing():
+            self._manager.save(step, args=ocp.args.Composite(state=state, game=host))
 
     def restore(self, step: int, abstract_train_state: Any) -> tuple[Any, dict[str, Any]]:
         """Arrays on the shardings of `abstract_train_state` (jax.ShapeDtypeStruct leaves), bitwise, and the game."""
         state, host = ocp.args.StandardRestore(abstract_train_state), ocp.args.JsonRestore()
-        found = self._manager.restore(step, args=ocp.args.Composite(state=state, game=host))
+        found = self._read(step, ocp.args.Composite(state=state, game=host))
         return found["state"], found["game"]
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
@@ -75,14 +84,67 @@ class Checkpoints:
         wanted = {"params": abstract_params}
         arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
         state = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
-        return self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]["params"]
+        return self._read(step, ocp.args.Composite(state=state))["state"]["params"]
+
+    def _read(self, step: int, items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=items)
+        except (ValueError, KeyError, OSError) as error:
+            if hosts.lost_another(error):
+                raise
+            raise InputError(
+                f"checkpoint {self._folder / str(step)} cannot be read ({_reason(error)}); without that folder the "
+                "same command goes on from the step before"
+            ) from error
 
     def wait(self) -> None:
         """Until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        with _writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with _writing():
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """What does not let a step be written as OSError, in a few words: TensorStore has ValueErrors for a full disk."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if hosts.lost_another(error):
+            raise
+        raise OSError(f"a checkpoint cannot be written ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """The end of a message that tells the whole way down to the file; without TensorStore's specifications."""
+    message = re.sub(r" \[\w+(\[\d+\])?='.*", "", " ".join(str(error).split()))
+    return ": ".join(message.split(": ")[-2:])
+
+
+@contextlib.contextmanager
+def held(workdir: str) -> Iterator[None]:
+    """The workdir, for one run on this machine at a time: a second one would write into the same files.
+
+    The lock is one of the folder itself, and ends with the process, however that ends.
+    """
+
+    def lock() -> None:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"workdir {workdir} is in use by another run, which is still going on") from None
+        except OSError:  # a file system that has no locks
+            pass
+
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        hosts.agree(lambda: lock() if hosts.first() else None)
+        yield
+    finally:
+        os.close(folder)
 
 
 def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:

@@ -56,6 +56,10 @@ class AllTold(InputError):
 class Alone(Exception):
     """What only this one of several processes was told: the others go on and would wait for it."""
 
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+
 
 # --- start ------------------------------------------------------------------------------------------------------------
 
@@ -154,21 +158,33 @@ def _end_at_once_on_errors() -> None:
         goodbye()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2 if isinstance(error, Alone) else 1)
+        os._exit(error.code if isinstance(error, Alone) else 1)
 
     atexit.register(goodbye)
     sys.excepthook = leave
 
 
 @contextlib.contextmanager
-def ending() -> Iterator[None]:
-    """Around a run: an InputError of one process alone ends that one at once, and so the others, which see it gone."""
+def ending(workdir: str) -> Iterator[None]:
+    """Around a run: what one of several processes alone is told ends it at once, and so the others, which see it gone.
+
+    A full disk, or one that is gone, is told in one sentence. Not as unusable input: the same command may do better.
+    """
     try:
         yield
     except InputError as error:
         if together(error):
             raise
-        raise Alone(str(error)) from None
+        raise Alone(str(error), 2) from None
+    except KeyboardInterrupt:
+        if not several():
+            raise
+        raise Alone("interrupted", 130) from None
+    except OSError as error:
+        sentence = f"the run in {workdir} ends because of its files: {error}; {_RESUME}"
+        if several():
+            raise Alone(sentence, 1) from None
+        sys.exit(f"ssp_jax: {sentence}")
 
 
 def together(error: InputError) -> bool:
@@ -264,6 +280,14 @@ def agree(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
     kept: list[T] = []
     share(lambda: kept.append(action()), facts)
     return kept[0]
+
+
+def meet() -> None:
+    """Waits for those that compile what others find in their cache, before devices talk that have not talked before.
+
+    (Gloo gives up after half a minute then, and after half an hour between those that have.)
+    """
+    share(lambda: None)
 
 
 def by_first(action: Callable[[], object]) -> None:

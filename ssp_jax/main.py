@@ -25,8 +25,8 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__.strip())
         return 0
-    # Orbax tells each of its steps through absl; what fails still shows.
-    logging.set_verbosity(logging.ERROR)
+    # Orbax tells each of its steps through absl, and traces of what fails, which it also raises.
+    logging.set_verbosity(logging.FATAL)
     try:
         rest, place = take_place(argv)
         command = parse_command_line(rest)
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
         hosts.start(place, os.environ)
         run = examine.examine if command.mode == "eval" else train.train
-        with hosts.ending():
+        with hosts.ending(command.workdir):
             run(command.config, command.workdir)
     except InputError as error:
         print(f"ssp_jax: {error}", file=sys.stderr)

@@ -23,7 +23,9 @@ from rich import box, table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 PLAIN_WIDTH = 100  # of tables that do not go to a terminal
 HEADER_EVERY = 20  # rows
@@ -129,8 +131,8 @@ class Logger:
             rows = self._folder / "metrics.jsonl"
         self._evaluated = {row["step"]: row for row in _keep_steps(rows, resume_step) if _of_evaluation(row)}
         self._rows = rows.open("a", encoding="utf-8")
-        events = str(self._folder / "tensorboard")
-        self._writer = SummaryWriter(events, purge_step=resume_step + 1) if tensorboard and not mute else None
+        events = self._folder / "tensorboard"
+        self._events = _open_events(events, resume_step) if tensorboard and not mute else None
         self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not mute
         # force_terminal, for rich would also take FORCE_COLOR in a CI log for a terminal
         width = None if self._live else PLAIN_WIDTH
@@ -153,8 +155,8 @@ class Logger:
         if self._live:
             self._bars.stop()
         self._rows.close()
-        if self._writer:
-            self._writer.close()
+        if self._events:
+            self._events.close()
 
     @contextmanager
     def phase(self, name: str, total: float | None = None) -> Iterator[Phase]:
@@ -200,9 +202,10 @@ class Logger:
         finite = _finite(metrics)
         self._rows.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         self._rows.flush()
-        for name, value in finite.items():
-            if self._writer and value is not None:
-                self._writer.add_scalar(name, value, step)
+        if self._events:
+            values = [Summary.Value(tag=name, simple_value=v) for name, v in finite.items() if v is not None]
+            self._events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+            self._events.flush()
 
     def table(self, title: str, rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
         """The first column is text and on the left, the others are numbers and on the right; floats with 3 places."""
@@ -286,6 +289,19 @@ def _keep_steps(path: Path, last: int) -> list[dict[str, Any]]:
     fresh.write_text("".join(line for line, _ in kept), encoding="utf-8")
     fresh.replace(path)
     return [row for _, row in kept]
+
+
+def _open_events(folder: Path, resume_step: int) -> EventsWriter:
+    """A file of TensorBoard that hides what earlier ones have after that step.
+
+    Written in this thread. (tensorboardX's SummaryWriter has one of its own, which a full disk ends; from then on the
+    run waits for it forever.)
+    """
+    folder.mkdir(exist_ok=True)
+    events = EventsWriter(str(folder / "events"))
+    started = SessionLog(status=SessionLog.START)
+    events.write_event(Event(step=resume_step + 1, wall_time=time.time(), session_log=started))
+    return events
 
 
 def _format(value: float, form: str) -> str:

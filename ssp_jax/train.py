@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssp_jax import attention, data, episodes, evaluate, export, hosts, judge, learner, model, paper, sharding, weights
-from ssp_jax.checkpoint import Checkpoints, check_shared, keep_config
+from ssp_jax.checkpoint import Checkpoints, check_shared, held, keep_config
 from ssp_jax.config import advice
 from ssp_jax.data import InputError
 from ssp_jax.engine import Engine, Sizes, Stats
@@ -35,12 +35,18 @@ def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
     keep_compiled(workdir)
     inputs, mesh = read_inputs(config, workdir), make_mesh(config)
-    # After the inputs: a mistyped path must not become the workdir's config.
-    hosts.agree(lambda: keep_config(workdir, config) if hosts.first() else None)
-    hosts.agree(lambda: check_shared(workdir))
-    run = _Run(config, workdir, inputs, mesh)
-    compare(inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
-    with run.logger, run.checkpoints, Sigterm() as stop:
+    with held(workdir):
+        # After the inputs: a mistyped path must not become the workdir's config.
+        hosts.agree(lambda: keep_config(workdir, config) if hosts.first() else None)
+        hosts.agree(lambda: check_shared(workdir))
+        run = _Run(config, workdir, inputs, mesh)
+        compare(inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
+        _to_the_end(run, config)
+
+
+def _to_the_end(run: "_Run", config: ConfigDict) -> None:
+    """From the step where the run is. A signal does not end it before what is being saved is on disk."""
+    with run.logger, Sigterm() as stop, run.checkpoints:
         try:
             run.warm_up()
             if config.eval.before:
@@ -48,9 +54,9 @@ def train(config: ConfigDict, workdir: str) -> None:
             run.evaluate_if_due(stop)  # where a signal has ended it after the step was played
             while run.step < config.steps:
                 run.play_and_update(stop)
-                run.evaluate_if_due(stop)
                 if run.checkpoints.due(run.step):
-                    run.save()
+                    run.save()  # before the evaluation, which may take long, and may be killed
+                run.evaluate_if_due(stop)
             run.save()
             run.finish(stop)
         except Terminated:
@@ -59,14 +65,21 @@ def train(config: ConfigDict, workdir: str) -> None:
             run.checkpoints.wait()
             sys.exit(0)
         except InputError as error:  # such as a search server that stays away; no update raises one
-            if run.step and hosts.together(error):
+            if not hosts.together(error):
+                raise
+            if run.step:
                 run.save()
                 run.logger.say(f"saved step {run.step}; the same command goes on from there")
-            raise
+            # With code 1, for it was usable when the run began: a cluster that starts it again may have more luck.
+            sys.exit(f"ssp_jax: {error}")
 
 
 def keep_compiled(workdir: str) -> None:
-    """A run that is resumed finds its programs in the workdir; a folder of the user's own choice stays."""
+    """A run that is resumed finds its programs in the workdir; a folder of the user's own choice stays.
+
+    (Of several processes JAX lets only the first one write. On GPUs all find their programs; on TPUs the others compile
+    those of play anew, which know their devices by name.)
+    """
     options: Any = jax.config  # which makes its attributes at import, unseen by a type checker
     if options.jax_compilation_cache_dir is None:
         options.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
@@ -191,6 +204,7 @@ class _Run:
         began = time.monotonic()
         with self.logger.phase("compiling"):
             self._engine.warm_up(self._to_sampler(self._state.params), self._key)
+            hosts.meet()
             self._learner.warm_up(self._state.params)
         self.logger.say(f"{'each process: ' if hosts.several() else ''}{self._engine.memory}")
         took = time.monotonic() - began

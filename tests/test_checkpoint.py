@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import files_of_at_most
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import default
-from ssp_jax.checkpoint import Checkpoints, check_workdir, keep_config
+from ssp_jax.checkpoint import Checkpoints, check_workdir, held, keep_config
 from ssp_jax.data import InputError
 
 GAME = {"position": 7, "pool": [{"question": "Où est São Paulo?", "answers": ["Brazil"], "uid": None}], "rate": 0.1}
@@ -119,13 +120,15 @@ def test_kill_9_leaves_only_whole_steps(tmp_path: Path, seconds: float) -> None:
     child = subprocess.Popen([sys.executable, "-c", ENDLESS_SAVING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     begun = 0
-    while begun < 3:  # its save() has returned, so the thread is writing
+    while begun < 3:
         begun = int(child.stdout.readline())
+    while all(name.isdigit() for name in os.listdir(tmp_path / "checkpoints")):
+        pass  # until it is writing
     time.sleep(seconds)
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    left = set(os.listdir(tmp_path / "checkpoints"))
     assert seconds > 0 or any(not name.isdigit() for name in left), f"killed too late to catch it writing: {left}"
     like = {"weight": jax.ShapeDtypeStruct((16, 2**20), jnp.float32, sharding=_on(jax.make_mesh((8,), ("x",)), "x"))}
     with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
@@ -137,6 +140,43 @@ def test_kill_9_leaves_only_whole_steps(tmp_path: Path, seconds: float) -> None:
         assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
         checkpoints.save(step + 1, restored, {})
     assert str(step + 1) in os.listdir(tmp_path / "checkpoints")
+
+
+def test_a_full_disk_is_told_in_a_line_after_the_next_step_and_costs_no_older_one(tmp_path: Path) -> None:
+    state = {"weight": jax.random.normal(jax.random.key(0), (2**18,))}
+    with Checkpoints(str(tmp_path), every=10, keep=2) as checkpoints:
+        checkpoints.save(10, state, GAME)
+        checkpoints.wait()
+        told = pytest.raises(OSError, match=r"^a checkpoint cannot be written \(.*File too large.*\)$")
+        with told, files_of_at_most(2**17):
+            checkpoints.save(20, state, GAME)
+            for _ in range(600):  # it is written in the background, while steps are played that are not saved
+                assert not checkpoints.due(21)
+                time.sleep(0.1)
+    with Checkpoints(str(tmp_path), every=10, keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 10
+        assert_bitwise(checkpoints.restore(10, abstract(state))[0], state)
+
+
+@pytest.mark.parametrize("broken", ["state/d/*", "state/manifest.ocdbt", "game/metadata"])
+def test_a_truncated_checkpoint_is_named(tmp_path: Path, broken: str) -> None:
+    state = {"params": {"weight": jax.random.normal(jax.random.key(0), (2**10,))}}
+    with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
+        checkpoints.save(1, state, GAME)
+        checkpoints.wait()
+        for file in (tmp_path / "checkpoints" / "1").glob(broken):
+            os.truncate(file, file.stat().st_size // 2)
+        told = rf"^checkpoint {tmp_path}/checkpoints/1 cannot be read \(.+\); without that folder .* goes on"
+        with pytest.raises(InputError, match=told) as caught:
+            checkpoints.restore(1, abstract(state))
+        assert "spec" not in str(caught.value) and len(str(caught.value)) < 3 * len(str(tmp_path)) + 300
+
+
+def test_a_workdir_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    for _ in range(2):
+        with held(str(tmp_path)), pytest.raises(InputError, match="in use by another run"), held(str(tmp_path)):
+            pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_workdir_belongs_to_one_config(tmp_path: Path) -> None:

@@ -94,6 +94,20 @@ def test_place_is_taken_from_the_command_line() -> None:
             take_place(["main.py", *wrong])
 
 
+DISK_FULL = 'OSError(28, "No space left on device", "x")'
+NO_SPACE = (
+    "the run in runs/a ends because of its files: [Errno 28] No space left on device: 'x'; the same command goes on "
+    "from the last checkpoint"
+)
+
+
+def test_a_full_disk_is_one_sentence_and_not_unusable_input() -> None:
+    """So that a cluster starts the run again."""
+    with pytest.raises(SystemExit) as ended, hosts.ending("runs/a"):
+        raise eval(DISK_FULL)
+    assert ended.value.code == f"ssp_jax: {NO_SPACE}"
+
+
 # --- for real ---
 
 
@@ -244,21 +258,30 @@ from ssp_jax.config import Place
 from ssp_jax.data import InputError
 hosts.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
 hosts.agree(lambda: None)
-with hosts.ending():
+with hosts.ending("runs/a"):
     if sys.argv[2] == "1":
-        raise InputError("file: expected another")
+        raise eval(sys.argv[3])
     hosts.agree(lambda: None)
 """
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(devices: int) -> None:
+@pytest.mark.parametrize(
+    ("devices", "error", "code", "sentence"),
+    [
+        (1, 'InputError("file: expected another")', 2, "file: expected another"),
+        (2, "KeyboardInterrupt", 130, "interrupted"),
+        (2, DISK_FULL, 1, NO_SPACE),
+    ],
+)
+def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(
+    devices: int, error: str, code: int, sentence: str
+) -> None:
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-c", TOLD_ALONE, f"127.0.0.1:{free_port()}"]
     began, pipe = time.monotonic(), subprocess.PIPE
-    started = [subprocess.Popen([*command, i], cwd=ROOT, env=environment, stderr=pipe, text=True) for i in "01"]
+    started = [subprocess.Popen([*command, i, error], cwd=ROOT, env=environment, stderr=pipe, text=True) for i in "01"]
     other, told = (process.communicate(timeout=SECONDS)[1] for process in started)
-    assert started[1].returncode == 2 and told.splitlines()[-1] == "ssp_jax: process 1: file: expected another", told
+    assert started[1].returncode == code and told.splitlines()[-1] == f"ssp_jax: process 1: {sentence}", told
     assert started[0].returncode not in (0, 2) and "another process of the run is gone" in other, other
     assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS + 60
 
@@ -296,14 +319,14 @@ def test_any_number_of_processes_plays_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_at_one_process_saves_once_for_all_and_four_go_on(tmp_path: Path) -> None:
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2}
-    here(tmp_path / "one", **mesh)
-    run = Run(tmp_path / "many", 2, 2, tmp_path / "two", **mesh)
+    changes = {"steps": 6, "mesh__data": 2, "mesh__fsdp": 2}  # JAX takes some seconds to tell all of a signal
+    here(tmp_path / "one", **changes)
+    run = Run(tmp_path / "many", 2, 2, tmp_path / "two", **changes)
     run.until_step(1)
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.codes() == [0, 0], run.said()
     assert run.said().count("terminated: saved step") == 1  # one of them speaks
-    run = Run(tmp_path / "many", 4, 1, tmp_path / "four", **mesh)
+    run = Run(tmp_path / "many", 4, 1, tmp_path / "four", **changes)
     assert run.codes() == [0] * 4, run.said()
     assert "resuming after step" in run.said()
     assert_same_run(tmp_path / "one", tmp_path / "many")
@@ -324,3 +347,29 @@ def test_processes_with_different_configs_do_not_begin(tmp_path: Path) -> None:
     assert run.codes() == [2, 2], run.said()
     assert run.said().count("not alike: config key seed is 0 on 0; 1 on 1") == 2
     assert not (tmp_path / "run" / "index").exists()  # which the two might have built with different settings
+
+
+LATE = """
+import sys, time
+import jax, numpy as np
+from ssp_jax import hosts, sharding
+from ssp_jax.config import Place
+hosts.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
+hosts.agree(lambda: None)
+mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+rows = sharding.put_rows(np.ones((4, 4), np.float32), sharding.rows_sharding(mesh))
+time.sleep(40 * int(sys.argv[2]))  # as if it compiled what the first one finds in its cache
+hosts.meet()
+assert jax.jit(lambda x: x.sum())(rows) == 16
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_for_long_is_waited_for(tmp_path: Path) -> None:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", LATE, f"127.0.0.1:{free_port()}"]
+    started = [
+        subprocess.Popen([*command, i], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for i in "01"
+    ]
+    said = [process.communicate(timeout=SECONDS)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said

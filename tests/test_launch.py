@@ -148,6 +148,25 @@ def test_a_bucket_that_cannot_be_mounted_ends_it(tmp_path: Path) -> None:
     assert done.returncode == 2 and "no such bucket" in done.stderr, done.stdout + done.stderr
 
 
+def test_a_worker_without_gcsfuse_gets_it(tmp_path: Path) -> None:
+    environment = fake_worker(tmp_path)
+    for name, body in {
+        "curl": "echo a key",
+        "lsb_release": "echo jammy",
+        "sudo": """[[ $1 != tee ]] || echo "$2 $(cat)" >> ~/told
+[[ "$*" != *"install gcsfuse"* ]] || mv ~/../packed ~/../gcsfuse""",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "gcsfuse").rename(tmp_path / "packed")
+    done = launch(*TPU, "v6e-16", "--bucket=b", "--", CONFIG, **environment)
+    assert done.returncode == 5, done.stdout + done.stderr
+    key, source = (tmp_path / "worker" / "told").read_text().splitlines()
+    assert key.endswith(" a key")
+    assert f"[signed-by={key.split()[0]}]" in source and source.endswith(" gcsfuse-jammy main")
+    assert (tmp_path / "worker" / "mounted").read_text().endswith(" b bucket\n")
+
+
 def fake_worker(folder: Path) -> dict[str, str]:
     """A gcloud whose worker is a folder here: what is sent there runs there; uv makes a Python that notes its call."""
     home = folder / "worker"

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import ROOT
 
 from ssp_jax import metrics
 from ssp_jax.metrics import CompileCounter, Logger, clock, short_number
@@ -84,6 +85,23 @@ def test_tensorboard_file_grows_with_each_step(tmp_path: Path) -> None:
             logger.step(step, STEP, 1.0)
     written = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
     assert size() - empty > 3 * len("".join(STEP)) and written.count(b"funnel/solved") == 3
+
+
+FULL_DISK = """
+import sys
+from conftest import files_of_at_most
+from ssp_jax.metrics import Logger
+with Logger(sys.argv[1], 9, tensorboard=True) as logger, files_of_at_most(4096):
+    for step in range(1000):
+        logger.record(step, {f"name/{i}": 0.5 for i in range(20)})
+"""
+
+
+def test_a_disk_that_is_full_for_tensorboard_ends_the_run_and_does_not_hang_it(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/null")  # which is never full
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("OSError: "), done.stderr
 
 
 def test_plain_output_is_dated_lines_that_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

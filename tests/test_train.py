@@ -17,6 +17,7 @@ from model_folders import edit_tensors
 
 from ssp_jax import config as configuration
 from ssp_jax import data, train, weights
+from ssp_jax.checkpoint import Checkpoints
 from ssp_jax.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -110,9 +111,20 @@ def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
     assert weights.load_tokenizer(whole / "export").eos_token_id == 2
 
 
-def test_two_and_two_steps_equal_four_bitwise(whole, tmp_path):
+def test_two_and_two_steps_equal_four_bitwise(whole, tmp_path, monkeypatch):
+    """Also where a signal comes while the last step is being written: the run still holds it then."""
+    early, close = [], Checkpoints.close
+
+    def signalled(checkpoints):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "close", signalled)
+    before = signal.signal(signal.SIGTERM, lambda *_: early.append(True))
     train.train(small(steps=2), str(tmp_path))
     train.train(small(), str(tmp_path))
+    signal.signal(signal.SIGTERM, before)
+    assert not early
     assert steps_of(tmp_path) == steps_of(whole)
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), params_of(whole))
 
@@ -163,19 +175,21 @@ def evaluated(workdir):
 
 def test_an_evaluation_that_a_signal_ends_is_finished_when_the_run_goes_on(whole, tmp_path):
     workdir = without_step_4(whole, tmp_path)
-    folder = workdir / "eval" / "step_000004"
+    folder, begun = workdir / "eval" / "step_000004", []
 
     def interrupt():
         while not folder.exists():
             time.sleep(0.001)
+        begun.extend(path.name.split(".")[0] for path in (workdir / "checkpoints").iterdir())
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    config = small(eval__every=4, eval__after=False, checkpoint__every=9, checkpoint__export=False)
+    config = small(eval__every=4, eval__after=False, checkpoint__every=4, checkpoint__export=False)
     with pytest.raises(SystemExit, match="^0$"):
         train.train(config, str(workdir))
     thread.join()
+    assert "4" in begun  # it is saved, or being saved, before it is evaluated
     assert (workdir / "checkpoints" / "4").exists() and evaluated(workdir) == [0]
     train.train(config, str(workdir))
     assert evaluated(workdir) == [0, 4] and len((folder / "episodes.jsonl").read_text().splitlines()) == 8
