@@ -33,6 +33,15 @@ MAY_CHANGE = (
 EVALUATION_MAY_CHANGE = (*MAY_CHANGE, "mesh.", "data.", "game.", "rules.", "reward.", "engine.", "learner.")
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax asks JAX's preemption service at each save, with the step's number. hosts.Sigterm asks it with the ticks of
+    a clock, which that would set back: a signal of that moment would never be heard.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """workdir/checkpoints, the newest `keep` steps; a context manager. `every` is in steps, 0 for never."""
 
@@ -45,7 +54,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,  # what a killed run left unfinished
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = _Manager(self._folder, options=options)
 
     def __enter__(self) -> Self:
         return self

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -216,10 +217,12 @@ class Sigterm:
         return self
 
     def _tick(self) -> None:
+        start = time.monotonic()
         for tick in itertools.count(1):
             if multihost_utils.reached_preemption_sync_point(tick):
                 self._set.set()
-            if self._over.wait(_TICK_SECONDS):
+            # As many ticks as time has passed, also where this thread came late: who is behind hears of it late.
+            if self._over.wait(max(0.0, start + tick * _TICK_SECONDS - time.monotonic())):
                 return
 
     def __call__(self) -> None:

@@ -319,7 +319,7 @@ def test_any_number_of_processes_plays_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_at_one_process_saves_once_for_all_and_four_go_on(tmp_path: Path) -> None:
-    changes = {"steps": 6, "mesh__data": 2, "mesh__fsdp": 2}  # JAX takes some seconds to tell all of a signal
+    changes = {"steps": 6, "mesh__data": 2, "mesh__fsdp": 2}  # JAX takes a second or two to tell all of a signal
     here(tmp_path / "one", **changes)
     run = Run(tmp_path / "many", 2, 2, tmp_path / "two", **changes)
     run.until_step(1)
