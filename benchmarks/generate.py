@@ -12,6 +12,7 @@ A cell is SHAPE:BATCH[:PROMPT], and --cores=0 leaves the processes where they ar
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -85,12 +86,12 @@ def run_ssp_jax(shape: Shape, batch: int, length: int, new: int, repeats: int, d
     import jax
     import jax.numpy as jnp
 
-    from ssp_jax import backend, cache, engine, model, stops
+    from ssp_jax import backend, cache, engine, model, sharding, stops
 
     backend.prepare()
     config = model.ModelConfig(*shape, rope_theta=ROPE_THETA, tie_embeddings=True, qkv_bias=True)
-    make = jax.jit(lambda key: model.unstack(model.init_params(config, key), jnp.dtype(dtype)))
-    params, vocab = make(jax.random.key(0)), shape[0]
+    copy = sharding.sampler_copy(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), jnp.dtype(dtype))
+    params, vocab = copy(jax.jit(functools.partial(model.init_params, config))(jax.random.key(0))), shape[0]
     automaton = stops.build_automaton([], [b"x"] * vocab, vocab)
     sizes = engine.Sizes(batch, CHUNK, length + new, (), (length,), min(batch, 8))
     one = engine.Engine(config, sizes, [automaton], (vocab,), jnp.dtype(dtype), search=lambda queries: [])

@@ -5,8 +5,9 @@
 Prints, as tables for the README: seconds and peak memory of building, seconds and memory of loading, and queries a
 second in batches of 64 with k = 3. bm25s searches the very same arrays, held in memory, with the best of its backends
 and thread counts. Synthetic passages have 100 words of a Zipf law without its 50 most frequent words, which stop words
-take; a query has 3 to 9 words of one passage. A half and all of --passages give the slope for 21M passages. Plain
-bm25s builds corpora of at most PLAIN_BUILD passages here: it holds all their words.
+take; a query has 3 to 9 words of one passage. A half and all of --passages give the slope for 21M passages; with
+--passages=0 only the real corpus is measured. Plain bm25s builds corpora of at most PLAIN_BUILD passages here: it holds
+all their words.
 """
 
 import argparse
@@ -178,12 +179,14 @@ def main() -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     asked = [(args.corpus.name, args.corpus.resolve(), out / "real")] if args.corpus else []
-    for passages in (args.passages // 2, args.passages):
+    sizes = (args.passages // 2, args.passages) if args.passages else ()
+    for passages in sizes:
         synthetic(out / f"zipf_{passages}.jsonl", passages)
         asked.append((f"Zipf, {passages:,}", out / f"zipf_{passages}.jsonl", out / f"zipf_{passages}"))
     built = [build(corpus, index) for _, corpus, index in asked]
     rows = [measure(*names, numbers) for names, numbers in zip(asked, built, strict=True)]
-    rows.append(slope(*rows[-2:]))
+    if sizes:
+        rows.append(slope(*rows[-2:]))
     columns = list(dict.fromkeys(key for row in rows for key in row.numbers))
     print(f"\n{len(os.sched_getaffinity(0))} cores, bm25s {bm25s.__version__}, batches of {BATCH}, k = {TOP_K}\n")
     print("| corpus | passages | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))

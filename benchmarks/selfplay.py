@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ssp_jax import backend, data, engine, episodes, model, sampler, weights  # noqa: E402
+from ssp_jax import backend, data, engine, episodes, model, sampler, sharding, weights  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
 from ssp_jax.inputs import make_stage  # noqa: E402
 from ssp_jax.retriever import Retriever, open_retriever  # noqa: E402
@@ -127,6 +127,7 @@ def prepare(config: ConfigDict, index: str) -> Setting:
     model_config, tokenizer = weights.read_config(c.model.path), weights.load_tokenizer(c.model.path)
     dtype = jnp.dtype(c.model.dtype)
     retriever = open_retriever(r.corpus, index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r.k1, b=r.b)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     loaded = weights.load(c.model.path, model_config, None, jnp.float32)
     everything = data.load_answers(c.data.answers)
     rows = data.batch_indices(len(everything), c.game.answers_per_step, c.seed, 0)
@@ -138,7 +139,7 @@ def prepare(config: ConfigDict, index: str) -> Setting:
         [everything[row] for row in rows],
         make_stage(c, tokenizer),
         retriever,
-        jax.jit(functools.partial(model.unstack, dtype=dtype))(loaded),
+        sharding.sampler_copy(model_config, mesh, dtype)(loaded),
         (model_config, automata, eos, dtype, search),
     )
 

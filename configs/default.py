@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     c.model.path = ""  # Hugging Face folder: config.json, *.safetensors, tokenizer
     c.model.dtype = "bfloat16"  # compute and sampler dtype; master weights are always float32
     c.model.remat = "full"  # full | attention | dots | none: what a layer computes again when training, model.REMAT
+    c.model.attention = "auto"  # of the update: auto: the splash kernel on TPUs, XLA elsewhere | xla: XLA everywhere
 
     c.mesh = ConfigDict()  # devices per axis; at most one -1 takes what is left
     c.mesh.data = 1  # replicas

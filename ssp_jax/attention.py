@@ -1,6 +1,7 @@
 """Attention over packed rows and over keys that lie in several places: the one place that decides how it is computed.
 
-Both are XLA einsums on every backend. Scores and softmax are float32 in both, so that sampler and trainer agree.
+Packed rows: XLA einsums in blocks (`packed`), on TPUs JAX's splash kernel (`splash`). Keys in several places: XLA
+einsums. Scores and softmax are float32 in all of them, so that sampler and trainer agree.
 """
 
 import dataclasses
@@ -13,6 +14,16 @@ from jax.ad_checkpoint import checkpoint_name
 KEPT = "attention"  # the name, for remat policies, of what the backward pass of packed attention wants back
 _MIN_BLOCK, _MAX_BLOCKS = 256, 16  # queries of a block; blocks of a row, which are unrolled
 NEG_INF = -1e30  # finite: a row with no visible key (padding) stays free of NaN
+LANES = 128  # of a TPU; the kernel's blocks are multiples
+# The longest block of keys in the kernel's backward pass, which writes the queries' gradient for each: long, so that
+# these are few. All other blocks are half of it: 1024 queries do 1024 FLOPs with a byte of keys and values, and a
+# v6e, which needs most, has 560 in that time. Blocks of 2048 queries do not fit the VMEM of a v5e or v5p.
+_SPLASH_KEYS = 2048
+
+
+def chosen(key: str, platform: str) -> str:
+    """How the update attends, "splash" or "xla": config key model.attention on devices of this platform."""
+    return "splash" if key == "auto" and platform == "tpu" else "xla"
 
 
 def packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
@@ -101,6 +112,41 @@ def _blocks_backward(kept: tuple[jax.Array, ...], do_BKRTH: jax.Array) -> tuple[
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def splash_keys(T: int) -> int:
+    """The longest block of `splash` for a row of T; rows are padded to a multiple of it."""
+    count = -(-T // _SPLASH_KEYS)
+    return -(-T // (count * 2 * LANES)) * 2 * LANES
+
+
+def splash(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """What `packed` computes, by JAX's Pallas kernel for TPUs: scores stay inside a core and are never in HBM.
+
+    No key is repeated, and rows whose length does not suit the kernel are padded. XLA does not split a Pallas kernel
+    over devices: see sharding.on_own_rows_and_heads. interpret: where there is no TPU, for tests.
+    """
+    # Here: only TPUs need it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    (_, T, N, H), keys = q_BTNH.shape, splash_keys(q_BTNH.shape[1])
+    padding, half = -T % keys, keys // 2
+    segments_BS = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
+
+    def heads_first(x_BTNH: jax.Array) -> jax.Array:
+        return jnp.pad(jnp.moveaxis(x_BTNH, 2, 1), ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+    kernel = kernels.make_splash_mha_single_device(
+        kernels.MultiHeadMask([kernels.CausalMask((T + padding, T + padding))] * N),
+        block_sizes=kernels.BlockSizes(half, half, half, half, keys, half, use_fused_bwd_kernel=True),
+        residual_checkpoint_name=KEPT,
+        interpret=interpret,
+    )
+    q, k, v = heads_first(q_BTNH * H**-0.5), heads_first(k_BTKH), heads_first(v_BTKH)  # the kernel does not scale
+    o_BNSH = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segments_BS, segments_BS))
+    return jnp.moveaxis(o_BNSH[:, :, :T], 1, 2)
 
 
 @jax.tree_util.register_dataclass

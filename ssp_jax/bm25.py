@@ -28,7 +28,7 @@ RANGE_POSTINGS = 1 << 24  # postings merged at a time: 128 MB
 KNOWN_WORDS = 1 << 22  # word forms whose stem is remembered while building, some 400 MB
 QUERY_WORDS = 1 << 20  # and while searching, some 100 MB
 
-_WORD = re.compile(r"(?u)\b\w\w+\b")  # the token pattern of bm25s: two letters or more
+_WORD = re.compile(r"\w\w+")  # two letters or more: finds what the token pattern of bm25s finds, \b\w\w+\b
 _STOP = -1
 
 
@@ -256,15 +256,13 @@ def _offer(row, score, size, best_rows, best_scores):
 
 @njit(cache=True)
 def _posting(rows, low, high, row):
-    """Where `row` stands in rows[low:high], or -1."""
-    end = high
-    while low < high:
-        middle = (low + high) >> 1
-        if rows[middle] < row:
-            low = middle + 1
-        else:
-            high = middle
-    return low if low < end and rows[low] == row else -1
+    """Where `row` stands in rows[low:high], which has at least one, or -1."""
+    at, left = np.uint64(low), np.uint64(high - low)
+    while left > np.uint64(1):
+        half = left >> np.uint64(1)
+        at = at + half if rows[at + half] <= row else at
+        left -= half
+    return np.int64(at) if rows[at] == row else -1
 
 
 @njit(cache=True, nogil=True)
@@ -282,9 +280,9 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
     """Fills best_rows and best_scores with the top len(best_rows) of a query; how many there are.
 
     `terms` are the query's, repeats included. `scores` (float32 [passages], all zero, and again so at the end) and
-    `seen` (uint32 [passages + 1]) are scratch. Scores only grow, so the best of the partial sums is a lower bound of
-    the final k-th score; what cannot reach it is left out. `slack` covers that float32 sums depend on their order; at
-    the end the few that are left are summed in the order of the query, as bm25s does.
+    `seen` (uint32 [2 * passages + 1]) are scratch. Scores only grow, so the best of the partial sums is a lower bound
+    of the final k-th score; what cannot reach it is left out. `slack` covers that float32 sums depend on their order;
+    at the end the few that are left are summed in the order of the query, as bm25s does.
     """
     number, size = len(terms), 0
     order = np.argsort(-highest[terms])
@@ -292,12 +290,11 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
     rest = np.zeros(number + 1)  # the most that the words from here on can add
     for i in range(number - 1, -1, -1):
         rest[i] = rest[i + 1] + highest[terms[order[i]]]
-    bar, num_seen, i = np.float32(0), 0, 0  # the bar: the k-th best partial score
+    bar, alive, i = np.float32(0), 0, 0  # the bar: the k-th best partial score; alive: passages that may pass it
     while i < number and (size < len(best_rows) or rest[i] >= bar * slack):  # an unseen passage could still get in
         low, high = starts[terms[order[i]]], starts[terms[order[i]] + 1]
-        num_seen, size, bar = _add(data, rows, low, high, scores, seen, num_seen, size, bar, best_rows, best_scores)
+        alive, size, bar = _add(data, rows, low, high, scores, seen, alive, size, bar, best_rows, best_scores)
         i += 1
-    alive = num_seen
     while i < number:
         alive = _drop(seen, alive, scores, bar * slack - rest[i])
         low, high = starts[terms[order[i]]], starts[terms[order[i]] + 1]
@@ -308,7 +305,7 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
         size = 0
         for j in range(alive):
             size = _offer(seen[j], _sum(data, rows, starts, terms, seen[j]), size, best_rows, best_scores)
-    for j in range(num_seen):
+    for j in range(alive):
         scores[seen[j]] = 0
     return size
 
@@ -333,35 +330,40 @@ def _add(data, rows, low, high, scores, seen, num_seen, size, bar, best_rows, be
 
 @njit(cache=True)
 def _drop(seen, alive, scores, least):
-    """Moves rows that score less than `least` behind the others; how many others there are."""
+    """Forgets rows that score less than `least`, as if they had not been seen; how many are left."""
     kept = 0
     for j in range(alive):
         row = seen[j]
-        seen[j], seen[kept] = seen[kept], row
-        kept += scores[row] >= least
+        score = scores[row]
+        stays = score >= least
+        seen[kept] = row
+        scores[row] = score if stays else np.float32(0)
+        kept += stays
     return kept
 
 
 @njit(cache=True)
 def _complete(data, rows, low, high, seen, alive, scores, bar, best_rows, best_scores):
     """Adds a word to passages already seen: looks each up when they are few, else walks its postings. The new bar."""
-    size = len(best_rows)
-    if alive * 16 * math.log2(high - low + 2.0) < high - low:
+    found = alive  # seen[alive:found]: its postings in passages that are alive, counted from low
+    if alive * 4 * math.log2(high - low + 2.0) < high - low:
         for j in range(alive):
             at = _posting(rows, low, high, seen[j])
-            if at >= 0:
-                scores[seen[j]] += data[at]
-                if scores[seen[j]] >= bar:
-                    _offer(seen[j], scores[seen[j]], size, best_rows, best_scores)
-                    bar = best_scores[size - 1]
-        return bar
-    for at in range(np.uint64(low), np.uint64(high)):
+            seen[found] = at - low
+            found += at >= 0
+    else:
+        for at in range(np.uint64(low), np.uint64(high)):
+            seen[found] = at - np.uint64(low)
+            found += scores[rows[at]] > 0
+    size = len(best_rows)
+    for j in range(alive, found):
+        at = np.uint64(low) + seen[j]
         row = rows[at]
-        if scores[row] > 0:
-            scores[row] += data[at]
-            if scores[row] >= bar:
-                _offer(row, scores[row], size, best_rows, best_scores)
-                bar = best_scores[size - 1]
+        score = scores[row] + data[at]
+        scores[row] = score
+        if score >= bar:
+            _offer(row, score, size, best_rows, best_scores)
+            bar = best_scores[size - 1]
     return bar
 
 

@@ -199,7 +199,11 @@ class View:
     def attend_some(
         self, q_NTNH: jax.Array, cache: Cache, slot_N: jax.Array, length_N: jax.Array
     ) -> list[attention.Part]:
-        """Attention of queries of these slots to the first length_N tokens of each."""
+        """Attention of queries of these slots to the first length_N tokens of each.
+
+        XLA on every backend: the splash kernel knows which blocks to leave out from a mask that is fixed when it is
+        compiled, and here each row has a length of its own.
+        """
         found = []
         for piece in range(self.depth):
             row_N = self._row(piece, slot_N)

@@ -242,6 +242,7 @@ ID_ROWS, ID_ATTEMPTS = 1 << 19, 1 << 9
 CHOICES: dict[str, Iterable[str]] = {
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("full", "attention", "dots", "none"),
+    "model.attention": ("auto", "xla"),
     "prompt.style": prompts.STYLES,
     "prompt.template": ("chat", "raw_chatml"),
     "game.rl_pair": RL_PAIRS,

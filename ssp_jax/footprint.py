@@ -50,6 +50,7 @@ class Setup:
     hbm: float | None = None  # bytes of a device, None where it is unknown
     per_host: int = 0  # devices of a host, 0: there is one host
     host: Any = None  # the devices of one host, where they are not the first of the mesh
+    platform: str = "cpu"  # of the devices
 
     def __post_init__(self) -> None:
         for key, number in (("learner.rows", self.config.learner.rows), ("engine.slots", self.config.engine.slots)):
@@ -94,8 +95,7 @@ class Setup:
 
     @property
     def learner(self) -> learner.LearnerConfig:
-        c = train.make_learner_config(self.config, self.model)
-        return dataclasses.replace(c, rows_sharding=sharding.rows_sharding(self.mesh))
+        return train.make_learner_config(self.config, self.model, self.mesh, self.platform)
 
     @property
     def dtype(self) -> Any:
@@ -225,8 +225,19 @@ def resident(setup: Setup, kept: dict[str, float], phase: str) -> float:
     return sum(kept[name] for name in PHASES[phase] if name not in away)
 
 
+def _attending(setup: Setup) -> tuple[float, float]:
+    """Bytes of attention in the update's forward and backward pass, beyond its inputs and outputs."""
+    m, T = setup.model, setup.config.learner.row_tokens
+    queries = setup.config.learner.rows / setup.parts * T * m.num_heads / setup.tensor
+    if setup.learner.attention == "splash":  # a sum for each lane; dq for each block of keys
+        blocks = -(-T // attention.splash_keys(T))
+        return queries * attention.LANES * 4, queries * m.head_dim * setup.dtype.itemsize * blocks
+    size = max(end - start for start, end in attention.spans(T))
+    return 2 * queries * size * 4, 6 * queries * size * 4  # on TPU the scores of several blocks are alive
+
+
 def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
-    """Estimates by phase, bytes per device. parameters: kept()'s. Scores of attention are float32 einsums."""
+    """Estimates by phase, bytes per device. parameters: kept()'s. Scores are float32, in play and without splash."""
     m, c, sizes, t, item = setup.model, setup.config.learner, setup.sizes, setup.tensor, setup.dtype.itemsize
     D, L, V, N, K, H, F = m.embed_dim, m.num_layers, m.vocab_size, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim
     layer = (D * (2 * N + 2 * K) * H + 3 * D * F) / t  # parameters of a layer, gathered over fsdp
@@ -250,10 +261,10 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
 
     rows, T = c.rows / setup.parts, c.row_tokens
-    block = max(end - start for start, end in attention.spans(T))  # on TPU the scores of several blocks are alive
-    forward = rows * T * wide / 2 * item + scores(rows, block, T, 2) + 2 * layer * item
+    attending = _attending(setup)
+    forward = rows * T * wide / 2 * item + attending[0] + 2 * layer * item
     forward += V * D / t * item + 2 * rows * c.logprob_chunk * V / t * 4
-    backward = rows * T * wide / 2 * item + scores(rows, block, T, 6) + layer * 4 + 2 * V * D / t * 4
+    backward = rows * T * wide / 2 * item + attending[1] + layer * 4 + 2 * V * D / t * 4
     gradients = forward + backward + rows * T * L * held[setup.config.model.remat] * item
     # A weight of all layers is gathered at a time, and another being cast.
     found = {"reshard": 2 * L * D * F / t * item, "prefill": prefill, "decode": decode}

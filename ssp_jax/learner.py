@@ -89,6 +89,7 @@ class LearnerConfig:
     offload_moments: bool = False
     offload_reference: bool = False
     rows_sharding: jax.sharding.NamedSharding | None = None  # how rows are split over devices, None for one device
+    attention: str = "xla"  # what attention.chosen() says
 
 
 def learning_rate(c: LearnerConfig) -> optax.Schedule:
@@ -181,11 +182,22 @@ def make_batches(c: LearnerConfig, episodes: Sequence[Trajectory], advantage_E: 
     return batches
 
 
+def _attention(c: LearnerConfig) -> Callable[..., jax.Array]:
+    """Of packed rows: (q, k, v, segments) -> o. The kernel is interpreted on what is no TPU, which tests ask for."""
+    if c.attention == "xla":
+        return attention.packed
+    rows = c.rows_sharding
+    platform = jax.default_backend() if rows is None else rows.mesh.devices.flat[0].platform
+    return sharding.on_own_rows_and_heads(functools.partial(attention.splash, interpret=platform != "tpu"), rows)
+
+
 def score(c: LearnerConfig, params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Log-probs and entropies [B, T] of the batch's sampled targets, 0 elsewhere."""
 
+    packed = _attention(c)
+
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return attention.packed(q, k, v, batch.segments_BT), None
+        return packed(q, k, v, batch.segments_BT), None
 
     def place(x_BTD: jax.Array) -> jax.Array:
         return x_BTD if c.rows_sharding is None else jax.lax.with_sharding_constraint(x_BTD, c.rows_sharding)
@@ -195,7 +207,9 @@ def score(c: LearnerConfig, params: model.Params, batch: Batch) -> tuple[jax.Arr
     )
     weight_VD = model.head_weight(params)
     wanted_BT = batch.weight_BT != 0
-    return objective.token_logprobs(hidden_BTD, weight_VD, batch.targets_BT, wanted_BT, c.temperature, c.logprob_chunk)
+    return objective.token_logprobs(
+        hidden_BTD, weight_VD, batch.targets_BT, wanted_BT, c.temperature, c.logprob_chunk, c.rows_sharding
+    )
 
 
 def loss(

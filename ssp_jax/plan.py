@@ -76,7 +76,8 @@ def make_setup(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compile
         host = ahead.make_devices(published.slices_of(slice_.kind)[0]) if slice_.hosts > 1 else None
     else:
         mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
-    return Setup(config, model, mesh, slice_.device.hbm, slice_.per_host, host)
+    platform = "tpu" if slice_.is_tpu else "gpu"
+    return Setup(config, model, mesh, slice_.device.hbm, slice_.per_host, host, platform)
 
 
 def make_plan(
@@ -302,6 +303,7 @@ def report(plan: Plan, load: footprint.Workload) -> Iterator[str]:
         yield f"compiled by libtpu for this slice; jax {jax.__version__}"
     else:
         yield "from shapes alone: no compiler was asked"
+    yield f"attention of the update: {plan.setup.learner.attention}"
     yield from _memory_lines(plan)
     yield from _time_lines(plan, load)
     if plan.fits:

@@ -31,6 +31,7 @@ class RemoteRetriever:
         again = urllib3.Retry(
             retries, backoff_factor=PAUSE_SECONDS, backoff_jitter=PAUSE_SECONDS, status_forcelist=BUSY,
             allowed_methods=None, raise_on_status=False, redirect=0,
+            respect_retry_after_header=False,  # a server may ask for hours
         )  # fmt: skip
         self._http = urllib3.PoolManager(maxsize=8, timeout=timeout_s, retries=again)
         self._cache: Cache[tuple[Document, ...]] = Cache(CACHED_QUERIES)

@@ -5,8 +5,8 @@
 
 An index is a folder: the arrays and vocabulary of bm25s (which loads it too), `passages.jsonl` with the corpus in row
 order, `offsets.npy` (int64 [rows + 1], where each line begins), and `meta.json`, written last. Passages and postings
-stay on disk and are read through memory maps: only the vocabulary, and 8 bytes a passage for each thread that searches,
-are in host memory.
+stay on disk and are read through memory maps: only the vocabulary, and 12 bytes a passage for each thread that
+searches, are in host memory.
 
 bm25s is imported inside functions only, when an index is built: `import bm25s` runs a JAX op, after which
 jax.distributed.initialize() raises. Open a retriever after the distributed start.
@@ -40,6 +40,7 @@ from ssp_jax.data import Document, InputError, Position, iterate_corpus, parse_d
 FORMAT = 2  # raise it whenever the files of an index change their meaning: old folders are then built anew
 CACHED_QUERIES = 65_536  # about ten steps of the paper's setting; row numbers and scores are kept, some 15 MB
 SMALL_PART = 1 << 14  # postings that a thread walks in a tenth of a millisecond: not worth being split further
+PARTS = 2  # of a batch for each thread, so that one that wakes late or is disturbed leaves its second to the others
 PROGRESS_SECONDS = 10.0
 
 _META, _PASSAGES, _OFFSETS, _VOCABULARY = "meta.json", "passages.jsonl", "offsets.npy", "vocab.index.json"
@@ -101,13 +102,12 @@ class Cache(Generic[T]):
 class Progress:
     """Lines on stderr, one in PROGRESS_SECONDS: what is done quickly is done silently."""
 
-    def __init__(self, seconds: float = PROGRESS_SECONDS) -> None:
+    def __init__(self) -> None:
         self._start = self._last = time.monotonic()
-        self._seconds = seconds
 
     def __call__(self, text: Callable[[float], str]) -> None:
         now = time.monotonic()
-        if now - self._last >= self._seconds:
+        if now - self._last >= PROGRESS_SECONDS:
             self._last = now
             print(f"ssp_jax: {text(now - self._start)}", file=sys.stderr, flush=True)
 
@@ -216,14 +216,13 @@ class Retriever:
 
     def __init__(self, folder: Path, meta: dict[str, Any], threads: int = 0) -> None:
         self._path = str(folder / _PASSAGES)
-        names = (bm25.DATA, bm25.ROWS, bm25.STARTS, bm25.HIGHEST)
-        # plain arrays over the maps, for Numba does not know np.memmap
-        self._arrays = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in names]
+        names = (bm25.DATA, bm25.ROWS, bm25.STARTS, bm25.HIGHEST, _OFFSETS)
+        # plain arrays over the maps, for Numba does not know np.memmap, and each slice of one costs microseconds
+        *self._arrays, self._offsets = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in names]
         self._arrays[1] = self._arrays[1].view(np.uint32)
         vocabulary = json.loads((folder / _VOCABULARY).read_bytes())
         self._words = bm25.QueryWords(meta["settings"]["stemmer"], meta["stopwords"], vocabulary)
-        self._offsets = np.load(folder / _OFFSETS, mmap_mode="r")
-        self._passages = np.memmap(self._path, np.uint8, mode="r")
+        self._passages = np.asarray(np.memmap(self._path, np.uint8, mode="r"))
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
         self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
@@ -262,7 +261,7 @@ class Retriever:
         try:
             scratch = self._scratch.get_nowait()
         except queue.Empty:
-            scratch = np.zeros(len(self), np.float32), np.empty(len(self) + 1, np.uint32)
+            scratch = np.zeros(len(self), np.float32), np.empty(2 * len(self) + 1, np.uint32)
         own = terms[ends[a] : ends[b]], ends[a + 1 : b + 1] - ends[a]
         bm25.best_rows_of_all(*self._arrays, *own, *scratch, *(array[a:b] for array in best))
         self._scratch.put(scratch)
@@ -280,19 +279,27 @@ class Retriever:
         ends = np.cumsum([0] + [len(own) for own in of_queries])
         shape = number, min(top_k, len(self))
         best = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(number, np.int64)
-        cuts = self._cuts(terms, ends)
-        others = [self._pool.submit(self._best, terms, ends, best, a, b) for a, b in itertools.pairwise(cuts[1:])]
-        self._best(terms, ends, best, 0, cuts[1])
+        parts = list(itertools.pairwise(self._cuts(terms, ends)))
+        left = iter(parts)  # each thread takes the next one
+
+        def work() -> None:
+            for a, b in left:
+                self._best(terms, ends, best, a, b)
+
+        others = [self._pool.submit(work) for _ in range(min(len(parts), self._threads) - 1)]
+        work()
         for other in others:
-            other.result()
+            if not other.cancel():  # one that has not begun until now has nothing left to do
+                other.result()
         shown = zip(*(array.tolist() for array in best), strict=True)
         return [tuple(zip(rows[:found], scores[:found], strict=True)) for rows, scores, found in shown]
 
     def _cuts(self, terms: np.ndarray, ends: np.ndarray) -> list[int]:
-        """Where the queries are cut into parts of about as many postings, one for each thread if they are many."""
+        """Where the queries are cut into parts of about as many postings, a few for each thread if they are many."""
         starts = self._arrays[2]
         postings = np.concatenate([[0], np.cumsum(starts[terms + 1] - starts[terms])])[ends]
-        parts = min(max(1, int(postings[-1]) // SMALL_PART), self._threads)
+        most = PARTS * self._threads if self._threads > 1 else 1
+        parts = min(max(1, int(postings[-1]) // SMALL_PART), most)
         inner = np.searchsorted(postings, postings[-1] * np.arange(1, parts) / parts)
         return [0, *sorted(set(inner.tolist()) - {0, len(ends) - 1}), len(ends) - 1]
 
@@ -373,10 +380,15 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _ask(args: argparse.Namespace) -> None:
+    if args.top_k < 1:
+        raise InputError(f"--top_k is {args.top_k}, expected at least 1")
     retriever = Retriever.load(args.index, threads=1)
-    for row, score in retriever.hits([args.query], args.top_k)[0]:
+    hits = retriever.hits([args.query], args.top_k)[0]
+    for row, score in hits:
         document = retriever.document(row)
         print(f"{score:8.3f}  [{document.id}] {document.title}\n          {document.text}")
+    if not hits:
+        print("no passage has a word of this query")
 
 
 if __name__ == "__main__":

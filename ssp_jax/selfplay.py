@@ -158,22 +158,21 @@ class SelfPlay:
 
     def _training(self, role: Role, played: list[tuple[Episode, float, Game]]) -> Training:
         reward_E = np.array([reward for _, reward, _ in played])
-        algorithm, c = self._pair[0 if role is PROPOSER else 1], self._config.learner
-        baseline = "none" if role is SOLVER else c.proposer_baseline
-        if algorithm == "grpo":
-            # Proposals for one answer form a group, attempts at one question form a group.
-            groups = [g.index // self._proposals if role is PROPOSER else g.index for _, _, g in played]
-            advantage_E = objective.advantages(reward_E, np.array(groups), std=c.grpo_std)
+        algorithm, baseline = self._pair[0 if role is PROPOSER else 1], self._config.learner.proposer_baseline
+        games, std, leave_one_out = [game for _, _, game in played], False, False
+        groups: Sequence[int]
+        if algorithm == "grpo":  # proposals for one answer form a group, attempts at one question form a group
+            groups = [g.index // self._proposals if role is PROPOSER else g.index for g in games]
+            std = self._config.learner.grpo_std
         elif algorithm == "reinforcepp":
-            advantage_E = objective.advantages(reward_E, np.zeros(len(played)), std=True)
-        elif baseline == "none":
-            advantage_E = objective.advantages(reward_E, np.arange(len(played)))
+            groups, std = [0] * len(games), True
+        elif role is SOLVER or baseline == "none":
+            groups = range(len(games))
+        elif baseline == "hop_grouped":
+            groups, std = [g.task.searches for g in games], True
         else:
-            groups = [g.task.searches if baseline == "hop_grouped" else 0 for _, _, g in played]
-            one_out = baseline == "leave_one_out"
-            advantage_E = objective.advantages(
-                reward_E, np.array(groups), std=baseline == "hop_grouped", leave_one_out=one_out
-            )
+            groups, leave_one_out = [0] * len(games), baseline == "leave_one_out"
+        advantage_E = objective.advantages(reward_E, np.array(groups), std=std, leave_one_out=leave_one_out)
         return Training([e for e, _, _ in played], reward_E, advantage_E)
 
     def _noise(self, step: int, games: Sequence[Game], memory: Memory) -> list[list[Document]]:

@@ -1,10 +1,10 @@
 """The mesh and one table: which axis of which parameter is split over which mesh axis.
 
-Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments. Only the sampler says itself
-what is split: its slots play in parts that have nothing to do with each other.
+Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments. Only two loops say themselves
+what is split (`in_parts`): the sampler's, whose slots have nothing to do with each other, and that over the logits of
+packed rows, where XLA would send the head's weight around at every turn.
 """
 
-import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +27,13 @@ PARAM_RULES = (
     (r"attention/o/kernel", ("tensor", None, "fsdp")),  # N, H, D
     (r"mlp/(gate|up)/kernel", ("fsdp", "tensor")),  # D, F
     (r"mlp/down/kernel", ("tensor", "fsdp")),  # F, D
+    (r"attention/[qkv]/turned", ("tensor", None, "fsdp")),  # N, H, D
+    (r"attention/o/turned", ("fsdp", "tensor", None)),  # D, N, H
+    (r"mlp/(gate|up)/turned", ("tensor", "fsdp")),  # F, D
+    (r"mlp/down/turned", ("fsdp", "tensor")),  # D, F
     (r"norm/scale", (None,)),
 )
+_TURNED_FROM = 256  # width; kernels of narrower models stay in a core's cache, and are faster as they are (measured)
 HOST = "pinned_host"  # JAX's name of page-locked host memory
 ROWS = P(("data", "fsdp"))  # packed rows and slots: one part per device that does not share its rows
 
@@ -114,10 +119,18 @@ def param_shardings(params: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
 
 
 def sampler_copy(config: model.ModelConfig, mesh: Mesh, dtype: Any) -> Callable[[model.Params], model.Params]:
-    """One jitted cast and reshard: stacked params, split over fsdp, to the sampler's unstacked and whole ones."""
-    unstack = functools.partial(model.unstack, dtype=dtype)
-    copied = jax.eval_shape(unstack, model.abstract_params(config))
-    return jax.jit(unstack, out_shardings=param_shardings(copied, mesh, drop=("fsdp",)))
+    """One jitted cast and reshard: stacked params, split over fsdp, to the sampler's unstacked and whole ones.
+
+    On CPUs also turned, for models wide enough.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+
+    def copy(params: model.Params) -> model.Params:
+        copied = model.unstack(params, dtype)
+        return model.turned(config, copied) if on_cpu and config.embed_dim >= _TURNED_FROM else copied
+
+    copied = jax.eval_shape(copy, model.abstract_params(config))
+    return jax.jit(copy, out_shardings=param_shardings(copied, mesh, drop=("fsdp",)))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
@@ -165,10 +178,22 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, state)
 
 
+def on_own_rows_and_heads(run: Callable[..., Any], rows: NamedSharding | None) -> Callable[..., Any]:
+    """`run(q, k, v, segments)` on each device with its own packed rows and heads: XLA would not split a Pallas kernel.
+
+    rows: of the rows; None for a single device. `tensor` divides the key/value heads (inputs.py), so a query's head and
+    its keys are on the same device.
+    """
+    if rows is None:
+        return run
+    heads = P(ROWS[0], None, "tensor")
+    return jax.shard_map(run, mesh=rows.mesh, in_specs=(heads, heads, heads, ROWS), out_specs=heads, check_vma=False)
+
+
 def in_parts(
     run: Callable[..., Any], slots: Any, inputs: tuple[int | None, ...], out: int | tuple[int, ...]
 ) -> Callable[..., Any]:
-    """`run` on each part of the sampler's slots by itself: nothing is sent between parts, and nothing computed twice.
+    """`run` on each part of slots or rows by itself: nothing is sent between parts, and nothing computed twice.
 
     slots: the NamedSharding of an array of them, None for a single device. inputs, out: which axis of each argument and
     result is split over the parts; None: each has the whole. Other axes of the mesh (`tensor`) are the compiler's.

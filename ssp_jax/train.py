@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import data, episodes, evaluate, export, hosts, judge, learner, model, paper, sharding, weights
+from ssp_jax import attention, data, episodes, evaluate, export, hosts, judge, learner, model, paper, sharding, weights
 from ssp_jax.checkpoint import Checkpoints, check_shared, held, keep_config
 from ssp_jax.config import advice
 from ssp_jax.data import InputError
@@ -85,7 +85,10 @@ def keep_compiled(workdir: str) -> None:
         options.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
 
 
-def make_learner_config(config: ConfigDict, model_config: model.ModelConfig) -> learner.LearnerConfig:
+def make_learner_config(
+    config: ConfigDict, model_config: model.ModelConfig, mesh: Any = None, platform: str = "cpu"
+) -> learner.LearnerConfig:
+    """mesh: None for a single device; it may be abstract, so `platform` says what its devices are."""
     names = {f.name for f in dataclasses.fields(learner.LearnerConfig)}
     return learner.LearnerConfig(
         model=model_config,
@@ -93,6 +96,8 @@ def make_learner_config(config: ConfigDict, model_config: model.ModelConfig) -> 
         remat=config.model.remat,
         temperature=config.sampling.temperature,
         response_tokens=config.limits.response_tokens,
+        rows_sharding=None if mesh is None else sharding.rows_sharding(mesh),
+        attention=attention.chosen(config.model.attention, platform),
         **{name: value for name, value in config.learner.items() if name in names},
     )
 
@@ -163,12 +168,12 @@ class _Run:
 
     def _build_model(self) -> None:
         """Initial weights from the model folder; the train state from them or from the newest checkpoint."""
-        c, config = make_learner_config(self._config, self._inputs.model_config), self._inputs.model_config
+        config, platform = self._inputs.model_config, self._mesh.devices.flat[0].platform
+        c, rows = make_learner_config(self._config, config, self._mesh, platform), sharding.rows_sharding(self._mesh)
+        self._attention = c.attention
         abstract = model.abstract_params(config)
         shardings = sharding.param_shardings(abstract, self._mesh)
         initial = weights.load(self._config.model.path, config, shardings, jnp.float32)
-        rows = sharding.rows_sharding(self._mesh)
-        c = dataclasses.replace(c, rows_sharding=rows)
         cast = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p), out_shardings=shardings)
         reference = cast(initial) if c.kl_coef else None
         self._state = learner.init_state(c, initial)
@@ -193,6 +198,7 @@ class _Run:
             devices += f" of {jax.process_count()} processes"
         start = f"resuming after step {self.step}" if self.step else "starting"
         self.logger.say(f"{start} in {self._workdir} on {devices}; jax {jax.__version__}")
+        self.logger.say(f"attention of the update: {self._attention}")
         for sentence in advice(self._config):
             self.logger.say(sentence)
         began = time.monotonic()

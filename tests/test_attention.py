@@ -1,15 +1,18 @@
 """Attention: what a query sees."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from ssp_jax import attention
+from ssp_jax import attention, model, sharding
 
 B, T, N, K, H = 2, 6, 4, 2, 8
 
 
-def random_qkv():
+def random_qkv(B=B, T=T, H=H):
     keys = jax.random.split(jax.random.key(0), 3)
     return tuple(jax.random.normal(k, (B, T, heads, H)) for k, heads in zip(keys, (N, K, K), strict=True))
 
@@ -58,6 +61,45 @@ def test_packed_has_no_gradient_across_segments_or_from_the_future():
     slope = jax.grad(lambda v: attention.packed(q, k, v, segments)[:, 4].sum())(v)
     assert not slope[:, [0, 1, 2, 5]].any()
     assert slope[:, [3, 4]].any()
+
+
+def test_the_kernel_is_for_tpus_and_can_be_declined():
+    assert attention.chosen("auto", "tpu") == "splash"
+    assert {attention.chosen(*x) for x in (("auto", "cpu"), ("auto", "gpu"), ("xla", "tpu"))} == {"xla"}
+
+
+def both(attend):
+    """Outputs, and the gradients of something that weighs each of them differently."""
+
+    @jax.jit
+    def run(q, k, v, segments):
+        o, back = jax.vjp(lambda *qkv: attend(*qkv, segments), q, k, v)
+        return o, back(jnp.sin(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape))
+
+    return run
+
+
+def test_splash_equals_packed(monkeypatch):
+    """Two blocks, several segments, rows that must be padded, a row of padding alone."""
+    monkeypatch.setattr(attention, "_SPLASH_KEYS", 256)
+    T = 300
+    q, k, v = random_qkv(3, T, 64)
+    ends = jnp.array([[T // 5, T // 2, T - 9], [T, T, T], [0, 0, 0]])
+    segments = (jnp.arange(T)[None, :, None] < ends[:, None]).sum(-1)
+    interpreted = functools.partial(attention.splash, interpret=True)
+    got, expected = (both(attend)(q, k, v, segments) for attend in (interpreted, attention.packed))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), got, expected)
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("full", 3), ("attention", 2), ("dots", 2), ("none", 2)])
+def test_what_remat_keeps_of_splash_is_not_computed_again(remat, kernels):
+    """One kernel forward, one backward; only where nothing is kept another forward."""
+    rows = sharding.rows_sharding(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    splash, segments = sharding.on_own_rows_and_heads(attention.splash, rows), jnp.ones((B, T), jnp.int32)
+    layer = jax.checkpoint(lambda q, k, v: splash(q, k, v, segments).sum(), policy=model.REMAT[remat])
+    slopes = jax.jit(jax.value_and_grad(lambda *qkv: layer(*map(jnp.sin, qkv)), argnums=(0, 1, 2)))
+    for_tpu = slopes.trace(*random_qkv()).lower(lowering_platforms=("tpu",)).as_text()
+    assert for_tpu.count("tpu_custom_call") == kernels
 
 
 def test_parts_put_together_equal_attention_to_all_keys():

@@ -88,7 +88,7 @@ def test_pruned_search_equals_adding_everything_up(top_k):
     rng, passages = np.random.default_rng(top_k), 20_000
     frequencies = [1, 1, 2, 3, 5, 10, 30, 100, 300, 1000, 3000, 5000, 10_000, 19_999, 20_000]
     arrays = random_postings(rng, passages, frequencies)
-    scratch = np.zeros(passages, np.float32), np.empty(passages + 1, np.uint32)
+    scratch = np.zeros(passages, np.float32), np.empty(2 * passages + 1, np.uint32)
     for _ in range(300):
         terms = rng.integers(len(frequencies), size=rng.integers(0, 9))  # with repeats
         rows, scores = np.empty(top_k, np.int32), np.empty(top_k, np.float32)
@@ -113,6 +113,7 @@ def test_few_seen_passages_are_looked_up_and_many_walked():
         scores[seen] = 1
         scores[[7, 900]] = 5
         best = np.array([7, 900], np.int32), np.array([5, 5], np.float32)
-        bar = bm25._complete(*arrays, np.array(seen, np.uint32), len(seen), scores, np.float32(5), *best)
+        room = np.array(seen + [0] * (len(seen) + 1), np.uint32)
+        bar = bm25._complete(*arrays, room, len(seen), scores, np.float32(5), *best)
         assert scores[[7, 900]].tolist() == expected and (scores[1::2][:5] == 0)[[0, 1, 2, 4]].all()
         assert bar == 5.5 and best[0].tolist() == [900, 7] and best[1].tolist() == [5.75, 5.5]

@@ -91,9 +91,14 @@ def test_packing_and_micro_batches_do_not_change_loss_and_gradient(aggregation, 
 
 
 def test_sequence_mean_is_the_mean_over_episodes_alone():
-    whole = gradient(BASE)[1].loss
-    alone = [gradient(BASE, [e], ADVANTAGES[i : i + 1])[1].loss for i, e in enumerate(EPISODES)]
-    np.testing.assert_allclose(whole, np.mean(alone), rtol=1e-4)
+    """Loss and gradient, to the rounding of float32; also of what is nothing but a prompt, or one token."""
+    odd = [Played([5], [False], [0.0]), Played([7, 7], [False, False], [0.0, 0.0])]
+    episodes, advantages = [*EPISODES, *odd], np.append(ADVANTAGES, [1, 1]).astype(np.float32)
+    grads, sums = gradient(BASE, episodes, advantages)
+    alone = [gradient(BASE, [e], advantages[i : i + 1]) for i, e in enumerate(episodes)]
+    np.testing.assert_allclose(sums.loss, np.mean([one[1].loss for one in alone]), rtol=1e-5)
+    mean = jax.tree.map(lambda *x: sum(x) / len(x), *[one[0] for one in alone])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, mean)
 
 
 def test_gradient_reaches_sampled_tokens_only():
@@ -176,14 +181,18 @@ def unsplit():
     return one.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("axes", [x for x in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(x) == 8])
-def test_sharded_update_equals_single_device(axes):
-    """Every factorisation of 8; the vocabulary of 61 does not divide and stays whole."""
+FACTORS_OF_8 = [x for x in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(x) == 8]
+
+
+@pytest.mark.parametrize(("axes", "attention"), [*((x, "xla") for x in FACTORS_OF_8), ((2, 2, 2), "splash")])
+def test_sharded_update_equals_single_device(axes, attention):
+    """Every factorisation of 8; the vocabulary of 61 does not divide and stays whole. The kernel is interpreted."""
     expected, reported = unsplit()
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))
     laid_out = sharding.param_shardings(SPLIT_PARAMS, mesh)
     rows = sharding.rows_sharding(mesh)
-    c, params = dataclasses.replace(SPLIT, rows_sharding=rows), jax.device_put(SPLIT_PARAMS, laid_out)
+    c = dataclasses.replace(SPLIT, rows_sharding=rows, attention=attention)
+    params = jax.device_put(SPLIT_PARAMS, laid_out)
     one, state = make_learner(c, params, lambda batch: jax.device_put(batch, rows))
     state, report = one.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
     close(expected.params, jax.device_get(state.params), atol=1e-4)
@@ -194,8 +203,9 @@ def test_sharded_update_equals_single_device(axes):
 
 
 def test_a_split_vocabulary_is_not_gathered():
-    """Over `tensor` each device keeps the logits of its own part of the vocabulary, forward and backward."""
-    config = dataclasses.replace(MODEL, vocab_size=64)
+    """Over `tensor` each device keeps the logits of its own part of the vocabulary, forward and backward; and of these
+    words the weight is sent around and its gradient added up once, not for every chunk."""
+    config = dataclasses.replace(MODEL, vocab_size=80)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     params = model.abstract_params(config)
     placed = jax.tree.map(
@@ -207,8 +217,11 @@ def test_a_split_vocabulary_is_not_gathered():
     c = dataclasses.replace(BASE, model=config, rows_sharding=rows)
     slope = jax.grad(lambda p, b: (learner.score(c, p, b)[0] * b.weight_BT).sum())
     text = jax.jit(slope).lower(placed, batch).compile().as_text()
-    assert "f32[2,16,32]" in text  # 8 rows over 4, chunk of 16, 64 words over 2
-    assert not re.search(r"f32\[\d+,16,64\]", text)
+    assert "f32[2,16,40]" in text  # 8 rows over 4, chunk of 16, 80 words over 2
+    assert not re.search(r"f32\[\d+,16,80\]", text)
+    loops, program = text.split("\nENTRY ")
+    sent = re.compile(r"= [^=]*\[(40,\d+|\d+,40)\][^=]* (all-gather|all-reduce|reduce-scatter)\(")
+    assert sent.search(program) and not sent.search(loops)
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
@@ -280,6 +293,12 @@ def test_mini_batches_take_one_optimizer_step_each():
     assert int(state.updates) == 1
 
 
+def test_mini_batches_share_the_old_policy():
+    """The one before the first optimizer step: at the second, ratios differ from 1, and narrow bounds clip them."""
+    c = dataclasses.replace(BASE, mini_batches=2, old_logprobs="recompute", clip_low=1e-3, clip_high=1e-3)
+    assert update(c)[1]["clip_fraction"] > 0
+
+
 def test_old_logprobs_from_the_sampler_or_computed():
     """Right ones give the same update as recomputing; wrong ones are corrected, up to the cap."""
     batches = learner.make_batches(BASE, EPISODES, ADVANTAGES)
@@ -297,6 +316,8 @@ def test_old_logprobs_from_the_sampler_or_computed():
     b, _ = update(recompute, episodes=exact)
     close(a.params, b.params)
     assert report["logprob_gap_max"] < 1e-5 and report["clip_fraction"] == 0
+    _, report = update(dataclasses.replace(BASE, mini_batches=2), episodes=exact)
+    assert report["logprob_gap_max"] < 1e-5  # that of the first optimizer step
     off, report = update(recompute)
     assert report["logprob_gap"] > 0.1 and report["clip_fraction"] == 0  # the ratio to the recomputed policy is 1
     assert any((x != y).any() for x, y in zip(jax.tree.leaves(off.params), jax.tree.leaves(b.params), strict=True))
@@ -304,14 +325,29 @@ def test_old_logprobs_from_the_sampler_or_computed():
 
 @pytest.mark.parametrize(("most", "factor"), [(1.0, 0.1), (20.0, 1.0)])
 def test_gradients_are_clipped_by_their_global_norm(most, factor):
-    """A norm of 10; the first step's momentum is 1 - b1 times the clipped gradient."""
-    c = dataclasses.replace(BASE, max_grad_norm=most)
+    """A norm of 10; the first step's moments are 1 - b1 of the clipped gradient and 1 - b2 of its square, and the step
+    is the learning rate times its sign, and the weight decay."""
+    c = dataclasses.replace(BASE, max_grad_norm=most, weight_decay=0.5)
     count = sum(x.size for x in jax.tree.leaves(PARAMS))
     grads = jax.tree.map(lambda x: jnp.full_like(x, 10 / np.sqrt(count)), PARAMS)
     state, norm = jax.jit(learner._apply, static_argnums=0)(c, learner.init_state(c, PARAMS), grads)
     np.testing.assert_allclose(norm, 10.0, rtol=1e-5)
     expected = jax.tree.map(lambda g: (1 - BASE.adam_b1) * factor * g, grads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.opt_state[0].mu, expected)
+    expected = jax.tree.map(lambda g: (1 - BASE.adam_b2) * np.square(factor * g), grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.opt_state[0].nu, expected)
+    expected = jax.tree.map(lambda x: x - BASE.learning_rate * (1 + 0.5 * x), PARAMS)
+    close(state.params, expected)
+
+
+def test_what_a_step_replaces_is_given_back():
+    one, state = make_learner(BASE)
+    (batch,) = learner.make_batches(BASE, EPISODES, ADVANTAGES)
+    first = one._accumulate(None, state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT)
+    total = one._accumulate(first, state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT)
+    one._apply(state, total[0])
+    for replaced in (first[0], state.params, state.opt_state[0].mu, state.opt_state[0].nu):
+        assert all(x.is_deleted() for x in jax.tree.leaves(replaced))
 
 
 def test_the_optimizer_step_needs_no_memory_of_its_own():

@@ -145,14 +145,19 @@ def test_gradient_of_a_kernel_comes_in_its_own_dtype():
     np.testing.assert_allclose(got, expected, rtol=0.05, atol=0.5)
 
 
-def test_unstacked_layers_give_the_same_hidden_states():
-    config, params, tokens_BT = random_model()
-    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("copies", [1, 8])  # 24 rows of products, which are few, and 192
+def test_unstacked_layers_give_the_same_hidden_states(copies, is_turned):
+    config, params, tokens_BT = random_model(qkv_bias=True, qk_norm=True)
+    tokens_BT = jnp.tile(tokens_BT, (copies, 1))
+    positions = jnp.broadcast_to(jnp.arange(12), tokens_BT.shape)
 
     def attend(cache, q, k, v):
-        return attention.packed(q, k, v, jnp.ones((2, 12), jnp.int32)), cache
+        return attention.packed(q, k, v, jnp.ones(tokens_BT.shape, jnp.int32)), cache
 
     unstacked = model.unstack(params, jnp.float32)
+    if is_turned:
+        unstacked = model.turned(config, unstacked)
     hidden, _ = model.forward_cached(
         config, unstacked, tokens_BT, positions, attend, (None,) * config.num_layers, dtype=jnp.float32
     )

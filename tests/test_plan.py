@@ -228,7 +228,8 @@ def test_without_a_compiler_the_table_says_so(capsys: pytest.CaptureFixture[str]
     ]
     assert plan.main([*tiny, "--topology=gpu:h100x1", "--tokens=200", "--sampled=50"]) == 0
     out = capsys.readouterr().out
-    assert "from shapes alone" in out and "it fits" in out and "72.8 GiB" in out
+    for said in ("from shapes alone", "attention of the update: xla", "it fits", "72.8 GiB"):
+        assert said in out
     assert plan.main([*tiny, "--topology=v9:1"]) == 2
     assert plan.main([*tiny, "--topolgy=v5p:2x2x1"]) == 2
     assert plan.main(tiny) == 0
@@ -243,11 +244,12 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
         engine__cache_tokens=256,
         engine__extend_buckets=(64,),
         engine__cache_buckets=(128,),
-        learner__row_tokens=256,
+        learner__row_tokens=512,
         learner__logprob_chunk=128,
+        mesh__tensor=2,
     )
-    slice_ = published.parse_topology("v5p:2x2x1")
-    p = plan.make_plan(c, SMALL, slice_, footprint.workload(c, 300, 100), compiled=True)
+    slice_, many_heads = published.parse_topology("v5p:2x2x1"), dataclasses.replace(SMALL, num_heads=16)
+    p = plan.make_plan(c, many_heads, slice_, footprint.workload(c, 300, 100), compiled=True)
     assert [program.phase for program in p.programs] == [
         "prefill",
         "decode",
@@ -256,9 +258,14 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
         "gradients",
         "optimizer",
     ]
-    estimate = footprint.temporaries(p.setup, p.kept["parameters"])
+    kept = p.kept["parameters"]
+    xla = dataclasses.replace(p.setup, config=plan.with_values(c, {"model.attention": "xla"}))
+    estimate, in_blocks = (footprint.temporaries(s, kept) for s in (p.setup, xla))
     assert p.fits and 0.2 < p.temporaries["gradients"] / estimate["gradients"] < 5
-    assert "compiled by libtpu" in "\n".join(plan.report(p, footprint.workload(c, 300, 100)))
+    for phase in ("scores", "gradients"):  # with the kernel scores of attention take no memory
+        assert p.temporaries[phase] < 0.4 * in_blocks[phase], phase
+    text = "\n".join(plan.report(p, footprint.workload(c, 300, 100)))
+    assert "compiled by libtpu" in text and "attention of the update: splash" in text
 
 
 @pytest.mark.skipif(not ahead.available(), reason="libtpu is not installed: pip install '.[plan]'")

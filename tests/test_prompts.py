@@ -1,6 +1,7 @@
 """Prompts: the forms that trained models know, and parsing what models write."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_the_solvers_prompt_has_the_form_that_trained_models_know():
     assert text.startswith("Answer the given question. ") and text.endswith("</answer>. Question: Who?\n")
     order = ["<think>", "</think>", "<search>", "</search>", "<information>", "</information>", "<answer> Beijing"]
     assert sorted(order, key=text.index) == order and "<observation>" not in text
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_results_come_in_the_tag_that_the_prompts_name(style):
+    """The reference's validation prompt names one and its template inserts another (FACTS 1.8)."""
+    told = prompts.solver_messages(style, "Who?") + prompts.proposer_messages(style, "Paris", 2, "")
+    named = set(re.findall(r"<(information|observation|tool_response)>", "".join(m["content"] for m in told)))
+    inserted = set(re.findall(r"<(\w+)>", prompts.observation(style, DOCUMENTS)))
+    assert len(inserted) == 1 and (named == inserted or (style is prompts.STYLES["brief"] and not named))
 
 
 def test_r_search_asks_the_bare_question_and_explains_in_the_system_turn():

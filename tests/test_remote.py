@@ -23,7 +23,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.replies, self.with_scores = [], [], True
+        self.asked, self.replies, self.with_scores, self.headers = [], [], True, {}
 
     @property
     def url(self):
@@ -40,7 +40,8 @@ class Handler(BaseHTTPRequestHandler):
             status = 200
         payload = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
+        for name, value in (("Content-Length", str(len(payload))), *self.server.headers.items()):
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(payload)
 
@@ -94,6 +95,8 @@ def test_failure_that_passes(server):
     retriever = opened(server)
     server.replies = [(503, b"starting"), (500, b"again")]
     assert len(retriever.search(["a"], 3)[0]) == 2 and len(server.asked) == 4
+    server.replies, server.headers = [(503, b"ask again tomorrow")], {"Retry-After": "86400"}
+    assert len(retriever.search(["b"], 3)[0]) == 2 and len(server.asked) == 6
     slow = opened(server, timeout_s=0.2)
     server.replies = [("slow", {"result": [[]]})]
     assert len(slow.search(["a"], 3)[0]) == 2

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ssp_jax import retriever as command
 from ssp_jax.data import Document, InputError
-from ssp_jax.retriever import Retriever, build_index, open_retriever
+from ssp_jax.retriever import PARTS, Cache, Retriever, build_index, open_retriever
 
 PLAIN: dict[str, Any] = {"stemmer": "", "stopwords": "", "k1": 0.9, "b": 0.4}
 ENGLISH: dict[str, Any] = {"stemmer": "english", "stopwords": "en", "k1": 1.5, "b": 0.75}
@@ -115,6 +117,19 @@ def test_documents_and_cache(tmp_path):
     assert retriever.search(["zürich"], 1) == [[zurich]]
 
 
+def test_the_cache_forgets_what_was_asked_longest_ago():
+    cache, asked = Cache[str](2), []
+
+    def find(queries, top_k):
+        asked.append("".join(queries))
+        return [f"{query}{top_k}" for query in queries]
+
+    assert cache.get(["a", "b", "a"], 3, find) == ["a3", "b3", "a3"]
+    assert cache.get(["a"], 3, find) + cache.get(["c"], 3, find) == ["a3", "c3"]  # now a is younger than b
+    assert cache.get(["a", "c"], 3, find) == ["a3", "c3"] and asked == ["ab", "c"]
+    assert cache.get(["b"], 3, find) + cache.get(["b"], 1, find) == ["b3", "b1"] and asked == ["ab", "c", "b", "b"]
+
+
 def test_threads_get_the_serial_results(tmp_path):
     corpus, queries = corpus_of(tmp_path, random_texts(200)), random_texts(100, seed=2)
     settings = {**PLAIN, "stemmer": "english"}
@@ -140,8 +155,19 @@ def test_a_large_batch_is_searched_in_parts_by_several_threads(tmp_path, monkeyp
     monkeypatch.setattr(Retriever, "_best", watched)
     assert several.hits(queries, 3) == alone and len({hits for hits in alone}) > 20
     cuts = sorted(parts)
-    assert len(cuts) == 3 and [last for _, last in cuts] == [first for first, _ in cuts[1:]] + [50]
+    assert len(cuts) == 3 * PARTS and [last for _, last in cuts] == [first for first, _ in cuts[1:]] + [50]
     assert 0 < len(several._words) <= 3
+
+
+def test_threads_that_do_not_come_are_not_waited_for(tmp_path, monkeypatch):
+    """As on a machine whose cores are all at work: the caller searches every part itself."""
+    corpus, queries, gate = corpus_of(tmp_path, random_texts(200)), random_texts(50, seed=2), threading.Event()
+    alone = open_retriever(corpus, tmp_path / "index", **PLAIN, threads=1).hits(queries, 3)
+    monkeypatch.setattr("ssp_jax.retriever.SMALL_PART", 1)
+    several = Retriever.load(tmp_path / "index", threads=3)
+    busy = [several._pool.submit(gate.wait, 60) for _ in range(3)]
+    assert several.hits(queries, 3) == alone and not any(thread.done() for thread in busy)
+    gate.set()
 
 
 def test_built_once_then_loaded(tmp_path):
@@ -274,3 +300,26 @@ def test_silent(tmp_path, capfd, caplog):
     open_retriever(corpus, tmp_path / "index", **ENGLISH).search(WORDS, 3)
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    """What lasts is told as it goes on; what is wrong is one sentence."""
+    corpus, index = corpus_of(tmp_path, ["moon sun"] * 3000), tmp_path / "index"
+    monkeypatch.setattr(command, "PROGRESS_SECONDS", 0.0)
+    assert command.main(["build", f"--corpus={corpus}", f"--out={index}"]) == 0
+    said = capsys.readouterr()
+    assert f"{index}: 3,000 passages, 0.00 GB, built in " in said.out
+    lines = said.err.splitlines()
+    reading = [int(line.split("(")[1].split("%")[0]) for line in lines if "reading corpus.jsonl: " in line]
+    assert len(reading) == 3000 and reading == sorted(reading) and reading[0] < 50 < reading[-1]
+    assert lines[-1].startswith("ssp_jax: merging postings: 100%")
+    for query, answer in (
+        ("suns", '[p0] "moon"\n          moon sun\n'),
+        ("stars", "no passage has a word of this query\n"),
+    ):
+        assert command.main(["search", f"--index={index}", "--top_k=1", query]) == 0
+        assert capsys.readouterr().out.endswith(answer)
+    for wrong in (["--top_k=0", f"--index={index}"], [f"--index={tmp_path}"]):
+        assert command.main(["search", *wrong, "moon"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("ssp_jax: ") and "expected" in error and error.count("\n") == 1

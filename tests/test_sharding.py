@@ -29,6 +29,32 @@ def test_the_table():
     assert attention["q_norm"]["scale"] == P(None, None)
 
 
+def samplers_copy(width):
+    """Of both forms, the weights of the second layer."""
+    config = model.ModelConfig(64, 2, width, 4, 2, 8, 48)
+    given = model.init_params(config, jax.random.key(0))
+    copy = sharding.sampler_copy(config, sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2}), np.float32)(given)
+    layers = jax.tree.map(lambda x: x[1], given["layers"]), copy["layers"][1]
+    return [layer["attention"] | layer["mlp"] for layer in layers]
+
+
+def test_on_cpus_the_sampler_has_the_kernels_of_wide_models_turned_and_split_as_the_others():
+    expected = {
+        "q": P("tensor", None, None),
+        "o": P(None, "tensor", None),
+        "gate": P("tensor", None),
+        "down": P(None, "tensor"),
+    }
+    given, copy = samplers_copy(256)
+    for name, spec in expected.items():
+        turned, num_in = copy[name]["turned"], 2 if name == "o" else 1
+        kernel = np.moveaxis(np.asarray(given[name]["kernel"]), range(num_in), range(-num_in, 0))
+        np.testing.assert_array_equal(turned, kernel)
+        assert turned.sharding.is_equivalent_to(NamedSharding(turned.sharding.mesh, spec), turned.ndim)
+    given, copy = samplers_copy(128)
+    np.testing.assert_array_equal(copy["down"]["kernel"], given["down"]["kernel"])
+
+
 def test_a_dropped_axis_splits_nothing():
     spec = specs(drop=("fsdp",))["layers"]["mlp"]["gate"]["kernel"]
     assert spec == P(None, None, "tensor")

@@ -96,7 +96,8 @@ def test_a_run_leaves_what_it_promises(whole):
     for row in steps:
         faults = sum(v for k, v in row.items() if k.startswith("fault/"))
         assert row["funnel/proposed"] == 4 == row["funnel/verified"] + faults
-        assert row["update/logprob_gap_max"] < 1e-4  # sampler and trainer agree
+        assert row["update/logprob_gap"] < 1e-5 and row["update/logprob_gap_max"] < 1e-4  # sampler and trainer agree
+        assert row["memory/play_gib"] > 0 and row["memory/update_gib"] > 0
     games = [json.loads(line) for line in (whole / "episodes" / "step_000002.jsonl").read_text().splitlines()]
     assert len(games) == 4 and all(game["proposer"]["turns"] for game in games)
     assert list((whole / "tensorboard").iterdir())

@@ -1,0 +1,71 @@
+"""benchmarks/ablations.py: variants that the trainer takes, and tables of the runs that are there."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import ablations
+from configs import tiny
+from ssp_jax.config import check_values
+
+SEEDS = (0, 1, 2)
+
+
+@pytest.mark.parametrize("variant", ablations.VARIANTS)
+def test_a_variant_is_a_config(variant):
+    config = tiny.get_config()
+    for change in filter(None, [ablations.VARIANTS[variant]]):
+        key, text = change.split("=")
+        before = config
+        for part in key.split("."):
+            before = before[part]
+        value = {"False": False}.get(text, text)
+        config.update_from_flattened_dict({key: value if isinstance(before, str | bool) else type(before)(value)})
+        assert before != value
+    check_values(config)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Summaries as runs leave them, of all variants but one."""
+    plan = ablations.Plan(tmp_path, 40)
+    for variant in ablations.VARIANTS:
+        for seed in SEEDS:
+            folder = plan.workdir(variant, seed)
+            folder.mkdir()
+            sets = [{"one_hop": {"em": first + seed}, "two_hop": {"em": 2.0 * seed}} for first in (50, 60)]
+            summary = {"eval": dict(zip(("before", "after"), sets, strict=True)), "seconds": 80.0, "steps": 40}
+            (folder / "summary.json").write_text(json.dumps(summary))
+    return plan
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *arguments])
+    ablations.main()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_finished_runs_are_not_repeated_and_each_row_has_mean_and_deviation(finished, monkeypatch, capsys):
+    shown = run(monkeypatch, capsys, f"--out={finished.out}", "--seeds=0,1,2")
+    assert not list(finished.out.glob("*/log.txt"))  # nothing was started
+    for row in (
+        "| before | 51.0 ± 1.0 | 2.0 ± 2.0 | 26.5 ± 1.5 | 41.5 |",
+        "| SSP | 61.0 ± 1.0 | 2.0 ± 2.0 | 31.5 ± 1.5 | 49.5 |",
+        "| 4 noise documents (SSP) | 61.0 ± 1.0 | 2.0 ± 2.0 | 31.5 ± 1.5 | 60.0 | 41.6 |",
+        "| GRPO / GRPO | 61.0 ± 1.0 | 2.0 ± 2.0 | 31.5 ± 1.5 | 2.0 ± 0.0 | 50.9 | 504.4 |",
+    ):
+        assert row in shown, row
+    assert sum(row.startswith("| ") and not row.startswith("|  |") for row in shown) == 4 + 5 + 4 + 6
+    assert "| SSP | 60.0 | 0.0 | 30.0 | 49.5 |" in run(monkeypatch, capsys, f"--out={finished.out}", "--seeds=0")
+
+
+def test_a_run_that_fails_is_named_and_the_others_count(finished, monkeypatch, capsys):
+    """It is started in the workdir of its variant and seed, with all that was there."""
+    folder = finished.workdir("solver only", 1)
+    (folder / "summary.json").unlink()
+    (folder / "config.json").write_text("{}")  # of another run
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys, f"--out={finished.out}", "--tables=2", "--seeds=0,1,2")
+    assert f"failed: solver only, seed 1; its last words in {folder}/log.txt" in capsys.readouterr().err
+    assert "seed was not there and is 1" in (folder / "log.txt").read_text()
