@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -145,8 +146,8 @@ def held(workdir: str) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"workdir {workdir} is in use by another run, which is still going on") from None
-        except OSError:  # a file system that has no locks
-            pass
+        except OSError as error:  # a file system that has no locks
+            print(f"ssp_jax: nothing keeps a second run out of {workdir}: {error.strerror}", file=sys.stderr)
 
     folder = os.open(workdir, os.O_RDONLY)
     try:
