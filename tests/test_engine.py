@@ -40,7 +40,7 @@ class Searcher(episodes.Player):
         return super().stopped(tokens, logprobs, stop)
 
 
-def make_engine(sizes, **options):
+def make_engine(sizes, search=search, **options):
     automata = episodes.role_automata(TOKENIZER, CONFIG.vocab_size)
     return engine.Engine(CONFIG, sizes, automata, (TOKENIZER.eos_token_id,), jnp.float32, search, **options)
 
@@ -200,6 +200,17 @@ def test_searches_come_back_to_their_own_episode(expected):
     for uid, episode in expected.items():
         assert [d.text for d in episode.documents] == [f"about {uid} 0", f"about {uid} 1"]
         assert [who for who, _ in episode.turns] == ["solver", "search engine"] * 2 + ["solver"]
+
+
+def test_a_search_that_finds_nothing_is_told_and_play_goes_on():
+    ended, _ = play(SIZES, make_players(attempts=1), search=lambda queries: [[] for _ in queries])
+    told = STAGE.decode(STAGE.observation([]))
+    assert STAGE.style.no_result_text in told
+    for episode in ended.values():
+        assert [text for who, text in episode.turns if who == "search engine"] == [told] * 2
+        assert episode.turns[-1][0] == "solver" and not episode.documents
+        read = [token for token, sampled in zip(episode.tokens, episode.sampled, strict=True) if not sampled]
+        assert STAGE.decode(read).count(told) == 2
 
 
 def test_attempts_of_a_group_share_its_prompt_and_differ():
