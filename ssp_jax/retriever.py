@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import shutil
@@ -70,8 +71,8 @@ def _checked(stemmer: str, stopwords: str, k1: float, b: float) -> dict[str, Any
         raise InputError(f"retriever: stemmer is {stemmer!r}, expected one of {_STEMMERS}")
     if stopwords not in _STOPWORDS:
         raise InputError(f"retriever: stopwords is {stopwords!r}, expected one of {_STOPWORDS}")
-    if not k1 >= 0 or not 0 <= b <= 1:
-        raise InputError(f"retriever: k1 is {k1} and b is {b}, expected k1 >= 0 and b between 0 and 1")
+    if not 0 <= k1 < math.inf or not 0 <= b <= 1:
+        raise InputError(f"retriever: k1 is {k1} and b is {b}, expected a finite k1 >= 0 and b between 0 and 1")
     return {"stemmer": stemmer, "stopwords": stopwords, "k1": float(k1), "b": float(b)}
 
 
@@ -208,7 +209,8 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return meta if isinstance(meta, dict) and meta.get("format") == FORMAT else None
+    whole = isinstance(meta, dict) and meta.keys() >= {"settings", "stopwords", "corpus", "files"}
+    return meta if whole and meta.get("format") == FORMAT else None
 
 
 class Retriever:
@@ -241,7 +243,10 @@ class Retriever:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             if found != f"{size} bytes":
                 raise InputError(f"{path}: expected {size} bytes, found {found}; delete the index to build it anew")
-        return cls(folder, meta, threads)
+        try:
+            return cls(folder, meta, threads)
+        except ValueError as error:  # files of the right size that are not what was written
+            raise InputError(f"{folder}: expected a whole index ({error}); delete it to build it anew") from None
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -372,11 +377,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace) -> None:
-    start = time.monotonic()
-    build_index(args.corpus, args.out, stemmer=args.stemmer, stopwords=args.stopwords, k1=args.k1, b=args.b)
-    size = sum(path.stat().st_size for path in args.out.iterdir())
-    passages = len(Retriever.load(args.out, threads=1))
-    print(f"{args.out}: {passages:,} passages, {size / 1e9:.2f} GB, built in {time.monotonic() - start:.0f} s")
+    start, folder = time.monotonic(), args.out.absolute()
+    build_index(args.corpus, folder, stemmer=args.stemmer, stopwords=args.stopwords, k1=args.k1, b=args.b)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    passages = len(Retriever.load(folder, threads=1))
+    print(f"{folder}: {passages:,} passages, {size / 1e9:.2f} GB, built in {time.monotonic() - start:.0f} s")
 
 
 def _ask(args: argparse.Namespace) -> None:

@@ -232,11 +232,21 @@ def test_truncated_or_missing_file_is_refused(tmp_path, name):
         Retriever.load(index)
 
 
+@pytest.mark.parametrize("name", ["offsets.npy", "data.csc.index.npy", "vocab.index.json"])
+def test_a_file_of_zeros_is_refused(tmp_path, name):
+    """What a crash of the machine may leave of a file that was never on the disk."""
+    build_index(corpus_of(tmp_path, random_texts(30)), tmp_path / "index", **PLAIN)
+    (tmp_path / "index" / name).write_bytes(bytes((tmp_path / "index" / name).stat().st_size))
+    with pytest.raises(InputError, match="index: expected a whole index .*delete it"):
+        Retriever.load(tmp_path / "index")
+
+
 def test_no_index_is_refused(tmp_path):
-    (tmp_path / "meta.json").write_text("{")
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(InputError, match="expected a search index"):
-            Retriever.load(folder)
+    for meta in ("{", json.dumps({"format": command.FORMAT})):
+        (tmp_path / "meta.json").write_text(meta)
+        for folder in (tmp_path, tmp_path / "none"):
+            with pytest.raises(InputError, match="expected a search index"):
+                Retriever.load(folder)
 
 
 def test_failed_build_leaves_the_old_index(tmp_path):
@@ -270,7 +280,8 @@ def test_other_peoples_folder_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"stemmer": "klingon"}, {"stopwords": "xx"}, {"k1": -1.0}, {"b": 1.5}, {"b": float("nan")}]
+    "change",
+    [{"stemmer": "klingon"}, {"stopwords": "xx"}, {"k1": -1.0}, {"k1": math.inf}, {"b": 1.5}, {"b": float("nan")}],
 )
 def test_wrong_settings(tmp_path, change):
     with pytest.raises(InputError, match=next(iter(change))):
@@ -309,6 +320,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert command.main(["build", f"--corpus={corpus}", f"--out={index}"]) == 0
     said = capsys.readouterr()
     assert f"{index}: 3,000 passages, 0.00 GB, built in " in said.out
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert command.main(["build", f"--corpus={corpus}", "--out=."]) == 0 and "here: 3,000" in capsys.readouterr().out
     lines = said.err.splitlines()
     reading = [int(line.split("(")[1].split("%")[0]) for line in lines if "reading corpus.jsonl: " in line]
     assert len(reading) == 3000 and reading == sorted(reading) and reading[0] < 50 < reading[-1]
