@@ -5,11 +5,12 @@ InputError with file, line number, field and what was expected. The formats are 
 FlashRAG, SSP / veRL).
 """
 
+import codecs
 import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -17,6 +18,10 @@ from typing import IO, Any, cast
 import numpy as np
 
 PLAIN_SEARCHES = 2  # requested where a file of answers does not say how many
+_COLUMNS = frozenset(  # of a parquet file: what other ones hold may have no form in Python
+    ("ground_truth", "search_turns", "sys_question_example", "question", "golden_answers")
+    + ("data_source", "prompt", "reward_model", "extra_info")
+)
 
 
 class InputError(ValueError):
@@ -89,13 +94,15 @@ class Position:
 
 
 def _lines(path: str | Path, position: Position | None = None) -> Generator[tuple[int, bytes], None, None]:
-    """The lines of a file, or of a file in a .gz, that are not blank, with their numbers from 1."""
+    """The lines of a file, or of a file in a .gz, that are not blank, with their numbers from 1; without a BOM."""
     name, number = str(path), 0
     try:
         with open(name, "rb") as raw, gzip.open(raw) if name.endswith(".gz") else raw as file:
             for number, line in enumerate(cast(IO[bytes], file), 1):
                 if position and number % 1024 == 0:
                     position.bytes = raw.tell()
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -119,7 +126,8 @@ def read_parquet(path: str | Path) -> Generator[Row, None, None]:
     number = 0
     try:
         with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
-            for batch in file.iter_batches(1024):
+            columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+            for batch in file.iter_batches(1024, columns=columns):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(str(path), number, values, "row")
@@ -197,13 +205,23 @@ def load_question_sets(files: Mapping[str, str]) -> dict[str, list[Task]]:
     return sets
 
 
+def sample(questions: Sequence[Task], most: int) -> list[Task]:
+    """`most` of the questions in their order, 0 for all; the same ones in each run, and more of them hold fewer.
+
+    Chance draws them: files are often sorted by kind.
+    """
+    drawn = np.random.Generator(np.random.Philox(len(questions))).permutation(len(questions))
+    return [questions[i] for i in sorted(drawn[: most or None].tolist())]
+
+
 def _question_task(uid: int, row: Row) -> Task:
     source = row.values.get("data_source") or ""
     if not isinstance(source, str):
         raise row.error("data_source", f"text, found {_shown(source)}")
-    if "golden_answers" in row.values:
+    golds = row.values.get("golden_answers")
+    if golds is not None:
         question = row.text("question", row.values.get("question"))
-        return Task(uid, row.texts("golden_answers", row.values["golden_answers"]), question, source=source)
+        return Task(uid, row.texts("golden_answers", golds), question, source=source)
     if "reward_model" not in row.values:
         raise row.error("golden_answers", 'text or a list of texts (or an SSP / veRL row with "reward_model")')
     target: object = row.values["reward_model"]
@@ -214,10 +232,13 @@ def _question_task(uid: int, row: Row) -> Task:
 
 
 def _verl_question(row: Row) -> str:
-    """extra_info.question where the row has one (SSP), else what follows "Question: " in the last user turn."""
+    """extra_info.question (SSP) or question where the row has one, else what follows "Question: " in the last user
+    turn.
+    """
     extra = row.values.get("extra_info")
-    if isinstance(extra, dict) and extra.get("question"):
-        return row.text("extra_info.question", extra["question"])
+    for field, values in (("extra_info.question", extra), ("question", row.values)):
+        if isinstance(values, dict) and values.get("question"):
+            return row.text(field, values["question"])
     prompt = row.values.get("prompt")
     turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
     user = [turn.get("content") for turn in turns if turn.get("role") == "user"]

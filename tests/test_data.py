@@ -21,6 +21,7 @@ from ssp_jax.data import (
     load_answers,
     load_question_sets,
     load_questions,
+    sample,
 )
 
 ANSWER = {"ground_truth": "Paris", "search_turns": 2, "sys_question_example": "1. Who?"}
@@ -72,6 +73,8 @@ def test_verl_rows(tmp_path):
     ]
     assert {row.source for row in rows} == {"searchR1_nq"}
     turns = [("user", "Question: first"), ("user", "Question: Question: second"), ("assistant", "Question: third")]
+    top = load_questions(written(tmp_path, search_r1_row() | {"question": "Top?", "golden_answers": None}))[0]
+    assert (top.question, top.answers) == ("Top?", ("Röntgen", "W. Röntgen"))
     several = verl_row(question="") | {"prompt": [{"role": role, "content": text} for role, text in turns]}
     assert load_questions(written(tmp_path, several))[0].question == "second"  # the last of the user
 
@@ -105,6 +108,13 @@ def test_parquet_is_as_jsonl(tmp_path):
     assert load_answers(parquet(tmp_path, ANSWER, ANSWER)) == load_answers(written(tmp_path, ANSWER, ANSWER))
 
 
+def test_columns_that_nobody_needs_do_not_matter(tmp_path):
+    far = pyarrow.array([2**62], pyarrow.timestamp("ns"))  # has no form in Python
+    table = pyarrow.Table.from_pylist([_without(QUESTION, "metadata")]).append_column("crawled", far)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert load_questions(tmp_path / "rows.parquet") == load_questions(written(tmp_path, QUESTION))
+
+
 def test_wrong_parquet_is_named(tmp_path):
     question = _without(QUESTION, "metadata")  # parquet has no empty structs
     path = parquet(tmp_path, *[question] * 1500, question | {"question": None})
@@ -128,6 +138,8 @@ def test_plain_answers(tmp_path):
         Task(0, ("Paris",), searches=2),
         Task(1, ("City of Light",), searches=2),
     ]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfParis\r\n\xef\xbb\xbf2\r\n")  # as Windows writes it
+    assert [task.answers[0] for task in load_answers(tmp_path / "a.txt")] == ["Paris", "\ufeff2"]
     (tmp_path / "a.txt").write_bytes(b"Paris\n\xe9\n")
     with pytest.raises(InputError, match=r"a\.txt line 2.*Unicode"):
         load_answers(tmp_path / "a.txt")
@@ -146,6 +158,14 @@ def test_mixed_sources_become_sets(tmp_path):
         "paper/nq": [0, 2],
         "paper/musique": [1],
     }
+
+
+def test_a_sample_keeps_order_grows_and_is_of_all_parts():
+    tasks = [Task(i, ("x",), "?") for i in range(1000)]
+    rows = {most: [task.uid for task in sample(tasks, most)] for most in (10, 300, 1000, 5000)}
+    assert rows[300] == sorted(set(rows[300])) and len(rows[300]) == 300 and set(rows[10]) < set(rows[300])
+    assert sum(row < 500 for row in rows[300]) == pytest.approx(150, abs=40)
+    assert sample(tasks, 0) == tasks and rows[1000] == rows[5000] == list(range(1000))
 
 
 def test_corpus_streams(tmp_path):
