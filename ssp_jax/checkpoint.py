@@ -160,10 +160,11 @@ def held(workdir: str) -> Iterator[None]:
 def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
     """A workdir belongs to one config: what a run left in config.json must agree, but for the keys of MAY_CHANGE.
 
-    An evaluation is freer. Nothing is written: a command that is refused here leaves the run in the workdir as it is.
+    An evaluation is freer, and so is a run where only evaluations were. Nothing is written: a command that is refused
+    here leaves the run in the workdir as it is.
     """
-    free = EVALUATION_MAY_CHANGE if evaluating else MAY_CHANGE
     path, now = Path(workdir) / CONFIG_FILE, _as_read(config)
+    free = EVALUATION_MAY_CHANGE if evaluating or not path.with_name("metrics.jsonl").exists() else MAY_CHANGE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.exists() else json.dumps(now)

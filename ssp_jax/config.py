@@ -280,13 +280,13 @@ _MAY_BE_ZERO = (
 )
 
 
-def check_values(config: ConfigDict) -> None:
+def check_values(config: ConfigDict, *, evaluating: bool = False) -> None:
     """Values that cannot work, alone or together; each is told before any file is read."""
     values = flatten_config(config)
     for key, names in CHOICES.items():
         if values[key] not in names:
             raise InputError(f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}")
-    _check_given(values)
+    _check_given(values, evaluating)
     for key, value in values.items():
         numbers = value if isinstance(value, tuple) else (value,)
         if key.startswith("mesh.") or any(isinstance(n, str | bool) for n in numbers):
@@ -299,9 +299,11 @@ def check_values(config: ConfigDict) -> None:
     _check_sizes(config, values)
 
 
-def _check_given(values: dict[str, Any]) -> None:
+def _check_given(values: dict[str, Any], evaluating: bool) -> None:
     """What a run with these choices cannot do without."""
-    needed = {"model.path": "a path", "data.answers": "a path"}
+    needed = {"model.path": "a path"} | {key: "a path" for key in values if key.startswith("data.eval_sets.")}
+    if not evaluating:
+        needed["data.answers"] = "a path"
     if values["retriever.kind"] == "http":
         needed["retriever.url"] = "the address of a search server, such as http://127.0.0.1:8000/retrieve"
     elif not values["retriever.index"]:

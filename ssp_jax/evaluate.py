@@ -5,9 +5,11 @@ as each episode or verdict ends, and step_000040.json with the scores. What stan
 an evaluation that was killed goes on, one that is repeated with another judge only asks that judge.
 """
 
+import contextlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ class Setting:
     """What the evaluations of a run have in common."""
 
     folder: Path  # workdir/eval
+    initial: str  # digest of the weights that the run starts from
     sets: dict[str, list[Task]]
     engine: Engine
     stage: Stage
@@ -80,6 +83,7 @@ def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any
         "weights": weights,
         "judge": setting.judge.name if setting.judge else setting.metric,
         "unjudged": sum(verdict.right is None for verdict in verdicts.values()),
+        "stop_reasons": dict(Counter(record["stop_reason"] for record in records.values())),
         "seconds": round(_seconds(records.values()), 1),
         "sets": scores.summarize(values),
     }
@@ -123,8 +127,9 @@ def _play(setting: Setting, questions: list[tuple[str, Task]], params: Any, path
 
         def finished(player: Player) -> list[Player]:
             name, task = owners[player.uid]
-            timed = {"began": began, "process": path.stem, "seconds": round(time.monotonic() - start, 3)}
-            records[name, task.uid] = record = _record(name, task, player.episode()) | timed
+            of = {"initial": setting.initial, "began": began, "process": path.stem}
+            of["seconds"] = round(time.monotonic() - start, 3)
+            records[name, task.uid] = record = _record(name, task, player.episode()) | of
             _write(file, record)
             return []
 
@@ -164,10 +169,19 @@ def _seconds(records: Iterable[Record]) -> float:
 
 
 def _played(setting: Setting, folder: Path) -> dict[Key, Record]:
-    """The episodes of earlier starts whose questions are still asked, word for word."""
-    asked = {(name, task.uid): (task.question, list(task.answers)) for name, task in setting.questions}
-    lines = {(line["set"], line["row"]): line for line in _lines(folder, "episodes")}
-    return {key: line for key, line in lines.items() if asked.get(key) == (line["question"], line["answers"])}
+    """The episodes of earlier starts with these weights whose questions are still asked, word for word."""
+    asked = {(name, task.uid): (task.question, list(task.answers), setting.initial) for name, task in setting.questions}
+    lines = {key: line for line in _lines(folder, "episodes") if (key := (line["set"], line["row"])) in asked}
+    same = {key: line for key, line in lines.items() if _about(line) == asked[key]}
+    if len(same) < len(lines):
+        number = len(lines) - len(same)
+        setting.logger.say(f"{number} episodes in {folder} are of other weights or questions: played again")
+    return same
+
+
+def _about(line: Record) -> tuple[Any, ...]:
+    """Whatever else a line says, it says it of these; one of an earlier version may lack some."""
+    return line.get("question"), line.get("answers"), line.get("initial")
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
@@ -178,37 +192,37 @@ def _judge(setting: Setting, folder: Path, records: dict[Key, Record]) -> dict[K
     judge, metric = setting.judge, setting.metric
     if judge is None:
         return {}
-    answers = {k: r["answer"] for k, r in records.items() if rewards.needs_judge(r["answer"], r["answers"], metric)}
-    verdicts: dict[Key, Verdict] = hosts.share(lambda: _judged(folder, judge.name, answers) if hosts.first() else {})[0]
-    left = [key for key in answers if key not in verdicts or verdicts[key].right is None]
+    asked = {k: r for k, r in records.items() if rewards.needs_judge(r["answer"], r["answers"], metric)}
+    verdicts: dict[Key, Verdict] = hosts.share(lambda: _judged(folder, judge.name, asked) if hosts.first() else {})[0]
+    left = [key for key in asked if key not in verdicts or verdicts[key].right is None]
     if left:
-        own = [left[i] for i in hosts.own_share([1.0] * len(left))]  # perhaps none; the judge may load its weights
-        for part in hosts.share(lambda: _ask(setting, judge, own, records, folder / _own_file("verdicts"))):
+        own = [asked[left[i]] for i in hosts.own_share([1.0] * len(left))]  # perhaps none; it may load its weights
+        for part in hosts.share(lambda: _ask(setting, judge, own, folder / _own_file("verdicts"))):
             verdicts |= part
     return verdicts
 
 
-def _judged(folder: Path, judge: str, answers: dict[Key, str]) -> dict[Key, Verdict]:
+def _judged(folder: Path, judge: str, asked: dict[Key, Record]) -> dict[Key, Verdict]:
     """What this judge said of these answers before. What it said counts for more than that it failed."""
     verdicts: dict[Key, Verdict] = {}
     for line in _lines(folder, "verdicts"):
         key = (line["set"], line["row"])
         known = key in verdicts and verdicts[key].right is not None
-        if line["judge"] == judge and line["answer"] == answers.get(key) and not known:
+        same = key in asked and _about(line) == _about(asked[key]) and line["answer"] == asked[key]["answer"]
+        if line["judge"] == judge and same and not known:
             verdicts[key] = Verdict(line["right"], line["reply"])
     return verdicts
 
 
-def _ask(setting: Setting, judge: Judge, keys: list[Key], records: dict[Key, Record], path: Path) -> dict[Key, Verdict]:
-    cases = [Case(r["question"], tuple(r["answers"]), r["answer"]) for r in (records[key] for key in keys)]
+def _ask(setting: Setting, judge: Judge, asked: list[Record], path: Path) -> dict[Key, Verdict]:
+    cases = [Case(record["question"], tuple(record["answers"]), record["answer"]) for record in asked]
     verdicts: dict[Key, Verdict] = {}
-    with open(path, "a", encoding="utf-8") as file, setting.logger.phase("judging", len(keys)) as phase:
+    with open(path, "a", encoding="utf-8") as file, setting.logger.phase("judging", len(asked)) as phase:
 
         def take(i: int, verdict: Verdict) -> None:
-            (name, row), answer = keys[i], cases[i].answer
-            verdicts[keys[i]] = verdict
-            line = {"set": name, "row": row, "answer": answer, "judge": judge.name}
-            _write(file, line | {"right": verdict.right, "reply": verdict.reply})
+            line = {name: asked[i][name] for name in ("set", "row", "question", "answers", "initial", "answer")}
+            verdicts[line["set"], line["row"]] = verdict
+            _write(file, line | {"judge": judge.name, "right": verdict.right, "reply": verdict.reply})
 
         def progress() -> None:
             setting.stop()
@@ -231,15 +245,20 @@ def _own_file(name: str) -> str:
     return f"{name}.jsonl" if hosts.first() else f"{name}_{jax.process_index()}.jsonl"
 
 
-def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The whole lines of all processes' files; what a killed one left half written is cut off, for more will follow."""
-    lines: list[dict[str, Any]] = []
+def _lines(folder: Path, name: str) -> list[Record]:
+    """The whole lines of all processes' files; what a killed one left half written is cut off, for more will follow.
+
+    A line that a machine's crash has spoilt is passed over: what it said is played or judged again.
+    """
+    lines: list[Record] = []
     for path in sorted(folder.glob(f"{name}*.jsonl")):
         text = path.read_bytes()
         whole = text.rfind(b"\n") + 1
         if whole < len(text):
             os.truncate(path, whole)
-        lines += [json.loads(line) for line in text[:whole].splitlines()]
+        for line in text[:whole].splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
     return lines
 
 
@@ -248,6 +267,8 @@ def show(logger: Logger, result: Result) -> None:
     cells, heads = scores.rows(found["sets"], found["judge"])
     title = f"Held-out questions, {found['weights']}: percent, 95 % interval; {found['seconds']:.0f} s of play"
     logger.table(title, cells, heads)
+    if refused := found["stop_reasons"].get("prompt_tokens"):
+        logger.say(f"{refused} questions are longer than limits.prompt_tokens and count as wrong")
     if found["unjudged"]:
         logger.say(f"{found['unjudged']} verdicts failed and count as wrong; the same command asks for them again")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssp_jax import evaluate, hosts, judge, model, paper, sharding, train
-from ssp_jax.checkpoint import Checkpoints, keep_config
+from ssp_jax.checkpoint import Checkpoints, held, keep_config
 from ssp_jax.inputs import compare, make_mesh, read_inputs
 from ssp_jax.metrics import Logger
 
@@ -31,8 +31,11 @@ def examine(config: ConfigDict, workdir: str) -> None:
         return train.load_initial(config, inputs.model_config, mesh)
 
     judges = judge.make_judges(config, engine, inputs.stage, initial)
+    folder = Path(workdir) / "eval"
+    folder.mkdir(exist_ok=True)
     with (
-        Logger(str(Path(workdir) / "eval"), 0, tensorboard=False, mute=not hosts.first()) as logger,
+        held(str(folder)),
+        Logger(str(folder), 0, tensorboard=False, mute=not hosts.first()) as logger,
         Checkpoints(workdir, every=0, keep=0, read_only=True) as checkpoints,
         hosts.Sigterm() as stop,
     ):

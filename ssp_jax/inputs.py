@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax import data, episodes, export, hosts, model, prompts, sharding, weights
+from ssp_jax import data, episodes, export, hosts, model, prompts, scores, sharding, weights
 from ssp_jax.checkpoint import check_workdir
 from ssp_jax.config import check_values, flatten_config
 from ssp_jax.data import InputError, Task
@@ -25,10 +25,11 @@ from ssp_jax.retriever import Search, ensure_index, open_retriever
 class Inputs:
     """What the files say, and the search."""
 
-    tasks: list[Task]
+    tasks: list[Task]  # none in an evaluation
     eval_sets: dict[str, list[Task]]
     retriever: Search
     model_config: model.ModelConfig
+    weights: str  # digest of the initial ones
     tokenizer: Any
     stage: episodes.Stage
     eos: tuple[int, ...]
@@ -40,23 +41,25 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
     """
 
     def files() -> dict[str, Any]:
-        check_values(config)
+        check_values(config, evaluating=evaluating)
         if evaluating and not config.data.eval_sets:
             raise InputError("config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE")
+        if scores.AVERAGE in config.data.eval_sets:
+            raise InputError(f"config key data.eval_sets.{scores.AVERAGE}: expected a name that no other row has")
         check_workdir(workdir, config, evaluating=evaluating)
         if config.checkpoint.export and not evaluating:
             export.check_place(Path(workdir) / export.FOLDER)
-        return _read_files(config)
+        return _read_files(config, evaluating)
 
     found = hosts.agree(files, _settings(config))
     hosts.agree(lambda: make_mesh(config))
-    return Inputs(**found, retriever=open_search(config.retriever, workdir, found["tasks"]))
+    asked = found["tasks"] or next(iter(found["eval_sets"].values()))
+    return Inputs(**found, retriever=open_search(config.retriever, workdir, asked))
 
 
-def _read_files(config: ConfigDict) -> dict[str, Any]:
+def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     """The fields of Inputs, but for the retriever."""
     model_config = weights.read_config(config.model.path)
-    weights.check_tensors(config.model.path, model_config)
     tokenizer = weights.load_tokenizer(config.model.path)
     stage = make_stage(config, tokenizer)
     stage.prompt([{"role": "user", "content": "Who?"}])
@@ -66,12 +69,13 @@ def _read_files(config: ConfigDict) -> dict[str, Any]:
             f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads"
         )
     sets = data.load_question_sets(config.data.eval_sets)
-    sets = {name: questions[: config.eval.max_questions or None] for name, questions in sets.items()}
+    sets = {name: data.sample(questions, config.eval.max_questions) for name, questions in sets.items()}
     episodes.check_rows("questions of data.eval_sets", sum(map(len, sets.values())))
     return {
-        "tasks": data.load_answers(config.data.answers),
+        "tasks": [] if evaluating else data.load_answers(config.data.answers),
         "eval_sets": sets,
         "model_config": model_config,
+        "weights": weights.check_tensors(config.model.path, model_config),
         "tokenizer": tokenizer,
         "stage": stage,
         "eos": episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
@@ -81,7 +85,7 @@ def _read_files(config: ConfigDict) -> dict[str, Any]:
 def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
     """Of several processes the first one builds a missing index: a lock file tells nothing to another host."""
     if c.kind == "http":
-        probes = [task.answers[0] for task in tasks[:64]]
+        probes = [task.question or task.answers[0] for task in tasks[:64]]
         remote = functools.partial(RemoteRetriever, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries)
         return hosts.agree(lambda: remote(c.url, probes))
     index = c.index or str(Path(workdir) / "index")
@@ -109,6 +113,7 @@ def compare(inputs: Inputs, more: dict[str, Any]) -> None:
         "data.answers (a digest)": hosts.digest(inputs.tasks),
         "data.eval_sets (a digest)": hosts.digest(inputs.eval_sets),
         "the model's shape": hosts.digest(inputs.model_config),
+        "the model's weights (a digest)": inputs.weights,
         "the tokenizer (a digest)": hosts.digest(sorted(inputs.tokenizer.get_vocab().items())),
         "the number of passages": len(inputs.retriever),
     }

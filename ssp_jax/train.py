@@ -129,7 +129,7 @@ def make_setting(
     metric, temperature = config.eval.judge, config.sampling.eval_temperature
     key, asked = jax.random.key(config.seed), hosts.agree(lambda: judges(metric))
     where, sets = workdir / "eval", inputs.eval_sets
-    return Setting(where, sets, engine, inputs.stage, key, temperature, metric, asked, logger, stop)
+    return Setting(where, inputs.weights, sets, engine, inputs.stage, key, temperature, metric, asked, logger, stop)
 
 
 def sampler_copy(

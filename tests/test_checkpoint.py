@@ -184,6 +184,7 @@ def test_workdir_belongs_to_one_config(tmp_path: Path) -> None:
     check_workdir(str(tmp_path / "run"), config)
     assert not (tmp_path / "run" / "config.json").exists()
     keep_config(str(tmp_path / "run"), config)
+    (tmp_path / "run" / "metrics.jsonl").touch()  # as a run's logger does
     check_workdir(str(tmp_path / "run"), config)
     with config.unlocked():
         config.update_from_flattened_dict(
@@ -211,6 +212,16 @@ def test_workdir_belongs_to_one_config(tmp_path: Path) -> None:
     assert "engine.cache_buckets was [1024, 4096] and is [64]" in message
     assert "\n" not in message and "steps" not in message
     assert json.loads((tmp_path / "run" / "config.json").read_text())["learner.kl_coef"] == 0.01
+
+
+def test_a_workdir_of_evaluations_only_may_be_trained_in_with_another_game(tmp_path: Path) -> None:
+    config = default.get_config()
+    keep_config(str(tmp_path), config, evaluating=True)
+    config.game.group_size += 1
+    check_workdir(str(tmp_path), config)
+    config.limits.turns += 1  # its episodes would count as this run's
+    with pytest.raises(InputError, match="limits.turns"):
+        check_workdir(str(tmp_path), config)
 
 
 def test_unusable_workdir_is_told(tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ class Judge:
             progress()
 
 
-def run(folder, engine=None, judge=None, sets=SETS, stop=lambda: None, params=lambda: None):
+def run(folder, engine=None, judge=None, sets=SETS, stop=lambda: None, params=lambda: None, initial="i"):
     with Logger(str(folder), 0, tensorboard=False) as logger:
         kind, engine = "policy" if judge else "em", engine or ScriptedEngine(script)
-        setting = evaluate.Setting(folder / "eval", sets, engine, STAGE, None, 0.0, kind, judge, logger, stop)
+        setting = evaluate.Setting(folder / "eval", initial, sets, engine, STAGE, None, 0.0, kind, judge, logger, stop)
         return evaluate.evaluate(setting, 3, "some weights", params)
 
 
@@ -103,10 +103,12 @@ def test_an_evaluation_goes_on_where_it_was_killed(tmp_path):
     before = lines(tmp_path)
     assert len(before) == 2
     path = tmp_path / "eval/step_000003/episodes.jsonl"
-    path.write_text(path.read_text() + '{"set": "second", "row": 1, "ques')  # what it was just writing
+    spoilt = "\0" * 40 + "\n"  # by a crash of the machine
+    path.write_text(spoilt + path.read_text() + '{"set": "second", "row": 1, "ques')  # what it was just writing
     engine = ScriptedEngine(script)
     whole, again = run(tmp_path / "whole"), run(tmp_path, engine)
     assert len(engine.prompts) == 2
+    path.write_text(path.read_text().removeprefix(spoilt))
     assert lines(tmp_path)[:2] == before and len(lines(tmp_path)) == 4
     assert again.document["sets"] == whole.document["sets"]
     assert set(engine.prompts) == {2 << 9, 3 << 9}  # as they were in the run of all questions: rows 2 and 3
@@ -122,13 +124,40 @@ def test_what_is_complete_is_neither_played_nor_loaded(tmp_path):
     assert again.document == first.document
 
 
-def test_a_question_that_has_changed_is_played_again(tmp_path):
-    run(tmp_path)
-    changed = {"first": [SETS["first"][0], Task(1, ("Paris",), "Capital of Italy?")]}
+@pytest.mark.parametrize(
+    "now",
+    [
+        Task(1, ("Paris",), "Capital of Italy?"),
+        Task(1, ("Milan",), "Capital of Italy?"),
+        Task(1, ("Rome", "Roma"), "Italy, capital?"),
+    ],
+)
+def test_a_question_that_has_changed_is_played_and_judged_again(tmp_path, now):
+    run(tmp_path, judge=Judge(Paris=True, York=False))
+    changed, judge = {"first": [SETS["first"][0], now]}, Judge(Paris=False)
     engine = ScriptedEngine(script)
-    result = run(tmp_path, engine, sets=changed)
+    result = run(tmp_path, engine, judge, sets=changed)
     assert len(engine.prompts) == 1 and result.document["sets"].keys() == {"first"}
-    assert result.document["sets"]["first"]["right"] == 100.0
+    right_now = now.answers == ("Paris",)  # as the policy says, and so nobody needs to judge it
+    assert judge.asked == ([] if right_now else ["Paris"])
+    assert result.document["sets"]["first"]["right"] == (100.0 if right_now else 50.0)
+
+
+def test_other_weights_play_and_are_judged_again(tmp_path, capsys):
+    run(tmp_path, judge=Judge(Paris=True, York=True))
+    engine, judge = ScriptedEngine(script), Judge(Paris=False, York=False)
+    result = run(tmp_path, engine, judge, initial="others")
+    assert len(engine.prompts) == 4 and len(judge.asked) == 2 and result.document["sets"]["first"]["right"] == 50.0
+    assert "4 episodes in" in capsys.readouterr().out
+
+
+def test_a_question_that_is_too_long_is_counted(tmp_path, capsys):
+    long = {"first": [*SETS["first"], Task(2, ("Oslo",), "Capital of Norway? " * 300)]}
+    result = run(tmp_path, sets=long)
+    assert result.document["stop_reasons"]["prompt_tokens"] == 1 and result.document["sets"]["first"]["n"] == 3
+    with Logger(str(tmp_path), 0, tensorboard=False) as logger:
+        evaluate.show(logger, result)
+    assert "1 questions are longer than limits.prompt_tokens" in capsys.readouterr().out
 
 
 def test_a_judge_is_asked_where_exact_match_fails_and_never_twice(tmp_path):

@@ -12,6 +12,7 @@ from conftest import ROOT
 from test_train import arguments, small
 
 from ssp_jax import examine, train
+from ssp_jax.checkpoint import held
 from ssp_jax.data import InputError
 
 QUESTIONS = {"eval__max_questions": 12}
@@ -47,7 +48,7 @@ def test_both_weights_are_evaluated_and_compared(trained):
     assert len(episodes(trained, 0)) == len(episodes(trained, 1)) == 24
     gain = json.loads((trained / "eval" / "gain.json").read_text())
     assert gain["sets"]["one_hop"]["before"] == document(trained, 0)["sets"]["one_hop"]["right"]
-    assert gain["sets"]["average"]["after"] == document(trained, 1)["sets"]["average"]["right"]
+    assert gain["sets"]["average"]["after"] == pytest.approx(document(trained, 1)["sets"]["average"]["right"])
     assert answers(trained, 0) != answers(trained, 1)  # a step at that rate moves the model
 
 
@@ -55,6 +56,7 @@ def test_a_killed_evaluation_goes_on(trained, tmp_path):
     """SIGKILL in the middle; the same command plays what is left. What it played is what a whole evaluation plays."""
     command = [sys.executable, "-m", "ssp_jax.main", f"--config={ROOT}/configs/tiny.py", f"--workdir={tmp_path}"]
     command += ["--mode=eval", *arguments(**QUESTIONS), "--config.engine.slots=2", "--config.engine.extend_rows=2"]
+    command += ["--config.data.answers="]  # which an evaluation does not need
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     end = time.monotonic() + 300
     while len(episodes_so_far(tmp_path)) < 2 and process.poll() is None and time.monotonic() < end:
@@ -83,6 +85,11 @@ def test_a_complete_evaluation_is_shown_again_without_playing(trained, capsys):
     assert "Right by cover_em, 1 steps of self-play" in shown and "initial weights of assets/tiny/model" in shown
     for path, text in before.items():
         assert path.name in ("metrics.jsonl", "gain.json") or path.suffix == ".json" or path.read_bytes() == text
+
+
+def test_a_second_evaluation_of_a_workdir_is_refused(trained):
+    with held(str(trained / "eval")), pytest.raises(InputError, match="eval is in use by another run"):
+        examine.examine(small(steps=1, **QUESTIONS), str(trained))
 
 
 def test_the_initial_model_judges(trained, tmp_path):

@@ -117,6 +117,19 @@ def bad_weights(folder: Path, sentence: str) -> None:
     assert sentence in str(error.value) and str(folder) in str(error.value)
 
 
+def test_the_digest_tells_weights_apart(folder):
+    def digest():
+        return weights.check_tensors(folder, weights.read_config(folder))
+
+    as_it_was, tensors = digest(), safetensors.numpy.load_file(folder / "model.safetensors")
+    assert digest() == as_it_was == weights.check_tensors(GOLDENS / "qwen2", weights.read_config(folder))
+    for name in tensors:
+        edit_tensors(folder, **{name: np.nextafter(tensors[name], np.inf)})
+        assert digest() != as_it_was, name
+        edit_tensors(folder, **{name: tensors[name]})
+    assert digest() == as_it_was
+
+
 def test_missing_tensor(folder):
     bad_weights(edit_tensors(folder, **{NORM: None}), f'tensor "{NORM}" is missing')
 
