@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, kill):
     assert process.returncode in (0, -kill)
     process = start(tmp_path)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "resuming after step" in output
+    assert process.returncode == 0 and "resuming after step" in output and "attention of the update: xla" in output
     assert steps_of(tmp_path) == steps_of(whole)
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), params_of(whole))
 
