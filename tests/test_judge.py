@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +28,10 @@ from ssp_jax.judge import Case, Policy
             <think>It is wrong, or not?</think> Correct|Correct. Only the spelling is wrong.
             The model's answer is correct|The given answer matches a right one, so it is correct.|Yes, it is correct!
             It should be considered correct.|The answer is correct
-            {"verdict": "Correct"}|1. Correct|It names the same city and is correct.""",
+            {"verdict": "Correct"}|1. Correct|It names the same city and is correct.
+            {"correct": true}|correct: yes|is_correct: true|**Correct:** Yes, it is the same.|Correct - Yes
+            <answer>Correct</answer>|"Correct"|Correct ✅|Correct…|It is correct because both name Paris
+            Correct, only the spelling differs""",
         ),
         (
             False,
@@ -37,14 +41,23 @@ from ssp_jax.judge import Case, Policy
             Correct answer: Paris. Given: Rome. Wrong.|Correct? No, wrong.|<think>Correct.</think>Wrong
             incorrect, the correct answers are others|The given answer is neither complete nor correct|far from correct
             not quite correct|anything but correct|It is not, however, correct|No, I would not say correct
-            No. The correct is Paris""",
+            No. The correct is Paris
+            {"correct": false}|{"correct": false, "of": 1}|correct: no|is_correct: false|Correct - No
+            **Correct:** No""",
         ),
         (
             None,
             """|Correct or Wrong|correct/incorrect|Yes|不正确|错误|Korrekt|Correcto|Incorrectly|<think>Correct
             the answer is correct and wrong|The correct answer is Paris.|Right|is this correct? no|Is it correct? Yes
             It fails to be correct|I doubt that it is correct|less than correct|It lacks a correct date|It is not wrong
-            Only the first part is correct|If it were Lyon it would be correct|unlikely to be correct""",
+            Only the first part is correct|If it were Lyon it would be correct|unlikely to be correct
+            The correct response is Paris.|The correct date is 1989|The correct one is Paris
+            The correct final answer is Paris|The correct, full name is Paris|correct/Richtig|correct: no answer
+            Correct: Paris|Given answer: Lyon. Correct: Paris|Answer: Lyon (correct: Paris)
+            It would be correct if the city was Lyon|The answer is correct only if Lyon|Correct, if it is Lyon
+            It is a correct answer if Lyon|If it is Paris, it is correct. It is Lyon.|Correct. But the year differs
+            It is correct that Paris is the capital, but the given answer is Lyon|Correct, but only partly
+            Correct (partially)|Correct, except for the year""",
         ),
     ],
 )
@@ -55,16 +68,29 @@ def test_verdicts(right, replies):
             assert prompts.verdict(reply) is right, reply
 
 
-words = st.sampled_from(["Correct", "Incorrect", "wrong", "not", "isn't", "but", "the", "answer", ".", ",", "?", "不"])
+@pytest.mark.parametrize("more", ["\nNo", "\n\nNo, it is Lyon.", "\r\nFalse", "\nBut not quite"])
+def test_a_next_line_can_take_it_back(more):
+    assert prompts.verdict("Correct" + more) is None
+    assert prompts.verdict("Correct\nThe answer names the same city.") is True
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(words, max_size=8).map(" ".join))
+WORDS = ["Correct", "Incorrect", "wrong", "not", "isn't", "no", "不", "true", "false", "but", "if", "only", "Paris"]
+WORDS += ["the", "answer", "is", ".", ",", ":", "?", "\n"]
+# A clause that says so as a whole: from its beginning only these words, and after it an end or a value.
+SAYS_SO = re.compile(
+    r"(?:^|[.,:?\n]|wrong|incorrect|correct answer)((?:the|answer|is|but| )*)\bcorrect"
+    r"(?=\s*:\s*true(?! *(?!correct)\w)|"
+    r"(?<!the correct) *(?:$|[.,\n])(?!\W*(?:no|not(?! wrong| incorrect)|false|but|if|only if)\b))"
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from([*WORDS, "Correct"]), max_size=8).map(" ".join))
 def test_only_a_reply_that_says_so_is_a_yes(reply):
     text = reply.lower()
-    plain = text.replace("incorrect", "")
     if prompts.verdict(reply):
-        assert "correct" in plain or ("not" in text or "isn't" in text or "不" in text)
+        before = [re.split(r"[.:?\n]|wrong|incorrect", text[: found.start(1)])[-1] for found in SAYS_SO.finditer(text)]
+        assert any(not re.search(r"\b(not|isn't|no|if)\b|不", sentence) for sentence in before)
     if not any(word in text for word in ("correct", "wrong")):
         assert prompts.verdict(reply) is None
 
