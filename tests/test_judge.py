@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -15,7 +16,7 @@ from test_selfplay import STAGE, ScriptedEngine
 from configs import default
 from ssp_jax import judge, prompts
 from ssp_jax.data import InputError
-from ssp_jax.judge import Case, Policy
+from ssp_jax.judge import Case, Policy, Verdict
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,10 @@ def test_only_a_reply_that_says_so_is_a_yes(reply):
         assert prompts.verdict(reply) is None
 
 
+class Stopped(Exception):
+    pass
+
+
 CASES = [Case(f"Question {i}?", ("Paris", "City of Light"), f"answer {i}") for i in range(5)]
 
 
@@ -142,7 +147,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, says):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.says, self.asked, self.at_once, self.most, self.crowd = says, [], 0, 0, 0
+        self.says, self.asked, self.at_once, self.most, self.crowd, self.refuses = says, [], 0, 0, 0, ()
         self.lock, self.gate = threading.Lock(), threading.Event()
         self.gate.set()
 
@@ -163,12 +168,15 @@ class Handler(BaseHTTPRequestHandler):
             word = next((word for word in self.server.says if word in text), None)
             replies = self.server.says.get(word, ["Correct"])
             reply = replies.pop(0) if len(replies) > 1 else replies[0]
+        refused = [name for name in self.server.refuses if name in body]
+        if refused:
+            reply, text = 400, f"refused: {refused}"
         if "week" not in text:
             self.server.gate.wait(30)
         status, content = (reply, "") if isinstance(reply, int) else (200, str(reply))
         message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [message]}
-        data = json.dumps(answer if status == 200 else {"error": {"message": "no", "type": "x"}}).encode()
+        data = json.dumps(answer if status == 200 else {"error": {"message": text, "type": "x"}}).encode()
         data = reply if isinstance(reply, bytes) else data
         with self.server.lock:
             self.server.at_once -= 1
@@ -216,6 +224,17 @@ def test_openai_asks_a_server(serve, monkeypatch):
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
 
 
+def test_a_server_is_asked_with_the_arguments_that_it_takes(serve):
+    server = serve()
+    server.refuses = ["max_tokens", "temperature"]
+    connected = connect(server)
+    assert ask(connected, CASES[:1])[0].right
+    assert [body.get("max_completion_tokens") for _, body in server.asked] == [None, 16, 16]
+    server.refuses = ["max_tokens", "max_completion_tokens"]
+    with pytest.raises(InputError, match=r"refused: \['max_tokens'\]"):
+        connect(server)
+
+
 def test_openai_asks_several_at_once(serve):
     server = serve()
     connected = connect(server, concurrency=3)
@@ -249,6 +268,7 @@ BODIES = (
     b'{"choices": [{"message": {"content": null}}]}',
     b'{"choices": [{"message": {"content": ["Correct"]}}]}',
     b'{"choices": [{"message": {"content": "Cor\xff',
+    b"[" * 100_000,
 )
 
 
@@ -257,6 +277,12 @@ def test_an_answer_without_a_text_is_a_verdict_that_failed(serve):
     cases = [Case("Q?", ("Paris",), f"answer {i}:") for i in range(len(BODIES))]
     for body, verdict in zip(BODIES, ask(connect(server, retries=0), cases), strict=True):
         assert verdict.right is None and verdict.reply.startswith("NoReply: it answers with no text"), body
+
+
+def test_every_reply_can_be_written(serve):
+    halves = [b'{"choices": [{"message": {"content": "Correct \\ud83d"}}]}']
+    found = ask(connect(serve(answer_0=halves)), CASES[:1])[0]
+    assert found == Verdict(True, "Correct \ufffd")
 
 
 @pytest.mark.parametrize("body", [b"<html>Welcome</html>", b'{"choices": [{"message": {"content": null}}]}'])
@@ -273,22 +299,46 @@ def test_openai_gives_up_on_a_server_that_is_silent(serve):
     server.gate.set()
 
 
-def test_openai_stops_when_told(serve):
+def test_openai_stops_when_told_however_long_its_server_is_silent(serve):
     server = serve()
+    connected = connect(server, concurrency=2, timeout_s=20.0)
+    server.gate.clear()
+    server.crowd = 3  # never so many at once
+    start = time.monotonic()
 
     def stop():
-        raise KeyboardInterrupt
+        if len(server.asked) == 3:
+            raise Stopped
 
-    with pytest.raises(KeyboardInterrupt):
-        connect(server, concurrency=1).ask(CASES, lambda i, verdict: None, stop)
-    assert len(server.asked) < 1 + len(CASES)
+    with pytest.raises(Stopped):
+        connected.ask(CASES, lambda i, verdict: None, stop)
+    assert time.monotonic() - start < 10 and len(server.asked) == 3  # the question at the start, and two
+    server.gate.set()
+
+
+def test_what_hears_a_verdict_may_fail(serve):
+    def take(i, verdict):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        connect(serve()).ask(CASES, take, lambda: None)
 
 
 def test_a_wrong_address_is_told_at_once(serve):
-    with pytest.raises(InputError, match=r"config key judge.url: http://127.0.0.1:1/v1: .*'a-judge'"):
+    with pytest.raises(InputError, match=r"config key judge.url: http://127.0.0.1:1/v1: .*'a-judge'.* attempts failed"):
         connect(None, retries=0, url="http://127.0.0.1:1/v1")
+    with pytest.raises(InputError, match=r"config key judge.url is '127.0.0.1:1/v1'; expected http://"):
+        connect(None, url="127.0.0.1:1/v1")
     with pytest.raises(InputError, match="404"):
         connect(serve(week=[404]))
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "key\n"])
+def test_a_key_that_cannot_be_sent_is_told(serve, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="environment variable OPENAI_API_KEY: expected visible ASCII") as caught:
+        connect(serve())
+    assert key.strip() not in str(caught.value)
 
 
 def test_a_missing_client_is_told(monkeypatch):
