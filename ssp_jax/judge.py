@@ -4,11 +4,12 @@
 speaks the OpenAI protocol, asked by its official client. Both take batches and hand on each verdict as it comes.
 """
 
+import asyncio
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,8 +20,10 @@ from ssp_jax import prompts
 from ssp_jax.data import InputError
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import ASSISTANT, Player, Stage, episode_id
+from ssp_jax.remote import check_address
 
 PROBE_SECONDS = 60.0  # a server that is just starting may take its time for the first answer
+_TICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,28 @@ def _text_of(body: str) -> str:
     """What the model said, in a chat completion. The client itself would take any body for one."""
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise NoReply(f"it answers with no text of a model: {body}")
-    return text
+    return _writable(text)
+
+
+def _told(error: Exception) -> str:
+    """In one line, with the cause: of a connection the client itself says only that it failed."""
+    return _writable(" ".join(f"{error} {error.__cause__ or ''}".split())[:200])
+
+
+def _writable(text: str) -> str:
+    """A lone surrogate passes the JSON parser, and no file takes it."""
+    return re.sub(r"[\ud800-\udfff]", "\ufffd", text)
 
 
 class OpenAI:
-    """A server. The client itself repeats what timed out or was refused for load, after pauses that grow."""
+    """A server. The client itself repeats what timed out or was refused for load, after pauses that grow.
+
+    Without threads, which could not be told to stop while the server keeps them waiting.
+    """
 
     def __init__(self, url: str, model: str, *, concurrency: int, timeout_s: float, retries: int, max_tokens: int):
         """Asks one question at once, so that a wrong address is told before anything is compiled."""
@@ -101,46 +117,74 @@ class OpenAI:
             import openai
         except ImportError:
             raise InputError("the openai judge: expected the package openai; pip install '.[openai]'") from None
-        self.name = f"openai {model}"
-        self._errors, self._model = (openai.OpenAIError, NoReply), model
-        self._concurrency, self._max_tokens = concurrency, max_tokens
+        check_address("judge.url", url)
         key = os.environ.get("OPENAI_API_KEY") or "none"  # servers of one's own ask for none
+        if not re.fullmatch("[!-~]+", key):
+            raise InputError("environment variable OPENAI_API_KEY: expected visible ASCII characters and no others")
+        self.name = f"openai {model}"
+        self._errors, self._model, self._concurrency = (openai.OpenAIError, NoReply), model, concurrency
         # One for each batch: its connections are closed when all has been judged.
         self._connect = functools.partial(
-            openai.OpenAI, base_url=url, api_key=key, timeout=timeout_s, max_retries=retries
+            openai.AsyncOpenAI, base_url=url, api_key=key, timeout=timeout_s, max_retries=retries
         )
-        probe = Case("How many days has a week?", ("7",), "seven")
+        self._options: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
         try:
-            with self._connect() as client:
-                self._complete(client, probe, timeout=max(timeout_s, PROBE_SECONDS))
+            asyncio.run(self._probe(timeout_s))
         except self._errors as error:
-            found = " ".join(str(error).split())[:200]
             raise InputError(
-                f"config key judge.url: {url}: expected a server that completes chats of judge.model {model!r}: {found}"
+                f"config key judge.url: {url}: expected a server that completes chats of judge.model {model!r}: "
+                f"{_told(error)}"
             ) from None
 
-    def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
-        with self._connect() as client, ThreadPoolExecutor(self._concurrency) as threads:
-            asked = {threads.submit(self._judge, client, case): i for i, case in enumerate(cases)}
+    async def _probe(self, timeout_s: float) -> None:
+        """Finds the arguments that the server takes: OpenAI's newer models have another limit and no temperature."""
+        import openai
+
+        case = Case("How many days has a week?", ("7",), "seven")
+        async with self._connect(timeout=max(timeout_s, PROBE_SECONDS)) as client:
             try:
-                for future in as_completed(asked):
-                    take(asked[future], future.result())
+                await self._complete(client, case)
+            except openai.BadRequestError as error:
+                self._options = {"max_completion_tokens": self._options["max_tokens"]}
+                try:
+                    await self._complete(client, case)
+                except openai.BadRequestError:
+                    raise error from None
+
+    def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
+        asyncio.run(self._ask(cases, take, progress))
+
+    async def _ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
+        left = iter(enumerate(cases))
+        async with self._connect() as client:
+
+            async def work() -> None:
+                for i, case in left:
+                    take(i, await self._judge(client, case))
+
+            workers = running = {asyncio.create_task(work()) for _ in range(self._concurrency)}
+            try:
+                while running:
+                    done, running = await asyncio.wait(running, timeout=_TICK_SECONDS)
+                    for worker in done:
+                        worker.result()  # raises what `take` has raised
                     progress()
             finally:
-                threads.shutdown(cancel_futures=True)
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
 
-    def _judge(self, client: Any, case: Case) -> Verdict:
+    async def _judge(self, client: Any, case: Case) -> Verdict:
         try:
-            reply = self._complete(client, case)
+            reply = await self._complete(client, case)
         except self._errors as error:
-            return Verdict(None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            return Verdict(None, f"{type(error).__name__}: {_told(error)}")
         return Verdict(prompts.verdict(reply), reply)
 
-    def _complete(self, client: Any, case: Case, **options: Any) -> str:
+    async def _complete(self, client: Any, case: Case) -> str:
         messages = prompts.judge_messages(case.question, case.answers, case.answer)
-        answer = client.chat.completions.with_raw_response.create(
-            model=self._model, messages=messages, temperature=0.0, max_tokens=self._max_tokens, **options
-        )
+        create = client.chat.completions.with_raw_response.create
+        answer = await create(model=self._model, messages=messages, **self._options)
         return _text_of(answer.http_response.text)
 
 

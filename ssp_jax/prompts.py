@@ -202,10 +202,17 @@ _NO_VERDICT = re.compile(
 _VERDICT = re.compile(r"(?<![a-z])(incorrect|correct|wrong)(?![a-z])")
 _SENTENCE_END = re.compile(r"(?<!\bno)[.;:!?(\n。；：！？]")  # "No. The answer is correct" is no yes
 _PHRASE_END = re.compile(r"[,，]|\b(?:and|so)\b")
+# What may follow a "correct": its value, as in {"correct": false}; or an end, which no reservation follows.
+_VALUE = re.compile(r"""["'`]*\s*[:=–—-]\s*["'`]*(true|yes|false|no)\b(?! *\w)""")
+_END = re.compile(
+    r"(?<!\bthe correct)(?: answers?\b)?[^\w:=/?–—-]*?(?:$|[\n.!,;()<。！，；]|\bbecause\b)"
+    r"(?!\W*(?:no|not(?! wrong| incorrect)|false|but|(?:only )?if|unless|except|though|although|however|part\w*ly)\b)"
+)
 _NEGATION = re.compile(
     r"\b(not|no|never|cannot|neither|nor|hardly|far from|anything but|partially|partly|almost|nearly|somewhat|half)\b"
     r"|n['\u2019]t\b|[不非没]|\bin[- ]$"
 )
+_CONDITION = re.compile(r"\b(?:if|unless|whether)\b")
 _PLAIN = frozenset(
     re.findall(
         r"\w+",
@@ -220,24 +227,31 @@ def verdict(reply: str) -> bool | None:
     """What a judge's reply says of an answer: True only for a plain "correct", None where it says neither or both.
 
     Before a plain "correct" there stand, since the last comma, "and" or "so", only words of _PLAIN, and since the
-    beginning of the sentence no negation, which makes it a False. "wrong" and "incorrect" are False too, and mean
-    nothing after a negation. All mentions must agree, or the reply begins with the one that counts. The reference takes
-    every reply that contains "correct" for a yes, "Incorrect" too.
+    beginning of the sentence no condition and no negation, which makes it a False; after it there is an end, or its
+    value. "wrong" and "incorrect" are False too, and mean nothing after a negation. All mentions must agree, or the
+    reply begins with the one that counts. The reference takes every reply that contains "correct" for a yes,
+    "Incorrect" too.
     """
-    text = _NO_VERDICT.sub(" - ", _THOUGHTS.sub(" ", reply).lower().replace("*", ""))
+    text = _NO_VERDICT.sub(" / ", _THOUGHTS.sub(" ", reply).lower().replace("*", ""))
     said: list[bool | None] = []
     start = 0
     for match in _VERDICT.finditer(text):
         sentence = _SENTENCE_END.split(text[start : match.start()])[-1]
         phrase, start = _PHRASE_END.split(sentence)[-1], match.end()
         if match[1] == "correct":
-            plain = _PLAIN.issuperset(re.findall(r"[^\W_]+", phrase))
-            said.append(False if _NEGATION.search(sentence) else plain or None)
+            plain = _PLAIN.issuperset(re.findall(r"[^\W_]+", phrase)) and not _CONDITION.search(sentence)
+            said.append(False if _NEGATION.search(sentence) else _followed(text, match.end()) if plain else None)
         elif not _NEGATION.search(phrase):
             said.append(False)
     first = _VERDICT.search(text)
     leads = first is not None and not re.search(r"[a-z]", text[: first.start()])
     return said[0] if said and (leads or len(set(said)) == 1) else None
+
+
+def _followed(text: str, end: int) -> bool | None:
+    """What a plain "correct" that ends there means by what follows it."""
+    value = _VALUE.match(text, end)
+    return value[1] in ("true", "yes") if value else True if _END.match(text, end) else None
 
 
 def format_documents(documents: Sequence[Document]) -> str:

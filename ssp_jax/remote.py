@@ -10,12 +10,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import urllib3
+from urllib3.util import parse_url
 
 from ssp_jax.data import Document, InputError, Row, parse_document
 from ssp_jax.retriever import CACHED_QUERIES, Cache
 
 BUSY = (429, 500, 502, 503, 504)  # answers of a server that may do better in a moment
 PAUSE_SECONDS = 0.5  # doubles with each retry; the first comes at once
+
+
+def check_address(key: str, url: str) -> None:
+    """InputError that names the config key, unless url is a whole address of a server."""
+    try:
+        parts = parse_url(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.host) and url.isprintable()
+    except ValueError:  # such as a port that is no number
+        whole = False
+    if not whole:
+        raise InputError(f"config key {key} is {url!r}; expected http://HOST:PORT/... or https://...")
 
 
 class RemoteRetriever:
@@ -27,6 +39,7 @@ class RemoteRetriever:
         A server cannot be asked for a row: what it finds for the probes stands for its corpus. Only the noise documents
         of the first round are drawn from there.
         """
+        check_address("retriever.url", url)
         self._url = url
         again = urllib3.Retry(
             retries, backoff_factor=PAUSE_SECONDS, backoff_jitter=PAUSE_SECONDS, status_forcelist=BUSY,
@@ -60,7 +73,7 @@ class RemoteRetriever:
             raise self._error("that answers with status 200", f"{response.status}: {response.data[:200]!r}")
         try:
             results = json.loads(response.data)["result"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise self._error('that answers {"result": [...]}', repr(response.data[:200])) from None
         if not isinstance(results, list) or [type(r) for r in results] != [list] * len(queries):
             raise self._error(f"that gives a list for each of {len(queries)} queries", repr(response.data[:200]))
@@ -70,6 +83,9 @@ class RemoteRetriever:
         values = item.get("document", item) if isinstance(item, dict) else item
         if not isinstance(values, dict):
             raise self._error("that gives documents", repr(item)[:200])
+        contents = values.get("contents")
+        if isinstance(contents, str) and "\n" not in contents:
+            values = values | {"contents": contents + "\n"}  # to the protocol's own client one line is a title alone
         return parse_document(Row(self._url, 1, values))
 
     def _error(self, expected: str, found: object) -> InputError:

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import re
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,7 +16,7 @@ from test_selfplay import STAGE, ScriptedEngine
 from configs import default
 from ssp_jax import judge, prompts
 from ssp_jax.data import InputError
-from ssp_jax.judge import Case, Policy
+from ssp_jax.judge import Case, Policy, Verdict
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,10 @@ from ssp_jax.judge import Case, Policy
             <think>It is wrong, or not?</think> Correct|Correct. Only the spelling is wrong.
             The model's answer is correct|The given answer matches a right one, so it is correct.|Yes, it is correct!
             It should be considered correct.|The answer is correct
-            {"verdict": "Correct"}|1. Correct|It names the same city and is correct.""",
+            {"verdict": "Correct"}|1. Correct|It names the same city and is correct.
+            {"correct": true}|correct: yes|is_correct: true|**Correct:** Yes, it is the same.|Correct - Yes
+            <answer>Correct</answer>|"Correct"|Correct ✅|Correct…|It is correct because both name Paris
+            Correct, only the spelling differs""",
         ),
         (
             False,
@@ -37,14 +42,23 @@ from ssp_jax.judge import Case, Policy
             Correct answer: Paris. Given: Rome. Wrong.|Correct? No, wrong.|<think>Correct.</think>Wrong
             incorrect, the correct answers are others|The given answer is neither complete nor correct|far from correct
             not quite correct|anything but correct|It is not, however, correct|No, I would not say correct
-            No. The correct is Paris""",
+            No. The correct is Paris
+            {"correct": false}|{"correct": false, "of": 1}|correct: no|is_correct: false|Correct - No
+            **Correct:** No""",
         ),
         (
             None,
             """|Correct or Wrong|correct/incorrect|Yes|不正确|错误|Korrekt|Correcto|Incorrectly|<think>Correct
             the answer is correct and wrong|The correct answer is Paris.|Right|is this correct? no|Is it correct? Yes
             It fails to be correct|I doubt that it is correct|less than correct|It lacks a correct date|It is not wrong
-            Only the first part is correct|If it were Lyon it would be correct|unlikely to be correct""",
+            Only the first part is correct|If it were Lyon it would be correct|unlikely to be correct
+            The correct response is Paris.|The correct date is 1989|The correct one is Paris
+            The correct final answer is Paris|The correct, full name is Paris|correct/Richtig|correct: no answer
+            Correct: Paris|Given answer: Lyon. Correct: Paris|Answer: Lyon (correct: Paris)
+            It would be correct if the city was Lyon|The answer is correct only if Lyon|Correct, if it is Lyon
+            It is a correct answer if Lyon|If it is Paris, it is correct. It is Lyon.|Correct. But the year differs
+            It is correct that Paris is the capital, but the given answer is Lyon|Correct, but only partly
+            Correct (partially)|Correct, except for the year""",
         ),
     ],
 )
@@ -55,18 +69,35 @@ def test_verdicts(right, replies):
             assert prompts.verdict(reply) is right, reply
 
 
-words = st.sampled_from(["Correct", "Incorrect", "wrong", "not", "isn't", "but", "the", "answer", ".", ",", "?", "不"])
+@pytest.mark.parametrize("more", ["\nNo", "\n\nNo, it is Lyon.", "\r\nFalse", "\nBut not quite"])
+def test_a_next_line_can_take_it_back(more):
+    assert prompts.verdict("Correct" + more) is None
+    assert prompts.verdict("Correct\nThe answer names the same city.") is True
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(words, max_size=8).map(" ".join))
+WORDS = ["Correct", "Incorrect", "wrong", "not", "isn't", "no", "不", "true", "false", "but", "if", "only", "Paris"]
+WORDS += ["the", "answer", "is", ".", ",", ":", "?", "\n"]
+# A clause that says so as a whole: from its beginning only these words, and after it an end or a value.
+SAYS_SO = re.compile(
+    r"(?:^|[.,:?\n]|wrong|incorrect|correct answer)((?:the|answer|is|but| )*)\bcorrect"
+    r"(?=\s*:\s*true(?! *(?!correct)\w)|"
+    r"(?<!the correct) *(?:$|[.,\n])(?!\W*(?:no|not(?! wrong| incorrect)|false|but|if|only if)\b))"
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from([*WORDS, "Correct"]), max_size=8).map(" ".join))
 def test_only_a_reply_that_says_so_is_a_yes(reply):
     text = reply.lower()
-    plain = text.replace("incorrect", "")
     if prompts.verdict(reply):
-        assert "correct" in plain or ("not" in text or "isn't" in text or "不" in text)
+        before = [re.split(r"[.:?\n]|wrong|incorrect", text[: found.start(1)])[-1] for found in SAYS_SO.finditer(text)]
+        assert any(not re.search(r"\b(not|isn't|no|if)\b|不", sentence) for sentence in before)
     if not any(word in text for word in ("correct", "wrong")):
         assert prompts.verdict(reply) is None
+
+
+class Stopped(Exception):
+    pass
 
 
 CASES = [Case(f"Question {i}?", ("Paris", "City of Light"), f"answer {i}") for i in range(5)]
@@ -116,7 +147,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, says):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.says, self.asked, self.at_once, self.most, self.crowd = says, [], 0, 0, 0
+        self.says, self.asked, self.at_once, self.most, self.crowd, self.refuses = says, [], 0, 0, 0, ()
         self.lock, self.gate = threading.Lock(), threading.Event()
         self.gate.set()
 
@@ -137,12 +168,15 @@ class Handler(BaseHTTPRequestHandler):
             word = next((word for word in self.server.says if word in text), None)
             replies = self.server.says.get(word, ["Correct"])
             reply = replies.pop(0) if len(replies) > 1 else replies[0]
+        refused = [name for name in self.server.refuses if name in body]
+        if refused:
+            reply, text = 400, f"refused: {refused}"
         if "week" not in text:
             self.server.gate.wait(30)
         status, content = (reply, "") if isinstance(reply, int) else (200, str(reply))
         message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [message]}
-        data = json.dumps(answer if status == 200 else {"error": {"message": "no", "type": "x"}}).encode()
+        data = json.dumps(answer if status == 200 else {"error": {"message": text, "type": "x"}}).encode()
         data = reply if isinstance(reply, bytes) else data
         with self.server.lock:
             self.server.at_once -= 1
@@ -190,6 +224,17 @@ def test_openai_asks_a_server(serve, monkeypatch):
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
 
 
+def test_a_server_is_asked_with_the_arguments_that_it_takes(serve):
+    server = serve()
+    server.refuses = ["max_tokens", "temperature"]
+    connected = connect(server)
+    assert ask(connected, CASES[:1])[0].right
+    assert [body.get("max_completion_tokens") for _, body in server.asked] == [None, 16, 16]
+    server.refuses = ["max_tokens", "max_completion_tokens"]
+    with pytest.raises(InputError, match=r"refused: \['max_tokens'\]"):
+        connect(server)
+
+
 def test_openai_asks_several_at_once(serve):
     server = serve()
     connected = connect(server, concurrency=3)
@@ -223,6 +268,7 @@ BODIES = (
     b'{"choices": [{"message": {"content": null}}]}',
     b'{"choices": [{"message": {"content": ["Correct"]}}]}',
     b'{"choices": [{"message": {"content": "Cor\xff',
+    b"[" * 100_000,
 )
 
 
@@ -231,6 +277,12 @@ def test_an_answer_without_a_text_is_a_verdict_that_failed(serve):
     cases = [Case("Q?", ("Paris",), f"answer {i}:") for i in range(len(BODIES))]
     for body, verdict in zip(BODIES, ask(connect(server, retries=0), cases), strict=True):
         assert verdict.right is None and verdict.reply.startswith("NoReply: it answers with no text"), body
+
+
+def test_every_reply_can_be_written(serve):
+    halves = [b'{"choices": [{"message": {"content": "Correct \\ud83d"}}]}']
+    found = ask(connect(serve(answer_0=halves)), CASES[:1])[0]
+    assert found == Verdict(True, "Correct \ufffd")
 
 
 @pytest.mark.parametrize("body", [b"<html>Welcome</html>", b'{"choices": [{"message": {"content": null}}]}'])
@@ -247,22 +299,46 @@ def test_openai_gives_up_on_a_server_that_is_silent(serve):
     server.gate.set()
 
 
-def test_openai_stops_when_told(serve):
+def test_openai_stops_when_told_however_long_its_server_is_silent(serve):
     server = serve()
+    connected = connect(server, concurrency=2, timeout_s=20.0)
+    server.gate.clear()
+    server.crowd = 3  # never so many at once
+    start = time.monotonic()
 
     def stop():
-        raise KeyboardInterrupt
+        if len(server.asked) == 3:
+            raise Stopped
 
-    with pytest.raises(KeyboardInterrupt):
-        connect(server, concurrency=1).ask(CASES, lambda i, verdict: None, stop)
-    assert len(server.asked) < 1 + len(CASES)
+    with pytest.raises(Stopped):
+        connected.ask(CASES, lambda i, verdict: None, stop)
+    assert time.monotonic() - start < 10 and len(server.asked) == 3  # the question at the start, and two
+    server.gate.set()
+
+
+def test_what_hears_a_verdict_may_fail(serve):
+    def take(i, verdict):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        connect(serve()).ask(CASES, take, lambda: None)
 
 
 def test_a_wrong_address_is_told_at_once(serve):
-    with pytest.raises(InputError, match=r"config key judge.url: http://127.0.0.1:1/v1: .*'a-judge'"):
+    with pytest.raises(InputError, match=r"config key judge.url: http://127.0.0.1:1/v1: .*'a-judge'.* attempts failed"):
         connect(None, retries=0, url="http://127.0.0.1:1/v1")
+    with pytest.raises(InputError, match=r"config key judge.url is '127.0.0.1:1/v1'; expected http://"):
+        connect(None, url="127.0.0.1:1/v1")
     with pytest.raises(InputError, match="404"):
         connect(serve(week=[404]))
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "key\n"])
+def test_a_key_that_cannot_be_sent_is_told(serve, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="environment variable OPENAI_API_KEY: expected visible ASCII") as caught:
+        connect(serve())
+    assert key.strip() not in str(caught.value)
 
 
 def test_a_missing_client_is_told(monkeypatch):

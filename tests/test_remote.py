@@ -82,6 +82,13 @@ def test_search(server):
     assert retriever.search(["d"], 1) == [[paris]]
 
 
+def test_one_line_is_a_title_without_a_text(server):
+    """As Search-R1's own client has it."""
+    retriever = opened(server)
+    server.replies = [(200, {"result": [[{"id": "7", "contents": '"Paris"'}]]})]
+    assert retriever.search(["a"], 3) == [[Document("7", '"Paris"', "")]]
+
+
 def test_found_nothing(server):
     retriever = opened(server)
     server.replies = [(200, {"result": [[], [PARIS]]})]
@@ -108,6 +115,7 @@ def test_failure_that_passes(server):
         ((503, b"starting"), "503"),
         ((404, b"no such page"), "404.*no such page"),
         ((200, b"<html>"), "html"),
+        ((200, b"[" * 100_000), r"\[\[\["),
         ((200, {"detail": "?"}), "detail"),
         ((200, {"result": []}), "a list for each of 1 queries"),
         ((200, {"result": ["x"]}), "a list for each of 1 queries"),
@@ -121,6 +129,29 @@ def test_failure_that_stays(server, reply, said):
     with pytest.raises(InputError, match=said) as caught:
         retriever.search(["a"], 3)
     assert server.url in str(caught.value) and "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:80/retrieve",
+        "localhost:80/x",
+        "ftp://host/x",
+        "http:///x",
+        "http://host:80x/",
+        "http://[::1/",
+        "http://x/\n",
+    ],
+)
+def test_an_address_that_is_none_is_told(url):
+    with pytest.raises(InputError, match=r"retriever\.url is .*; expected http://") as caught:
+        RemoteRetriever(url, ["probe"], top_k=3, timeout_s=5.0, retries=0)
+    assert repr(url) in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/retrieve", "HTTPS://host", "http://[::1]:80/v1"])
+def test_whole_addresses(url):
+    remote.check_address("retriever.url", url)
 
 
 def test_no_server(server):
