@@ -186,7 +186,7 @@ logger.step(1, {"reward/solver": 0.5}, 1.0)"""
 
 
 def test_no_number_of_a_table_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Seven sets with a judge are wider than 100 columns: whole in a file, and in a terminal, which breaks the lines."""
+    """Seven sets with a judge are wider than 100 columns: whole in a file, and for a terminal, which breaks lines."""
     row = {f"{share}{end}": 44.6 for share in scores.SHARES for end in ("", "_low", "_high")}
     row |= {"searches": 2.1, "tokens": 8120.0, "n": 3125}
     table = scores.rows({f"ssp/{name}": row for name in (*paper.SETS, scores.AVERAGE)}, "policy")
