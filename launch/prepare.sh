@@ -3,7 +3,7 @@
 #
 #   launch/prepare.sh FOLDER [--model=Qwen/Qwen2.5-7B-Instruct] [--skip-model] [--skip-corpus] [--dry-run]
 #
-# FOLDER/model           the model, from the Hugging Face hub
+# FOLDER/NAME            the model, from the Hugging Face hub, by its name there: Qwen2.5-7B-Instruct
 # FOLDER/wiki-18.jsonl   Wikipedia 2018 as Search-R1 uses it: 21 million passages; 5 GB packed, 14 GB unpacked
 # FOLDER/wiki-18.index   its search index: hours, and tens of GB
 # FOLDER/ssp             given answers and the seven question sets, from the authors of SSP
@@ -46,7 +46,7 @@ download() { act "$PYTHON" -m huggingface_hub.cli.hf download "$@"; }
 
 if [[ -n $with_model ]]; then
   parts=(--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model' --include '*.jinja')
-  download "$model" --local-dir "$folder/model" "${parts[@]}"
+  download "$model" --local-dir "$folder/${model##*/}" "${parts[@]}"
 fi
 if [[ -n $with_corpus ]]; then
   download PeterJinGo/wiki-18-corpus wiki-18.jsonl.gz --repo-type dataset --local-dir "$folder"
@@ -69,5 +69,5 @@ open_retriever(r.corpus, r.index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r
     --config=configs/default.py "${keys[@]}"
 fi
 echo "keys of a run with these files:"
-printf '  %s\n' "--config.model.path=$folder/model" "--config.data.answers=$folder/ssp/$SSP_ANSWERS" \
+printf '  %s\n' "--config.model.path=$folder/${model##*/}" "--config.data.answers=$folder/ssp/$SSP_ANSWERS" \
   "--config.data.eval_sets.ssp=$folder/ssp/test.jsonl" "${keys[@]}"

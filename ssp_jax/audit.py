@@ -78,7 +78,7 @@ def overlap_table(training: set[str], sets: dict[str, list[Task]]) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=any(columns))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if 0 < i < len(columns) - 1 else "left")
+        table.add_column(column, justify="right" if 0 < i < len(columns) - 1 else "left", overflow="fold")
     return table
 
 
@@ -94,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"ssp_jax: {error}", file=sys.stderr)
         return 2
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+    width = None if sys.stdout.isatty() else 120
+    console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)  # answers have brackets
     console.print(answers_table(tasks))
     if sets:
         console.print(overlap_table(set().union(*normalized(tasks)), sets))

@@ -1,7 +1,8 @@
 """What a run shows and leaves behind: console, metrics.jsonl, TensorBoard, readable episodes, compile count.
 
 In a terminal a live display (the phases at work, the whole run) stays under a growing table with one row per step.
-Anywhere else there are plain lines with the time in front, and progress at most every few seconds. 100 columns suffice.
+Anywhere else there are plain lines with the time in front, and progress at most every few seconds. 100 columns suffice
+for the lines of steps.
 """
 
 import json
@@ -27,7 +28,6 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-PLAIN_WIDTH = 100  # of tables that do not go to a terminal
 HEADER_EVERY = 20  # rows
 PLAIN_SECONDS = 10.0  # between progress lines that do not go to a terminal
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -135,9 +135,9 @@ class Logger:
         self._events = _open_events(events, resume_step) if tensorboard and not mute else None
         self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not mute
         # force_terminal, for rich would also take FORCE_COLOR in a CI log for a terminal
-        width = None if self._live else PLAIN_WIDTH
         file = self._rows if mute else sys.stdout
-        self._console = Console(file=file, force_terminal=self._live, width=width, highlight=False)
+        # without markup and emoji, for paths and answers have brackets and colons of their own
+        self._console = Console(file=file, force_terminal=self._live, markup=False, emoji=False, highlight=False)
         self._bars = _progress(self._console)
         at = f"{resume_step}/{total_steps} steps"
         self._run_bar = self._bars.add_task("run", total=total_steps, completed=resume_step, detail=at)
@@ -215,7 +215,9 @@ class Logger:
             shown.add_column(column, justify="right" if i else "left", no_wrap=True)
         for row in rows:
             shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
-        self._console.print("", shown, "")
+        # As wide as it is: a narrow terminal breaks its lines, where rich would cut the numbers.
+        shown.width = self._console.measure(shown, options=self._console.options.update(max_width=1000)).maximum
+        self._console.print("", shown, "", soft_wrap=True)
 
     def say(self, text: str) -> None:
         self._line(Text(text))

@@ -1,5 +1,7 @@
 """What the paper reports for a model, to stand beside what is measured here (arXiv 2510.18821v1, Table 1)."""
 
+import re
+
 SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 
 Row = tuple[float, ...]  # pass@1 by a judge, percent, in the order of SETS
@@ -26,7 +28,12 @@ _TABLE_1: dict[str, tuple[Row, Row]] = {
 
 
 def table_1(model_path: str) -> dict[str, tuple[float, float]]:
-    """Set -> (before, after) for the model of this folder or hub name; empty where the paper has none of that name."""
-    name = model_path.rstrip("/").rsplit("/", 1)[-1].lower()
+    """Set -> (before, after) for the model of this name; empty where the paper has none of that name.
+
+    model_path: a hub name, a folder of that name, or one of the hub's cache (models--OWNER--NAME/snapshots/HASH). The
+    name must come last: runs/NAME/export is another model.
+    """
+    path = re.sub(r"/snapshots/[^/]+$", "", model_path.rstrip("/"))
+    name = re.split("/|--", path)[-1].lower()
     found = next((rows for known, rows in _TABLE_1.items() if known.lower() == name), None)
     return dict(zip(SETS, zip(*found, strict=True), strict=True)) if found else {}

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ import numpy as np
 
 from ssp_jax import prompts, rewards
 from ssp_jax.data import InputError
-from ssp_jax.scores import AVERAGE
+from ssp_jax.scores import AVERAGE, MEANS, SHARES
 
+EVALUATIONS = "eval/step_*.json"  # in a run folder
 GAMES = 300  # shown at most, spread over the dumps of a run
 SMOOTHED_STEPS = 60  # runs longer than this get a running mean over a twentieth of their steps
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#64748b", "#b91c1c", "#1e293b")
@@ -44,7 +45,7 @@ class Chart:
 
 
 def _share(part: str, whole: str) -> Callable[[dict[str, float]], float | None]:
-    return lambda row: 100 * row[part] / row[whole] if row.get(whole) and part in row else None
+    return lambda row: 100 * row[part] / row[whole] if row.get(whole) and row.get(part) is not None else None
 
 
 CHARTS = (
@@ -75,36 +76,69 @@ CHARTS = (
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file. A last one that a running process has half written waits."""
+@contextmanager
+def _written(where: object) -> Iterator[None]:
+    """What is not as a run writes it is told with its place."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise InputError(f"{where}: expected it as a run writes it, which it is not ({found})") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The whole lines of a file, each with its place. A last one that a running process has half written waits."""
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            yield dict(json.loads(line))
-        except (ValueError, TypeError):
-            raise InputError(f"{path} line {number}: expected a JSON object") from None
+        where = f"{path} line {number}"
+        with _written(where):
+            row = dict(json.loads(line))
+        yield where, row
 
 
 def read_metrics(workdir: Path) -> Steps:
-    """The rows of steps."""
+    """The rows of steps; none where there was only an evaluation."""
     path = workdir / "metrics.jsonl"
     if not path.is_file():
-        raise InputError(f"{workdir}: expected a run folder, found no metrics.jsonl in it")
-    return [row for row in _lines(path) if "seconds" in row]
+        if any(workdir.glob(EVALUATIONS)):
+            return []
+        raise InputError(f"{workdir}: expected a run folder, found neither metrics.jsonl nor {EVALUATIONS} in it")
+    rows: list[dict[str, Any]] = []
+    for where, row in _lines(path):
+        if "seconds" in row:
+            with _written(where):
+                rows.append({name: None if value is None else float(value) for name, value in row.items()})
+                rows[-1] |= {name: float(row[name]) for name in ("step", "seconds")}  # which are never null
+    return rows
 
 
 def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
     """What evaluations wrote, in the order of steps. A file that is just being written waits."""
     found = []
-    for path in sorted((workdir / "eval").glob("step_*.json")):
-        with suppress(ValueError):
-            found.append(json.loads(path.read_bytes()))
+    for path in sorted(workdir.glob(EVALUATIONS)):
+        try:
+            document = json.loads(path.read_bytes())
+        except ValueError:
+            continue
+        with _written(path):
+            found.append(shown_evaluation(document))
     return found
 
 
-def read_config(workdir: Path) -> str:
-    """As it stands in the file; "" where there is none."""
-    path = workdir / "config.json"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def shown_evaluation(document: dict[str, Any]) -> dict[str, Any]:
+    """What the page needs of a document that evaluate.evaluate wrote."""
+    columns = (*SHARES, "right_low", "right_high", *MEANS, "n")
+    sets = {name: {column: float(row[column]) for column in columns} for name, row in document["sets"].items()}
+    return {"step": int(document["step"]), "judge": str(document["judge"]), "sets": sets}
+
+
+def read_config(workdir: Path) -> tuple[str, str]:
+    """As it stands in the file, and its reward_note; "" where there is none."""
+    path, text, note = workdir / "config.json", "", ""
+    if path.is_file():
+        with _written(path):
+            text = path.read_text(encoding="utf-8")
+            note = reward_note(text)
+    return text, note
 
 
 def read_games(workdir: Path, most: int) -> tuple[list[dict[str, Any]], int]:
@@ -113,11 +147,13 @@ def read_games(workdir: Path, most: int) -> tuple[list[dict[str, Any]], int]:
     each, games, total = max(1, most // max(len(dumps), 1)), [], 0
     kept = {dumps[i] for i in np.linspace(0, len(dumps) - 1, min(len(dumps), most)).round().astype(int)}
     for path in dumps:
-        step = int(path.stem.removeprefix("step_"))
-        for number, game in enumerate(_lines(path)):
+        with _written(path):
+            step = int(path.stem.removeprefix("step_"))
+        for number, (where, game) in enumerate(_lines(path)):
             total += 1
             if path in kept and number < each:
-                games.append(shown_game(step, game))
+                with _written(where):
+                    games.append(shown_game(step, game))
     return games, total
 
 
@@ -140,7 +176,7 @@ def shown_game(step: int, game: dict[str, Any]) -> dict[str, Any]:
         "played": question is not None,
         "outcome": outcome,
         "solved": f"{sum(s > 0 for s in scores)}/{len(scores)}" if scores else "",
-        "reward": game["proposer_reward"],
+        "reward": float(game["proposer_reward"]),
         "episodes": [shown_episode(name, e, score) for name, e, score in episodes if e],
     }
 
@@ -180,9 +216,16 @@ def _image(axes: Any) -> str:
     """With a legend, as a data URI: as an image its ids cannot meet those of another chart."""
     import matplotlib
 
-    axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ssp_jax", "font.family": "sans-serif"}):
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "ssp_jax",
+            "font.family": "sans-serif",
+            "text.parse_math": False,  # a set's name may have a $
+        }
+    ):
+        axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         axes.figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -249,7 +292,7 @@ def draw_evaluations(found: Sequence[dict[str, Any]]) -> str | None:
 
 def reward_note(config: str) -> str:
     """What both roles earn by a run's config.json."""
-    values = json.loads(config or "{}")
+    values = json.loads(config)
     if values.get("reward.proposer") not in rewards.PROPOSER_REWARDS:
         return ""
     name, metric = values["reward.proposer"], values["reward.metric"]
@@ -290,7 +333,7 @@ def _ends(evals: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, float], 
 def page(workdir: Path, most_games: int) -> str:
     steps, evals = read_metrics(workdir), read_evaluations(workdir)
     games, total = read_games(workdir, most_games)
-    config = read_config(workdir)
+    config, rewarded = read_config(workdir)
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     return template.render(
@@ -299,7 +342,7 @@ def page(workdir: Path, most_games: int) -> str:
         minutes=sum(row["seconds"] for row in steps) / 60,
         evaluations=_ends(evals),
         judge=evals[-1]["judge"] if evals else "",
-        charts=list(_charts(steps, evals, reward_note(config))),
+        charts=list(_charts(steps, evals, rewarded)),
         games=games,
         total=total,
         outcomes=sorted({game["outcome"] for game in games}),
@@ -314,12 +357,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="WORKDIR/report.html if not given")
     parser.add_argument("--games", type=int, default=GAMES, help="shown at most")
     args = parser.parse_args(arguments)
+    if args.games < 0:
+        parser.error(f"--games: expected 0 or more, got {args.games}")
     out = args.out or args.workdir / "report.html"
     try:
         text = page(args.workdir, args.games)
         out.write_text(text, encoding="utf-8")
     except InputError as error:
         print(f"ssp_jax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"ssp_jax: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     print(f"{out}: {len(text.encode()) / 1e6:.1f} MB")
     return 0

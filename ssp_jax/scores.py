@@ -115,7 +115,7 @@ def gain_rows(found: Mapping[str, Gain]) -> tuple[list[list[object]], list[str]]
             )
         cells.append(row)
     heads = ["set", "before %", "after %", "gain", "95 % of gain"]
-    return cells, heads + (["paper before", "after", "gain"] if compared else [])
+    return cells, heads + (["paper (LLM judge) before", "after", "gain"] if compared else [])
 
 
 def gains_json(found: Mapping[str, Gain]) -> dict[str, Any]:

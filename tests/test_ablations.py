@@ -1,7 +1,12 @@
 """benchmarks/ablations.py: variants that the trainer takes, and tables of the runs that are there."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -67,5 +72,47 @@ def test_a_run_that_fails_is_named_and_the_others_count(finished, monkeypatch, c
     (folder / "config.json").write_text("{}")  # of another run
     with pytest.raises(SystemExit):
         run(monkeypatch, capsys, f"--out={finished.out}", "--tables=2", "--seeds=0,1,2")
-    assert f"failed: solver only, seed 1; its last words in {folder}/log.txt" in capsys.readouterr().err
+    assert f"not finished: solver only, seed 1; its last words in {folder}/log.txt" in capsys.readouterr().err
     assert "seed was not there and is 1" in (folder / "log.txt").read_text()
+
+
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(time.sleep(0.5) or print("saved")))
+print("ready", flush=True)
+time.sleep(100)
+"""
+
+
+def start(folder, program):
+    """The runner in a folder where this is the trainer, as in a terminal; and the log of its first run."""
+    (folder / "benchmarks").mkdir()
+    (folder / "ssp_jax").mkdir()
+    (folder / "ssp_jax" / "__init__.py").write_text("")
+    (folder / "ssp_jax" / "main.py").write_text(program)
+    script = shutil.copy(ablations.__file__, folder / "benchmarks")
+    command = [sys.executable, script, f"--out={folder}", "--tables=2", "--seeds=0"]
+    log = ablations.Plan(folder, 40).workdir(ablations.SSP, 0) / "log.txt"
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0), log
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_at_work_which_saves_and_no_other_is_started(tmp_path, sent):
+    runner, log = start(tmp_path, SAVES)
+    with runner:
+        while not (log.exists() and "ready" in log.read_text()):
+            assert runner.poll() is None
+            time.sleep(0.05)
+        os.killpg(runner.pid, sent)
+        assert runner.communicate(timeout=50)[1] == "stopped; the same command goes on from what is saved\n"
+    assert runner.returncode == 1 and log.read_text() == "ready\nsaved\n"
+    assert list(tmp_path.glob("*/log.txt")) == [log]
+
+
+def test_a_run_that_saved_and_ended_is_not_finished(tmp_path):
+    """Its exit code is 0, as main.py says."""
+    runner, log = start(tmp_path, "")
+    with runner:
+        said = runner.communicate(timeout=50)[1]
+    assert runner.returncode == 1 and f"not finished: SSP, seed 0; its last words in {log}\n" in said
+    assert said.endswith("3 of 3 runs are not finished; the same command takes them up again\n")

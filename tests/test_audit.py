@@ -31,6 +31,14 @@ def test_table(tmp_path, capsys):
     assert any(line.endswith("q.jsonl 1 0 1 100.0% paris") for line in shown), shown
 
 
+def test_brackets_and_colons_are_shown_as_they_are(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"ground_truth": "[/b] a [red] one :smile:", "search_turns": 1}\n')
+    (tmp_path / "q[x].jsonl").write_text('{"question": "Where?", "golden_answers": ["Paris"]}\n')
+    assert audit.main([f"--answers={tmp_path}/a.jsonl", f"--eval={tmp_path}/q[x].jsonl"]) == 0
+    shown = capsys.readouterr().out
+    assert "'[/b] a [red] one :smile:'" in shown and " q[x].jsonl " in shown
+
+
 def test_wrong_file(tmp_path, capsys):
     assert audit.main([f"--answers={tmp_path}/none.jsonl"]) == 2
     assert "none.jsonl: expected a readable file" in capsys.readouterr().err

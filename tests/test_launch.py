@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT
 
 from configs import default
-from ssp_jax import folders, published, retriever
+from ssp_jax import folders, paper, published, retriever
 from ssp_jax.config import load_config, parse_command_line
 
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch" / "docker").glob("*.sh")]
@@ -292,7 +292,9 @@ def test_prepare_prints_keys_that_a_run_takes(tmp_path: Path) -> None:
     assert done.stdout.count(" download ") == 4 and "--revision" in done.stdout
     keys = [line.strip() for line in done.stdout.splitlines() if line.startswith("  --config.")]
     config = parse_command_line(["main.py", "--config=configs/default.py", *keys]).config
-    assert config.model.path == f"{tmp_path}/a folder/model" and "ssp" in config.data.eval_sets
+    assert config.model.path == f"{tmp_path}/a folder/Qwen2.5-7B-Instruct" and "ssp" in config.data.eval_sets
+    assert paper.table_1(config.model.path)
+    assert f"--local-dir {tmp_path}/a\\ folder/Qwen2.5-7B-Instruct " in done.stdout
     assert not (tmp_path / "a folder").exists()
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from ssp_jax import metrics
+from ssp_jax import metrics, paper, scores
 from ssp_jax.metrics import CompileCounter, Logger, clock, short_number
 
 STEP = {
@@ -114,7 +114,7 @@ def test_plain_output_is_dated_lines_that_fit(tmp_path: Path, capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
     assert lines[0].endswith(" a [bold] folder") and "\x1b" not in "".join(lines)
-    assert max(map(len, lines)) <= metrics.PLAIN_WIDTH
+    assert max(map(len, lines)) <= 100
     header, first, second = (line[9:].split() for line in lines[1:])
     titles = [c.title for c in metrics.COLUMNS if c.metric in everything]
     assert header == ["step", *titles, "s/step", "left"] and len(set(titles)) == len(titles)
@@ -150,22 +150,18 @@ def test_plain_progress_is_told_now_and_then(
 
 def test_table_is_plain_text_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Logger(str(tmp_path), 2, tensorboard=False) as logger:
-        logger.table("accuracy", [["one_hop", 0.25, 200]], ["set", "em", "n"])
+        logger.table("accuracy in [/b] :x:", [["one_hop [red]", 0.25, 200]], ["set", "em", "n"])
     shown = capsys.readouterr().out
-    assert shown.isascii() and re.search(r"one_hop \| 0.250 \| 200", shown) and "accuracy" in shown
+    assert shown.isascii() and re.search(r"one_hop \[red\] \| 0.250 \| 200", shown)
+    assert "accuracy in [/b] :x:" in shown
 
 
-def test_terminal_has_a_live_display_that_goes_away(tmp_path: Path) -> None:
-    script = (
-        "import sys, time; from ssp_jax.metrics import Logger\n"
-        "with Logger(sys.argv[1], 4, False) as logger:\n"
-        "    with logger.phase('playing', 8) as phase:\n"
-        "        phase.advance(2, tokens=310.0); time.sleep(0.5)\n"
-        "    logger.step(1, {'reward/solver': 0.5}, 1.0)\n"
-    )
+def in_a_terminal(script: str, workdir: Path, columns: int) -> str:
+    """What a script with a `logger` shows in a terminal of this width."""
+    start = "import sys, time; from ssp_jax.metrics import Logger\nwith Logger(sys.argv[1], 4, False) as logger:\n    "
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
-    command = [sys.executable, "-c", script, str(tmp_path)]
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns)}
+    command = [sys.executable, "-c", start + script.replace("\n", "\n    "), str(workdir)]
     child = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     shown = b""
@@ -176,10 +172,31 @@ def test_terminal_has_a_live_display_that_goes_away(tmp_path: Path) -> None:
         pass
     os.close(ours)
     assert child.wait(60) == 0, shown
-    text = shown.decode()
+    return shown.decode()
+
+
+def test_terminal_has_a_live_display_that_goes_away(tmp_path: Path) -> None:
+    script = """with logger.phase("playing", 8) as phase:
+    phase.advance(2, tokens=310.0); time.sleep(0.5)
+logger.step(1, {"reward/solver": 0.5}, 1.0)"""
+    text = in_a_terminal(script, tmp_path, 100)
     assert "playing" in text and "2/8" in text and "310 tokens/s" in text and "0/4 steps" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
     assert "0.50" in text[text.rindex("solvR") :] and "\x1b[2K" in text
+
+
+def test_no_number_of_a_table_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seven sets with a judge are wider than 100 columns: whole in a file, and for a terminal, which breaks lines."""
+    row = {f"{share}{end}": 44.6 for share in scores.SHARES for end in ("", "_low", "_high")}
+    row |= {"searches": 2.1, "tokens": 8120.0, "n": 3125}
+    table = scores.rows({f"ssp/{name}": row for name in (*paper.SETS, scores.AVERAGE)}, "policy")
+    with Logger(str(tmp_path), 2, tensorboard=False) as logger:
+        logger.table("Held-out questions", *table)
+    live = in_a_terminal(f"logger.table('Held-out questions', *{table!r})", tmp_path, 60)
+    for shown in (capsys.readouterr().out, live):
+        lines = [line.replace("|", " ") for line in shown.splitlines()]
+        for cells in table[0]:
+            assert sum(line.split() == " ".join(map(str, cells)).split() for line in lines) == 1, shown
 
 
 def test_episodes_can_be_read(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_what_the_reward_is_stands_in_the_config(tmp_path):
     note = report.reward_note(json.dumps(values))
     assert note.startswith("Proposer, azr: The harder the better, as long as somebody solves it")
     assert note.endswith("A question that fails: -1. Solver: share of attempts that are right by cover_em.")
-    assert report.reward_note("") == ""
+    assert report.reward_note("{}") == ""
 
 
 def test_a_run_that_goes_on_is_shown_with_what_is_whole(tmp_path):
@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_is_shown_with_what_is_whole(tmp_path):
     assert ">too long to verify<" in _svg(charts_of(tmp_path)["Questions that failed, by reason"]["image"])
     assert "4 steps, 4.0 minutes" in report.page(tmp_path, 9)
     (tmp_path / "metrics.jsonl").write_text("no JSON\n")
-    with pytest.raises(InputError, match="metrics.jsonl line 1: expected a JSON object"):
+    with pytest.raises(InputError, match="metrics.jsonl line 1: expected it as a run writes it"):
         report.page(tmp_path, 9)
 
 
@@ -201,6 +201,71 @@ def test_intervals_stand_around_their_points(tmp_path):
     low, high, last_low, last_high = (float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", bars))
     assert low - high == pytest.approx(4 * (last_low - last_high), rel=1e-3)
     assert low > last_low > last_high > high  # y grows downwards
+
+
+def words_of(folder):
+    return " ".join(" ".join(Page(report.page(folder, 9)).words).split())
+
+
+def test_a_gain_is_of_two_evaluations_of_the_same_questions(tmp_path):
+    """One alone is shown once; where the number of questions has changed both numbers are shown, and no gain."""
+    first = run_folder(tmp_path) / "eval" / "step_000000.json"
+    document = json.loads(first.read_text())
+    document["sets"]["paper/nq"]["n"] = 50
+    first.write_text(json.dumps(document))
+    text = words_of(tmp_path)
+    assert "paper/nq 20.0 13 to 55 45.0 13 to 55 30.0 30.0 30.0 30.0 30 50, then 100 " in text
+    assert "average 21.0 13 to 55 46.0 13 to 55 +25.0 30.0 30.0 30.0 30.0 30 100 " in text
+    first.unlink()
+    assert "paper/nq 45.0 13 to 55 30.0 30.0 30.0 30.0 30 100 " in words_of(tmp_path)
+
+
+def test_a_workdir_that_was_only_evaluated_has_a_page(tmp_path):
+    (run_folder(tmp_path) / "metrics.jsonl").unlink()
+    assert "0 steps" in (text := words_of(tmp_path)) and "paper/nq 20.0 13 to 55 45.0" in text
+    assert list(charts_of(tmp_path)) == ["Right answers to held-out questions by policy, %"]
+
+
+def test_names_are_no_formulas_and_null_is_no_number(tmp_path):
+    found = report.read_evaluations(run_folder(tmp_path))
+    for document in found:
+        document["sets"] = {"$_{$ a": document["sets"]["paper/nq"]}
+    assert ">$_{$ a<" in _svg(report.draw_evaluations(found))
+    rows = [{"step": 1.0, "seconds": 1.0, "funnel/proposed": 4.0, "funnel/verified": None, "funnel/well_formed": 2.0}]
+    svg = _svg({chart.title: report.draw(chart, rows) for chart in report.CHARTS}["Funnel, % of the questions asked"])
+    assert ">well-formed<" in svg and ">verified<" not in svg
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("metrics.jsonl", '{"step": 1, "seconds": null}', " line 1"),
+        ("metrics.jsonl", '{"step": 1, "seconds": 1, "reward/solver": "x"}', " line 1"),
+        ("metrics.jsonl", '{"seconds": 1}', " line 1"),
+        ("eval/step_000001.json", "[]", ""),
+        ("eval/step_000001.json", '{"step": 1, "sets": {}}', ""),
+        ("eval/step_000001.json", '{"step": 1, "judge": "em", "sets": {"nq": {"right": 1}}}', ""),
+        ("config.json", '{"reward', ""),
+        ("config.json", "[]", ""),
+        ("config.json", '{"reward.proposer": "azr"}', ""),
+        ("episodes/step_000002.jsonl", '{"answer": "Paris"}', " line 1"),
+        ("episodes/step_x.jsonl", "{}", ""),
+    ],
+)
+def test_a_file_that_no_run_has_written_is_named(tmp_path, capsys, name, text, found):
+    (run_folder(tmp_path) / name).write_text(text + "\n")
+    assert report.main([str(tmp_path)]) == 2
+    assert f"{name}{found}: expected it as a run writes it" in capsys.readouterr().err
+
+
+def test_unusable_flags(tmp_path, capsys):
+    run_folder(tmp_path)
+    for out in (tmp_path / "none" / "a.html", tmp_path):
+        assert report.main([str(tmp_path), f"--out={out}"]) == 2
+        assert capsys.readouterr().err.startswith(f"ssp_jax: {out}: ")
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(tmp_path), "--games=-1"])
+    assert "--games: expected 0 or more" in capsys.readouterr().err
 
 
 def test_no_run(tmp_path, capsys):

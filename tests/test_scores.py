@@ -53,7 +53,8 @@ def test_the_papers_row_stands_beside_the_sets_of_its_test_file():
     assert found["ssp/nq"].paper == (44.2, 54.8) and found["ssp/bamboogle"].paper == (51.2, 54.4)
     assert found["average"].paper == pytest.approx((41.5, 49.5), abs=0.05)
     cells, heads = scores.gain_rows(found)
-    assert cells[0][0] == "nq" and heads[-3:] == ["paper before", "after", "gain"] and cells[-1][-1] == "+8.0"
+    assert heads[-3:] == ["paper (LLM judge) before", "after", "gain"]
+    assert cells[0][0] == "nq" and cells[-1][-1] == "+8.0"
     some = scores.gains(values(**{"ssp/nq": [0, 1], "mine": [1]}), values(**{"ssp/nq": [1, 1], "mine": [1]}), figures)
     assert some["average"].paper is None and some["mine"].paper is None
     assert [row[0] for row in scores.gain_rows(some)[0]] == ["ssp/nq", "mine", "average"]
@@ -83,6 +84,12 @@ def test_table_1(path, before, after):
     assert np.mean(list(rows.values()), axis=0) == pytest.approx((before, after), abs=0.06)
 
 
+def test_a_model_has_its_name_in_the_cache_of_the_hub():
+    path = "/home/me/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B-Instruct/snapshots/a09a35458c"
+    assert paper.table_1(path) == paper.table_1(path + "/") == paper.table_1("Qwen/Qwen2.5-7B-Instruct") != {}
+
+
 def test_a_model_that_the_paper_does_not_have():
+    assert paper.table_1("runs/Qwen2.5-7B-Instruct/export") == {}
     assert paper.table_1("models/qwen2.5-coder-0.5b-instruct") == {}
     assert paper.table_1("mine/Qwen2.5-7B-Instruct-finetuned") == {}
