@@ -271,8 +271,8 @@ def show(logger: Logger, result: Result) -> None:
         logger.say(f"{refused} questions are longer than limits.prompt_tokens and count as wrong")
     if found["unjudged"]:
         logger.say(
-            f"{found['unjudged']} verdicts failed and count as wrong, verdicts.jsonl says why; the same command asks for "
-            "them again (a judge cut off in its reply needs a larger judge.max_tokens)"
+            f"{found['unjudged']} verdicts failed and count as wrong, verdicts.jsonl says why; the same command asks "
+            "again (a judge cut off in its reply needs a larger judge.max_tokens)"
         )
 
 

@@ -1,5 +1,6 @@
 """The question sets alone, as a run of its own (main --mode=eval): the initial weights, and those of the workdir."""
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,10 @@ def examine(config: ConfigDict, workdir: str) -> None:
             asked[newest] = f"checkpoint of step {newest} in {workdir}", restore
         logger.say(f"evaluating {' and '.join(name for name, _ in asked.values())}; jax {jax.__version__}")
         try:
-            results = [evaluate.evaluate(setting, step, *which) for step, which in asked.items()]
+            results = [
+                evaluate.evaluate(setting, step, name, functools.partial(_warmed, setting, load))
+                for step, (name, load) in asked.items()
+            ]
         except hosts.Terminated:
             logger.say("terminated: all that has ended is on disk; the same command goes on from there")
             sys.exit(0)
@@ -59,6 +63,14 @@ def examine(config: ConfigDict, workdir: str) -> None:
         if len(results) == 2:
             before, after = results
             evaluate.compare(logger, setting.folder, before, after, paper.table_1(config.model.path))
+
+
+def _warmed(setting: evaluate.Setting, load: Callable[[], model.Params]) -> model.Params:
+    """The weights, once all programs are compiled: that takes long, and is not play."""
+    params = load()
+    with setting.logger.phase("compiling"):
+        setting.engine.warm_up(params, setting.key)
+    return params
 
 
 def _restorer(

@@ -156,9 +156,10 @@ def test_table_is_plain_text_elsewhere(tmp_path: Path, capsys: pytest.CaptureFix
     assert "accuracy in [/b] :x:" in shown
 
 
-def in_a_terminal(script: str, workdir: Path, columns: int) -> str:
+def in_a_terminal(script: str, workdir: Path, columns: int, steps: int = 4) -> str:
     """What a script with a `logger` shows in a terminal of this width."""
-    start = "import sys, time; from ssp_jax.metrics import Logger\nwith Logger(sys.argv[1], 4, False) as logger:\n    "
+    start = "import sys, time; from ssp_jax.metrics import Logger\n"
+    start += f"with Logger(sys.argv[1], {steps}, False) as logger:\n    "
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns)}
     command = [sys.executable, "-c", start + script.replace("\n", "\n    "), str(workdir)]
@@ -183,6 +184,8 @@ logger.step(1, {"reward/solver": 0.5}, 1.0)"""
     assert "playing" in text and "2/8" in text and "310 tokens/s" in text and "0/4 steps" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
     assert "0.50" in text[text.rindex("solvR") :] and "\x1b[2K" in text
+    evaluation = in_a_terminal(script.partition("\nlogger")[0], tmp_path, 100, steps=0)
+    assert "2/8" in evaluation and "steps" not in evaluation
 
 
 def test_no_number_of_a_table_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
