@@ -15,7 +15,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/python -m ssp_jax.main --config=configs/tiny.py --workdir=$(WORKDIR) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist=loadfile
+	$(BIN)/python -m pytest -n auto --dist=worksteal
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

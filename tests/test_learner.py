@@ -43,6 +43,14 @@ BASE = learner.LearnerConfig(
 PARAMS = model.init_params(MODEL, jax.random.key(0))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly():
+    """Each program runs once or twice: without most of LLVM's optimizations this file takes a third less time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @dataclasses.dataclass
 class Played:
     tokens: list
