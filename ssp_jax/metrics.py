@@ -140,8 +140,8 @@ class Logger:
         self._console = Console(file=file, force_terminal=self._live, markup=False, emoji=False, highlight=False)
         self._bars = _progress(self._console)
         at = f"{resume_step}/{total_steps} steps"
-        steps = {"total": total_steps, "completed": resume_step, "visible": total_steps > 0}  # an evaluation has none
-        self._run_bar = self._bars.add_task("run", detail=at, **steps)
+        shown = total_steps > 0  # an evaluation has no steps
+        self._run_bar = self._bars.add_task("run", visible=shown, total=total_steps, completed=resume_step, detail=at)
         self._columns: tuple[Column, ...] = ()
         self._shown_rows = 0
         self._ends: deque[float] = deque(maxlen=11)  # when the last steps ended, so saves and evaluations count
