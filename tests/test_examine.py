@@ -65,7 +65,6 @@ def test_a_killed_evaluation_goes_on(trained, tmp_path):
     output, _ = process.communicate(timeout=60)
     before = episodes_so_far(tmp_path)
     assert process.returncode == -signal.SIGKILL and 2 <= len(before) < 24, output
-    assert 0 < output.index("compiling") < output.index("evaluating ...")
     examine.examine(small(**QUESTIONS), str(tmp_path))  # with more slots, which an evaluation may change
     after = episodes(tmp_path)
     assert after[: len(before)] == before and len(after) == 24
