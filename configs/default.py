@@ -141,7 +141,7 @@ def get_config() -> ConfigDict:
     c.eval.before = True  # evaluate before the first step
     c.eval.after = True  # and after the last
     c.eval.every = 0  # steps between evaluations, 0 for never; 5 in [C]
-    c.eval.max_questions = 0  # per set, drawn by chance and always the same ones, 0 for all; 500 of each in [P]
+    c.eval.max_questions = 0  # per set, drawn by chance and always the same ones, 0 for all; 500 in [P]
     c.eval.judge = "em"  # em | cover_em | policy: the initial model | openai: when an answer counts as right [H]
 
     c.checkpoint = ConfigDict()

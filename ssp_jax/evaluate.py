@@ -196,7 +196,8 @@ def _judge(setting: Setting, folder: Path, records: dict[Key, Record]) -> dict[K
     verdicts: dict[Key, Verdict] = hosts.share(lambda: _judged(folder, judge.name, asked) if hosts.first() else {})[0]
     left = [key for key in asked if key not in verdicts or verdicts[key].right is None]
     if left:
-        own = [asked[left[i]] for i in hosts.own_share([1.0] * len(left))]  # perhaps none; it may load its weights
+        # Perhaps none; yet all processes come here, for the judge may load its weights.
+        own = [asked[left[i]] for i in hosts.own_share([1.0] * len(left))]
         for part in hosts.share(lambda: _ask(setting, judge, own, folder / _own_file("verdicts"))):
             verdicts |= part
     return verdicts
