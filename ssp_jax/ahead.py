@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssp_jax import footprint, learner, sampler, sharding
-from ssp_jax.data import InputError
 from ssp_jax.episodes import ROLES
+from ssp_jax.errors import InputError
 from ssp_jax.footprint import Setup, device_bytes
 from ssp_jax.published import Slice
 

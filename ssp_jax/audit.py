@@ -6,7 +6,6 @@ Self-play needs no questions, but a proposer that is given the answers of the ev
 Answers are compared as exact match compares them: lower case, no articles, no punctuation.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ssp_jax.data import InputError, Task, load_answers, load_question_sets
+from ssp_jax.data import Task, load_answers, load_question_sets
+from ssp_jax.errors import Parser, exit_code
 from ssp_jax.rewards import normalize_answer
 
 EXAMPLES = 3
@@ -83,23 +83,22 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ssp_jax.audit", description=__doc__.partition("\n")[0])
+    return exit_code(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    parser = Parser(prog="python -m ssp_jax.audit", description=__doc__.partition("\n")[0])
     parser.add_argument("--answers", required=True, help="config key data.answers")
     parser.add_argument("--eval", action="append", default=[], help="a file of data.eval_sets; may be repeated")
     args = parser.parse_args(arguments)
-    try:
-        names = [Path(path).name for path in args.eval]
-        names = names if len(set(names)) == len(names) else args.eval
-        tasks, sets = load_answers(args.answers), load_question_sets(dict(zip(names, args.eval, strict=True)))
-    except InputError as error:
-        print(f"ssp_jax: {error}", file=sys.stderr)
-        return 2
+    names = [Path(path).name for path in args.eval]
+    names = names if len(set(names)) == len(names) else args.eval
+    tasks, sets = load_answers(args.answers), load_question_sets(dict(zip(names, args.eval, strict=True)))
     width = None if sys.stdout.isatty() else 120
     console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)  # answers have brackets
     console.print(answers_table(tasks))
     if sets:
         console.print(overlap_table(set().union(*normalized(tasks)), sets))
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ssp_jax import attention, model
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 _TILE = 128  # elements of a TPU tile along an array's last axis
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax import hosts
 from ssp_jax.config import flatten_config
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 CONFIG_FILE = "config.json"  # of a workdir
 # Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where servers are.

@@ -17,15 +17,13 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from ssp_jax.errors import InputError
+
 PLAIN_SEARCHES = 2  # requested where a file of answers does not say how many
 _COLUMNS = frozenset(  # of a parquet file: what other ones hold may have no form in Python
     ("ground_truth", "search_turns", "sys_question_example", "question", "golden_answers")
     + ("data_source", "prompt", "reward_model", "extra_info")
 )
-
-
-class InputError(ValueError):
-    """The user gave something unusable; the message is one sentence that says what, where, and what was expected."""
 
 
 @dataclass(frozen=True)

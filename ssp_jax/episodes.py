@@ -10,8 +10,9 @@ from typing import Any
 
 from ssp_jax import model, prompts, sampler
 from ssp_jax.config import ID_ATTEMPTS, ID_ROWS
-from ssp_jax.data import Document, InputError
+from ssp_jax.data import Document
 from ssp_jax.engine import Engine, Search, Sizes
+from ssp_jax.errors import InputError
 from ssp_jax.stops import Automaton, build_automaton, token_bytes
 
 

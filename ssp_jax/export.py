@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssp_jax import folders, names, weights
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 from ssp_jax.folders import Folder
 from ssp_jax.model import ModelConfig, Params
 from ssp_jax.names import Name

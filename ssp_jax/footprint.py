@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from ssp_jax import attention, cache, learner, model, sampler, sharding, train
 from ssp_jax.config import RL_PAIRS
-from ssp_jax.data import InputError
 from ssp_jax.engine import Sizes, cache_budget, choose_layout
+from ssp_jax.errors import InputError
 from ssp_jax.published import Chip
 
 # What lies in memory while a program runs, by phase. The sampler's copy and its keys and values are made for play and

@@ -35,9 +35,10 @@ from absl import flags
 from rich.console import Console
 
 from ssp_jax import backend, episodes, model, prompts, sharding, weights
-from ssp_jax.data import InputError, Row, read_rows
+from ssp_jax.data import Row, read_rows
 from ssp_jax.engine import Engine, Search, Sizes, Stats
 from ssp_jax.episodes import ASSISTANT, SEARCH_ENGINE, SOLVER, Episode, Limits, Player, Role, Stage, episode_id
+from ssp_jax.errors import InputError, exit_code
 from ssp_jax.metrics import PLAIN_SECONDS, Phase
 from ssp_jax.retriever import Retriever
 
@@ -381,16 +382,12 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__.strip())
         return 0
-    try:
-        f = parse_flags(argv)
-        (answer_file if f.prompts else answer_typed)(f)
-    except InputError as error:
-        print(f"ssp_jax: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nssp_jax: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> None:
+    f = parse_flags(argv)
+    (answer_file if f.prompts else answer_typed)(f)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ssp_jax.config import Place
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 T = TypeVar("T")
 

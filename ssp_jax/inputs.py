@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from ssp_jax import data, episodes, export, hosts, model, prompts, scores, sharding, weights
 from ssp_jax.checkpoint import check_workdir
 from ssp_jax.config import check_values, flatten_config
-from ssp_jax.data import InputError, Task
+from ssp_jax.data import Task
+from ssp_jax.errors import InputError
 from ssp_jax.remote import RemoteRetriever
 from ssp_jax.retriever import Search, ensure_index, open_retriever
 

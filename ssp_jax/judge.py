@@ -17,9 +17,9 @@ import jax
 from ml_collections import ConfigDict
 
 from ssp_jax import prompts
-from ssp_jax.data import InputError
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import ASSISTANT, Player, Stage, episode_id
+from ssp_jax.errors import InputError
 from ssp_jax.remote import check_address
 
 PROBE_SECONDS = 60.0  # a server that is just starting may take its time for the first answer

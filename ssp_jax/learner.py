@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from ssp_jax import attention, model, objective, sharding
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 
 class Trajectory(Protocol):

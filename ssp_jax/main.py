@@ -18,7 +18,7 @@ from absl import logging
 
 from ssp_jax import backend
 from ssp_jax.config import parse_command_line, take_place
-from ssp_jax.data import InputError
+from ssp_jax.errors import exit_code
 
 
 def main(argv: list[str]) -> int:
@@ -27,23 +27,20 @@ def main(argv: list[str]) -> int:
         return 0
     # Orbax tells each of its steps through absl, and traces of what fails, which it also raises.
     logging.set_verbosity(logging.FATAL)
-    try:
-        rest, place = take_place(argv)
-        command = parse_command_line(rest)
-        # Here, so that mistakes above are told before the seconds that JAX takes to load.
-        from ssp_jax import examine, hosts, train
+    interrupted = "interrupted; the same command goes on from what is saved"
+    return exit_code(lambda: _run(argv), interrupted)
 
-        hosts.start(place, os.environ)
-        run = examine.examine if command.mode == "eval" else train.train
-        with hosts.ending(command.workdir):
-            run(command.config, command.workdir)
-    except InputError as error:
-        print(f"ssp_jax: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ssp_jax: interrupted; the same command goes on from what is saved", file=sys.stderr)
-        return 130
-    return 0
+
+def _run(argv: list[str]) -> None:
+    rest, place = take_place(argv)
+    command = parse_command_line(rest)
+    # Here, so that mistakes above are told before the seconds that JAX takes to load.
+    from ssp_jax import examine, hosts, train
+
+    hosts.start(place, os.environ)
+    run = examine.examine if command.mode == "eval" else train.train
+    with hosts.ending(command.workdir):
+        run(command.config, command.workdir)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax import ahead, footprint, published, sharding, weights
 from ssp_jax.config import flatten_config, parse_command_line
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError, exit_code
 from ssp_jax.footprint import Setup, Work
 from ssp_jax.model import ModelConfig
 from ssp_jax.published import GIB, Slice
@@ -339,24 +339,24 @@ def main(argv: list[str]) -> int:
         print((__doc__ or "").strip())
         return 0
     jax.config.update("jax_platforms", "cpu")  # the machine that plans is not the one that runs
-    try:
-        own, rest = _parse(argv)
-        config = parse_command_line(rest).config
-        model = read_model(config.model.path)
-        if own.topology is None:
-            print(*smallest_slices(config, model), sep="\n")
-            return 0
-        slice_ = published.parse_topology(own.topology)
-        compiled = slice_.is_tpu and not own.shapes
-        if compiled and not ahead.available():
-            _tell("libtpu is not installed (pip install '.[plan]'): estimates from shapes alone")
-            compiled = False
-        load = footprint.workload(config, own.tokens, own.sampled)
-        plan = make_plan(config, model, slice_, load, compiled=compiled)
-        print(*report(plan, load), sep="\n")
-    except InputError as error:
-        print(f"ssp_jax: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
+    own, rest = _parse(argv)
+    config = parse_command_line(rest).config
+    model = read_model(config.model.path)
+    if own.topology is None:
+        print(*smallest_slices(config, model), sep="\n")
+        return 0
+    slice_ = published.parse_topology(own.topology)
+    compiled = slice_.is_tpu and not own.shapes
+    if compiled and not ahead.available():
+        _tell("libtpu is not installed (pip install '.[plan]'): estimates from shapes alone")
+        compiled = False
+    load = footprint.workload(config, own.tokens, own.sampled)
+    plan = make_plan(config, model, slice_, load, compiled=compiled)
+    print(*report(plan, load), sep="\n")
     return 0 if plan.fits else 1
 
 

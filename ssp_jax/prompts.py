@@ -15,7 +15,8 @@ from typing import Any
 
 import jinja2
 
-from ssp_jax.data import Document, InputError
+from ssp_jax.data import Document
+from ssp_jax.errors import InputError
 
 SEARCH_STOP, ANSWER_STOP, QUESTION_STOP = "</search>", "</answer>", "</question>"
 STOPS = (SEARCH_STOP, ANSWER_STOP, QUESTION_STOP)

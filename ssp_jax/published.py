@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 from ssp_jax.gpu import MEMORY_FRACTION
 from ssp_jax.model import ModelConfig
 

@@ -12,7 +12,8 @@ from typing import Any
 import urllib3
 from urllib3.util import parse_url
 
-from ssp_jax.data import Document, InputError, Row, parse_document
+from ssp_jax.data import Document, Row, parse_document
+from ssp_jax.errors import InputError
 from ssp_jax.retriever import CACHED_QUERIES, Cache
 
 BUSY = (429, 500, 502, 503, 504)  # answers of a server that may do better in a moment

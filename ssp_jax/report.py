@@ -6,7 +6,6 @@ Curves are matplotlib SVGs: some 15 KB each and sharp at any size, where an embe
 may be made while the run goes on.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -22,7 +21,7 @@ import jinja2
 import numpy as np
 
 from ssp_jax import prompts, rewards
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError, Parser, exit_code
 from ssp_jax.scores import AVERAGE, MEANS, SHARES
 
 EVALUATIONS = "eval/step_*.json"  # in a run folder
@@ -352,7 +351,11 @@ def page(workdir: Path, most_games: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ssp_jax.report", description=__doc__.partition("\n")[0])
+    return exit_code(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    parser = Parser(prog="python -m ssp_jax.report", description=__doc__.partition("\n")[0])
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--out", type=Path, help="WORKDIR/report.html if not given")
     parser.add_argument("--games", type=int, default=GAMES, help="shown at most")
@@ -363,14 +366,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         text = page(args.workdir, args.games)
         out.write_text(text, encoding="utf-8")
-    except InputError as error:
-        print(f"ssp_jax: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"ssp_jax: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        raise InputError(f"{error.filename}: {error.strerror}") from error
     print(f"{out}: {len(text.encode()) / 1e6:.1f} MB")
-    return 0
 
 
 if __name__ == "__main__":

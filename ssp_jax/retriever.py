@@ -36,7 +36,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from ssp_jax import bm25
-from ssp_jax.data import Document, InputError, Position, iterate_corpus, parse_document, parse_row
+from ssp_jax.data import Document, Position, iterate_corpus, parse_document, parse_row
+from ssp_jax.errors import InputError, Parser, exit_code
 
 FORMAT = 2  # raise it whenever the files of an index change their meaning: old folders are then built anew
 CACHED_QUERIES = 65_536  # about ten steps of the paper's setting; row numbers and scores are kept, some 15 MB
@@ -354,7 +355,11 @@ def _matches(folder: Path, corpus: Path, settings: dict[str, Any]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ssp_jax.retriever", description="Build a BM25 index, or ask one.")
+    return exit_code(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    parser = Parser(prog="python -m ssp_jax.retriever", description="Build a BM25 index, or ask one.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     build = verbs.add_parser("build", help="index a corpus")
     build.add_argument("--corpus", required=True, help='jsonl or jsonl.gz of {"id", "contents"}, Search-R1\'s format')
@@ -368,12 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ask.add_argument("--top_k", default=3, type=int)
     ask.add_argument("query")
     args = parser.parse_args(arguments)
-    try:
-        _build(args) if args.verb == "build" else _ask(args)
-    except InputError as error:
-        print(f"ssp_jax: {error}", file=sys.stderr)
-        return 2
-    return 0
+    _build(args) if args.verb == "build" else _ask(args)
 
 
 def _build(args: argparse.Namespace) -> None:

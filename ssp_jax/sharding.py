@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssp_jax import model
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 

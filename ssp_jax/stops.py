@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 ROOT = 0
 NO_STOP = -1

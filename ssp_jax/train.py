@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from ssp_jax import attention, data, episodes, evaluate, export, hosts, judge, learner, model, paper, sharding, weights
 from ssp_jax.checkpoint import Checkpoints, check_shared, held, keep_config
 from ssp_jax.config import advice
-from ssp_jax.data import InputError
 from ssp_jax.engine import Engine, Sizes, Stats
+from ssp_jax.errors import InputError
 from ssp_jax.evaluate import Result, Setting
 from ssp_jax.hosts import Sigterm, Terminated
 from ssp_jax.inputs import Inputs, compare, make_mesh, read_inputs

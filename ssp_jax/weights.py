@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from ssp_jax import folders, names
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 from ssp_jax.folders import Bounds, Folder, Tensor
 from ssp_jax.model import ModelConfig, Params, RopeScaling
 from ssp_jax.names import Name

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssp_jax.cache import full_layout, layout_for, put, put_in_turn
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 from ssp_jax.slots import Memory
 
 ENDS = (1024, 4096, 12288)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import default
 from ssp_jax.checkpoint import Checkpoints, check_workdir, held, keep_config
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 GAME = {"position": 7, "pool": [{"question": "Où est São Paulo?", "answers": ["Brazil"], "uid": None}], "rate": 0.1}
 

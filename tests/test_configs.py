@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import default
 from ssp_jax import footprint, plan, published
 from ssp_jax.config import FREE_SECTION, check_values, flatten_config, load_config, nearest, parse_command_line
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 
 @dataclass(frozen=True)

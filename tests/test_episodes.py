@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from ssp_jax import episodes, prompts, sampler, weights
-from ssp_jax.data import Document, InputError
+from ssp_jax.data import Document
 from ssp_jax.episodes import PROPOSER, SOLVER, VERIFIER, Limits, Player, Stage
+from ssp_jax.errors import InputError
 
 TOKENIZER = weights.load_tokenizer(Path("assets/tiny/model"))
 LIMITS = Limits(

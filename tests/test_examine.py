@@ -13,7 +13,7 @@ from test_train import arguments, small
 
 from ssp_jax import examine, train
 from ssp_jax.checkpoint import held
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 QUESTIONS = {"eval__max_questions": 12}
 

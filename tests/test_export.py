@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ssp_jax import export, weights
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 from ssp_jax.model import init_params
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model_folders import GOLDENS, NAMES, assert_same, load
 
 from ssp_jax import export, folders, weights
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from conftest import ROOT
 
 from ssp_jax import hosts, train, weights
 from ssp_jax.config import Place, load_config, take_place
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 SECONDS = 600  # for whatever is waited for: these tests also pass on a machine that has much else to do
 SMALL = {
@@ -222,7 +222,7 @@ OPEN_SEARCH = """
 import fcntl, json, sys, time
 from ssp_jax import hosts, inputs
 from ssp_jax.config import Place, load_config
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 fcntl.flock = lambda *_: None  # what it does between hosts, on gcsfuse and on many an NFS
 corpus, workdir, coordinator, process = sys.argv[1:]
 hosts.start(Place(coordinator, 2, int(process)), {})
@@ -255,7 +255,7 @@ TOLD_ALONE = """
 import sys
 from ssp_jax import hosts
 from ssp_jax.config import Place
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 hosts.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
 hosts.agree(lambda: None)
 with hosts.ending("runs/a"):

@@ -15,7 +15,7 @@ from test_selfplay import STAGE, ScriptedEngine
 
 from configs import default
 from ssp_jax import judge, prompts
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 from ssp_jax.judge import Case, Policy, Verdict
 
 

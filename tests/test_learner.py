@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssp_jax import learner, model, objective, sharding
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 from ssp_jax.metrics import CompileCounter
 
 MODEL = model.ModelConfig(61, 2, 32, 4, 2, 8, 48, qkv_bias=True)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from ssp_jax import ahead, engine, footprint, inputs, model, plan, published, sharding
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 from ssp_jax.published import GIB
 
 SMALL = model.ModelConfig(1024, 2, 256, 4, 2, 64, 512, qkv_bias=True)

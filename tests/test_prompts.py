@@ -9,7 +9,8 @@ import tokenizers
 import transformers
 
 from ssp_jax import prompts, weights
-from ssp_jax.data import Document, InputError
+from ssp_jax.data import Document
+from ssp_jax.errors import InputError
 
 STYLES = list(prompts.STYLES.values())
 WORKED = [dataclasses.replace(style, worked_example=True) for style in STYLES]

@@ -11,7 +11,8 @@ from test_train import small, steps_of
 from configs import default
 from ssp_jax import inputs, remote, train
 from ssp_jax.config import check_values
-from ssp_jax.data import Document, InputError, Task
+from ssp_jax.data import Document, Task
+from ssp_jax.errors import InputError
 from ssp_jax.remote import RemoteRetriever
 
 PARIS = {"id": "7", "contents": '"Paris"\nA city.'}

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from ssp_jax import retriever as command
-from ssp_jax.data import Document, InputError
+from ssp_jax.data import Document
+from ssp_jax.errors import InputError
 from ssp_jax.retriever import PARTS, Cache, Retriever, build_index, open_retriever
 
 PLAIN: dict[str, Any] = {"stemmer": "", "stopwords": "", "k1": 0.9, "b": 0.4}

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssp_jax import model, sharding
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 
 PARAMS = model.abstract_params(model.ModelConfig(64, 2, 32, 4, 2, 8, 48, qkv_bias=True, qk_norm=True))
 

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from ssp_jax import prompts
-from ssp_jax.data import InputError
 from ssp_jax.episodes import Limits, Stage
+from ssp_jax.errors import InputError
 from ssp_jax.stops import NO_STOP, ROOT, Automaton, build_automaton, token_bytes
 
 STOPS = ("</search>", "</answer>", "</question>")

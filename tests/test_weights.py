@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ssp_jax import weights
-from ssp_jax.data import InputError
+from ssp_jax.errors import InputError
 from ssp_jax.model import ModelConfig, RopeScaling, abstract_params
 
 

@@ -1,0 +1,57 @@
+"""What a command says when it cannot go on: one sentence on stderr, and an exit code."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+# Characters that act instead of being shown: control characters but newline and tab, those that
+# turn the direction of writing or break a line, half surrogates, and invisible tags.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_SECRET_NAMES = "api[_-]?key|key|token|access[_-]?token|password|passwd|secret|signature|sig|auth"
+_USER_INFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#'\"]*@", re.IGNORECASE)
+_SECRET_PARAMETER = re.compile(rf"([?&;](?:{_SECRET_NAMES})=)[^\s&;#'\"]+", re.IGNORECASE)
+
+
+class InputError(ValueError):
+    """The user gave something unusable. The message is one sentence: what, where, what was expected."""
+
+
+def printable(text: str) -> str:
+    """Foreign text for a terminal or a log: what would act on a terminal is shown as an escape.
+
+    Newlines and tabs stay. Models, passages, servers and file names can hold anything.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def masked(text: str) -> str:
+    """The text without the secrets of the URLs in it: user and password, and parameters such as api_key."""
+    return _SECRET_PARAMETER.sub(r"\1***", _USER_INFO.sub(r"\1***@", text))
+
+
+def sentence(error: BaseException | str) -> str:
+    """An error as the one line that a user sees."""
+    return printable(masked(" ".join(str(error).split())))
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes in flags are InputErrors, like all other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the flags of {self.prog}")
+
+
+def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Runs a command. 0 or what it returns; 2 for bad input, said in one sentence; 130 for Ctrl-C."""
+    try:
+        return run() or 0
+    except InputError as error:
+        print(f"ssp_jax: {sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"ssp_jax: {interrupted}", file=sys.stderr)
+        return 130
