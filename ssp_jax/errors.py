@@ -1,9 +1,10 @@
 """What a command says when it cannot go on: one sentence on stderr, and an exit code."""
 
 import argparse
+import contextlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 # Characters that act instead of being shown: control characters but newline and tab, those that
@@ -36,6 +37,29 @@ def masked(text: str) -> str:
 def sentence(error: BaseException | str) -> str:
     """An error as the one line that a user sees."""
     return printable(masked(" ".join(str(error).split())))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what libraries append to it (traces, advice), or its kind."""
+    lines = str(error).strip().splitlines()
+    return (lines or [type(error).__name__])[0].rstrip(".")
+
+
+@contextlib.contextmanager
+def reading(place: str) -> Iterator[None]:
+    """A library reads the user's file `place`: whatever it raises becomes one sentence naming it.
+
+    Only for calls of libraries on files of the user. Their parsers raise everything: ValueError,
+    TypeError, KeyError, RecursionError, and tokenizers (in Rust) a bare Exception, so the net is
+    as wide as that and is spread here only.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        kind = "" if type(error) is Exception else f"{type(error).__name__}: "
+        raise InputError(f"{place} cannot be read: {kind}{first_line(error)}") from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,7 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, first_line
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -52,8 +52,12 @@ class Folder:
             raise InputError(f"{place} does not exist; expected a Hugging Face folder with {file}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{place} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise InputError(f"{place} is not valid JSON: {error}") from None
+        except RecursionError:
+            raise InputError(f"{place} is nested too deeply to be JSON of a model folder") from None
         if not isinstance(values, dict):
             raise InputError(f"{place} expected a JSON object, found {type(values).__name__}")
         return values
@@ -94,11 +98,11 @@ def _in_bucket(url: str) -> Folder:
             if name.endswith(_SMALL_FILES):
                 bucket.get_file(files[name], str(path / name))
     except (ImportError, ValueError) as error:  # the protocol's package is missing, or nobody knows the protocol
-        raise InputError(f"model folder {url} cannot be reached: {_first_line(error)}") from None
+        raise InputError(f"model folder {url} cannot be reached: {first_line(error)}") from None
     except FileNotFoundError:
         raise InputError(f"model folder {url} does not exist") from None
     except _bucket_errors() as error:
-        raise InputError(f"model folder {url} cannot be read: {_first_line(error)}") from None
+        raise InputError(f"model folder {url} cannot be read: {first_line(error)}") from None
     return Folder(url, path, bucket, prefix.rstrip("/"), frozenset(files))
 
 
@@ -116,10 +120,6 @@ def _bucket_errors() -> tuple[type[Exception], ...]:
     return OSError, *(getattr(sys.modules[module], kind) for module, kind in kinds.items() if module in sys.modules)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 @functools.cache
 def _from_hub(name: str) -> Path:
     """The hub's local copy of a model, downloaded by those who have a network and no copy yet."""
@@ -129,7 +129,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except OSError as error:  # all errors of the hub and of the network
-        reason = _first_line(error)
+        reason = first_line(error)
         raise InputError(
             f"model {name} is neither a local folder nor to be had from the Hugging Face hub ({reason})"
         ) from None

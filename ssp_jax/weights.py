@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from ssp_jax import folders, names
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, reading
 from ssp_jax.folders import Bounds, Folder, Tensor
 from ssp_jax.model import ModelConfig, Params, RopeScaling
 from ssp_jax.names import Name
@@ -117,17 +117,19 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
 def load_tokenizer(folder: str | Path) -> Any:
     """The folder's own tokenizer (a transformers fast tokenizer)."""
     found = folders.find(folder)
+    rows = read_config(folder).vocab_size  # first: transformers reads config.json too, unchecked
     settings, content = (found.read_json(file) for file in ("tokenizer_config.json", "tokenizer.json"))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell us that there is no PyTorch
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
-    tokenizer = AutoTokenizer.from_pretrained(str(found.path), local_files_only=True)
+    with reading(found.place("tokenizer.json")):
+        # Without trust_remote_code=False it would ask on the terminal whether to run the folder's code.
+        tokenizer = AutoTokenizer.from_pretrained(str(found.path), local_files_only=True, trust_remote_code=False)
     # transformers would invent a token that the tokenizer lacks; the model has never seen it.
     declared = [*content.get("added_tokens", ()), *settings.get("added_tokens_decoder", {}).values()]
     eos, vocabulary = tokenizer.eos_token, content.get("model", {}).get("vocab", {})
     if eos is not None and eos not in vocabulary and all(token["content"] != eos for token in declared):
         raise InputError(f'{found.place("tokenizer.json")} lacks the token "{eos}", its eos_token, which ends a text')
-    rows = _number(found.place("config.json"), found.read_json("config.json"), "vocab_size")
     never_fed = {tokenizer.pad_token} - {eos}
     token, last = max(
         ((t, i) for t, i in tokenizer.get_vocab().items() if t not in never_fed), key=lambda item: item[1]
