@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
     c.retriever = ConfigDict()
     c.retriever.kind = "bm25"  # bm25: an index in this process | http: a server that speaks Search-R1's /retrieve
-    c.retriever.corpus = ""  # jsonl or jsonl.gz in Search-R1's format; "" takes the index as it is (bm25)
+    c.retriever.corpus = ""  # jsonl or jsonl.gz of Search-R1 or FlashRAG; "" takes the index as it is (bm25)
     c.retriever.index = ""  # folder of the bm25s index, "" for workdir/index; built where it is missing or differs
     c.retriever.threads = 0  # that search a batch (bm25), 0 for all cores; each holds 8 bytes a passage
     c.retriever.url = ""  # http://HOST:PORT/retrieve (http)

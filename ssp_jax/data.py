@@ -2,28 +2,48 @@
 
 Every reader streams, opens `.gz` and `.parquet` files by their name, and checks each line: the first wrong one raises
 InputError with file, line number, field and what was expected. The formats are those that users have (Search-R1,
-FlashRAG, SSP / veRL).
+FlashRAG, SSP / veRL, PopQA).
 """
 
+import ast
 import codecs
 import contextlib
 import gzip
+import io
 import json
+import re
+import reprlib
+import unicodedata
+import warnings
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 
 from ssp_jax.errors import InputError
 
 PLAIN_SEARCHES = 2  # requested where a file of answers does not say how many
+MAX_SEARCHES = 1000  # that an answer may ask for
+SHOWN_CHARS = 60  # of a value in a message
+LINE_BYTES = 1 << 26  # of a line; a longer one is another kind of file, such as one JSON array
+GOLD_COLUMNS = ("golden_answers", "possible_answers")  # of FlashRAG, of PopQA
 _COLUMNS = frozenset(  # of a parquet file: what other ones hold may have no form in Python
-    ("ground_truth", "search_turns", "sys_question_example", "question", "golden_answers")
+    ("ground_truth", "search_turns", "sys_question_example", "question", *GOLD_COLUMNS)
     + ("data_source", "prompt", "reward_model", "extra_info")
 )
+_MARK = "Question: "  # before the question in the prompts of Search-R1, ZeroSearch and SSP
+_OTHER_FILES = {  # by their first bytes
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"\x1f\x8b": "a gzip file, whose name must end in .gz",
+    b"PAR1\x15": "a parquet file",
+    b"PK\x03\x04": "a zip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"\xfd7zXZ": "an xz file",
+}
 
 
 @dataclass(frozen=True)
@@ -61,27 +81,137 @@ class Row:
 
     def text(self, field: str, value: object) -> str:
         """The value, stripped, when it is text with at least one visible character."""
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not _visible(self.unicode(field, value)):
             raise self.error(field, f"non-empty text, found {_shown(value)}")
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # a lone surrogate passes the JSON parser and breaks tokenizers much later
-            raise self.error(field, f"valid Unicode text, found {_shown(value)}") from None
+        if "\0" in value:  # nothing that is asked or answered has one
+            raise self.error(field, f"text without NUL characters, found {_shown(value)}")
         return value.strip()
 
+    def unicode(self, field: str, value: str) -> str:
+        """The text as it is. A lone surrogate passes the JSON parser and breaks tokenizers later."""
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.error(field, f"valid Unicode text, found {_shown(value)}") from None
+        return value
+
+    def optional(self, field: str) -> str:
+        """The text of a field that a row may lack."""
+        value = self.values.get(field)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise self.error(field, f"text, found {_shown(value)}")
+        return self.unicode(field, value)
+
     def texts(self, field: str, value: object) -> tuple[str, ...]:
-        """A non-empty list of texts; one bare text counts as a list of one."""
-        values = [value] if isinstance(value, str) else value.tolist() if isinstance(value, np.ndarray) else value
+        """A non-empty list of texts; one bare text counts as a list of one.
+
+        A text that is itself a list, as PopQA keeps its answers, counts as that list: nothing would
+        ever equal it as it stands.
+        """
+        values = value.tolist() if isinstance(value, np.ndarray) else value
+        if isinstance(values, str):
+            values = [values]
         if not isinstance(values, list) or not values:
             raise self.error(field, f"text or a non-empty list of texts, found {_shown(value)}")
-        return tuple(self.text(field, item) for item in values)
+        found: list[str] = []
+        for item in values:
+            text = self.text(field, item)
+            listed = self._listed(field, text)
+            found += [text] if listed is None else self.texts(field, listed)
+        return tuple(found)
+
+    def one(self, field: str, value: object) -> str:
+        """One text that is no list of several, written as text."""
+        text = self.text(field, value)
+        if self._listed(field, text) is not None:
+            raise self.error(field, f"one text, found a list of them: {_shown(text)}")
+        return text
+
+    def _listed(self, field: str, text: str) -> list[Any] | None:
+        try:
+            return written_list(text)
+        except ValueError as error:
+            found = f"{error}: {_shown(text)}"
+            raise self.error(field, f"text or a list of texts, found {found}") from None
+
+
+_FOUND = reprlib.Repr()  # neither deep nor long, whatever a file holds
+_FOUND.maxstring = _FOUND.maxlong = _FOUND.maxother = SHOWN_CHARS
 
 
 def _shown(value: object) -> str:
     if value is None:
         return "nothing"
-    shown = ascii(value)
-    return shown if len(shown) <= 60 else shown[:60] + "..."
+    shown = _FOUND.repr(value).encode("ascii", "backslashreplace").decode()
+    return shown if len(shown) <= SHOWN_CHARS else shown[:SHOWN_CHARS] + "..."
+
+
+def _visible(text: str) -> bool:
+    """Whether a reader sees anything: not only spaces, controls and characters of no width."""
+    return any(unicodedata.category(character)[0] not in "CZ" for character in text)
+
+
+# --- lists that are written as text ---------------------------------------------------------------
+
+_QUOTED = r"""(?:[uU]?'(?:[^'\\]|\\.)*'|[uU]?"(?:[^"\\]|\\.)*")"""
+_ONE_QUOTED = re.compile(_QUOTED, re.DOTALL)
+# As Python writes lists, tuples and sets of texts, and as NumPy writes arrays, without commas.
+_COMMAS = re.compile(rf"[\[({{]\s*{_QUOTED}(?:\s*,\s*{_QUOTED})*\s*,?\s*[\])}}]", re.DOTALL)
+_SPACES = re.compile(rf"\[\s*{_QUOTED}(?:\s+{_QUOTED})*\s*\]", re.DOTALL)
+_ARRAY = re.compile(r"array\((.*?)(?:,\s*dtype=[^\s,()]+)?\)", re.DOTALL)
+# What begins as a list or an object of texts. ["Weird Al"] Yankovic does not: its bracket ends
+# after one text.
+_BEGUN = re.compile(rf"\[\s*{_QUOTED}\s*,|\[\s*[\[({{]\s*['\"]|{{\s*{_QUOTED}\s*:", re.DOTALL)
+_BRACKETS = {"[": "]", "(": ")", "{": "}"}
+
+
+def written_list(text: str) -> list[Any] | None:
+    """The items of a text that is a list in JSON's, Python's or NumPy's form; None for other text.
+
+    ValueError, which says what was found, for one that begins as a list and is none. A single
+    number in brackets may be either and is left alone.
+    """
+    array = _ARRAY.fullmatch(text)
+    inner = array[1].strip() if array else text
+    if inner[:1] not in _BRACKETS:
+        return None
+    try:
+        found = json.loads(inner)
+    except (ValueError, RecursionError):
+        return _quoted_list(inner)
+    if isinstance(found, dict):
+        raise ValueError("an object that is written as text")
+    number = len(found) == 1 and isinstance(found[0], int | float)
+    return None if number else found
+
+
+def _quoted_list(text: str) -> list[str] | None:
+    """Python's and NumPy's forms."""
+    whole = _SPACES.fullmatch(text) or _COMMAS.fullmatch(text)
+    if whole and text[-1] == _BRACKETS[text[0]]:
+        items = _ONE_QUOTED.findall(text)
+        comma = text[:-1].rstrip().endswith(",")
+        if text[0] == "(" and len(items) == 1 and not comma:  # no tuple, but a quotation in brackets
+            return None
+        return [_unquoted(item) for item in items]
+    open_or_quoted = "]" not in text or re.search(r"['\"]\s*\]$", text)
+    if _BEGUN.match(text) or (re.match(r"\[\s*['\"]", text) and open_or_quoted):
+        raise ValueError("what begins as a list and is none")
+    return None
+
+
+def _unquoted(literal: str) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # an escape that Python does not know
+            return str(ast.literal_eval(literal))
+    except (SyntaxError, ValueError, Warning):
+        raise ValueError("a list with a broken text") from None
+
+
+# --- reading lines and rows -----------------------------------------------------------------------
 
 
 @dataclass
@@ -92,21 +222,44 @@ class Position:
 
 
 def _lines(path: str | Path, position: Position | None = None) -> Generator[tuple[int, bytes], None, None]:
-    """The lines of a file, or of a file in a .gz, that are not blank, with their numbers from 1; without a BOM."""
+    """The lines of a file, or of a file in a .gz, that are not blank, with their numbers from 1.
+
+    Lines end with LF, CR LF or CR. A byte order mark before one, as in files that were joined, is
+    no part of it.
+    """
     name, number = str(path), 0
     try:
-        with open(name, "rb") as raw, gzip.open(raw) if name.endswith(".gz") else raw as file:
-            for number, line in enumerate(cast(IO[bytes], file), 1):
+        with open(name, "rb") as raw, _unpacked(name, raw) as file:
+            while piece := file.readline(LINE_BYTES + 1):
+                if number == 0:
+                    _refuse_other_files(name, piece)
+                if len(piece) > LINE_BYTES:
+                    where = f"{name} line {number + 1}"
+                    raise InputError(f"{where}: expected at most {LINE_BYTES:,} bytes in a line")
+                for line in piece.splitlines():  # of bytes: at LF, CR LF and CR alone
+                    number += 1
+                    if b"\0" in line:
+                        expected = "expected UTF-8 text, found NUL bytes; is it UTF-16, or damaged?"
+                        raise InputError(f"{name} line {number}: {expected}")
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                    if line.strip():
+                        yield number, line
                 if position and number % 1024 == 0:
                     position.bytes = raw.tell()
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{name} after line {number}: expected a whole gzip file ({error})") from None
     except OSError as error:
         raise InputError(f"{name}: expected a readable file ({error.strerror})") from None
+
+
+def _unpacked(name: str, raw: IO[bytes]) -> Any:
+    return io.BufferedReader(gzip.open(raw)) if name.endswith(".gz") else raw
+
+
+def _refuse_other_files(name: str, start: bytes) -> None:
+    for magic, kind in _OTHER_FILES.items():
+        if start.startswith(magic):
+            raise InputError(f"{name}: expected lines of UTF-8 text, found {kind}")
 
 
 def read_rows(path: str | Path, position: Position | None = None) -> Generator[Row, None, None]:
@@ -170,24 +323,24 @@ def load_answers(path: str | Path) -> list[Task]:
     with contextlib.closing(_lines(path)) as lines:
         for number, line in lines:
             row = Row(str(path), number, {})
-            answer = row.text("answer", line.decode("utf-8", "surrogateescape"))  # broken UTF-8 is told as such
+            text = line.decode("utf-8", "surrogateescape")  # broken UTF-8 is told as such
+            answer = row.one("answer", text)
             tasks.append(Task(len(tasks), (answer,), searches=PLAIN_SEARCHES))
     return _not_empty(path, tasks)
 
 
 def _answer_task(uid: int, row: Row) -> Task:
     searches = row.values.get("search_turns")
-    if type(searches) is not int or searches < 1:  # `type`, because a bool is an int in Python
-        raise row.error("search_turns", f"a whole number >= 1, found {_shown(searches)}")
-    examples = row.values.get("sys_question_example") or ""
-    if not isinstance(examples, str):
-        raise row.error("sys_question_example", f"text, found {_shown(examples)}")
-    answer = row.text("ground_truth", row.values.get("ground_truth"))
-    return Task(uid, (answer,), searches=searches, examples=examples)
+    # `type`, because a bool is an int in Python
+    if type(searches) is not int or not 1 <= searches <= MAX_SEARCHES:
+        expected = f"a whole number from 1 to {MAX_SEARCHES}"
+        raise row.error("search_turns", f"{expected}, found {_shown(searches)}")
+    answer = row.one("ground_truth", row.values.get("ground_truth"))
+    return Task(uid, (answer,), searches=searches, examples=row.optional("sys_question_example"))
 
 
 def load_questions(path: str | Path) -> list[Task]:
-    """A question set: FlashRAG lines (question, golden_answers) or SSP / veRL / Search-R1 rows (reward_model, ...)."""
+    """A question set: lines of FlashRAG or PopQA, or rows of SSP, veRL or Search-R1 (reward_model)."""
     return _all_tasks(path, _question_task)
 
 
@@ -213,26 +366,25 @@ def sample(questions: Sequence[Task], most: int) -> list[Task]:
 
 
 def _question_task(uid: int, row: Row) -> Task:
-    source = row.values.get("data_source") or ""
-    if not isinstance(source, str):
-        raise row.error("data_source", f"text, found {_shown(source)}")
-    golds = row.values.get("golden_answers")
-    if golds is not None:
-        question = row.text("question", row.values.get("question"))
-        return Task(uid, row.texts("golden_answers", golds), question, source=source)
+    source = row.optional("data_source")
+    for column in GOLD_COLUMNS:
+        golds = row.values.get(column)
+        if golds is not None:
+            question = row.text("question", row.values.get("question"))
+            return Task(uid, row.texts(column, golds), question, source=source)
     if "reward_model" not in row.values:
         raise row.error("golden_answers", 'text or a list of texts (or an SSP / veRL row with "reward_model")')
-    target: object = row.values["reward_model"]
-    for key in ("ground_truth", "target"):
-        target = target.get(key) if isinstance(target, dict) else None
-    answers = row.texts("reward_model.ground_truth.target", target)
-    return Task(uid, answers, _verl_question(row), source=source)
+    rewarded = row.values["reward_model"]
+    if not isinstance(rewarded, dict):
+        raise row.error("reward_model", f"an object with a ground_truth, found {_shown(rewarded)}")
+    field, target = "reward_model.ground_truth", rewarded.get("ground_truth")
+    if isinstance(target, dict):  # of SSP and Search-R1; veRL's own rows have texts here
+        field, target = f"{field}.target", target.get("target")
+    return Task(uid, row.texts(field, target), _verl_question(row), source=source)
 
 
 def _verl_question(row: Row) -> str:
-    """extra_info.question (SSP) or question where the row has one, else what follows "Question: " in the last user
-    turn.
-    """
+    """extra_info.question (SSP) or question where the row has one, else the last user turn's."""
     extra = row.values.get("extra_info")
     for field, values in (("extra_info.question", extra), ("question", row.values)):
         if isinstance(values, dict) and values.get("question"):
@@ -240,27 +392,69 @@ def _verl_question(row: Row) -> str:
     prompt = row.values.get("prompt")
     turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
     user = [turn.get("content") for turn in turns if turn.get("role") == "user"]
-    _, mark, question = str(user[-1] if user else "").rpartition("Question: ")
+    if not user:
+        expected = "turns of a user (or a text in extra_info.question)"
+        raise row.error("prompt", f"{expected}, found {_shown(prompt)}")
+    return row.text("prompt", _asked(row, _content(row, user[-1])))
+
+
+def _content(row: Row, content: object) -> str:
+    """Of a turn: text, or a list of parts that are all text."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    whole = ""
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise row.error("prompt", f"a user turn of text, found {_shown(content)}")
+        whole += text
+    return whole
+
+
+def _asked(row: Row, content: str) -> str:
+    """What follows the first mark, for the question may have the mark's words in itself.
+
+    Refused where a later mark can be another question, as in a prompt with examples.
+    """
+    _, mark, question = content.partition(_MARK)
     if not mark:
-        raise row.error("prompt", 'a last user turn with "Question: " (or a text in extra_info.question)')
-    return row.text("prompt", question)
+        expected = f'a last user turn with "{_MARK}" (or a text in extra_info.question)'
+        raise row.error("prompt", expected)
+    while question.startswith(_MARK):
+        question = question.removeprefix(_MARK)
+    before, again, _ = question.rpartition(_MARK)
+    if again and ("\n" in before or "Answer:" in before):
+        expected = f'one "{_MARK}" in the last user turn (or a text in extra_info.question)'
+        raise row.error("prompt", f"{expected}, found several")
+    return question
 
 
 def iterate_corpus(path: str | Path, position: Position | None = None) -> Generator[Document, None, None]:
-    """The passages of a Search-R1 corpus: {"id", "contents": "\\"Title\\"\\ntext"}."""
+    """The passages of a corpus: see title_and_text."""
     with contextlib.closing(read_rows(path, position)) as rows:
         yield from map(parse_document, rows)
 
 
 def parse_document(row: Row) -> Document:
-    name, contents = row.values.get("id"), row.values.get("contents")
+    name = row.values.get("id")
     if type(name) is int:
         name = str(name)
-    row.text("contents", contents)  # only the check: what is shown to a model keeps its outer spaces
-    title, newline, text = str(contents).partition("\n")
-    if not newline:
-        raise row.error("contents", f"a title line, a newline and the text, found {_shown(contents)}")
-    return Document(row.text("id", name), title, text)
+    return Document(row.text("id", name), *title_and_text(row))
+
+
+def title_and_text(row: Row) -> tuple[str, str]:
+    """Of {"contents": "\\"Title\\"\\ntext"}, as in Search-R1, or {"title", "text"}, as in FlashRAG.
+
+    Contents of one line are a title alone, as they are to Search-R1's own client.
+    """
+    contents = row.values.get("contents")
+    if contents is None and row.values.keys() >= {"title", "text"}:
+        title = row.optional("title").replace("\n", " ")
+        contents = f"{title}\n{row.optional('text')}"
+    if not isinstance(contents, str) or not _visible(contents):
+        found = "nothing" if contents is None else _shown(contents)
+        raise row.error("contents", f"non-empty text (or texts in title and text), found {found}")
+    title, _, text = row.unicode("contents", contents).partition("\n")
+    return title, text
 
 
 def batch_indices(num_rows: int, batch: int, seed: int, step: int) -> list[int]:

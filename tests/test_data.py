@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssp_jax import data
 from ssp_jax.data import (
     Document,
     InputError,
@@ -22,6 +23,8 @@ from ssp_jax.data import (
     load_question_sets,
     load_questions,
     sample,
+    title_and_text,
+    written_list,
 )
 
 ANSWER = {"ground_truth": "Paris", "search_turns": 2, "sys_question_example": "1. Who?"}
@@ -132,20 +135,151 @@ def test_numpy_targets():
     assert Row("f", 1, {}).texts("target", np.array(["Paris", " P. "], object)) == ("Paris", "P.")
 
 
+LISTS = {  # as they are written -> what they hold
+    '["Paris", "City of Paris"]': ["Paris", "City of Paris"],
+    "['Paris', 'City of Paris']": ["Paris", "City of Paris"],
+    "['Paris' 'City of Paris']": ["Paris", "City of Paris"],  # NumPy; to Python it is one text
+    "['Paris'\n 'City of Paris']": ["Paris", "City of Paris"],
+    "array(['Paris', 'City of Paris'], dtype=object)": ["Paris", "City of Paris"],
+    "('Paris', 'City of Paris')": ["Paris", "City of Paris"],
+    "('Paris',)": ["Paris"],
+    "{'Paris'}": ["Paris"],
+    "['It\\'s', \"O'Brien\"]": ["It's", "O'Brien"],
+    "[u'R\\xf6ntgen']": ["Röntgen"],
+    "[1990, 1991]": [1990, 1991],
+    "[]": [],
+}
+NO_LISTS = [
+    *("[PIAS] Recordings", "[REC]", '["Weird Al"] Yankovic', "['N Sync]", "[Untitled, 2001]", "[1990]"),
+    *('("Heroes")', "('90s) rock", "{braces}", "[" * 5000, "Paris, Texas", "array of hope"),
+]
+BROKEN_LISTS = [
+    *('["Paris", "City of', "['Paris', 'City", "['a' 'b' ... 'z']", "['a''b']", "[['Paris'], ['x']]", "['\\d']"),
+    *('["Paris", City]', "['Paris', None]", '{"target": ["Paris"]}', "{'target': ['Paris']}"),
+]
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_a_list_that_is_written_as_text_is_that_list(text):
+    assert written_list(text) == LISTS[text]
+
+
+@pytest.mark.parametrize("text", NO_LISTS)
+def test_an_answer_that_only_starts_with_a_bracket_stays_as_it_is(text):
+    assert written_list(text) is None
+    assert Row("f", 1, {}).texts("golden_answers", [text]) == (text,)
+
+
+@pytest.mark.parametrize("text", BROKEN_LISTS)
+def test_what_begins_as_a_list_and_is_none_is_refused(text):
+    for read in (Row("f", 1, {}).texts, Row("f", 1, {}).one):
+        with pytest.raises(InputError, match='line 1: field "golden_answers" expected text or a list of texts, found'):
+            read("golden_answers", text)
+
+
+def test_popqa_rows(tmp_path):
+    """Its answers are JSON in a text."""
+    row = {"id": 4222362, "question": "What is George Rankin's occupation?"}
+    golds = '["politician", "pol", "[PIAS] Recordings"]'
+    path = written(tmp_path, row | {"possible_answers": golds}, row | {"golden_answers": [golds]})
+    for tasks in (load_questions(path), load_questions(parquet(tmp_path, row | {"possible_answers": golds}))):
+        assert {task.answers for task in tasks} == {("politician", "pol", "[PIAS] Recordings")}
+    (tmp_path / "a.txt").write_text("[PIAS] Recordings\n" + golds)
+    with pytest.raises(InputError, match=r"a\.txt line 2.*one text, found a list"):
+        load_answers(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("truth", "answers"),
+    [
+        ("Paris", ("Paris",)),
+        (["Paris", "P."], ("Paris", "P.")),
+        ("['Paris' 'P.']", ("Paris", "P.")),
+        ({"target": '["Paris"]'}, ("Paris",)),
+    ],
+)
+def test_a_standard_row_of_verl_has_its_answers_in_ground_truth(tmp_path, truth, answers):
+    row = verl_row() | {"reward_model": {"style": "rule", "ground_truth": truth}}
+    for path in (written(tmp_path, row), parquet(tmp_path, row)):
+        assert [task.answers for task in load_questions(path)] == [answers]
+
+
+ASK = "Answer the given question. For example, <answer> Beijing </answer>. Question: "
+
+
+@pytest.mark.parametrize(
+    ("content", "question"),
+    [
+        ([{"type": "text", "text": f"{ASK}who?\n"}], "who?"),
+        ([{"type": "text", "text": ASK}, {"type": "text", "text": "who?"}], "who?"),
+        (f'{ASK}Who hosted "Question: Time"?\n', 'Who hosted "Question: Time"?'),
+        (f"{ASK}Question: who?", "who?"),
+        ([{"type": "image_url", "image_url": "x"}, {"type": "text", "text": f"{ASK}who?"}], None),
+        ([f"{ASK}who?"], None),
+        ([], None),
+        (None, None),
+        ({"text": f"{ASK}who?"}, None),
+        ("Question: What is 1 + 1?\nAnswer: 2\nQuestion: What is 1 + 2?", None),
+        ("Question: What is 1 + 1? Answer: 2. Question: What is 1 + 2?", None),
+    ],
+)
+def test_the_question_of_a_prompt(tmp_path, content, question):
+    path = written(tmp_path, search_r1_row() | {"prompt": [{"role": "user", "content": content}]})
+    if question is None:
+        with pytest.raises(InputError, match=r'rows\.jsonl line 1: field "prompt" expected'):
+            load_questions(path)
+    else:
+        assert load_questions(path)[0].question == question
+
+
+def plain(folder: Path, raw: bytes) -> list[str]:
+    (folder / "a.txt").write_bytes(raw)
+    return [task.answers[0] for task in load_answers(folder / "a.txt")]
+
+
 def test_plain_answers(tmp_path):
     (tmp_path / "a.txt").write_text("Paris\n\n  City of Light \n", "utf-8")
     assert load_answers(tmp_path / "a.txt") == [
         Task(0, ("Paris",), searches=2),
         Task(1, ("City of Light",), searches=2),
     ]
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfParis\r\n\xef\xbb\xbf2\r\n")  # as Windows writes it
-    assert [task.answers[0] for task in load_answers(tmp_path / "a.txt")] == ["Paris", "\ufeff2"]
-    (tmp_path / "a.txt").write_bytes(b"Paris\n\xe9\n")
-    with pytest.raises(InputError, match=r"a\.txt line 2.*Unicode"):
-        load_answers(tmp_path / "a.txt")
-    (tmp_path / "a.txt").write_text("\n")
     with pytest.raises(InputError, match="at least one row"):
-        load_answers(tmp_path / "a.txt")
+        plain(tmp_path, b"\n")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_lines_end_as_on_any_system_and_a_byte_order_mark_is_no_text(tmp_path, name, end):
+    lines = [b'{"ground_truth": "Paris", "search_turns": 2}', b'{"ground_truth": "R\xc3\xb6m", "search_turns": 2}']
+    lines = lines if name == "a.jsonl" else [b"Paris", "Röm".encode()]
+    raw = end.join(b"\xef\xbb\xbf" + line for line in lines)  # the second where two files were joined
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    assert load_answers(tmp_path / name) == [Task(0, ("Paris",), searches=2), Task(1, ("Röm",), searches=2)]
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ("Paris\nRom\n".encode("utf-16"), "expected lines of UTF-8 text, found UTF-16 text"),
+        ("Paris\nRom\n".encode("utf-16-le"), "line 1: expected UTF-8 text, found NUL bytes"),
+        ("Paris\nRom\n".encode("utf-16-be"), "line 1: expected UTF-8 text, found NUL bytes"),
+        ("Paris\nRom\n".encode("utf-32"), "found UTF-16 text|found NUL"),
+        (b"Paris\nRo\0m\n", "line 2: expected UTF-8 text, found NUL bytes"),
+        ("Paris\nRöm\n".encode("latin-1"), "line 2: .*valid Unicode text"),
+        (b"Paris\n\xed\xa0\xbd\n", "line 2: .*valid Unicode text"),  # half an emoji
+        ("Paris\n\u200b\n".encode(), "line 2: .*non-empty text"),
+        (gzip.compress(b"Paris\n"), "found a gzip file, whose name must end in .gz"),
+    ],
+)
+def test_text_that_is_not_utf8_is_told(tmp_path, raw, said):
+    with pytest.raises(InputError, match=rf"a\.txt.*{said}"):
+        plain(tmp_path, raw)
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LINE_BYTES", 1000)
+    with pytest.raises(InputError, match=r"rows\.jsonl line 3: expected at most 1,000 bytes in a line"):
+        load_answers(written(tmp_path, ANSWER, ANSWER, ANSWER | {"ground_truth": "x" * 1000}))
 
 
 def test_mixed_sources_become_sets(tmp_path):
@@ -166,6 +300,19 @@ def test_a_sample_keeps_order_grows_and_is_of_all_parts():
     assert rows[300] == sorted(set(rows[300])) and len(rows[300]) == 300 and set(rows[10]) < set(rows[300])
     assert sum(row < 500 for row in rows[300]) == pytest.approx(150, abs=40)
     assert sample(tasks, 0) == tasks and rows[1000] == rows[5000] == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"contents": "Evan Morris was a lawyer."}, ("Evan Morris was a lawyer.", "")),  # a title alone
+        ({"title": "Evan\nMorris", "text": " He was\na lawyer."}, ("Evan Morris", " He was\na lawyer.")),
+        ({"title": "", "text": "He was a lawyer."}, ("", "He was a lawyer.")),
+        ({"title": "no", "text": "no", "contents": "Evan\nHe was"}, ("Evan", "He was")),
+    ],
+)
+def test_forms_of_a_passage(values, found):
+    assert title_and_text(Row("f", 1, values)) == found
 
 
 def test_corpus_streams(tmp_path):
@@ -196,6 +343,8 @@ def _without(row, key):
         (load_answers, ANSWER, ANSWER | {"search_turns": 0}, "search_turns"),
         (load_answers, ANSWER, ANSWER | {"search_turns": True}, "search_turns"),
         (load_answers, ANSWER, ANSWER | {"search_turns": "2"}, "search_turns"),
+        (load_answers, ANSWER, ANSWER | {"search_turns": 10**30}, "search_turns"),
+        (load_answers, ANSWER, ANSWER | {"sys_question_example": "half \ud83d"}, "Unicode"),
         (load_answers, ANSWER, ANSWER | {"sys_question_example": 3}, "sys_question_example"),
         (load_questions, QUESTION, _without(QUESTION, "question"), '"question"'),
         (load_questions, QUESTION, _without(QUESTION, "golden_answers"), "golden_answers"),
@@ -204,13 +353,21 @@ def _without(row, key):
         (load_questions, QUESTION, QUESTION | {"golden_answers": 5}, "golden_answers"),
         (load_questions, QUESTION, QUESTION | {"data_source": 5}, "data_source"),
         (load_questions, verl_row(), verl_row(None), "reward_model.ground_truth.target"),
-        (load_questions, verl_row(), verl_row() | {"reward_model": "x"}, "reward_model.ground_truth.target"),
+        (load_questions, verl_row(), verl_row() | {"reward_model": "x"}, "reward_model"),
+        (load_questions, QUESTION, QUESTION | {"question": "half \ud83d?"}, "Unicode"),
+        (load_questions, QUESTION, QUESTION | {"golden_answers": ["x", "\ud83d"]}, "Unicode"),
+        (load_questions, QUESTION, QUESTION | {"golden_answers": "Pa\0ris"}, "NUL"),
+        (load_questions, QUESTION, QUESTION | {"data_source": "\ud83d"}, "Unicode"),
+        (load_questions, verl_row(), verl_row(question="", content="Question: \ud83d"), "Unicode"),
         (load_questions, verl_row(), verl_row(question="", content="Who?"), "prompt"),
         (load_questions, verl_row(), verl_row(question="", content="Question: "), "prompt"),
         (load_questions, verl_row(), verl_row(question=["x"]), "extra_info.question"),
         (iterate_corpus, PASSAGE, _without(PASSAGE, "id"), '"id"'),
         (iterate_corpus, PASSAGE, _without(PASSAGE, "contents"), "contents"),
-        (iterate_corpus, PASSAGE, PASSAGE | {"contents": "no title line"}, "contents"),
+        (iterate_corpus, PASSAGE, PASSAGE | {"contents": None, "title": "T"}, "contents"),
+        (iterate_corpus, PASSAGE, PASSAGE | {"contents": None, "title": "T", "text": 5}, '"text"'),
+        (iterate_corpus, PASSAGE, PASSAGE | {"contents": "T\nhalf \ud83d"}, "Unicode"),
+        (iterate_corpus, PASSAGE, PASSAGE | {"id": "\ud83d"}, "Unicode"),
         (iterate_corpus, PASSAGE, PASSAGE | {"contents": "\n"}, "contents"),
     ],
 )
