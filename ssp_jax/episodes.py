@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssp_jax import model, prompts, sampler
+from ssp_jax import chat, model, prompts, sampler, tokens
 from ssp_jax.config import ID_ATTEMPTS, ID_ROWS
 from ssp_jax.data import Document
 from ssp_jax.engine import Engine, Search, Sizes
@@ -93,21 +93,43 @@ class Stage:
     limits: Limits
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        return prompts.encode_prompt(self.tokenizer, messages, self.template)
+        return chat.encode_prompt(self.tokenizer, messages, self.template)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return tokens.encode(self.tokenizer, text)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: Sequence[int]) -> str:
+        return tokens.decode(self.tokenizer, ids)
 
     def observation(self, documents: Sequence[Document]) -> list[int]:
         """Tokens of an inserted result, encoded alone; a long one loses its end but not its closing tag."""
-        tokens = self.encode(prompts.observation(self.style, documents))
-        if len(tokens) <= self.limits.observation_tokens:
-            return tokens
+        ids = self.encode(prompts.observation(self.style, documents))
+        if len(ids) <= self.limits.observation_tokens:
+            return ids
         closing = self.encode(self.style.observation_text.split("{documents}")[1])
-        return tokens[: max(0, self.limits.observation_tokens - len(closing))] + closing
+        return ids[: max(0, self.limits.observation_tokens - len(closing))] + closing
+
+
+def check_stage(stage: Stage) -> None:
+    """What would go wrong in every game is told at the start: the shapes of all prompts, and the tags.
+
+    A tokenizer may lower the case of a text, or lack a character of a tag: no stop would ever fire.
+    """
+    style = stage.style
+    asked = prompts.solver_messages(style, "Who?")
+    proposed = prompts.proposer_messages(style, "Paris", 1, "Who?\n")
+    verified = prompts.verifier_messages(style, "Who?", [Document("1", "Paris", "Paris is a city.")])
+    judged = prompts.judge_messages("Who?", ["Paris"], "Paris")
+    for messages in (asked, proposed, verified, judged):
+        stage.prompt(messages)
+    token_bytes(stage.tokenizer)
+    for name in ("search", "answer", "question"):
+        tag = f"<{name}> Paris </{name}>"
+        if (found := stage.decode(stage.encode(tag)).strip()) != tag:
+            raise InputError(
+                f"tokenizer {stage.tokenizer.name_or_path!r} makes {found!r} of {tag!r}; "
+                "expected one that keeps the tags of the game"
+            )
 
 
 @dataclass(frozen=True)
@@ -227,9 +249,12 @@ class Player:
 
 
 def eos_tokens(tokenizer: Any, generation_config: dict[str, Any]) -> tuple[int, ...]:
-    """Ids that end a turn: the tokenizer's own and those of generation_config.json (an id or a list)."""
+    """Ids that end a turn: the tokenizer's own and those of weights.read_generation_config (an id or a list)."""
     extra = generation_config.get("eos_token_id")
     ids = {tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])} - {None}
     if not ids:
-        raise InputError("the model's tokenizer names no eos token; expected one in tokenizer_config.json")
+        raise InputError(
+            "no file of the model folder names an eos token; expected one in tokenizer_config.json, "
+            "generation_config.json or config.json"
+        )
     return tuple(sorted(int(i) for i in ids))

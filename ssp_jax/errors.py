@@ -57,7 +57,10 @@ def reading(place: str) -> Iterator[None]:
         yield
     except (InputError, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # Where Rust panics, the error is of a class that is no Exception and has no public name.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         kind = "" if type(error) is Exception else f"{type(error).__name__}: "
         raise InputError(f"{place} cannot be read: {kind}{first_line(error)}") from None
 

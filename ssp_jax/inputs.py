@@ -63,7 +63,7 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     model_config = weights.read_config(config.model.path)
     tokenizer = weights.load_tokenizer(config.model.path)
     stage = make_stage(config, tokenizer)
-    stage.prompt([{"role": "user", "content": "Who?"}])
+    episodes.check_stage(stage)
     kv_heads = model_config.num_kv_heads
     if config.mesh.tensor > 0 and kv_heads % config.mesh.tensor:
         raise InputError(

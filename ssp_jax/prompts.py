@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
+from ssp_jax.chat import encode_prompt as encode_prompt
 from ssp_jax.data import Document
-from ssp_jax.errors import InputError
 
 SEARCH_STOP, ANSWER_STOP, QUESTION_STOP = "</search>", "</answer>", "</question>"
 STOPS = (SEARCH_STOP, ANSWER_STOP, QUESTION_STOP)
@@ -264,29 +262,6 @@ def observation(style: Style, documents: Sequence[Document]) -> str:
     """The text inserted after a search; an empty result says so instead of showing nothing."""
     text = format_documents(documents) or style.no_result_text
     return style.observation_text.format(documents=text.strip() if style.strip_results else text)
-
-
-def encode_prompt(tokenizer: Any, messages: list[dict[str, str]], template: str) -> list[int]:
-    """Token ids of a prompt that ends where the assistant begins.
-
-    template: "chat" uses the tokenizer's own Jinja template; "raw_chatml" is the SSP reference's form, which writes no
-    <|im_end|> between turns (models trained with it exist).
-    """
-    name = getattr(tokenizer, "name_or_path", "")
-    if template == "raw_chatml":
-        if "<|im_start|>" not in tokenizer.get_vocab():
-            raise InputError(f"tokenizer {name!r} lacks <|im_start|>, which prompt.template=raw_chatml needs")
-        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}" for m in messages) + "<|im_start|>assistant\n"
-    elif template == "chat":
-        if not tokenizer.chat_template:
-            raise InputError(f"tokenizer {name!r} has no chat template; expected one, or prompt.template=raw_chatml")
-        try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except jinja2.TemplateError as error:  # also how a template refuses an order of roles
-            raise InputError(f"the chat template of {name!r} refuses these messages: {error}") from None
-    else:
-        raise InputError(f'config key prompt.template is {template!r}; expected "chat" or "raw_chatml"')
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _inside(tag: str, text: str) -> list[str]:

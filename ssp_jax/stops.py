@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ssp_jax import tokens
 from ssp_jax.errors import InputError
 
 ROOT = 0
@@ -30,18 +31,16 @@ class Automaton:
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """The bytes that each id of a Hugging Face fast tokenizer adds to the text.
 
-    Special tokens give b"": they add nothing to the text that is parsed. Added tokens that are not special (Qwen3's
-    <think>, or a </search> that somebody added) are shown as they are written, so they give their own bytes.
+    Control tokens give b"": they add nothing to the text that is parsed (tokens.decode). All others are shown as the
+    tokenizer's decoder writes them: Qwen3's <think> too, and a </search> that somebody added, special or not.
     """
     vocabulary = tokenizer.get_vocab()
-    added = tokenizer.added_tokens_decoder
     to_bytes = _byte_level if _is_byte_level(tokenizer) else _sentencepiece
+    controls = set(tokens.control_tokens(tokenizer).values())
     bytes_of = [b""] * (max(vocabulary.values()) + 1)
-    for text, token in vocabulary.items():
-        if token in added:
-            bytes_of[token] = b"" if added[token].special else added[token].content.encode()
-        else:
-            bytes_of[token] = to_bytes(text)
+    for text, index in vocabulary.items():
+        if index not in controls:
+            bytes_of[index] = to_bytes(text)
     return bytes_of
 
 
@@ -88,7 +87,7 @@ def build_automaton(stop_strings: Sequence[str], token_bytes: Sequence[bytes], v
 
     The stop string completed first in the text wins; where two end at the same byte, the one listed first. A token
     without bytes (special, or a padding row of the embedding) leaves the state as it is: the text that is parsed is
-    decoded without it (episodes.Stage.decode), and shows a stop string around it as one.
+    decoded without it (tokens.decode), and shows a stop string around it as one.
     """
     if "" in stop_strings or len(set(stop_strings)) < len(stop_strings):
         raise ValueError(f"stop strings must be distinct and not empty, got {list(stop_strings)}")

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +18,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from ssp_jax import folders, names
-from ssp_jax.errors import InputError, reading
+from ssp_jax import folders, names, tokenizer_files
+from ssp_jax.errors import InputError
 from ssp_jax.folders import Bounds, Folder, Tensor
 from ssp_jax.model import ModelConfig, Params, RopeScaling
 from ssp_jax.names import Name
@@ -109,34 +108,30 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any]:
-    """generation_config.json as it is (eos_token_id and so on), or nothing: not every model has one."""
+    """generation_config.json, or nothing: not every model has one. As in transformers `eos_token_id` is that of
+    config.json where no generation config names one; an id or a list of ids, each of which the model has.
+    """
     found = folders.find(folder)
-    return found.read_json("generation_config.json") if found.has("generation_config.json") else {}
+    file, values = "generation_config.json", {}
+    if found.has(file):
+        values = found.read_json(file)
+    ids = values.get("eos_token_id")
+    if ids is None:
+        file = "config.json"
+        ids = found.read_json(file).get("eos_token_id")
+    rows = read_config(folder).vocab_size
+    for index in ids if isinstance(ids, list) else [ids]:
+        if index is not None and (type(index) is not int or not 0 <= index < rows):
+            raise InputError(
+                f'{found.place(file)}: key "eos_token_id" expected ids from 0 to {rows - 1}, found {index!r}'
+            )
+    return {**values, "eos_token_id": ids}
 
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The folder's own tokenizer (a transformers fast tokenizer)."""
-    found = folders.find(folder)
     rows = read_config(folder).vocab_size  # first: transformers reads config.json too, unchecked
-    settings, content = (found.read_json(file) for file in ("tokenizer_config.json", "tokenizer.json"))
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell us that there is no PyTorch
-    from transformers import AutoTokenizer  # slow to import, and only needed here
-
-    with reading(found.place("tokenizer.json")):
-        # Without trust_remote_code=False it would ask on the terminal whether to run the folder's code.
-        tokenizer = AutoTokenizer.from_pretrained(str(found.path), local_files_only=True, trust_remote_code=False)
-    # transformers would invent a token that the tokenizer lacks; the model has never seen it.
-    declared = [*content.get("added_tokens", ()), *settings.get("added_tokens_decoder", {}).values()]
-    eos, vocabulary = tokenizer.eos_token, content.get("model", {}).get("vocab", {})
-    if eos is not None and eos not in vocabulary and all(token["content"] != eos for token in declared):
-        raise InputError(f'{found.place("tokenizer.json")} lacks the token "{eos}", its eos_token, which ends a text')
-    never_fed = {tokenizer.pad_token} - {eos}
-    token, last = max(
-        ((t, i) for t, i in tokenizer.get_vocab().items() if t not in never_fed), key=lambda item: item[1]
-    )
-    if last >= rows:
-        raise InputError(f'{found.place("tokenizer.json")}: token "{token}" has id {last}; the model has {rows} rows')
-    return tokenizer
+    return tokenizer_files.load(folders.find(folder), rows)
 
 
 def check_tensors(folder: str | Path, config: ModelConfig) -> str:
