@@ -38,7 +38,9 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message], template: str) ->
     <|im_end|> between turns (models trained with it exist).
     """
     if template not in ("chat", "raw_chatml"):
-        raise InputError(f'config key prompt.template is {template!r}; expected "chat" or "raw_chatml"')
+        raise InputError(
+            f'config key prompt.template is {template!r}; expected "chat" or "raw_chatml"'
+        )
     spelled = tokens.Spelled(tokenizer)
     marked = spelled.mark(list(messages))
     text = render_chat(tokenizer, marked) if template == "chat" else _raw_chatml(tokenizer, marked)
@@ -103,9 +105,7 @@ def _missing(roles: Sequence[str], parts: Sequence[str], text: str) -> int | Non
     return None
 
 
-def _outline(
-    tokenizer: Any, source: str, messages: Sequence[Message], marks: Sequence[str]
-) -> str:
+def _outline(tokenizer: Any, source: str, messages: Sequence[Message], marks: Sequence[str]) -> str:
     """The template with marks for contents; the spaces around them stay, for many templates trim.
 
     "" where the template refuses the marks.

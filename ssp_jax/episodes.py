@@ -119,8 +119,7 @@ def check_stage(stage: Stage) -> None:
     asked = prompts.solver_messages(style, "Who?")
     proposed = prompts.proposer_messages(style, "Paris", 1, "Who?\n")
     verified = prompts.verifier_messages(style, "Who?", [Document("1", "Paris", "Paris is a city.")])
-    judged = prompts.judge_messages("Who?", ["Paris"], "Paris")
-    for messages in (asked, proposed, verified, judged):
+    for messages in (asked, proposed, verified):
         stage.prompt(messages)
     token_bytes(stage.tokenizer)
     for name in ("search", "answer", "question"):

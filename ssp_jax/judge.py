@@ -61,6 +61,7 @@ class Policy:
         room = cache_tokens - max_tokens
         limits = replace(stage.limits, prompt_tokens=room, response_tokens=max_tokens, turn_tokens=max_tokens)
         self._engine, self._stage, self._weights = engine, replace(stage, limits=limits), weights
+        stage.prompt(prompts.judge_messages("Who?", ["Paris"], "Paris"))  # a template may refuse it
 
     def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
         players = []

@@ -69,7 +69,9 @@ _CHECKS: dict[str, _Check] = {
 def load(folder: Folder, rows: int) -> Any:
     """A transformers fast tokenizer, all of whose tokens have a row in the model's embedding of so many."""
     settings = _checked(folder)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that there is no PyTorch
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it would say that there is no PyTorch
     from tokenizers import Tokenizer  # slow to import, and only needed here
     from transformers import AutoTokenizer
 
@@ -121,8 +123,13 @@ def _check_end(folder: Folder, settings: dict[str, Any], tokenizer: Any) -> None
     """transformers would invent an eos token that the files lack; the model has never seen it."""
     content = folder.read_json(TOKENIZER)
     added = folder.read_json(ADDED) if folder.has(ADDED) else {}
-    objects = [*(content.get("added_tokens") or ()), *(settings.get("added_tokens_decoder") or {}).values()]
-    declared = {token if isinstance(token, str) else token["content"] for token in objects} | set(added)
+    objects = [
+        *(content.get("added_tokens") or ()),
+        *(settings.get("added_tokens_decoder") or {}).values(),
+    ]
+    declared = {token if isinstance(token, str) else token["content"] for token in objects} | set(
+        added
+    )
     vocabulary = content.get("model", {}).get("vocab") or ()
     if isinstance(vocabulary, list):  # of Unigram: a piece and its score
         vocabulary = [piece for piece, _ in vocabulary]

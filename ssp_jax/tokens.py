@@ -82,7 +82,9 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text that is parsed and shown: without control tokens, with all tags."""
     controls = set(control_tokens(tokenizer).values())
     kept = [index for index in ids if index not in controls]
-    text: str = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode(
+        kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
     return text
 
 
@@ -151,7 +153,9 @@ class _Splitter:
         """The model's own vocabulary: without the names, or a model could choose a piece that is a control token."""
         vocabulary = values.get("vocab")
         if isinstance(vocabulary, dict):
-            vocabulary = {self._names.get(piece, piece): index for piece, index in vocabulary.items()}
+            vocabulary = {
+                self._names.get(piece, piece): index for piece, index in vocabulary.items()
+            }
         elif isinstance(vocabulary, list):  # of Unigram
             vocabulary = [[self._names.get(piece, piece), score] for piece, score in vocabulary]
         unknown = str(values.get("unk_token"))  # no key of a Unigram, null in many others
@@ -161,7 +165,10 @@ class _Splitter:
         return {key: renamed.get(key, value) for key, value in values.items()}
 
     def encode(
-        self, text: str, own: re.Pattern[str] | None = None, spelled: Mapping[str, str] | None = None
+        self,
+        text: str,
+        own: re.Pattern[str] | None = None,
+        spelled: Mapping[str, str] | None = None,
     ) -> list[int]:
         """own: finds the control tokens that stay ones. spelled: mark -> the text that it stands for."""
         if own is not None:

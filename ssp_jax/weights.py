@@ -125,7 +125,7 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
             raise InputError(
                 f'{found.place(file)}: key "eos_token_id" expected ids from 0 to {rows - 1}, found {index!r}'
             )
-    return {**values, "eos_token_id": ids}
+    return values if ids is None else {**values, "eos_token_id": ids}
 
 
 def load_tokenizer(folder: str | Path) -> Any:
