@@ -6,6 +6,7 @@ A config file is Python with `get_config() -> ConfigDict`; it starts from config
 
 import dataclasses
 import math
+import os
 import re
 import runpy
 import traceback
@@ -25,8 +26,12 @@ from ssp_jax.errors import InputError
 
 ROOT = Path(default.__file__).parent.parent  # of the repository, or where `pip install .` has put configs/
 FREE_SECTION = "data.eval_sets"  # its keys are names of the user's own choice, its values files
+PATHS = ("model.path", "data.answers", "retriever.corpus", "retriever.index")  # and those of FREE_SECTION
 # What a file of assignments can do wrong; anything else is a defect and keeps its traceback.
-_FILE_ERRORS = (SyntaxError, ImportError, NameError, AttributeError, LookupError, TypeError, ValueError, OSError)
+_FILE_ERRORS = (
+    *(SyntaxError, ImportError, NameError, AttributeError, LookupError, TypeError, ValueError, OSError),
+    *(ArithmeticError, AssertionError, RuntimeError, MemoryError),
+)
 
 
 def flatten_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -75,10 +80,23 @@ def parse_command_line(argv: list[str]) -> CommandLine:
         raise InputError("flag --config is missing; expected a config file, such as --config=configs/tiny.py")
     if "://" in (values.workdir or ""):
         raise InputError(f"--workdir={values.workdir} is a URL; expected a folder (gcsfuse makes one of a bucket)")
-    path = _find(values.config)
+    workdir = user_path(values.workdir or "", "--workdir")
+    path = _find(user_path(values.config, "--config"))
     config = load_config(path)
     _override(config, rest)
-    return CommandLine(config, values.workdir or str(Path("runs") / path.stem), values.mode)
+    return CommandLine(config, workdir or str(Path("runs") / path.stem), values.mode)
+
+
+def user_path(text: str, name: str) -> str:
+    """A path as a user gives it. Shells leave the `~` of `--workdir=~/x` alone.
+
+    name: of the flag or key.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        expected = f"expected a folder of a known user, or ./{text} for one of that name"
+        raise InputError(f"{name}={text}: {expected}")
+    return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +141,18 @@ def load_config(path: Path) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise InputError(f"{path}: get_config() gives {type(config).__name__}; expected an ml_collections ConfigDict")
     _check(config, str(path))
+    _expand_paths(config)
     return config.lock()
+
+
+def _expand_paths(config: ConfigDict) -> None:
+    paths = {
+        key: user_path(value, f"config key {key}")
+        for key, value in flatten_config(config).items()
+        if key in PATHS or key.startswith(f"{FREE_SECTION}.")
+    }
+    with config.unlocked():
+        config.update_from_flattened_dict(paths)
 
 
 def _find(name: str) -> Path:
@@ -137,17 +166,13 @@ def _find(name: str) -> Path:
 
 def _override(config: ConfigDict, rest: list[str]) -> None:
     """Apply `--config.KEY=VALUE` arguments in place; rest[0] is the program."""
+    overridden = _set_names(config, rest)
     known = default_values() | flatten_config(config)
-    overridden = set()
     for argument in rest[1:]:
         if not (flag := re.match(r"--?([^=]+)", argument)):
             continue  # the value of `--config.KEY VALUE`, or a stray word: found below
         name = flag[1].removeprefix("no") if flag[1].startswith("noconfig.") else flag[1]
         key = name.removeprefix("config.")
-        if re.fullmatch(rf"{FREE_SECTION}\.\w+", key) and key not in known:
-            with config.unlocked():
-                config.update_from_flattened_dict({key: ""})
-            known[key] = ""
         if not name.startswith("config."):
             expected = nearest(name, ["config", "workdir", "mode", *(f"config.{k}" for k in known)])
             raise InputError(f"unknown flag --{name}; the nearest is --{expected}")
@@ -165,6 +190,37 @@ def _override(config: ConfigDict, rest: list[str]) -> None:
     if stray:
         raise InputError(f"unexpected argument {stray[0]!r}; write overrides as --config.KEY=VALUE")
     _check(config, "--config." + ", --config.".join(sorted(overridden)))
+    _expand_paths(config)
+
+
+def _set_names(config: ConfigDict, rest: list[str]) -> set[str]:
+    """Takes `--config.data.eval_sets.NAME=FILE` out of `rest` and into the config; the keys.
+
+    config_flags reads a key as Python, where 2wikimultihopqa is no name.
+    """
+    found: dict[str, str] = {}
+    at = 1
+    while at < len(rest):
+        flag = re.fullmatch(rf"--?config\.({re.escape(FREE_SECTION)}\.[^=]*)(?:=(.*))?", rest[at], re.DOTALL)
+        if flag is None:
+            at += 1
+            continue
+        words = 1 if flag[2] is not None else 2
+        if at + words > len(rest):
+            raise InputError(f"Missing value for flag --config.{flag[1]}")
+        found[flag[1]] = flag[2] if flag[2] is not None else rest[at + 1]
+        _check_name(f"--config.{flag[1]}", flag[1])
+        del rest[at : at + words]
+    with config.unlocked():
+        config.update_from_flattened_dict(found)
+    return set(found)
+
+
+def _check_name(where: str, key: str) -> None:
+    """Of an evaluation set: what files, metrics and tables can show, and flags can say."""
+    name = key.removeprefix(f"{FREE_SECTION}.")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise InputError(f"{where}: the name of the set is {name!r}; expected letters, digits, _ and - alone")
 
 
 def default_values() -> dict[str, Any]:
@@ -177,6 +233,7 @@ def _check(config: ConfigDict, where: str) -> None:
     for key, value in found.items():
         if key.startswith(f"{FREE_SECTION}."):
             expected[key] = ""
+            _check_name(where, key)
         if key not in expected:
             raise InputError(f"{where}: {_no_key(key, expected)}")
         same = type(value) is type(expected[key])
@@ -263,40 +320,139 @@ CHOICES: dict[str, Iterable[str]] = {
     "learner.update_order": ("solver_first", "proposer_first", "combined"),
     "learner.old_logprobs": ("sampler", "recompute"),
 }
-_MAY_BE_ZERO = (
-    *("seed", "steps", "game.noise_documents", "rules.", "reward."),
-    *("sampling.verify_temperature", "sampling.eval_temperature", "sampling.top_"),  # top_p is checked by itself
-    *("retriever.k1", "retriever.b", "retriever.threads", "retriever.retries", "judge.retries", "engine.kv_cache_gib"),
-    *(
-        "learner.warmup_steps",
-        "learner.weight_decay",
-        "learner.kl_coef",
-        "learner.clip_",
-        "learner.final_rate",
-        "eval.",
-        "checkpoint.every",
-        "log.",
-    ),
-)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a key may have: from `low` to `high`."""
+
+    low: float
+    high: float
+    above: bool = False  # low itself is too low
+    below: bool = False  # high itself is too high
+    zero: bool = False  # 0 is one of them, whatever low is
+
+    def check(self, what: str, value: float) -> None:
+        """what: the key or flag."""
+        if isinstance(value, float) and not math.isfinite(value):
+            expected = "a finite number"
+        elif value < self.low or (self.above and value == self.low):
+            if self.zero and value == 0:
+                return
+            expected = f"{self._least()}, {'less than' if self.below else 'up to'} {self.high:.15g}"
+        elif value > self.high or (self.below and value == self.high):
+            expected = f"{'less than' if self.below else 'at most'} {self.high:.15g}"
+        else:
+            return
+        whole = isinstance(value, int)
+        shown = f"a number of {int(value).bit_length()} bits" if whole and abs(value) > 1e30 else value
+        raise InputError(f"{what} is {shown}; expected {expected}")
+
+    def _least(self) -> str:
+        least = f"{'more than' if self.above else 'at least'} {self.low:.15g}"
+        return f"0, or {least}" if self.zero else least
+
+
+_INT32 = (1 << 31) - 1  # of JAX's arrays and counters
+_WHOLE = Range(0, _INT32)
+_COUNT = Range(0, _INT32, above=True)
+_ROWS = Range(0, ID_ROWS, above=True)
+_TOKENS = Range(0, 1 << 24, above=True)  # float32 has each position up to there
+_FACTOR = Range(0, 1e6)
+_SECONDS = Range(0, 86_400, above=True)  # sockets know no longer ones than some weeks
+_RETRIES = Range(0, 1000)
+_TEMPERATURE = Range(0.01, 100, zero=True)  # below, float32 logits and gradients overflow; 0 is greedy
+_DEVICES = Range(-1, 1 << 20)
+
+# Every key that is a number, or a tuple of them.
+BOUNDS: dict[str, Range] = {
+    "seed": Range(0, (1 << 32) - 1),  # JAX's generators take 32 bits and drop the rest
+    "steps": _WHOLE,
+    "mesh.data": _DEVICES,
+    "mesh.fsdp": _DEVICES,
+    "mesh.tensor": _DEVICES,
+    "retriever.threads": Range(0, 4096),
+    "retriever.timeout_s": _SECONDS,
+    "retriever.retries": _RETRIES,
+    "retriever.top_k": Range(0, 10_000, above=True),
+    "retriever.k1": Range(0, 1000),
+    "retriever.b": Range(0, 1),
+    "game.answers_per_step": _ROWS,
+    "game.group_size": Range(0, ID_ATTEMPTS, above=True),
+    "game.noise_documents": Range(0, 10_000),
+    "game.reset_interval": _COUNT,
+    "game.resample_rounds": Range(0, ID_ATTEMPTS - 1, above=True),
+    "rules.min_searches": _WHOLE,
+    "rules.min_chars": _WHOLE,
+    "rules.max_chars": _COUNT,
+    "rules.min_words": _WHOLE,
+    "reward.invalid_question": Range(-1e6, 1e6),
+    "judge.concurrency": Range(0, 10_000, above=True),
+    "judge.timeout_s": _SECONDS,
+    "judge.retries": _RETRIES,
+    "judge.max_tokens": _TOKENS,
+    "limits.prompt_tokens": _TOKENS,
+    "limits.verify_prompt_tokens": _TOKENS,
+    "limits.response_tokens": _TOKENS,
+    "limits.turn_tokens": _TOKENS,
+    "limits.turns": _COUNT,
+    "limits.searches": _COUNT,
+    "limits.observation_tokens": _TOKENS,
+    "sampling.temperature": dataclasses.replace(_TEMPERATURE, zero=False),
+    "sampling.verify_temperature": _TEMPERATURE,
+    "sampling.top_k": _WHOLE,
+    "sampling.top_p": Range(0, 1, above=True),
+    "sampling.eval_temperature": _TEMPERATURE,
+    "engine.slots": _ROWS,
+    "engine.chunk": Range(0, 1 << 16, above=True),
+    "engine.cache_tokens": _TOKENS,
+    "engine.cache_buckets": _TOKENS,
+    "engine.kv_cache_gib": _FACTOR,
+    "engine.extend_buckets": _TOKENS,
+    "engine.extend_rows": _ROWS,
+    "learner.learning_rate": Range(0, 1, above=True),
+    "learner.warmup_steps": _WHOLE,
+    "learner.decay_steps": _COUNT,
+    "learner.final_rate": Range(0, 1),
+    "learner.adam_b1": Range(0, 1, below=True),
+    "learner.adam_b2": Range(0, 1, below=True),
+    "learner.weight_decay": Range(0, 100),
+    "learner.max_grad_norm": Range(0, 1e9, above=True),
+    "learner.mini_batches": _ROWS,
+    "learner.row_tokens": _TOKENS,
+    "learner.rows": _ROWS,
+    "learner.logprob_chunk": _TOKENS,
+    "learner.clip_low": _FACTOR,
+    "learner.clip_high": _FACTOR,
+    "learner.kl_coef": _FACTOR,
+    "learner.importance_cap": Range(0, 1e9, above=True),
+    "learner.max_bad_updates": _COUNT,
+    "eval.every": _WHOLE,
+    "eval.max_questions": _WHOLE,
+    "checkpoint.every": _WHOLE,
+    "checkpoint.keep": _COUNT,
+    "log.episodes_every": _WHOLE,
+}
 
 
 def check_values(config: ConfigDict, *, evaluating: bool = False) -> None:
     """Values that cannot work, alone or together; each is told before any file is read."""
+    check_numbers(config)
+    _check_given(flatten_config(config), evaluating)
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """What needs no file: names, numbers, and numbers that must hold each other."""
     values = flatten_config(config)
     for key, names in CHOICES.items():
         if values[key] not in names:
             raise InputError(f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}")
-    _check_given(values, evaluating)
-    for key, value in values.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if key.startswith("mesh.") or any(isinstance(n, str | bool) for n in numbers):
-            continue
-        if not all(map(math.isfinite, numbers)):
-            raise InputError(f"config key {key} is {value}; expected a finite number")
-        least = 0 if key.startswith(_MAY_BE_ZERO) else 1e-12
-        if key != "reward.invalid_question" and any(n < least for n in numbers):
-            raise InputError(f"config key {key} is {value}; expected {'at least 0' if not least else 'more than 0'}")
+    for key, bounds in BOUNDS.items():
+        numbers = values[key] if isinstance(values[key], tuple) else (values[key],)
+        for number in numbers:
+            bounds.check(f"config key {key}", number)
     _check_sizes(config, values)
+    _check_rules(config)
 
 
 def _check_given(values: dict[str, Any], evaluating: bool) -> None:
@@ -316,9 +472,7 @@ def _check_given(values: dict[str, Any], evaluating: bool) -> None:
 
 
 def _check_sizes(config: ConfigDict, values: dict[str, Any]) -> None:
-    """Numbers with an upper bound, and lengths that must hold each other."""
-    if not 0 < config.sampling.top_p <= 1:
-        raise InputError(f"config key sampling.top_p is {config.sampling.top_p}; expected more than 0, up to 1")
+    """Lengths that must hold each other."""
     limits = config.limits
     played = limits.prompt_tokens + limits.response_tokens
     needs = {
@@ -351,16 +505,25 @@ def _check_ids(config: ConfigDict) -> None:
     """What a step plays must have room in the ids of its episodes."""
     game, groups = config.game, RL_PAIRS[config.game.rl_pair]
     proposals, attempts = (game.group_size if algorithm == "grpo" else 1 for algorithm in groups)
-    for key, number in (("group_size", attempts), ("resample_rounds", 1 + game.resample_rounds)):
-        if number > ID_ATTEMPTS:
-            most = ID_ATTEMPTS - (key == "resample_rounds")
-            raise InputError(f"config key game.{key} is {game[key]}; expected at most {most}")
     played = game.answers_per_step * proposals * attempts  # a judge may be asked about each of them
     if played > ID_ROWS:
         raise InputError(
             f"config key game.answers_per_step is {game.answers_per_step}, which with game.group_size makes {played} "
             f"attempts a step; expected at most {ID_ROWS}"
         )
+
+
+def _check_rules(config: ConfigDict) -> None:
+    """Rules that no question can keep would make a run of nothing but refused questions."""
+    rules, limits = config.rules, config.limits
+    for key, value, most, of in (
+        ("min_chars", rules.min_chars, rules.max_chars, "rules.max_chars"),
+        ("min_words", rules.min_words, (rules.max_chars + 1) // 2, "the words of rules.max_chars"),
+        ("min_searches", rules.min_searches, limits.searches, "limits.searches"),
+        ("min_searches", rules.min_searches, limits.turns - 1, "limits.turns - 1"),
+    ):
+        if value > most:
+            raise InputError(f"config key rules.{key} is {value}; expected at most {most}, {of}")
 
 
 def advice(config: ConfigDict) -> list[str]:

@@ -267,7 +267,7 @@ def test_bad_input_is_told_before_anything_compiles(tmp_path, key):
         ("judge.max_tokens", 512, "judge.max_tokens is 512; expected less than engine.cache_tokens = 448"),
         ("learner.learning_rate", float("nan"), "learner.learning_rate is nan; expected a finite number"),
         ("reward.invalid_question", float("inf"), "reward.invalid_question is inf; expected a finite number"),
-        ("sampling.temperature", 0.0, "sampling.temperature is 0.0; expected more than 0"),
+        ("sampling.temperature", 0.0, "sampling.temperature is 0.0; expected at least 0.01"),
         ("model.path", "", "expected a path"),
         ("data.answers", "", "data.answers is empty; expected a path"),
         ("data.eval_sets.one_hop", "", "data.eval_sets.one_hop is empty; expected a path"),
