@@ -3,7 +3,8 @@
     python -m ssp_jax.audit --answers=answers.jsonl [--eval=test.parquet --eval=dev.jsonl ...]
 
 Self-play needs no questions, but a proposer that is given the answers of the evaluation writes questions close to it.
-Answers are compared as exact match compares them: lower case, no articles, no punctuation.
+Answers are compared as exact match compares them: lower case, no articles, no punctuation, and as
+they stand where nothing would be left ("A", "The The", "+").
 """
 
 import sys
@@ -17,9 +18,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ssp_jax.config import user_path
 from ssp_jax.data import Task, load_answers, load_question_sets
 from ssp_jax.errors import Parser, exit_code
-from ssp_jax.rewards import normalize_answer
+from ssp_jax.rewards import comparable, normalize_answer
 
 EXAMPLES = 3
 
@@ -35,7 +37,8 @@ class Overlap:
 
 
 def normalized(tasks: Sequence[Task]) -> list[set[str]]:
-    return [{normalize_answer(answer) for answer in task.answers} - {""} for task in tasks]
+    """Equal here is what exact match calls equal."""
+    return [set(map(comparable, task.answers)) for task in tasks]
 
 
 def overlap(training: set[str], questions: Sequence[Task]) -> Overlap:
@@ -47,7 +50,8 @@ def overlap(training: set[str], questions: Sequence[Task]) -> Overlap:
 
 def answers_table(tasks: Sequence[Task]) -> Table:
     texts = [task.answers[0] for task in tasks]
-    counts = Counter(normalize_answer(text) for text in texts)
+    counts = Counter(map(comparable, texts))
+    empty = sum(not normalize_answer(text) for text in texts)
     words = np.array([len(text.split()) for text in texts])
     often = [f"{answer!r} x {n}" for answer, n in counts.most_common(EXAMPLES) if n > 1]
     searches = Counter(task.searches for task in tasks)
@@ -58,7 +62,7 @@ def answers_table(tasks: Sequence[Task]) -> Table:
         ("repeats", f"{len(texts) - len(counts):,}" + (f" (most: {', '.join(often)})" if often else "")),
         ("words, least / median / most", f"{words.min()} / {np.median(words):g} / {words.max()}"),
         ("characters, longest", f"{max(map(len, texts))}: {max(texts, key=len)[:60]!r}"),
-        ("empty once normalised", f"{counts['']:,}"),
+        ("empty once normalised", f"{empty:,}"),
         ("searches asked for: answers", ", ".join(f"{n}: {count:,}" for n, count in sorted(searches.items()))),
     ):
         table.add_row(name, value)
@@ -91,9 +95,11 @@ def _run(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--answers", required=True, help="config key data.answers")
     parser.add_argument("--eval", action="append", default=[], help="a file of data.eval_sets; may be repeated")
     args = parser.parse_args(arguments)
-    names = [Path(path).name for path in args.eval]
-    names = names if len(set(names)) == len(names) else args.eval
-    tasks, sets = load_answers(args.answers), load_question_sets(dict(zip(names, args.eval, strict=True)))
+    files = [user_path(path, "--eval") for path in args.eval]
+    names = [Path(path).name for path in files]
+    names = names if len(set(names)) == len(names) else files
+    tasks = load_answers(user_path(args.answers, "--answers"))
+    sets = load_question_sets(dict(zip(names, files, strict=True)))
     width = None if sys.stdout.isatty() else 120
     console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)  # answers have brackets
     console.print(answers_table(tasks))

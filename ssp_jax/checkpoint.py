@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax import hosts
 from ssp_jax.config import flatten_config
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, masked
 
 CONFIG_FILE = "config.json"  # of a workdir
 # Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where servers are.
@@ -171,7 +171,7 @@ def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False)
     except OSError as error:
         raise InputError(f"workdir {workdir} cannot be used: {error}") from error
     try:
-        before = dict(json.loads(text))
+        before = _without_secrets(dict(json.loads(text)))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not the config of a run: {error}; expected a JSON object of keys") from error
     changed = sorted(
@@ -202,8 +202,13 @@ def check_shared(workdir: str) -> None:
 
 
 def _as_read(config: ConfigDict) -> dict[str, Any]:
-    """The keys as they come back from a file: tuples are lists."""
-    return json.loads(json.dumps(flatten_config(config)))
+    """The keys as they come back from a file: tuples are lists, and the secrets of URLs are masked."""
+    return _without_secrets(json.loads(json.dumps(flatten_config(config))))
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """A config.json may be shown to anybody. Who has another password goes on with the same run."""
+    return {key: masked(value) if isinstance(value, str) else value for key, value in values.items()}
 
 
 def _show(values: dict[str, Any], key: str) -> str:

@@ -35,6 +35,7 @@ from absl import flags
 from rich.console import Console
 
 from ssp_jax import backend, episodes, model, prompts, sharding, weights
+from ssp_jax.config import BOUNDS, user_path
 from ssp_jax.data import Row, read_rows
 from ssp_jax.engine import Engine, Search, Sizes, Stats
 from ssp_jax.episodes import ASSISTANT, SEARCH_ENGINE, SOLVER, Episode, Limits, Player, Role, Stage, episode_id
@@ -43,6 +44,14 @@ from ssp_jax.metrics import PLAIN_SECONDS, Phase
 from ssp_jax.retriever import Retriever
 
 CPU_CACHE_BYTES = 2 << 30  # keys and values of all slots on a CPU; accelerators say what they have
+PATHS = ("model", "prompts", "out", "index")  # flags
+BOUNDED = {  # flag -> the config key whose bounds it has
+    "max_tokens": "limits.response_tokens",
+    "top_k": "retriever.top_k",
+    "max_searches": "limits.searches",
+    "seed": "seed",
+    "temperature": "sampling.eval_temperature",
+}
 SLOTS_PER_DEVICE = 64  # more do not decode faster
 TYPED_PROMPT_TOKENS = 2048  # longest prompt of a typed question
 
@@ -355,15 +364,15 @@ def _search(f: Any) -> Search:
 
 def parse_flags(argv: list[str]) -> flags.FlagValues:
     f = flags.FlagValues()
-    for name in ("model", "prompts", "out", "index"):
+    for name in PATHS:
         flags.DEFINE_string(name, "", name, flag_values=f)
     choices = {"dtype": ["", "float32", "bfloat16"], "style": list(prompts.STYLES), "template": ["chat", "raw_chatml"]}
     for name, values in choices.items():
         flags.DEFINE_enum(name, values[0], values, name, flag_values=f)
     for name, value in (("max_tokens", 1024), ("top_k", 3), ("max_searches", 10)):
-        flags.DEFINE_integer(name, value, name, lower_bound=1, flag_values=f)
+        flags.DEFINE_integer(name, value, name, flag_values=f)
     flags.DEFINE_integer("seed", 0, "seed", flag_values=f)
-    flags.DEFINE_float("temperature", 0.0, "temperature", lower_bound=0.0, flag_values=f)
+    flags.DEFINE_float("temperature", 0.0, "temperature", flag_values=f)
     flags.DEFINE_bool("worked_example", False, "example", flag_values=f)
     try:
         stray = f(argv)[1:]
@@ -373,6 +382,10 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
         raise InputError(f"unexpected argument {stray[0]!r}; write flags as --NAME=VALUE")
     if not f.model:
         raise InputError("flag --model is missing; expected a Hugging Face folder")
+    for name, key in BOUNDED.items():
+        BOUNDS[key].check(f"flag --{name}", getattr(f, name))
+    for name in PATHS:
+        f[name].value = user_path(getattr(f, name), f"--{name}")
     if f.out and not f.prompts:
         raise InputError("flag --out needs --prompts; typed questions are answered on the screen")
     return f

@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from ssp_jax import ahead, footprint, published, sharding, weights
-from ssp_jax.config import flatten_config, parse_command_line
+from ssp_jax.config import BOUNDS, Range, check_numbers, flatten_config, parse_command_line
 from ssp_jax.errors import InputError, exit_code
 from ssp_jax.footprint import Setup, Work
 from ssp_jax.model import ModelConfig
@@ -345,6 +345,7 @@ def main(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     own, rest = _parse(argv)
     config = parse_command_line(rest).config
+    check_numbers(config)
     model = read_model(config.model.path)
     if own.topology is None:
         print(*smallest_slices(config, model), sep="\n")
@@ -365,13 +366,16 @@ def _parse(argv: list[str]) -> tuple[Any, list[str]]:
     values = flags.FlagValues()
     flags.DEFINE_string("topology", None, "chips", flag_values=values)
     flags.DEFINE_bool("shapes", False, "do not compile", flag_values=values)
-    flags.DEFINE_integer("tokens", 3000, "of a mean episode", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("sampled", 1000, "of these, written by the model", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("tokens", 3000, "of a mean episode", flag_values=values)
+    flags.DEFINE_integer("sampled", 1000, "of these, written by the model", flag_values=values)
     values.set_gnu_getopt(True)
     try:
-        return values, values(argv, known_only=True)
+        rest = values(argv, known_only=True)
     except flags.Error as error:
         raise InputError(" ".join(str(error).split())) from None
+    BOUNDS["engine.cache_tokens"].check("flag --tokens", values.tokens)
+    Range(0, values.tokens, above=True).check("flag --sampled", values.sampled)
+    return values, rest
 
 
 if __name__ == "__main__":

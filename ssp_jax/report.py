@@ -21,7 +21,8 @@ import jinja2
 import numpy as np
 
 from ssp_jax import prompts, rewards
-from ssp_jax.errors import InputError, Parser, exit_code
+from ssp_jax.config import user_path
+from ssp_jax.errors import InputError, Parser, exit_code, masked
 from ssp_jax.scores import AVERAGE, MEANS, SHARES
 
 EVALUATIONS = "eval/step_*.json"  # in a run folder
@@ -131,11 +132,11 @@ def shown_evaluation(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(workdir: Path) -> tuple[str, str]:
-    """As it stands in the file, and its reward_note; "" where there is none."""
+    """As it stands in the file, but for secrets, and its reward_note; "" where there is none."""
     path, text, note = workdir / "config.json", "", ""
     if path.is_file():
         with _written(path):
-            text = path.read_text(encoding="utf-8")
+            text = masked(path.read_text(encoding="utf-8"))
             note = reward_note(text)
     return text, note
 
@@ -356,15 +357,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> None:
     parser = Parser(prog="python -m ssp_jax.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("workdir", type=Path)
-    parser.add_argument("--out", type=Path, help="WORKDIR/report.html if not given")
+    parser.add_argument("workdir")
+    parser.add_argument("--out", default="", help="WORKDIR/report.html if not given")
     parser.add_argument("--games", type=int, default=GAMES, help="shown at most")
     args = parser.parse_args(arguments)
     if args.games < 0:
         parser.error(f"--games: expected 0 or more, got {args.games}")
-    out = args.out or args.workdir / "report.html"
+    workdir = Path(user_path(args.workdir, "WORKDIR"))
+    out = Path(user_path(args.out, "--out")) if args.out else workdir / "report.html"
     try:
-        text = page(args.workdir, args.games)
+        text = page(workdir, args.games)
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from error

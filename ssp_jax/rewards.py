@@ -21,7 +21,7 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split())
 
 
-def _comparable(text: str) -> str:
+def comparable(text: str) -> str:
     """The normal form, or the bare lower-case text where nothing would be left of it.
 
     Deviation from Search-R1: there "A", "The" and "!" are all the empty text, equal to each other and to no answer.
@@ -31,18 +31,18 @@ def _comparable(text: str) -> str:
 
 def exact_match(prediction: str | None, golds: Sequence[str]) -> bool:
     """The prediction equals one of the golds in normal form; None means that no answer was given."""
-    return bool(prediction) and _comparable(str(prediction)) in {_comparable(gold) for gold in golds}
+    return bool(prediction) and comparable(str(prediction)) in {comparable(gold) for gold in golds}
 
 
 def cover_exact_match(prediction: str | None, golds: Sequence[str]) -> bool:
     """One of the golds stands in the prediction as a sequence of whole words, in normal form."""
-    words = f" {_comparable(prediction or '')} "
-    return any(f" {_comparable(gold)} " in words for gold in golds)
+    words = f" {comparable(prediction or '')} "
+    return any(f" {comparable(gold)} " in words for gold in golds)
 
 
 def f1_score(prediction: str | None, golds: Sequence[str]) -> float:
     """SQuAD's F1 over the words of the normal form, the best over the golds."""
-    return max((_f1(_comparable(prediction or "").split(), _comparable(gold).split()) for gold in golds), default=0.0)
+    return max((_f1(comparable(prediction or "").split(), comparable(gold).split()) for gold in golds), default=0.0)
 
 
 def _f1(predicted: list[str], gold: list[str]) -> float:

@@ -22,7 +22,7 @@ from ssp_jax import attention, data, episodes, evaluate, export, hosts, judge, l
 from ssp_jax.checkpoint import Checkpoints, check_shared, held, keep_config
 from ssp_jax.config import advice
 from ssp_jax.engine import Engine, Sizes, Stats
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, sentence
 from ssp_jax.evaluate import Result, Setting
 from ssp_jax.hosts import Sigterm, Terminated
 from ssp_jax.inputs import Inputs, compare, make_mesh, read_inputs
@@ -71,7 +71,7 @@ def _to_the_end(run: "_Run", config: ConfigDict) -> None:
                 run.save()
                 run.logger.say(f"saved step {run.step}; the same command goes on from there")
             # With code 1, for it was usable when the run began: a cluster that starts it again may have more luck.
-            sys.exit(f"ssp_jax: {error}")
+            sys.exit(f"ssp_jax: {sentence(error)}")
 
 
 def keep_compiled(workdir: str) -> None:
@@ -199,8 +199,8 @@ class _Run:
         start = f"resuming after step {self.step}" if self.step else "starting"
         self.logger.say(f"{start} in {self._workdir} on {devices}; jax {jax.__version__}")
         self.logger.say(f"attention of the update: {self._attention}")
-        for sentence in advice(self._config):
-            self.logger.say(sentence)
+        for line in advice(self._config):
+            self.logger.say(line)
         began = time.monotonic()
         with self.logger.phase("compiling"):
             self._engine.warm_up(self._to_sampler(self._state.params), self._key)

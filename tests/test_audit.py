@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from ssp_jax import audit
 from ssp_jax.data import Task
+from ssp_jax.rewards import exact_match
 
 
 def test_overlap():
@@ -14,8 +17,16 @@ def test_overlap():
         Task(3, ("the", "x"), "c?"),
     ]
     training = set().union(*audit.normalized([Task(0, ("Paris",)), Task(1, ("A Rome",)), Task(2, ("The",))]))
-    assert training == {"paris", "rome"}  # what is nothing once normalised matches nothing
-    assert audit.overlap(training, questions) == audit.Overlap(4, 1, ["paris", "rome"], 3)
+    assert training == {"paris", "rome", "the"}  # what is nothing once normalised counts as it stands
+    assert audit.overlap(training, questions) == audit.Overlap(4, 1, ["paris", "rome", "the"], 4)
+
+
+@pytest.mark.parametrize("answer", ["A", "The The", "+", "The Who", "C++", "Paris!", "an", "---"])
+@pytest.mark.parametrize("gold", ["a", "the the", "+", "who", "C", "C++", "paris", "The", "-"])
+def test_overlap_is_what_exact_match_says(answer, gold):
+    training = audit.normalized([Task(0, (answer,))])[0]
+    found = audit.overlap(training, [Task(0, ("something else", gold), "q?")])
+    assert bool(found.asked) == exact_match(answer, ["something else", gold])
 
 
 def test_table(tmp_path, capsys):

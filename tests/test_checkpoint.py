@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import files_of_at_most
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from configs import default
 from ssp_jax.checkpoint import Checkpoints, check_workdir, held, keep_config
@@ -212,6 +213,28 @@ def test_workdir_belongs_to_one_config(tmp_path: Path) -> None:
     assert "engine.cache_buckets was [1024, 4096] and is [64]" in message
     assert "\n" not in message and "steps" not in message
     assert json.loads((tmp_path / "run" / "config.json").read_text())["learner.kl_coef"] == 0.01
+
+
+def test_a_config_on_disk_holds_no_secrets_and_still_tells_another_config(tmp_path: Path) -> None:
+    def config(secret: str, host: str = "host") -> ConfigDict:
+        c = default.get_config()
+        c.retriever.kind = "http"
+        c.retriever.url = f"https://me:{secret}@{host}/retrieve?api_key={secret}&topk=3"
+        c.judge.url = f"https://{secret}@judge/v1"
+        c.model.path = f"https://me:{secret}@{host}/model"  # no key that may change
+        return c
+
+    keep_config(str(tmp_path), config("hush"))
+    (tmp_path / "metrics.jsonl").touch()
+    kept = (tmp_path / "config.json").read_text()
+    assert "hush" not in kept and json.loads(kept)["model.path"] == "https://***@host/model"
+    check_workdir(str(tmp_path), config("hush"))
+    check_workdir(str(tmp_path), config("another password"))
+    with pytest.raises(InputError, match="model.path was .*@host/model. and is .*@other/model") as caught:
+        check_workdir(str(tmp_path), config("hush", "other"))
+    assert "hush" not in str(caught.value)
+    (tmp_path / "config.json").write_text(kept.replace("***", "hush"))  # as an earlier version wrote it
+    check_workdir(str(tmp_path), config("hush"))
 
 
 def test_a_workdir_of_evaluations_only_may_be_trained_in_with_another_game(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import functools
+import math
 import re
 import runpy
 import shlex
@@ -12,7 +14,16 @@ from ml_collections import ConfigDict
 
 from configs import default
 from ssp_jax import footprint, plan, published
-from ssp_jax.config import FREE_SECTION, check_values, flatten_config, load_config, nearest, parse_command_line
+from ssp_jax.config import (
+    BOUNDS,
+    FREE_SECTION,
+    check_numbers,
+    check_values,
+    flatten_config,
+    load_config,
+    nearest,
+    parse_command_line,
+)
 from ssp_jax.errors import InputError
 
 
@@ -256,6 +267,9 @@ def test_a_wrong_command_line_is_one_sentence(arguments: tuple[str, ...], senten
         ("c.unlock(); del c.steps", "mine.py: key steps is missing"),
         ("c.steps = unknown", "mine.py line 6: NameError"),
         ("c.steps = (", "mine.py line 6: '(' was never closed"),
+        ("c.steps = 1 // 0", "mine.py line 6: ZeroDivisionError"),
+        ("assert c.steps == 1, 'no'", "mine.py line 6: AssertionError: no"),
+        ("return get_config()", "RecursionError: maximum recursion depth"),
         ("return None", "mine.py: get_config() gives NoneType"),
     ],
 )
@@ -263,6 +277,98 @@ def test_a_wrong_config_file_is_one_sentence(tmp_path: Path, statement: str, sen
     with pytest.raises(InputError) as caught:
         load_config(config_file(tmp_path, statement))
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def numbers() -> dict[str, Any]:
+    """Each key of the default that is a number, or has numbers."""
+
+    def numeric(value: Any) -> bool:
+        return not isinstance(value, bool | str) and value != ()
+
+    return {key: value for key, value in flatten_config(default.get_config()).items() if numeric(value)}
+
+
+@functools.cache
+def tiny() -> ConfigDict:
+    return load_config(ROOT / "configs" / "tiny.py")
+
+
+def changed(**values: Any) -> ConfigDict:
+    """The tiny config with some keys changed."""
+    config = tiny().copy_and_resolve_references()
+    with config.unlocked():
+        config.update_from_flattened_dict(values)
+    return config
+
+
+def test_every_number_has_bounds_that_hold_its_default() -> None:
+    assert set(BOUNDS) == set(numbers())
+    check_numbers(load_config(ROOT / "configs" / "default.py"))
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_what_is_beyond_the_bounds_is_told_by_name(key: str) -> None:
+    bounds, example = BOUNDS[key], numbers()[key]
+    least = bounds.low if bounds.above else math.nextafter(bounds.low, -math.inf)
+    most = bounds.high if bounds.below else math.nextafter(bounds.high, math.inf)
+    whole = isinstance(example, int | tuple)
+    wrong: list[float] = [math.floor(least), math.ceil(most), 10**400] if whole else [least, most]
+    wrong += [] if whole else [math.nan, math.inf, -math.inf]
+    for value in wrong:
+        if bounds.zero and value == 0:
+            continue
+        given = (value,) if isinstance(example, tuple) else value
+        with pytest.raises(InputError, match=rf"^config key {key} is .*; expected ") as caught:
+            check_numbers(changed(**{key: given}))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 150
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"rules.min_chars": 99, "rules.max_chars": 98}, "rules.min_chars is 99; expected at most 98, rules.max_chars"),
+        ({"rules.min_words": 99, "rules.max_chars": 98}, "rules.min_words is 99; expected at most 49, the words"),
+        ({"rules.min_searches": 5}, "rules.min_searches is 5; expected at most 4, limits.searches"),
+        ({"rules.min_searches": 4, "limits.turns": 4}, "rules.min_searches is 4; expected at most 3, limits.turns - 1"),
+    ],
+)
+def test_rules_that_no_question_can_keep_are_told(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        check_numbers(changed(**values))
+
+
+@pytest.mark.parametrize("name", ["2wikimultihopqa", "nq-open", "items", "Müsli", "_"])
+def test_a_set_has_the_name_that_the_user_gives_it(name: str) -> None:
+    for flag in ((f"--config.{FREE_SECTION}.{name}=a=b",), (f"-config.{FREE_SECTION}.{name}", "a=b")):
+        config, _ = parse("--config=configs/tiny.py", *flag, "--config.steps=3")
+        assert dict(config.data.eval_sets)[name] == "a=b" and len(config.data.eval_sets) == 3
+        assert config.steps == 3 and config.is_locked
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a b", "nq/dev", "2wiki!"])
+def test_a_name_that_no_table_can_show_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="expected letters, digits, _ and - alone"):
+        parse(DEFAULT, f"--config.{FREE_SECTION}.{name}=f")
+    if name and "." not in name:
+        with pytest.raises(InputError, match="expected letters, digits, _ and - alone"):
+            load_config(config_file(tmp_path, "c.unlock()", f"c.data.eval_sets = {{{name!r}: 'f'}}"))
+
+
+def test_a_home_folder_is_found_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config_file(tmp_path, "c.model.path = '~/model'", "c.unlock()", "c.data.eval_sets = {'a': '~/a'}")
+    keys = ("data.answers", "retriever.corpus", "retriever.index", f"{FREE_SECTION}.b")
+    overrides = [f"--config.{key}=~/{key}" for key in keys]
+    config, workdir = parse("--config=~/mine.py", "--workdir=~/run", *overrides)
+    assert workdir == f"{tmp_path}/run"
+    found = flatten_config(config)
+    assert found["model.path"] == f"{tmp_path}/model" and found[f"{FREE_SECTION}.a"] == f"{tmp_path}/a"
+    assert {key: found[key] for key in keys} == {key: f"{tmp_path}/{key}" for key in keys}
+    assert parse(DEFAULT, "--workdir=a/~b")[1] == "a/~b"
+    with pytest.raises(InputError, match="--workdir=~no-such-user/run: expected a folder of a known user"):
+        parse(DEFAULT, "--workdir=~no-such-user/run")
+    with pytest.raises(InputError, match="config key data.answers=~no-such-user/a: expected"):
+        parse(DEFAULT, "--config.data.answers=~no-such-user/a")
 
 
 def test_a_file_without_get_config_is_told(tmp_path: Path) -> None:

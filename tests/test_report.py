@@ -87,6 +87,14 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+def test_a_page_shows_no_secrets(tmp_path):
+    """config.json of an earlier version has them."""
+    values = {"retriever.url": "http://me:hush@host/retrieve?api_key=hush", "steps": 3}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    shown, _ = report.read_config(tmp_path)
+    assert "hush" not in shown and json.loads(shown)["steps"] == 3
+
+
 def test_page(tmp_path, capsys):
     records = [game(), game("Why?", fault="too_short"), game("When?", reused=True)]
     assert report.main([str(run_folder(tmp_path, games=[(2, records)]))]) == 0
