@@ -229,7 +229,7 @@ def test_a_config_on_disk_holds_no_secrets_and_still_tells_another_config(tmp_pa
     kept = (tmp_path / "config.json").read_text()
     assert "hush" not in kept and json.loads(kept)["model.path"] == "https://***@host/model"
     check_workdir(str(tmp_path), config("hush"))
-    check_workdir(str(tmp_path), config("another password"))
+    check_workdir(str(tmp_path), config("another-password"))
     with pytest.raises(InputError, match="model.path was .*@host/model. and is .*@other/model") as caught:
         check_workdir(str(tmp_path), config("hush", "other"))
     assert "hush" not in str(caught.value)
