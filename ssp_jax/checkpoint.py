@@ -195,6 +195,12 @@ def keep_config(workdir: str, config: ConfigDict, *, evaluating: bool = False) -
         raise InputError(f"workdir {workdir} cannot be used: {error}") from error
 
 
+def trained_with(workdir: str) -> str:
+    """A digest of the keys in config.json that the weights of a step depend on."""
+    values = json.loads((Path(workdir) / CONFIG_FILE).read_text(encoding="utf-8"))
+    return hosts.digest({key: value for key, value in sorted(values.items()) if not key.startswith(MAY_CHANGE)})
+
+
 def check_shared(workdir: str) -> None:
     """Every process must see what the first one has just written."""
     if not (Path(workdir) / CONFIG_FILE).exists():

@@ -2,15 +2,15 @@
 
 For the weights of a step, workdir/eval/ holds step_000040/episodes.jsonl and step_000040/verdicts.jsonl, a line written
 as each episode or verdict ends, and step_000040.json with the scores. What stands there is not played or judged again:
-an evaluation that was killed goes on, one that is repeated with another judge only asks that judge.
+an evaluation that was killed goes on, one that is repeated with another judge only asks that judge. Each line says
+what it depends on, as digests; where one of them differs now, it is played or judged anew.
 """
 
-import contextlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssp_jax import hosts, prompts, rewards, scores
+from ssp_jax import hosts, prompts, records, rewards, scores
 from ssp_jax.data import Task
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import SOLVER, Episode, Player, Stage, episode_id
@@ -29,13 +29,34 @@ from ssp_jax.scores import Values
 Record = dict[str, Any]  # a line of episodes.jsonl
 Key = tuple[str, int]  # set, and row in its file
 
+_TEXT, _NUMBER, _LIST = (str,), (int, float), (list,)
+_ASKED: records.Fields = {"set": _TEXT, "row": (int,), "question": _TEXT, "answers": _LIST}
+_EPISODE: records.Fields = {
+    **_ASKED,
+    "answer": (str, type(None)),
+    "searches": _LIST,
+    "tokens": (int,),
+    "stop_reason": _TEXT,
+    "process": _TEXT,
+    "began": _NUMBER,
+    "seconds": _NUMBER,
+}
+_VERDICT: records.Fields = {
+    **_ASKED,
+    "answer": _TEXT,
+    "judge": _TEXT,
+    "right": (bool, type(None)),
+    "reply": _TEXT,
+}
+
 
 @dataclass(frozen=True)
 class Setting:
     """What the evaluations of a run have in common."""
 
     folder: Path  # workdir/eval
-    initial: str  # digest of the weights that the run starts from
+    inputs: Mapping[str, str]  # digests of what an episode depends on, beside its question; by names for people
+    training: str  # digest of what the weights of later steps depend on besides
     sets: dict[str, list[Task]]
     engine: Engine
     stage: Stage
@@ -49,6 +70,10 @@ class Setting:
     @property
     def questions(self) -> list[tuple[str, Task]]:
         return [(name, task) for name, tasks in self.sets.items() for task in tasks]
+
+    def depends_on(self, step: int) -> dict[str, str]:
+        """What an episode with the weights of a step depends on, beside its question."""
+        return {**self.inputs, **({"the training": self.training} if step else {})}
 
 
 @dataclass(frozen=True)
@@ -65,17 +90,19 @@ def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any
     """
     folder = setting.folder / f"step_{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"the questions of an evaluation": hosts.digest(setting.questions), "the step": step}
-    records: dict[Key, Record] = hosts.share(lambda: _played(setting, folder) if hosts.first() else {}, facts)[0]
-    missing = [(name, task) for name, task in setting.questions if (name, task.uid) not in records]
+    of = setting.depends_on(step)
+    facts: dict[str, Any] = {f"{name} (a digest), of an evaluation": digest for name, digest in of.items()}
+    facts |= {"the questions of an evaluation": hosts.digest(setting.questions), "the step": step}
+    played: dict[Key, Record] = hosts.share(lambda: _played(setting, folder, of) if hosts.first() else {}, facts)[0]
+    missing = [(name, task) for name, task in setting.questions if (name, task.uid) not in played]
     if missing:
         weights_now, own = params(), [missing[i] for i in hosts.own_share([1.0] * len(missing))]
-        for part in hosts.share(lambda: _play(setting, own, weights_now, folder / _own_file("episodes"))):
-            records |= part
+        for part in hosts.share(lambda: _play(setting, own, of, weights_now, folder / _own_file("episodes"))):
+            played |= part
         del weights_now
-    verdicts = _judge(setting, folder, records)
+    verdicts = _judge(setting, folder, played)
     values = {
-        name: _values([records[name, task.uid] for task in tasks], setting.metric, verdicts)
+        name: _values([played[name, task.uid] for task in tasks], setting.metric, verdicts)
         for name, tasks in setting.sets.items()
     }
     document = {
@@ -83,18 +110,20 @@ def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any
         "weights": weights,
         "judge": setting.judge.name if setting.judge else setting.metric,
         "unjudged": sum(verdict.right is None for verdict in verdicts.values()),
-        "stop_reasons": dict(Counter(record["stop_reason"] for record in records.values())),
-        "seconds": round(_seconds(records.values()), 1),
+        "stop_reasons": dict(Counter(record["stop_reason"] for record in played.values())),
+        "seconds": round(_seconds(played.values()), 1),
         "sets": scores.summarize(values),
+        "inputs": setting.inputs,
+        "questions": {name: hosts.digest(tasks) for name, tasks in setting.sets.items()},
     }
     if hosts.first():
-        folder.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        records.write_document(folder.with_suffix(".json"), document)
     return Result(step, document, values)
 
 
-def _values(records: list[Record], metric: str, verdicts: dict[Key, Verdict]) -> dict[str, np.ndarray]:
+def _values(played: list[Record], metric: str, verdicts: dict[Key, Verdict]) -> dict[str, np.ndarray]:
     found: dict[str, list[float]] = {name: [] for name in (*scores.SHARES, *scores.MEANS)}
-    for record in records:
+    for record in played:
         answer, golds = record["answer"], record["answers"]
         verdict = verdicts.get((record["set"], record["row"]))
         found["right"].append(rewards.is_right(answer, golds, metric, verdict.right if verdict else None))
@@ -112,7 +141,9 @@ def _values(records: list[Record], metric: str, verdicts: dict[Key, Verdict]) ->
 # --- playing ----------------------------------------------------------------------------------------------------------
 
 
-def _play(setting: Setting, questions: list[tuple[str, Task]], params: Any, path: Path) -> dict[Key, Record]:
+def _play(
+    setting: Setting, questions: list[tuple[str, Task]], of: Mapping[str, str], params: Any, path: Path
+) -> dict[Key, Record]:
     """All questions of all sets at once, so that the slots stay full across sets."""
     rows = {(name, task.uid): row for row, (name, task) in enumerate(setting.questions)}
     began, start, owners, players = round(time.time(), 3), time.monotonic(), {}, []
@@ -121,24 +152,25 @@ def _play(setting: Setting, questions: list[tuple[str, Task]], params: Any, path
         uid = episode_id(SOLVER, rows[name, task.uid], 0)  # the same whatever is left to play
         players.append(Player(setting.stage, SOLVER, uid, setting.temperature, prompt))
         owners[uid] = (name, task)
-    records: dict[Key, Record] = {}
+    played: dict[Key, Record] = {}
 
     with open(path, "a", encoding="utf-8") as file, setting.logger.phase("evaluating", len(questions)) as phase:
 
         def finished(player: Player) -> list[Player]:
             name, task = owners[player.uid]
-            of = {"initial": setting.initial, "began": began, "process": path.stem}
-            of["seconds"] = round(time.monotonic() - start, 3)
-            records[name, task.uid] = record = _record(name, task, player.episode()) | of
+            seconds = round(time.monotonic() - start, 3)
+            record = _record(name, task, player.episode())
+            record |= {"of": of, "began": began, "process": path.stem, "seconds": seconds}
+            played[name, task.uid] = record
             _write(file, record)
             return []
 
         def progress(stats: Stats) -> None:
             setting.stop()
-            phase.advance(len(records), tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
+            phase.advance(len(played), tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
 
         setting.engine.play(params, setting.key, players, finished, progress)
-    return records
+    return played
 
 
 def _record(name: str, task: Task, episode: Episode) -> Record:
@@ -156,10 +188,10 @@ def _record(name: str, task: Task, episode: Episode) -> Record:
     }
 
 
-def _seconds(records: Iterable[Record]) -> float:
+def _seconds(played: Iterable[Record]) -> float:
     """Of play: each start of a process has written how long it took so far. Of processes side by side the slowest."""
     starts: dict[tuple[str, float], float] = {}
-    for record in records:
+    for record in played:
         start = record["process"], record["began"]
         starts[start] = max(starts.get(start, 0.0), record["seconds"])
     sums: dict[str, float] = {}
@@ -168,32 +200,44 @@ def _seconds(records: Iterable[Record]) -> float:
     return max(sums.values(), default=0.0)
 
 
-def _played(setting: Setting, folder: Path) -> dict[Key, Record]:
-    """The episodes of earlier starts with these weights whose questions are still asked, word for word."""
-    asked = {(name, task.uid): (task.question, list(task.answers), setting.initial) for name, task in setting.questions}
-    lines = {key: line for line in _lines(folder, "episodes") if (key := (line["set"], line["row"])) in asked}
-    same = {key: line for key, line in lines.items() if _about(line) == asked[key]}
-    if len(same) < len(lines):
-        number = len(lines) - len(same)
-        setting.logger.say(f"{number} episodes in {folder} are of other weights or questions: played again")
+def _played(setting: Setting, folder: Path, of: Mapping[str, str]) -> dict[Key, Record]:
+    """The episodes of earlier starts that would be the same if they were played now."""
+    asked = {(name, task.uid): (task.question, list(task.answers)) for name, task in setting.questions}
+    same: dict[Key, Record] = {}
+    changed: dict[Key, set[str]] = {}
+    for line in _lines(setting, folder, "episodes", _EPISODE):
+        key = line["set"], line["row"]
+        if key in asked:
+            changed[key] = _changes(line, asked[key], of)
+            same[key] = line
+    for key in [key for key, names in changed.items() if names]:
+        del same[key]
+    names = sorted(set().union(*changed.values()))
+    if names:
+        number = len(changed) - len(same)
+        setting.logger.say(f"{number} episodes in {folder} are played again; changed since: {', '.join(names)}")
     return same
 
 
-def _about(line: Record) -> tuple[Any, ...]:
-    """Whatever else a line says, it says it of these; one of an earlier version may lack some."""
-    return line.get("question"), line.get("answers"), line.get("initial")
+def _changes(line: Record, asked: tuple[str, list[str]], of: Mapping[str, str]) -> set[str]:
+    """What a line depends on and is not so any more. A line of an earlier version may not say."""
+    said = line.get("of")
+    before: dict[str, Any] = said if isinstance(said, dict) else {}
+    names = {name for name in before.keys() | of.keys() if before.get(name) != of.get(name)}
+    return names | ({"the questions"} if (line["question"], line["answers"]) != asked else set())
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def _judge(setting: Setting, folder: Path, records: dict[Key, Record]) -> dict[Key, Verdict]:
+def _judge(setting: Setting, folder: Path, played: dict[Key, Record]) -> dict[Key, Verdict]:
     """The verdicts on answers that need one. Failed ones are asked for again."""
     judge, metric = setting.judge, setting.metric
     if judge is None:
         return {}
-    asked = {k: r for k, r in records.items() if rewards.needs_judge(r["answer"], r["answers"], metric)}
-    verdicts: dict[Key, Verdict] = hosts.share(lambda: _judged(folder, judge.name, asked) if hosts.first() else {})[0]
+    asked = {k: r for k, r in played.items() if rewards.needs_judge(r["answer"], r["answers"], metric)}
+    known = hosts.share(lambda: _judged(setting, folder, judge, asked) if hosts.first() else {})
+    verdicts: dict[Key, Verdict] = known[0]
     left = [key for key in asked if key not in verdicts or verdicts[key].right is None]
     if left:
         # Perhaps none; yet all processes come here, for the judge may load its weights.
@@ -203,14 +247,14 @@ def _judge(setting: Setting, folder: Path, records: dict[Key, Record]) -> dict[K
     return verdicts
 
 
-def _judged(folder: Path, judge: str, asked: dict[Key, Record]) -> dict[Key, Verdict]:
+def _judged(setting: Setting, folder: Path, judge: Judge, asked: dict[Key, Record]) -> dict[Key, Verdict]:
     """What this judge said of these answers before. What it said counts for more than that it failed."""
     verdicts: dict[Key, Verdict] = {}
-    for line in _lines(folder, "verdicts"):
+    for line in _lines(setting, folder, "verdicts", _VERDICT):
         key = (line["set"], line["row"])
         known = key in verdicts and verdicts[key].right is not None
-        same = key in asked and _about(line) == _about(asked[key]) and line["answer"] == asked[key]["answer"]
-        if line["judge"] == judge and same and not known:
+        same = key in asked and all(line[name] == asked[key][name] for name in ("question", "answers", "answer"))
+        if line.get("judge_of") == judge.identity and same and not known:
             verdicts[key] = Verdict(line["right"], line["reply"])
     return verdicts
 
@@ -221,9 +265,10 @@ def _ask(setting: Setting, judge: Judge, asked: list[Record], path: Path) -> dic
     with open(path, "a", encoding="utf-8") as file, setting.logger.phase("judging", len(asked)) as phase:
 
         def take(i: int, verdict: Verdict) -> None:
-            line = {name: asked[i][name] for name in ("set", "row", "question", "answers", "initial", "answer")}
+            line = {name: asked[i][name] for name in ("set", "row", "question", "answers", "answer")}
             verdicts[line["set"], line["row"]] = verdict
-            _write(file, line | {"judge": judge.name, "right": verdict.right, "reply": verdict.reply})
+            line |= {"judge": judge.name, "judge_of": judge.identity}
+            _write(file, line | {"right": verdict.right, "reply": verdict.reply})
 
         def progress() -> None:
             setting.stop()
@@ -246,21 +291,23 @@ def _own_file(name: str) -> str:
     return f"{name}.jsonl" if hosts.first() else f"{name}_{jax.process_index()}.jsonl"
 
 
-def _lines(folder: Path, name: str) -> list[Record]:
-    """The whole lines of all processes' files; what a killed one left half written is cut off, for more will follow.
-
-    A line that a machine's crash has spoilt is passed over: what it said is played or judged again.
-    """
-    lines: list[Record] = []
+def _lines(setting: Setting, folder: Path, name: str, fields: records.Fields) -> list[Record]:
+    """The whole lines of all processes' files; what a killed one left half written is cut off, for more will follow."""
+    found: list[Record] = []
+    spoilt = 0
     for path in sorted(folder.glob(f"{name}*.jsonl")):
-        text = path.read_bytes()
-        whole = text.rfind(b"\n") + 1
-        if whole < len(text):
-            os.truncate(path, whole)
-        for line in text[:whole].splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return lines
+        end = 0
+        for line in records.read_lines(path, fields):
+            end = line.next
+            if line.record is None:
+                spoilt += 1
+            else:
+                found.append(line.record)
+        if end < path.stat().st_size:
+            os.truncate(path, end)
+    if spoilt:
+        setting.logger.say(f"{spoilt} spoilt lines of {name} in {folder} are passed over: what they said is made again")
+    return found
 
 
 def show(logger: Logger, result: Result) -> None:
@@ -287,5 +334,5 @@ def compare(
     logger.table(f"Right by {judge}, {after.step} steps of self-play", cells, heads)
     document = {"before": before.step, "after": after.step, "judge": judge, "sets": scores.gains_json(found)}
     if hosts.first():
-        (folder / "gain.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        records.write_document(folder / "gain.json", document)
     return document

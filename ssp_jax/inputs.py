@@ -35,6 +35,26 @@ class Inputs:
     stage: episodes.Stage
     eos: tuple[int, ...]
 
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """What the files say, and what is searched: a short digest of each, under a name for people.
+
+        What a run keeps on disk holds for the files that it was made from. Whoever goes on from it
+        compares these: the processes of a run, a resumed run, a repeated evaluation.
+        """
+        backend = self.tokenizer.backend_tokenizer.to_str()
+        tokenizer = backend, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.eos
+        asked = prompts.solver_messages(self.stage.style, "Who?")  # worked example included
+        found = {
+            "data.answers": self.tasks,
+            "data.eval_sets": self.eval_sets,
+            "the model's shape": self.model_config,
+            "the tokenizer": tokenizer,
+            "the prompts": (self.stage.style, self.stage.template, asked),
+            "the search": self.retriever.source,
+        }
+        return {name: hosts.digest(value) for name, value in found.items()} | {"the weights": self.weights}
+
 
 def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -> Inputs:
     """Checks and reads it all, the processes together. Last the search index, which may be built, for hours, and then
@@ -106,19 +126,27 @@ def _settings(config: ConfigDict) -> dict[str, Any]:
     return facts | {"version of Python": sys.version.split()[0], "number of devices": jax.local_device_count()}
 
 
+def evaluation_inputs(config: ConfigDict, inputs: Inputs) -> dict[str, str]:
+    """Of the digests, those that an evaluation's episodes depend on, and one of the config keys that they do."""
+    sampling = config.sampling
+    settings = {
+        "limits": config.limits.to_dict(),
+        "retriever.top_k": config.retriever.top_k,
+        "model.dtype": config.model.dtype,
+        "sampling": (sampling.eval_temperature, sampling.top_k, sampling.top_p),
+        "seed": config.seed,
+    }
+    unasked = ("data.answers", "data.eval_sets")  # of a question each episode knows the words itself
+    found = {name: digest for name, digest in inputs.digests.items() if name not in unasked}
+    return found | {"the settings": hosts.digest(settings)}
+
+
 def compare(inputs: Inputs, more: dict[str, Any]) -> None:
     """Nothing begins before all processes have been found to be about to do the same."""
     if not hosts.several():
         return
-    facts = {
-        "data.answers (a digest)": hosts.digest(inputs.tasks),
-        "data.eval_sets (a digest)": hosts.digest(inputs.eval_sets),
-        "the model's shape": hosts.digest(inputs.model_config),
-        "the model's weights (a digest)": inputs.weights,
-        "the tokenizer (a digest)": hosts.digest(sorted(inputs.tokenizer.get_vocab().items())),
-        "the number of passages": len(inputs.retriever),
-    }
-    hosts.share(lambda: None, facts | more)
+    facts = {f"{name} (a digest)": digest for name, digest in inputs.digests.items()}
+    hosts.share(lambda: None, facts | {"the number of passages": len(inputs.retriever)} | more)
 
 
 def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:

@@ -9,17 +9,17 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax import prompts
+from ssp_jax import hosts, prompts
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import ASSISTANT, Player, Stage, episode_id
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, masked
 from ssp_jax.remote import check_address
 
 PROBE_SECONDS = 60.0  # a server that is just starting may take its time for the first answer
@@ -41,11 +41,19 @@ class Verdict:
     reply: str  # its words, or what failed
 
 
+_PROBE = Case("How many days has a week?", ("7",), "seven")  # any server can be asked this
+
+
+def _asked(case: Case) -> list[dict[str, str]]:
+    return prompts.judge_messages(case.question, case.answers, case.answer)
+
+
 Take = Callable[[int, Verdict], None]  # hears the number of a case and its verdict
 
 
 class Judge(Protocol):
-    name: str  # verdicts of another name are another judge's
+    name: str  # for people
+    identity: str  # digest of what its verdicts depend on, beside the case
 
     def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
         """Calls take(i, verdict) once for each case, in any order, and `progress`, which may raise, now and then."""
@@ -53,11 +61,23 @@ class Judge(Protocol):
 
 
 class Policy:
-    """The initial model. weights() gives the sampler's copy of it, which is let go when all cases are judged."""
+    """The initial model. weights() gives the sampler's copy of it, which is let go when all cases are judged.
+
+    model: digests of what the model is made of.
+    """
 
     name = "policy"
 
-    def __init__(self, engine: Engine, stage: Stage, weights: Callable[[], Any], max_tokens: int, cache_tokens: int):
+    def __init__(
+        self,
+        engine: Engine,
+        stage: Stage,
+        model: Mapping[str, str],
+        weights: Callable[[], Any],
+        max_tokens: int,
+        cache_tokens: int,
+    ):
+        self.identity = hosts.digest((dict(model), stage.template, max_tokens, _asked(_PROBE)))
         room = cache_tokens - max_tokens
         limits = replace(stage.limits, prompt_tokens=room, response_tokens=max_tokens, turn_tokens=max_tokens)
         self._engine, self._stage, self._weights = engine, replace(stage, limits=limits), weights
@@ -66,7 +86,7 @@ class Policy:
     def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
         players = []
         for i, case in enumerate(cases):
-            prompt = self._stage.prompt(prompts.judge_messages(case.question, case.answers, case.answer))
+            prompt = self._stage.prompt(_asked(case))
             players.append(Player(self._stage, ASSISTANT, episode_id(ASSISTANT, i, 0), 0.0, prompt))
         rows = {player.uid: i for i, player in enumerate(players)}
 
@@ -123,6 +143,7 @@ class OpenAI:
         if not re.fullmatch("[!-~]+", key):
             raise InputError("environment variable OPENAI_API_KEY: expected visible ASCII characters and no others")
         self.name = f"openai {model}"
+        self.identity = hosts.digest((masked(url), model, max_tokens, _asked(_PROBE)))
         self._errors, self._model, self._concurrency = (openai.OpenAIError, NoReply), model, concurrency
         # One for each batch: its connections are closed when all has been judged.
         self._connect = functools.partial(
@@ -141,14 +162,13 @@ class OpenAI:
         """Finds the arguments that the server takes: OpenAI's newer models have another limit and no temperature."""
         import openai
 
-        case = Case("How many days has a week?", ("7",), "seven")
         async with self._connect(timeout=max(timeout_s, PROBE_SECONDS)) as client:
             try:
-                await self._complete(client, case)
+                await self._complete(client, _PROBE)
             except openai.BadRequestError as error:
                 self._options = {"max_completion_tokens": self._options["max_tokens"]}
                 try:
-                    await self._complete(client, case)
+                    await self._complete(client, _PROBE)
                 except openai.BadRequestError:
                     raise error from None
 
@@ -183,25 +203,26 @@ class OpenAI:
         return Verdict(prompts.verdict(reply), reply)
 
     async def _complete(self, client: Any, case: Case) -> str:
-        messages = prompts.judge_messages(case.question, case.answers, case.answer)
         create = client.chat.completions.with_raw_response.create
-        answer = await create(model=self._model, messages=messages, **self._options)
+        answer = await create(model=self._model, messages=_asked(case), **self._options)
         return _text_of(answer.http_response.text)
 
 
 def make_judges(
-    config: ConfigDict, engine: Engine, stage: Stage, initial: Callable[[], Any]
+    config: ConfigDict, engine: Engine, stage: Stage, digests: Mapping[str, str], initial: Callable[[], Any]
 ) -> Callable[[str], Judge | None]:
     """The judge of reward.metric or eval.judge, None for a metric that needs none; each is made once.
 
-    initial: gives the sampler's copy of the initial weights.
+    digests: of a run's inputs. initial: gives the sampler's copy of the initial weights.
     """
     c = config.judge
+    model = {name: digests[name] for name in ("the weights", "the model's shape", "the tokenizer")}
+    model |= {"model.dtype": config.model.dtype}
 
     @functools.cache
     def judge(kind: str) -> Judge | None:
         if kind == "policy":
-            return Policy(engine, stage, initial, c.max_tokens, config.engine.cache_tokens)
+            return Policy(engine, stage, model, initial, c.max_tokens, config.engine.cache_tokens)
         if kind == "openai":
             options = {"concurrency": c.concurrency, "timeout_s": c.timeout_s, "retries": c.retries}
             return OpenAI(c.url, c.model, **options, max_tokens=c.max_tokens)

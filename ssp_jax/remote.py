@@ -13,7 +13,7 @@ import urllib3
 from urllib3.util import parse_url
 
 from ssp_jax.data import Document, Row, parse_document
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, masked
 from ssp_jax.retriever import CACHED_QUERIES, Cache
 
 BUSY = (429, 500, 502, 503, 504)  # answers of a server that may do better in a moment
@@ -42,6 +42,7 @@ class RemoteRetriever:
         """
         check_address("retriever.url", url)
         self._url = url
+        self.source = masked(url)  # what stands behind an address is not known; a new key changes nothing
         again = urllib3.Retry(
             retries, backoff_factor=PAUSE_SECONDS, backoff_jitter=PAUSE_SECONDS, status_forcelist=BUSY,
             allowed_methods=None, raise_on_status=False, redirect=0,

@@ -55,6 +55,8 @@ Hits = tuple[tuple[int, float], ...]  # row and score, best first
 class Search(Protocol):
     """What a run needs. The rows are those of the corpus, or the passages that a server gave at the start."""
 
+    source: str  # what is searched; another text means that the same query may find other passages
+
     def __len__(self) -> int: ...
     def document(self, row: int) -> Document: ...
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]: ...
@@ -219,6 +221,7 @@ class Retriever:
 
     def __init__(self, folder: Path, meta: dict[str, Any], threads: int = 0) -> None:
         self._path = str(folder / _PASSAGES)
+        self.source = f"{meta['settings']} {meta['stopwords']} corpus {meta['corpus']['sha256']}"
         names = (bm25.DATA, bm25.ROWS, bm25.STARTS, bm25.HIGHEST, _OFFSETS)
         # plain arrays over the maps, for Numba does not know np.memmap, and each slice of one costs microseconds
         *self._arrays, self._offsets = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in names]

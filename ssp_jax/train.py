@@ -6,7 +6,6 @@ checkpoint of the last finished step.
 
 import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,14 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import attention, data, episodes, evaluate, export, hosts, judge, learner, model, paper, sharding, weights
-from ssp_jax.checkpoint import Checkpoints, check_shared, held, keep_config
+from ssp_jax import (
+    attention,
+    data,
+    episodes,
+    evaluate,
+    export,
+    hosts,
+    judge,
+    learner,
+    model,
+    paper,
+    records,
+    sharding,
+    weights,
+)
+from ssp_jax.checkpoint import Checkpoints, check_shared, held, keep_config, trained_with
 from ssp_jax.config import advice
 from ssp_jax.engine import Engine, Sizes, Stats
 from ssp_jax.errors import InputError, sentence
 from ssp_jax.evaluate import Result, Setting
 from ssp_jax.hosts import Sigterm, Terminated
-from ssp_jax.inputs import Inputs, compare, make_mesh, read_inputs
+from ssp_jax.inputs import Inputs, compare, evaluation_inputs, make_mesh, read_inputs
 from ssp_jax.metrics import CompileCounter, Logger, peak_memory_gib
 from ssp_jax.sampler import Truncation
 from ssp_jax.selfplay import Memory, Round, SelfPlay, Training, readable
@@ -126,10 +139,21 @@ def make_setting(
     stop: Callable[[], None],
 ) -> Setting:
     """Of the evaluations of a run."""
-    metric, temperature = config.eval.judge, config.sampling.eval_temperature
-    key, asked = jax.random.key(config.seed), hosts.agree(lambda: judges(metric))
-    where, sets = workdir / "eval", inputs.eval_sets
-    return Setting(where, inputs.weights, sets, engine, inputs.stage, key, temperature, metric, asked, logger, stop)
+    metric = config.eval.judge
+    return Setting(
+        folder=workdir / "eval",
+        inputs=evaluation_inputs(config, inputs),
+        training=hosts.share(lambda: trained_with(str(workdir)) if hosts.first() else "")[0],
+        sets=inputs.eval_sets,
+        engine=engine,
+        stage=inputs.stage,
+        key=jax.random.key(config.seed),
+        temperature=config.sampling.eval_temperature,
+        metric=metric,
+        judge=hosts.agree(lambda: judges(metric)),
+        logger=logger,
+        stop=stop,
+    )
 
 
 def sampler_copy(
@@ -159,7 +183,7 @@ class _Run:
         self._key = jax.random.key(config.seed)
         self._build_model()
         self._engine = make_engine(config, inputs, self._mesh)
-        self._judges = judge.make_judges(config, self._engine, inputs.stage, self._initial)
+        self._judges = judge.make_judges(config, self._engine, inputs.stage, inputs.digests, self._initial)
         judging = hosts.agree(lambda: self._judges(config.reward.metric))
         if inputs.eval_sets and (config.eval.before or config.eval.every or config.eval.after):
             hosts.agree(lambda: self._judges(config.eval.judge))  # a server that is not there is told now
@@ -298,7 +322,7 @@ class _Run:
             for when, result in results.items()
         }
         if hosts.first():
-            (self._workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            records.write_document(self._workdir / "summary.json", summary)
         if len(results) == 2 and self._inputs.eval_sets:
             figures = paper.table_1(self._config.model.path)
             evaluate.compare(self.logger, self._workdir / "eval", results["before"], results["after"], figures)

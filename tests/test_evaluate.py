@@ -18,6 +18,9 @@ SETS = {
 ANSWERS = {"Norway": "oslo.", "Italy": "Paris", "bridge": "York", "Switzerland": None}
 
 
+INPUTS = {"weights": "w", "search": "s", "prompts": "p"}
+
+
 def script(player):
     question = STAGE.decode(player.tokens)
     answer = next(answer for word, answer in ANSWERS.items() if word in question)
@@ -31,8 +34,8 @@ class Judge:
 
     name = "scripted"
 
-    def __init__(self, **said):
-        self.said, self.asked = said, []
+    def __init__(self, identity="scripted", **said):
+        self.identity, self.said, self.asked = identity, said, []
 
     def ask(self, cases, take, progress):
         for i in reversed(range(len(cases))):
@@ -41,11 +44,25 @@ class Judge:
             progress()
 
 
-def run(folder, engine=None, judge=None, sets=SETS, stop=lambda: None, params=lambda: None, initial="i"):
+def run(
+    folder, engine=None, judge=None, sets=SETS, stop=lambda: None, params=lambda: None, step=3, training="t", **inputs
+):
     with Logger(str(folder), 0, tensorboard=False) as logger:
-        kind, engine = "policy" if judge else "em", engine or ScriptedEngine(script)
-        setting = evaluate.Setting(folder / "eval", initial, sets, engine, STAGE, None, 0.0, kind, judge, logger, stop)
-        return evaluate.evaluate(setting, 3, "some weights", params)
+        setting = evaluate.Setting(
+            folder=folder / "eval",
+            inputs=INPUTS | inputs,
+            training=training,
+            sets=sets,
+            engine=engine or ScriptedEngine(script),
+            stage=STAGE,
+            key=None,
+            temperature=0.0,
+            metric="policy" if judge else "em",
+            judge=judge,
+            logger=logger,
+            stop=stop,
+        )
+        return evaluate.evaluate(setting, step, "some weights", params)
 
 
 def lines(folder, name="episodes"):
@@ -97,17 +114,18 @@ def stops_after(number):
     return ScriptedEngine(turn)
 
 
-def test_an_evaluation_goes_on_where_it_was_killed(tmp_path):
+def test_an_evaluation_goes_on_where_it_was_killed(tmp_path, capsys):
     with pytest.raises(Stopped):
         run(tmp_path, stops_after(2))
     before = lines(tmp_path)
     assert len(before) == 2
     path = tmp_path / "eval/step_000003/episodes.jsonl"
-    spoilt = "\0" * 40 + "\n"  # by a crash of the machine
+    spoilt = "\0" * 40 + '\n{"set": "first"}{"row": 1}\n{"set": "first", "row": 0}\n'  # by a crash of the machine
     path.write_text(spoilt + path.read_text() + '{"set": "second", "row": 1, "ques')  # what it was just writing
     engine = ScriptedEngine(script)
     whole, again = run(tmp_path / "whole"), run(tmp_path, engine)
     assert len(engine.prompts) == 2
+    assert "3 spoilt lines of episodes in" in capsys.readouterr().out
     path.write_text(path.read_text().removeprefix(spoilt))
     assert lines(tmp_path)[:2] == before and len(lines(tmp_path)) == 4
     assert again.document["sets"] == whole.document["sets"]
@@ -143,12 +161,50 @@ def test_a_question_that_has_changed_is_played_and_judged_again(tmp_path, now):
     assert result.document["sets"]["first"]["right"] == (100.0 if right_now else 50.0)
 
 
-def test_other_weights_play_and_are_judged_again(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"search": "other"}, "search"), ({"more": "x"}, "more"), ({"training": "other"}, "the training")],
+)
+def test_where_an_input_has_changed_all_is_played_again(tmp_path, capsys, change, named):
+    before = run(tmp_path)
+
+    def other(player):
+        return "<answer> Rome </answer>"
+
+    engine = ScriptedEngine(other)
+    after = run(tmp_path, engine, **change)
+    assert len(engine.prompts) == 4
+    assert after.document["sets"]["first"]["right"] == 50.0 == before.document["sets"]["first"]["right"]
+    assert {line["answer"] for line in lines(tmp_path)[4:]} == {"Rome"}
+    assert f"4 episodes in {tmp_path}/eval/step_000003 are played again; changed since: {named}" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    assert run(tmp_path, stops_after(0), **change).document == after.document
+
+
+def test_initial_weights_do_not_depend_on_the_training(tmp_path):
+    before = run(tmp_path, step=0)
+    assert run(tmp_path, stops_after(0), step=0, training="other").document == before.document
+
+
+def test_a_line_of_an_earlier_version_is_played_again(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "eval/step_000003/episodes.jsonl"
+    old = [{k: v for k, v in line.items() if k != "of"} for line in lines(tmp_path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    engine = ScriptedEngine(script)
+    run(tmp_path, engine)
+    assert len(engine.prompts) == 4
+
+
+def test_a_judge_that_has_changed_is_asked_again(tmp_path):
+    """Its name stays the same where its address or its own weights are others."""
     run(tmp_path, judge=Judge(Paris=True, York=True))
-    engine, judge = ScriptedEngine(script), Judge(Paris=False, York=False)
-    result = run(tmp_path, engine, judge, initial="others")
-    assert len(engine.prompts) == 4 and len(judge.asked) == 2 and result.document["sets"]["first"]["right"] == 50.0
-    assert "4 episodes in" in capsys.readouterr().out
+    judge = Judge("another", Paris=False, York=True)
+    result = run(tmp_path, stops_after(0), judge)
+    assert sorted(judge.asked) == ["Paris", "York"] and result.document["sets"]["first"]["right"] == 50.0
+    first = Judge()  # knows nothing, so asking it would fail
+    assert run(tmp_path, stops_after(0), first).document["sets"]["first"]["right"] == 100.0
 
 
 def test_a_question_that_is_too_long_is_counted(tmp_path, capsys):
@@ -172,10 +228,6 @@ def test_a_judge_is_asked_where_exact_match_fails_and_never_twice(tmp_path):
     assert result.document["sets"]["second"]["right"] == 50.0 and result.document["sets"]["second"]["em"] == 0.0
     run(tmp_path, stops_after(0), Judge())  # knows nothing, so asking it would fail
     assert [line["right"] for line in lines(tmp_path, "verdicts")] == [None, False, True]
-    other = Judge(Paris=True, York=True)
-    other.name = "another"
-    assert run(tmp_path, stops_after(0), other).document["sets"]["first"]["right"] == 100.0
-    assert len(other.asked) == 2
 
 
 def test_stopping_between_verdicts_keeps_those_that_are_there(tmp_path):

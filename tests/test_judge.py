@@ -130,13 +130,13 @@ def test_policy_judges_greedily_with_the_weights_that_it_is_given():
         assert player.temperature == 0.0 and player.token_limit() == len(player.tokens) + 16
         return "Correct" if "answer 3" in STAGE.decode(player.tokens) else "Incorrect"
 
-    policy = Policy(Engine(script, last_first=True), STAGE, lambda: "initial weights", 16, 600)
+    policy = Policy(Engine(script, last_first=True), STAGE, DIGESTS, lambda: "initial weights", 16, 600)
     assert [verdict.right for verdict in ask(policy)] == [False, False, False, True, False]
     assert seen == ["initial weights"]
 
 
 def test_a_case_that_is_too_long_for_the_policy_fails():
-    verdicts = ask(Policy(ScriptedEngine(lambda player: "Correct"), STAGE, lambda: None, 16, 60))
+    verdicts = ask(Policy(ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, lambda: None, 16, 60))
     assert {(verdict.right, verdict.reply) for verdict in verdicts} == {(None, "stopped by prompt_tokens")}
 
 
@@ -347,11 +347,36 @@ def test_a_missing_client_is_told(monkeypatch):
         connect(None, url="http://127.0.0.1:1/v1")
 
 
+DIGESTS = {"the weights": "w", "the model's shape": "s", "the tokenizer": "t", "the search": "i"}
+
+
 def test_judges_of_a_config(serve):
     c = default.get_config()
     with c.unlocked():
         c.judge.url, c.judge.model = f"http://127.0.0.1:{serve().server_port}/v1", "a-judge"
-    judges = judge.make_judges(c, ScriptedEngine(lambda player: "Correct"), STAGE, lambda: None)
+    judges = judge.make_judges(c, ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, lambda: None)
     assert judges("em") is judges("cover_em") is None
     assert judges("policy").name == "policy" and judges("openai") is judges("openai")
     assert judges("openai").name == "openai a-judge"
+
+
+def test_what_a_verdict_depends_on(serve):
+    """Other weights, another address, model or limit are another judge; another search is not."""
+
+    usual = serve()
+
+    def identities(digests=DIGESTS, server=None, **changes):
+        c = default.get_config()
+        with c.unlocked():
+            c.judge.url, c.judge.model = f"http://user:pw@127.0.0.1:{(server or usual).server_port}/v1", "a-judge"
+            c.judge.update(changes)
+        judges = judge.make_judges(c, ScriptedEngine(lambda player: "Correct"), STAGE, digests, lambda: None)
+        return judges("policy").identity, judges("openai").identity
+
+    policy, openai = identities()
+    assert identities(DIGESTS | {"the search": "other"}) == (policy, openai)
+    for name in ("the weights", "the model's shape", "the tokenizer"):
+        found = identities(DIGESTS | {name: "other"})
+        assert found[0] != policy and found[1] == openai
+    assert identities(max_tokens=32)[0] != policy and identities(max_tokens=32)[1] != openai
+    assert identities(model="other")[1] != openai and identities(server=serve())[1] != openai
