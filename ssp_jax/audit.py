@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ssp_jax.config import user_path
 from ssp_jax.data import Task, load_answers, load_question_sets
-from ssp_jax.errors import Parser, exit_code
+from ssp_jax.errors import Parser, exit_code, printable
 from ssp_jax.rewards import comparable, normalize_answer
 
 EXAMPLES = 3
@@ -65,7 +65,7 @@ def answers_table(tasks: Sequence[Task]) -> Table:
         ("empty once normalised", f"{empty:,}"),
         ("searches asked for: answers", ", ".join(f"{n}: {count:,}" for n, count in sorted(searches.items()))),
     ):
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     return table
 
 
@@ -75,7 +75,8 @@ def overlap_table(training: set[str], sets: dict[str, list[Task]]) -> Table:
         found = overlap(training, questions)
         share = f"{found.asked / found.questions:.1%}"
         examples = ", ".join(found.shared[:EXAMPLES])
-        table.add_row(name, f"{found.questions:,}", f"{found.repeated:,}", f"{found.asked:,}", share, examples)
+        counts = (f"{found.questions:,}", f"{found.repeated:,}", f"{found.asked:,}")
+        table.add_row(printable(name), *counts, share, printable(examples))
     return table
 
 

@@ -24,7 +24,7 @@ from ssp_jax.errors import InputError, reading
 
 Message = dict[str, Any]  # "role" and "content", and what else a template knows
 
-PROBE_CPU_SECONDS = 5  # of a template that could run for long: a usual one takes a millisecond
+PROBE_CPU_SECONDS = 3  # of a template that could run for long: a usual one takes a millisecond
 PROBE_BYTES = 4 << 30  # of address space, most of it the interpreter's
 PROBE_SECONDS = 120.0  # until the interpreter is up, on a machine that does other things too
 TAME_LOOPS = 2  # nested ones
@@ -181,16 +181,24 @@ _UNTAME_CALLS = frozenset(
 
 
 def _is_tame(source: str) -> bool:
-    """No loops but a few over what it is given, and nothing that makes much out of little."""
+    """No loops but a few over what it is given, and nothing that makes much out of little.
+
+    One range is allowed where no loop is inside or around it: jinja2 itself bounds its length.
+    """
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
-        return _depth(tree) <= TAME_LOOPS and not any(map(_is_untame, _descendants(tree)))
+        loops = list(tree.find_all(nodes.For))
+        inner = {id(loop) for outer in loops for loop in outer.find_all(nodes.For)}
+        counted = [
+            loop.iter
+            for loop in loops
+            if id(loop) not in inner and not any(loop.find_all(nodes.For))
+        ]
+        free = {id(part) for call in counted for part in (call, getattr(call, "node", None))}
+        found = [node for node in tree.find_all(nodes.Node) if id(node) not in free]
+        return _depth(tree) <= TAME_LOOPS and not any(map(_is_untame, found))
     except (jinja2.TemplateError, RecursionError):
         return False  # the template's own environment decides
-
-
-def _descendants(tree: nodes.Node) -> list[nodes.Node]:
-    return list(tree.find_all(nodes.Node))
 
 
 def _depth(tree: nodes.Node) -> int:
@@ -202,8 +210,8 @@ def _depth(tree: nodes.Node) -> int:
 def _is_untame(node: nodes.Node) -> bool:
     if isinstance(node, nodes.Const) and isinstance(node.value, int | float):
         return abs(node.value) > TAME_NUMBER
-    if isinstance(node, nodes.Mod):  # of a text it is a format
-        return not isinstance(node.right, nodes.Const)
+    if isinstance(node, nodes.Mod):  # of a text it is a format, as in '%999999d' % 1
+        return getattr(node.left, "attr", None) not in ("index", "index0")
     if isinstance(node, nodes.For):
         return node.recursive or any(map(_grows, node.find_all(nodes.Assign)))
     name = getattr(node, "name", getattr(node, "attr", None))

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax import hosts
 from ssp_jax.config import flatten_config
-from ssp_jax.errors import InputError, masked
+from ssp_jax.errors import InputError, masked, sentence
 
 CONFIG_FILE = "config.json"  # of a workdir
 # Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where servers are.
@@ -147,7 +147,8 @@ def held(workdir: str) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(f"workdir {workdir} is in use by another run, which is still going on") from None
         except OSError as error:  # a file system that has no locks
-            print(f"ssp_jax: nothing keeps a second run out of {workdir}: {error.strerror}", file=sys.stderr)
+            unlocked = f"nothing keeps a second run out of {workdir}: {error.strerror}"
+            print(f"ssp_jax: {sentence(unlocked)}", file=sys.stderr)
 
     folder = os.open(workdir, os.O_RDONLY)
     try:

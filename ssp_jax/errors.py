@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Characters that act instead of being shown: control characters but newline and tab, those that
 # turn the direction of writing or break a line, half surrogates, and invisible tags.
@@ -27,6 +28,15 @@ def printable(text: str) -> str:
     Newlines and tabs stay. Models, passages, servers and file names can hold anything.
     """
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def json_line(value: Any) -> str:
+    """JSON on one line, in which what would act on a terminal is escaped, and so reads as what it is."""
+    return _UNPRINTABLE.sub(_json_escape, json.dumps(value, ensure_ascii=False))
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1]
 
 
 def masked(text: str) -> str:

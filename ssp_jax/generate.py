@@ -10,7 +10,10 @@ the chat template. OUT has as many lines in the same order: {"token_ids", "logpr
 "searches", "answer" and "turns"; token_ids then hold inserted results too, with null for their logprobs. Without
 --prompts questions are read from the standard input, one a line. Without --out lines go to the standard output.
 
---max_tokens=1024  tokens after the prompt, search results included
+"prompt" is taken as it stands, control tokens such as <|im_end|> included; in all other texts they are plain text.
+OUT is replaced when all lines are there.
+
+--max_tokens=1024  tokens after the prompt, search results included, as far as the model's context goes
 --temperature=0    0 is greedy; otherwise --seed=0 fixes the random numbers
 --dtype=float32    or bfloat16; by default bfloat16 on accelerators and float32 on CPUs
 --top_k=3          passages per search; --max_searches=10 searches per question
@@ -21,7 +24,6 @@ the chat template. OUT has as many lines in the same order: {"token_ids", "logpr
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import sys
 import time
@@ -34,14 +36,15 @@ import jax.numpy as jnp
 from absl import flags
 from rich.console import Console
 
-from ssp_jax import backend, episodes, model, prompts, sharding, weights
+from ssp_jax import backend, episodes, files, model, prompts, sharding, tokens, weights
 from ssp_jax.config import BOUNDS, user_path
 from ssp_jax.data import Row, read_rows
 from ssp_jax.engine import Engine, Search, Sizes, Stats
 from ssp_jax.episodes import ASSISTANT, SEARCH_ENGINE, SOLVER, Episode, Limits, Player, Role, Stage, episode_id
-from ssp_jax.errors import InputError, exit_code
+from ssp_jax.errors import InputError, exit_code, json_line, printable
 from ssp_jax.metrics import PLAIN_SECONDS, Phase
 from ssp_jax.retriever import Retriever
+from ssp_jax.stops import token_bytes
 
 CPU_CACHE_BYTES = 2 << 30  # keys and values of all slots on a CPU; accelerators say what they have
 PATHS = ("model", "prompts", "out", "index")  # flags
@@ -66,6 +69,7 @@ class Model:
     dtype: Any
     mesh: jax.sharding.Mesh
     params: model.Params  # the sampler's unstacked form
+    context: int  # the most tokens of an episode
 
 
 def load_model(folder: str | Path, dtype: str = "") -> Model:
@@ -79,7 +83,7 @@ def load_model(folder: str | Path, dtype: str = "") -> Model:
     stacked = weights.load(folder, config, sharding.param_shardings(abstract, mesh), kind)
     params = sharding.sampler_copy(config, mesh, kind)(stacked)
     eos = episodes.eos_tokens(tokenizer, weights.read_generation_config(folder))
-    return Model(config, tokenizer, eos, kind, mesh, params)
+    return Model(config, tokenizer, eos, kind, mesh, params, weights.context_tokens(folder))
 
 
 def _device_bytes() -> int | None:
@@ -115,6 +119,11 @@ def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bo
     )
 
 
+def _room(m: Model, stage: Stage, longest: int) -> int:
+    """Tokens after the longest prompt. Where the context is shorter the memory is, and ends an episode."""
+    return max(1, min(stage.limits.response_tokens, m.context - longest))
+
+
 def make_engine(m: Model, sizes: Sizes, search: Search) -> Engine:
     shardings = functools.partial(sharding.state_shardings, mesh=m.mesh)
     return episodes.make_engine(m.config, m.tokenizer, m.eos, sizes, m.dtype, search, shardings)
@@ -136,11 +145,11 @@ def play(
     progress: Callable[[Stats], None] = lambda stats: None,
 ) -> list[Episode]:
     """One episode for each prompt, all through the slots at once; take(row, episode) hears of each as it ends."""
-    lengths, room = [len(tokens) for tokens in prompt_tokens], stage.limits.response_tokens
-    engine = make_engine(m, make_sizes(m, lengths, room, search is not no_search), search)
+    lengths = [len(prompt) for prompt in prompt_tokens]
+    engine = make_engine(m, make_sizes(m, lengths, _room(m, stage, max(lengths)), search is not no_search), search)
     players = [
-        Player(stage, role, episode_id(role, row, 0), temperature, list(tokens))
-        for row, tokens in enumerate(prompt_tokens)
+        Player(stage, role, episode_id(role, row, 0), temperature, list(prompt))
+        for row, prompt in enumerate(prompt_tokens)
     ]
     rows = {player.uid: row for row, player in enumerate(players)}
     ended: dict[int, Episode] = {}
@@ -181,7 +190,7 @@ def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
     values = row.values
     if "prompt" in values:
         row.text("prompt", values["prompt"])  # only the check: spaces at the ends count
-        return tokenizer.encode(values["prompt"])
+        return list(tokenizer.encode(values["prompt"]))
     turns = values.get("messages")
     if not isinstance(turns, list) or not turns:
         known = "lines with a question need --index" if "question" in values else "or a text in prompt"
@@ -189,10 +198,38 @@ def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
     for turn in turns:
         if not (isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))):
             raise row.error("messages", 'objects with texts "role" and "content"')
-    try:
+        for key in ("role", "content"):
+            row.text(f"messages.{key}", f".{turn[key]}")  # may be empty, but no half of an emoji
+    with _of(row):
         return prompts.encode_prompt(tokenizer, turns, template)
+
+
+@contextlib.contextmanager
+def _of(row: Row) -> Iterator[None]:
+    """Errors name the line."""
+    try:
+        yield
     except InputError as error:
         raise InputError(f"{row.path} line {row.line}: {error}") from None
+
+
+def _encoded(f: Any, stage: Stage, rows: Sequence[Row]) -> list[list[int]]:
+    """The prompts of all lines; one that the model cannot hold is told before anything is loaded."""
+    context, encoded = weights.context_tokens(f.model), []
+    for row in rows:
+        if f.index:
+            question = row.text("question", row.values.get("question"))
+            with _of(row):
+                prompt = stage.prompt(prompts.solver_messages(stage.style, question))
+        else:
+            prompt = _prompt_tokens(row, stage.tokenizer, f.template)
+        if len(prompt) >= context:
+            raise InputError(
+                f"{row.path} line {row.line}: the prompt has {len(prompt):,} tokens; expected fewer than the "
+                f"{context:,} of the model's context (max_position_embeddings in {f.model}/config.json)"
+            )
+        encoded.append(prompt)
+    return encoded
 
 
 def _rows(path: str) -> list[Row]:
@@ -211,7 +248,7 @@ def describe(episode: Episode, tokenizer: Any) -> dict[str, Any]:
     line: dict[str, Any] = {
         "token_ids": episode.tokens[n:],
         "logprobs": [logprob if sampled else None for logprob, sampled in pairs],
-        "text": tokenizer.decode(episode.tokens[n:], skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        "text": tokens.decode(tokenizer, episode.tokens[n:]),
         "stop_reason": "max_tokens" if reason in ("response_tokens", "turn_tokens") else reason,
     }
     if episode.role == SOLVER.name:
@@ -223,25 +260,19 @@ def describe(episode: Episode, tokenizer: Any) -> dict[str, Any]:
 class _InOrder:
     """take(row, line) writes each line as soon as all before it are written."""
 
-    def __init__(self, file: IO[str]):
-        self._file, self._next = file, 0
+    def __init__(self, file: IO[str], name: str):
+        self._file, self._name, self._next = file, name, 0
         self._waiting: dict[int, dict[str, Any]] = {}
 
     def take(self, row: int, line: dict[str, Any]) -> None:
         self._waiting[row] = line
-        while self._next in self._waiting:
-            self._file.write(json.dumps(self._waiting.pop(self._next), ensure_ascii=False) + "\n")
-            self._next += 1
-        self._file.flush()
-
-
-def _open_out(path: str) -> contextlib.AbstractContextManager[IO[str]]:
-    if not path:
-        return contextlib.nullcontext(sys.stdout)
-    try:
-        return open(path, "w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--out={path}: expected a file that can be written ({error.strerror})") from None
+        try:
+            while self._next in self._waiting:
+                self._file.write(json_line(self._waiting.pop(self._next)) + "\n")
+                self._next += 1
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"{self._name}: expected room for all lines ({error.strerror})") from None
 
 
 class _Progress:
@@ -266,18 +297,17 @@ class _Progress:
 
 
 def answer_file(f: Any) -> None:
-    """--prompts: all lines through the slots at once."""
-    tokenizer, search = weights.load_tokenizer(f.model), _search(f)
+    """--prompts: all lines through the slots at once. What was in --out stays until all are there."""
+    tokenizer = weights.load_tokenizer(f.model)
     stage = _stage(f, tokenizer, sys.maxsize)
-    if f.index:
-        questions = [row.text("question", row.values.get("question")) for row in _rows(f.prompts)]
-        encoded = [stage.prompt(prompts.solver_messages(stage.style, question)) for question in questions]
-        named = [{"question": question} for question in questions]
-    else:
-        encoded = [_prompt_tokens(row, tokenizer, f.template) for row in _rows(f.prompts)]
-        named = [{} for _ in encoded]
-    with _open_out(f.out) as file:
-        m, out = _load(f), _InOrder(file)
+    rows = _rows(f.prompts)
+    encoded = _encoded(f, stage, rows)
+    named = [{"question": row.values["question"].strip()} if f.index else {} for row in rows]
+    name = f"--out={f.out}" if f.out else "the standard output"
+    opened = files.replacing(f.out, name, keep=True) if f.out else contextlib.nullcontext(sys.stdout)
+    with opened as file:
+        search = _search(f)
+        m, out = _load(f), _InOrder(file, name)
 
         def take(row: int, episode: Episode) -> None:
             out.take(row, named[row] | describe(episode, tokenizer))
@@ -310,27 +340,34 @@ class Watched(Player):
 
 def answer_typed(f: Any) -> None:
     """Without --prompts: one question after the other, each shown as it is played."""
-    typing, console = sys.stdin.isatty(), Console(highlight=False, markup=False, soft_wrap=True)
-    tokenizer, search = weights.load_tokenizer(f.model), _search(f)
-    stage, m = _stage(f, tokenizer, TYPED_PROMPT_TOKENS), _load(f)
-    sizes = make_sizes(m, [TYPED_PROMPT_TOKENS], f.max_tokens, True)
+    typing = sys.stdin.isatty()
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    tokenizer = weights.load_tokenizer(f.model)
+    longest = min(TYPED_PROMPT_TOKENS, weights.context_tokens(f.model) - 1)
+    stage = _stage(f, tokenizer, longest)
+    search, m = _search(f), _load(f)
+    sizes = make_sizes(m, [longest], _room(m, stage, longest), True)
     engine = make_engine(m, dataclasses.replace(sizes, chunk=4), search)  # small chunks: words appear as they come
 
     def show(text: str, who: str) -> None:
-        console.print(text, end="", style="dim" if who == SEARCH_ENGINE else None)
+        console.print(printable(text), end="", style="dim" if who == SEARCH_ENGINE else None)
 
     for number, question in enumerate(_typed(typing)):
         if not typing:
-            console.print(f"question: {question}", style="bold")
+            console.print(printable(f"question: {question}"), style="bold")
         role = SOLVER if f.index else ASSISTANT
         asked = prompts.solver_messages(stage.style, question) if f.index else [{"role": "user", "content": question}]
-        player = Watched(stage, role, episode_id(role, number, 0), f.temperature, stage.prompt(asked))
+        prompt = stage.prompt(asked)
+        if len(prompt) > longest:
+            console.print(f"[the question makes a prompt of {len(prompt):,} tokens; expected at most {longest:,}]\n")
+            continue
+        player = Watched(stage, role, episode_id(role, number, 0), f.temperature, prompt)
         player.show = show
         stats = engine.play(m.params, jax.random.key(f.seed), [player])
         line = describe(player.episode(), tokenizer)
         said = f"answer: {line['answer']} · searches: {len(line['searches'])} · " if f.index else ""
         cost = f"{stats.sampled_tokens} tokens in {stats.seconds:.1f} s"
-        console.print(f"\n[{said}{cost} · ended by {line['stop_reason']}]\n", style="bold")
+        console.print(printable(f"\n[{said}{cost} · ended by {line['stop_reason']}]\n"), style="bold")
 
 
 def _typed(typing: bool) -> Iterator[str]:
@@ -340,25 +377,35 @@ def _typed(typing: bool) -> Iterator[str]:
             line = input("question> " if typing else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError(f"the standard input: expected text in UTF-8 ({error.reason})") from None
         if line:
             yield line
 
 
 def _stage(f: Any, tokenizer: Any, prompt_tokens: int) -> Stage:
+    """What can be told of the tokenizer and its template is told here."""
     style = dataclasses.replace(prompts.STYLES[f.style], worked_example=f.worked_example)
-    return make_stage(tokenizer, f.max_tokens, f.max_searches, style, f.template, prompt_tokens)
+    stage = make_stage(tokenizer, f.max_tokens, f.max_searches, style, f.template, prompt_tokens)
+    if f.index:
+        if not Path(f.index).is_dir():
+            raise InputError(f"--index={f.index}: expected the folder of a built search index")
+        episodes.check_stage(stage)
+    else:
+        token_bytes(tokenizer)
+        if not f.prompts:
+            stage.prompt([{"role": "user", "content": "Who?"}])
+    return stage
 
 
 def _load(f: Any) -> Model:
-    print(f"loading {f.model}", file=sys.stderr, flush=True)
+    print(f"loading {printable(f.model)}", file=sys.stderr, flush=True)
     return load_model(f.model, f.dtype)
 
 
 def _search(f: Any) -> Search:
     if not f.index:
         return no_search
-    if not Path(f.index).is_dir():
-        raise InputError(f"--index={f.index}: expected the folder of a built search index")
     return functools.partial(Retriever.load(f.index).search, top_k=f.top_k)
 
 
@@ -369,9 +416,8 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
     choices = {"dtype": ["", "float32", "bfloat16"], "style": list(prompts.STYLES), "template": ["chat", "raw_chatml"]}
     for name, values in choices.items():
         flags.DEFINE_enum(name, values[0], values, name, flag_values=f)
-    for name, value in (("max_tokens", 1024), ("top_k", 3), ("max_searches", 10)):
+    for name, value in (("max_tokens", 1024), ("top_k", 3), ("max_searches", 10), ("seed", 0)):
         flags.DEFINE_integer(name, value, name, flag_values=f)
-    flags.DEFINE_integer("seed", 0, "seed", flag_values=f)
     flags.DEFINE_float("temperature", 0.0, "temperature", flag_values=f)
     flags.DEFINE_bool("worked_example", False, "example", flag_values=f)
     try:

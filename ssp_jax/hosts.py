@@ -27,7 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ssp_jax.config import Place
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, sentence
 
 T = TypeVar("T")
 
@@ -151,7 +151,7 @@ def _end_at_once_on_errors() -> None:
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
         if isinstance(error, Alone):
-            print(f"ssp_jax: {own}: {error}", file=sys.stderr)
+            print(f"ssp_jax: {own}: {sentence(error)}", file=sys.stderr)
         elif lost_another(error):
             print(f"{error}\nssp_jax: {own} ends because {_GONE}; {_RESUME}", file=sys.stderr)
         else:

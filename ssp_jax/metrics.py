@@ -28,6 +28,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from ssp_jax.errors import json_line, printable
+from ssp_jax.files import replacing
+
 HEADER_EVERY = 20  # rows
 PLAIN_SECONDS = 10.0  # between progress lines that do not go to a terminal
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -211,17 +214,19 @@ class Logger:
     def table(self, title: str, rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
         """The first column is text and on the left, the others are numbers and on the right; floats with 3 places."""
         style = box.SIMPLE_HEAD if self._live else box.ASCII2
+        title = printable(title)
         shown = table.Table(title=title, title_justify="left", title_style="bold", box=style, show_edge=False)
         for i, column in enumerate(columns):
             shown.add_column(column, justify="right" if i else "left", no_wrap=True)
         for row in rows:
-            shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+            cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in row)
+            shown.add_row(*map(printable, cells))
         # As wide as it is: a narrow terminal breaks its lines, where rich would cut the numbers.
         shown.width = self._console.measure(shown, options=self._console.options.update(max_width=1000)).maximum
         self._console.print("", shown, "", soft_wrap=True)
 
     def say(self, text: str) -> None:
-        self._line(Text(text))
+        self._line(Text(printable(text)))
 
     def episodes(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """workdir/episodes/step_000010.jsonl, one record a line, its text as a person reads it."""
@@ -229,8 +234,8 @@ class Logger:
             return
         folder = self._folder / "episodes"
         folder.mkdir(exist_ok=True)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (folder / f"step_{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+        with replacing(folder / f"step_{step:06d}.jsonl", f"{folder}") as file:
+            file.writelines(f"{json_line(record)}\n" for record in records)
 
     def _seconds_left(self, last_seconds: float) -> float:
         rounds = len(self._ends) - 1

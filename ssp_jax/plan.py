@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax import ahead, footprint, published, sharding, weights
 from ssp_jax.config import BOUNDS, Range, check_numbers, flatten_config, parse_command_line
-from ssp_jax.errors import InputError, exit_code
+from ssp_jax.errors import InputError, exit_code, printable
 from ssp_jax.footprint import Setup, Work
 from ssp_jax.model import ModelConfig
 from ssp_jax.published import GIB, Slice
@@ -97,7 +97,7 @@ def _cache_room(peaks: Mapping[str, float], hbm: float) -> float:
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def read_model(path: str) -> ModelConfig:
@@ -348,7 +348,7 @@ def _run(argv: list[str]) -> int:
     check_numbers(config)
     model = read_model(config.model.path)
     if own.topology is None:
-        print(*smallest_slices(config, model), sep="\n")
+        print(*map(printable, smallest_slices(config, model)), sep="\n")
         return 0
     slice_ = published.parse_topology(own.topology)
     compiled = slice_.is_tpu and not own.shapes
@@ -357,7 +357,7 @@ def _run(argv: list[str]) -> int:
         compiled = False
     load = footprint.workload(config, own.tokens, own.sampled)
     plan = make_plan(config, model, slice_, load, compiled=compiled)
-    print(*report(plan, load), sep="\n")
+    print(*map(printable, report(plan, load)), sep="\n")
     return 0 if plan.fits else 1
 
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from ssp_jax import prompts, rewards
 from ssp_jax.config import user_path
-from ssp_jax.errors import InputError, Parser, exit_code, masked
+from ssp_jax.errors import InputError, Parser, exit_code, masked, printable
+from ssp_jax.files import replacing
 from ssp_jax.scores import AVERAGE, MEANS, SHARES
 
 EVALUATIONS = "eval/step_*.json"  # in a run folder
@@ -367,10 +368,11 @@ def _run(arguments: Sequence[str] | None) -> None:
     out = Path(user_path(args.out, "--out")) if args.out else workdir / "report.html"
     try:
         text = page(workdir, args.games)
-        out.write_text(text, encoding="utf-8")
+        with replacing(out, f"--out={out}") as file:
+            file.write(text)
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from error
-    print(f"{out}: {len(text.encode()) / 1e6:.1f} MB")
+    print(f"{printable(str(out))}: {len(text.encode()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import numpy as np
 
 from ssp_jax import bm25
 from ssp_jax.data import Document, Position, iterate_corpus, parse_document, parse_row
-from ssp_jax.errors import InputError, Parser, exit_code
+from ssp_jax.errors import InputError, Parser, exit_code, printable
 
 FORMAT = 2  # raise it whenever the files of an index change their meaning: old folders are then built anew
 CACHED_QUERIES = 65_536  # about ten steps of the paper's setting; row numbers and scores are kept, some 15 MB
@@ -113,7 +113,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last >= PROGRESS_SECONDS:
             self._last = now
-            print(f"ssp_jax: {text(now - self._start)}", file=sys.stderr, flush=True)
+            print(f"ssp_jax: {printable(text(now - self._start))}", file=sys.stderr, flush=True)
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -384,7 +384,8 @@ def _build(args: argparse.Namespace) -> None:
     build_index(args.corpus, folder, stemmer=args.stemmer, stopwords=args.stopwords, k1=args.k1, b=args.b)
     size = sum(path.stat().st_size for path in folder.iterdir())
     passages = len(Retriever.load(folder, threads=1))
-    print(f"{folder}: {passages:,} passages, {size / 1e9:.2f} GB, built in {time.monotonic() - start:.0f} s")
+    cost = f"{size / 1e9:.2f} GB, built in {time.monotonic() - start:.0f} s"
+    print(printable(f"{folder}: {passages:,} passages, {cost}"))
 
 
 def _ask(args: argparse.Namespace) -> None:
@@ -394,7 +395,7 @@ def _ask(args: argparse.Namespace) -> None:
     hits = retriever.hits([args.query], args.top_k)[0]
     for row, score in hits:
         document = retriever.document(row)
-        print(f"{score:8.3f}  [{document.id}] {document.title}\n          {document.text}")
+        print(printable(f"{score:8.3f}  [{document.id}] {document.title}\n          {document.text}"))
     if not hits:
         print("no passage has a word of this query")
 

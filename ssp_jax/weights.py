@@ -128,9 +128,26 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
     return values if ids is None else {**values, "eos_token_id": ids}
 
 
+def context_tokens(folder: str | Path) -> int:
+    """Tokens that the model can tell apart by their positions: max_position_embeddings of config.json, or what rope
+    scaling stretches it to. Without the key the default of the Hugging Face classes.
+    """
+    found = folders.find(folder)
+    place, values = found.place("config.json"), found.read_json("config.json")
+    default = 2048 if "LlamaForCausalLM" in values.get("architectures", ()) else 32768
+    longest = _number(place, {"max_position_embeddings": default} | values, "max_position_embeddings")
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key) or {}
+        scaled = rope.get("original_max_position_embeddings") or longest
+        longest = max(longest, int((rope.get("factor") or 1) * scaled))
+    return int(longest)
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """The folder's own tokenizer (a transformers fast tokenizer)."""
-    rows = read_config(folder).vocab_size  # first: transformers reads config.json too, unchecked
+    # First, for transformers reads both files too, and would blame others.
+    rows = read_config(folder).vocab_size
+    read_generation_config(folder)
     return tokenizer_files.load(folders.find(folder), rows)
 
 
