@@ -217,7 +217,7 @@ class Logger:
         title = printable(title)
         shown = table.Table(title=title, title_justify="left", title_style="bold", box=style, show_edge=False)
         for i, column in enumerate(columns):
-            shown.add_column(column, justify="right" if i else "left", no_wrap=True)
+            shown.add_column(printable(column), justify="right" if i else "left", no_wrap=True)
         for row in rows:
             cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in row)
             shown.add_row(*map(printable, cells))

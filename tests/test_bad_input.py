@@ -115,6 +115,10 @@ def write(file: str, content: str | bytes) -> Callable[[Path], Any]:
     return lambda folder: (folder / file).write_bytes(raw)
 
 
+def remove(file: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / file).unlink()
+
+
 def template(source: Any) -> Make:
     return ask(CHAT, damage=edit_json("tokenizer_config.json", chat_template=source))
 
@@ -154,6 +158,10 @@ TOKENIZER_CONFIG, TOKENIZER_JSON = "tokenizer_config.json", "tokenizer.json"
 BOMB = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 NO_SYSTEM = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
 TOKENIZERS = [
+    *(
+        Case(f"{file} is missing", ask(PROMPT, damage=remove(file)), f"model/{file} does not exist; expected a")
+        for file in (TOKENIZER_CONFIG, TOKENIZER_JSON)
+    ),
     *(
         Case(f"{file} is {what}", ask(PROMPT, damage=write(file, content)), rf"{file}.*{says}")
         for file in (TOKENIZER_CONFIG, TOKENIZER_JSON, "special_tokens_map.json", "added_tokens.json")

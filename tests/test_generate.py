@@ -12,6 +12,7 @@ import pytest
 
 from ssp_jax import attention, generate, model, prompts, weights
 from ssp_jax.data import load_questions
+from ssp_jax.errors import printable
 from ssp_jax.retriever import open_retriever
 
 TINY = Path("assets/tiny")
@@ -31,6 +32,7 @@ def ask(folder, lines, *arguments):
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = ["generate", MODEL, f"--prompts={folder / 'in.jsonl'}", f"--out={folder / 'out.jsonl'}", *BRIEF, *arguments]
     assert generate.main(argv) == 0
+    assert {path.name for path in folder.glob("*.jsonl*")} == {"in.jsonl", "out.jsonl"}
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
@@ -105,10 +107,14 @@ def test_the_solver_searches_and_answers(tmp_path, index):
 
 def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys):
     question = load_questions(TINY / "qa" / "one_hop.jsonl")[0].question
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"\n{question}\n\n"))
+    long, acts = "Who? " * 2000, "\x1b]0;owned\x07[bold]:cat:<|im_end|>"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"\n{question}\n\n{long}\n{acts}\n"))
     assert generate.main(["generate", MODEL, *BRIEF, f"--index={index}", "--max_tokens=200"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"question: {question}\n") and shown.count("question: ") == 1
+    assert shown.startswith(f"question: {question}\n") and shown.count("question: ") == 3
+    assert "tokens; expected at most 1,023]" in shown
+    assert printable(shown) == shown and "question: \\x1b]0;owned\\x07[bold]:cat:<|im_end|>\n" in shown
+    shown = shown.partition(long)[0]
     query, answer = prompts.last_search(shown), prompts.last_answer(shown)
     assert query and "</search>\n<information>Doc 1(Title: " in shown
     assert f"[answer: {answer} · " in shown and "ended by" in shown
@@ -155,35 +161,11 @@ def test_sizes_hold_what_is_asked(lengths, room):
     assert sizes.slots == min(math.ceil(len(lengths) / parts) * parts, generate.SLOTS_PER_DEVICE * parts)
 
 
-@pytest.mark.parametrize(
-    ("line", "arguments", "sentence"),
-    [
-        ('{"prompt": ""}', (), 'in.jsonl line 1: field "prompt" expected non-empty text'),
-        ('{"prompt": 3}', (), 'in.jsonl line 1: field "prompt" expected non-empty text'),
-        ('{"question": "Who?"}', (), "lines with a question need --index"),
-        ('{"messages": []}', (), 'field "messages" expected a list of'),
-        ('{"messages": [{"role": "user"}]}', (), 'objects with texts "role" and "content"'),
-        ("[1]", (), "in.jsonl line 1: expected a JSON object"),
-        ("", (), "expected at least one line"),
-        ('{"prompt": "a"}', ("--out=/nowhere/out.jsonl",), "--out=/nowhere/out.jsonl: expected a file"),
-        ('{"prompt": "a"}', ("--index=/nowhere",), "--index=/nowhere: expected the folder"),
-        ('{"prompt": "a"}', ("--max_tokens=0",), "max_tokens"),
-        ('{"prompt": "a"}', ("--temperature=-1",), "temperature"),
-        ('{"prompt": "a"}', ("--dtype=int8",), "float32"),
-        ('{"prompt": "a"}', ("--style=mine",), "search_r1"),
-        ('{"prompt": "a"}', ("--max_token=3",), "max_token"),
-        ('{"prompt": "a"}', ("stray",), "unexpected argument 'stray'"),
-        ('{"prompt": "a"}', ("--model=/nowhere",), "/nowhere"),
-        ('{"prompt": "a"}', ("--model=",), "flag --model is missing"),
-        ('{"prompt": "a"}', ("--prompts=", "--out=x"), "--out needs --prompts"),
-    ],
-)
-def test_wrong_input_is_one_sentence(tmp_path, capsys, line, arguments, sentence):
-    (tmp_path / "in.jsonl").write_text(line + "\n")
-    argv = ["generate", MODEL, f"--prompts={tmp_path / 'in.jsonl'}", *arguments]
-    assert generate.main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("ssp_jax: ") and err.count("\n") == 1 and sentence in err
+def test_an_episode_ends_where_the_models_context_does():
+    m = generate.load_model(TINY / "model", "float32")
+    assert m.context == 1024  # max_position_embeddings
+    stage = generate.make_stage(m.tokenizer, 500)
+    assert [generate._room(m, stage, longest) for longest in (10, 524, 1000, 1023)] == [500, 500, 24, 1]
 
 
 def test_a_line_without_a_question_is_named(tmp_path, capsys, index):

@@ -235,17 +235,6 @@ def test_bad_indices(folder):
     bad_weights(folder, "partFalse.safetensors does not exist; it should hold model weights")
 
 
-def test_bad_tokenizer(folder):
-    with pytest.raises(InputError, match=r"tokenizer_config.json does not exist"):
-        weights.load_tokenizer(folder)
-    (folder / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"tokenizer.json does not exist"):
-        weights.load_tokenizer(folder)
-    (folder / "tokenizer.json").write_text("half a fi")
-    with pytest.raises(InputError, match=r"tokenizer.json is not valid JSON"):
-        weights.load_tokenizer(folder)
-
-
 def test_tokenizer_that_does_not_fit_the_model(folder):
     """transformers would give an unknown eos token a new id; a row that the model lacks would be read as its last."""
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
