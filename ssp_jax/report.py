@@ -368,7 +368,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     out = Path(user_path(args.out, "--out")) if args.out else workdir / "report.html"
     try:
         text = page(workdir, args.games)
-        with replacing(out, f"--out={out}") as file:
+        with replacing(out, str(out)) as file:
             file.write(text)
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from error
