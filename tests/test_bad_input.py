@@ -4,6 +4,7 @@ A case makes its files in an empty folder, which is the current one, and gives a
 code 2 and one sentence on stderr, compile nothing, and leave every file that was there as it was.
 """
 
+import gzip
 import json
 import re
 import shutil
@@ -146,6 +147,78 @@ def train(damage: Callable[[Path], Any], *overrides: str) -> Make:
 
 def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
+
+
+def audited(flag: str, content: str | bytes, name: str = "rows.jsonl") -> Make:
+    """The audit of a file with this content, which reads what a run reads; --answers or --eval."""
+
+    def make(folder: Path) -> list[str]:
+        raw = content if isinstance(content, bytes) else content.encode()
+        (folder / name).write_bytes(raw)
+        (folder / "good.txt").write_text("Paris\n")
+        answers = name if flag == "--answers" else "good.txt"
+        return ["audit", f"--answers={answers}", *([] if flag == "--answers" else [f"{flag}={name}"])]
+
+    return make
+
+
+def answers(**changes: Any) -> Make:
+    """Two given answers, the second with these changes; a field that is ... is left out."""
+    return audited("--answers", two_rows({"ground_truth": "Paris", "search_turns": 2}, changes))
+
+
+def questions(**changes: Any) -> Make:
+    return audited("--eval", two_rows({"question": "Who?", "golden_answers": ["Paris"]}, changes))
+
+
+def verl(**changes: Any) -> Make:
+    row = {
+        "prompt": [{"role": "user", "content": "Answer. Question: Who?"}],
+        "reward_model": {"ground_truth": {"target": ["Paris"]}},
+    }
+    return audited("--eval", two_rows(row, changes))
+
+
+def truth(value: Any) -> Make:
+    return verl(reward_model={"style": "rule", "ground_truth": value})
+
+
+def asked(content: Any) -> Make:
+    return verl(prompt=[{"role": "user", "content": content}])
+
+
+def corpus(**changes: Any) -> Make:
+    def make(folder: Path) -> list[str]:
+        import bm25s  # noqa: F401  # which compiles an operation of JAX when it is first imported
+
+        rows = two_rows({"id": "0", "contents": "Paris\nis a city"}, changes)
+        (folder / "rows.jsonl").write_text(rows)
+        return ["retriever", "build", "--corpus=rows.jsonl", "--out=index"]
+
+    return make
+
+
+def two_rows(row: dict[str, Any], changes: dict[str, Any]) -> str:
+    second = {key: value for key, value in (row | changes).items() if value is not ...}
+    return json.dumps(row) + "\n" + json.dumps(second) + "\n"
+
+
+def config_file(*statements: str) -> Make:
+    """A run of a config file of the user's own."""
+
+    def make(folder: Path) -> list[str]:
+        lines = ["c = default.get_config()", *statements, "return c"]
+        body = "".join(f"    {line}\n" for line in lines)
+        (folder / "mine.py").write_text(f"from configs import default\n\n\ndef get_config():\n{body}")
+        return ["main", "--config=mine.py"]
+
+    return make
+
+
+def line(command: str) -> Make:
+    """A command line; DEFAULT is the default config, MODEL the tiny model's folder."""
+    words = command.replace("DEFAULT", f"--config={ROOT}/configs/default.py").split()
+    return lambda folder: [word.replace("MODEL", f"{TINY}/model") for word in words]
 
 
 MODEL_FOLDERS = [
@@ -304,13 +377,217 @@ GENERATE = [
 
 CONFIGS_AND_FLAGS = [
     Case("an unknown key", tiny("step=1"), "there is no key step; the nearest is steps"),
-    Case("a wrong type", tiny("steps=many"), "key steps must be int"),
+    Case("a wrong type", tiny("steps=many"), "key steps must be int, such as 40, and not 'many'"),
+    Case("half a step", line("main DEFAULT --config.steps=2.5"), "key steps must be int, such as 200, and not '2.5'"),
+    Case("perhaps", line("main DEFAULT --config.eval.before=maybe"), "eval.before must be bool, such as True, and not"),
+    Case("a text for a float", line("main DEFAULT --config.learner.clip_low=x"), "learner.clip_low must be float"),
+    Case(
+        "a text in a tuple",
+        line("main DEFAULT --config.engine.cache_buckets=(1,'a')"),
+        r"must be tuple of int, such as \(1024, 4096\), and not",
+    ),
+    Case("no config", line("main"), "flag --config is missing"),
+    Case("no such config", line("main --config=configs/defalt.py"), "the nearest is configs/default.py"),
+    Case("a config that is a folder", line("main --config=/"), "there is no such file"),
+    Case(
+        "a wrong section",
+        line("main DEFAULT --config.lerner.rows=1"),
+        "no key lerner.rows; the nearest is learner.rows",
+    ),
+    Case(
+        "a key without its section", line("main DEFAULT --config.learning_rate=1"), "nearest is learner.learning_rate"
+    ),
+    Case("a wrong switch", line("main DEFAULT --noconfig.eval.befor"), "no key eval.befor; the nearest is eval.before"),
+    Case("a section", line("main DEFAULT --config.learner=1"), "learner is a section; set one of its keys, such as"),
+    Case("a key as a flag", line("main DEFAULT --steps=1"), "unknown flag --steps; the nearest is --config.steps"),
+    Case("a wrong flag", line("main DEFAULT --workdri=x"), "unknown flag --workdri; the nearest is --workdir"),
+    Case("a workdir in a bucket", line("main DEFAULT --workdir=gs://b/run"), "gs://b/run is a URL; expected a folder"),
+    Case(
+        "a home of nobody", line("main DEFAULT --workdir=~nobody-here/x"), "--workdir=~nobody-here/x: expected a folder"
+    ),
+    Case("no value", line("main DEFAULT --config.steps"), "Missing value for flag --config.steps"),
+    Case("a stray word", line("main DEFAULT stray"), "unexpected argument 'stray'"),
+    Case("a set without a name", line("main DEFAULT --config.data.eval_sets.=f"), "expected letters, digits, _ and -"),
+    Case("a set with a dot", line("main DEFAULT --config.data.eval_sets.a.b=f"), "is 'a.b'; expected letters, digits"),
+    Case("a set without a file", line("main DEFAULT --config.data.eval_sets.nq"), "Missing value for flag"),
+    Case("file: a wrong section", config_file("c.lerner.rows = 1"), "mine.py line 6: there is no key lerner.rows"),
+    Case(
+        "file: a wrong key",
+        config_file("c.learner.row = 1"),
+        "mine.py line 6: there is no key learner.row; the nearest",
+    ),
+    Case(
+        "file: an update",
+        config_file("c.update({'lerner': {}})"),
+        "mine.py line 6: there is no key lerner; the nearest",
+    ),
+    Case(
+        "file: a text",
+        config_file("c.steps = 'many'  # so"),
+        "mine.py line 6: key steps must be int, such as 200, and not",
+    ),
+    Case("file: a section", config_file("c.learner = 3"), "mine.py line 6: learner is a section"),
+    Case("file: a truth", config_file("c.steps = True"), "mine.py: key steps must be int, such as 200, and not True"),
+    Case("file: a tuple", config_file("c.engine.cache_buckets = ('a',)"), "engine.cache_buckets must be tuple of int"),
+    Case(
+        "file: a new key", config_file("c.unlock(); c.step = 1"), "mine.py: there is no key step; the nearest is steps"
+    ),
+    Case("file: a lost key", config_file("c.unlock(); del c.steps"), "mine.py: key steps is missing"),
+    Case("file: no such name", config_file("c.steps = unknown"), "mine.py line 6: NameError"),
+    Case("file: a bracket", config_file("c.steps = ("), r"mine.py line 6: '\(' was never closed"),
+    Case("file: a division", config_file("c.steps = 1 // 0"), "mine.py line 6: ZeroDivisionError"),
+    Case("file: an assertion", config_file("assert c.steps == 1, 'no'"), "mine.py line 6: AssertionError: no"),
+    Case("file: a refusal", config_file("raise RuntimeError('no')"), "mine.py line 6: RuntimeError: no"),
+    Case("file: nothing", config_file("return None"), r"mine.py: get_config\(\) gives NoneType"),
+    Case(
+        "file: a set's name", config_file("c.unlock()", "c.data.eval_sets = {'a b': 'f'}"), "expected letters, digits"
+    ),
+    Case(
+        "file: a set that is no path",
+        config_file("c.unlock()", "c.data.eval_sets = {'a': 3}"),
+        "eval_sets.a must be str",
+    ),
+    Case("no temperature", tiny("sampling.temperature=nan"), "sampling.temperature is nan; expected a finite number"),
+    Case("greedy training", tiny("sampling.temperature=0.0"), "temperature is 0.0; expected at least 0.01, up to 100"),
+    Case("momentum of no sense", tiny("learner.adam_b1=1e30"), r"learner.adam_b1 is 1e\+30; expected less than 1"),
+    Case(
+        "a crowd of judges", tiny("judge.concurrency=1000000000000"), "judge.concurrency is .*; expected at most 10000"
+    ),
+    Case(
+        "a long verdict",
+        tiny("judge.max_tokens=1000000000"),
+        "judge.max_tokens is 1000000000; expected at most 16777216",
+    ),
+    Case("a seed of 33 bits", tiny(f"seed={1 << 32}"), "seed is 4294967296; expected at most 4294967295"),
+    Case("a seed of 64 bits", tiny(f"seed={1 << 63}"), "seed is 9223372036854775808; expected at most 4294967295"),
+    Case("a seed below 0", tiny("seed=-1"), "seed is -1; expected at least 0"),
+    Case("steps of 33 bits", tiny(f"steps={1 << 32}"), "steps is 4294967296; expected at most 2147483647"),
+    Case(
+        "a bucket of nothing", tiny("engine.extend_buckets=(64,0)"), "engine.extend_buckets is 0; expected more than 0"
+    ),
+    Case(
+        "rules of no question",
+        tiny("rules.min_chars=2000"),
+        "rules.min_chars is 2000; expected at most 1000, rules.max",
+    ),
+    Case(
+        "more searches than turns", tiny("limits.turns=1"), "rules.min_searches is 1; expected at most 0, limits.turns"
+    ),
+    Case("a choice", tiny("game.batch_fill=full"), "game.batch_fill is 'full'; expected one of dummy, resample"),
+    Case("plan: no slots", line("plan DEFAULT --config.engine.slots=0"), "engine.slots is 0; expected more than 0"),
+    Case(
+        "plan: long episodes", line("plan DEFAULT --tokens=1000000000"), "flag --tokens is 1000000000; expected at most"
+    ),
+    Case(
+        "plan: more than all", line("plan DEFAULT --tokens=9 --sampled=10"), "flag --sampled is 10; expected at most 9"
+    ),
+    Case("generate: all passages", ask(PROMPT, "--top_k=1000000000"), "flag --top_k is 1000000000; expected at most"),
+    Case("generate: a home of nobody", ask(PROMPT, "--out=~nobody-here/x"), "--out=~nobody-here/x: expected a folder"),
 ]
 
 CORPORA_AND_INDEXES: list[Case] = []
 
+HALF = "half an emoji \ud83d"  # a lone surrogate
+UTF8 = "expected lines of UTF-8 text, found"
+DEEP = "[" * 100_000
 ANSWERS_AND_QUESTIONS = [
     Case("answers that are no JSON", data("data.answers", "{not json"), r"rows\.jsonl line 1: .*JSON object"),
+    Case("questions in another form", data("data.eval_sets.one_hop", '{"q": 1}'), "line 1: .*golden_answers. expected"),
+    Case("no file", line("audit --answers=missing.jsonl"), r"missing\.jsonl: expected a readable file"),
+    Case("a folder", line("audit --answers=."), "expected a readable file"),
+    Case("a list of lines", audited("--answers", "[1]"), r"rows\.jsonl line 1: expected a JSON object, found"),
+    Case("a deep line", audited("--answers", DEEP), r"rows\.jsonl line 1: expected a JSON object"),
+    Case("nothing", audited("--answers", "\n"), r"rows\.jsonl: expected at least one row"),
+    Case("no gzip", audited("--answers", "{}", "rows.jsonl.gz"), "expected a whole gzip file"),
+    Case(
+        "a gzip by another name", audited("--answers", gzip.compress(b"Paris")), f"{UTF8} a gzip file, whose name must"
+    ),
+    Case("parquet by another name", audited("--eval", b"PAR1\x15\x04"), f"{UTF8} a parquet file"),
+    Case("no parquet", audited("--eval", "{}", "rows.parquet"), r"rows\.parquet after row 0: expected a whole parquet"),
+    Case("UTF-16", audited("--answers", "Paris\n".encode("utf-16"), "a.txt"), rf"a\.txt: {UTF8} UTF-16"),
+    Case(
+        "UTF-16 unmarked", audited("--answers", "Paris\n".encode("utf-16-le"), "a.txt"), r"a\.txt line 1: .*NUL bytes"
+    ),
+    Case("UTF-16 of JSON", audited("--answers", '{"a": 1}\n'.encode("utf-16-le")), r"rows\.jsonl line 1: .*NUL bytes"),
+    Case("Latin-1", audited("--answers", b"Paris\nR\xf6m\n", "a.txt"), r"a\.txt line 2: .*valid Unicode text"),
+    Case("Latin-1 of JSON", audited("--answers", b'{"ground_truth": "\xe9"}'), r"rows\.jsonl line 1: .*utf-8"),
+    Case(
+        "a list in a line",
+        audited("--answers", "['Paris', 'P.']\n", "a.txt"),
+        r"a\.txt line 1: .*one text, found a list",
+    ),
+    Case("no answer", answers(ground_truth=...), 'line 2: field "ground_truth" expected non-empty text, found nothing'),
+    Case("a blank answer", answers(ground_truth=" "), 'line 2: field "ground_truth" expected non-empty text'),
+    Case("an unseen answer", answers(ground_truth="\u200b"), 'line 2: field "ground_truth" expected non-empty text'),
+    Case("several answers", answers(ground_truth=["Paris"]), 'line 2: field "ground_truth" expected non-empty text'),
+    Case(
+        "several in a text", answers(ground_truth='["Paris"]'), 'line 2: field "ground_truth" expected one text, found'
+    ),
+    Case("half an answer", answers(ground_truth=HALF), 'line 2: field "ground_truth" expected valid Unicode text'),
+    Case("half an example", answers(sys_question_example=HALF), 'line 2: field "sys_question_example" expected valid'),
+    Case("examples of numbers", answers(sys_question_example=3), 'line 2: field "sys_question_example" expected text'),
+    Case(
+        "no searches", answers(search_turns=...), 'line 2: field "search_turns" expected a whole number from 1 to 1000'
+    ),
+    Case(
+        "zero searches", answers(search_turns=0), 'line 2: field "search_turns" expected a whole number from 1 to 1000'
+    ),
+    Case("true searches", answers(search_turns=True), 'line 2: field "search_turns" expected a whole number'),
+    Case("spelt searches", answers(search_turns="2"), 'line 2: field "search_turns" expected a whole number'),
+    Case("endless searches", answers(search_turns=10**30), 'line 2: field "search_turns" expected a whole number'),
+    Case("no question", questions(question=...), 'line 2: field "question" expected non-empty text, found nothing'),
+    Case("half a question", questions(question=HALF), 'line 2: field "question" expected valid Unicode text'),
+    Case("no golds", questions(golden_answers=...), 'line 2: field "golden_answers" expected text or a list of texts'),
+    Case("an empty list", questions(golden_answers=[]), "expected text or a non-empty list of texts"),
+    Case("an empty list in a text", questions(golden_answers="[]"), "expected text or a non-empty list of texts"),
+    Case(
+        "an empty gold", questions(golden_answers=["x", ""]), 'line 2: field "golden_answers" expected non-empty text'
+    ),
+    Case("a number", questions(golden_answers=5), "expected text or a non-empty list of texts, found 5"),
+    Case("numbers in a text", questions(golden_answers="[1, 2]"), "expected non-empty text, found 1"),
+    Case(
+        "a cut list",
+        questions(golden_answers='["Paris", "Ci'),
+        "expected text or a list of texts, found what begins as",
+    ),
+    Case(
+        "an object in a text", questions(golden_answers='{"target": ["x"]}'), "found an object that is written as text"
+    ),
+    Case(
+        "a broken list of PopQA",
+        questions(golden_answers=..., possible_answers='["a", b]'),
+        '"possible_answers" expected',
+    ),
+    Case("half a gold", questions(golden_answers=["x", HALF]), 'line 2: field "golden_answers" expected valid Unicode'),
+    Case("a gold with a NUL", questions(golden_answers="Pa\0ris"), "expected text without NUL characters"),
+    Case("a source of numbers", questions(data_source=5), 'line 2: field "data_source" expected text, found 5'),
+    Case("half a source", questions(data_source=HALF), 'line 2: field "data_source" expected valid Unicode text'),
+    Case("veRL: no truth", truth(None), 'line 2: field "reward_model.ground_truth" expected text or a non-empty list'),
+    Case("veRL: no target", truth({"target": None}), '"reward_model.ground_truth.target" expected text or a non-empty'),
+    Case(
+        "veRL: a text for a reward",
+        verl(reward_model="x"),
+        'field "reward_model" expected an object with a ground_truth',
+    ),
+    Case("veRL: no turns", verl(prompt="Question: who?"), 'field "prompt" expected turns of a user'),
+    Case("veRL: no mark", asked("Who?"), 'field "prompt" expected a last user turn with "Question: "'),
+    Case("veRL: no question", asked("Question: "), 'field "prompt" expected non-empty text'),
+    Case("veRL: a picture", asked([{"type": "image", "image": "x"}]), 'field "prompt" expected a user turn of text'),
+    Case("veRL: texts", asked(["Question: who?"]), 'field "prompt" expected a user turn of text'),
+    Case("veRL: examples", asked("Question: a?\nAnswer: b\nQuestion: c?"), 'one "Question: " in the last user turn'),
+    Case("veRL: half a question", asked(f"Question: {HALF}"), 'field "prompt" expected valid Unicode text'),
+    Case("veRL: a list", verl(extra_info={"question": ["x"]}), 'field "extra_info.question" expected non-empty text'),
+    Case("a passage without id", corpus(id=...), 'line 2: field "id" expected non-empty text, found nothing'),
+    Case("a passage with half an id", corpus(id=HALF), 'line 2: field "id" expected valid Unicode text'),
+    Case(
+        "a passage of nothing", corpus(contents=...), r'line 2: field "contents" expected non-empty text \(or texts in'
+    ),
+    Case("a passage of spaces", corpus(contents=" \n "), 'line 2: field "contents" expected non-empty text'),
+    Case("a passage of a title", corpus(contents=..., title="T"), 'line 2: field "contents" expected non-empty text'),
+    Case(
+        "a passage of numbers", corpus(contents=..., title="T", text=5), 'line 2: field "text" expected text, found 5'
+    ),
+    Case("a broken passage", corpus(contents=f"T\n{HALF}"), 'line 2: field "contents" expected valid Unicode text'),
 ]
 
 SERVERS_AND_JUDGES: list[Case] = []
