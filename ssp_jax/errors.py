@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -47,6 +48,13 @@ def masked(text: str) -> str:
 def sentence(error: BaseException | str) -> str:
     """An error as the one line that a user sees."""
     return printable(masked(" ".join(str(error).split())))
+
+
+def shown(value: object) -> str:
+    """A value of a file as a message quotes it: short, however long or deep it is."""
+    short = reprlib.Repr()
+    short.maxstring = 60
+    return short.repr(value)
 
 
 def first_line(error: BaseException) -> str:

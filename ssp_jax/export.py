@@ -68,7 +68,7 @@ def save(
         pass
     multihost_utils.sync_global_devices("ssp_jax: all weights are written")
     if first:
-        _write_small_files(unfinished, source, plan, dtype)
+        _write_small_files(unfinished, source, plan, dtype, config.tie_embeddings)
         replaced = folder.with_name(folder.name + ".replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
@@ -84,7 +84,7 @@ def check_place(folder: Path) -> None:
         raise InputError(f"{folder} exists and is not a model folder; it will not be replaced")
 
 
-def _write_small_files(folder: Path, source: Folder, plan: folders.Plan, dtype: str) -> None:
+def _write_small_files(folder: Path, source: Folder, plan: folders.Plan, dtype: str, tied: bool) -> None:
     """The index where there are several files, the config, the tokenizer."""
     if len(plan) > 1:
         itemsize = np.dtype(dtype).itemsize
@@ -95,7 +95,10 @@ def _write_small_files(folder: Path, source: Folder, plan: folders.Plan, dtype: 
     values = source.read_json("config.json")
     # transformers 5 writes "dtype" and 4 "torch_dtype"; both read either.
     keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
-    (folder / "config.json").write_text(json.dumps(values | dict.fromkeys(keys, dtype), indent=2) + "\n")
+    values |= dict.fromkeys(keys, dtype)
+    if values.get("tie_word_embeddings", False) != tied:  # the source has a head of its own all the same
+        values["tie_word_embeddings"] = tied
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     for name in _COPIED:
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, folder / name)

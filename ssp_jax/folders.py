@@ -5,6 +5,7 @@ package: so a process can take just its own part of a tensor, from a disk or fro
 """
 
 import atexit
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -23,12 +24,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ssp_jax.errors import InputError, first_line
+from ssp_jax.errors import InputError, first_line, shown
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 Bounds = tuple[int, int]  # first, and one past the last
 _SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # all that a model has beside its weights
+_FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]{1,255}")
+_MAX_HEADER_BYTES = 100_000_000  # as the format has it
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -78,8 +81,14 @@ def find(folder: str | Path) -> Folder:
     name = str(folder)
     if "://" in name:
         return _in_bucket(name)
-    if Path(folder).is_dir():
-        return Folder(name, Path(folder))
+    path = Path(folder).expanduser()
+    try:
+        if path.is_dir():
+            return Folder(name, path)
+        if path.exists():
+            raise InputError(f"model folder {name} is a file; expected the folder that it is in")
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"model folder {name[:200]} cannot be read: {error.strerror}") from None
     if _HUB_NAME.fullmatch(name):
         return Folder(name, _from_hub(name))
     raise InputError(f"model folder {name} does not exist; expected a local folder, a URL such as gs://… or a hub name")
@@ -128,7 +137,7 @@ def _from_hub(name: str) -> Path:
     wanted = ["*.safetensors", *(f"*{suffix}" for suffix in _SMALL_FILES)]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except OSError as error:  # all errors of the hub and of the network
+    except (OSError, ValueError) as error:  # of the hub and the network, and of names that it cannot have
         reason = first_line(error)
         raise InputError(
             f"model {name} is neither a local folder nor to be had from the Hugging Face hub ({reason})"
@@ -187,7 +196,12 @@ class Tensor:
 
     @property
     def place(self) -> str:
-        return f'{self.file.place}: tensor "{self.name}"'
+        return f'{self.file.place}: tensor "{self.name[:200]}"'
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, shape: Sequence[int], box: Sequence[Bounds]) -> np.ndarray:
         """A copy of one box of the tensor, which is seen in `shape` (its own, or axes split further)."""
@@ -198,55 +212,109 @@ class Tensor:
             return rows[(slice(None), *columns)].copy().view(self.dtype)
 
 
+def tensor_names(folder: Folder) -> frozenset[str]:
+    """Names of all tensors; of a folder without weights none."""
+    if folder.has(SINGLE_FILE):
+        return frozenset(_open_file(folder, SINGLE_FILE))
+    return frozenset(_weight_map(folder)) if folder.has(INDEX_FILE) else frozenset()
+
+
 def open_tensors(folder: Folder) -> dict[str, Tensor]:
     """All tensors of a folder: from its single file, or from the files that the index names."""
     if folder.has(SINGLE_FILE):  # before an index, as transformers has it
         return _open_file(folder, SINGLE_FILE)
     if not folder.has(INDEX_FILE):
         raise InputError(f"{folder.name} has no model weights; expected {SINGLE_FILE} or {INDEX_FILE}")
-    index = folder.place(INDEX_FILE)
-    weight_map = folder.read_json(INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError(f'{index}: key "weight_map" is missing or does not give a file name for each tensor')
+    weight_map = _weight_map(folder)
     files = sorted(set(weight_map.values()))
     with ThreadPoolExecutor() as pool:
         found = dict(zip(files, pool.map(functools.partial(_open_file, folder), files), strict=True))
     for name, file in weight_map.items():
         if name not in found[file]:
             raise InputError(f'{folder.place(file)}: tensor "{name}" is missing, though {INDEX_FILE} says it is there')
+    # transformers takes every tensor of the files, listed or not: no index may hide one.
+    for file, tensors in found.items():
+        for name in tensors:
+            if weight_map.get(name) != file:
+                other = weight_map.get(name, "no file")
+                raise InputError(
+                    f'{folder.place(INDEX_FILE)}: tensor "{name}" is missing from key "weight_map" '
+                    f"for {file}, which has it; {other} is given"
+                )
     return {name: found[file][name] for name, file in weight_map.items()}
 
 
+def _weight_map(folder: Folder) -> dict[str, str]:
+    """Tensor -> file of this folder."""
+    index = folder.place(INDEX_FILE)
+    weight_map = folder.read_json(INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f'{index}: key "weight_map" is missing or does not give a file name for each tensor')
+    for file in sorted(set(weight_map.values())):
+        if not _FILE_NAME.fullmatch(file):
+            raise InputError(f'{index}: key "weight_map" gives the file {shown(file)}; expected one of this folder')
+    return weight_map
+
+
 def _open_file(folder: Folder, name: str) -> dict[str, Tensor]:
+    """The tensors of a file, which must be exactly what follows the header: as safetensors' own reader has it."""
     file = folder.open(name)
     with file.read(0, min(8, file.size)) as raw:
         start = 8 + int.from_bytes(raw.tobytes(), "little")
     if file.size < 8 or start > file.size:
         raise InputError(f"{file.place} is truncated or not a safetensors file: it has {file.size} bytes")
+    header = _read_header(file, start)
+    tensors = {key: _open_tensor(file, start, key, entry) for key, entry in header.items() if key != "__metadata__"}
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.size)):
+        if tensor.begin != end:
+            what = "overlaps another tensor" if tensor.begin < end else "follows bytes of no tensor"
+            raise InputError(f"{tensor.place} {what}: it begins at byte {tensor.begin}; expected {end}")
+        end += tensor.size
+    if end != file.size:
+        raise InputError(f"{file.place} has {file.size - end} bytes after its last tensor; expected none")
+    return tensors
+
+
+def _read_header(file: Any, start: int) -> dict[str, Any]:
+    if start - 8 > _MAX_HEADER_BYTES:
+        raise InputError(f"{file.place}: its header has {start - 8} bytes; expected at most {_MAX_HEADER_BYTES}")
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
+            raise InputError(f"{file.place}: its header has {shown(twice)} twice")
+        return values
+
     try:
         with file.read(8, start) as raw:
-            header = json.loads(raw.tobytes())
-    except ValueError:
+            header = json.loads(raw.tobytes(), object_pairs_hook=without_duplicates)
+    except InputError:
+        raise
+    except (ValueError, RecursionError):
         raise InputError(f"{file.place} is not a safetensors file: its header is not valid JSON") from None
     if not isinstance(header, dict):
         raise InputError(f"{file.place} is not a safetensors file: its header is not a JSON object")
-    return {key: _open_tensor(file, start, key, entry) for key, entry in header.items() if key != "__metadata__"}
+    return header
 
 
 def _open_tensor(file: Any, start: int, name: str, entry: Any) -> Tensor:
-    place = f'{file.place}: tensor "{name}"'
+    place = f'{file.place}: tensor "{name[:200]}"'
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{place} has no dtype, shape and data_offsets in the header") from None
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise InputError(f"{place} has shape {shape} and offsets {[begin, end]}; expected natural numbers")
-    if kind not in DTYPES:
-        raise InputError(f"{place} has dtype {kind}; expected {', '.join(DTYPES)}")
+        found = f"shape {shown(shape)} and offsets {shown([begin, end])}"
+        raise InputError(f"{place} has {found}; expected natural numbers")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        name_of_it = kind[:20] if isinstance(kind, str) else shown(kind)
+        raise InputError(f"{place} has dtype {name_of_it}; expected {', '.join(DTYPES)}")
     if start + end > file.size:
         raise InputError(f"{place} ends at byte {start + end}, but the file is truncated: it has {file.size}")
     if math.prod(shape) * DTYPES[kind].itemsize != end - begin:
-        raise InputError(f"{place} of shape {shape} has {end - begin} bytes")
+        raise InputError(f"{place} of shape {shown(shape)} has {end - begin} bytes")
     return Tensor(file, name, DTYPES[kind], shape, start + begin)
 
 

@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ssp_jax.errors import InputError, reading
+from ssp_jax import hf_config
+from ssp_jax.errors import InputError, reading, shown
 from ssp_jax.folders import Folder
 
 CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
@@ -94,6 +95,7 @@ def load(folder: Folder, rows: int) -> Any:
 def _checked(folder: Folder) -> dict[str, Any]:
     """tokenizer_config.json. Of all files beside it the form is looked at, too."""
     settings = folder.read_json(CONFIG)
+    hf_config.refuse_code(folder, CONFIG, settings)
     folder.read_json(TOKENIZER)
     for file in (CONFIG, SPECIAL):
         if folder.has(file):
@@ -114,9 +116,7 @@ def _check_keys(place: str, values: dict[str, Any]) -> None:
     for key, (is_right, expected) in _CHECKS.items():
         value = values.get(key)
         if value is not None and not is_right(value):
-            found = repr(value)
-            found = found if len(found) <= 60 else found[:60] + "..."
-            raise InputError(f'{place}: key "{key}" expected {expected}, found {found}')
+            raise InputError(f'{place}: key "{key}" expected {expected}, found {shown(value)}')
 
 
 def _check_end(folder: Folder, settings: dict[str, Any], tokenizer: Any) -> None:

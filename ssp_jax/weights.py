@@ -18,93 +18,46 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from ssp_jax import folders, names, tokenizer_files
+from ssp_jax import folders, hf_config, names, tokenizer_files
 from ssp_jax.errors import InputError
 from ssp_jax.folders import Bounds, Folder, Tensor
-from ssp_jax.model import ModelConfig, Params, RopeScaling
+from ssp_jax.model import ModelConfig, Params
 from ssp_jax.names import Name
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
-
-
-def _number(place: str, values: dict[str, Any], key: str, kind: type[int] | type[float] = int) -> Any:
-    """A positive number; an int will do where a float is asked for."""
-    if key not in values:
-        raise InputError(f'{place}: key "{key}" is missing')
-    value = values[key]
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
-        raise InputError(f'{place}: key "{key}" expected a positive {kind.__name__}, found {value!r}')
-    return kind(value)
-
-
-def _check_supported(place: str, values: dict[str, Any], architecture: str) -> None:
-    """Whatever would silently give other numbers than Hugging Face's is refused."""
-    allowed: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu",),
-        "attention_bias": (False,) if architecture != "Qwen2ForCausalLM" else (False, True),  # Qwen2 ignores the key
-        "mlp_bias": (False,),
-        "use_sliding_window": (False,),
-        "quantization_config": (None,),
-        "partial_rotary_factor": (None, 1.0),
-    }
-    for key, good in allowed.items():
-        if key in values and values[key] not in good:
-            raise InputError(f'{place}: key "{key}" is {values[key]!r}; only {good[0]!r} is supported')
-    for kind in set(values.get("layer_types") or ()) - {"full_attention"}:
-        raise InputError(f'{place}: key "layer_types" contains {kind!r}; only "full_attention" is supported')
-
-
-def _rope(place: str, values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """rope_theta and scaling: rope_parameters (transformers 5), or rope_theta and rope_scaling (transformers 4)."""
-    rope = values.get("rope_parameters")
-    if rope is None:
-        top_level = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
-        rope = {**(values.get("rope_scaling") or {}), **top_level}
-    theta = _number(place, rope, "rope_theta", float)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise InputError(f'{place}: key "rope_type" is {kind!r}; only "default" and "llama3" are supported')
-    factors = {key: _number(place, rope, key, float) for key in ("factor", "low_freq_factor", "high_freq_factor")}
-    key = "original_max_position_embeddings"
-    return theta, RopeScaling(**factors, original_max_position_embeddings=_number(place, rope, key))
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ADAPTER = "adapter_config.json"  # of LoRA: transformers would add it to the weights
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder. Defaults are those of the Hugging Face classes."""
+    """The shape of the model in a Hugging Face folder, as transformers would run it."""
     found = folders.find(folder)
-    place, values = found.place("config.json"), found.read_json("config.json")
-    architecture = (values.get("architectures") or [None])[0]
-    if architecture not in ARCHITECTURES:
-        raise InputError(f'{place}: key "architectures" is {architecture!r}; supported are {", ".join(ARCHITECTURES)}')
-    _check_supported(place, values, architecture)
-    number = functools.partial(_number, place, values)
-    embed_dim, heads, kv_heads = number("hidden_size"), number("num_attention_heads"), number("num_key_value_heads")
-    if heads % kv_heads:
-        raise InputError(f'{place}: key "num_key_value_heads" is {kv_heads}, which does not divide {heads} heads')
-    if values.get("head_dim") is not None:
-        head_dim = number("head_dim")
-    elif embed_dim % heads == 0:
-        head_dim = embed_dim // heads
-    else:
-        raise InputError(f'{place}: key "head_dim" is missing and {heads} heads do not divide hidden_size {embed_dim}')
-    theta, scaling = _rope(place, values)
-    return ModelConfig(
-        vocab_size=number("vocab_size"),
-        num_layers=number("num_hidden_layers"),
-        embed_dim=embed_dim,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp_dim=number("intermediate_size"),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=number("rms_norm_eps", float),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=architecture == "Qwen2ForCausalLM",
-        qk_norm=architecture == "Qwen3ForCausalLM",
-    )
+    config = hf_config.read(found)
+    if config.tie_embeddings and _has_own_head(found):
+        return dataclasses.replace(config, tie_embeddings=False)
+    return config
+
+
+def _has_own_head(folder: Folder) -> bool:
+    """Whether the weights have a head that differs from the embedding, though config.json ties them.
+
+    Merging LoRA weights into one of the two leaves such folders. transformers then uses both.
+    """
+    if not {EMBEDDING, HEAD} <= folders.tensor_names(folder):
+        return False
+    tensors = folders.open_tensors(folder)
+    embedding, head = tensors[EMBEDDING], tensors[HEAD]
+    if embedding.shape != head.shape or len(head.shape) != 2:
+        return True  # what is wrong with them is told when they are loaded
+    rows, width = head.shape
+    step = max(1, head.file.chunk // max(1, width * head.dtype.itemsize))
+
+    def is_same(begin: int) -> bool:
+        box = [(begin, min(begin + step, rows)), (0, width)]
+        parts = [tensor.read(tensor.shape, box).astype(np.float32) for tensor in (embedding, head)]
+        return parts[0].tobytes() == parts[1].tobytes()
+
+    with ThreadPoolExecutor() as pool:
+        return not all(pool.map(is_same, range(0, rows, step)))
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any]:
@@ -119,7 +72,7 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
     if ids is None:
         file = "config.json"
         ids = found.read_json(file).get("eos_token_id")
-    rows = read_config(folder).vocab_size
+    rows = hf_config.read(found).vocab_size
     for index in ids if isinstance(ids, list) else [ids]:
         if index is not None and (type(index) is not int or not 0 <= index < rows):
             raise InputError(
@@ -129,26 +82,17 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
 
 
 def context_tokens(folder: str | Path) -> int:
-    """Tokens that the model can tell apart by their positions: max_position_embeddings of config.json, or what rope
-    scaling stretches it to. Without the key the default of the Hugging Face classes.
-    """
-    found = folders.find(folder)
-    place, values = found.place("config.json"), found.read_json("config.json")
-    default = 2048 if "LlamaForCausalLM" in values.get("architectures", ()) else 32768
-    longest = _number(place, {"max_position_embeddings": default} | values, "max_position_embeddings")
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = values.get(key) or {}
-        scaled = rope.get("original_max_position_embeddings") or longest
-        longest = max(longest, int((rope.get("factor") or 1) * scaled))
-    return int(longest)
+    """Tokens that the model can tell apart by their positions."""
+    return hf_config.context_tokens(folders.find(folder))
 
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The folder's own tokenizer (a transformers fast tokenizer)."""
     # First, for transformers reads both files too, and would blame others.
-    rows = read_config(folder).vocab_size
+    found = folders.find(folder)
+    rows = hf_config.read(found).vocab_size
     read_generation_config(folder)
-    return tokenizer_files.load(folders.find(folder), rows)
+    return tokenizer_files.load(found, rows)
 
 
 def check_tensors(folder: str | Path, config: ModelConfig) -> str:
@@ -166,8 +110,19 @@ def check_tensors(folder: str | Path, config: ModelConfig) -> str:
 
 
 def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
-    """Exactly the tensors of this shape, each of its own shape; before anything is read."""
+    """Exactly the tensors of this shape, each of its own shape; before anything is read.
+
+    A tensor that the model would not use is refused, or is known by name to say nothing new.
+    """
+    if folder.has(ADAPTER):
+        raise InputError(
+            f"{folder.place(ADAPTER)} asks for an adapter beside the weights; expected weights that "
+            "it is merged into, and no such file"
+        )
     tensors = folders.open_tensors(folder)
+    if config.tie_embeddings and HEAD in tensors:  # equal, as read_config saw, or the only one of the two
+        head = tensors.pop(HEAD)
+        tensors.setdefault(EMBEDDING, head)
     expected = names.file_shapes(config)
     for name, shape in expected.items():
         if name not in tensors:
@@ -176,8 +131,7 @@ def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
         if tensors[name].shape != shape:
             raise InputError(f"{tensors[name].place} has shape {tensors[name].shape}; config.json asks for {shape}")
     for name in tensors.keys() - expected.keys():
-        # Old Llama files carry rotary tables; some tied models carry the embedding twice.
-        if not (name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")):
+        if not name.endswith("rotary_emb.inv_freq"):  # old Llama files carry these tables
             raise InputError(f"{tensors[name].place} is not part of the model in config.json")
     return tensors
 
@@ -249,6 +203,8 @@ def _load_leaf(
         layer, rows = job
         chunk = [rows, *box[1:]]
         bits = _bits(layers[layer].read(file_shape, chunk), dtype)
+        if not _is_finite(bits, dtype):
+            raise InputError(f"{layers[layer].place} has values that are not finite (NaN or infinity)")
         for part in parts:
             part.put(layer, chunk, bits)
 
@@ -286,3 +242,12 @@ def _bits(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if x.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
         return x.view(np.uint16).astype(np.uint32) << 16
     return x.astype(dtype, copy=False).view(f"u{dtype.itemsize}")
+
+
+def _is_finite(bits: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether numbers of this dtype, given as unsigned integers, are neither NaN nor infinite.
+
+    Both have all bits of the exponent set. Without the sign they are the largest integers.
+    """
+    infinity = np.array(np.inf, dtype).view(bits.dtype) << 1
+    return not bits.size or bool((bits << 1).max() < infinity)
