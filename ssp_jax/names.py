@@ -39,9 +39,10 @@ class Name:
         return [items[self.axes.index(a)] for a in self.split]
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one and the same in tied models
 _LAYER = "model.layers.{}."
 _NAMES = (
-    Name("embed/weight", "model.embed_tokens.weight", "V D", "VD"),
+    Name("embed/weight", EMBEDDING, "V D", "VD"),
     Name("layers/attention_norm/scale", _LAYER + "input_layernorm.weight", "D", "D"),
     Name("layers/attention/q/kernel", _LAYER + "self_attn.q_proj.weight", "NH D", "DNH"),
     Name("layers/attention/q/bias", _LAYER + "self_attn.q_proj.bias", "NH", "NH"),
@@ -57,7 +58,7 @@ _NAMES = (
     Name("layers/mlp/up/kernel", _LAYER + "mlp.up_proj.weight", "F D", "DF"),
     Name("layers/mlp/down/kernel", _LAYER + "mlp.down_proj.weight", "D F", "FD"),
     Name("final_norm/scale", "model.norm.weight", "D", "D"),
-    Name("head/weight", "lm_head.weight", "V D", "VD"),
+    Name("head/weight", HEAD, "V D", "VD"),
 )
 
 

@@ -19,12 +19,11 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from ssp_jax import folders, hf_config, names, tokenizer_files
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, shown
 from ssp_jax.folders import Bounds, Folder, Tensor
 from ssp_jax.model import ModelConfig, Params
-from ssp_jax.names import Name
+from ssp_jax.names import EMBEDDING, HEAD, Name
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter_config.json"  # of LoRA: transformers would add it to the weights
 
 
@@ -129,8 +128,9 @@ def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
             place = folder.place(folders.SINGLE_FILE if folder.has(folders.SINGLE_FILE) else folders.INDEX_FILE)
             raise InputError(f'{place}: tensor "{name}" is missing')
         if tensors[name].shape != shape:
-            raise InputError(f"{tensors[name].place} has shape {tensors[name].shape}; config.json asks for {shape}")
-    for name in tensors.keys() - expected.keys():
+            found = shown(tensors[name].shape)
+            raise InputError(f"{tensors[name].place} has shape {found}; config.json asks for {shape}")
+    for name in sorted(tensors.keys() - expected.keys()):
         if not name.endswith("rotary_emb.inv_freq"):  # old Llama files carry these tables
             raise InputError(f"{tensors[name].place} is not part of the model in config.json")
     return tensors

@@ -1,6 +1,7 @@
 """What tests of model folders share: damaging a copy, loading it, comparing to the bit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,32 @@ def assert_same(a: Any, b: Any) -> None:
     for (path_a, x), (path_b, y) in zip(leaves_a, leaves_b, strict=True):
         assert path_a == path_b and x.dtype == y.dtype and x.shape == y.shape
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def edit_header(folder: Path, change: Callable[[dict[str, Any]], Any], after: bytes = b"") -> Path:
+    """Writes model.safetensors again with a changed header, and more bytes after its tensors."""
+    content = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    changed = change(header)
+    return write_header(folder, json.dumps(header if changed is None else changed), content[start:] + after)
+
+
+def write_header(folder: Path, header: str, data: bytes = b"") -> Path:
+    raw = header.encode()
+    (folder / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    return folder
+
+
+def split(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda weight_map: None) -> Path:
+    """Two files and their index in place of model.safetensors, with a changed weight map."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"part{'embed' in name}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        held = {name: x for name, x in tensors.items() if files[name] == file}
+        safetensors.numpy.save_file(held, folder / file)
+    changed = change(files)
+    weight_map = files if changed is None else changed
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder

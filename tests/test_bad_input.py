@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 from conftest import ROOT
-from model_folders import edit_config, edit_tensors
+from model_folders import edit_config, edit_header, edit_tensors, split, write_header
 
 from ssp_jax import audit, generate, main, plan, report, retriever
+from ssp_jax.errors import shown
 from ssp_jax.metrics import CompileCounter
 
 Make = Callable[[Path], list[str]]  # an empty folder -> a command line; its first word is a key of COMMANDS
@@ -221,10 +224,244 @@ def line(command: str) -> Make:
     return lambda folder: [word.replace("MODEL", f"{TINY}/model") for word in words]
 
 
+NORM = "model.norm.weight"
+FIRST = "model.layers.0.input_layernorm.weight"
+NESTED = nested(100_000)
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def config_text(name: str, text: str | bytes, says: str) -> Case:
+    raw = text if isinstance(text, bytes) else text.encode()
+    return Case(name, model(lambda f: (f / "config.json").write_bytes(raw)), rf"model/config\.json {says}")
+
+
+def config_json(says: str, **changes: Any) -> Case:
+    """generate with these keys in config.json (the value `...` removes one)."""
+    name = ", ".join(f"{key} {'missing' if value is ... else value}" for key, value in changes.items())
+    sentence = rf"model/config\.json: key {says}"
+    return Case(name[:80], model(lambda f: edit_config(f, **changes)), sentence)
+
+
+def header(name: str, change: Callable[[dict[str, Any]], Any], says: str, after: bytes = b"") -> Case:
+    """generate with a changed header of the weights."""
+    return Case(name, model(lambda f: edit_header(f, change, after)), rf"model/model\.safetensors{says}")
+
+
+def norm(says: str, **entry: Any) -> Case:
+    """generate with a changed entry of one tensor in the header of the weights."""
+    name = "a tensor with " + ", ".join(f"{key} {shown(value)}" for key, value in entry.items())
+    return header(name, lambda h: h[NORM].update(entry), f': tensor "{NORM}" {says}')
+
+
+def index(name: str, change: Callable[[dict[str, Any]], Any], says: str) -> Case:
+    """generate with two files of weights and a changed weight map."""
+    return Case(name, model(lambda f: split(f, change)), says)
+
+
+def not_finite(folder: Path) -> None:
+    x = np.ones(128, ml_dtypes.bfloat16)
+    x[7] = np.nan
+    edit_tensors(folder, **{NORM: x})
+
+
+CONFIG_JSON = [
+    config_text("a config.json that is no object", "[]", "expected a JSON object, found list"),
+    config_text("a config.json that is no JSON", "{", "is not valid JSON"),
+    config_text("a config.json that is nested too deeply", NESTED, "is nested too deeply"),
+    config_text("a config.json in a key of which all is nested", f'{{"a": {NESTED}}}', "is nested too"),
+    config_text("a config.json that is not UTF-8", b'{"a": "\xff"}', "is not valid JSON"),
+    config_text("a config.json with a number of 5,000 digits", f'{{"a": {"9" * 5000}}}', "is not"),
+    Case("no config.json", model(lambda f: (f / "config.json").unlink()), r"config\.json does not exist"),
+    config_json('"model_type" is \'gpt2\'; expected "qwen2"', model_type="gpt2"),
+    config_json('"model_type" is \'llama\'; expected "qwen2"', model_type="llama"),
+    config_json('"model_type" is None', model_type=None),
+    config_json("\"architectures\" is 'MistralForCausalLM'; supported", architectures=["MistralForCausalLM"]),
+    config_json('"architectures" is None; supported are Qwen2ForCausalLM', architectures=...),
+    config_json('"architectures" is None', architectures=[]),
+    config_json('"architectures" expected a list of names', architectures="Qwen2ForCausalLM"),
+    config_json('"architectures" expected a list of names', architectures={"a": "Qwen2ForCausalLM"}),
+    config_json('"architectures" is \\[', architectures=[["Qwen2ForCausalLM"]]),
+    config_json('"auto_map" asks to run code', auto_map={"AutoModelForCausalLM": "mine.Mine"}),
+    config_json('"auto_map" asks to run code', auto_map={"AutoConfig": "other/repository--mine.Mine"}),
+    config_json('"hidden_size" is missing', hidden_size=...),
+    config_json('"hidden_size" expected a positive int, found 128.0', hidden_size=128.0),
+    config_json("\"vocab_size\" expected a positive int, found 'many'", vocab_size="many"),
+    config_json('"vocab_size" expected a positive int, found \\[', vocab_size=[2048]),
+    config_json('"vocab_size" is 1000000000; expected at most', vocab_size=10**9),
+    config_json('"num_hidden_layers" expected a positive int, found 0', num_hidden_layers=0),
+    config_json('"num_hidden_layers" expected a positive int, found True', num_hidden_layers=True),
+    config_json('"num_hidden_layers" is 1000000000; expected at most 1000', num_hidden_layers=10**9),
+    config_json('"num_attention_heads" expected a positive int', num_attention_heads=-4),
+    config_json('"num_key_value_heads" is 3, which does not divide 4', num_key_value_heads=3),
+    config_json('"num_key_value_heads" is missing', num_key_value_heads=...),
+    config_json('"head_dim" is missing and 6 heads do not', num_attention_heads=6),
+    config_json('"head_dim" is 15; rotary positions need an even', head_dim=15),
+    config_json('"intermediate_size" is 1[0-9.+e]+; expected at most', intermediate_size=10**30),
+    config_json('"rms_norm_eps" expected a positive float, found None', rms_norm_eps=None),
+    config_json('"rms_norm_eps" expected a positive float, found nan', rms_norm_eps=float("nan")),
+    config_json('"rms_norm_eps" is 10+.*; expected at most 1', rms_norm_eps=10**400),
+    config_json('"rope_theta" is missing', rope_theta=...),
+    config_json('"rope_theta" expected a positive float, found None', rope_theta=None),
+    config_json('"rope_theta" is inf; expected at most', rope_theta=float("inf")),
+    config_json('"rope_scaling" expected a JSON object', rope_scaling="yarn"),
+    config_json('"rope_parameters" expected a JSON object', rope_parameters=[1]),
+    config_json("\"rope_type\" is 'yarn'; only", rope_scaling={"type": "yarn", "factor": 4.0}),
+    config_json(
+        "\"rope_type\" is 'yarn'; only",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_scaling={"rope_type": "yarn", "factor": 4.0},
+    ),
+    config_json('"rope_type" is \\[', rope_scaling={"rope_type": ["llama3"]}),
+    config_json(
+        '"rope_scaling" replaces "rope_parameters" and lacks its rope_theta',
+        rope_theta=...,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_scaling={**LLAMA3, "original_max_position_embeddings": 8192},
+    ),
+    config_json('"factor" is missing', rope_scaling={"rope_type": "llama3"}),
+    config_json('"factor" expected a positive float', rope_scaling={**LLAMA3, "factor": "8"}),
+    config_json('"low_freq_factor" expected a number below', rope_scaling={**LLAMA3, "low_freq_factor": 4}),
+    config_json('"full_attention" is an object', rope_scaling={"full_attention": {"rope_theta": 1e4}}),
+    config_json('"partial_rotary_factor" is 0.5; only 1.0', rope_scaling={"partial_rotary_factor": 0.5}),
+    config_json('"partial_rotary_factor" is 0.5; only', partial_rotary_factor=0.5),
+    config_json('"tie_word_embeddings" expected true or false', tie_word_embeddings="false"),
+    config_json('"tie_word_embeddings" expected true or false, found None', tie_word_embeddings=None),
+    config_json('"use_sliding_window" is True; only False', use_sliding_window=True),
+    config_json(
+        "\"layer_types\" contains 'sliding_attention'",
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    config_json('"layer_types" expected a list', layer_types="full_attention"),
+    config_json('"mlp_bias" is True; only False', mlp_bias=True),
+    config_json('"attention_bias" is True; only False', **LLAMA, attention_bias=True),
+    config_json("\"hidden_act\" is 'gelu'; only 'silu'", hidden_act="gelu"),
+    config_json('"is_causal" is False; only True', is_causal=False),
+    config_json('"quantization_config" is', quantization_config={"bits": 4}),
+    config_json('"text_config" is', text_config={"hidden_size": 128}),
+    config_json('"transformers_weights" is', transformers_weights="other.safetensors"),
+]
+
+WEIGHTS = [
+    Case("a tensor is missing", model(lambda f: edit_tensors(f, **{NORM: None})), NORM),
+    Case("a weight that is NaN", model(not_finite), f'"{NORM}" has values that are not finite'),
+    Case(
+        "a tensor that the model would not use",
+        model(lambda f: edit_tensors(f, **{"model.layers.0.self_attn.o_proj.bias": np.ones(8)})),
+        'o_proj.bias" has dtype F64; expected',
+    ),
+    Case(
+        "norms of queries in a model without them",
+        model(lambda f: edit_tensors(f, **{"model.layers.0.self_attn.q_norm.weight": np.ones(8, "f4")})),
+        'q_norm.weight" is not part of the model in config.json',
+    ),
+    Case(
+        "biases that the config does not have",
+        model(lambda f: edit_config(f, **LLAMA)),
+        '_proj.bias" is not part of the model in config.json',
+    ),
+    Case(
+        "fewer layers than the config says",
+        model(lambda f: edit_config(f, num_hidden_layers=5)),
+        'tensor "model.layers.4.input_layernorm.weight" is missing',
+    ),
+    Case(
+        "more layers than the config says",
+        model(lambda f: edit_config(f, num_hidden_layers=3)),
+        'tensor "model.layers.3.*" is not part of the model in config.json',
+    ),
+    Case(
+        "no head in an untied model",
+        model(lambda f: edit_config(f, tie_word_embeddings=False)),
+        'tensor "lm_head.weight" is missing',
+    ),
+    Case(
+        "a head of another shape in a tied model",
+        model(lambda f: edit_tensors(f, **{"lm_head.weight": np.ones((2049, 128), "f4")})),
+        r'tensor "lm_head.weight" has shape \(2049, 128\); config.json asks for \(2048, 128\)',
+    ),
+    Case(
+        "an adapter beside the weights",
+        model(lambda f: (f / "adapter_config.json").write_text("{}")),
+        "adapter_config.json asks for an adapter beside the weights",
+    ),
+    Case(
+        "weights of 8 bits",
+        model(lambda f: edit_tensors(f, **{NORM: np.ones(128, np.int8)})),
+        f'"{NORM}" has dtype I8; expected F32, F16, BF16',
+    ),
+    Case(
+        "a file that is no safetensors",
+        model(lambda f: (f / "model.safetensors").write_bytes(b"\5" + bytes(7) + b"hello")),
+        "model.safetensors is not a safetensors file: its header is not valid JSON",
+    ),
+    Case(
+        "a header that is longer than the file",
+        model(lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 8 + b"{}")),
+        "model.safetensors is truncated or not a safetensors file: it has 10 bytes",
+    ),
+    Case(
+        "a header that is nested too deeply",
+        model(lambda f: write_header(f, NESTED)),
+        "model.safetensors is not a safetensors file: its header is not valid JSON",
+    ),
+    Case(
+        "a header that has a tensor twice",
+        model(lambda f: write_header(f, '{"a": {}, "a": {}}')),
+        "model.safetensors: its header has 'a' twice",
+    ),
+    header("a header that is no object", lambda h: [h], " is not a safetensors file: its header is not a"),
+    header("an entry that is no object", lambda h: h | {NORM: []}, f': tensor "{NORM}" has no dtype, shape'),
+    header("an entry that is a number", lambda h: h | {NORM: 1}, f': tensor "{NORM}" has no dtype, shape'),
+    header("bytes after the last tensor", lambda h: None, " has 3 bytes after its last tensor", b"abc"),
+    header("bytes of no tensor", lambda h: h.pop(FIRST) and None, ": tensor .* follows bytes of no tensor"),
+    norm("has dtype I4; expected F32, F16, BF16", dtype="I4"),
+    norm(r"has dtype \[", dtype=["BF16"]),
+    norm("has no dtype, shape and data_offsets", data_offsets=[1, 2, 3]),
+    norm("has no dtype, shape and data_offsets", shape=None),
+    norm(r"has shape \(True, 128\) and offsets .*; expected natural", shape=[True, 128]),
+    norm(r"has shape \(1.5,\) and offsets", shape=[1.5]),
+    norm("has shape .* and offsets .*; expected natural numbers", data_offsets=[-256, 0]),
+    norm(r"of shape \(1000000000000, 1000000000000\) has 256 bytes", shape=[10**12, 10**12]),
+    norm(r"of shape \(127,\) has 256 bytes", shape=[127]),
+    norm("ends at byte [0-9]+, but the file is truncated", data_offsets=[10**18, 10**18 + 256]),
+    header("tensors that overlap", lambda h: h[NORM].update(data_offsets=[0, 256]), ": .* overlaps another"),
+    Case(
+        "no weights",
+        model(lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin")),
+        "model has no model weights; expected model.safetensors or model.safetensors.index.json",
+    ),
+    index("an index that is empty", lambda m: {}, '"model.embed_tokens.weight" is missing'),
+    index("an index that is a list", lambda m: [], 'index.json: key "weight_map" is missing or does not'),
+    index("an index that gives a number", lambda m: m.update({NORM: 1}), 'key "weight_map" is missing or'),
+    index("an index that forgets a tensor", lambda m: m.pop(NORM) and None, f'"{NORM}" is missing'),
+    index("an index that has the wrong file", lambda m: m.update({NORM: "partTrue.safetensors"}), "is missing"),
+    index("an index that leaves the folder", lambda m: m.update({NORM: "../a.safetensors"}), "of this folder"),
+    index("an index with an absolute path", lambda m: m.update({NORM: "/a.safetensors"}), "of this folder"),
+    index("an index with a long name", lambda m: m.update({NORM: "a" * 300}), "of this folder"),
+    index("an index that names the folder", lambda m: m.update({NORM: ".."}), "of this folder"),
+    index("an index with a file that is missing", lambda m: m.update({NORM: "a.safetensors"}), "does not exist"),
+    index("an index with a file that is not its own", lambda m: m.update({NORM: "config.json"}), "config.json"),
+]
+
+
+def no_folder(name: str, path: str, says: str) -> Case:
+    return Case(name, lambda folder: ["generate", f"--model={path}", "--prompts=in.jsonl"], says)
+
+
 MODEL_FOLDERS = [
-    Case("a config.json that is no object", model(lambda f: (f / "config.json").write_text("[]")), "config.json"),
-    Case("a model type that is not ours", model(lambda f: edit_config(f, model_type="gpt2")), "config.json.*gpt2"),
-    Case("a tensor is missing", model(lambda f: edit_tensors(f, **{"model.norm.weight": None})), "model.norm.weight"),
+    *CONFIG_JSON,
+    *WEIGHTS,
+    Case(
+        "a tokenizer that asks to run code",
+        model(edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Mine", None]})),
+        r'model/tokenizer_config\.json: key "auto_map" asks to run code',
+    ),
+    no_folder("a model folder that does not exist", "nowhere", "model folder nowhere does not exist"),
+    no_folder("a file in place of a model folder", __file__, "is a file; expected the folder"),
+    no_folder("a name of a folder that is too long", "a" * 5000, "cannot be read: File name too long"),
+    no_folder("a name that the hub cannot have", "a/b--c", "neither a local folder nor to be had from the"),
+    no_folder("a protocol that nobody knows", "zz://b/model", "cannot be reached: Protocol not known: zz"),
 ]
 
 TOKENIZER_CONFIG, TOKENIZER_JSON = "tokenizer_config.json", "tokenizer.json"

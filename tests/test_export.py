@@ -96,6 +96,20 @@ def test_shards_hold_the_same_values(tmp_path):
 # --- the folder that is written ---
 
 
+def test_a_head_of_its_own_is_kept(tmp_path):
+    """The source's config.json ties the head, its weights do not: nobody who reads the export may tie it again."""
+    source = Path(shutil.copytree(GOLDENS / "qwen2_untied", tmp_path / "source"))
+    edit_config(source, tie_word_embeddings=True)
+    config, params = weights.read_config(source), load(source)
+    export.save(params, config, tmp_path / "saved", source, "float32")
+    original = safetensors.numpy.load_file(source / "model.safetensors")
+    written = safetensors.numpy.load_file(tmp_path / "saved/model.safetensors")
+    np.testing.assert_array_equal(written["lm_head.weight"], original["lm_head.weight"])
+    assert json.loads((tmp_path / "saved/config.json").read_text())["tie_word_embeddings"] is False
+    assert weights.read_config(tmp_path / "saved") == config
+    assert_same(load(tmp_path / "saved"), params)
+
+
 def test_folder_has_config_and_tokenizer(folder, tmp_path):
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a")

@@ -1,11 +1,15 @@
 """Model: causal, equal in all its forms, and the same logits as Hugging Face's code (tests/goldens, float32)."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_folders import edit_config
 
 from ssp_jax import attention, cache, model, sampler, weights
 from ssp_jax.stops import build_automaton
@@ -29,6 +33,32 @@ def test_logits_equal_huggingface(name, prompt):
     config, params, numbers = golden(name)
     got_BTV = full_logits(config, params, jnp.asarray(numbers[f"{prompt}_tokens"])[None])
     np.testing.assert_allclose(got_BTV[0], numbers[f"{prompt}_logits"], atol=2e-4)
+
+
+LLAMA3 = json.loads((GOLDENS / "llama3/config.json").read_text())["rope_parameters"]
+LENGTH = "original_max_position_embeddings"
+BARE = {key: value for key, value in LLAMA3.items() if key not in (LENGTH, "rope_theta")}
+OTHER = {"rope_type": "default", "rope_theta": 7.0}
+SAME_MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2_untied", {"tie_word_embeddings": True}),
+    ("qwen2", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 10000.0}),
+    ("llama3", {"rope_parameters": OTHER, "rope_scaling": LLAMA3}),
+    ("llama3", {"rope_parameters": OTHER, "rope_scaling": LLAMA3, "rope_theta": 9.0}),
+    ("llama3", {"rope_parameters": OTHER, "rope_scaling": BARE | {LENGTH: 16}, "rope_theta": 100.0}),
+    ("llama3", {"rope_parameters": BARE, "rope_theta": 100.0, "max_position_embeddings": 16}),
+    ("llama3", {"rope_parameters": LLAMA3 | {LENGTH: 99}, LENGTH: 16}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), SAME_MODELS)
+def test_other_configs_of_the_same_model_equal_huggingface(tmp_path, name, changes):
+    """transformers 5.23 finds the golden numbers from each of these folders, too."""
+    folder = edit_config(Path(shutil.copytree(GOLDENS / name, tmp_path / "model")), **changes)
+    config = weights.read_config(folder)
+    params = weights.load(folder, config, None, jnp.float32)
+    _, _, numbers = golden(name)
+    got_BTV = full_logits(config, params, jnp.asarray(numbers["long_tokens"])[None])
+    np.testing.assert_allclose(got_BTV[0], numbers["long_logits"], atol=2e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
