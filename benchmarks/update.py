@@ -148,7 +148,6 @@ def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
         adam_b2=0.999,
         weight_decay=0.01,
         max_grad_norm=1.0,
-        mini_batches=1,
         row_tokens=row_tokens,
         rows=rows,
         logprob_chunk=128 if row_tokens % 128 == 0 else row_tokens,

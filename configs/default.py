@@ -53,10 +53,16 @@ def get_config() -> ConfigDict:
     c.game.rl_pair = "reinforce_grpo"  # proposer_solver algorithm, a row of [P T6]; see config.RL_PAIRS
     c.game.train = "both"  # both | solver | proposer: which roles are updated [P T2]
     c.game.verify = True  # a question must be answered from its proposer's documents first [P s3.3]
-    c.game.noise_documents = 4  # documents of other games mixed in at verification [P T4]
+    # Distinct documents that games of other answers have found, mixed in at verification [P T4].
+    # Where those are too few, as in the first step, passages of the corpus [H].
+    c.game.noise_documents = 4
     c.game.noise_unit = "passage"  # passage [P] | trajectory: all documents of one other game [C]
     c.game.noise_source = "previous_step"  # previous_step [H] | same_step: waits for all proposers [C]
-    c.game.batch_fill = "periodic_reset"  # dummy | resample | full_reuse | periodic_reset [P T5]
+    # dummy | resample | full_reuse | periodic_reset [P T5].
+    # Where the pool is empty, in the first step and after a reset, the slot of a failed question is
+    # not played, and the same optimizer steps have fewer episodes [H]; [C] plays a dummy there.
+    # A reused question is not added to the pool once more [H]; in [C] it is.
+    c.game.batch_fill = "periodic_reset"
     c.game.reset_interval = 10  # steps between clearings of the replay pool (periodic_reset) [P B.1]
     c.game.resample_rounds = 5  # further proposals for an answer whose question failed (resample) [C]
 
@@ -85,9 +91,15 @@ def get_config() -> ConfigDict:
     c.limits.prompt_tokens = 4096  # longest prompt of a proposer or solver [P T4]
     c.limits.verify_prompt_tokens = 8192  # longest prompt of a verifier, documents included [H]
     c.limits.response_tokens = 8192  # sampled and inserted tokens of an episode [P T4]
-    c.limits.turn_tokens = 2048  # sampled tokens between two insertions [H]
-    c.limits.turns = 11  # stretches of sampled tokens [H]: the last one answers
-    c.limits.searches = 10  # [P B.2]
+    # Sampled tokens of a verifier [H]; 70 in [C], where another model verifies.
+    c.limits.verify_response_tokens = 4096
+    # Sampled tokens between two insertions; one more ends the episode. As many as response_tokens,
+    # also where that is changed, unless set: paper and code limit the response only [P T4, C].
+    c.limits.turn_tokens = c.limits.get_oneway_ref("response_tokens")
+    # Stretches of sampled tokens: 10 searches and the answer [H]. 10 in [C], of which the last must
+    # answer, so that 9 searches are left.
+    c.limits.turns = 11
+    c.limits.searches = 10  # [P B.2]; 9 in [C], see turns
     c.limits.observation_tokens = 2048  # an inserted result is cut to this many tokens [H]
 
     c.sampling = ConfigDict()
@@ -109,9 +121,11 @@ def get_config() -> ConfigDict:
 
     c.learner = ConfigDict()
     c.learner.learning_rate = 1e-6  # after warm-up [P T4]
-    c.learner.warmup_steps = 5  # optimizer steps [P T4]
+    # Optimizer steps [H], so it ends in the second step of self-play. "Steps" in [P T4], which may
+    # mean those of self-play; [C] counts updates of a role, of which a step has two.
+    c.learner.warmup_steps = 5
     c.learner.schedule = "constant"  # constant [P T4] | cosine | linear: down over decay_steps
-    c.learner.decay_steps = 800  # optimizer steps after warm-up: 200 steps x 2 roles x 2 mini-batches
+    c.learner.decay_steps = 600  # optimizer steps after warm-up: 200 steps x (2 solver + 1 proposer)
     c.learner.final_rate = 0.1  # share of learning_rate where cosine and linear end [H]
     c.learner.adam_b1 = 0.9  # verl default
     c.learner.adam_b2 = 0.999  # verl default
@@ -120,15 +134,24 @@ def get_config() -> ConfigDict:
     c.learner.momentum_dtype = "float32"  # float32 | bfloat16: Adam's first moment; the second is always float32 [H]
     c.learner.offload_moments = False  # Adam's moments in host memory between optimizer steps [H]; True in [C]
     c.learner.offload_reference = False  # the reference model in host memory while it does not score [H]; True in [C]
-    c.learner.mini_batches = 2  # optimizer steps per role and step: 256 / 128 [P T4]
+    # Optimizer steps of a role's update. [P T4] has a batch of 256 and a mini-batch of 128 and does
+    # not say of what. [C] counts trajectories, 128 x 5 = 640 in a mini-batch: the solver's 1,280
+    # make two, the proposer's 256 one. learner.update_order=combined takes the larger number.
+    c.learner.solver_mini_batches = 2
+    c.learner.proposer_mini_batches = 1
     c.learner.row_tokens = 12288  # packed row length; at least the longest episode
     c.learner.rows = 8  # packed rows of one micro-batch, over all devices
     c.learner.logprob_chunk = 512  # sampled tokens of a row whose logits exist at the same time
     c.learner.drop_no_advantage = False  # leave out what has advantage 0, with its KL term, but not out of means (DAPO)
     c.learner.clip_low = 0.2  # verl default
     c.learner.clip_high = 0.285  # [C]
+    # Dual clip (arXiv 1912.09729): a token with a negative advantage costs at most so many times that
+    # advantage, however much likelier it has become; 0 for none. Verl default [C], not in the paper.
+    c.learner.clip_dual = 3.0
     c.learner.kl_coef = 0.01  # 0 keeps no reference model [P T4]
     c.learner.kl_type = "k3"  # k1 | k2 | k3 (low_var_kl) [C]
+    # Largest KL of a token in nats (k3), 0 for none. Fixed in verl [C], not in the paper.
+    c.learner.kl_bound = 10.0
     c.learner.grpo_std = False  # [P eq.4]; the reference code runs with True
     c.learner.proposer_baseline = "none"  # none [P eq.5] | batch_mean | leave_one_out | hop_grouped (Dr. Zero)
     c.learner.aggregation = "sequence_mean"  # [P eq.4] | token_mean: verl default, so [C] | constant: Dr. GRPO

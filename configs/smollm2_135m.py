@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     c.limits.prompt_tokens = 2048
     c.limits.verify_prompt_tokens = 6144
     c.limits.response_tokens = 6144
+    c.limits.verify_response_tokens = 2048
 
     c.engine.slots = 32
     c.engine.cache_tokens = 8192

@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     c.engine.extend_buckets = (32, 64, 128, 256, 448)
 
     c.learner.learning_rate = 3e-4
-    c.learner.mini_batches = 1
+    c.learner.solver_mini_batches = 1
     c.learner.row_tokens = 384
     c.learner.logprob_chunk = 128
 

@@ -19,7 +19,7 @@ Before the example said plainly which answer it leads to, none of 56 proposals w
     python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_cpu --config.steps=1 \\
         --config.game.answers_per_step=16 --config.game.group_size=4 --config.game.noise_documents=2 \\
         --config.reward.metric=cover_em --config.sampling.temperature=0.4 --config.retriever.top_k=1 \\
-        --config.model.dtype=float32 --config.learner.kl_coef=0 --config.learner.mini_batches=1 \\
+        --config.model.dtype=float32 --config.learner.kl_coef=0 --config.learner.solver_mini_batches=1 \\
         --config.learner.rows=1 --config.learner.row_tokens=1152 --config.learner.logprob_chunk=128 \\
         --config.learner.drop_no_advantage=True --config.limits.response_tokens=512 \\
         --config.limits.turn_tokens=80 --config.limits.observation_tokens=128 \\

@@ -394,6 +394,7 @@ BOUNDS: dict[str, Range] = {
     "limits.prompt_tokens": _TOKENS,
     "limits.verify_prompt_tokens": _TOKENS,
     "limits.response_tokens": _TOKENS,
+    "limits.verify_response_tokens": _TOKENS,
     "limits.turn_tokens": _TOKENS,
     "limits.turns": _COUNT,
     "limits.searches": _COUNT,
@@ -418,13 +419,16 @@ BOUNDS: dict[str, Range] = {
     "learner.adam_b2": Range(0, 1, below=True),
     "learner.weight_decay": Range(0, 100),
     "learner.max_grad_norm": Range(0, 1e9, above=True),
-    "learner.mini_batches": _ROWS,
+    "learner.solver_mini_batches": _ROWS,
+    "learner.proposer_mini_batches": _ROWS,
     "learner.row_tokens": _TOKENS,
     "learner.rows": _ROWS,
     "learner.logprob_chunk": _TOKENS,
     "learner.clip_low": _FACTOR,
     "learner.clip_high": _FACTOR,
+    "learner.clip_dual": Range(1, 1e6, above=True, zero=True),
     "learner.kl_coef": _FACTOR,
+    "learner.kl_bound": _FACTOR,
     "learner.importance_cap": Range(0, 1e9, above=True),
     "learner.max_bad_updates": _COUNT,
     "eval.every": _WHOLE,
@@ -478,8 +482,9 @@ def _check_sizes(config: ConfigDict, values: dict[str, Any]) -> None:
     needs = {
         "learner.row_tokens": (played, "limits.prompt_tokens + limits.response_tokens"),
         "engine.cache_tokens": (
-            max(played, limits.verify_prompt_tokens + limits.turn_tokens),
-            "limits.prompt_tokens + limits.response_tokens and limits.verify_prompt_tokens + limits.turn_tokens",
+            max(played, limits.verify_prompt_tokens + min(limits.verify_response_tokens, limits.turn_tokens)),
+            "limits.prompt_tokens + limits.response_tokens, and for limits.verify_prompt_tokens with the smaller of "
+            "limits.verify_response_tokens and limits.turn_tokens",
         ),
     }
     for key, (least, why) in needs.items():

@@ -4,6 +4,7 @@ Tokens are the truth: an episode is one growing token list, with a mark per toke
 log-prob, both made here once and only carried afterwards. Text is a view of it, decoded for parsing and for people.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,15 @@ class Limits:
     turns: int
     searches: int
     observation_tokens: int
+    verify_response_tokens: int = sys.maxsize
+
+    def prompt(self, role: Role) -> int:
+        """The longest prompt of this role."""
+        return self.verify_prompt_tokens if role is VERIFIER else self.prompt_tokens
+
+    def response(self, role: Role) -> int:
+        """The longest response of this role, insertions included."""
+        return self.verify_response_tokens if role is VERIFIER else self.response_tokens
 
 
 @dataclass(frozen=True)
@@ -176,9 +186,7 @@ class Player:
     def __post_init__(self) -> None:
         self.prompt_length = self._turn_start = len(self.tokens)
         self.sampled, self.logprobs = [False] * len(self.tokens), [0.0] * len(self.tokens)
-        limits = self.stage.limits
-        longest = limits.verify_prompt_tokens if self.role is VERIFIER else limits.prompt_tokens
-        if len(self.tokens) > longest:
+        if len(self.tokens) > self.stage.limits.prompt(self.role):
             self.stop_reason = "prompt_tokens"
 
     @property
@@ -186,8 +194,12 @@ class Player:
         return self.role.code
 
     def token_limit(self) -> int:
-        limits = self.stage.limits
-        return min(self._turn_start + limits.turn_tokens, self.prompt_length + limits.response_tokens)
+        return min(self._turn_start + self.stage.limits.turn_tokens, self._full)
+
+    @property
+    def _full(self) -> int:
+        """Total number of tokens of an episode with the longest response."""
+        return self.prompt_length + self.stage.limits.response(self.role)
 
     def going_on(self, tokens: list[int], logprobs: list[float]) -> None:
         self.tokens += tokens
@@ -203,8 +215,7 @@ class Player:
         elif stop == sampler.FULL:
             self.stop_reason = "cache_tokens"
         elif stop == sampler.LIMIT:
-            full = len(self.tokens) >= self.prompt_length + self.stage.limits.response_tokens
-            self.stop_reason = "response_tokens" if full else "turn_tokens"
+            self.stop_reason = "response_tokens" if len(self.tokens) >= self._full else "turn_tokens"
         elif self.role.stops[stop] != prompts.SEARCH_STOP:
             self.stop_reason = self.role.stops[stop].strip("</>")
         elif len(self.queries) >= self.stage.limits.searches:
@@ -223,7 +234,7 @@ class Player:
         self.turns.append((SEARCH_ENGINE, self.stage.decode(tokens)))
         if len(self.turns) // 2 >= limits.turns:
             self.stop_reason = "turns"
-        elif len(self.tokens) + len(tokens) >= self.prompt_length + limits.response_tokens:
+        elif len(self.tokens) + len(tokens) >= self._full:
             self.stop_reason = "response_tokens"
         if self.stop_reason:
             return

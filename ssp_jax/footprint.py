@@ -341,9 +341,10 @@ def work(setup: Setup, load: Workload) -> dict[str, Work]:
     batches = math.ceil(tokens / (c.rows * c.row_tokens))
     f = setup.mesh.shape["fsdp"]
     gathered = (passes - 2) * item + 4  # of a parameter: weights in each forward, gradients once
+    optimizer_steps = sum(train.updates(setup.config).values())
     update = Work(
         flops=tokens * passes * forward / devices,
-        hbm=7 * bytes_["parameters"] * c.mini_batches + 3 * batches * bytes_["parameters"],
+        hbm=7 * bytes_["parameters"] * optimizer_steps + 3 * batches * bytes_["parameters"],
         link=batches * total / setup.tensor * gathered * (1 - 1 / f),
     )
     return {"prefill": prefill, "decode": decode, "reshard": reshard, "update": update}

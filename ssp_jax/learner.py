@@ -69,7 +69,6 @@ class LearnerConfig:
     adam_b2: float
     weight_decay: float
     max_grad_norm: float
-    mini_batches: int
     row_tokens: int
     rows: int
     logprob_chunk: int
@@ -80,6 +79,8 @@ class LearnerConfig:
     aggregation: str
     old_logprobs: str
     importance_cap: float
+    clip_dual: float = 0.0  # 0: none
+    kl_bound: float = 0.0  # 0: none
     response_tokens: int = 1  # the longest response: the divisor of aggregation = "constant"
     drop_no_advantage: bool = False
     schedule: str = "constant"
@@ -152,12 +153,14 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 def make_batches(c: LearnerConfig, episodes: Sequence[Trajectory], advantage_E: np.ndarray) -> list[Batch]:
     """Packed micro-batches of c.rows rows; weights make the loss a mean over all episodes given here.
 
-    Also over those that c.drop_no_advantage then leaves out (groups of equal rewards, as in DAPO, arXiv 2503.14476):
-    they would add nothing but their KL term.
+    Also over those that are then left out: by c.drop_no_advantage (groups of equal rewards, as in
+    DAPO, arXiv 2503.14476), which would add nothing but their KL term, and those without a sampled
+    token, which add nothing and may be longer than a row: their prompts were refused for that.
     """
     lengths_E = np.array([sum(e.sampled) for e in episodes])
     weight_E = objective.sequence_weight(lengths_E, c.aggregation, c.response_tokens)
-    played = [i for i in range(len(episodes)) if advantage_E[i] != 0 or not c.drop_no_advantage]
+    counts_E = (lengths_E > 0) & ((np.asarray(advantage_E) != 0) | (not c.drop_no_advantage))
+    played = np.flatnonzero(counts_E).tolist()
     rows = [[played[i] for i in row] for row in pack([len(episodes[i].tokens) for i in played], c.row_tokens)]
     batches = []
     for start in range(0, len(rows), c.rows):
@@ -229,6 +232,8 @@ def loss(
         kl_coef=c.kl_coef,
         kl_type=c.kl_type,
         importance_cap=c.importance_cap,
+        clip_dual=c.clip_dual,
+        kl_bound=c.kl_bound,
     )
     return sums.loss, sums
 
@@ -265,10 +270,15 @@ class Learner:
         jax.block_until_ready(self._accumulate(self._accumulate(None, *arguments), *arguments))
 
     def update(
-        self, state: TrainState, episodes: Sequence[Trajectory], advantage_E: np.ndarray, order: np.random.Generator
+        self,
+        state: TrainState,
+        episodes: Sequence[Trajectory],
+        advantage_E: np.ndarray,
+        order: np.random.Generator,
+        mini_batches: int = 1,
     ) -> tuple[TrainState, dict[str, float]]:
-        """All optimizer steps of one role: the episodes, shuffled by `order`, in c.mini_batches parts."""
-        split = np.array_split(order.permutation(len(episodes)), self._config.mini_batches)
+        """All optimizer steps of one role: the episodes, shuffled by `order`, in mini_batches parts."""
+        split = np.array_split(order.permutation(len(episodes)), mini_batches)
         parts = [sorted(part.tolist()) for part in split if len(part)]
         made = [make_batches(self._config, [episodes[i] for i in part], advantage_E[part]) for part in parts]
         batches = [[self._put(batch) for batch in part] for part in made]

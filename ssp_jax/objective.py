@@ -89,14 +89,21 @@ def policy_loss(
     kl_coef: float,
     kl_type: str,
     importance_cap: float,
+    clip_dual: float = 0.0,
+    kl_bound: float = 0.0,
 ) -> LossSums:
     """Clipped surrogate (PPO, arXiv 1707.06347; clip-higher: DAPO, 2503.14476) plus KL to the reference.
 
-    loss = sum_t w_t * [ -c_t * min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t) + kl_coef * KL_t ]   [P eq.4, eq.5]
-    with r = exp(clamp(logp - old)) and c = min(exp(clamp(old - sampler)), cap), the truncated importance weight of what
-    was sampled by another program than `old` comes from (Ionides 2008, "Truncated Importance Sampling"; 1 when old is
-    the sampler's own).
-    The clamp is +-LOG_RATIO_BOUND. Where w is 0 there is no token, and whatever stands there adds nothing.
+    loss = sum_t w_t * [ -c_t * S_t + kl_coef * KL_t ]   [P eq.4, eq.5]
+    with S = min(r A, clip(r, 1 - low, 1 + high) A), r = exp(clamp(logp - old))
+    and c = min(exp(clamp(old - sampler)), cap), the truncated importance weight of what was sampled
+    by another program than `old` comes from (Ionides 2008, "Truncated Importance Sampling"; 1 when
+    old is the sampler's own).
+    The clamp is +-LOG_RATIO_BOUND. Where w is 0 there is no token, and whatever stands there adds
+    nothing.
+
+    clip_dual bounds what one token with A < 0 can cost: S is at least clip_dual * A, and constant
+    where r is larger (dual clip, arXiv 1912.09729). kl_bound: see kl_estimate. 0 turns either off.
     """
     real_BT = weight_BT != 0
 
@@ -106,38 +113,45 @@ def policy_loss(
     log_ratio_BT = jnp.clip(masked(logp_BT - old_logp_BT), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio_BT = jnp.exp(log_ratio_BT)
     bounded_BT = jnp.clip(ratio_BT, 1 - clip_low, 1 + clip_high)
-    surrogate_BT = jnp.minimum(ratio_BT * advantage_BT, bounded_BT * advantage_BT)
+    unclipped_BT = ratio_BT * advantage_BT
+    surrogate_BT = jnp.minimum(unclipped_BT, bounded_BT * advantage_BT)
+    if clip_dual:
+        dual_BT = jnp.maximum(surrogate_BT, clip_dual * advantage_BT)
+        surrogate_BT = jnp.where(advantage_BT < 0, dual_BT, surrogate_BT)
     correction_BT = jnp.minimum(
         jnp.exp(jnp.clip(masked(old_logp_BT - sampler_logp_BT), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)), importance_cap
     )
     term_BT = -jax.lax.stop_gradient(correction_BT) * surrogate_BT
     kl_BT = jnp.zeros_like(logp_BT)
     if ref_logp_BT is not None:
-        kl_BT = kl_estimate(masked(logp_BT), masked(ref_logp_BT), kl_type)
+        kl_BT = kl_estimate(masked(logp_BT), masked(ref_logp_BT), kl_type, kl_bound)
         term_BT = term_BT + kl_coef * kl_BT
     gap_BT = jnp.abs(masked(logp_BT - sampler_logp_BT))
     return LossSums(
         loss=(weight_BT * masked(term_BT)).sum(),
         kl=masked(kl_BT).sum(),
         entropy=masked(entropy_BT).sum(),
-        clipped=masked(ratio_BT * advantage_BT > surrogate_BT).sum(),
+        clipped=masked(unclipped_BT != surrogate_BT).sum(),
         gap=gap_BT.sum(),
         gap_max=gap_BT.max(),
     )
 
 
-def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: str) -> jax.Array:
+def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: str, bound: float = 0.0) -> jax.Array:
     """Per-token estimate of KL(policy || reference), with d = log reference - log policy (Schulman 2020, joschu.net).
 
     k1 = -d, unbiased; k2 = d^2 / 2, low bias; k3 = exp(d) - d - 1, low variance and never negative. As losses their
     gradients differ: that of k1 has mean 0, that of k2 is the KL's own.
+    k3 grows like the exponential of d, so that one token can outweigh all others. bound, if not 0,
+    cuts it, and beyond it there is no gradient.
     """
     delta = jnp.clip(ref_logp - logp, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     if kind == "k1":
         return -delta
     if kind == "k2":
         return 0.5 * jnp.square(delta)
-    return jnp.exp(delta) - delta - 1
+    k3 = jnp.exp(delta) - delta - 1
+    return jnp.minimum(k3, bound) if bound else k3
 
 
 def token_logprobs(

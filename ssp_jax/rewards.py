@@ -103,6 +103,9 @@ QUESTION_FAULTS = (
 )
 # Of well-formed ones: the verifier's answer is not right, or limits.verify_prompt_tokens leaves no room for the prompt.
 VERIFICATION_FAULTS = ("unverified", "too_long_to_verify")
+# limits.prompt_tokens leaves no room for the given answer, or for the question.
+PROMPT_FAULTS = ("too_long_to_propose", "too_long_to_solve")
+FAULTS = (*QUESTION_FAULTS, *PROMPT_FAULTS, *VERIFICATION_FAULTS)
 
 
 def question_fault(

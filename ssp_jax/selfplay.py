@@ -21,6 +21,7 @@ from ssp_jax.data import Document, Task
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import PROPOSER, SOLVER, VERIFIER, Episode, Player, Role, Stage
 from ssp_jax.judge import Case, Judge, Verdict
+from ssp_jax.noise import Noise, distinct
 from ssp_jax.retriever import Search
 
 
@@ -42,6 +43,7 @@ class Game:
     proposer: Episode | None = None
     proposals: int = 0
     fault: str = ""
+    noise: list[Document] = dataclasses.field(default_factory=list)  # that the verifier read
     verifier: Episode | None = None
     question: Question | None = None
     attempts: list[Episode] = dataclasses.field(default_factory=list)
@@ -52,21 +54,25 @@ class Game:
 
 @dataclasses.dataclass
 class Memory:
-    """What a round leaves to the next: verified questions, and each game's documents as a source of noise."""
+    """What a round leaves to the next: verified questions; for noise, each game's finds and answers."""
 
     pool: list[Question] = dataclasses.field(default_factory=list)
     documents: list[list[Document]] = dataclasses.field(default_factory=list)
+    answers: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "pool": [[q.text, list(q.answers)] for q in self.pool],
             "documents": [[[d.id, d.title, d.text] for d in game] for game in self.documents],
+            "answers": [list(answers) for answers in self.answers],
         }
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Memory":
         pool = [Question(text, tuple(answers)) for text, answers in saved["pool"]]
-        return cls(pool, [[Document(*d) for d in game] for game in saved["documents"]])
+        documents = [[Document(*d) for d in game] for game in saved["documents"]]
+        answers = saved.get("answers", [])  # earlier versions kept none
+        return cls(pool, documents, [tuple(of_game) for of_game in answers])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +114,8 @@ class SelfPlay:
     ) -> tuple[Round, Memory]:
         """One round over these given answers. Each process plays its share of them, and all get the whole round."""
         games = [Game(i, task) for i, task in enumerate(t for t in tasks for _ in range(self._proposals))]
-        table = _Play(self._config, self._stage, games, self._noise(step, games, memory), memory.pool, step)
+        noise = self._noise(memory.answers, memory.documents)
+        table = _Play(self._config, self._stage, games, noise, memory.pool, step)
         table.attempts = self._attempts
         own = hosts.own_share([game.task.searches for game in games])
         facts = {"the step": step, "a step's given answers": hosts.digest(tasks), "the memory": hosts.digest(memory)}
@@ -133,7 +140,8 @@ class SelfPlay:
         c = self._config.game
         if c.noise_source == "same_step":  # nothing is verified before all have proposed, and proposed again
             for _ in range(1 + (c.resample_rounds if c.batch_fill == "resample" else 0)):
-                table.noise = self._noise(step, games, Memory(documents=_documents_of(games)))
+                answers = [game.task.answers for game in games]
+                table.noise = self._noise(answers, _documents_of(games))
                 costs = [_added(*pair) for pair in zip(costs, played(table.release), strict=True)]
         return self._reward(games, costs), self._remember(step, games, memory)
 
@@ -145,8 +153,8 @@ class SelfPlay:
             scores_QG = np.array([game.scores])
             own = rewards.PROPOSER_REWARDS[c.proposer](scores_QG)[0] if fresh and game.scores else None
             game.proposer_reward = c.invalid_question if own is None else float(own)
-        proposer = [(g.proposer, g.proposer_reward, g) for g in games if g.proposer is not None]
-        solver = [(e, s, g) for g in games for e, s in zip(g.attempts, g.scores, strict=True)]
+        proposed = [(g.proposer, g.proposer_reward, g) for g in games if g.proposer is not None]
+        solved = [(e, s, g) for g in games for e, s in zip(g.attempts, g.scores, strict=True)]
         # Processes play side by side: their work adds up, and the slowest one's time is the round's.
         stats = dataclasses.replace(functools.reduce(_added, costs), seconds=max(cost.seconds for cost in costs))
         waiting = 1 - sum(cost.seconds for cost in costs) / max(len(costs) * stats.seconds, 1e-9)
@@ -154,9 +162,12 @@ class SelfPlay:
         if self._judge:
             verdicts = [verdict for game in games for verdict in game.verdicts.values()]
             metrics |= {"judge/asked": len(verdicts), "judge/failed": sum(v.right is None for v in verdicts)}
-        return Round(games, self._training(PROPOSER, proposer), self._training(SOLVER, solver), stats, metrics)
+        proposer, solver = self._training(PROPOSER, proposed), self._training(SOLVER, solved)
+        return Round(games, proposer, solver, stats, metrics)
 
-    def _training(self, role: Role, played: list[tuple[Episode, float, Game]]) -> Training:
+    def _training(self, role: Role, ended: list[tuple[Episode, float, Game]]) -> Training:
+        """Without those episodes whose prompt was refused for its length: the model wrote nothing."""
+        played = [(episode, reward, game) for episode, reward, game in ended if episode.num_sampled]
         reward_E = np.array([reward for _, reward, _ in played])
         algorithm, baseline = self._pair[0 if role is PROPOSER else 1], self._config.learner.proposer_baseline
         games, std, leave_one_out = [game for _, _, game in played], False, False
@@ -175,25 +186,11 @@ class SelfPlay:
         advantage_E = objective.advantages(reward_E, np.array(groups), std=std, leave_one_out=leave_one_out)
         return Training([e for e, _, _ in played], reward_E, advantage_E)
 
-    def _noise(self, step: int, games: Sequence[Game], memory: Memory) -> list[list[Document]]:
-        """For each game the documents mixed in at verification, drawn by (seed, step, game).
-
-        A "document" is one passage of another game's results [P] or all of another game's results [C]. The first round
-        has none before it: then passages come from the corpus.
-        """
-        c, noise = self._config.game, []
-        for game in games:
-            rng = np.random.default_rng((self._config.seed, 1, step, game.index))
-            others = [d for i, d in enumerate(memory.documents) if d and i != game.index]
-            if c.noise_unit == "passage":
-                others = [[d] for documents in others for d in documents]
-            if others:
-                picked = rng.permutation(len(others))[: c.noise_documents]
-                noise.append([d for i in picked for d in others[i]])
-            else:
-                rows = rng.integers(len(self._retriever), size=c.noise_documents)
-                noise.append([self._retriever.document(int(row)) for row in rows])
-        return noise
+    def _noise(
+        self, answers: Sequence[tuple[str, ...]], documents: Sequence[Sequence[Document]]
+    ) -> Noise:
+        by_game = self._config.game.noise_unit == "trajectory"
+        return Noise(answers, documents, self._retriever, by_game=by_game)
 
     def _remember(self, step: int, games: list[Game], memory: Memory) -> Memory:
         fill = self._config.game.batch_fill
@@ -202,7 +199,7 @@ class SelfPlay:
             pool = []
         elif fill not in ("dummy", "resample"):
             pool += [g.question for g in games if g.question is not None and not g.question.reused]
-        return Memory(pool, _documents_of(games))
+        return Memory(pool, _documents_of(games), [game.task.answers for game in games])
 
 
 class _Play:
@@ -213,7 +210,7 @@ class _Play:
         config: ConfigDict,
         stage: Stage,
         games: list[Game],
-        noise: list[list[Document]],
+        noise: Noise,
         pool: list[Question],
         step: int,
     ):
@@ -233,6 +230,8 @@ class _Play:
         task = game.task
         messages = prompts.proposer_messages(self._stage.style, task.answers[0], task.searches, task.examples)
         game.proposals += 1
+        game.noise = []
+        game.verifier = None  # of the proposal before
         return self._player(PROPOSER, game, game.proposals - 1, messages)
 
     def finished(self, player: Player) -> Iterable[Player]:
@@ -265,12 +264,16 @@ class _Play:
     def _after_proposer(self, game: Game, episode: Episode) -> Iterable[Player]:
         """The rule filter."""
         game.proposer = episode
+        if episode.stop_reason == "prompt_tokens":
+            return self._failed(game, "too_long_to_propose")
         text, answer = prompts.first_question(episode.text), game.task.answers[0]
         fault = rewards.question_fault(text, answer, episode.queries, len(episode.documents), self._config.rules)
         if fault is not None:
             return self._failed(game, fault)
         assert text is not None
         game.fault, game.question = "", Question(text, game.task.answers)
+        if self._solver(game, 0).stop_reason:  # no solver could hear it, so none would be right
+            return self._failed(game, "too_long_to_solve")
         if not self._config.game.verify:
             return self._solve(game)
         if self._config.game.noise_source == "same_step":
@@ -286,8 +289,10 @@ class _Play:
     def verify(self, game: Game) -> list[Player]:
         """The same model answers from the proposer's own results and noise, without searching."""
         assert game.proposer is not None and game.question is not None
-        own = {d.id: d for d in game.proposer.documents}
-        documents = [*own.values(), *(d for d in self.noise[game.index] if d.id not in own)]
+        own, number = distinct(game.proposer.documents), self._config.game.noise_documents
+        rng = np.random.default_rng((self._config.seed, 1, self._step, game.index))
+        game.noise = self.noise.draw(rng, number, own, game.task.answers)
+        documents = [*own.values(), *game.noise]
         rng = np.random.default_rng((self._config.seed, 2, self._step, game.index))
         shuffled = [documents[i] for i in rng.permutation(len(documents))]
         messages = prompts.verifier_messages(self._stage.style, game.question.text, shuffled)
@@ -311,10 +316,13 @@ class _Play:
         game.question = dataclasses.replace(self._pool[rng.integers(len(self._pool))], reused=True)
         return self._solve(game)
 
-    def _solve(self, game: Game) -> list[Player]:
+    def _solver(self, game: Game, attempt: int) -> Player:
         assert game.question is not None
         messages = prompts.solver_messages(self._stage.style, game.question.text)
-        return [self._player(SOLVER, game, attempt, messages) for attempt in range(self.attempts)]
+        return self._player(SOLVER, game, attempt, messages)
+
+    def _solve(self, game: Game) -> list[Player]:
+        return [self._solver(game, attempt) for attempt in range(self.attempts)]
 
     def _after_solver(self, game: Game, episode: Episode) -> Iterable[Player]:
         game.attempts.append(episode)
@@ -344,6 +352,7 @@ def readable(game: Game) -> dict[str, Any]:
         "requested_searches": game.task.searches,
         "proposer": shown(game.proposer),
         "documents": [dataclasses.asdict(d) for d in game.proposer.documents] if game.proposer else [],
+        "noise": [dataclasses.asdict(d) for d in game.noise],
         "fault": game.fault,
         "question": dataclasses.asdict(game.question) if game.question else None,
         "verifier": shown(game.verifier),
@@ -353,7 +362,7 @@ def readable(game: Game) -> dict[str, Any]:
 
 
 def _documents_of(games: Sequence[Game]) -> list[list[Document]]:
-    return [list({d.id: d for d in g.proposer.documents}.values()) if g.proposer else [] for g in games]
+    return [list(distinct(g.proposer.documents).values()) if g.proposer else [] for g in games]
 
 
 def _added(a: Stats, b: Stats) -> Stats:
@@ -379,7 +388,8 @@ def _metrics(games: list[Game], stats: Stats) -> dict[str, float]:
         "funnel/verified": len(fresh),
         "funnel/reused": sum(g.question is not None and g.question.reused for g in games),
         "funnel/solved": _mean(_mean(g.scores) for g in fresh),
-        **{f"fault/{name}": float(faults[name]) for name in (*rewards.QUESTION_FAULTS, *rewards.VERIFICATION_FAULTS)},
+        **{f"fault/{name}": float(faults[name]) for name in rewards.FAULTS},
+        "verifier/noise": _mean(len(g.noise) for g in games if g.verifier is not None),
         "reward/proposer": _mean(g.proposer_reward for g in games),
         "reward/solver": _mean(s for g in games for s in g.scores),
         "solver/searches": _mean(len(e.queries) for e in solvers),

@@ -115,6 +115,17 @@ def make_learner_config(
     )
 
 
+def updates(config: ConfigDict) -> dict[str, int]:
+    """The updates of a step in order, and the optimizer steps of each; "both" is one for both roles."""
+    c = config.learner
+    steps = {"solver": c.solver_mini_batches, "proposer": c.proposer_mini_batches}
+    if config.game.train != "both":
+        return {config.game.train: steps[config.game.train]}
+    if c.update_order == "combined":
+        return {"both": max(steps.values())}
+    return dict(reversed(steps.items())) if c.update_order == "proposer_first" else steps
+
+
 def make_engine(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> Engine:
     """mesh: of the learner; each process plays on its own part of it."""
     return episodes.make_engine(
@@ -265,18 +276,19 @@ class _Run:
 
     def _update(self, round_: Round) -> dict[str, float]:
         """Solver then proposer [P Alg.1], the other way round [C], or both in one update."""
-        c, trained = self._config, {"solver": round_.solver, "proposer": round_.proposer}
-        if c.game.train != "both":
-            trained = {c.game.train: trained[c.game.train]}
-        if c.learner.update_order == "proposer_first":
-            trained = dict(reversed(trained.items()))
-        elif c.learner.update_order == "combined":
-            trained = {"both": _joined(list(trained.values()))}
+        trained = {
+            "solver": round_.solver,
+            "proposer": round_.proposer,
+            "both": _joined([round_.solver, round_.proposer]),
+        }
         metrics: dict[str, float] = {}
-        for name, training in trained.items():
+        for name, mini_batches in updates(self._config).items():
+            training = trained[name]
             if training.episodes:
-                order = np.random.default_rng((c.seed, 4, self.step, len(metrics)))
-                self._state, report = self._learner.update(self._state, training.episodes, training.advantages, order)
+                order = np.random.default_rng((self._config.seed, 4, self.step, len(metrics)))
+                self._state, report = self._learner.update(
+                    self._state, training.episodes, training.advantages, order, mini_batches
+                )
                 gaps = {key: report.pop(key) for key in ("logprob_gap", "logprob_gap_max")}
                 if not metrics:  # later updates see weights that have moved since sampling: no gap between programs
                     metrics |= {f"update/{key}": value for key, value in gaps.items()}

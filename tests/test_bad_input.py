@@ -21,6 +21,7 @@ from model_folders import edit_config, edit_header, edit_tensors, split, write_h
 
 from ssp_jax import audit, generate, main, plan, report, retriever
 from ssp_jax.errors import shown
+from ssp_jax.config import CHOICES
 from ssp_jax.metrics import CompileCounter
 
 Make = Callable[[Path], list[str]]  # an empty folder -> a command line; its first word is a key of COMMANDS
@@ -831,10 +832,46 @@ SERVERS_AND_JUDGES: list[Case] = []
 
 WORKDIRS: list[Case] = []
 
+# Overrides of the tiny config, and what is said of them.
+OVERRIDES = (
+    ("learner.mini_batches=2", "no key .*; the nearest is learner.solver_mini_batches"),
+    ("learner.solver_mini_batches=0", "learner.solver_mini_batches is 0; expected more than 0"),
+    ("learner.proposer_mini_batches=0", "learner.proposer_mini_batches is 0; expected more than 0"),
+    ("learner.clip_dual=0.5", "learner.clip_dual is 0.5; expected 0, or more than 1"),
+    ("learner.clip_dual=1.0", "learner.clip_dual is 1.0; expected 0, or more than 1"),
+    ("learner.kl_bound=-1.0", "learner.kl_bound is -1.0; expected at least 0"),
+    ("learner.kl_bound=nan", "learner.kl_bound is nan; expected a finite number"),
+    ("learner.kl_coef=-0.1", "learner.kl_coef is -0.1; expected at least 0"),
+    ("limits.verify_response_tokens=0", "limits.verify_response_tokens is 0; expected more than 0"),
+    ("game.noise_documents=-1", "game.noise_documents is -1; expected at least 0"),
+    ("game.answers_per_step=0", "game.answers_per_step is 0; expected more than 0"),
+    ("game.answers_per_step=500000", "game.answers_per_step is .* makes .* attempts a step; exp"),
+    ("game.group_size=513", "game.group_size is 513; expected at most 512"),
+    ("learner.row_tokens=256", "learner.row_tokens is 256; expected at least 384, for limits"),
+    ("engine.cache_tokens=383", "engine.cache_tokens is 383; expected at least 440, for limits"),
+    ("limits.verify_prompt_tokens=409", "engine.cache_tokens is 448; expected at least 449, for"),
+    ("limits.response_tokens=4000", "learner.row_tokens is 384; expected at least 4064, for limits"),
+    ("learner.logprob_chunk=100", "learner.row_tokens is 384; expected a multiple of .*_chunk = 100"),
+    ("learner.rows=3 mesh.data=2", "learner.rows is 3; expected a multiple of .* = 2"),
+    ("engine.slots=7 mesh.data=2", "engine.slots is 7; expected a multiple of .* = 2"),
+    ("mesh.tensor=8", "mesh.tensor is 8; expected a divisor of 2 key/value heads"),
+    ("engine.extend_buckets=()", "engine.extend_buckets is empty; expected at least one length"),
+    ("limits.observation_tokens=1", "limits.observation_tokens is 1; expected more than"),
+    ("rules.min_searches=5", "rules.min_searches is 5; expected at most 4"),
+)
+GAME_AND_UPDATE = [
+    *(Case(overrides, tiny(*overrides.split()), says) for overrides, says in OVERRIDES),
+    *(
+        Case(f"{key}=other", tiny(f"{key}=other"), f"{key} is 'other'; expected one of .")
+        for key in CHOICES
+    ),
+]
+
 SECTIONS = {
     "model folder": MODEL_FOLDERS,
     "tokenizer": TOKENIZERS,
     "config": CONFIGS_AND_FLAGS,
+    "game": GAME_AND_UPDATE,
     "generate": GENERATE,
     "index": CORPORA_AND_INDEXES,
     "data": ANSWERS_AND_QUESTIONS,

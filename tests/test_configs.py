@@ -172,7 +172,11 @@ def test_memory_by_hand() -> None:
 def test_the_papers_hyper_parameters() -> None:
     """arXiv 2510.18821v1, Table 4, sections 3.3, 4.1 and B; clip_high and the kind of KL are the reference script's."""
     c = parse("--config=configs/qwen7b.py")[0]
-    assert (c.game.answers_per_step, c.game.group_size, c.learner.mini_batches) == (256, 5, 256 // 128)
+    assert (c.game.answers_per_step, c.game.group_size) == (256, 5)
+    # Mini-batches of 128 answers, which the reference counts as 128 x 5 trajectories of either role.
+    assert (c.learner.solver_mini_batches, c.learner.proposer_mini_batches) == (256 * 5 // 640, 1)
+    assert c.limits.turn_tokens == c.limits.response_tokens
+    assert (c.learner.clip_dual, c.learner.kl_bound) == (3.0, 10.0)
     assert (c.learner.learning_rate, c.learner.warmup_steps) == (1e-6, 5)
     assert (c.limits.prompt_tokens, c.limits.response_tokens, c.limits.searches) == (4096, 8192, 10)
     assert (c.learner.kl_coef, c.learner.kl_type, c.learner.clip_high) == (0.01, "k3", 0.285)
@@ -183,6 +187,17 @@ def test_the_papers_hyper_parameters() -> None:
         "periodic_reset",
         "one_minus_mean",
     )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_turn_ends_before_the_response_does_unless_a_config_says_so(name: str) -> None:
+    """The paper limits the response only, and a thinking model's turn may fill it; also a longer one."""
+    own = "c.limits.turn_tokens = " in (ROOT / "configs" / name).read_text() and name != "default.py"
+    for response in ((), ("--config.limits.response_tokens=9999",)):
+        limits = parse(f"--config=configs/{name}", *response)[0].limits
+        assert (limits.turn_tokens == limits.response_tokens) != own
+    limits = parse(f"--config=configs/{name}", "--config.limits.turn_tokens=7")[0].limits
+    assert limits.turn_tokens == 7 != limits.response_tokens
 
 
 def test_the_cpu_command_of_vital_is_a_valid_one() -> None:

@@ -79,6 +79,15 @@ def test_limits_bound_the_coming_turn():
     assert p.stop_reason == "response_tokens"
 
 
+def test_a_verifier_has_a_limit_of_its_own():
+    stage = dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, verify_response_tokens=10))
+    p = player(VERIFIER, stage)
+    assert p.token_limit() == len(p.tokens) + 10
+    p.stopped([5] * 10, [-0.5] * 10, sampler.LIMIT)
+    assert p.stop_reason == "response_tokens"
+    assert player(SOLVER, stage).token_limit() == player(SOLVER).token_limit()
+
+
 def test_one_search_too_many_ends_it():
     p = player(stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, searches=1, response_tokens=500)))
     assert write(p, "<search> a </search>", SEARCH) == "a"

@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +29,6 @@ BASE = learner.LearnerConfig(
     adam_b2=0.99,
     weight_decay=0.0,
     max_grad_norm=1.0,
-    mini_batches=1,
     row_tokens=32,
     rows=8,
     logprob_chunk=16,
@@ -162,15 +162,57 @@ def test_an_episode_longer_than_a_row_is_an_input_error():
         learner.pack([33], 32)
 
 
+REFUSED = Played([5] * 40, [False] * 40, [0.0] * 40)  # a prompt beyond its limit, and longer than a row
+
+
+def test_an_episode_in_which_nothing_was_sampled_is_not_packed():
+    """It counts in the mean over episodes, as one of the same length that fits, and adds nothing."""
+    fits = Played([5] * 8, [False] * 8, [0.0] * 8)
+    advantages = np.append(ADVANTAGES, 1).astype(np.float32)
+    expected, got = (gradient(BASE, [*EPISODES, last], advantages) for last in (fits, REFUSED))
+    close(expected[0], got[0])
+    np.testing.assert_allclose(expected[1].loss, got[1].loss, rtol=1e-6)
+    assert not learner.make_batches(BASE, [REFUSED], advantages[:1])
+
+
+def test_an_update_takes_refused_episodes():
+    """Also where nothing else is in a mini-batch, and where nothing else was played at all."""
+    c = dataclasses.replace(BASE, old_logprobs="recompute")
+    state, report = update(c, episodes=[REFUSED, EPISODES[0]], advantages=ADVANTAGES[:2], mini_batches=2)
+    assert int(state.updates) == 2 and report["tokens"] == len(EPISODES[0].tokens)
+    state, report = update(c, episodes=[REFUSED], advantages=ADVANTAGES[:1])
+    assert int(state.updates) == 1 and report["tokens"] == 0 == report["grad_norm"]
+    assert all(np.isfinite(value) for value in report.values())
+
+
+def test_one_broken_token_does_not_take_the_gradient():
+    """One that is 10^6 times likelier than when sampled, with a negative advantage; or far from the reference."""
+    (batch,) = learner.make_batches(BASE, EPISODES, ADVANTAGES)
+    row, column = np.argwhere((batch.weight_BT != 0) & (batch.advantage_BT < 0))[0]
+    reference = np.asarray(learner.score(BASE, PARAMS, batch)[0])
+    unlikely, far = batch.sampler_logp_BT.copy(), reference.copy()
+    unlikely[row, column] = -20.0
+    far[row, column] += 15.0
+    off, on = BASE, dataclasses.replace(BASE, clip_dual=3.0, kl_bound=10.0)
+    for sampler, ref in ((unlikely, reference), (batch.sampler_logp_BT, far)):
+        broken = dataclasses.replace(batch, sampler_logp_BT=sampler)
+        norms = [
+            optax.tree.norm(ACCUMULATE(c, learner._zeros(PARAMS), PARAMS, broken, sampler, ref)[0])
+            for c in (off, on)
+        ]
+        assert norms[0] > 1e3 * norms[1]
+
+
 def make_learner(c, params=PARAMS, put=lambda batch: batch):
     reference = params if c.kl_coef else None
     state = learner.init_state(c, jax.tree.map(jnp.copy, params))
     return learner.Learner(c, state, reference, put), state
 
 
-def update(c, state=None, episodes=EPISODES, advantages=ADVANTAGES, seed=0):
+def update(c, state=None, episodes=EPISODES, advantages=ADVANTAGES, seed=0, mini_batches=1):
     one, fresh = make_learner(c)
-    return one.update(fresh if state is None else state, episodes, advantages, np.random.default_rng(seed))
+    order = np.random.default_rng(seed)
+    return one.update(fresh if state is None else state, episodes, advantages, order, mini_batches)
 
 
 @functools.cache
@@ -234,15 +276,17 @@ def test_a_split_vocabulary_is_not_gathered():
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
 def test_dropping_what_has_no_advantage_changes_rows_and_nothing_else(aggregation):
-    c = dataclasses.replace(BASE, kl_coef=0.0, aggregation=aggregation, mini_batches=2)
+    c = dataclasses.replace(BASE, kl_coef=0.0, aggregation=aggregation)
     advantages = np.array([0, 0, 0, 0, 1, -1, 0, 0.5], np.float32)
     (expected, full), (state, report) = (
-        update(dataclasses.replace(c, drop_no_advantage=drop), advantages=advantages) for drop in (False, True)
+        update(dataclasses.replace(c, drop_no_advantage=drop), advantages=advantages, mini_batches=2)
+        for drop in (False, True)
     )
     close(expected.params, state.params, atol=1e-4)
     assert report["tokens"] == sum(len(EPISODES[i].tokens) for i in (4, 5, 7)) < full["tokens"]
     assert report["loss"] == pytest.approx(full["loss"], rel=1e-5)
-    nothing, report = update(dataclasses.replace(c, drop_no_advantage=True), advantages=np.zeros(8, np.float32))
+    c, zeros = dataclasses.replace(c, drop_no_advantage=True), np.zeros(8, np.float32)
+    nothing, report = update(c, advantages=zeros, mini_batches=2)
     assert int(nothing.updates) == 2 and report["tokens"] == 0 == report["grad_norm"]
 
 
@@ -295,16 +339,16 @@ def test_compiles_do_not_grow_with_content():
 
 
 def test_mini_batches_take_one_optimizer_step_each():
-    state, _ = update(dataclasses.replace(BASE, mini_batches=2))
+    state, _ = update(BASE, mini_batches=2)
     assert int(state.updates) == 2
-    state, _ = update(dataclasses.replace(BASE, mini_batches=2), episodes=EPISODES[:1], advantages=ADVANTAGES[:1])
+    state, _ = update(BASE, episodes=EPISODES[:1], advantages=ADVANTAGES[:1], mini_batches=2)
     assert int(state.updates) == 1
 
 
 def test_mini_batches_share_the_old_policy():
     """The one before the first optimizer step: at the second, ratios differ from 1, and narrow bounds clip them."""
-    c = dataclasses.replace(BASE, mini_batches=2, old_logprobs="recompute", clip_low=1e-3, clip_high=1e-3)
-    assert update(c)[1]["clip_fraction"] > 0
+    c = dataclasses.replace(BASE, old_logprobs="recompute", clip_low=1e-3, clip_high=1e-3)
+    assert update(c, mini_batches=2)[1]["clip_fraction"] > 0
 
 
 def test_old_logprobs_from_the_sampler_or_computed():
@@ -324,7 +368,7 @@ def test_old_logprobs_from_the_sampler_or_computed():
     b, _ = update(recompute, episodes=exact)
     close(a.params, b.params)
     assert report["logprob_gap_max"] < 1e-5 and report["clip_fraction"] == 0
-    _, report = update(dataclasses.replace(BASE, mini_batches=2), episodes=exact)
+    _, report = update(BASE, episodes=exact, mini_batches=2)
     assert report["logprob_gap_max"] < 1e-5  # that of the first optimizer step
     off, report = update(recompute)
     assert report["logprob_gap"] > 0.1 and report["clip_fraction"] == 0  # the ratio to the recomputed policy is 1

@@ -20,7 +20,7 @@ def loss_of(logp, *, old=None, sampler=None, ref=None, advantage=1.0, weight=Non
         old_logp_BT=old,
         sampler_logp_BT=old if sampler is None else jnp.asarray(sampler, jnp.float32)[None],
         ref_logp_BT=None if ref is None else jnp.asarray(ref, jnp.float32)[None],
-        advantage_BT=jnp.full_like(logp, advantage),
+        advantage_BT=jnp.broadcast_to(jnp.asarray(advantage, jnp.float32), logp.shape),
         weight_BT=jnp.ones_like(logp) if weight is None else jnp.asarray(weight, jnp.float32)[None],
         **{**SETTINGS, **changes},
     )
@@ -48,6 +48,90 @@ def test_kl_estimates_by_hand(kind, expected):
     sums = loss_of([-1.0], ref=[-1.5], advantage=0.0, kl_coef=0.1, kl_type=kind)
     np.testing.assert_allclose(sums.kl, expected, rtol=1e-6)
     np.testing.assert_allclose(sums.loss, 0.1 * expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "clip_dual", "loss", "slope"),
+    [
+        (5.0, -2.0, 3.0, 6.0, 0.0),  # three times the advantage is the most that it costs
+        (2.5, -2.0, 3.0, 5.0, 5.0),  # not yet
+        (0.5, -2.0, 3.0, 1.6, 0.0),  # the lower bound holds as before
+        (5.0, 2.0, 3.0, -2.6, 0.0),  # a good token has the upper bound
+        (0.1, 2.0, 3.0, -0.2, -0.2),
+        (5.0, -2.0, 0.0, 10.0, 10.0),  # off
+    ],
+)
+def test_dual_clip_by_hand(ratio, advantage, clip_dual, loss, slope):
+    def total(logp):
+        return loss_of([logp], old=[-1.0], advantage=advantage, clip_dual=clip_dual)
+
+    sums = total(np.log(ratio) - 1.0)
+    np.testing.assert_allclose(sums.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(lambda x: total(x).loss)(np.log(ratio) - 1.0), slope, rtol=1e-5)
+    assert bool(sums.clipped) == (slope == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("delta", "kind", "bound", "kl", "slope"),
+    [
+        (2.0, "k3", 10.0, np.exp(2) - 3, 1 - np.exp(2)),
+        (3.0, "k3", 10.0, 10.0, 0.0),  # exp(3) - 4 = 16.1
+        (-11.5, "k3", 10.0, 10.0, 0.0),  # 10.5
+        (-9.0, "k3", 10.0, np.exp(-9) + 8, 1 - np.exp(-9)),
+        (3.0, "k3", 0.0, np.exp(3) - 4, 1 - np.exp(3)),  # off
+        (12.0, "k1", 10.0, -12.0, 1.0),  # these do not grow so fast
+        (12.0, "k2", 10.0, 72.0, -12.0),
+    ],
+)
+def test_bounded_kl_by_hand(delta, kind, bound, kl, slope):
+    """delta: log reference - log policy."""
+
+    def total(logp):
+        return loss_of([logp], ref=[delta - 1.0], old=[-1.0], advantage=0.0, kl_coef=1.0, kl_type=kind, kl_bound=bound)
+
+    np.testing.assert_allclose(total(-1.0).loss, kl, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(lambda x: total(x).loss)(-1.0), slope, rtol=1e-5)
+
+
+def reference_token(logp, old, sampler, ref, advantage, s):
+    """Loss of one token and its slope, by cases and in float64: written from the equations, without the package."""
+    inside = abs(logp - old) < 20
+    ratio = np.exp(np.clip(logp - old, -20, 20))
+    surrogate, slope = ratio * advantage, ratio * advantage * inside
+    if advantage > 0 and ratio > 1 + s["clip_high"]:
+        surrogate, slope = (1 + s["clip_high"]) * advantage, 0.0
+    if advantage < 0 and ratio < 1 - s["clip_low"]:
+        surrogate, slope = (1 - s["clip_low"]) * advantage, 0.0
+    if advantage < 0 and s["clip_dual"] and ratio > s["clip_dual"]:
+        surrogate, slope = s["clip_dual"] * advantage, 0.0
+    weight = min(np.exp(np.clip(old - sampler, -20, 20)), s["importance_cap"])
+    delta = np.clip(ref - logp, -20, 20)
+    kl, kl_slope = np.exp(delta) - delta - 1, (1 - np.exp(delta)) * (abs(ref - logp) < 20)
+    if s["kl_bound"] and kl > s["kl_bound"]:
+        kl, kl_slope = s["kl_bound"], 0.0
+    return -weight * surrogate + s["kl_coef"] * kl, -weight * slope + s["kl_coef"] * kl_slope
+
+
+@pytest.mark.parametrize("clip_dual", [0.0, 1.5, 3.0])
+@pytest.mark.parametrize("kl_bound", [0.0, 0.5, 10.0])
+def test_loss_and_gradient_equal_an_independent_reference(clip_dual, kl_bound):
+    """400 tokens, of which 300 count, with ratios from e^-4 to e^4 and a few beyond all bounds."""
+    rng, n = np.random.default_rng(0), 400
+    logp = -rng.exponential(2.0, n)
+    old, sampler, ref = logp + rng.uniform(-4, 4, n), logp + rng.uniform(-3, 3, n), logp + rng.uniform(-12, 4, n)
+    old[:8] += [25, -25] * 4
+    ref[4:12] += [25, -45] * 4
+    advantage = rng.choice([-1.3, -0.4, 0.0, 0.7, 2.0], n)
+    weight = np.where(np.arange(n) < 300, rng.uniform(0.1, 1, n), 0.0)
+    s = {**SETTINGS, "kl_coef": 0.3, "clip_dual": clip_dual, "kl_bound": kl_bound}
+    expected = np.array([reference_token(*token, s) for token in zip(logp, old, sampler, ref, advantage, strict=True)])
+
+    def total(x):
+        return loss_of(x, old=old, sampler=sampler, ref=ref, advantage=jnp.asarray(advantage), weight=weight, **s).loss
+
+    np.testing.assert_allclose(total(logp), weight @ expected[:, 0], rtol=1e-4)
+    slope = jax.grad(total)(jnp.asarray(logp, jnp.float32))
+    np.testing.assert_allclose(slope, weight * expected[:, 1], rtol=2e-3, atol=1e-4)
 
 
 def test_kl_pulls_towards_the_reference():

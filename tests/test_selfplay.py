@@ -193,10 +193,90 @@ def test_noise_of_the_first_round_comes_from_the_corpus_and_of_the_same_step_fro
 
 def test_noise_by_trajectory_takes_all_documents_of_a_game():
     others = [[Document(f"{i} {j}", '"o"', f"game{i}") for j in range(3)] for i in range(4)]
-    _, _, engine = play(script(), Memory(documents=others), game__noise_unit="trajectory", game__noise_documents=1)
-    prompt = engine.prompts[episodes.episode_id(episodes.VERIFIER, 0, 0)]
-    assert sorted(prompt.count(f"game{i}") for i in range(4)) == [0, 0, 0, 3]
-    assert "game0" not in prompt  # never its own
+    memory = Memory(documents=others, answers=[task.answers for task in TASKS])
+    _, _, engine = play(script(), memory, game__noise_unit="trajectory", game__noise_documents=1)
+    for game in range(4):
+        prompt = engine.prompts[episodes.episode_id(episodes.VERIFIER, game, 0)]
+        assert sorted(prompt.count(f"game{i}") for i in range(4)) == [0, 0, 0, 3]
+        assert f"game{game}" not in prompt  # what was found for the same answer
+
+
+@pytest.mark.parametrize("source", ["previous_step", "same_step"])
+@pytest.mark.parametrize("unit", ["passage", "trajectory"])
+def test_proposals_for_one_answer_are_no_noise_for_each_other(source, unit):
+    """With GRPO five games share an answer, and each finds a document of its own about it."""
+
+    def turn(player):
+        if player.role is episodes.PROPOSER and not player.queries:
+            return f"<search> {answer_of(player, 5)} by {episodes.row_of(player.uid)} </search>"
+        return script(proposals=5)(player)
+
+    changes = {"game__rl_pair": "grpo_grpo", "game__noise_source": source, "game__noise_unit": unit}
+    _, memory, _ = play(turn, **changes)
+    round_, _, _ = play(turn, memory, step=1, game__noise_documents=15, **changes)
+    for game in round_.games:
+        about = {document.id.split(" by ")[0] for document in game.noise}
+        assert about == {task.answers[0] for task in TASKS} - {game.task.answers[0]}
+    assert round_.metrics["verifier/noise"] == 15
+
+
+@pytest.mark.parametrize("source", ["previous_step", "same_step"])
+def test_every_verifier_reads_as_many_noise_documents_as_asked_for(source):
+    """All games have found the same few passages, each several times."""
+    few = [[Document(name, f'"{name}"', "old") for name in ("Oslo", "Rome", "Oslo", "x")]] * 4
+    memory = Memory(documents=few, answers=[("Paris",)] * 4)
+    round_, _, engine = play(script(), memory, game__noise_source=source)
+    for game in round_.games:
+        ids = [document.id for document in (*game.proposer.documents, *game.noise)]
+        assert len(game.noise) == 4 and len(set(ids)) == len(ids) == 5
+        assert engine.prompts[episodes.episode_id(episodes.VERIFIER, game.index, 0)].count("Doc ") == 5
+        assert [shown["id"] for shown in readable(game)["noise"]] == ids[1:]
+
+
+def test_a_round_is_the_same_after_its_memory_was_on_disk():
+    _, memory, _ = play(script())
+    restored = Memory.from_json(json.loads(json.dumps(memory.to_json())))
+    a, b = (play(script(), before, step=1)[0] for before in (memory, restored))
+    assert [readable(game) for game in a.games] == [readable(game) for game in b.games]
+
+
+def test_the_memory_of_an_earlier_version_has_no_answers():
+    _, memory, _ = play(script())
+    saved = memory.to_json()
+    del saved["answers"]
+    assert Memory.from_json(saved) == dataclasses.replace(memory, answers=[])
+
+
+LONG = "Ulaanbaatar" + " and so on" * 100
+
+
+def test_a_given_answer_without_room_in_the_prompt_is_an_outcome_of_the_game():
+    """Nobody played there, so nobody is trained on it; the others go on."""
+    round_, memory, _ = play(script(), tasks=[Task(0, (LONG,), searches=1), *TASKS[1:]], reward__invalid_question=-1.0)
+    assert [game.fault for game in round_.games] == ["too_long_to_propose", "", "", ""]
+    assert [game.proposer_reward for game in round_.games][0] == -1.0
+    assert len(round_.proposer.episodes) == 3 == len(round_.proposer.rewards) == len(round_.proposer.advantages)
+    assert round_.metrics["fault/too_long_to_propose"] == 1 and round_.metrics["funnel/well_formed"] == 3
+    assert readable(round_.games[0])["proposer"] == {"turns": [], "stop_reason": "prompt_tokens"}
+    assert memory.documents[0] == [] and json.dumps(memory.to_json())
+
+
+@pytest.mark.parametrize("fill", ["periodic_reset", "resample"])
+@pytest.mark.parametrize("baseline", ["none", "batch_mean", "hop_grouped"])
+def test_a_step_of_nothing_but_such_answers_trains_nobody(fill, baseline):
+    changes = {"game__batch_fill": fill, "learner__proposer_baseline": baseline}
+    round_, _, _ = play(script(), tasks=[Task(i, (LONG,), searches=1) for i in range(4)], **changes)
+    assert [game.fault for game in round_.games] == ["too_long_to_propose"] * 4
+    assert not round_.proposer.episodes and not round_.solver.episodes
+    assert all(np.isfinite(value) for value in round_.metrics.values())
+
+
+def test_a_question_without_room_in_the_solvers_prompt_earns_nothing():
+    """No solver could answer it, which would be the highest reward."""
+    round_, _, engine = play(script(question=GOOD + " really" * 130))
+    assert [game.fault for game in round_.games] == ["too_long_to_solve"] * 4
+    assert round_.proposer.rewards.tolist() == [0.0] * 4 and not round_.solver.episodes
+    assert not any(uid // episodes.ID_ATTEMPTS >= 2 * episodes.ID_ROWS for uid in engine.prompts)  # none was verified
 
 
 def test_without_verification_questions_go_straight_to_the_solver():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from model_folders import edit_tensors
 
+from configs import default
 from ssp_jax import config as configuration
 from ssp_jax import data, train, weights
 from ssp_jax.checkpoint import Checkpoints
@@ -210,6 +211,22 @@ def test_update_orders(tmp_path, order):
     train.train(small(steps=1, **changes), str(tmp_path))
     keys = {key.split("/")[1] for row in rows_of(tmp_path) for key in row if key.startswith("update/")}
     assert ("both" in keys) == (order == "combined")
+
+
+@pytest.mark.parametrize(
+    ("order", "trained", "expected"),
+    [
+        ("solver_first", "both", [("solver", 2), ("proposer", 1)]),
+        ("proposer_first", "both", [("proposer", 1), ("solver", 2)]),
+        ("combined", "both", [("both", 2)]),
+        ("solver_first", "proposer", [("proposer", 1)]),
+        ("combined", "solver", [("solver", 2)]),
+    ],
+)
+def test_updates_of_a_step_and_their_optimizer_steps(order, trained, expected):
+    config = default.get_config()
+    config.learner.update_order, config.game.train = order, trained
+    assert list(train.updates(config).items()) == expected
 
 
 def test_roles_that_are_not_trained_do_not_move(tmp_path):

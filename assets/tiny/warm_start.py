@@ -154,7 +154,6 @@ def settings(rows: int, row_tokens: int) -> learner.LearnerConfig:
         adam_b2=0.98,
         weight_decay=0.01,
         max_grad_norm=1.0,
-        mini_batches=1,
         row_tokens=row_tokens,
         rows=rows,
         logprob_chunk=COPY_TOKENS,
