@@ -6,7 +6,6 @@ an evaluation that was killed goes on, one that is repeated with another judge o
 what it depends on, as digests; where one of them differs now, it is played or judged anew.
 """
 
-import json
 import os
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from ssp_jax import hosts, prompts, records, rewards, scores
 from ssp_jax.data import Task
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import SOLVER, Episode, Player, Stage, episode_id
+from ssp_jax.errors import json_line
 from ssp_jax.judge import Case, Judge, Verdict
 from ssp_jax.metrics import Logger
 from ssp_jax.scores import Values
@@ -282,7 +282,7 @@ def _ask(setting: Setting, judge: Judge, asked: list[Record], path: Path) -> dic
 
 
 def _write(file: Any, line: dict[str, Any]) -> None:
-    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    file.write(json_line(line) + "\n")
     file.flush()  # so that a process that is killed the next moment has it on disk
 
 

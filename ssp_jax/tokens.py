@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ssp_jax.errors import reading
+
 # All that the styles of prompts.py write and parse between angle brackets.
 TAGS = (
     "think",
@@ -145,23 +147,28 @@ class _Splitter:
                 token |= {"content": self._names[token["content"]], "normalized": False}
         values["model"] = self._renamed(values["model"])
         values |= {"truncation": None, "padding": None, "post_processor": None}
-        self._backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+        with reading(f"tokenizer {tokenizer.name_or_path!r}"):
+            self._backend = tokenizers.Tokenizer.from_str(json.dumps(values))
         named = {self._names.get(content, content): index for content, index in added.items()}
         self._id = {self._backend.token_to_id(name): index for name, index in named.items()}
 
     def _renamed(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The model's own vocabulary: without the names, or a model could choose a piece that is a control token."""
+        """The model's own vocabulary, without the names: it could choose a piece that is a control
+        token. (Pieces that others are merged from or into stay: they are text as well.)
+        """
+        merges = values.get("merges") or ()
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+        merged = {piece for a, b in pairs for piece in (a, b, a + b)}
+        names = {text: name for text, name in self._names.items() if text not in merged}
         vocabulary = values.get("vocab")
         if isinstance(vocabulary, dict):
-            vocabulary = {
-                self._names.get(piece, piece): index for piece, index in vocabulary.items()
-            }
+            vocabulary = {names.get(piece, piece): index for piece, index in vocabulary.items()}
         elif isinstance(vocabulary, list):  # of Unigram
-            vocabulary = [[self._names.get(piece, piece), score] for piece, score in vocabulary]
+            vocabulary = [[names.get(piece, piece), score] for piece, score in vocabulary]
         unknown = str(values.get("unk_token"))  # no key of a Unigram, null in many others
-        renamed = {"vocab": vocabulary}
-        if unknown in self._names:
-            renamed["unk_token"] = self._names[unknown]
+        renamed: dict[str, Any] = {"vocab": vocabulary}
+        if unknown in names:
+            renamed["unk_token"] = names[unknown]
         return {key: renamed.get(key, value) for key, value in values.items()}
 
     def encode(

@@ -98,6 +98,14 @@ def test_a_token_of_the_template_steers_whatever_it_is_called():
     assert steering(tokenizer, ids) == ["[INST]"]
 
 
+def test_a_control_token_that_words_are_made_of_is_no_trouble():
+    """A strange one: "e" pads. Words with it still have ids, and the others are told apart."""
+    tokenizer = KINDS["byte_level"]()
+    tokenizer.add_special_tokens({"pad_token": "e"})
+    ids = tokens.encode(tokenizer, "the <|im_end|> end")
+    assert "<|im_end|>" not in steering(tokenizer, ids)
+
+
 def test_half_an_emoji_is_encoded_as_the_replacement_character(tokenizer):
     assert tokens.encode(tokenizer, "a\ud83d") == tokens.encode(tokenizer, "a\ufffd")
     halves = [{"role": "user", "content": "a\ud83d"}]
