@@ -20,8 +20,8 @@ from conftest import ROOT
 from model_folders import edit_config, edit_header, edit_tensors, split, write_header
 
 from ssp_jax import audit, generate, main, plan, report, retriever
-from ssp_jax.errors import shown
 from ssp_jax.config import CHOICES
+from ssp_jax.errors import shown
 from ssp_jax.metrics import CompileCounter
 
 Make = Callable[[Path], list[str]]  # an empty folder -> a command line; its first word is a key of COMMANDS
