@@ -230,6 +230,26 @@ def _append(starts, rows, counts, heads, out_rows, out_scores, idf, lengths, ave
         heads[term] = head
 
 
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+@njit(cache=True, nogil=True)
+def first_wrong_term(data, rows, starts, highest, passages, begin, end):
+    """The first term from begin to end whose postings no search must see, or -1.
+
+    `starts` must be right. The inner loop has no branch, so that it goes as fast as memory does.
+    """
+    for term in range(begin, end):
+        before, most, good = np.int64(-1), highest[term], True
+        for at in range(np.uint64(starts[term]), np.uint64(starts[term + 1])):
+            row, score = np.int64(rows[at]), data[at]
+            good &= (row > before) & (score > 0) & (score <= most)
+            before = row
+        if not good or before >= passages:
+            return term
+    return -1
+
+
 # --- searching --------------------------------------------------------------------------------------------------------
 # Rows come as uint32, for an index that may be negative costs a comparison at each access; and where one posting in two
 # would take another way, both ways are gone at once.

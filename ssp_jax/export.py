@@ -20,13 +20,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ssp_jax import folders, names, weights
+from ssp_jax import folder_swap, folders, names, weights
 from ssp_jax.errors import InputError
+from ssp_jax.folder_swap import FolderSwap
 from ssp_jax.folders import Folder
 from ssp_jax.model import ModelConfig, Params
 from ssp_jax.names import Name
 
 FOLDER = "export"  # of a workdir: where a run writes its model
+MANIFEST = "ssp_jax_export.json"  # names the files that an export wrote: a later one may replace these and no others
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
@@ -49,39 +51,50 @@ def save(
     folder, source = Path(folder), folders.find(source_folder)
     if weights.read_config(source_folder) != config:
         raise InputError(f"{source.place('config.json')} describes another model than the one to be saved")
-    check_place(folder)
+    swap = _swap(folder)
     tag = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
-    unfinished, first = folder.with_name(folder.name + ".unfinished"), jax.process_index() == 0
+    first = jax.process_index() == 0
+    swap.check()
+    multihost_utils.sync_global_devices("ssp_jax: all have seen that nothing is in the way")
     if first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        swap.begin()
     multihost_utils.sync_global_devices("ssp_jax: a folder to write to")
-    if not unfinished.is_dir():
+    if not swap.work.is_dir():
         raise InputError(f"{folder.parent} is not the same folder on all hosts; an export needs one that they share")
     file_dtype = folders.DTYPES[tag]
     plan = folders.plan_files(_owners(params, config), names.file_shapes(config), file_dtype, max_shard_bytes)
     arrays = _own_tensors(params, config, file_dtype)
     for file, (owner, shapes) in plan.items():
         if owner == jax.process_index():
-            folders.write_file(unfinished / file, shapes, arrays, tag)
+            folders.write_file(swap.work / file, shapes, arrays, tag)
+            folder_swap.sync(swap.work / file)
     for _ in arrays:  # takes part in dealing out what is left
         pass
     multihost_utils.sync_global_devices("ssp_jax: all weights are written")
     if first:
-        _write_small_files(unfinished, source, plan, dtype, config.tie_embeddings)
-        replaced = folder.with_name(folder.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)
-        unfinished.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _write_small_files(swap.work, source, plan, dtype, config.tie_embeddings)
+        files = sorted(path.name for path in swap.work.iterdir() if path.name != folder_swap.MARKER)
+        (swap.work / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+        swap.commit()
     multihost_utils.sync_global_devices("ssp_jax: the folder is complete")
 
 
 def check_place(folder: Path) -> None:
     """An export takes the place of an earlier one, of other things it does not."""
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise InputError(f"{folder} exists and is not a model folder; it will not be replaced")
+    _swap(folder).check()
+
+
+def _swap(folder: Path) -> FolderSwap:
+    return FolderSwap(folder, "a model folder", _written, ".unfinished", ".replaced")
+
+
+def _written(folder: Path) -> list[str]:
+    """The files of an earlier export, as its manifest names them."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []
+    return [MANIFEST, *map(str, files)] if isinstance(files, list) else []
 
 
 def _write_small_files(folder: Path, source: Folder, plan: folders.Plan, dtype: str, tied: bool) -> None:

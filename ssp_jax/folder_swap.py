@@ -43,9 +43,7 @@ def sync(path: Path) -> None:
 class FolderSwap:
     """One folder, through a symbolic link if it is one. Callers see to it that only one process acts at a time."""
 
-    def __init__(
-        self, folder: str | Path, kind: str, owned: Owned, work: str = ".building", old: str = ".old"
-    ) -> None:
+    def __init__(self, folder: str | Path, kind: str, owned: Owned, work: str = ".building", old: str = ".old") -> None:
         """kind: what the folder is, for messages. work, old: suffixes of the temporary names."""
         self.folder = Path(os.path.realpath(folder))
         if not self.folder.name:
@@ -66,7 +64,7 @@ class FolderSwap:
                         "it is not ours and is left alone"
                     )
         except OSError as error:
-            raise self._error(error) from None
+            raise self.error(error) from None
 
     def _check_target(self) -> None:
         if not os.path.lexists(self.folder):
@@ -102,7 +100,7 @@ class FolderSwap:
             self.work.mkdir(parents=True)
             _mark(self.work)
         except OSError as error:
-            raise self._error(error) from None
+            raise self.error(error) from None
 
     def commit(self) -> None:
         """`work` becomes the folder."""
@@ -134,12 +132,13 @@ class FolderSwap:
             yield self.work
             self.commit()
         except OSError as error:
-            raise self._error(error) from None
+            raise self.error(error) from None
         finally:
             with contextlib.suppress(OSError):  # such as of a disk that is gone; the error before it is what counts
                 self.discard()
 
-    def _error(self, error: OSError) -> InputError:
+    def error(self, error: OSError) -> InputError:
+        """The sentence for a disk that does not take it."""
         return InputError(f"{self.folder}: expected a folder where {self._kind} can be written ({error})")
 
 

@@ -13,21 +13,22 @@ jax.distributed.initialize() raises. Open a retriever after the distributed star
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import queue
 import shutil
 import sys
 import threading
 import time
+import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -35,18 +36,16 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from ssp_jax import bm25
+from ssp_jax import bm25, index
 from ssp_jax.data import Document, Position, iterate_corpus, parse_document, parse_row
 from ssp_jax.errors import InputError, Parser, exit_code, printable
+from ssp_jax.folder_swap import FolderSwap
+from ssp_jax.index import Index
 
-FORMAT = 2  # raise it whenever the files of an index change their meaning: old folders are then built anew
 CACHED_QUERIES = 65_536  # about ten steps of the paper's setting; row numbers and scores are kept, some 15 MB
 SMALL_PART = 1 << 14  # postings that a thread walks in a tenth of a millisecond: not worth being split further
 PARTS = 2  # of a batch for each thread, so that one that wakes late or is disturbed leaves its second to the others
 PROGRESS_SECONDS = 10.0
-
-_META, _PASSAGES, _OFFSETS, _VOCABULARY = "meta.json", "passages.jsonl", "offsets.npy", "vocab.index.json"
-_STEMMERS, _STOPWORDS = ("", "english"), ("", "en")
 
 T = TypeVar("T")
 Hits = tuple[tuple[int, float], ...]  # row and score, best first
@@ -67,16 +66,6 @@ def _bm25s() -> ModuleType:
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and talks through our handlers
     return bm25s
-
-
-def _checked(stemmer: str, stopwords: str, k1: float, b: float) -> dict[str, Any]:
-    if stemmer not in _STEMMERS:
-        raise InputError(f"retriever: stemmer is {stemmer!r}, expected one of {_STEMMERS}")
-    if stopwords not in _STOPWORDS:
-        raise InputError(f"retriever: stopwords is {stopwords!r}, expected one of {_STOPWORDS}")
-    if not 0 <= k1 < math.inf or not 0 <= b <= 1:
-        raise InputError(f"retriever: k1 is {k1} and b is {b}, expected a finite k1 >= 0 and b between 0 and 1")
-    return {"stemmer": stemmer, "stopwords": stopwords, "k1": float(k1), "b": float(b)}
 
 
 class Cache(Generic[T]):
@@ -123,24 +112,48 @@ def build_index(
     corpus: str | Path, index_dir: str | Path, *, stemmer: str, stopwords: str, k1: float, b: float
 ) -> None:
     """Index title and text of every passage. The folder appears, or replaces an older index, only once it is whole."""
-    settings, folder = _checked(stemmer, stopwords, k1, b), Path(index_dir)
-    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if not empty and not (folder / _META).is_file():
-        raise InputError(f"{folder}: expected an index or no such folder; it holds other things and is left alone")
-    work, old = folder.with_name(folder.name + ".building"), folder.with_name(folder.name + ".old")
+    settings, swap = index.checked_settings(stemmer, stopwords, k1, b), _swap(index_dir)
+    with _locked(swap):
+        _build(Path(corpus), swap, settings)
+
+
+def _build(corpus: Path, swap: FolderSwap, settings: dict[str, Any]) -> None:
+    with swap.building() as work:
+        _write_index(corpus, work, settings)
+
+
+def _swap(index_dir: str | Path) -> FolderSwap:
+    return FolderSwap(index_dir, "an index", index.written)
+
+
+def _recover(index_dir: Path) -> None:
+    """Puts an index back that a killed build has left under another name, unless a living one is just at it."""
+    swap = _swap(index_dir)
+    if swap.is_interrupted:
+        with contextlib.suppress(OSError), open(_lock_path(swap), "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            swap.recover()
+
+
+def _lock_path(swap: FolderSwap) -> Path:
+    return swap.folder.with_name(swap.folder.name + ".lock")
+
+
+@contextlib.contextmanager
+def _locked(swap: FolderSwap) -> Iterator[None]:
+    """Only one process of this machine writes an index at a time; the others wait, and say so."""
+    swap.check()
     try:
-        for leftover in (work, old):  # of a build that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        work.mkdir(parents=True)
-        _write_index(Path(corpus), work, settings)
-        if folder.exists():
-            folder.rename(old)
-        work.rename(folder)
+        swap.folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(_lock_path(swap), "a") as lock:  # "a": a file of that name stays as it is
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"ssp_jax: waiting for the process that builds {swap.folder}", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
     except OSError as error:
-        raise InputError(f"{folder}: expected a folder where an index can be written ({error})") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        raise swap.error(error) from None
 
 
 def _write_index(corpus: Path, work: Path, settings: dict[str, Any]) -> None:
@@ -149,7 +162,7 @@ def _write_index(corpus: Path, work: Path, settings: dict[str, Any]) -> None:
     words = bm25.Words(settings["stemmer"], stop_list)
     (work / "runs").mkdir()
     postings, progress = bm25.Postings(work / "runs", words), Progress()
-    offsets = _copy(corpus, work / _PASSAGES, source["size"], postings.add, progress)
+    offsets, sums = _copy(corpus, work / index.PASSAGES, source["size"], postings.add, progress)
     if not words.terms:
         raise InputError(f"{corpus}: expected passages with words to index, found {len(offsets) - 1} passages and none")
     # bm25s writes its parameters and vocabulary itself, and three empty arrays that are replaced below.
@@ -158,19 +171,23 @@ def _write_index(corpus: Path, work: Path, settings: dict[str, Any]) -> None:
     empty.scores = {"data": nothing, "indices": nothing, "indptr": nothing, "num_docs": len(offsets) - 1}
     empty.vocab_dict, empty.nonoccurrence_array = words.terms, None
     empty.save(work, show_progress=False)
-    np.save(work / _OFFSETS, np.asarray(offsets, np.int64))
+    np.save(work / index.OFFSETS, np.asarray(offsets, np.int64))
+    np.save(work / index.LINE_SUMS, np.asarray(sums, np.uint32))
     for share in postings.write(work, settings["k1"], settings["b"]):
         progress(lambda seconds, share=share: f"merging postings: {share:.0%}, {seconds:.0f} s")  # type: ignore[misc]
     shutil.rmtree(work / "runs")
-    files = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
-    meta = {"format": FORMAT, "settings": settings, "stopwords": stop_list, "corpus": source}
-    meta |= {"passages": len(offsets) - 1, "files": files}
-    (work / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    meta = {"settings": settings, "stopwords": stop_list, "corpus": source, "passages": len(offsets) - 1}
+    index.write_meta(work, meta)
 
 
-def _copy(corpus: Path, target: Path, size: int, add: Callable[[str], None], progress: Progress) -> "array[int]":
-    """Copies each passage into the index and hands its text on: the corpus is read once and never held."""
-    offsets, position = array("q", [0]), Position()
+def _copy(
+    corpus: Path, target: Path, size: int, add: Callable[[str], None], progress: Progress
+) -> "tuple[array[int], array[int]]":
+    """Copies each passage into the index and hands its text on: the corpus is read once and never held.
+
+    Gives where each line begins, and its CRC-32.
+    """
+    offsets, sums, position = array("q", [0]), array("L"), Position()
 
     def line(seconds: float) -> str:
         done, share = len(offsets) - 1, position.bytes / size
@@ -181,10 +198,12 @@ def _copy(corpus: Path, target: Path, size: int, add: Callable[[str], None], pro
         for document in iterate_corpus(corpus, position):
             contents = f"{document.title}\n{document.text}"
             text = json.dumps({"id": document.id, "contents": contents}, ensure_ascii=False)
-            offsets.append(offsets[-1] + file.write(text.encode() + b"\n"))
+            written = text.encode() + b"\n"
+            offsets.append(offsets[-1] + file.write(written))
+            sums.append(zlib.crc32(written))
             add(contents)
             progress(line)
-    return offsets
+    return offsets, sums
 
 
 def _stamp(corpus: Path) -> dict[str, Any]:
@@ -206,29 +225,16 @@ def _digest(corpus: Path) -> str:
 # --- searching --------------------------------------------------------------------------------------------------------
 
 
-def _read_meta(folder: Path) -> dict[str, Any] | None:
-    """None where there is no index of this format."""
-    try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(meta, dict) and meta.keys() >= {"settings", "stopwords", "corpus", "files"}
-    return meta if whole and meta.get("format") == FORMAT else None
-
-
 class Retriever:
     """A loaded index. Threads may ask at the same time; a batch is searched by `threads` threads, 0 for all cores."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any], threads: int = 0) -> None:
-        self._path = str(folder / _PASSAGES)
+    def __init__(self, folder: Path, found: Index, threads: int = 0) -> None:
+        self._path = str(folder / index.PASSAGES)
+        meta = found.meta
         self.source = f"{meta['settings']} {meta['stopwords']} corpus {meta['corpus']['sha256']}"
-        names = (bm25.DATA, bm25.ROWS, bm25.STARTS, bm25.HIGHEST, _OFFSETS)
-        # plain arrays over the maps, for Numba does not know np.memmap, and each slice of one costs microseconds
-        *self._arrays, self._offsets = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in names]
-        self._arrays[1] = self._arrays[1].view(np.uint32)
-        vocabulary = json.loads((folder / _VOCABULARY).read_bytes())
-        self._words = bm25.QueryWords(meta["settings"]["stemmer"], meta["stopwords"], vocabulary)
-        self._passages = np.asarray(np.memmap(self._path, np.uint8, mode="r"))
+        self._arrays = found.data, found.rows, found.starts, found.highest
+        self._offsets, self._line_sums, self._passages = found.offsets, found.line_sums, found.passages
+        self._words = bm25.QueryWords(meta["settings"]["stemmer"], meta["stopwords"], found.vocabulary)
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
         self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
@@ -237,20 +243,10 @@ class Retriever:
 
     @classmethod
     def load(cls, index_dir: str | Path, threads: int = 0) -> "Retriever":
-        """Opens an index; refuses one of another format and one with missing or truncated files."""
+        """Opens an index; refuses one of another format, and one whose files are not what was written."""
         folder = Path(index_dir)
-        meta = _read_meta(folder)
-        if meta is None:
-            raise InputError(f"{folder}: expected a search index of format {FORMAT} ({_META} is missing or differs)")
-        for name, size in meta["files"].items():
-            path = folder / name
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-            if found != f"{size} bytes":
-                raise InputError(f"{path}: expected {size} bytes, found {found}; delete the index to build it anew")
-        try:
-            return cls(folder, meta, threads)
-        except ValueError as error:  # files of the right size that are not what was written
-            raise InputError(f"{folder}: expected a whole index ({error}); delete it to build it anew") from None
+        _recover(folder)
+        return cls(folder, index.open_index(folder, Progress()), threads)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -259,6 +255,8 @@ class Retriever:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of an index with {len(self)} passages")
         line = self._passages[self._offsets[row] : self._offsets[row + 1]].tobytes()
+        if zlib.crc32(line) != self._line_sums[row]:
+            raise InputError(f"{self._path} line {row + 1}: expected the bytes that were written; {index.ANEW}")
         return parse_document(parse_row(self._path, row + 1, line))
 
     def _query_terms(self, query: str) -> list[int]:
@@ -333,23 +331,23 @@ def ensure_index(
     A lock file beside the folder makes processes of one machine that start together build once. An index that is
     already right is only read, so it may lie on a read-only disk. Without a corpus the index is taken as it is.
     """
-    folder, source, settings = Path(index_dir), Path(corpus), _checked(stemmer, stopwords, k1, b)
+    folder, source, settings = Path(index_dir), Path(corpus), index.checked_settings(stemmer, stopwords, k1, b)
     if not corpus or _matches(folder, source, settings):
         return
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _matches(folder, source, settings):
-                build_index(source, folder, **settings)
-    except OSError as error:
-        raise InputError(f"{folder}: expected a folder where an index can be written ({error})") from None
+    swap = _swap(folder)
+    with _locked(swap):
+        if not _matches(folder, source, settings):
+            _build(source, swap, settings)
 
 
 def _matches(folder: Path, corpus: Path, settings: dict[str, Any]) -> bool:
     """Size and time tell in an instant; a copied file (same size, other time) is told by its digest."""
-    meta, stamp = _read_meta(folder), _stamp(corpus)
-    if meta is None or meta["settings"] != settings or meta["corpus"]["size"] != stamp["size"]:
+    stamp = _stamp(corpus)
+    try:
+        meta = index.read_meta(folder)
+    except InputError:
+        return False
+    if meta["settings"] != settings or meta["corpus"]["size"] != stamp["size"]:
         return False
     return meta["corpus"]["mtime_ns"] == stamp["mtime_ns"] or meta["corpus"]["sha256"] == _digest(corpus)
 
@@ -367,8 +365,8 @@ def _run(arguments: Sequence[str] | None) -> None:
     build = verbs.add_parser("build", help="index a corpus")
     build.add_argument("--corpus", required=True, help='jsonl or jsonl.gz of {"id", "contents"}, Search-R1\'s format')
     build.add_argument("--out", required=True, type=Path, help="folder of the index: config key retriever.index")
-    build.add_argument("--stemmer", default="english", choices=_STEMMERS)
-    build.add_argument("--stopwords", default="en", choices=_STOPWORDS)
+    build.add_argument("--stemmer", default="english", choices=index.STEMMERS)
+    build.add_argument("--stopwords", default="en", choices=index.STOPWORDS)
     build.add_argument("--k1", default=1.5, type=float)
     build.add_argument("--b", default=0.75, type=float)
     ask = verbs.add_parser("search", help="show the best passages of a query")
@@ -376,10 +374,10 @@ def _run(arguments: Sequence[str] | None) -> None:
     ask.add_argument("--top_k", default=3, type=int)
     ask.add_argument("query")
     args = parser.parse_args(arguments)
-    _build(args) if args.verb == "build" else _ask(args)
+    _build_command(args) if args.verb == "build" else _search_command(args)
 
 
-def _build(args: argparse.Namespace) -> None:
+def _build_command(args: argparse.Namespace) -> None:
     start, folder = time.monotonic(), args.out.absolute()
     build_index(args.corpus, folder, stemmer=args.stemmer, stopwords=args.stopwords, k1=args.k1, b=args.b)
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -388,7 +386,7 @@ def _build(args: argparse.Namespace) -> None:
     print(printable(f"{folder}: {passages:,} passages, {cost}"))
 
 
-def _ask(args: argparse.Namespace) -> None:
+def _search_command(args: argparse.Namespace) -> None:
     if args.top_k < 1:
         raise InputError(f"--top_k is {args.top_k}, expected at least 1")
     retriever = Retriever.load(args.index, threads=1)

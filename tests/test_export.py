@@ -150,9 +150,26 @@ def test_a_saved_folder_is_replaced(folder, tmp_path):
 
 
 def test_a_foreign_folder_is_not_replaced(folder, tmp_path):
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(InputError, match="photos exists and is not a model folder"):
-        export.save(load(folder), weights.read_config(folder), tmp_path / "photos", folder)
+    """Neither a model of the user's own, nor an export in which something of the user's lies."""
+    config, params = weights.read_config(folder), load(folder)
+    export.save(params, config, tmp_path / "saved", folder)
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    shutil.copytree(folder, tmp_path / "saved2")
+    (tmp_path / "saved3.unfinished").mkdir()
+    (tmp_path / "saved3.unfinished" / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, said in (("saved", "notes.txt"), ("saved2", "config.json"), ("saved3", "saved3.unfinished: expected no")):
+        with pytest.raises(InputError, match=said):
+            export.save(params, config, tmp_path / name, folder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', "[" * 99_999])
+def test_an_export_whose_manifest_is_damaged_is_not_replaced(folder, tmp_path, manifest):
+    shutil.copytree(folder, tmp_path / "saved")
+    (tmp_path / "saved" / export.MANIFEST).write_text(manifest)
+    with pytest.raises(InputError, match="a model folder that ssp_jax wrote and nothing else"):
+        export.check_place(tmp_path / "saved")
 
 
 def test_source_of_another_shape(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole: a kill at any system call loses nothing, and nobody else's files are touched."""
+"""Folders that are replaced as a whole: a kill at any system call loses nothing; nobody else's files are touched."""
 
 import json
 import subprocess

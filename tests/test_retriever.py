@@ -6,10 +6,12 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ssp_jax import index as index_files
 from ssp_jax import retriever as command
 from ssp_jax.data import Document
 from ssp_jax.errors import InputError
+from ssp_jax.folder_swap import MARKER
 from ssp_jax.retriever import PARTS, Cache, Retriever, build_index, open_retriever
 
 PLAIN: dict[str, Any] = {"stemmer": "", "stopwords": "", "k1": 0.9, "b": 0.4}
@@ -185,18 +189,32 @@ def test_built_once_then_loaded(tmp_path):
     assert not (index.parent / "index.lock").exists()  # a right index is only read, also from a read-only disk
 
 
-def test_processes_that_start_together_build_once(tmp_path):
+@pytest.mark.parametrize("what, builds", [(open_retriever, 1), (build_index, 2)])
+def test_who_comes_at_the_same_time_waits(tmp_path, monkeypatch, capsys, what, builds):
+    """A run finds what another has built; `build` builds anew, and neither into what the other writes."""
     corpus, index = corpus_of(tmp_path, random_texts(30)), tmp_path / "index"
-    with ThreadPoolExecutor(1) as pool, open(tmp_path / "index.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        other = pool.submit(open_retriever, corpus, index, **PLAIN)
-        time.sleep(0.2)  # the other one has seen that there is no index, and waits
-        assert not other.done()
-        build_index(corpus, index, **PLAIN)
-        stamp = (index / "meta.json").stat().st_mtime_ns
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        assert len(other.result()) == 30
-    assert (index / "meta.json").stat().st_mtime_ns == stamp
+    written: list[Path] = []
+    write = index_files.write_meta
+
+    def watched(folder: Path, meta: dict[str, Any]) -> None:
+        written.append(folder)
+        write(folder, meta)
+
+    monkeypatch.setattr(index_files, "write_meta", watched)
+    with ThreadPoolExecutor(2) as pool:
+        with open(tmp_path / "index.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            both = [pool.submit(what, corpus, index, **PLAIN) for _ in range(2)]
+            said, end = "", time.monotonic() + 60
+            while said.count(f"ssp_jax: waiting for the process that builds {index}\n") < 2:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+                said += capsys.readouterr().err
+            assert not index.exists()  # they have seen that there is no index, and wait
+        for other in both:
+            other.result(timeout=60)
+    assert len(written) == builds and len(Retriever.load(index)) == 30
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index", "index.lock"]
 
 
 def test_rebuilt_when_corpus_settings_or_format_differ(tmp_path):
@@ -217,33 +235,176 @@ def test_rebuilt_when_corpus_settings_or_format_differ(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index", "index.lock"]
 
 
-@pytest.mark.parametrize(
-    "name", ["passages.jsonl", "offsets.npy", "data.csc.index.npy", "indices.csc.index.npy", "vocab.index.json"]
-)
-def test_truncated_or_missing_file_is_refused(tmp_path, name):
-    index = tmp_path / "index"
-    build_index(corpus_of(tmp_path, random_texts(30)), index, **PLAIN)
+FILES = [*index_files._ARRAYS, "passages.jsonl", "vocab.index.json", "params.index.json"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """An index that tests copy before they damage it."""
+    folder = tmp_path_factory.mktemp("built")
+    build_index(corpus_of(folder, random_texts(30)), folder / "index", **PLAIN)
+    return folder / "index"
+
+
+def copied(built: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(built, folder / "index"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_or_missing_file_is_refused(built, tmp_path, name):
+    index = copied(built, tmp_path)
     (index / name).write_bytes((index / name).read_bytes()[:-7])
-    with pytest.raises(InputError, match=name):
+    with pytest.raises(InputError, match=rf"{name}: expected \d+ bytes, found \d+ bytes; delete the index"):
         Retriever.load(index)
     with pytest.raises(InputError, match=name):
-        open_retriever(tmp_path / "corpus.jsonl", index, **PLAIN)
+        open_retriever(built.parent / "corpus.jsonl", index, **PLAIN)
     (index / name).unlink()
-    with pytest.raises(InputError, match=name):
+    with pytest.raises(InputError, match=f"{name}.*no such file"):
         Retriever.load(index)
 
 
-@pytest.mark.parametrize("name", ["offsets.npy", "data.csc.index.npy", "vocab.index.json"])
-def test_a_file_of_zeros_is_refused(tmp_path, name):
-    """What a crash of the machine may leave of a file that was never on the disk."""
-    build_index(corpus_of(tmp_path, random_texts(30)), tmp_path / "index", **PLAIN)
-    (tmp_path / "index" / name).write_bytes(bytes((tmp_path / "index" / name).stat().st_size))
-    with pytest.raises(InputError, match="index: expected a whole index .*delete it"):
+@pytest.mark.parametrize("name", sorted({*FILES} - {"passages.jsonl"}))
+def test_bytes_that_are_not_those_written_are_refused(built, tmp_path, name, monkeypatch):
+    """One flipped bit anywhere, or the zeros that a crash of the machine may leave of a file."""
+    index = copied(built, tmp_path)
+    original = (index / name).read_bytes()
+    rng = random.Random(name)
+    for at in [0, len(original) - 1, *rng.sample(range(len(original)), 6)]:
+        changed = bytearray(original)
+        changed[at] ^= 1 << rng.randrange(8)
+        (index / name).write_bytes(changed)
+        with pytest.raises(InputError, match=f"{name}: expected the bytes that were written; from byte 0 on they"):
+            Retriever.load(index)
+    (index / name).write_bytes(bytes(len(original)))
+    with pytest.raises(InputError, match=f"{name}: expected the bytes.*delete the index to build it anew"):
+        Retriever.load(index)
+
+
+def test_each_piece_of_a_file_is_compared(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_files, "PIECE", 64)
+    build_index(built.parent / "corpus.jsonl", tmp_path / "index", **PLAIN)
+    path = tmp_path / "index" / "data.csc.index.npy"
+    raw = bytearray(path.read_bytes())
+    raw[64 * 3 + 5] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=r"data\.csc\.index\.npy: expected the bytes.*from byte 192 on"):
         Retriever.load(tmp_path / "index")
 
 
+def test_a_passage_that_is_not_as_written_is_refused_when_it_is_shown(built, tmp_path):
+    index = copied(built, tmp_path)
+    raw = bytearray((index / "passages.jsonl").read_bytes())
+    raw[raw.index(b"\n") + 40] ^= 1  # of the second line
+    (index / "passages.jsonl").write_bytes(raw)
+    retriever = Retriever.load(index)
+    assert retriever.document(0).id == "p0" and retriever.document(2).id == "p2"
+    with pytest.raises(InputError, match=r"passages\.jsonl line 2: expected the bytes that were written"):
+        retriever.document(1)
+
+
+def changed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    def make(index: Path) -> None:
+        np.save(index / name, change(np.load(index / name)))
+
+    return make
+
+
+def put(name: str, at: int, value: float) -> Callable[[Path], None]:
+    def change(array: np.ndarray) -> np.ndarray:
+        array[at] = value
+        return array
+
+    return changed(name, change)
+
+
+def words(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def make(index: Path) -> None:
+        path = index / "vocab.index.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return make
+
+
+def raw(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda index: (index / name).write_bytes(content) and None
+
+
+DATA, ROWS, STARTS = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
+HIGHEST, OFFSETS, SUMS, WORDS_FILE = "highest.npy", "offsets.npy", "line_sums.npy", "vocab.index.json"
+HOSTILE = {
+    "a row beyond the passages": (put(ROWS, -1, 30), "ascending rows below 30"),
+    "a row far away": (put(ROWS, 0, 2**31 - 1), "ascending rows"),
+    "a negative row": (put(ROWS, 0, -1), "ascending rows"),
+    "a row twice": (changed(ROWS, lambda a: np.repeat(a[::2], 2)[: len(a)]), "ascending rows"),
+    "rows as int64": (changed(ROWS, lambda a: a.astype(np.int64)), f"{ROWS}: expected an array of int32"),
+    "rows in two axes": (changed(ROWS, lambda a: a[:, None]), f"{ROWS}.*one axis, found int32 with 2"),
+    "rows of the other byte order": (changed(ROWS, lambda a: a.astype(">i4")), f"{ROWS}: expected an array of int32"),
+    "rows too few": (changed(ROWS, lambda a: a[:-1]), f"{ROWS}: expected \\d+ rows, one for each score"),
+    "a score of NaN": (put(DATA, 5, math.nan), "scores above 0"),
+    "an endless score": (put(DATA, 5, math.inf), "scores above 0"),
+    "a negative score": (put(DATA, 5, -1), "scores above 0"),
+    "a score above the highest": (put(DATA, 5, 99), "up to that in highest.npy"),
+    "scores as float64": (changed(DATA, lambda a: a.astype(np.float64)), f"{DATA}: expected an array of float32"),
+    "scores as objects": (changed(DATA, lambda a: a.astype(object)), f"{DATA} cannot be read"),
+    "scores as text": (changed(DATA, lambda a: a.astype("U9")), f"{DATA}: expected an array of float32"),
+    "no array": (raw(DATA, b"PK\x03\x04" + bytes(200)), f"{DATA} cannot be read"),
+    "a header that is no dict": (raw(DATA, b"\x93NUMPY\x01\x00\x10\x00((((((((((((((({{"), f"{DATA} cannot be read"),
+    "a start beyond the end": (put(STARTS, 3, 2**40), f"{STARTS}: expected \\d+ ascending"),
+    "a negative start": (put(STARTS, 3, -5), f"{STARTS}: expected"),
+    "starts too few": (changed(STARTS, lambda a: a[:-1]), f"{STARTS}: expected"),
+    "an end too large": (put(STARTS, -1, 2**40), f"{STARTS}: expected"),
+    "a first start that is not 0": (put(STARTS, 0, 1), f"{STARTS}: expected"),
+    "a word without postings": (changed(STARTS, lambda a: np.r_[a[:2], a[1], a[3:]]), f"{STARTS}: expected"),
+    "a highest score of NaN": (put(HIGHEST, 0, math.nan), f"{HIGHEST}: expected finite scores"),
+    "highest scores too few": (changed(HIGHEST, lambda a: a[:-1]), f"{WORDS_FILE}|{STARTS}"),
+    "an offset beyond the file": (put(OFFSETS, 7, 2**50), f"{OFFSETS}: expected 31 ascending numbers"),
+    "an offset before the one before": (put(OFFSETS, 7, 1), f"{OFFSETS}: expected"),
+    "an end beyond the file": (put(OFFSETS, -1, 2**50), f"{OFFSETS}: expected"),
+    "sums too few": (changed(SUMS, lambda a: a[:-1]), f"{SUMS}: expected 30 numbers"),
+    "words as a list": (words(list), f"{WORDS_FILE}: expected words"),
+    "a word of another's number": (words(lambda v: dict.fromkeys(v, 1) | {"w39": 0}), f"{WORDS_FILE}: expected words"),
+    "a word of number 1.0": (words(lambda v: {w: n or 0.0 for w, n in v.items()}), f"{WORDS_FILE}: expected words"),
+    "a word of number true": (words(lambda v: {w: n == 1 or n for w, n in v.items()}), f"{WORDS_FILE}: expected words"),
+    "a huge number": (words(lambda v: {w: n or 10**30 for w, n in v.items()}), f"{WORDS_FILE}: expected words"),
+    "a word too many": (words(lambda v: v | {"more": len(v)}), f"{WORDS_FILE}: expected words"),
+    "a word too few": (words(lambda v: dict(list(v.items())[:-1])), f"{WORDS_FILE}: expected words"),
+    "words that nest deeply": (raw(WORDS_FILE, b"[" * 99_999), f"{WORDS_FILE} cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_index_of_a_stranger_is_checked_before_its_numbers_are_addresses(built, tmp_path, name):
+    """Sizes and sums of such an index agree with its files, so only what the files hold can tell."""
+    index = copied(built, tmp_path)
+    damage, said = HOSTILE[name]
+    damage(index)
+    meta = json.loads((index / "meta.json").read_text())
+    (index / "meta.json").unlink()
+    index_files.write_meta(index, meta)
+    with pytest.raises(InputError, match=said) as caught:
+        Retriever.load(index)
+    assert str(index) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *(("format", 2), ("format", "3"), ("format", None), ("settings", None), ("settings", {"k1": 1.5})),
+        *(("settings", PLAIN | {"k1": "1.5"}), ("settings", PLAIN | {"stemmer": "klingon"}), ("stopwords", [1])),
+        *(("corpus", {}), ("passages", "30"), ("passages", True), ("files", {}), ("files", {"../x": 1}), ("sums", {})),
+        ("sums", dict.fromkeys(FILES, ["x"])),
+    ],
+)
+def test_a_damaged_meta_is_refused(built, tmp_path, key, value):
+    index = copied(built, tmp_path)
+    meta = json.loads((index / "meta.json").read_text())
+    (index / "meta.json").write_text(json.dumps(meta | {key: value}))
+    with pytest.raises(InputError, match="index: expected a search index of format 3; its meta.json"):
+        Retriever.load(index)
+
+
 def test_no_index_is_refused(tmp_path):
-    for meta in ("{", json.dumps({"format": command.FORMAT})):
+    for meta in ("{", "[" * 99_999, "[]", json.dumps({"format": index_files.FORMAT})):
         (tmp_path / "meta.json").write_text(meta)
         for folder in (tmp_path, tmp_path / "none"):
             with pytest.raises(InputError, match="expected a search index"):
@@ -258,24 +419,24 @@ def test_failed_build_leaves_the_old_index(tmp_path):
     with pytest.raises(InputError, match="line 4"):
         build_index(corpus, index, **PLAIN)
     assert len(Retriever.load(index)) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index", "index.lock"]
 
 
 def test_killed_build_is_repeated(tmp_path):
-    corpus = corpus_of(tmp_path, ["moon sun"] * 3)
-    for leftover in ("index.building", "index.old"):
-        (tmp_path / leftover).mkdir()
-        (tmp_path / leftover / "passages.jsonl").write_text("half")
-    assert len(open_retriever(corpus, tmp_path / "index", **PLAIN)) == 3
-    assert not (tmp_path / "index.building").exists() and not (tmp_path / "index.old").exists()
+    """At its end, when the folder has another name for a moment, and in the middle."""
+    corpus, index = corpus_of(tmp_path, ["moon sun"] * 3), tmp_path / "index"
+    build_index(corpus, index, **PLAIN)
+    for name in ("index.old", "index.building"):
+        shutil.copytree(index, tmp_path / name)
+        (tmp_path / name / MARKER).touch()
+    shutil.rmtree(index)
+    assert len(Retriever.load(index)) == 3 and not (tmp_path / "index.old").exists()
+    assert len(open_retriever(corpus, index, **ENGLISH)) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index", "index.lock"]
 
 
-def test_other_peoples_folder_is_left_alone(tmp_path):
+def test_an_empty_folder_is_taken(tmp_path):
     corpus = corpus_of(tmp_path, ["moon sun"])
-    for target in (tmp_path, corpus):
-        with pytest.raises(InputError, match="left alone"):
-            build_index(corpus, target, **PLAIN)
-    assert corpus.is_file()
     (tmp_path / "empty").mkdir()
     assert len(open_retriever(corpus, tmp_path / "empty", **PLAIN)) == 1
 
@@ -327,7 +488,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     lines = said.err.splitlines()
     reading = [int(line.split("(")[1].split("%")[0]) for line in lines if "reading corpus.jsonl: " in line]
     assert len(reading) == 3000 and reading == sorted(reading) and reading[0] < 50 < reading[-1]
-    assert lines[-1].startswith("ssp_jax: merging postings: 100%")
+    merged = [line for line in lines if "merging" in line]
+    assert merged[-1].startswith("ssp_jax: merging postings: 100%")
+    assert lines[-1].startswith("ssp_jax: checking the postings: 100%")
     for query, answer in (
         ("suns", '[p0] "moon"\n          moon sun\n'),
         ("stars", "no passage has a word of this query\n"),

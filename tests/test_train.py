@@ -349,14 +349,6 @@ def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(whole, change,
     assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
 
 
-def test_a_folder_in_the_way_of_the_export_is_told_at_the_start(tmp_path):
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "notes.txt").write_text("mine")
-    with pytest.raises(data.InputError, match="export exists and is not a model folder; it will not be replaced"):
-        train.train(small(), str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
-
-
 def test_every_choice_names_a_key():
     assert configuration.CHOICES.keys() <= configuration.default_values().keys()
     assert os.environ["JAX_PLATFORMS"] == "cpu"
