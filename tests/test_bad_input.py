@@ -20,6 +20,7 @@ from conftest import ROOT
 from model_folders import edit_config, edit_header, edit_tensors, split, write_header
 
 from ssp_jax import audit, generate, main, plan, report, retriever
+from ssp_jax import index as index_files
 from ssp_jax.config import CHOICES
 from ssp_jax.errors import shown
 from ssp_jax.metrics import CompileCounter
@@ -723,7 +724,122 @@ CONFIGS_AND_FLAGS = [
     Case("generate: a home of nobody", ask(PROMPT, "--out=~nobody-here/x"), "--out=~nobody-here/x: expected a folder"),
 ]
 
-CORPORA_AND_INDEXES: list[Case] = []
+PASSAGES = "".join(f'{{"id": "p{i}", "contents": "Moon\\nthe moon and sea {i}"}}\n' for i in range(3))
+ROWS, SCORES = "indices.csc.index.npy", "data.csc.index.npy"
+
+
+def built(folder: Path) -> Path:
+    """An index of PASSAGES, in folder/index."""
+    (folder / "corpus.jsonl").write_text(PASSAGES)
+    retriever.build_index(folder / "corpus.jsonl", folder / "index", stemmer="", stopwords="", k1=1.5, b=0.75)
+    return folder / "index"
+
+
+def build(corpus: str | bytes = PASSAGES, *flags: str, name: str = "corpus.jsonl") -> Make:
+    """retriever build of a corpus with this content."""
+
+    def make(folder: Path) -> list[str]:
+        built(folder)  # whatever a first build imports
+        shutil.rmtree(folder / "index")
+        (folder / name).write_bytes(corpus if isinstance(corpus, bytes) else corpus.encode())
+        return ["retriever", "build", f"--corpus={name}", "--out=index", *flags]
+
+    return make
+
+
+def into(place: Callable[[Path], Any], *flags: str) -> Make:
+    """retriever build where `place`, which gets a folder with an index, has put something in the way."""
+
+    def make(folder: Path) -> list[str]:
+        built(folder)
+        place(folder)
+        return ["retriever", "build", "--corpus=corpus.jsonl", "--out=index", *flags]
+
+    return make
+
+
+def search(damage: Callable[[Path], Any], *flags: str) -> Make:
+    """retriever search in a damaged index."""
+
+    def make(folder: Path) -> list[str]:
+        damage(built(folder))
+        return ["retriever", "search", "--index=index", *flags, "moon"]
+
+    return make
+
+
+def write(path: Path, content: str | bytes = "mine") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def flip(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def hostile(name: str, at: int, value: float) -> Make:
+    """retriever search in an index that says itself that this number is right."""
+
+    def damage(index: Path) -> None:
+        array = np.load(index / name)
+        array[at] = value
+        np.save(index / name, array)
+        meta = json.loads((index / "meta.json").read_text())
+        (index / "meta.json").unlink()
+        index_files.write_meta(index, meta)
+
+    return search(damage)
+
+
+def not_an_index(folder: Path) -> None:
+    """A folder of the user's own that has a meta.json."""
+    shutil.rmtree(folder / "index")
+    write(folder / "index/meta.json", '{"format": 3, "name": "my project"}')
+    write(folder / "index/code.py")
+
+
+LEFT_ALONE = "index: expected no such folder, or an index that ssp_jax wrote and nothing else"
+CORPORA_AND_INDEXES = [
+    Case("no corpus", build(PASSAGES, "--corpus=none.jsonl"), r"none\.jsonl: expected a readable corpus"),
+    Case("a folder as corpus", build(PASSAGES, "--corpus=."), r"\.: expected a readable"),
+    Case("an empty corpus", build(""), "corpus.jsonl: expected passages with words to index, found 0 passages"),
+    Case("no words", build('{"id": "p", "contents": "?\\n!"}\n'), "words to index, found 1 passages and none"),
+    Case("a broken line", build(PASSAGES + "{\n"), "corpus.jsonl line 4: expected a JSON object"),
+    Case("a passage without id", build('{"contents": "Moon\\nsea"}\n'), 'corpus.jsonl line 1: field "id"'),
+    Case("contents that are no text", build('{"id": "p", "contents": 3}\n'), 'line 1: field "contents"'),
+    Case("half a gzip file", build(gzip.compress(PASSAGES.encode())[:-9], name="c.jsonl.gz"), r"c\.jsonl\.gz.*gzip"),
+    Case("a k1 below 0", build(PASSAGES, "--k1=-1"), "k1 is -1.0.*expected a finite k1"),
+    Case("a k1 without end", build(PASSAGES, "--k1=inf"), "k1 is inf"),
+    Case("a b above 1", build(PASSAGES, "--b=1.5"), "b is 1.5.*between 0 and 1"),
+    Case("a b of nan", build(PASSAGES, "--b=nan"), "b is nan"),
+    Case("a stemmer that is none", build(PASSAGES, "--stemmer=klingon"), "--stemmer.*klingon.*english"),
+    Case("stop words of another language", build(PASSAGES, "--stopwords=xx"), "--stopwords.*xx"),
+    Case("a user's folder at --out", into(lambda f: write(f / "here/a.py"), "--out=here"), "here: expected.*'a.py'"),
+    Case("a user's meta.json at --out", into(not_an_index), f"{LEFT_ALONE}; found 'code.py' in it"),
+    Case("a file in the index", into(lambda f: write(f / "index/notes.txt")), f"{LEFT_ALONE}; found 'notes.txt'"),
+    Case("a folder in the index", into(lambda f: write(f / "index/a/b")), f"{LEFT_ALONE}; found 'a'"),
+    Case("a user's X.old", into(lambda f: write(f / "index.old/a")), r"index\.old: expected no such file or folder"),
+    Case("a user's X.building", into(lambda f: write(f / "index.building/a")), r"index\.building: expected no such"),
+    Case("a link as X.old", into(lambda f: (f / "index.old").symlink_to(f / "index")), r"index\.old: expected no such"),
+    Case("a file at --out", into(lambda f: write(f / "file"), "--out=file"), "file: expected no such folder"),
+    Case("--out in a file", into(lambda f: write(f / "file"), "--out=file/index"), "where an index can be written"),
+    Case("the root as --out", into(lambda f: None, "--out=/"), "expected a folder that can be replaced"),
+    Case("no index", search(shutil.rmtree), "index: expected a search index of format 3"),
+    Case("an index of another format", search(lambda i: write(i / "meta.json", '{"format": 2}')), "has format 2"),
+    Case("a meta.json that is no JSON", search(lambda i: write(i / "meta.json", "{")), "meta.json is missing or not"),
+    Case("a file is missing", search(lambda i: (i / ROWS).unlink()), f"{ROWS}: expected .* found no such file"),
+    Case("a file is cut", search(lambda i: write(i / SCORES, b"")), f"{SCORES}: expected .* bytes, found 0 bytes"),
+    Case("a flipped bit", search(lambda i: flip(i / SCORES, -1)), f"{SCORES}: expected the bytes that were written"),
+    Case("a flipped bit in a passage", search(lambda i: flip(i / "passages.jsonl", 30)), "passages.jsonl line 1"),
+    Case("a row out of range", hostile(ROWS, 0, 10**6), f"{ROWS}.*rows below 3"),
+    Case("a score of NaN", hostile(SCORES, 0, float("nan")), f"{SCORES}.*scores above 0"),
+    Case("an offset out of range", hostile("offsets.npy", 1, 10**9), "offsets.npy: expected 4 ascending numbers"),
+    Case("no passages asked for", search(lambda i: None, "--top_k=0"), "--top_k is 0, expected at least 1"),
+    Case("a run without its corpus", tiny("retriever.corpus=none.jsonl"), r"none\.jsonl: expected a readable corpus"),
+    Case("a run at a user's folder", tiny(f"retriever.index={TINY}"), "tiny: expected no such folder, or an index"),
+]
 
 HALF = "half an emoji \ud83d"  # a lone surrogate
 UTF8 = "expected lines of UTF-8 text, found"
