@@ -42,7 +42,11 @@ from ssp_jax.errors import InputError, Parser, exit_code, printable
 from ssp_jax.folder_swap import FolderSwap
 from ssp_jax.index import Index
 
-CACHED_QUERIES = 65_536  # about ten steps of the paper's setting; row numbers and scores are kept, some 15 MB
+CACHE_BYTES = 1 << 26  # of the queries asked last: of an index 100,000, of a server 20,000 with their passages
+_ENTRY_BYTES = 250  # of a query in the cache, beside its text and its result
+_HIT_BYTES = 150  # of a row number and a score in Python
+# More than 1,024 words, the most clauses of Lucene; encoders behind servers read 512 tokens at most.
+QUERY_CHARACTERS = 8192
 SMALL_PART = 1 << 14  # postings that a thread walks in a tenth of a millisecond: not worth being split further
 PARTS = 2  # of a batch for each thread, so that one that wakes late or is disturbed leaves its second to the others
 PROGRESS_SECONDS = 10.0
@@ -68,12 +72,24 @@ def _bm25s() -> ModuleType:
     return bm25s
 
 
-class Cache(Generic[T]):
-    """The results of the queries asked last. Threads may ask at the same time."""
+def shortened(query: str) -> str:
+    """A query as it is searched: what a model writes may be long, and would cost its length in postings.
 
-    def __init__(self, size: int) -> None:
-        self._size, self._lock = size, threading.Lock()
+    Half of a character that was written as two is no Unicode, and no server takes it.
+    """
+    return query[:QUERY_CHARACTERS].encode("utf-8", "replace").decode()
+
+
+class Cache(Generic[T]):
+    """The results of the queries asked last, up to `size` bytes. Threads may ask at the same time.
+
+    measure: bytes of a result.
+    """
+
+    def __init__(self, size: int, measure: Callable[[T], int]) -> None:
+        self._size, self._measure, self._lock = size, measure, threading.Lock()
         self._kept: OrderedDict[tuple[str, int], T] = OrderedDict()
+        self._bytes = 0
 
     def get(self, queries: Sequence[str], top_k: int, find: Callable[[list[str], int], Iterable[T]]) -> list[T]:
         """What `find` gives for these queries; it is asked, once for each, for those that are not here."""
@@ -84,12 +100,18 @@ class Cache(Generic[T]):
         if missing:
             known |= zip(missing, find([query for query, _ in missing], top_k), strict=True)
         with self._lock:
+            for key in known:
+                if key not in self._kept:
+                    self._bytes += self._cost(key, known[key])
+                    self._kept[key] = known[key]
             for key in keys:
-                self._kept[key] = known[key]
                 self._kept.move_to_end(key)
-            while len(self._kept) > self._size:
-                self._kept.popitem(last=False)
+            while self._bytes > self._size:
+                self._bytes -= self._cost(*self._kept.popitem(last=False))
         return [known[key] for key in keys]
+
+    def _cost(self, key: tuple[str, int], result: T) -> int:
+        return _ENTRY_BYTES + sys.getsizeof(key[0]) + self._measure(result)
 
 
 class Progress:
@@ -238,7 +260,7 @@ class Retriever:
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
         self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
-        self._cache: Cache[Hits] = Cache(CACHED_QUERIES)
+        self._cache: Cache[Hits] = Cache(CACHE_BYTES, lambda hits: _HIT_BYTES * len(hits))
         self._search([""], 1)  # compiles, or reads what was compiled before
 
     @classmethod
@@ -278,7 +300,7 @@ class Retriever:
 
         Higher score first, at equal score the lower row, also where top_k cuts a tie.
         """
-        return self._cache.get(queries, top_k, self._search)
+        return self._cache.get([shortened(query) for query in queries], top_k, self._search)
 
     def _search(self, queries: Sequence[str], top_k: int) -> list[Hits]:
         of_queries, number = [self._query_terms(query) for query in queries], len(queries)

@@ -122,10 +122,13 @@ def test_documents_and_cache(tmp_path):
     assert retriever.search(["zürich"], 1) == [[zurich]]
 
 
-def test_the_cache_forgets_what_was_asked_longest_ago():
-    cache, asked = Cache[str](2), []
+def test_the_cache_forgets_what_was_asked_longest_ago(monkeypatch):
+    monkeypatch.setattr(command, "_ENTRY_BYTES", 0)
+    one = sys.getsizeof("a") + 100
+    asked: list[str] = []
+    cache: Cache[str] = Cache(2 * one, lambda result: 100)
 
-    def find(queries, top_k):
+    def find(queries: list[str], top_k: int) -> list[str]:
         asked.append("".join(queries))
         return [f"{query}{top_k}" for query in queries]
 
@@ -133,6 +136,36 @@ def test_the_cache_forgets_what_was_asked_longest_ago():
     assert cache.get(["a"], 3, find) + cache.get(["c"], 3, find) == ["a3", "c3"]  # now a is younger than b
     assert cache.get(["a", "c"], 3, find) == ["a3", "c3"] and asked == ["ab", "c"]
     assert cache.get(["b"], 3, find) + cache.get(["b"], 1, find) == ["b3", "b1"] and asked == ["ab", "c", "b", "b"]
+
+
+def test_the_cache_counts_bytes(tmp_path):
+    """Of queries as of results; one that is larger than all of it is answered and not kept."""
+    sizes: list[int] = []
+    cache: Cache[bytes] = Cache(100_000, len)
+
+    def find(queries: list[str], top_k: int) -> list[bytes]:
+        sizes.append(len(queries))
+        return [bytes(top_k) for _ in queries]
+
+    for top_k, fits in ((40_000, True), (99_000, True), (100_000, False)):
+        sizes.clear()
+        assert cache.get(["moon"], top_k, find) == cache.get(["moon"], top_k, find) == [bytes(top_k)]
+        assert len(sizes) == 2 - fits and cache._bytes <= 100_000
+    sizes.clear()
+    long = "moon " * 20_000
+    assert cache.get([long], 1, find) == cache.get([long], 1, find) and sizes == [1, 1]
+    assert cache._bytes == 0 and not cache._kept
+
+
+def test_a_query_of_any_length_is_searched_in_no_time(tmp_path):
+    """Its beginning is what is searched, and what the cache keeps."""
+    retriever = open_retriever(corpus_of(tmp_path, [*random_texts(200), "sun"]), tmp_path / "index", **PLAIN)
+    beginning = " ".join(random_texts(400, seed=3))
+    assert len(beginning) > command.QUERY_CHARACTERS
+    began = time.monotonic()
+    found = retriever.hits([beginning + " sun" * 2_500_000, beginning + " moon"], 3)
+    assert time.monotonic() - began < 1 and found[0] == found[1] and len(retriever._cache._kept) == 1
+    assert found[0] == retriever.hits([beginning[: command.QUERY_CHARACTERS]], 3)[0]
 
 
 def test_threads_get_the_serial_results(tmp_path):
