@@ -7,9 +7,10 @@ same seed gives the same run, bit for bit. The engine knows nothing of the game:
 """
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -145,26 +146,34 @@ class Engine:
         """
         start = time.monotonic()
         device, barrier = self.device(params, key), self._sizes.schedule == "barrier"
-        with ThreadPoolExecutor(1) as threads:
+        table = Table(device.layout, self._sizes.chunk, players, finished, self._submit, barrier)
+        in_flight: tuple[sampler.Chunk, dict[int, int]] | None = None
+        while True:
+            table.take_results(lambda: progress(table.stats))
+            self._write(device, table)
+            turns, chunk = table.running(), None
+            if turns and not table.ending(turns, in_flight[1] if in_flight else {}):
+                chunk = device.decode(table.memory.rows_JB, table.memory.room_B, table.depth(turns))
+            if in_flight is not None:
+                table.take_chunk(jax.device_get(in_flight[0]), in_flight[1])
+                table.stats.seconds = time.monotonic() - start
+                progress(table.stats)
+            in_flight = (chunk, turns) if chunk is not None else None
+            if in_flight is None and table.over():
+                return table.stats
 
-            def submit(queries: list[str]) -> Any:
-                return threads.submit(self._search, queries)
+    def _submit(self, queries: list[str]) -> Future[Sequence[Any]]:
+        """Searches in a daemon thread: a run that ends does not wait for a server that keeps it waiting."""
+        future: Future[Sequence[Any]] = Future()
 
-            table = Table(device.layout, self._sizes.chunk, players, finished, submit, barrier)
-            in_flight: tuple[sampler.Chunk, dict[int, int]] | None = None
-            while True:
-                table.take_results()
-                self._write(device, table)
-                turns, chunk = table.running(), None
-                if turns and not table.ending(turns, in_flight[1] if in_flight else {}):
-                    chunk = device.decode(table.memory.rows_JB, table.memory.room_B, table.depth(turns))
-                if in_flight is not None:
-                    table.take_chunk(jax.device_get(in_flight[0]), in_flight[1])
-                    table.stats.seconds = time.monotonic() - start
-                    progress(table.stats)
-                in_flight = (chunk, turns) if chunk is not None else None
-                if in_flight is None and table.over():
-                    return table.stats
+        def search() -> None:
+            try:
+                future.set_result(self._search(queries))
+            except BaseException as error:  # raised where the result is taken
+                future.set_exception(error)
+
+        threading.Thread(target=search, daemon=True, name="searches").start()
+        return future
 
     def device(self, params: model.Params, key: jax.Array) -> "Device":
         """Slots on the device; the first call chooses their layout, once the sampler's params are in memory."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from ssp_jax.data import Document, Row, title_and_text
 from ssp_jax.errors import InputError, masked, sentence
-from ssp_jax.request import Reply, RequestError, check_address, post
+from ssp_jax.request import Reply, RequestError, Secrets, check_address, post
 from ssp_jax.retriever import CACHE_BYTES, Cache, shortened
 
 BUSY = (429, 500, 502, 503, 504)  # answers of a server that may do better in a moment
@@ -36,6 +36,7 @@ class RemoteRetriever:
         """
         check_address("retriever.url", url)
         self._url, self._timeout_s, self._retries = url, timeout_s, retries
+        self._secrets = Secrets(url)
         self.source = masked(url)  # what stands behind an address is not known; a new key changes nothing
         self._cache: Cache[tuple[Document, ...]] = Cache(CACHE_BYTES, _size)
         self.left_out = 0  # passages that could not be used
@@ -111,13 +112,14 @@ class RemoteRetriever:
         self.left_out += 1
         self._broken_in_a_row += 1
         if self._broken_in_a_row >= BROKEN_IN_A_ROW:
-            raise error
+            raise InputError(self._secrets.hidden(str(error)))
         if str(self.left_out).strip("0") == "1":
-            print(f"ssp_jax: search: {self.left_out} passages left out; the last: {sentence(error)}", file=sys.stderr)
+            last = self._secrets.hidden(sentence(error))
+            print(f"ssp_jax: search: {self.left_out} passages left out; the last: {last}", file=sys.stderr, flush=True)
 
     def _error(self, expected: str, found: object) -> InputError:
-        where = f"config key retriever.url: {masked(self._url)}"
-        return InputError(f"{where}: expected a search server {expected}, found {found}")
+        said = f"config key retriever.url: {self._url}: expected a search server {expected}, found {found}"
+        return InputError(self._secrets.hidden(said))
 
 
 def _name(given: object, title: str, text: str) -> str:

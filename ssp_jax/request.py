@@ -16,7 +16,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from ssp_jax.errors import InputError, masked
 
@@ -50,6 +50,27 @@ def check_address(key: str, url: str) -> None:
         raise InputError(f"config key {key} is {masked(repr(url))}; expected http://HOST:PORT/... or https://...")
 
 
+class Secrets:
+    """What an address holds that nobody must be shown, and that a server may echo in whatever form."""
+
+    def __init__(self, url: str, *more: str) -> None:
+        parts = urlsplit(url)
+        user, password = unquote(parts.username or ""), unquote(parts.password or "")
+        plain = {password, *more} - {""}
+        if password:
+            plain.add(base64.b64encode(f"{user}:{password}".encode()).decode())
+        plain |= {value for name, value in parse_qsl(parts.query) if masked(f"?{name}={value}") != f"?{name}={value}"}
+        forms = plain | {quote(secret, safe="") for secret in plain} | {json.dumps(secret)[1:-1] for secret in plain}
+        # What is shorter stands in many a word, and is no secret.
+        self._forms = sorted((form for form in forms if len(form) > 3), key=len, reverse=True)
+
+    def hidden(self, text: str) -> str:
+        """The text without them, and without those of other addresses in it."""
+        for form in self._forms:
+            text = text.replace(form, "***")
+        return masked(text)
+
+
 def post(url: str, value: Any, timeout_s: float, limit: int = REPLY_BYTES) -> Reply:
     """The reply to a JSON value, of whatever status; redirections are not followed.
 
@@ -59,9 +80,9 @@ def post(url: str, value: Any, timeout_s: float, limit: int = REPLY_BYTES) -> Re
     exchange.start()
     try:
         exchange.join(timeout_s)
+        result = exchange.result  # before it is abandoned, for that makes one too
     finally:
-        exchange.abandon()  # where it still waits
-    result = exchange.result
+        exchange.abandon()
     if isinstance(result, Reply):
         return result
     if result is None or isinstance(result, TimeoutError):
@@ -108,7 +129,7 @@ class _Exchange(threading.Thread):
             connection.close()
 
     def abandon(self) -> None:
-        """Ends it at its next look at the socket."""
+        """Ends it, where it still waits for the server."""
         self._is_abandoned = True
         if self._socket is not None and self.is_alive():
             with suppress(OSError):  # it may be closed by now

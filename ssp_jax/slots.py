@@ -8,6 +8,7 @@ goes on.
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ import numpy as np
 
 from ssp_jax.cache import Layout
 from ssp_jax.sampler import FULL, LIMIT, RUNNING, Chunk
+
+_TICK_SECONDS = 0.5  # between two looks at a search that keeps everybody waiting
 
 
 class Player(Protocol):
@@ -180,12 +183,14 @@ class Table:
         """Pieces of the cache that hold what these slots have when the coming chunk starts."""
         return self._layout.depth(min(self._layout.ends[-1], max(self._filled[s] for s in running) + self._chunk))
 
-    def take_results(self) -> None:
-        """Results of the searches handed out after the chunk before."""
+    def take_results(self, waiting: Callable[[], None]) -> None:
+        """Results of the searches handed out after the chunk before. `waiting`, which may raise, hears of each wait."""
         if self._search is None:
             return
         future, slots = self._search
         self._search = None
+        while not futures.wait([future], _TICK_SECONDS).done:
+            waiting()
         for slot, result in zip(slots, future.result(), strict=True):
             player = self._seats[slot]
             player.observe(result)

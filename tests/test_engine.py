@@ -1,6 +1,8 @@
 """Engine: every episode gets what it would get alone, whatever the slots, chunks and neighbours."""
 
 import dataclasses
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -211,6 +213,30 @@ def test_a_search_that_finds_nothing_is_told_and_play_goes_on():
         assert episode.turns[-1][0] == "solver" and not episode.documents
         read = [token for token, sampled in zip(episode.tokens, episode.sampled, strict=True) if not sampled]
         assert STAGE.decode(read).count(told) == 2
+
+
+def test_a_search_that_does_not_come_back_does_not_keep_a_signal_from_being_heard():
+    """Nor do other errors wait for it, nor is one that the search itself raises lost."""
+    gate = threading.Event()
+
+    def never(queries):
+        gate.wait(60)
+        raise ValueError("too late")
+
+    def broken(queries):
+        raise ValueError("no server")
+
+    def signalled(stats):
+        if stats.searches:
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        make_engine(SIZES, never).play(PARAMS, KEY, make_players(groups=1, attempts=1), progress=signalled)
+    assert time.monotonic() - began < 30
+    gate.set()
+    with pytest.raises(ValueError, match="no server"):
+        make_engine(SIZES, broken).play(PARAMS, KEY, make_players(groups=1, attempts=1))
 
 
 def test_attempts_of_a_group_share_its_prompt_and_differ():
