@@ -768,7 +768,7 @@ def search(damage: Callable[[Path], Any], *flags: str) -> Make:
     return make
 
 
-def write(path: Path, content: str | bytes = "mine") -> None:
+def put(path: Path, content: str | bytes = "mine") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -796,8 +796,8 @@ def hostile(name: str, at: int, value: float) -> Make:
 def not_an_index(folder: Path) -> None:
     """A folder of the user's own that has a meta.json."""
     shutil.rmtree(folder / "index")
-    write(folder / "index/meta.json", '{"format": 3, "name": "my project"}')
-    write(folder / "index/code.py")
+    put(folder / "index/meta.json", '{"format": 3, "name": "my project"}')
+    put(folder / "index/code.py")
 
 
 LEFT_ALONE = "index: expected no such folder, or an index that ssp_jax wrote and nothing else"
@@ -816,21 +816,21 @@ CORPORA_AND_INDEXES = [
     Case("a b of nan", build(PASSAGES, "--b=nan"), "b is nan"),
     Case("a stemmer that is none", build(PASSAGES, "--stemmer=klingon"), "--stemmer.*klingon.*english"),
     Case("stop words of another language", build(PASSAGES, "--stopwords=xx"), "--stopwords.*xx"),
-    Case("a user's folder at --out", into(lambda f: write(f / "here/a.py"), "--out=here"), "here: expected.*'a.py'"),
+    Case("a user's folder at --out", into(lambda f: put(f / "here/a.py"), "--out=here"), "here: expected.*'a.py'"),
     Case("a user's meta.json at --out", into(not_an_index), f"{LEFT_ALONE}; found 'code.py' in it"),
-    Case("a file in the index", into(lambda f: write(f / "index/notes.txt")), f"{LEFT_ALONE}; found 'notes.txt'"),
-    Case("a folder in the index", into(lambda f: write(f / "index/a/b")), f"{LEFT_ALONE}; found 'a'"),
-    Case("a user's X.old", into(lambda f: write(f / "index.old/a")), r"index\.old: expected no such file or folder"),
-    Case("a user's X.building", into(lambda f: write(f / "index.building/a")), r"index\.building: expected no such"),
+    Case("a file in the index", into(lambda f: put(f / "index/notes.txt")), f"{LEFT_ALONE}; found 'notes.txt'"),
+    Case("a folder in the index", into(lambda f: put(f / "index/a/b")), f"{LEFT_ALONE}; found 'a'"),
+    Case("a user's X.old", into(lambda f: put(f / "index.old/a")), r"index\.old: expected no such file or folder"),
+    Case("a user's X.building", into(lambda f: put(f / "index.building/a")), r"index\.building: expected no such"),
     Case("a link as X.old", into(lambda f: (f / "index.old").symlink_to(f / "index")), r"index\.old: expected no such"),
-    Case("a file at --out", into(lambda f: write(f / "file"), "--out=file"), "file: expected no such folder"),
-    Case("--out in a file", into(lambda f: write(f / "file"), "--out=file/index"), "where an index can be written"),
+    Case("a file at --out", into(lambda f: put(f / "file"), "--out=file"), "file: expected no such folder"),
+    Case("--out in a file", into(lambda f: put(f / "file"), "--out=file/index"), "where an index can be written"),
     Case("the root as --out", into(lambda f: None, "--out=/"), "expected a folder that can be replaced"),
     Case("no index", search(shutil.rmtree), "index: expected a search index of format 3"),
-    Case("an index of another format", search(lambda i: write(i / "meta.json", '{"format": 2}')), "has format 2"),
-    Case("a meta.json that is no JSON", search(lambda i: write(i / "meta.json", "{")), "meta.json is missing or not"),
+    Case("an index of another format", search(lambda i: put(i / "meta.json", '{"format": 2}')), "has format 2"),
+    Case("a meta.json that is no JSON", search(lambda i: put(i / "meta.json", "{")), "meta.json is missing or not"),
     Case("a file is missing", search(lambda i: (i / ROWS).unlink()), f"{ROWS}: expected .* found no such file"),
-    Case("a file is cut", search(lambda i: write(i / SCORES, b"")), f"{SCORES}: expected .* bytes, found 0 bytes"),
+    Case("a file is cut", search(lambda i: put(i / SCORES, b"")), f"{SCORES}: expected .* bytes, found 0 bytes"),
     Case("a flipped bit", search(lambda i: flip(i / SCORES, -1)), f"{SCORES}: expected the bytes that were written"),
     Case("a flipped bit in a passage", search(lambda i: flip(i / "passages.jsonl", 30)), "passages.jsonl line 1"),
     Case("a row out of range", hostile(ROWS, 0, 10**6), f"{ROWS}.*rows below 3"),
@@ -977,10 +977,7 @@ OVERRIDES = (
 )
 GAME_AND_UPDATE = [
     *(Case(overrides, tiny(*overrides.split()), says) for overrides, says in OVERRIDES),
-    *(
-        Case(f"{key}=other", tiny(f"{key}=other"), f"{key} is 'other'; expected one of .")
-        for key in CHOICES
-    ),
+    *(Case(f"{key}=other", tiny(f"{key}=other"), f"{key} is 'other'; expected one of .") for key in CHOICES),
 ]
 
 SECTIONS = {
