@@ -11,8 +11,8 @@ from ssp_jax.rewards import comparable
 
 
 def distinct(documents: Iterable[Document]) -> dict[str, Document]:
-    """The documents by their identity, each once: the id, or the text where a server gives none."""
-    return {document.id or f"{document.title}\n{document.text}": document for document in documents}
+    """The documents by id, each once."""
+    return {document.id: document for document in documents}
 
 
 class Noise:
@@ -34,7 +34,7 @@ class Noise:
         passages = {name: document for of_game in found for name, document in of_game.items()}
         self._units = found if by_game else [{name: passage} for name, passage in passages.items()]
         self._corpus = corpus
-        # answer -> names of passages
+        # answer -> ids of passages
         self._found_for: defaultdict[str, set[str]] = defaultdict(set)
         for of_game, names in zip(answers, found, strict=False):
             for answer in of_game:
@@ -49,7 +49,7 @@ class Noise:
     ) -> list[Document]:
         """Units that hold something new, until there are so many or the corpus is used up.
 
-        own: names of the game's own documents. Neither those nor what a game of the same answer has
+        own: ids of the game's own documents. Neither those nor what a game of the same answer has
         found is noise. What the games cannot give comes from the corpus, passage by passage.
         """
         taken = set(own)

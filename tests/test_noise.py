@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssp_jax.data import Document
-from ssp_jax.noise import Noise, distinct
+from ssp_jax.noise import Noise
 
 
 class Corpus:
@@ -89,13 +89,6 @@ def test_whole_games_are_taken_with_what_they_have_of_new():
     assert sorted(one) in (["a1", "a2"], ["b1", "b2"])
     same = [("Rome",), ("Oslo",), ("Oslo",), ("Oslo",)]
     assert sorted(drawn(games, number=2, own="own", of_games=same, by_game=True)) == ["b1", "b2"]
-
-
-def test_documents_without_an_id_are_told_apart_by_their_text():
-    nameless = [Document("", '"t"', text) for text in ("one", "two", "one")]
-    assert len(distinct(nameless)) == 2
-    noise = Noise([("Oslo",)], [nameless], Corpus(), by_game=False)
-    assert len(noise.draw(np.random.default_rng(0), 4, distinct(nameless[:1]), ("Rome",))) == 1
 
 
 def test_what_is_taken_does_not_change_the_order_of_the_rest():
