@@ -9,8 +9,6 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
 
-# The environment made here has JAX for CPUs; with the tests' TPU compiler in it JAX would look for a TPU.
-demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/run.stamp
 	$(BIN)/python -m ssp_jax.main --config=configs/tiny.py --workdir=$(WORKDIR) $(ARGS)
 

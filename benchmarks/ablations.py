@@ -5,7 +5,7 @@
 Runs `python -m ssp_jax.main --config=configs/tiny.py` once per variant and seed and prints the tables in Markdown, for
 the README. A variant of several tables is run once, a finished run is not repeated, and one that was ended goes on.
 A run takes about as long as `make demo`; all four tables are 15 runs for each seed. --jobs runs share the machine.
-At Ctrl-C or SIGTERM the runs at work save, and then all ends.
+At Ctrl-C, SIGTERM or SIGHUP the runs at work save, and then all ends, after Ctrl-C with code 130.
 """
 
 import argparse
@@ -203,9 +203,20 @@ def main() -> None:
         print("\n".join(table_lines(number, plan, args.seeds)))
 
 
+class Stopped(KeyboardInterrupt):
+    """By another signal than Ctrl-C."""
+
+
+def _stop(*_: object) -> None:
+    raise Stopped
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from what is saved")
+    except KeyboardInterrupt as error:
+        print("stopped; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(1 if isinstance(error, Stopped) else 130)

@@ -35,7 +35,7 @@ EVALUATION_MAY_CHANGE = (*MAY_CHANGE, "mesh.", "data.", "game.", "rules.", "rewa
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax asks JAX's preemption service at each save, with the step's number. hosts.Sigterm asks it with the ticks of
+    """Orbax asks JAX's preemption service at each save, with the step's number. hosts.Stop asks it with the ticks of
     a clock, which that would set back: a signal of that moment would never be heard.
     """
 

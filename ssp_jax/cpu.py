@@ -1,14 +1,10 @@
 """What a CPU run needs of the C library, told before JAX starts."""
 
-import importlib.util
 import platform
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 
-from ssp_jax import gpu
+from ssp_jax import gpu, tpu
 
-_PCI_DEVICES = Path("/sys/bus/pci/devices")
-_GOOGLE = "0x1ae0"  # PCI vendor of TPU chips
 _HUGE_PAGES = "glibc.malloc.hugetlb"  # 1: malloc asks for transparent huge pages; in glibc from 2.35 on
 
 
@@ -17,14 +13,7 @@ def will_be_used(environment: Mapping[str, str]) -> bool:
     platforms = environment.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms == "cpu"
-    return not gpu.will_be_used(environment) and not _has_tpu()
-
-
-def _has_tpu() -> bool:
-    """libtpu alone says little: whoever compiles ahead of time for TPUs has it too."""
-    if importlib.util.find_spec("libtpu") is None:
-        return False
-    return any(vendor.read_text().strip() == _GOOGLE for vendor in _PCI_DEVICES.glob("*/vendor"))
+    return not gpu.will_be_used(environment) and not tpu.may_be_used(environment)
 
 
 def set_huge_pages(environment: MutableMapping[str, str]) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssp_jax import cache, model, sampler
+from ssp_jax import cache, device_memory, model, sampler
+from ssp_jax.errors import InputError
 from ssp_jax.slots import Memory, Player, Row, Stats, Table
 from ssp_jax.stops import Automaton
 
@@ -24,8 +25,11 @@ __all__ = ["Engine", "Player", "Sizes", "Stats"]
 
 Search = Callable[[list[str]], Sequence[Any]]
 SCHEDULES = ("pipelined", "barrier")
-_GIB = 1 << 30
-_FREE_SHARE = 0.8  # of measured free memory, for keys and values; the rest is for the programs' temporaries
+_FREE_SHARE = 0.8  # of measured free memory, for keys and values at most; the programs' temporaries need some too
+_REMEDY = (
+    "less of engine.slots, engine.extend_rows, the largest of engine.extend_buckets, engine.cache_tokens or "
+    "engine.kv_cache_gib, or more devices for mesh.tensor"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,28 +65,55 @@ def choose_layout(
 ) -> cache.Layout:
     """Rows of the cache's pieces for a budget in bytes a device; None: the longest episode in every slot."""
     full = cache.full_layout(sizes.cache_ends(), sizes.slots)
-    parts, share = 1, 1.0
-    if state_sharding is not None:
-        layer = dataclasses.replace(config, num_layers=1)  # all are alike
-        state = jax.eval_shape(lambda: sampler.init_state(layer, full, dtype))
-        shape = state.caches[0].k[0].shape
-        shard = state_sharding(state).caches[0].k[0].shard_shape(shape)
-        parts, share = shape[0] // shard[0], shard[1] / shape[1]
+    parts, token_bytes = _split(config, full, dtype, state_sharding)
     if budget is None:
         return dataclasses.replace(full, parts=parts)
-    tokens = int(parts * budget / (share * cache.token_bytes(config, dtype)))
-    return cache.layout_for(full.ends, sizes.slots, tokens, parts)
+    return cache.layout_for(full.ends, sizes.slots, int(parts * budget / token_bytes), parts)
+
+
+def _split(
+    config: model.ModelConfig,
+    layout: cache.Layout,
+    dtype: Any,
+    state_sharding: Callable[[sampler.SamplerState], Any] | None,
+) -> tuple[int, float]:
+    """Into how many parts the slots are split, and the bytes that a token of a part takes on a device of it."""
+    token_bytes = cache.token_bytes(config, dtype)
+    if state_sharding is None:
+        return 1, token_bytes
+    layer = dataclasses.replace(config, num_layers=1)  # all are alike
+    state = jax.eval_shape(lambda: sampler.init_state(layer, layout, dtype))
+    shape = state.caches[0].k[0].shape
+    shard = state_sharding(state).caches[0].k[0].shard_shape(shape)
+    return shape[0] // shard[0], token_bytes * shard[1] / shape[1]
 
 
 def cache_budget(sizes: Sizes, free: int | None) -> int | None:
     """Bytes a device for keys and values where so many are free; None where nobody knows."""
-    return int(sizes.kv_cache_gib * _GIB) or (free and int(_FREE_SHARE * free))
+    return int(sizes.kv_cache_gib * device_memory.GIB) or (free and int(_FREE_SHARE * free))
 
 
-def _free_memory() -> int | None:
-    """Bytes free on the fullest device, where devices report it (CPUs do not)."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    return min((s["bytes_limit"] - s["bytes_in_use"] for s in stats if s), default=None)
+def _too_large(sizes: Sizes, free: int, needs: dict[str, int], room: int, wanted: int, least: int) -> str:
+    """What a device has, what the engine asks for, and what of it would fit."""
+
+    def gib(size: float) -> str:
+        return f"{size / device_memory.GIB:.3g} GiB"
+
+    program = max(needs, key=lambda name: needs[name])
+    key = "slots" if program == "decode" else "extend_rows"
+    value = getattr(sizes, key)
+    if room >= least:
+        fits_gib = 0.99 * room / device_memory.GIB  # less by more than what three digits round
+        advice = f"engine.kv_cache_gib={fits_gib:.3g} or 0, which takes what is left"
+    else:
+        # Temporaries grow with the rows of a call.
+        fits = int(value * ((1 - device_memory.RESERVE) * free - least) / needs[program])
+        advice = f"engine.{key}={fits} instead of {value}" if fits > 0 else _REMEDY
+    asked = wanted if sizes.kv_cache_gib else least
+    return (
+        f"config section engine does not fit into a device's memory: {gib(free)} are free, {program} takes "
+        f"{gib(needs[program])} while it runs, and keys and values {gib(asked)}; expected {advice}"
+    )
 
 
 class Engine:
@@ -100,9 +131,11 @@ class Engine:
         search: Search,
         state_sharding: Callable[[sampler.SamplerState], Any] | None = None,
         truncation: sampler.Truncation = sampler.ALL_TOKENS,
+        free_bytes: Callable[[], int | None] = device_memory.free_bytes,
     ):
         self._config, self._sizes, self._eos, self._dtype, self._search = config, sizes, eos, dtype, search
         self._state_sharding, self._truncation = state_sharding, truncation
+        self._free_bytes = free_bytes
         offsets = np.cumsum([0] + [len(a.stop_S) for a in automata[:-1]])
         self._roots = [int(o) for o in offsets]
         table = np.concatenate([a.table_SV.astype(np.int16) + o for a, o in zip(automata, offsets, strict=True)])
@@ -116,21 +149,28 @@ class Engine:
     def memory(self) -> str:
         """What the engine chose, for people; known from the first call on."""
         assert self._layout is not None
-        size = self._layout.tokens * cache.token_bytes(self._config, self._dtype) / _GIB
+        size = self._layout.tokens * cache.token_bytes(self._config, self._dtype) / device_memory.GIB
         pieces = zip(self._layout.rows, self._layout.starts, self._layout.ends, strict=True)
         rows = ", ".join(f"{n} of tokens {start} to {end}" for n, start, end in pieces)
         return f"{self._layout.rows[0]} slots; keys and values {size:.3g} GiB, rows: {rows}"
 
-    def warm_up(self, params: model.Params, key: jax.Array) -> None:
-        """Runs every program once on rows that write nothing; after this nothing compiles."""
-        device = self.device(params, key)
-        memory = Memory(device.layout)
-        for depth in range(len(device.layout.ends) + 1):
-            for length in sorted(set(self._sizes.extend_buckets)):
-                device.extend(memory.rows_JB, [], length, depth)
-            if depth:
-                device.share(memory.rows_JB, [], depth)
-                device.decode(memory.rows_JB, memory.room_B, depth)
+    def warm_up(self, params: model.Params, key: jax.Array, stop: Callable[[], None] = lambda: None) -> None:
+        """Runs every program once on rows that write nothing; after this nothing compiles.
+
+        stop: called between programs; may raise.
+        """
+        with device_memory.must_fit("the engine", _REMEDY):
+            device = self.device(params, key)
+            rows = Memory(device.layout)
+            for depth in range(len(device.layout.ends) + 1):
+                for length in sorted(set(self._sizes.extend_buckets)):
+                    stop()
+                    device.extend(rows.rows_JB, [], length, depth)
+                if depth:
+                    stop()
+                    device.share(rows.rows_JB, [], depth)
+                    device.decode(rows.rows_JB, rows.room_B, depth)
+            jax.block_until_ready(device.state)  # what fails on the device, fails here
 
     def play(
         self,
@@ -178,17 +218,49 @@ class Engine:
     def device(self, params: model.Params, key: jax.Array) -> "Device":
         """Slots on the device; the first call chooses their layout, once the sampler's params are in memory."""
         if self._layout is None:
-            budget = cache_budget(self._sizes, _free_memory())
-            self._layout = choose_layout(self._config, self._sizes, self._dtype, self._state_sharding, budget)
-        layout = self._layout
-        like = jax.eval_shape(lambda: sampler.init_state(self._config, layout, self._dtype))
-        shardings = self._state_sharding(like) if self._state_sharding else None
+            self._layout = self._fitting_layout(params, key)
+        device = self._device(self._layout, params, key)
+        device.state = sampler.new_state(layout=device.layout, **device.common)
+        return device
+
+    def _device(self, layout: cache.Layout, params: model.Params, key: jax.Array) -> "Device":
+        """With the shapes of its state alone: enough to compile programs, and no memory is taken."""
+        state = jax.eval_shape(lambda: sampler.init_state(self._config, layout, self._dtype))
+        shardings = None
+        if self._state_sharding is not None:
+            shardings = self._state_sharding(state)
+            state = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, shardings
+            )
         common: dict[str, Any] = dict(config=self._config, dtype=self._dtype, shardings=shardings)
-        state = sampler.new_state(layout=layout, **common)
         decode: dict[str, Any] = dict(
             stops=self._stops, key=key, eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation
         )
         return Device(layout, self._sizes.rows_of_a_part(layout.parts), self._roots, params, state, common, decode)
+
+    def _layout_for(self, budget: int | None) -> cache.Layout:
+        return choose_layout(self._config, self._sizes, self._dtype, self._state_sharding, budget)
+
+    def _fitting_layout(self, params: model.Params, key: jax.Array) -> cache.Layout:
+        """Rows that leave room for what the programs take while they run, which their compiler knows.
+
+        Fewer rows need no more than many, so what is measured with too many rows holds for those that fit.
+        """
+        sizes = self._sizes
+        free = self._free_bytes()
+        layout = self._layout_for(cache_budget(sizes, free))
+        if free is None:
+            return layout
+        needs = self._device(layout, params, key).program_bytes(max(sizes.extend_buckets))
+        room = int((1 - device_memory.RESERVE) * free) - max(needs.values())
+        parts, token_bytes = _split(self._config, layout, self._dtype, self._state_sharding)
+        wanted = layout.tokens * token_bytes / parts
+        if wanted <= room:
+            return layout
+        least = sizes.cache_tokens * token_bytes
+        if sizes.kv_cache_gib or room < least:
+            raise InputError(_too_large(sizes, free, needs, room, int(wanted), int(least)))
+        return self._layout_for(room)
 
     def _write(self, device: "Device", table: Table) -> None:
         """Brings every slot that is not up to date up to date: prompts, copies of prompts, observations."""
@@ -230,8 +302,22 @@ class Device:
     common: dict[str, Any]  # what programs share
     for_decode: dict[str, Any]
 
+    def program_bytes(self, longest: int) -> dict[str, int]:
+        """What the programs that need most take on a device while they run; `longest` is a bucket of extend."""
+        rows = Memory(self.layout)
+        depth = len(self.layout.ends)
+        extend = sampler.extend.lower(**self._extend_arguments(rows.rows_JB, [], longest, depth))
+        decode = sampler.decode_chunk.lower(**self._decode_arguments(rows.rows_JB, rows.room_B, depth))
+        share = sampler.share.lower(**self._share_arguments(rows.rows_JB, [], depth))
+        lowered = {"extend": extend, "decode": decode, "share": share}
+        return {name: device_memory.program_bytes(program.compile()) for name, program in lowered.items()}
+
     def decode(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> sampler.Chunk:
-        self.state, chunk = sampler.decode_chunk(
+        self.state, chunk = sampler.decode_chunk(**self._decode_arguments(rows_JB, room_B, depth))
+        return chunk
+
+    def _decode_arguments(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> dict[str, Any]:
+        return dict(
             params=self.params,
             state=self.state,
             rows_JB=rows_JB.copy(),  # the host goes on writing into its own
@@ -240,7 +326,6 @@ class Device:
             **self.for_decode,
             **self.common,
         )
-        return chunk
 
     def batch(self, rows: Iterable[Row]) -> list[Row]:
         """The first of these rows that go in one call."""
@@ -253,12 +338,15 @@ class Device:
         return found
 
     def extend(self, rows_JB: np.ndarray, rows: Sequence[Row], length: int, depth: int) -> None:
+        self.state = sampler.extend(**self._extend_arguments(rows_JB, rows, length, depth))
+
+    def _extend_arguments(self, rows_JB: np.ndarray, rows: Sequence[Row], length: int, depth: int) -> dict[str, Any]:
         lines = self._lines(rows)
         tokens_NT = np.zeros((len(lines), length), np.int32)
         for tokens_T, row in zip(tokens_NT, lines, strict=True):
             if row is not None:
                 tokens_T[: row.count] = row.tokens[row.filled : row.filled + row.count]
-        self.state = sampler.extend(
+        return dict(
             params=self.params,
             state=self.state,
             rows_JB=rows_JB.copy(),
@@ -270,12 +358,16 @@ class Device:
         )
 
     def share(self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int) -> None:
-        lines, slots = self._lines(rows), self.layout.of_a_part.rows[0]
-        self.state = sampler.share(
-            self.state,
-            rows_JB.copy(),
-            np.array([row.source % slots if row else 0 for row in lines], np.int32),
-            self._starts(lines),
+        self.state = sampler.share(**self._share_arguments(rows_JB, rows, depth))
+
+    def _share_arguments(self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int) -> dict[str, Any]:
+        lines = self._lines(rows)
+        slots = self.layout.of_a_part.rows[0]
+        return dict(
+            state=self.state,
+            rows_JB=rows_JB.copy(),
+            source_N=np.array([row.source % slots if row else 0 for row in lines], np.int32),
+            starts=self._starts(lines),
             depth=depth,
             shardings=self.common["shardings"],
         )

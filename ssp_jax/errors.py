@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from ssp_jax import signals
+
 # Characters that act instead of being shown: control characters but newline and tab, those that
 # turn the direction of writing or break a line, half surrogates, and invisible tags.
 _UNPRINTABLE = re.compile(
@@ -93,10 +95,11 @@ class Parser(argparse.ArgumentParser):
 def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Runs a command. 0 or what it returns; 2 for bad input, said in one sentence; 130 for Ctrl-C."""
     try:
-        return run() or 0
+        with signals.interruptible():
+            return run() or 0
     except InputError as error:
         print(f"ssp_jax: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"ssp_jax: {interrupted}", file=sys.stderr)
-        return 130
+        return signals.INTERRUPTED

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ssp_jax import evaluate, hosts, judge, model, paper, sharding, train
+from ssp_jax import device_memory, evaluate, hosts, judge, model, paper, sharding, train
 from ssp_jax.checkpoint import Checkpoints, held, keep_config
 from ssp_jax.inputs import compare, make_mesh, read_inputs
 from ssp_jax.metrics import Logger
@@ -36,9 +36,9 @@ def examine(config: ConfigDict, workdir: str) -> None:
     folder.mkdir(exist_ok=True)
     with (
         held(str(folder)),
+        hosts.Stop() as stop,
         Logger(str(folder), 0, tensorboard=False, mute=not hosts.first()) as logger,
         Checkpoints(workdir, every=0, keep=0, read_only=True) as checkpoints,
-        hosts.Sigterm() as stop,
     ):
         setting = train.make_setting(config, Path(workdir), inputs, engine, judges, logger, stop)
         newest = checkpoints.latest_step()
@@ -56,8 +56,8 @@ def examine(config: ConfigDict, workdir: str) -> None:
                 for step, (name, load) in asked.items()
             ]
         except hosts.Terminated:
-            logger.say("terminated: all that has ended is on disk; the same command goes on from there")
-            sys.exit(0)
+            logger.say(f"{stop.cause}: all that has ended is on disk; the same command goes on from there")
+            sys.exit(stop.code)
         for result in results:
             evaluate.show(logger, result)
         if len(results) == 2:
@@ -67,9 +67,10 @@ def examine(config: ConfigDict, workdir: str) -> None:
 
 def _warmed(setting: evaluate.Setting, load: Callable[[], model.Params]) -> model.Params:
     """The weights, once all programs are compiled: that takes long, and is not play."""
-    params = load()
+    with device_memory.must_fit("the model", "more devices for mesh.tensor or a smaller model"):
+        params = load()
     with setting.logger.phase("compiling"):
-        setting.engine.warm_up(params, setting.key)
+        hosts.agree(lambda: setting.engine.warm_up(params, setting.key, setting.stop))
     return params
 
 

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from absl import flags
 from rich.console import Console
 
-from ssp_jax import backend, episodes, files, model, prompts, sharding, tokens, weights
+from ssp_jax import backend, device_memory, episodes, files, model, prompts, sharding, tokens, weights
 from ssp_jax.config import BOUNDS, user_path
 from ssp_jax.data import Row, read_rows
 from ssp_jax.engine import Engine, Search, Sizes, Stats
@@ -400,7 +400,8 @@ def _stage(f: Any, tokenizer: Any, prompt_tokens: int) -> Stage:
 
 def _load(f: Any) -> Model:
     print(f"loading {printable(f.model)}", file=sys.stderr, flush=True)
-    return load_model(f.model, f.dtype)
+    with device_memory.must_fit("the model", "--dtype=bfloat16, or more or larger devices"):
+        return load_model(f.model, f.dtype)
 
 
 def _search(f: Any) -> Search:
@@ -446,7 +447,8 @@ def main(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> None:
     f = parse_flags(argv)
-    (answer_file if f.prompts else answer_typed)(f)
+    with device_memory.must_fit("generation", "a smaller --max_tokens, shorter prompts or --dtype=bfloat16"):
+        (answer_file if f.prompts else answer_typed)(f)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ssp_jax import gpu, launchers, signals
 from ssp_jax.config import Place
 from ssp_jax.errors import InputError, sentence
 
@@ -33,6 +34,10 @@ T = TypeVar("T")
 
 START_SECONDS = 600  # until all processes must have come: a cluster starts its hosts one by one
 HEARTBEAT_SECONDS = 100  # a process that has been silent for so long counts as dead
+# A process that waits for the others ends when they have not come for so long. It may wait longer where its own part
+# took long: shares of play are alike in number of games, and not in seconds.
+STUCK_SECONDS = 1800
+STUCK_TIMES = 3  # as long as its own part took
 _TICK_SECONDS = 0.5
 _BLOCK = 1 << 18  # bytes that a process hands over in one collective: one program, however much there is to tell
 _GONE = "another process of the run is gone"
@@ -47,7 +52,7 @@ sys.stdin.buffer.read(1) or print("ssp_jax:", sys.argv[1], file=sys.stderr)
 
 
 class Terminated(Exception):
-    """SIGTERM arrived at one of the processes; raised between decode chunks."""
+    """A signal that ends the run arrived at one of the processes; raised between decode chunks."""
 
 
 class AllTold(InputError):
@@ -72,12 +77,14 @@ def start(place: Place, environment: MutableMapping[str, str]) -> None:
     expected = (
         "expected --coordinator=HOST:PORT, --processes=N and --process=I on each, or --processes=1 for a run on its own"
     )
+    own_gpus = launchers.local_gpus(environment, gpu.visible(environment))
     found = _last_words(f"the processes of this run did not find each other in {START_SECONDS} seconds; {expected}")
     try:
         jax.distributed.initialize(
             place.coordinator,
             place.processes,
             place.process,
+            own_gpus,
             initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
@@ -88,6 +95,9 @@ def start(place: Place, environment: MutableMapping[str, str]) -> None:
     found()
     if several():
         _end_at_once_on_errors()
+        # The first words between devices, before downloads and the like keep some processes longer than others:
+        # XLA gives up on devices that do not all come to their first collective.
+        meet()
 
 
 def detected(environment: MutableMapping[str, str], devices: Path = Path("/dev")) -> bool:
@@ -148,6 +158,7 @@ def _end_at_once_on_errors() -> None:
     own = f"process {jax.process_index()}"
     why = f"{own} was ended from outside, or by JAX because {_GONE} (the lines above may say which); {_RESUME}"
     goodbye = _last_words(why)
+    signals.before_leaving.append(goodbye)
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
         if isinstance(error, Alone):
@@ -163,6 +174,32 @@ def _end_at_once_on_errors() -> None:
 
     atexit.register(goodbye)
     sys.excepthook = leave
+
+
+@contextlib.contextmanager
+def watched(seconds: float | None = None) -> Iterator[None]:
+    """In here this process waits for all others: one that is alive and stuck must not hang it for ever."""
+    if not several():
+        yield
+        return
+    most = STUCK_SECONDS if seconds is None else seconds
+
+    def end() -> None:
+        signals.say(
+            f"process {jax.process_index()} ends because another process of the run has not come for {most:.0f} "
+            f"seconds: it may be alive and stuck, such as in a file system or a server; {_RESUME}"
+        )
+        for action in signals.before_leaving:
+            action()
+        os._exit(1)
+
+    timer = threading.Timer(most, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -200,21 +237,50 @@ def lost_another(error: BaseException) -> bool:
     return isinstance(error, kinds) and any(words in str(error) for words in said)
 
 
-class Sigterm:
-    """While this context is open SIGTERM only sets a flag; calling the object raises Terminated once it is set.
+class Stop:
+    """While this context is open Ctrl-C, SIGTERM and SIGHUP only set a flag; calling the object raises Terminated once
+    it is set. A second Ctrl-C leaves at once.
 
-    With several processes JAX's preemption service has the signal: whichever process gets it, all have their flag set
+    With several processes JAX's preemption service has SIGTERM: whichever process gets it, all have their flag set
     at the same tick of a clock that each keeps on its own. They leave the game then, and meet where they hand over.
+    The other two signals are passed on to it.
     """
 
-    def __enter__(self) -> "Sigterm":
-        self._set, self._over = threading.Event(), threading.Event()
+    def __enter__(self) -> "Stop":
+        self._set = threading.Event()
+        self._over = threading.Event()
+        self._first: int | None = None
+        self._terminals = [number for number in (0, 1, 2) if os.isatty(number)]
+        numbers = [signal.SIGINT, signal.SIGHUP]
         if several():
             self._clock = threading.Thread(target=self._tick, daemon=True)
             self._clock.start()
         else:
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._set.set())
+            numbers.append(signal.SIGTERM)
+        self._listening = signals.heard(numbers, self._arrived)
+        self._listening.__enter__()
         return self
+
+    def _arrived(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminal()
+        if self._first is None:
+            self._first = number
+            if number == signal.SIGINT:
+                signals.say("interrupted: saves as soon as the work at hand allows; Ctrl-C again leaves at once")
+            if several():
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                self._set.set()
+        elif number == signal.SIGINT:
+            signals.leave_at_once()
+
+    def _leave_terminal(self) -> None:
+        """A terminal that is gone takes no more words, and each would be an error."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in self._terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
 
     def _tick(self) -> None:
         start = time.monotonic()
@@ -229,12 +295,20 @@ class Sigterm:
         if self._set.is_set():
             raise Terminated
 
+    @property
+    def code(self) -> int:
+        """The exit code of this process once it has saved."""
+        return signals.INTERRUPTED if self._first == signal.SIGINT else 0
+
+    @property
+    def cause(self) -> str:
+        return "interrupted" if self._first == signal.SIGINT else "terminated"
+
     def __exit__(self, *_: object) -> None:
         self._over.set()
         if several():
             self._clock.join()
-        else:
-            signal.signal(signal.SIGTERM, self._before)
+        self._listening.__exit__(None, None, None)
 
 
 # --- what they tell each other ----------------------------------------------------------------------------------------
@@ -264,11 +338,14 @@ def share(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> li
         return [action()]
     result: T | None = None
     told: InputError | Terminated | None = None
+    began = time.monotonic()
     try:
         result = action()
     except (InputError, Terminated) as error:
         told = error
-    parts = [pickle.loads(part) for part in _gather(pickle.dumps((dict(facts or {}), told, result)))]
+    own = pickle.dumps((dict(facts or {}), told, result))
+    with watched(max(STUCK_SECONDS, STUCK_TIMES * (time.monotonic() - began))):
+        parts = [pickle.loads(part) for part in _gather(own)]
     check_alike([part[0] for part in parts])
     for process, (_, of_one, _) in enumerate(parts):
         if isinstance(of_one, InputError):

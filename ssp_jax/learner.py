@@ -18,6 +18,12 @@ import optax
 from ssp_jax import attention, model, objective, sharding
 from ssp_jax.errors import InputError
 
+# What to change where the update does not fit.
+MEMORY_REMEDY = (
+    "more devices for mesh.fsdp or mesh.tensor, a smaller learner.rows or learner.row_tokens, model.remat=full, "
+    "learner.offload_moments or learner.offload_reference"
+)
+
 
 class Trajectory(Protocol):
     """What the update needs of an episode."""

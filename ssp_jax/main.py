@@ -8,7 +8,8 @@ on where it stopped. --mode=eval plays the question sets alone: with the model's
 workdir's newest checkpoint. On several hosts the same command runs on each, with a workdir that all see; Slurm, Open
 MPI, GKE and Cloud TPU tell who is who, elsewhere the last three flags do (process 0 is at HOST; --processes=1 asks
 nobody).
-Exit codes: 0 done, or saved after SIGTERM; 2 unusable input, told in one sentence; 130 Ctrl-C; else 1 or a signal's.
+Exit codes: 0 done, or saved after SIGTERM or SIGHUP; 2 unusable input, told in one sentence; 130 Ctrl-C, which saves
+too (the second one leaves at once); else 1 or a signal's.
 """
 
 import os
@@ -16,7 +17,7 @@ import sys
 
 from absl import logging
 
-from ssp_jax import backend
+from ssp_jax import backend, signals
 from ssp_jax.config import parse_command_line, take_place
 from ssp_jax.errors import exit_code
 
@@ -45,4 +46,4 @@ def _run(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     backend.prepare()
-    sys.exit(main(sys.argv))
+    signals.leave(main(sys.argv))

@@ -421,4 +421,6 @@ def _search_command(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    # bm25s starts JAX as it is imported, and an index needs no device: no GPU's memory is taken, no TPU is looked for.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.exit(main())

@@ -6,6 +6,7 @@ packed rows, where XLA would send the head's weight around at every turn.
 """
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ PARAM_RULES = (
     (r"norm/scale", (None,)),
 )
 _TURNED_FROM = 256  # width; kernels of narrower models stay in a core's cache, and are faster as they are (measured)
+BROKEN_SHARDY = "0.11.2"  # a version of JAX
 HOST = "pinned_host"  # JAX's name of page-locked host memory
 ROWS = P(("data", "fsdp"))  # packed rows and slots: one part per device that does not share its rows
 
@@ -55,7 +57,18 @@ def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> M
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     sizes = mesh_sizes(axis_sizes, len(devices))
     devices = devices[: int(np.prod(sizes))]  # sizes that are all given may leave devices unused
+    if len(devices) > 1:
+        _avoid_broken_shardy()
     return Mesh(np.array(devices).reshape(sizes), AXES)
+
+
+def _avoid_broken_shardy() -> None:
+    """Shardy of one version of JAX ends the process (SIGSEGV) as it compiles the sampler for several devices in
+    bfloat16; the partitioner before it does not.
+    """
+    if jax.__version__ == BROKEN_SHARDY and jax.config.jax_use_shardy_partitioner:  # type: ignore[attr-defined]
+        jax.config.update("jax_use_shardy_partitioner", False)
+        print(f"ssp_jax: jax {BROKEN_SHARDY} on several devices: Shardy, which crashes there, is off", file=sys.stderr)
 
 
 def playing_meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:

@@ -1,7 +1,7 @@
 """The outer loop: play a round, update both roles, log, evaluate, save (SSP Algorithm 1).
 
-The same command in the same workdir goes on where it stopped. SIGTERM ends the run at the next decode chunk, with a
-checkpoint of the last finished step.
+The same command in the same workdir goes on where it stopped. SIGTERM, SIGHUP and Ctrl-C end the run at the next decode
+chunk, with a checkpoint of the last finished step.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from ssp_jax import (
     attention,
     data,
+    device_memory,
     episodes,
     evaluate,
     export,
@@ -37,7 +38,7 @@ from ssp_jax.config import advice
 from ssp_jax.engine import Engine, Sizes, Stats
 from ssp_jax.errors import InputError, sentence
 from ssp_jax.evaluate import Result, Setting
-from ssp_jax.hosts import Sigterm, Terminated
+from ssp_jax.hosts import Stop, Terminated
 from ssp_jax.inputs import Inputs, compare, evaluation_inputs, make_mesh, read_inputs
 from ssp_jax.metrics import CompileCounter, Logger, peak_memory_gib
 from ssp_jax.sampler import Truncation
@@ -59,9 +60,9 @@ def train(config: ConfigDict, workdir: str) -> None:
 
 def _to_the_end(run: "_Run", config: ConfigDict) -> None:
     """From the step where the run is. A signal does not end it before what is being saved is on disk."""
-    with run.logger, Sigterm() as stop, run.checkpoints:
+    with Stop() as stop, run.logger, run.checkpoints:
         try:
-            run.warm_up()
+            run.warm_up(stop)
             if config.eval.before:
                 run.evaluate(0, stop)
             run.evaluate_if_due(stop)  # where a signal has ended it after the step was played
@@ -74,9 +75,9 @@ def _to_the_end(run: "_Run", config: ConfigDict) -> None:
             run.finish(stop)
         except Terminated:
             run.save()
-            run.logger.say(f"terminated: saved step {run.step}; the same command goes on from there")
+            run.logger.say(f"{stop.cause}: saved step {run.step}; the same command goes on from there")
             run.checkpoints.wait()
-            sys.exit(0)
+            sys.exit(stop.code)
         except InputError as error:  # such as a search server that stays away; no update raises one
             if not hosts.together(error):
                 raise
@@ -96,6 +97,13 @@ def keep_compiled(workdir: str) -> None:
     options: Any = jax.config  # which makes its attributes at import, unseen by a type checker
     if options.jax_compilation_cache_dir is None:
         options.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
+    # Programs that compile in less than a second are many, and are kept too.
+    options.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    options.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # The folder of XLA's own caches would be a part of each program's key: none would be found in a workdir that was
+    # moved or copied. They hold what autotuning on GPUs found, which is in the programs too.
+    options.update("jax_persistent_cache_enable_xla_caches", "")
+    options.update("jax_compilation_cache_include_metadata_in_key", False)  # so would be the paths of source files
 
 
 def make_learner_config(
@@ -192,7 +200,8 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
         self.step = self.checkpoints.latest_step() or 0
         self._key = jax.random.key(config.seed)
-        self._build_model()
+        with device_memory.must_fit("the train state", learner.MEMORY_REMEDY):
+            self._build_model()
         self._engine = make_engine(config, inputs, self._mesh)
         self._judges = judge.make_judges(config, self._engine, inputs.stage, inputs.digests, self._initial)
         judging = hosts.agree(lambda: self._judges(config.reward.metric))
@@ -227,7 +236,7 @@ class _Run:
         """For the judge, and for questions of step 0 that are asked later."""
         return self._judging or load_initial(self._config, self._inputs.model_config, self._mesh)
 
-    def warm_up(self) -> None:
+    def warm_up(self, stop: Stop) -> None:
         devices = f"{self._mesh.devices.size} x {jax.devices()[0].device_kind}"
         if hosts.several():
             devices += f" of {jax.process_count()} processes"
@@ -238,14 +247,17 @@ class _Run:
             self.logger.say(line)
         began = time.monotonic()
         with self.logger.phase("compiling"):
-            self._engine.warm_up(self._to_sampler(self._state.params), self._key)
-            hosts.meet()
-            self._learner.warm_up(self._state.params)
+            # Together: one process may find in its cache what another compiles, or be told that it does not fit.
+            params = self._to_sampler(self._state.params)
+            hosts.agree(functools.partial(self._engine.warm_up, params, self._key, stop))
+            del params
+            with device_memory.must_fit("the update", learner.MEMORY_REMEDY):
+                self._learner.warm_up(self._state.params)
         self.logger.say(f"{'each process: ' if hosts.several() else ''}{self._engine.memory}")
         took = time.monotonic() - began
         self.logger.say(f"warm-up took {took:.1f} s: {self.compiles.count} programs, {self.compiles.seconds:.1f} s")
 
-    def play_and_update(self, stop: Sigterm) -> None:
+    def play_and_update(self, stop: Stop) -> None:
         """One step: the round of the game, then the update of both roles."""
         start, c = time.monotonic(), self._config
         rows = data.batch_indices(len(self._inputs.tasks), c.game.answers_per_step, c.seed, self.step)
@@ -259,7 +271,8 @@ class _Run:
         with self.logger.phase("updating"):
             played = time.monotonic()
             metrics = round_.metrics | {"memory/play_gib": peak_memory_gib()}
-            metrics |= self._update(round_)
+            with hosts.watched():
+                metrics |= self._update(round_)
             seconds = time.monotonic() - played
             metrics["memory/update_gib"] = peak_memory_gib()
             metrics["update/seconds"] = seconds
@@ -300,12 +313,12 @@ class _Run:
         with self.logger.phase("saving"):
             self.checkpoints.save(self.step, self._state, {"memory": self.memory.to_json(), "seconds": self._seconds})
 
-    def evaluate_if_due(self, stop: Sigterm) -> None:
+    def evaluate_if_due(self, stop: Stop) -> None:
         every = self._config.eval.every
         if every and self.step and self.step % every == 0:
             self.evaluate(self.step, stop)
 
-    def evaluate(self, step: int, stop: Sigterm) -> Result:
+    def evaluate(self, step: int, stop: Stop) -> Result:
         """Of the current weights, or, for step 0 of a run that has gone on, of the initial ones."""
         path = self._config.model.path
         setting = make_setting(self._config, self._workdir, self._inputs, self._engine, self._judges, self.logger, stop)
@@ -317,7 +330,7 @@ class _Run:
             evaluate.show(self.logger, result)
         return result
 
-    def finish(self, stop: Sigterm) -> None:
+    def finish(self, stop: Stop) -> None:
         """The last evaluation, the export, summary.json, and the table of before and after."""
         results: dict[str, Result] = {}
         if self._config.eval.before:
@@ -340,7 +353,7 @@ class _Run:
             evaluate.compare(self.logger, self._workdir / "eval", results["before"], results["after"], figures)
 
 
-def _show_play(phase: Any, stop: Sigterm, stats: Stats) -> None:
+def _show_play(phase: Any, stop: Stop, stats: Stats) -> None:
     stop()
     phase.advance(stats.finished, total=stats.known, tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
 

@@ -96,8 +96,8 @@ def start(folder, program):
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0), log
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_at_work_which_saves_and_no_other_is_started(tmp_path, sent):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_at_work_which_saves_and_no_other_is_started(tmp_path, sent, code):
     runner, log = start(tmp_path, SAVES)
     with runner:
         while not (log.exists() and "ready" in log.read_text()):
@@ -105,7 +105,7 @@ def test_a_signal_ends_the_run_at_work_which_saves_and_no_other_is_started(tmp_p
             time.sleep(0.05)
         os.killpg(runner.pid, sent)
         assert runner.communicate(timeout=50)[1] == "stopped; the same command goes on from what is saved\n"
-    assert runner.returncode == 1 and log.read_text() == "ready\nsaved\n"
+    assert runner.returncode == code and log.read_text() == "ready\nsaved\n"
     assert list(tmp_path.glob("*/log.txt")) == [log]
 
 

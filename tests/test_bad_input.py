@@ -63,6 +63,10 @@ def tiny(*overrides: str) -> Make:
     ]
 
 
+def tiny_eval(*overrides: str) -> Make:
+    return lambda folder: [*tiny(*overrides)(folder), "--mode=eval"]
+
+
 def model(damage: Callable[[Path], Any]) -> Make:
     """generate with a damaged copy of a model folder."""
 
@@ -980,6 +984,41 @@ GAME_AND_UPDATE = [
     *(Case(f"{key}=other", tiny(f"{key}=other"), f"{key} is 'other'; expected one of .") for key in CHOICES),
 ]
 
+PROCESSES = [
+    *(
+        Case(
+            f"only {words}", line(f"main DEFAULT {words}"), "expected --coordinator=HOST:PORT, --processes=N and --proc"
+        )
+        for words in ("--processes=2", "--process=0", "--coordinator=a:1", "--processes=2 --process=0")
+    ),
+    *(
+        Case(name, line(f"main DEFAULT {words}"), f"{words}: expected HOST:PORT of process 0, and for each process its")
+        for name, words in (
+            ("a number beyond the last", "--coordinator=a:1 --processes=2 --process=2"),
+            ("an address without a port", "--coordinator=a --processes=2 --process=0"),
+            ("a port that is a name", "--coordinator=a:http --processes=2 --process=0"),
+        )
+    ),
+    Case("no processes at all", line("main DEFAULT --processes=0"), "--processes=0: 0 is not a positive integer"),
+    Case(
+        "a process before the first",
+        line("main DEFAULT --process=-1"),
+        "--process=-1: -1 is not a non-negative integer",
+    ),
+    Case("processes in words", line("main DEFAULT --processes=two"), "processes.*two"),
+    Case(
+        "more devices than there are",
+        tiny("mesh.data=16"),
+        r"mesh asks for \[16, 1, 1\] but there are 8",
+    ),
+    Case("devices that do not divide", tiny("mesh.data=3", "mesh.fsdp=-1"), "mesh asks for .* but there are 8 devices"),
+    Case("two axes for what is left", tiny("mesh.data=-1", "mesh.fsdp=-1"), "mesh has sizes .*; expected .* one -1"),
+    Case("heads that do not divide", tiny("mesh.tensor=3"), "key mesh.tensor is 3; expected a divisor of .* key/value"),
+    Case("slots that do not divide", tiny("mesh.data=8", "engine.slots=12"), "engine.slots is 12; expected a multiple"),
+    Case("rows that do not divide", tiny("mesh.data=8", "learner.rows=3"), "learner.rows is 3; expected a multiple"),
+    Case("evaluation: more devices", tiny_eval("mesh.fsdp=9"), "mesh asks for .* but there are 8 devices"),
+]
+
 SECTIONS = {
     "model folder": MODEL_FOLDERS,
     "tokenizer": TOKENIZERS,
@@ -990,6 +1029,7 @@ SECTIONS = {
     "data": ANSWERS_AND_QUESTIONS,
     "server": SERVERS_AND_JUDGES,
     "workdir": WORKDIRS,
+    "processes": PROCESSES,
 }
 CASES = [pytest.param(case, id=f"{section}: {case.name}") for section, cases in SECTIONS.items() for case in cases]
 

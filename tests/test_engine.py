@@ -1,6 +1,8 @@
 """Engine: every episode gets what it would get alone, whatever the slots, chunks and neighbours."""
 
 import dataclasses
+import functools
+import re
 import threading
 import time
 from pathlib import Path
@@ -10,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssp_jax import cache, engine, episodes, model, prompts, sampler, sharding, weights
+from ssp_jax import cache, device_memory, engine, episodes, model, prompts, sampler, sharding, weights
 from ssp_jax.data import Document
 from ssp_jax.engine import Sizes
+from ssp_jax.errors import InputError
 from ssp_jax.metrics import CompileCounter
 from ssp_jax.slots import Table
 
@@ -42,9 +45,9 @@ class Searcher(episodes.Player):
         return super().stopped(tokens, logprobs, stop)
 
 
-def make_engine(sizes, search=search, **options):
-    automata = episodes.role_automata(TOKENIZER, CONFIG.vocab_size)
-    return engine.Engine(CONFIG, sizes, automata, (TOKENIZER.eos_token_id,), jnp.float32, search, **options)
+def make_engine(sizes, config=CONFIG, search=search, **options):
+    automata = episodes.role_automata(TOKENIZER, config.vocab_size)
+    return engine.Engine(config, sizes, automata, (TOKENIZER.eos_token_id,), jnp.float32, search, **options)
 
 
 def make_players(kind=Searcher, groups=4, attempts=3, temperature=1.0):
@@ -174,6 +177,65 @@ def test_what_the_engine_chose_is_told_and_fits():
     sizes = memory_for(1000)
     layout = engine.choose_layout(CONFIG, sizes, jnp.float32, None, int(sizes.kv_cache_gib * 2**30))
     assert layout.rows[0] == 8 and layout.tokens <= 1000
+
+
+FLAT = dataclasses.replace(CONFIG, num_layers=1)  # compiles in less time
+FLAT_PARAMS = model.unstack(model.init_params(FLAT, jax.random.key(0)), jnp.float32)
+FLAT_TOKEN = cache.token_bytes(FLAT, jnp.float32)
+ALL_KV_BYTES = 8 * 256 * FLAT_TOKEN  # the longest episode in every slot
+
+
+def with_free(free, **changes):
+    """An engine on a device with so many bytes free."""
+    return make_engine(dataclasses.replace(SIZES, **changes), FLAT, free_bytes=lambda: free)
+
+
+@functools.cache
+def needed(**changes):
+    """What its programs take beside keys and values."""
+    one = with_free(None, **changes)
+    device = one.device(FLAT_PARAMS, KEY)
+    return max(device.program_bytes(max(one._sizes.extend_buckets)).values())
+
+
+def layout_of(one):
+    return one.device(FLAT_PARAMS, KEY).layout
+
+
+def test_keys_and_values_take_what_the_programs_leave():
+    """On a device that has just too little for all rows there are fewer, and they fit beside the temporaries."""
+    enough = int((ALL_KV_BYTES + needed()) / (1 - device_memory.RESERVE)) + 2
+    free = enough - (ALL_KV_BYTES >> 2)
+    assert layout_of(with_free(max(enough, 2 * ALL_KV_BYTES))).rows == (8, 8)
+    layout = layout_of(with_free(free))
+    taken = layout.tokens * FLAT_TOKEN
+    assert layout.rows[0] == 8 and layout.rows[1] < 8
+    assert 0.6 * ALL_KV_BYTES < taken <= (1 - device_memory.RESERVE) * free - needed()
+
+
+def test_a_budget_of_the_user_that_does_not_fit_is_told_with_one_that_does():
+    free = int((ALL_KV_BYTES / 2 + needed()) / (1 - device_memory.RESERVE))
+    with pytest.raises(InputError, match="does not fit into a device's memory: .* or 0, which takes what is") as told:
+        layout_of(with_free(free, kv_cache_gib=1.0))
+    fits = float(re.search(r"kv_cache_gib=(\S+) or 0", str(told.value))[1])
+    taken = layout_of(with_free(free, kv_cache_gib=fits)).tokens * FLAT_TOKEN
+    assert 0.7 * ALL_KV_BYTES / 2 < taken <= ALL_KV_BYTES / 2
+
+
+def test_programs_that_do_not_fit_are_told_with_what_would():
+    changes = {"extend_buckets": (16, 256), "extend_rows": 8}
+    free = needed(**changes) // 2 + ALL_KV_BYTES // 4
+    with pytest.raises(InputError, match="extend takes .* expected engine.extend_rows=[1-9] instead of 8") as told:
+        layout_of(with_free(free, **changes))
+    rows = int(re.search(r"extend_rows=(\d)", str(told.value))[1])
+    layout_of(with_free(free, **changes | {"extend_rows": rows}))
+
+
+def test_an_allocation_that_fails_is_one_sentence():
+    """More than a process can address."""
+    sizes = dataclasses.replace(SIZES, slots=1 << 12, cache_tokens=1 << 30, cache_buckets=())
+    with pytest.raises(InputError, match="^the engine does not fit into a device's memory .*less of engine.slots"):
+        make_engine(sizes).warm_up(PARAMS, KEY)
 
 
 def test_an_episode_longer_than_the_memory_ends_with_its_own_reason(expected):

@@ -7,7 +7,7 @@ import pytest
 
 from ssp_jax import gpu
 
-NAMES = [*gpu.XLA_FLAGS, "XLA_CLIENT_MEM_FRACTION"]
+NAMES = [*gpu.XLA_FLAGS, "XLA_CLIENT_MEM_FRACTION", gpu.HOST_MEMORY]
 
 
 def test_all_defaults_are_set_and_told() -> None:
@@ -19,8 +19,8 @@ def test_all_defaults_are_set_and_told() -> None:
 
 
 def test_what_the_user_has_set_stays() -> None:
-    flag = next(iter(gpu.XLA_FLAGS))
-    given = {"XLA_FLAGS": f"--xla_dump_to=x {flag}=false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+    flags = " ".join(f"{flag}=1" for flag in gpu.XLA_FLAGS)
+    given = {"XLA_FLAGS": f"--xla_dump_to=x {flags}", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", gpu.HOST_MEMORY: "7"}
     environment = dict(given)
     assert gpu.set_defaults(environment) == [] and environment == given
 
@@ -29,6 +29,33 @@ def test_other_flags_of_the_user_are_kept() -> None:
     environment = {"XLA_FLAGS": "--xla_dump_to=x"}
     gpu.set_defaults(environment)
     assert environment["XLA_FLAGS"].split() == ["--xla_dump_to=x", *(f"{n}={v}" for n, v in gpu.XLA_FLAGS.items())]
+
+
+@pytest.mark.parametrize(("processes", "share"), [(1, 0.85), (2, 0.425)])
+def test_page_locked_memory_is_bounded_by_what_the_machine_has(processes: int, share: float) -> None:
+    environment = {"OMPI_COMM_WORLD_LOCAL_SIZE": str(processes)}
+    gpu.set_defaults(environment)
+    gib = gpu.host_memory() / 2**30
+    assert share * gib - 1 <= int(environment[gpu.HOST_MEMORY]) <= share * gib
+
+
+def test_a_container_has_the_memory_of_its_limit(tmp_path: Path) -> None:
+    whole = gpu.host_memory([])
+    limit = tmp_path / "memory.max"
+    for text, expected in (("max\n", whole), (f"{1 << 30}\n", 1 << 30), (f"{1 << 62}\n", whole)):
+        limit.write_text(text)
+        assert gpu.host_memory([limit, tmp_path / "missing"]) == expected
+
+
+@pytest.mark.parametrize(("said", "expected"), [("0,1,2", 3), ("", 0), ("-1", 0), ("GPU-8a,GPU-9b", 2), ("0,-1,2", 1)])
+def test_visible_gpus_are_counted_as_cuda_does(said: str, expected: int) -> None:
+    assert gpu.visible({"CUDA_VISIBLE_DEVICES": said}) == expected
+
+
+def test_without_a_choice_all_gpus_of_the_driver_are_visible(tmp_path: Path) -> None:
+    for address in ("0000:00:05.0", "0000:00:06.0"):
+        (tmp_path / address).mkdir()
+    assert (gpu.visible({}, tmp_path), gpu.visible({}, tmp_path / "missing")) == (2, 0)
 
 
 @pytest.mark.parametrize(

@@ -102,3 +102,19 @@ def test_a_backend_without_host_memory_is_told(monkeypatch):
     monkeypatch.setattr(sharding, "HOST", "attic")
     with pytest.raises(InputError, match="key learner.offload_moments is True; expected False, for cpu has no attic"):
         sharding.to_host(np.zeros(2), "learner.offload_moments")
+
+
+@pytest.mark.parametrize(
+    ("version", "devices", "shardy"), [("0.11.2", 2, False), ("0.11.2", 1, True), ("0.12.0", 2, True)]
+)
+def test_the_broken_shardy_is_off_on_several_devices(monkeypatch, capsys, version, devices, shardy):
+    monkeypatch.setattr(jax, "__version__", version)
+    before = jax.config.jax_use_shardy_partitioner
+    try:
+        jax.config.update("jax_use_shardy_partitioner", True)
+        for _ in range(2):
+            sharding.make_mesh({"data": devices, "fsdp": 1, "tensor": 1})
+        assert jax.config.jax_use_shardy_partitioner is shardy
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", before)
+    assert capsys.readouterr().err.count("Shardy, which crashes there, is off") == (not shardy)  # said once

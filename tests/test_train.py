@@ -79,6 +79,29 @@ def test_compiled_programs_stay_in_the_workdir_unless_the_user_has_a_folder(tmp_
         jax.config.update("jax_compilation_cache_dir", users)
 
 
+COMPILES = """
+import sys
+import jax
+from ssp_jax import train
+train.keep_compiled(sys.argv[1])
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
+jax.jit(lambda x: x + 1)(jax.numpy.arange(3))
+print(len(hits))
+"""
+
+
+def test_a_workdir_that_was_moved_has_its_programs_the_short_ones_too(tmp_path):
+    def found(workdir, code=COMPILES):
+        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        command = [sys.executable, "-c", code, str(workdir)]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert found(tmp_path / "run") == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert found(tmp_path / "moved", "\n\n" + COMPILES) > 0  # another line of the source file, too
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
@@ -151,16 +174,17 @@ def wait_for_step(workdir, process, step, seconds=200):
     raise AssertionError(f"no step {step}: exit code {process.poll()}")
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, kill):
-    """SIGTERM saves and exits 0; after SIGKILL at most the steps since the last save are played again. Same result."""
+    """Ctrl-C saves and exits 130; after SIGKILL at most the steps since the last save are played again. Same result."""
     process = start(tmp_path, log__episodes_every=2)
     wait_for_step(tmp_path, process, 2)
     process.send_signal(kill)
     output, _ = process.communicate(timeout=120)
-    if kill == signal.SIGTERM:
-        assert process.returncode == 0 and "saved step" in output
-    assert process.returncode in (0, -kill)
+    if kill == signal.SIGINT:
+        assert process.returncode == 130 and "interrupted: saved step" in output
+    else:
+        assert process.returncode == -kill
     process = start(tmp_path)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "resuming after step" in output and "attention of the update: xla" in output

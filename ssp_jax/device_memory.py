@@ -1,0 +1,41 @@
+"""Memory of devices: what is free, and one sentence where something does not fit."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from ssp_jax.errors import InputError, first_line
+
+GIB = 1 << 30
+# Of a device's free memory, for an allocator that cannot use every gap, and for library workspaces.
+RESERVE = 0.05
+
+
+def free_bytes() -> int | None:
+    """Bytes free on the fullest device of this process, where devices report it (CPUs do not)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return min((s["bytes_limit"] - s["bytes_in_use"] for s in stats if s), default=None)
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a program takes on a device beside its arguments, while it runs."""
+    found = compiled.memory_analysis()
+    if found is None:  # a backend that does not know
+        return 0
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(found.temp_size_in_bytes + max(0, fresh))
+
+
+@contextlib.contextmanager
+def must_fit(what: str, remedy: str) -> Iterator[None]:
+    """A device or a compiler that runs out of memory in here says so in one sentence."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter as a program is dispatched
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"{what} does not fit into a device's memory ({first_line(error)}); expected {remedy}; "
+            "python -m ssp_jax.plan says for a config what would fit"
+        ) from None
