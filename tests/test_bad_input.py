@@ -1013,9 +1013,6 @@ PROCESSES = [
     ),
     Case("devices that do not divide", tiny("mesh.data=3", "mesh.fsdp=-1"), "mesh asks for .* but there are 8 devices"),
     Case("two axes for what is left", tiny("mesh.data=-1", "mesh.fsdp=-1"), "mesh has sizes .*; expected .* one -1"),
-    Case("heads that do not divide", tiny("mesh.tensor=3"), "key mesh.tensor is 3; expected a divisor of .* key/value"),
-    Case("slots that do not divide", tiny("mesh.data=8", "engine.slots=12"), "engine.slots is 12; expected a multiple"),
-    Case("rows that do not divide", tiny("mesh.data=8", "learner.rows=3"), "learner.rows is 3; expected a multiple"),
     Case("evaluation: more devices", tiny_eval("mesh.fsdp=9"), "mesh asks for .* but there are 8 devices"),
 ]
 
