@@ -13,7 +13,7 @@ import math
 import re
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,18 @@ QUERY_WORDS = 1 << 20  # and while searching, some 100 MB
 
 _WORD = re.compile(r"\w\w+")  # two letters or more: finds what the token pattern of bm25s finds, \b\w\w+\b
 _STOP = -1
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Numba's njit without the GIL. What it has compiled is kept on disk where it finds a place for that.
+
+    It looks at NUMBA_CACHE_DIR, this folder and the user's own; a read-only installation of a user without a home has
+    none of them, and compiles whenever it starts.
+    """
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # "no locator available"
+        return njit(nogil=True)(function)
 
 
 class Words(dict[str, int]):
@@ -185,7 +197,7 @@ def _ranges(starts: np.ndarray) -> Iterator[tuple[int, int]]:
         low = high
 
 
-@njit(cache=True)
+@_compiled
 def _invert(tokens, ends, terms):
     """Words of passages -> for each term the passages that have it, ascending, and how often."""
     starts, last = np.zeros(terms + 1, np.int32), np.full(terms, -1, np.int32)
@@ -217,7 +229,7 @@ def _invert(tokens, ends, terms):
     return starts, rows, counts, lengths
 
 
-@njit(cache=True)
+@_compiled
 def _append(starts, rows, counts, heads, out_rows, out_scores, idf, lengths, average, k1, b):
     """Postings of one run for a range of terms, scored; the order of operations is bm25s's, so the bits are too."""
     for term in range(len(starts) - 1):
@@ -233,7 +245,7 @@ def _append(starts, rows, counts, heads, out_rows, out_scores, idf, lengths, ave
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def first_wrong_term(data, rows, starts, highest, passages, begin, end):
     """The first term from begin to end whose postings no search must see, or -1.
 
@@ -255,7 +267,7 @@ def first_wrong_term(data, rows, starts, highest, passages, begin, end):
 # would take another way, both ways are gone at once.
 
 
-@njit(cache=True)
+@_compiled
 def _offer(row, score, size, best_rows, best_scores):
     """Puts a row with its new score into the list of the best, higher score first, then lower row; the new size."""
     last = len(best_rows) - 1
@@ -274,7 +286,7 @@ def _offer(row, score, size, best_rows, best_scores):
     return size
 
 
-@njit(cache=True)
+@_compiled
 def _posting(rows, low, high, row):
     """Where `row` stands in rows[low:high], which has at least one, or -1."""
     at, left = np.uint64(low), np.uint64(high - low)
@@ -285,7 +297,7 @@ def _posting(rows, low, high, row):
     return np.int64(at) if rows[at] == row else -1
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def best_rows_of_all(data, rows, starts, highest, terms, ends, scores, seen, best_rows, best_scores, found):
     """best_rows_of for many queries in one call: terms[ends[i - 1] : ends[i]] fill best_rows[i] and best_scores[i]."""
     begin = 0
@@ -295,7 +307,7 @@ def best_rows_of_all(data, rows, starts, highest, terms, ends, scores, seen, bes
         begin = ends[i]
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, best_scores):
     """Fills best_rows and best_scores with the top len(best_rows) of a query; how many there are.
 
@@ -330,7 +342,7 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
     return size
 
 
-@njit(cache=True)
+@_compiled
 def _add(data, rows, low, high, scores, seen, num_seen, size, bar, best_rows, best_scores):
     """Adds a word to all passages that have it; the new number of passages seen, size of the list, and bar."""
     last = len(best_rows) - 1
@@ -348,7 +360,7 @@ def _add(data, rows, low, high, scores, seen, num_seen, size, bar, best_rows, be
     return num_seen, size, bar
 
 
-@njit(cache=True)
+@_compiled
 def _drop(seen, alive, scores, least):
     """Forgets rows that score less than `least`, as if they had not been seen; how many are left."""
     kept = 0
@@ -362,7 +374,7 @@ def _drop(seen, alive, scores, least):
     return kept
 
 
-@njit(cache=True)
+@_compiled
 def _complete(data, rows, low, high, seen, alive, scores, bar, best_rows, best_scores):
     """Adds a word to passages already seen: looks each up when they are few, else walks its postings. The new bar."""
     found = alive  # seen[alive:found]: its postings in passages that are alive, counted from low
@@ -387,7 +399,7 @@ def _complete(data, rows, low, high, seen, alive, scores, bar, best_rows, best_s
     return bar
 
 
-@njit(cache=True)
+@_compiled
 def _sum(data, rows, starts, terms, row):
     score = np.float32(0)
     for term in terms:

@@ -9,6 +9,7 @@ import ast
 import codecs
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -18,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +30,7 @@ from ssp_jax.errors import InputError
 PLAIN_SEARCHES = 2  # requested where a file of answers does not say how many
 MAX_SEARCHES = 1000  # that an answer may ask for
 SHOWN_CHARS = 60  # of a value in a message
+PIECE_BYTES = 1 << 16  # that are read at a time
 LINE_BYTES = 1 << 26  # of a line; a longer one is another kind of file, such as one JSON array
 GOLD_COLUMNS = ("golden_answers", "possible_answers")  # of FlashRAG, of PopQA
 _COLUMNS = frozenset(  # of a parquet file: what other ones hold may have no form in Python
@@ -216,9 +219,28 @@ def _unquoted(literal: str) -> str:
 
 @dataclass
 class Position:
-    """How far a reader has come, in bytes of the file as it lies on disk."""
+    """How far a reader has come: the bytes of the file as it lies on disk, and their digest."""
 
     bytes: int = 0
+    sha256: Any = dataclass_field(default_factory=hashlib.sha256)
+
+
+class _Followed(io.RawIOBase):
+    """A file whose reads a Position follows. It may be a pipe, which can be read only once."""
+
+    def __init__(self, raw: IO[bytes], position: Position) -> None:
+        self._raw = raw
+        self._position = position
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._raw.read(len(buffer))
+        buffer[: len(piece)] = piece
+        self._position.bytes += len(piece)
+        self._position.sha256.update(piece)
+        return len(piece)
 
 
 def _lines(path: str | Path, position: Position | None = None) -> Generator[tuple[int, bytes], None, None]:
@@ -229,7 +251,7 @@ def _lines(path: str | Path, position: Position | None = None) -> Generator[tupl
     """
     name, number = str(path), 0
     try:
-        with open(name, "rb") as raw, _unpacked(name, raw) as file:
+        with open(name, "rb") as raw, _unpacked(name, raw, position or Position()) as file:
             while piece := file.readline(LINE_BYTES + 1):
                 if number == 0:
                     _refuse_other_files(name, piece)
@@ -244,16 +266,15 @@ def _lines(path: str | Path, position: Position | None = None) -> Generator[tupl
                     line = line.removeprefix(codecs.BOM_UTF8)
                     if line.strip():
                         yield number, line
-                if position and number % 1024 == 0:
-                    position.bytes = raw.tell()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{name} after line {number}: expected a whole gzip file ({error})") from None
     except OSError as error:
         raise InputError(f"{name}: expected a readable file ({error.strerror})") from None
 
 
-def _unpacked(name: str, raw: IO[bytes]) -> Any:
-    return io.BufferedReader(gzip.open(raw)) if name.endswith(".gz") else raw
+def _unpacked(name: str, raw: IO[bytes], position: Position) -> Any:
+    file = io.BufferedReader(_Followed(raw, position), PIECE_BYTES)
+    return io.BufferedReader(gzip.open(file)) if name.endswith(".gz") else file
 
 
 def _refuse_other_files(name: str, start: bytes) -> None:

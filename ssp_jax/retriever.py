@@ -179,12 +179,12 @@ def _locked(swap: FolderSwap) -> Iterator[None]:
 
 
 def _write_index(corpus: Path, work: Path, settings: dict[str, Any]) -> None:
-    source = _stamp(corpus) | {"sha256": _digest(corpus)}
+    stamp, position = _stamp(corpus), Position()
     stop_list = list(_bm25s().stopwords.STOPWORDS_EN) if settings["stopwords"] else []
     words = bm25.Words(settings["stemmer"], stop_list)
     (work / "runs").mkdir()
     postings, progress = bm25.Postings(work / "runs", words), Progress()
-    offsets, sums = _copy(corpus, work / index.PASSAGES, source["size"], postings.add, progress)
+    offsets, sums = _copy(corpus, work / index.PASSAGES, stamp["size"], position, postings.add, progress)
     if not words.terms:
         raise InputError(f"{corpus}: expected passages with words to index, found {len(offsets) - 1} passages and none")
     # bm25s writes its parameters and vocabulary itself, and three empty arrays that are replaced below.
@@ -198,23 +198,28 @@ def _write_index(corpus: Path, work: Path, settings: dict[str, Any]) -> None:
     for share in postings.write(work, settings["k1"], settings["b"]):
         progress(lambda seconds, share=share: f"merging postings: {share:.0%}, {seconds:.0f} s")  # type: ignore[misc]
     shutil.rmtree(work / "runs")
+    source = {"size": position.bytes, "mtime_ns": stamp["mtime_ns"], "sha256": position.sha256.hexdigest()}
     meta = {"settings": settings, "stopwords": stop_list, "corpus": source, "passages": len(offsets) - 1}
     index.write_meta(work, meta)
 
 
 def _copy(
-    corpus: Path, target: Path, size: int, add: Callable[[str], None], progress: Progress
+    corpus: Path, target: Path, size: int, position: Position, add: Callable[[str], None], progress: Progress
 ) -> "tuple[array[int], array[int]]":
     """Copies each passage into the index and hands its text on: the corpus is read once and never held.
 
-    Gives where each line begins, and its CRC-32.
+    Gives where each line begins, and its CRC-32. size: of the corpus in bytes, 0 for a pipe.
     """
-    offsets, sums, position = array("q", [0]), array("L"), Position()
+    offsets, sums = array("q", [0]), array("L")
 
     def line(seconds: float) -> str:
-        done, share = len(offsets) - 1, position.bytes / size
+        done = len(offsets) - 1
+        told = f"reading {corpus.name}: {done:,} passages"
+        if not size:
+            return f"{told}, {done / seconds:,.0f}/s"
+        share = min(position.bytes / size, 1.0)
         left = seconds * (1 - share) / max(share, 1e-9)
-        return f"reading {corpus.name}: {done:,} passages ({share:.0%}), {done / seconds:,.0f}/s, {left:.0f} s left"
+        return f"{told} ({share:.0%}), {done / seconds:,.0f}/s, {left:.0f} s left"
 
     with open(target, "wb") as file:
         for document in iterate_corpus(corpus, position):
@@ -268,7 +273,10 @@ class Retriever:
         """Opens an index; refuses one of another format, and one whose files are not what was written."""
         folder = Path(index_dir)
         _recover(folder)
-        return cls(folder, index.open_index(folder, Progress()), threads)
+        try:
+            return cls(folder, index.open_index(folder, Progress()), threads)
+        except OSError as error:  # of the index, or of the folder where Numba keeps what it has compiled
+            raise InputError(f"{folder}: expected an index that can be read ({error})") from None
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -354,7 +362,14 @@ def ensure_index(
     already right is only read, so it may lie on a read-only disk. Without a corpus the index is taken as it is.
     """
     folder, source, settings = Path(index_dir), Path(corpus), index.checked_settings(stemmer, stopwords, k1, b)
-    if not corpus or _matches(folder, source, settings):
+    if not corpus:
+        return
+    if source.exists() and not source.is_file():
+        raise InputError(
+            f"{source}: expected a file, for a run looks at its corpus whenever it starts, and a pipe can be read only "
+            "once; build the index with python -m ssp_jax.retriever build, and give retriever.index alone"
+        )
+    if _matches(folder, source, settings):
         return
     swap = _swap(folder)
     with _locked(swap):

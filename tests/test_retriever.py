@@ -1,6 +1,8 @@
 """Ranking equals a BM25 written out by hand; ties, unknown words, and damaged or foreign index folders."""
 
 import fcntl
+import gzip
+import hashlib
 import json
 import math
 import os
@@ -480,6 +482,50 @@ def test_import_touches_neither_bm25s_nor_jax():
     code = "import sys, ssp_jax.retriever; print({'bm25s', 'Stemmer', 'jax'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_a_corpus_from_a_pipe(tmp_path):
+    """It is read once, and the index is that of the file with the same bytes."""
+    corpus, pipe = corpus_of(tmp_path, random_texts(300)), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.write_bytes, corpus.read_bytes())
+        build_index(pipe, tmp_path / "index", **PLAIN)
+    stamp = (tmp_path / "index" / "meta.json").stat().st_mtime_ns
+    assert len(open_retriever(corpus, tmp_path / "index", **PLAIN)) == 300
+    assert (tmp_path / "index" / "meta.json").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match=r"pipe: expected a file, .* a pipe can be read only once"):
+        open_retriever(pipe, tmp_path / "index", **PLAIN)
+
+
+@pytest.mark.parametrize("pack", [lambda raw: raw, gzip.compress, lambda raw: gzip.compress(raw) * 2 + bytes(512)])
+def test_the_digest_is_of_the_file_as_it_lies_on_disk(tmp_path, pack):
+    raw = pack(corpus_of(tmp_path, random_texts(3000)).read_bytes())
+    path = tmp_path / ("c.jsonl" if raw[:1] == b"{" else "c.jsonl.gz")
+    path.write_bytes(raw)
+    build_index(path, tmp_path / "index", **PLAIN)
+    source = json.loads((tmp_path / "index" / "meta.json").read_text())["corpus"]
+    assert source["size"] == len(raw) and source["sha256"] == hashlib.sha256(raw).hexdigest()
+
+
+READ_ONLY = """
+import numpy as np
+from numba.core.caching import NullCache
+from ssp_jax import bm25
+kernel, arrays = bm25.first_wrong_term, [np.ones(2, kind) for kind in ("f4", "u4")]
+print(bm25.__file__, isinstance(kernel._cache, NullCache))
+print(kernel(*arrays, np.array([0, 1, 2]), np.ones(2, "f4"), 2, 0, 2))
+"""
+
+
+def test_an_installation_that_cannot_be_written_compiles_each_time(tmp_path):
+    """Numba has no place for what it compiles, neither in the package nor in a home. (Root may write everywhere.)"""
+    package = shutil.copytree(Path(command.__file__).parent, tmp_path / "ssp_jax", ignore=lambda *_: ["__pycache__"])
+    (package / "__pycache__").write_text("no folder")
+    nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "PYTHONPATH": str(tmp_path)}
+    run: dict[str, Any] = {"env": os.environ | nowhere, "cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", READ_ONLY], timeout=300, **run)
+    assert done.stdout == f"{package}/bm25.py True\n-1\n", done.stderr
 
 
 def test_silent(tmp_path, capfd, caplog):
