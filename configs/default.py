@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c.retriever.index = ""  # folder of the bm25s index, "" for workdir/index; built where it is missing or differs
     c.retriever.threads = 0  # that search a batch (bm25), 0 for all cores; each holds 8 bytes a passage
     c.retriever.url = ""  # http://HOST:PORT/retrieve (http)
-    c.retriever.timeout_s = 30.0  # seconds until a request counts as failed (http) [H]
+    c.retriever.timeout_s = 30.0  # seconds for one request as a whole, until it counts as failed (http) [H]
     c.retriever.retries = 5  # of a failed request: at once, then after 1, 2, 4, ... seconds (http) [H]
     c.retriever.top_k = 3  # passages per search [P s4.1]
     c.retriever.stemmer = "english"  # Snowball language, "" for none [H]

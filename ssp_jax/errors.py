@@ -18,7 +18,8 @@ _UNPRINTABLE = re.compile(
 )
 _SECRET_NAMES = "api[_-]?key|key|token|access[_-]?token|password|passwd|secret|signature|sig|auth"
 _USER_INFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#'\"]*@", re.IGNORECASE)
-_SECRET_PARAMETER = re.compile(rf"([?&;](?:{_SECRET_NAMES})=)[^\s&;#'\"]+", re.IGNORECASE)
+# The value ends before the punctuation of the sentence that it stands in.
+_SECRET_PARAMETER = re.compile(rf"([?&;](?:{_SECRET_NAMES})=)[^\s&;#'\"]+?(?=[:,.)]*(?:[\s&;#'\"]|$))", re.IGNORECASE)
 
 
 class InputError(ValueError):

@@ -44,7 +44,8 @@ class RemoteRetriever:
         found = {d.id: d for documents in self.search(probes, top_k) for d in documents}
         self._known = list(found.values())
         if not self._known:
-            raise self._error(f"that finds something for {len(probes)} queries", "no document")
+            broken = f" but {self.left_out} unusable ones" if self.left_out else ""
+            raise self._error(f"that finds something for {len(probes)} queries", f"no document{broken}")
 
     def __len__(self) -> int:
         return len(self._known)
@@ -115,7 +116,11 @@ class RemoteRetriever:
             raise InputError(self._secrets.hidden(str(error)))
         if str(self.left_out).strip("0") == "1":
             last = self._secrets.hidden(sentence(error))
-            print(f"ssp_jax: search: {self.left_out} passages left out; the last: {last}", file=sys.stderr, flush=True)
+            print(
+                f"search: {self.left_out} unusable passages left out so far; the last: {last}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _error(self, expected: str, found: object) -> InputError:
         said = f"config key retriever.url: {self._url}: expected a search server {expected}, found {found}"

@@ -4,10 +4,14 @@ A case makes its files in an empty folder, which is the current one, and gives a
 code 2 and one sentence on stderr, compile nothing, and leave every file that was there as it was.
 """
 
+import contextlib
 import gzip
 import json
 import re
 import shutil
+import socket
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -948,7 +952,82 @@ ANSWERS_AND_QUESTIONS = [
     Case("a broken passage", corpus(contents=f"T\n{HALF}"), 'line 2: field "contents" expected valid Unicode text'),
 ]
 
-SERVERS_AND_JUDGES: list[Case] = []
+
+def at(url: str, *overrides: str) -> Make:
+    """A training run that searches at this address."""
+    return tiny("retriever.kind=http", f"retriever.url={url}", "retriever.retries=0", *overrides)
+
+
+def serving(reply: bytes, *, status: str = "200 OK", header: str = "", each_byte_s: float = 0.0) -> Make:
+    """A training run whose search server gives this reply to the one request that it gets, or byte by byte."""
+
+    def serve(listener: socket.socket) -> None:
+        with listener, listener.accept()[0] as connection, contextlib.suppress(OSError):  # who asked has hung up
+            asked = b""
+            while not asked.endswith(b"}"):
+                asked += connection.recv(1 << 16)
+            connection.sendall(f"HTTP/1.1 {status}\r\n{header}\r\n".encode())
+            for start in range(0, len(reply), 1 if each_byte_s else max(1, len(reply))):
+                connection.sendall(reply[start : start + 1] if each_byte_s else reply)
+                time.sleep(each_byte_s)
+
+    def make(folder: Path) -> list[str]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        address = f"http://me:hunter2@127.0.0.1:{listener.getsockname()[1]}/retrieve?api_key=hunter3"
+        return at(address, f"retriever.timeout_s={0.3 if each_byte_s else 20.0}")(folder)
+
+    return make
+
+
+def result(*items: Any) -> bytes:
+    """For each of the queries that a run of tiny asks at its start."""
+    return json.dumps({"result": [list(items)] * 63}).encode()
+
+
+HTTP = r"retriever\.url: http://\*\*\*@127\.0\.0\.1:\d+/retrieve\?api_key=\*\*\*: expected a search server"
+GZIP = "Content-Encoding: gzip\r\n"
+SERVERS_AND_JUDGES = [
+    Case("no address", at(""), r"retriever\.url is empty; expected the address of a search server"),
+    Case("an address without scheme", at("127.0.0.1:80/x"), r"retriever\.url is '127.*expected http://HOST"),
+    Case("another scheme", at("ftp://me:hunter2@host/x"), r"retriever\.url is 'ftp://\*\*\*@host/x'; expected http://"),
+    Case("no host", at("http:///x"), r"retriever\.url is 'http:///x'; expected"),
+    Case("a port that is none", at("http://host:80x/"), r"retriever\.url is 'http://host:80x/'; expected"),
+    Case("a port too high", at("http://host:70000/"), r"retriever\.url is 'http://host:70000/'; expected"),
+    Case("half an IPv6 address", at("http://[::1/"), r"retriever\.url is 'http://\[::1/'; expected"),
+    Case("a space in the address", at("http://a host/x"), r"retriever\.url is 'http://a host/x'; expected"),
+    Case("nobody there", at("http://127.0.0.1:9/x"), "that answers, found .*refused"),
+    Case("a page that is not there", serving(b"no hunter2", status="404 Gone"), f"{HTTP} .*found 404: b'no \\*\\*\\*'"),
+    Case(
+        "a redirection",
+        serving(b"", status="307 x", header="Location: http://x/\r\n"),
+        f"{HTTP} .*status 200, found 307",
+    ),
+    Case("a busy server", serving(b"starting", status="503 Busy"), f"{HTTP} .*found 503: b'starting'"),
+    Case("a web page", serving(b"<html>"), f"{HTTP} that answers .*<html>"),
+    Case("escape sequences", serving(b"\x1b]0;title\x07"), f"{HTTP} that answers .*x1b"),
+    Case("deep JSON", serving(b"[" * 99_999), f"{HTTP} that answers"),
+    Case("no result", serving(b'{"detail": "?"}'), f'{HTTP} that answers {{"result"'),
+    Case("too few results", serving(b'{"result": []}'), f"{HTTP} that gives a list for each of 63 queries"),
+    Case("results that are no lists", serving(b'{"result": [1]}'), f"{HTTP} that gives a list for each"),
+    Case("nothing found", serving(result()), f"{HTTP} that finds something for 64 queries, found no document"),
+    Case("nothing but broken passages", serving(result(None, 3)), f"{HTTP} that gives documents, found"),
+    Case(
+        "passages without words",
+        serving(result({"id": "1", "contents": " "})),
+        f"{HTTP} that finds .*, found no document but 63 unusable ones",
+    ),
+    Case(
+        "byte after byte", serving(b"a" * 999, each_byte_s=0.05), f"{HTTP} that answers, found no whole reply in 0.3 s"
+    ),
+    Case(
+        "a reply cut off", serving(b"{}", header="Content-Length: 9\r\n"), f"{HTTP} that answers, found IncompleteRead"
+    ),
+    Case("no HTTP", serving(b"", status="x"), f"{HTTP} that answers, found BadStatusLine"),
+    Case("an unknown encoding", serving(b"x", header="Content-Encoding: br\r\n"), f"{HTTP} .*content encoding 'br'"),
+    Case("broken gzip", serving(b"x" * 20, header=GZIP), f"{HTTP} that answers, found .*header check"),
+    Case("a bomb", serving(gzip.compress(bytes(1 << 27), 1), header=GZIP), f"{HTTP} .*more than 67,108,864 bytes"),
+]
 
 WORKDIRS: list[Case] = []
 

@@ -125,10 +125,12 @@ def test_a_broken_passage_among_good_ones_is_left_out_and_counted(server, capsys
         assert [len(found) for found in retriever.search([f"query {item}"], 3)] == [1]
     assert retriever.left_out == len(BROKEN) and retriever.source == server.url
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and re.match("ssp_jax: search: 1 passages left out; the last: .*gives documents", said[0])
+    assert len(said) == 1 and re.match(
+        "search: 1 unusable passages left out so far; the last: .*gives documents", said[0]
+    )
     server.replies = [(200, {"result": [[{"contents": "word " * 300_000}, {"contents": ""}, ROME]]})]
     assert [len(found) for found in retriever.search(["long"], 3)] == [1]
-    assert "10 passages left out" in capsys.readouterr().err
+    assert "search: 10 unusable passages" in capsys.readouterr().err
 
 
 def test_a_server_of_nothing_but_broken_passages_ends_the_run(server, monkeypatch):
