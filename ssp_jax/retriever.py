@@ -4,9 +4,8 @@
     python -m ssp_jax.retriever search --index=wiki-18.index "capital of France"
 
 An index is a folder: the arrays and vocabulary of bm25s (which loads it too), `passages.jsonl` with the corpus in row
-order, `offsets.npy` (int64 [rows + 1], where each line begins), and `meta.json`, written last. Passages and postings
-stay on disk and are read through memory maps: only the vocabulary, and 12 bytes a passage for each thread that
-searches, are in host memory.
+order, and what index.py adds to find and check them. Passages and postings stay on disk and are read through memory
+maps: only the vocabulary, and 12 bytes a passage for each thread that searches, are in host memory.
 
 bm25s is imported inside functions only, when an index is built: `import bm25s` runs a JAX op, after which
 jax.distributed.initialize() raises. Open a retriever after the distributed start.
