@@ -24,6 +24,23 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_a_file() -> Iterator[None]:
+    """The compiled programs of a test file are given back at its end: 2 GB, were they all kept."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """For files whose programs run once or twice: most of LLVM's optimizations cost more than they give."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 RunMain = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -20,7 +20,8 @@ from ssp_jax.metrics import CompileCounter
 from ssp_jax.slots import Table
 
 TOKENIZER = weights.load_tokenizer(Path("assets/tiny/model"))
-CONFIG = model.ModelConfig(2048, 2, 32, 4, 2, 8, 48)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+CONFIG = model.ModelConfig(2048, 1, 32, 4, 2, 8, 48)  # one layer: the programs unroll them
 PARAMS = model.unstack(model.init_params(CONFIG, jax.random.key(0)), jnp.float32)
 KEY = jax.random.key(7)
 LIMITS = episodes.Limits(64, 200, 120, 12, 4, 3, 60)

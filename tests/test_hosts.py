@@ -38,6 +38,9 @@ SMALL = {
     "log.tensorboard": False,
 }
 
+LEARNING_RATE = load_config(ROOT / "configs/tiny.py").learner.learning_rate
+ROLES = 2  # each takes an optimizer step in a step of the game
+
 
 # --- rules ---
 
@@ -185,9 +188,12 @@ def assert_same_run(a: Path, b: Path) -> None:
     config = weights.read_config(a / "export")
     values = [weights.load(run / "export", config, None, np.float32) for run in (a, b)]
     one, other = (np.concatenate([x.ravel() for x in jax.tree.leaves(run)]) for run in values)
-    # Saved as bfloat16. Where a gradient is nearly 0 Adam makes a step of its rounding: seen in few, up to 1.3e-4.
-    np.testing.assert_allclose(one, other, rtol=2**-7, atol=3e-4)
-    assert np.abs(one - other).mean() < 1e-6
+    # Where a gradient is nothing but rounding, Adam makes a step of any size up to the learning
+    # rate of it: so few weights may differ by as much as all steps can move, and the mean may not.
+    # The export is bfloat16.
+    moved = 2 * LEARNING_RATE * len(rows_of(a)) * ROLES
+    np.testing.assert_allclose(one, other, rtol=2**-7, atol=moved)
+    assert np.abs(one - other).mean() < 1e-3 * LEARNING_RATE
 
 
 def assert_lost(run: Run, victim: int) -> None:

@@ -28,6 +28,9 @@ SMALL = {
     "game.group_size": 2,
     "engine.slots": 8,
     "engine.extend_rows": 4,
+    # 6 programs to compile instead of 19; test_engine.py plays with more.
+    "engine.cache_buckets": (),
+    "engine.extend_buckets": (128, 448),
     "learner.rows": 4,
     "eval.max_questions": 4,
     "checkpoint.every": 1,
