@@ -1,5 +1,6 @@
 # make demo    the main job on this machine: play, train, evaluate; about 4 minutes on 2 cores
-# make test    lint, types, tests
+# make test    lint, types, tests: the fast set
+# make slow    the slow set: several processes, kills, whole runs; about an hour
 # make lint    lint and types only
 # PYTHON=python3.12 takes another interpreter, with a virtual environment of its own; ARGS=--config.seed=1 goes to demo.
 PYTHON ?= python3
@@ -7,13 +8,16 @@ WORKDIR ?= runs/tiny
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test slow lint clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python -m ssp_jax.main --config=configs/tiny.py --workdir=$(WORKDIR) $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist=worksteal
+
+slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ KEY = jax.random.key(7)
 LIMITS = episodes.Limits(64, 200, 120, 12, 4, 3, 60)
 STAGE = episodes.Stage(TOKENIZER, prompts.STYLES["brief"], "chat", LIMITS)
 SIZES = Sizes(slots=8, chunk=4, cache_tokens=256, cache_buckets=(64,), extend_buckets=(16, 64), extend_rows=4)
-SEARCH_TAG = TOKENIZER.encode("<search> lake </search>", add_special_tokens=False)
+FEW = dataclasses.replace(SIZES, cache_buckets=(), extend_buckets=(64,))  # 4 programs and not 10
 
 
 def search(queries):
@@ -101,7 +101,7 @@ def test_episodes_do_not_depend_on_the_schedule(expected, changes):
 def test_4_16_and_64_slots_play_the_same_tokens(temperature):
     """Greedy, and sampled with the same keys, in float32."""
     played = [
-        play(dataclasses.replace(SIZES, slots=slots), make_players(groups=6, temperature=temperature))[0]
+        play(dataclasses.replace(FEW, slots=slots), make_players(groups=6, temperature=temperature))[0]
         for slots in (4, 16, 64)
     ]
     same(played[0], played[1])
@@ -154,7 +154,7 @@ def test_barriers_wait_for_the_whole_wave():
 def memory_for(tokens):
     """Sizes with three pieces and a budget of so many tokens."""
     gib = tokens * cache.token_bytes(CONFIG, jnp.float32) / 2**30
-    return dataclasses.replace(SIZES, cache_buckets=(48, 96), kv_cache_gib=gib)
+    return dataclasses.replace(FEW, cache_buckets=(48, 96), kv_cache_gib=gib)
 
 
 @pytest.mark.parametrize("tokens", [8 * 48 + 2 * 48 + 160, 8 * 48 + 4 * 48 + 2 * 160, 2 * 48 + 48 + 160])
@@ -173,7 +173,7 @@ def test_memory_that_is_short_is_waited_for():
 
 def test_what_the_engine_chose_is_told_and_fits():
     one = make_engine(memory_for(1000))
-    one.warm_up(PARAMS, KEY)
+    one.device(PARAMS, KEY)
     assert one.memory.startswith("8 slots; keys and values ")
     sizes = memory_for(1000)
     layout = engine.choose_layout(CONFIG, sizes, jnp.float32, None, int(sizes.kv_cache_gib * 2**30))
@@ -350,7 +350,8 @@ def test_nothing_compiles_after_warm_up(devices):
     next one expects it."""
     mesh = sharding.make_mesh({"data": devices // 4 or 1, "fsdp": devices // 4 or 1, "tensor": devices // 4 or 1})
     params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh, drop=("fsdp",)))
-    sizes = dataclasses.replace(memory_for(900), kv_cache_gib=memory_for(900).kv_cache_gib / (4 if devices > 1 else 1))
+    gib = memory_for(900).kv_cache_gib / (4 if devices > 1 else 1)
+    sizes = dataclasses.replace(SIZES, kv_cache_gib=gib)
     one = make_engine(sizes, state_sharding=lambda state: sharding.state_shardings(state, mesh))
     one.warm_up(params, KEY)
     counter = CompileCounter()
@@ -383,7 +384,7 @@ def test_eight_devices_play_the_same_episodes(expected):
         return []
 
     # Each of four parts has one row of the later pieces for its two slots.
-    sizes = dataclasses.replace(SIZES, cache_buckets=(48, 96), kv_cache_gib=memory_for(1300).kv_cache_gib / 8)
+    sizes = dataclasses.replace(memory_for(1300), kv_cache_gib=memory_for(1300).kv_cache_gib / 8)
     many = make_engine(sizes, state_sharding=lambda state: sharding.state_shardings(state, mesh))
     many.play(params, KEY, make_players(), finished)
     same(expected, ended)
@@ -402,7 +403,7 @@ def test_parts_share_prompts_inside_themselves(expected, groups, attempts):
     """Four parts of two slots: a group's second attempt copies the first one's prompt, a third computes it again."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1})
     params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh, drop=("fsdp",)))
-    many = make_engine(SIZES, state_sharding=lambda state: sharding.state_shardings(state, mesh))
+    many = make_engine(FEW, state_sharding=lambda state: sharding.state_shardings(state, mesh))
     players, ended = make_players(groups=groups, attempts=attempts), {}
     prompts = [player.prompt_length - 1 for player in players[::attempts]]
 
