@@ -8,6 +8,7 @@ the interface. With `worked_example` a played example of the role stands before 
 small pretrained models need it.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,64 +194,85 @@ def judge_messages(question: str, golds: Sequence[str], answer: str) -> list[dic
     return [{"role": "system", "content": _JUDGE_SYSTEM}, {"role": "user", "content": user}]
 
 
-_THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
-# Not verdicts: the two words of the instruction, the name of a thing, a question.
-_NO_VERDICT = re.compile(
-    r"correct\W{1,5}(or\W{1,5})?(wrong|incorrect)\b|(?<!\ba )\b(correct|right) answers?\b|\b(in)?correct\?|\bwrong\?"
+# What a model thinks before it speaks. A template may write the opening tag, so that a reply has only the other.
+_THOUGHT = r"(?:seed:)?(?:think|thinking|thoughts?)"
+_THOUGHT_BEGINS = re.compile(rf"<{_THOUGHT}>|\[think\]|◁think▷", re.IGNORECASE)
+_THOUGHT_ENDS = re.compile(rf"</{_THOUGHT}>|\[/think\]|◁/think▷", re.IGNORECASE)
+# Reasons with tags of their own, before or after a verdict.
+_REASONS = re.compile(r"<(reason|reasoning|analysis|explanation|reflection)>.*?(?:</\1>|$)", re.DOTALL | re.IGNORECASE)
+# Words that may stand before a verdict and are none: "Final verdict: ...", "<answer>...", "It is ...".
+_INTRODUCTION = (
+    r"(?:(?:my|the|final|verdict|judge?ment|decision|result|evaluation|grade|answer|response|output"
+    r"|boxed|text|textbf|mathrm|json|it|this|that|is|it['’]s|that['’]s)(?![^\W_])[\W_]*)*"
 )
-_VERDICT = re.compile(r"(?<![a-z])(incorrect|correct|wrong)(?![a-z])")
-_SENTENCE_END = re.compile(r"(?<!\bno)[.;:!?(\n。；：！？]")  # "No. The answer is correct" is no yes
-_PHRASE_END = re.compile(r"[,，]|\b(?:and|so)\b")
-# What may follow a "correct": its value, as in {"correct": false}; or an end, which no reservation follows.
-_VALUE = re.compile(r"""["'`]*\s*[:=–—-]\s*["'`]*(true|yes|false|no)\b(?! *\w)""")
-_END = re.compile(
-    r"(?<!\bthe correct)(?: answers?\b)?[^\w:=/?–—-]*?(?:$|[\n.!,;()<。！，；]|\bbecause\b)"
-    r"(?!\W*(?:no|not(?! wrong| incorrect)|false|but|(?:only )?if|unless|except|though|although|however|part\w*ly)\b)"
-)
-_NEGATION = re.compile(
-    r"\b(not|no|never|cannot|neither|nor|hardly|far from|anything but|partially|partly|almost|nearly|somewhat|half)\b"
-    r"|n['\u2019]t\b|[不非没]|\bin[- ]$"
-)
-_CONDITION = re.compile(r"\b(?:if|unless|whether)\b")
-_PLAIN = frozenset(
-    re.findall(
-        r"\w+",
-        "a the this that i it its is was be been has as with my also but clearly completely considered deemed "
-        "definitely entirely exactly final fully given hence indeed judged marked of should still therefore thus would "
-        "say yes answer response reply verdict judgement judgment model s student candidate prediction provided 正确",
-    )
-)
+_WORD = r"(?:not|isn['’]t)\s+(?:(?:a|quite|entirely|fully|completely|exactly)\s+)*correct|incorrect|wrong|correct"
+_VERDICT = re.compile(rf"[\W_]*(?:1[.)]\s+[\W_]*)?{_INTRODUCTION}({_WORD})(?![^\W_])")
+_ONLY_A_VERDICT = re.compile(rf"[\W_]*({_WORD})[\W_]*")
+# After the word: a choice or a question is no verdict; "correct: no" has its value there.
+_OPEN_CHOICE = re.compile(r"[^\w\n,.;:<]*(?:[/|?]|\bor\b)")
+_VALUE = re.compile(r"""["'`*]*\s*[:=：]["'`*\s]*(true|yes|false|no)\b(?!\s*\w)""")
+_NAMES_A_THING = re.compile(r"[ \t*_\"'`’”]*(?!(?:because|since|as|and)\b)[^\W_]")  # "Correct answer: ..."
+_YES_OR_NO = {"true": True, "yes": True, "false": False, "no": False}
+_TRUTH_KEYS = {"correct": True, "iscorrect": True, "wrong": False, "incorrect": False, "isincorrect": False}
 
 
 def verdict(reply: str) -> bool | None:
-    """What a judge's reply says of an answer: True only for a plain "correct", None where it says neither or both.
+    """What a judge's reply says of an answer: the first word after its thinking decides.
 
-    Before a plain "correct" there stand, since the last comma, "and" or "so", only words of _PLAIN, and since the
-    beginning of the sentence no condition and no negation, which makes it a False; after it there is an end, or its
-    value. "wrong" and "incorrect" are False too, and mean nothing after a negation. All mentions must agree, or the
-    reply begins with the one that counts. The reference takes every reply that contains "correct" for a yes,
-    "Incorrect" too.
+    True for "Correct", False for "Wrong", "Incorrect" and "Not correct", None for anything else: no
+    guess is made, neither up nor down. Passed over before that word are marks and the few words
+    that introduce a verdict. "Correct answer" and "correct date" name a thing, "Correct or Wrong"
+    repeats the question. A JSON object says it by its values. A thought without its end is
+    followed by no verdict yet. (The reference takes every reply that contains "correct" for a yes,
+    "Incorrect" too.)
     """
-    text = _NO_VERDICT.sub(" / ", _THOUGHTS.sub(" ", reply).lower().replace("*", ""))
-    said: list[bool | None] = []
-    start = 0
-    for match in _VERDICT.finditer(text):
-        sentence = _SENTENCE_END.split(text[start : match.start()])[-1]
-        phrase, start = _PHRASE_END.split(sentence)[-1], match.end()
-        if match[1] == "correct":
-            plain = _PLAIN.issuperset(re.findall(r"[^\W_]+", phrase)) and not _CONDITION.search(sentence)
-            said.append(False if _NEGATION.search(sentence) else _followed(text, match.end()) if plain else None)
-        elif not _NEGATION.search(phrase):
-            said.append(False)
-    first = _VERDICT.search(text)
-    leads = first is not None and not re.search(r"[a-z]", text[: first.start()])
-    return said[0] if said and (leads or len(set(said)) == 1) else None
+    said = _THOUGHT_ENDS.split(reply)[-1]
+    if _THOUGHT_BEGINS.search(said):
+        return None
+    said = _REASONS.sub(" ", said)
+    values = _json_values(said)
+    return _spoken(said) if values is None else _agreed(values)
 
 
-def _followed(text: str, end: int) -> bool | None:
-    """What a plain "correct" that ends there means by what follows it."""
-    value = _VALUE.match(text, end)
-    return value[1] in ("true", "yes") if value else True if _END.match(text, end) else None
+def _spoken(text: str) -> bool | None:
+    """The verdict that a text begins with."""
+    text = text.lower()
+    found = _VERDICT.match(text)
+    if not found or _OPEN_CHOICE.match(text, found.end()):
+        return None
+    if found[1] != "correct":
+        return False
+    if value := _VALUE.match(text, found.end()):
+        return _YES_OR_NO[value[1]]
+    return None if _NAMES_A_THING.match(text, found.end()) else True
+
+
+def _json_values(text: str) -> list[tuple[str, Any]] | None:
+    """Names and values of a JSON object that a text begins with, in all its depth; None for another text."""
+    pairs: list[tuple[str, Any]] = []
+
+    def keep(found: list[tuple[str, Any]]) -> None:
+        pairs.extend(found)
+
+    start = re.match(r"\s*(?:```\w*\s*)?", text)
+    try:
+        json.JSONDecoder(object_pairs_hook=keep).raw_decode(text, start.end() if start else 0)
+    except (ValueError, RecursionError):
+        return None
+    return pairs or None
+
+
+def _agreed(values: Sequence[tuple[str, Any]]) -> bool | None:
+    """The verdict of all values that are one; None where they say both, or none is."""
+    said = set()
+    for name, value in values:
+        meaning = _TRUTH_KEYS.get(re.sub(r"[\W_]", "", name.lower()))
+        truth = _YES_OR_NO.get(str(value).lower())
+        if meaning is not None and truth is not None:
+            said.add(truth == meaning)
+        elif word := _ONLY_A_VERDICT.fullmatch(str(value).lower()):
+            said.add(word[1] == "correct")
+    return said.pop() if len(said) == 1 else None
 
 
 def format_documents(documents: Sequence[Document]) -> str:

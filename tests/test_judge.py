@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_selfplay import STAGE, ScriptedEngine
+from verdicts import NEITHER, RIGHT, THOUGHT, WRONG
 
 from configs import default
 from ssp_jax import judge, prompts
@@ -19,81 +20,41 @@ from ssp_jax.errors import InputError
 from ssp_jax.judge import Case, Policy, Verdict
 
 
-@pytest.mark.parametrize(
-    ("right", "replies"),
-    [
-        (
-            True,
-            """Correct|correct.|CORRECT!|**Correct**|Verdict: Correct|I would say Correct.|This is a correct answer.
-            Correct, not wrong.|The answer is not wrong but correct.|Richtig (Correct)|正确 Correct|ответ: Correct。
-            <think>It is wrong, or not?</think> Correct|Correct. Only the spelling is wrong.
-            The model's answer is correct|The given answer matches a right one, so it is correct.|Yes, it is correct!
-            It should be considered correct.|The answer is correct
-            {"verdict": "Correct"}|1. Correct|It names the same city and is correct.
-            {"correct": true}|correct: yes|is_correct: true|**Correct:** Yes, it is the same.|Correct - Yes
-            <answer>Correct</answer>|"Correct"|Correct ✅|Correct…|It is correct because both name Paris
-            Correct, only the spelling differs""",
-        ),
-        (
-            False,
-            """Incorrect|INCORRECT.|Not correct|not Correct.|Wrong|WRONG!|It isn't correct|It isn’t entirely correct
-            cannot be considered correct|Partially correct|in correct|in-correct|不 correct|不correct|Never correct
-            Correct or Wrong: Wrong|Wrong. The correct answer is Paris.|The correct answer is Paris, so this is wrong.
-            Correct answer: Paris. Given: Rome. Wrong.|Correct? No, wrong.|<think>Correct.</think>Wrong
-            incorrect, the correct answers are others|The given answer is neither complete nor correct|far from correct
-            not quite correct|anything but correct|It is not, however, correct|No, I would not say correct
-            No. The correct is Paris
-            {"correct": false}|{"correct": false, "of": 1}|correct: no|is_correct: false|Correct - No
-            **Correct:** No""",
-        ),
-        (
-            None,
-            """|Correct or Wrong|correct/incorrect|Yes|不正确|错误|Korrekt|Correcto|Incorrectly|<think>Correct
-            the answer is correct and wrong|The correct answer is Paris.|Right|is this correct? no|Is it correct? Yes
-            It fails to be correct|I doubt that it is correct|less than correct|It lacks a correct date|It is not wrong
-            Only the first part is correct|If it were Lyon it would be correct|unlikely to be correct
-            The correct response is Paris.|The correct date is 1989|The correct one is Paris
-            The correct final answer is Paris|The correct, full name is Paris|correct/Richtig|correct: no answer
-            Correct: Paris|Given answer: Lyon. Correct: Paris|Answer: Lyon (correct: Paris)
-            It would be correct if the city was Lyon|The answer is correct only if Lyon|Correct, if it is Lyon
-            It is a correct answer if Lyon|If it is Paris, it is correct. It is Lyon.|Correct. But the year differs
-            It is correct that Paris is the capital, but the given answer is Lyon|Correct, but only partly
-            Correct (partially)|Correct, except for the year""",
-        ),
-    ],
-)
-def test_verdicts(right, replies):
+@pytest.mark.parametrize(("right", "replies"), [(True, RIGHT), (False, WRONG), (None, NEITHER)])
+def test_the_first_word_of_a_reply_is_its_verdict(right, replies):
     """The reference takes "Incorrect" for a yes, for it contains "correct"."""
-    for line in replies.split("\n"):
-        for reply in line.strip(" ").split("|"):
-            assert prompts.verdict(reply) is right, reply
+    other = [reply for reply in replies if prompts.verdict(reply) is not right]
+    assert not other
 
 
-@pytest.mark.parametrize("more", ["\nNo", "\n\nNo, it is Lyon.", "\r\nFalse", "\nBut not quite"])
-def test_a_next_line_can_take_it_back(more):
-    assert prompts.verdict("Correct" + more) is None
-    assert prompts.verdict("Correct\nThe answer names the same city.") is True
+@pytest.mark.parametrize(("right", "reply"), THOUGHT)
+def test_nothing_before_the_end_of_thinking_is_a_verdict(right, reply):
+    assert prompts.verdict(reply) is right
 
 
-WORDS = ["Correct", "Incorrect", "wrong", "not", "isn't", "no", "不", "true", "false", "but", "if", "only", "Paris"]
-WORDS += ["the", "answer", "is", ".", ",", ":", "?", "\n"]
-# A clause that says so as a whole: from its beginning only these words, and after it an end or a value.
-SAYS_SO = re.compile(
-    r"(?:^|[.,:?\n]|wrong|incorrect|correct answer)((?:the|answer|is|but| )*)\bcorrect"
-    r"(?=\s*:\s*true(?! *(?!correct)\w)|"
-    r"(?<!the correct) *(?:$|[.,\n])(?!\W*(?:no|not(?! wrong| incorrect)|false|but|if|only if)\b))"
-)
+def opposite(reply):
+    """The same reply with the other verdict."""
+    return re.sub("correct|wrong", lambda found: {"correct": "wrong", "wrong": "correct"}[found[0]], reply)
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.sampled_from([*WORDS, "Correct"]), max_size=8).map(" ".join))
-def test_only_a_reply_that_says_so_is_a_yes(reply):
-    text = reply.lower()
-    if prompts.verdict(reply):
-        before = [re.split(r"[.:?\n]|wrong|incorrect", text[: found.start(1)])[-1] for found in SAYS_SO.finditer(text)]
-        assert any(not re.search(r"\b(not|isn't|no|if)\b|不", sentence) for sentence in before)
-    if not any(word in text for word in ("correct", "wrong")):
-        assert prompts.verdict(reply) is None
+@given(st.lists(st.sampled_from(["correct", "wrong", "paris", "the", "answer", "is", ".", ",", "-", "\n"]), max_size=7))
+def test_verdicts_are_biased_neither_up_nor_down(words):
+    """Said of the other word the same reply is the opposite verdict. Only "correct answer" names a thing."""
+    reply = " ".join(words)
+    found, other = prompts.verdict(reply), prompts.verdict(opposite(reply))
+    if not re.search(r"(correct|wrong) +\w", reply):
+        assert other is (None if found is None else not found)
+    assert found is not True or "correct" in reply
+    assert found is not False or "wrong" in reply
+
+
+@pytest.mark.parametrize("many", [" ", "the ", "[ ", '{"a":', "<reason>", "not a ", "<think", "correct ", "(", "_"])
+def test_a_verdict_takes_a_moment_however_long_the_reply(many):
+    start = time.monotonic()
+    for end in ("", "correct", "x"):
+        prompts.verdict(many * 50_000 + end)
+    assert time.monotonic() - start < 5
 
 
 class Stopped(Exception):
