@@ -5,6 +5,7 @@ speaks the OpenAI protocol, asked by its official client. Both take batches and 
 """
 
 import asyncio
+import base64
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 import jax
 from ml_collections import ConfigDict
@@ -23,6 +25,8 @@ from ssp_jax.errors import InputError, masked
 from ssp_jax.remote import check_address
 
 PROBE_SECONDS = 60.0  # a server that is just starting may take its time for the first answer
+REPLY_BYTES = 1 << 23  # of a server's answer at most; a verdict with all its thoughts has some ten thousand
+KEPT_CHARS = 4000  # of a reply in verdicts.jsonl
 _TICK_SECONDS = 0.5
 
 
@@ -39,6 +43,7 @@ class Verdict:
 
     right: bool | None
     reply: str  # its words, or what failed
+    failed: bool = False  # no words came
 
 
 _PROBE = Case("How many days has a week?", ("7",), "seven")  # any server can be asked this
@@ -81,7 +86,7 @@ class Policy:
         room = cache_tokens - max_tokens
         limits = replace(stage.limits, prompt_tokens=room, response_tokens=max_tokens, turn_tokens=max_tokens)
         self._engine, self._stage, self._weights = engine, replace(stage, limits=limits), weights
-        stage.prompt(prompts.judge_messages("Who?", ["Paris"], "Paris"))  # a template may refuse it
+        stage.prompt(_asked(_PROBE))  # a template may refuse it
 
     def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
         players = []
@@ -92,7 +97,7 @@ class Policy:
 
         def finished(player: Player) -> list[Player]:
             reply = player.episode().text or f"stopped by {player.stop_reason}"
-            take(rows[player.uid], Verdict(prompts.verdict(reply), reply))
+            take(rows[player.uid], Verdict(prompts.verdict(reply), _shortened(reply)))
             return []
 
         def playing(stats: Stats) -> None:
@@ -102,7 +107,7 @@ class Policy:
 
 
 class NoReply(Exception):
-    """A server's answer of status 200 that holds no text of a model."""
+    """A server has answered, and not with a text of a model."""
 
 
 def _text_of(body: str) -> str:
@@ -113,17 +118,46 @@ def _text_of(body: str) -> str:
         text = None
     if not isinstance(text, str):
         raise NoReply(f"it answers with no text of a model: {body}")
-    return _writable(text)
+    return text
 
 
-def _told(error: Exception) -> str:
-    """In one line, with the cause: of a connection the client itself says only that it failed."""
-    return _writable(" ".join(f"{error} {error.__cause__ or ''}".split())[:200])
+def _bounded(seconds: float) -> Any:
+    """The official client's HTTP with bounds: on the time of a whole request, and on the size of an answer.
+
+    (Its own timeout is of one read. A server that sends a byte now and then would be waited for
+    without end.) Redirects are not followed: what is judged goes to no other address.
+    """
+    import httpx2  # which the client is made with
+
+    class Bounded(httpx2.AsyncClient):
+        async def send(self, request: Any, **options: Any) -> Any:
+            options |= {"stream": True, "follow_redirects": False}
+            try:
+                async with asyncio.timeout(seconds):
+                    response = await super().send(request, **options)
+                    try:
+                        body = await _body_of(response)
+                    finally:
+                        await response.aclose()
+            except TimeoutError:
+                raise httpx2.ReadTimeout(f"no whole answer in {seconds:g} s", request=request) from None
+            return httpx2.Response(response.status_code, headers=response.headers, content=body, request=request)
+
+    return Bounded(limits=httpx2.Limits(max_connections=None))  # judge.concurrency is the limit
 
 
-def _writable(text: str) -> str:
-    """A lone surrogate passes the JSON parser, and no file takes it."""
-    return re.sub(r"[\ud800-\udfff]", "\ufffd", text)
+async def _body_of(response: Any) -> bytes:
+    if 300 <= response.status_code < 400:
+        where = response.headers.get("location", "elsewhere")
+        raise NoReply(f"it redirects to {where}, which is not followed; expected the address itself")
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise NoReply("it answers compressed, which it was asked not to")
+    body = bytearray()
+    async for part in response.aiter_raw():
+        body += part
+        if len(body) > REPLY_BYTES:
+            raise NoReply(f"its answer is longer than {REPLY_BYTES >> 20} MiB")
+    return bytes(body)
 
 
 class OpenAI:
@@ -145,45 +179,63 @@ class OpenAI:
         self.name = f"openai {model}"
         self.identity = hosts.digest((masked(url), model, max_tokens, _asked(_PROBE)))
         self._errors, self._model, self._concurrency = (openai.OpenAIError, NoReply), model, concurrency
-        # One for each batch: its connections are closed when all has been judged.
-        self._connect = functools.partial(
-            openai.AsyncOpenAI, base_url=url, api_key=key, timeout=timeout_s, max_retries=retries
+        self._url, self._timeout_s, self._secrets = url, timeout_s, Secrets(key if key != "none" else "", url)
+        address = urlsplit(url)
+        self._open = functools.partial(
+            openai.AsyncOpenAI,
+            base_url=urlunsplit(address._replace(query="", fragment="")),
+            api_key=key,
+            default_query=dict(parse_qsl(address.query)),
+            default_headers={"Accept-Encoding": "identity"},  # so that the size of an answer can be bounded
+            max_retries=retries,
         )
         self._options: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
-        try:
-            asyncio.run(self._probe(timeout_s))
-        except self._errors as error:
-            raise InputError(
-                f"config key judge.url: {url}: expected a server that completes chats of judge.model {model!r}: "
-                f"{_told(error)}"
-            ) from None
+        asyncio.run(self._probe(max(timeout_s, PROBE_SECONDS)))
+
+    def _connect(self, timeout_s: float) -> Any:
+        """One for each batch: its connections are closed when all has been judged."""
+        return self._open(timeout=timeout_s, http_client=_bounded(timeout_s))
 
     async def _probe(self, timeout_s: float) -> None:
         """Finds the arguments that the server takes: OpenAI's newer models have another limit and no temperature."""
         import openai
 
-        async with self._connect(timeout=max(timeout_s, PROBE_SECONDS)) as client:
-            try:
-                await self._complete(client, _PROBE)
-            except openai.BadRequestError as error:
-                self._options = {"max_completion_tokens": self._options["max_tokens"]}
+        try:
+            async with asyncio.timeout(2 * timeout_s), self._connect(timeout_s) as client:
                 try:
                     await self._complete(client, _PROBE)
-                except openai.BadRequestError:
-                    raise error from None
+                except openai.BadRequestError as error:
+                    self._options = {"max_completion_tokens": self._options["max_tokens"]}
+                    try:
+                        await self._complete(client, _PROBE)
+                    except openai.BadRequestError:
+                        raise error from None
+        except TimeoutError:
+            raise self._useless(f"no answer in {2 * timeout_s:g} s") from None
+        except self._errors as error:
+            raise self._useless(self._told(error)) from None
 
     def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
+        """InputError where the server has gone away; until then what fails is a verdict of its own."""
         asyncio.run(self._ask(cases, take, progress))
 
     async def _ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
         left = iter(enumerate(cases))
-        async with self._connect() as client:
+        at_once = min(self._concurrency, len(cases))
+        failed_in_a_row = 0
+        async with self._connect(self._timeout_s) as client:
 
             async def work() -> None:
+                nonlocal failed_in_a_row
                 for i, case in left:
-                    take(i, await self._judge(client, case))
+                    verdict = await self._judge(client, case)
+                    take(i, verdict)
+                    failed_in_a_row = failed_in_a_row + 1 if verdict.failed else 0
+                    if failed_in_a_row == at_once:
+                        failed_in_a_row = 0
+                        await self._check(client)
 
-            workers = running = {asyncio.create_task(work()) for _ in range(self._concurrency)}
+            workers = running = {asyncio.create_task(work()) for _ in range(at_once)}
             try:
                 while running:
                     done, running = await asyncio.wait(running, timeout=_TICK_SECONDS)
@@ -195,17 +247,58 @@ class OpenAI:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
+    async def _check(self, client: Any) -> None:
+        """Whether it was the cases that failed: one that any server answers is asked between them."""
+        try:
+            await self._complete(client, _PROBE)
+        except self._errors as error:
+            raise self._useless(self._told(error)) from None
+
     async def _judge(self, client: Any, case: Case) -> Verdict:
         try:
             reply = await self._complete(client, case)
         except self._errors as error:
-            return Verdict(None, f"{type(error).__name__}: {_told(error)}")
-        return Verdict(prompts.verdict(reply), reply)
+            return Verdict(None, f"{type(error).__name__}: {self._told(error)}", failed=True)
+        return Verdict(prompts.verdict(reply), self._secrets.hidden(_shortened(reply)))
 
     async def _complete(self, client: Any, case: Case) -> str:
         create = client.chat.completions.with_raw_response.create
         answer = await create(model=self._model, messages=_asked(case), **self._options)
         return _text_of(answer.http_response.text)
+
+    def _told(self, error: Exception) -> str:
+        """In one line, with the cause: of a connection the client itself says only that it failed."""
+        said = " ".join(f"{error} {error.__cause__ or ''}".split())
+        return self._secrets.hidden(said)[:200]
+
+    def _useless(self, found: str) -> InputError:
+        return InputError(
+            f"config key judge.url: {masked(self._url)}: expected a server that completes chats of judge.model "
+            f"{self._model!r}: {found}"
+        )
+
+
+class Secrets:
+    """What a server may echo and no file may hold: the key, and the password in a URL, however they are written."""
+
+    def __init__(self, key: str, url: str) -> None:
+        user, password = (unquote(part or "") for part in (urlsplit(url).username, urlsplit(url).password))
+        basic = base64.b64encode(f"{user}:{password}".encode()).decode() if password else ""
+        plain = {key, password, basic} - {""}
+        forms = plain | {quote(secret, safe="") for secret in plain} | {json.dumps(secret)[1:-1] for secret in plain}
+        self._forms = sorted(forms, key=len, reverse=True)
+
+    def hidden(self, text: str) -> str:
+        """The text without them. A lone surrogate, which the JSON parser lets pass and no file takes, goes too."""
+        for form in self._forms:
+            text = text.replace(form, "***")
+        return re.sub(r"[\ud800-\udfff]", "\ufffd", masked(text))
+
+
+def _shortened(reply: str) -> str:
+    """Of a long reply the beginning and the end: the words that decide stand there."""
+    half = KEPT_CHARS // 2
+    return reply if len(reply) <= KEPT_CHARS else f"{reply[:half]} ... {reply[-half:]}"
 
 
 def make_judges(

@@ -1,12 +1,15 @@
 """Judges: what a reply says, the policy through the engine's interface, and the official client against a server."""
 
+import base64
 import contextlib
+import gzip
 import json
 import re
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
@@ -102,13 +105,17 @@ def test_a_case_that_is_too_long_for_the_policy_fails():
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks the protocol. `says`: word of the prompt -> its replies in turn: texts, bodies, or error statuses."""
+    """Speaks the protocol. `says`: word of the prompt -> its replies in turn.
+
+    A reply is a text, a body, an error status, or a function that writes to the socket itself.
+    """
 
     daemon_threads = True
 
     def __init__(self, says):
         super().__init__(("127.0.0.1", 0), Handler)
         self.says, self.asked, self.at_once, self.most, self.crowd, self.refuses = says, [], 0, 0, 0, ()
+        self.encodings = set()
         self.lock, self.gate = threading.Lock(), threading.Event()
         self.gate.set()
 
@@ -122,6 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         text = body["messages"][-1]["content"]
         with self.server.lock:
             self.server.asked.append((self.path, body))
+            self.server.encodings.add(self.headers["Accept-Encoding"])
             self.server.at_once += 1
             self.server.most = max(self.server.most, self.server.at_once)
             if self.server.at_once == self.server.crowd:
@@ -129,6 +137,13 @@ class Handler(BaseHTTPRequestHandler):
             word = next((word for word in self.server.says if word in text), None)
             replies = self.server.says.get(word, ["Correct"])
             reply = replies.pop(0) if len(replies) > 1 else replies[0]
+        if callable(reply):
+            with self.server.lock:
+                self.server.at_once -= 1
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                reply(self)
+            return
         refused = [name for name in self.server.refuses if name in body]
         if refused:
             reply, text = 400, f"refused: {refused}"
@@ -275,6 +290,176 @@ def test_openai_stops_when_told_however_long_its_server_is_silent(serve):
         connected.ask(CASES, lambda i, verdict: None, stop)
     assert time.monotonic() - start < 10 and len(server.asked) == 3  # the question at the start, and two
     server.gate.set()
+
+
+def trickle(handler):
+    """A byte now and then, and never an end."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+    while True:
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+def trickle_head(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        handler.wfile.write(b"X: y\r\n")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+def endless(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+    while True:
+        handler.wfile.write(b" " * (1 << 16))
+
+
+def endless_error(handler):
+    handler.wfile.write(b"HTTP/1.1 400 Bad\r\nContent-Type: application/json\r\n\r\n")
+    while True:
+        handler.wfile.write(b" " * (1 << 16))
+
+
+def squeezed(handler):
+    """A few KB that would become a MB."""
+    body = gzip.compress(b" " * (1 << 20))
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n"
+    handler.wfile.write(head.encode() + body)
+
+
+def redirect_to(where):
+    def reply(handler):
+        head = f"HTTP/1.1 307 Go\r\nLocation: {where}\r\nContent-Length: 0\r\n\r\n"
+        handler.wfile.write(head.encode())
+
+    return reply
+
+
+def hang_up(handler):
+    handler.connection.close()
+
+
+@pytest.mark.parametrize("reply", [trickle, trickle_head])
+def test_the_whole_of_a_request_has_a_deadline(serve, reply):
+    connected = connect(serve(answer_0=[reply]), retries=0, timeout_s=0.5)
+    start = time.monotonic()
+    verdicts = ask(connected, CASES[:2])
+    assert time.monotonic() - start < 10
+    assert [verdict.right for verdict in verdicts] == [None, True]
+    assert verdicts[0].failed and "no whole answer in 0.5 s" in verdicts[0].reply
+
+
+def test_a_request_that_trickles_ends_when_told(serve):
+    connected = connect(serve(answer_0=[trickle]), timeout_s=60.0)
+    start = time.monotonic()
+
+    def stop():
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        connected.ask(CASES, lambda i, verdict: None, stop)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("reply", [endless, endless_error])
+def test_an_answer_without_end_is_not_kept_in_memory(serve, monkeypatch, reply):
+    monkeypatch.setattr(judge, "REPLY_BYTES", 1 << 20)
+    server = serve(answer_0=[reply])
+    verdicts = ask(connect(server, timeout_s=60.0), CASES[:2])
+    assert verdicts[0] == Verdict(None, "NoReply: its answer is longer than 1 MiB", failed=True) and verdicts[1].right
+    assert len(server.asked) == 3  # it is not asked for again
+
+
+def test_a_compressed_answer_is_refused(serve):
+    server = serve(answer_0=[squeezed])
+    verdicts = ask(connect(server), CASES[:1] * 2)
+    assert {verdict.reply for verdict in verdicts} == {"NoReply: it answers compressed, which it was asked not to"}
+    assert server.encodings == {"identity"}
+
+
+def test_redirects_are_not_followed(serve):
+    """What is judged, and the key, go to the address that the user gave and to no other."""
+    other = serve()
+    where = f"http://me:pw@127.0.0.1:{other.server_port}/v1/chat/completions"
+    with pytest.raises(InputError, match=r"it redirects to http://\*\*\*@127.0.0.1.*which is not followed") as caught:
+        connect(serve(week=[redirect_to(where)]))
+    assert "pw" not in str(caught.value)
+    verdicts = ask(connect(serve(answer_0=[redirect_to(where)])), CASES[:2])
+    assert [verdict.right for verdict in verdicts] == [None, True] and not other.asked
+
+
+@pytest.mark.parametrize("echo", ["key", "password", "basic", "query", "header"])
+def test_what_a_server_echoes_of_secrets_is_kept_nowhere(serve, monkeypatch, echo):
+    key, password = "sk-Correct/+1", "p@ss word"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    basic = base64.b64encode(f"me:{password}".encode()).decode()
+    said = {
+        "key": f"Correct: {key} {quote(key, safe='')}",
+        "password": f"Correct: {password} or {quote(password, safe='')}",
+        "basic": f"Correct, {basic}",
+        "query": "Correct. http://host/v1?api_key=hush&x=1",
+        "header": f"Correct. Authorization: Basic {basic}",
+    }[echo]
+    error = json.dumps({"error": {"message": said}}).encode()
+
+    def refuse(handler):
+        head = f"HTTP/1.1 401 No\r\nContent-Type: application/json\r\nContent-Length: {len(error)}\r\n\r\n"
+        handler.wfile.write(head.encode() + error)
+
+    server = serve(answer_0=[said], answer_1=[refuse])
+    url = f"http://me:{quote(password, safe='')}@127.0.0.1:{server.server_port}/v1?api_key=hush"
+    connected = connect(server, url=url)
+    verdicts = ask(connected, CASES[:3])
+    assert [verdict.right for verdict in verdicts] == [True, None, True]
+    shown = " ".join(verdict.reply for verdict in verdicts) + connected.name + connected.identity
+    for secret in (key, password, basic, "hush", quote(key, safe=""), quote(password, safe="")):
+        assert secret not in shown, shown
+    assert server.asked[0][0] == "/v1/chat/completions?api_key=hush"
+
+
+def test_no_secret_of_an_address_is_told(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with pytest.raises(InputError, match=r"judge.url: http://\*\*\*@127.0.0.1:1/v1\?api_key=\*\*\*: ") as caught:
+        connect(None, retries=0, url="http://me:hush@127.0.0.1:1/v1?api_key=hush")
+    assert "hush" not in str(caught.value) and "sk-secret" not in str(caught.value)
+    with pytest.raises(InputError, match="judge.url is ") as caught:
+        connect(None, url="ftp://me:hush@host/v1")
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("gone", [503, 400, hang_up, b"null", b"<html>Welcome</html>"])
+def test_a_server_that_has_gone_away_ends_the_judging(serve, gone):
+    """Where all fails, and the question of the start too. What it said before is heard."""
+    server = serve(xyzzy=["Correct", gone])
+    connected = connect(server, retries=0, concurrency=2)
+    server.says["week"] = [gone]
+    cases, heard = [Case("Q?", ("Paris",), "xyzzy")] * 50, []
+    with pytest.raises(InputError, match=r"judge\.url: .*expected a server that completes chats of judge\.model"):
+        connected.ask(cases, lambda i, verdict: heard.append(verdict), lambda: None)
+    assert sum(verdict.right is True for verdict in heard) == 1
+    assert len(heard) < 10  # and not 50: nobody waits for each of them
+
+
+def test_cases_that_fail_are_no_server_that_has_gone_away(serve):
+    server = serve(xyzzy=[400])
+    verdicts = ask(connect(server, retries=0, concurrency=2), [Case("Q?", ("Paris",), "xyzzy")] * 5)
+    assert all(verdict.failed for verdict in verdicts)
+    assert sum("week" in body["messages"][-1]["content"] for _, body in server.asked) >= 2
+
+
+def test_of_a_long_reply_the_beginning_and_the_end_are_kept(serve):
+    thoughts = "Hmm. " * 10_000
+    server = serve(answer_0=[f"<think>{thoughts}</think>Correct"])
+    verdict = ask(connect(server), CASES[:1])[0]
+    assert verdict.right and len(verdict.reply) < judge.KEPT_CHARS + 10
+    assert verdict.reply.startswith("<think>Hmm.") and verdict.reply.endswith("</think>Correct")
+
+
+def test_no_more_workers_than_cases(serve):
+    server = serve()
+    connected = connect(server, concurrency=10**9)
+    assert all(verdict.right for verdict in ask(connected))
 
 
 def test_what_hears_a_verdict_may_fail(serve):
