@@ -28,6 +28,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from ssp_jax import records
 from ssp_jax.errors import json_line, printable
 from ssp_jax.files import replacing
 
@@ -132,7 +133,7 @@ class Logger:
         if not mute:
             self._folder.mkdir(parents=True, exist_ok=True)
             rows = self._folder / "metrics.jsonl"
-        self._evaluated = {row["step"]: row for row in _keep_steps(rows, resume_step) if _of_evaluation(row)}
+        self._evaluated, spoilt = _keep_steps(rows, resume_step)
         self._rows = rows.open("a", encoding="utf-8")
         events = self._folder / "tensorboard"
         self._events = _open_events(events, resume_step) if tensorboard and not mute else None
@@ -149,6 +150,8 @@ class Logger:
         self._shown_rows = 0
         self._ends: deque[float] = deque(maxlen=11)  # when the last steps ended, so saves and evaluations count
         self._last_line = -math.inf
+        if spoilt:
+            self.say(f"{spoilt} spoilt lines of {rows} are dropped: a machine that went down leaves such")
 
     def __enter__(self) -> Self:
         if self._live:
@@ -286,17 +289,24 @@ def _of_evaluation(row: Mapping[str, Any]) -> bool:
     return any(name.startswith("eval/") for name in row)
 
 
-def _keep_steps(path: Path, last: int) -> list[dict[str, Any]]:
-    """Drop rows after step `last`, and a line that a killed run left half written; the rows that stay."""
+def _keep_steps(path: Path, last: int) -> tuple[dict[int, dict[str, Any]], int]:
+    """Drops rows after step `last` and spoilt lines: the last row of each evaluation that stays, and how many
+    were spoilt.
+    """
+    evaluated: dict[int, dict[str, Any]] = {}
+    spoilt = 0
     if not path.is_file():  # of a run that starts, or the null device
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    kept = [(line, row) for line, row in kept if row["step"] <= last]
-    fresh = path.with_suffix(".new")
-    fresh.write_text("".join(line for line, _ in kept), encoding="utf-8")
-    fresh.replace(path)
-    return [row for _, row in kept]
+        return evaluated, spoilt
+    with replacing(path, str(path)) as fresh:
+        for line in records.read_lines(path, {"step": (int,)}):
+            row = line.record
+            if row is None:
+                spoilt += 1
+            elif row["step"] <= last:
+                fresh.write(line.raw.decode())
+                if _of_evaluation(row):
+                    evaluated[row["step"]] = row
+    return evaluated, spoilt
 
 
 def _open_events(folder: Path, resume_step: int) -> EventsWriter:

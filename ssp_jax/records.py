@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from ssp_jax.files import replacing
+
 LONGEST_LINE = 1 << 26  # bytes; an episode has some hundred thousand, so a longer line is spoilt
 
 Fields = Mapping[str, tuple[type, ...]]  # what a record must have, and of which types
@@ -68,6 +70,6 @@ def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
 
 def write_document(path: Path, document: Any) -> None:
     """Replaces a JSON file: whoever reads it meanwhile finds the old or the new one."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    text = json.dumps(document, indent=1) + "\n"
+    with replacing(path, str(path)) as file:
+        file.write(text)

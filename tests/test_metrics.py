@@ -54,6 +54,24 @@ def test_resuming_drops_rows_that_come_again_and_a_torn_line(tmp_path: Path) -> 
         assert [r["step"] for r in rows(tmp_path)] == [0]
 
 
+def test_spoilt_lines_are_dropped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a machine that went down leaves them; each start would end there."""
+    with Logger(str(tmp_path), 9, tensorboard=False) as logger:
+        logger.evaluation(0, {"eval/nq/right": 20.0})
+        logger.record(1, {"x": 1})
+        logger.record(2, {"x": 2})
+    path = tmp_path / "metrics.jsonl"
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    spoilt = [b"\0" * 30 + b"\n", b"\n", first.strip() + second, b'{"x": 1}\n', b'{"step": "a"}\n', b"\xff\xfe\n"]
+    path.write_bytes(first + spoilt[0] + spoilt[1] + second + b"".join(spoilt[2:]) + third + b'{"step": 3, "ti')
+    for dropped in (6, 0):
+        with Logger(str(tmp_path), 9, tensorboard=False, resume_step=2) as logger:
+            assert not logger.evaluation(0, {"eval/nq/right": 20.0})
+        assert path.read_bytes() == first + second + third
+        said = capsys.readouterr().out
+        assert (f"{dropped} spoilt lines of {path} are dropped" in said) == bool(dropped)
+
+
 def test_an_evaluation_has_one_row_however_often_the_run_is_killed(tmp_path: Path) -> None:
     before, after = {"eval/nq/right": 20.0, "eval/nq/n": 5}, {"eval/nq/right": 30.0, "eval/nq/n": 5}
     with Logger(str(tmp_path), 9, tensorboard=False) as logger:
