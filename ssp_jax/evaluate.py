@@ -23,6 +23,7 @@ from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import SOLVER, Episode, Player, Stage, episode_id
 from ssp_jax.errors import json_line
 from ssp_jax.judge import Case, Judge, Verdict
+from ssp_jax.judge import shown as shown_reply
 from ssp_jax.metrics import Logger
 from ssp_jax.scores import Values
 
@@ -105,11 +106,13 @@ def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any
         name: _values([played[name, task.uid] for task in tasks], setting.metric, verdicts)
         for name, tasks in setting.sets.items()
     }
+    unjudged = [verdict.reply for _, verdict in sorted(verdicts.items()) if verdict.right is None]
     document = {
         "step": step,
         "weights": weights,
         "judge": setting.judge.name if setting.judge else setting.metric,
-        "unjudged": sum(verdict.right is None for verdict in verdicts.values()),
+        "unjudged": len(unjudged),
+        "unjudged_reply": unjudged[0] if unjudged else "",
         "stop_reasons": dict(Counter(record["stop_reason"] for record in played.values())),
         "seconds": round(_seconds(played.values()), 1),
         "sets": scores.summarize(values),
@@ -320,7 +323,8 @@ def show(logger: Logger, result: Result) -> None:
     if found["unjudged"]:
         logger.say(
             f"{found['unjudged']} verdicts failed and count as wrong, verdicts.jsonl says why; the same command asks "
-            "again (a judge cut off in its reply needs a larger judge.max_tokens)"
+            "again (a judge cut off in its reply needs a larger judge.max_tokens). The first reply of them: "
+            f"{shown_reply(found['unjudged_reply'])}"
         )
 
 

@@ -26,6 +26,7 @@ from ssp_jax.remote import check_address
 
 PROBE_SECONDS = 60.0  # a server that is just starting may take its time for the first answer
 REPLY_BYTES = 1 << 23  # of a server's answer at most; a verdict with all its thoughts has some ten thousand
+SHOWN_CHARS = 80  # of a reply in a message
 KEPT_CHARS = 4000  # of a reply in verdicts.jsonl
 _TICK_SECONDS = 0.5
 
@@ -299,6 +300,12 @@ def _shortened(reply: str) -> str:
     """Of a long reply the beginning and the end: the words that decide stand there."""
     half = KEPT_CHARS // 2
     return reply if len(reply) <= KEPT_CHARS else f"{reply[:half]} ... {reply[-half:]}"
+
+
+def shown(reply: str) -> str:
+    """A reply in a message."""
+    words = " ".join(reply.split())
+    return repr(words if len(words) <= SHOWN_CHARS else f"{words[:SHOWN_CHARS]}...")
 
 
 def make_judges(

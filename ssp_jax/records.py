@@ -68,6 +68,13 @@ def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
     return type(value) in types and not (isinstance(value, float) and not math.isfinite(value))
 
 
+def count_lines(path: Path, start: int = 0) -> int:
+    """The whole lines from that byte on."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
+
+
 def write_document(path: Path, document: Any) -> None:
     """Replaces a JSON file: whoever reads it meanwhile finds the old or the new one."""
     text = json.dumps(document, indent=1) + "\n"

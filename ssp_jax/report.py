@@ -2,37 +2,41 @@
 
     python -m ssp_jax.report WORKDIR [--out=report.html] [--games=300]
 
-Curves are matplotlib SVGs: some 15 KB each and sharp at any size, where an embedded plotly would bring 4 MB. The page
-may be made while the run goes on.
+Curves are matplotlib SVGs: some 15 KB each and sharp at any size, where an embedded plotly would bring 4 MB. Of a long
+run each of their points stands for many steps, and the page says so. It may be made while the run goes on.
 """
 
 import base64
 import io
+import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 
-from ssp_jax import prompts, rewards
+from ssp_jax import prompts, records, rewards
 from ssp_jax.config import user_path
+from ssp_jax.curves import Curves, Point
 from ssp_jax.errors import InputError, Parser, exit_code, masked, printable
 from ssp_jax.files import replacing
 from ssp_jax.scores import AVERAGE, MEANS, SHARES
 
 EVALUATIONS = "eval/step_*.json"  # in a run folder
+EVALUATIONS_SHOWN = 200  # at most as points of a curve
 GAMES = 300  # shown at most, spread over the dumps of a run
-SMOOTHED_STEPS = 60  # runs longer than this get a running mean over a twentieth of their steps
+SMOOTHED_POINTS = 60  # lines of more points get a running mean over a twentieth of them
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#64748b", "#b91c1c", "#1e293b")
 UPDATES = ("proposer", "solver", "both")  # in the order, and so the colours, of the other charts
 
-Steps = list[dict[str, float]]
+Row = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,20 @@ class Chart:
     """label -> metric; a metric that the run never wrote is left out, and so is a chart without any."""
 
     title: str
-    lines: Mapping[str, str | Callable[[dict[str, float]], float | None]]
+    lines: Mapping[str, str | Callable[[Row], float | None]]
     note: str = ""
     percent: bool = False
 
+    def name(self, label: str) -> str:
+        return f"{self.title}: {label}"
 
-def _share(part: str, whole: str) -> Callable[[dict[str, float]], float | None]:
-    return lambda row: 100 * row[part] / row[whole] if row.get(whole) and row.get(part) is not None else None
+
+def _share(part: str, whole: str) -> Callable[[Row], float | None]:
+    def share(row: Row) -> float | None:
+        some, all_ = row.get(part), row.get(whole)
+        return 100 * some / all_ if all_ and some is not None else None
+
+    return share
 
 
 CHARTS = (
@@ -74,6 +85,9 @@ CHARTS = (
 )
 
 
+_LINES = [(chart.name(label), metric) for chart in CHARTS for label, metric in chart.lines.items()]
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -82,34 +96,58 @@ def _written(where: object) -> Iterator[None]:
     """What is not as a run writes it is told with its place."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         found = f"{type(error).__name__}: {error}"
         raise InputError(f"{where}: expected it as a run writes it, which it is not ({found})") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The whole lines of a file, each with its place. A last one that a running process has half written waits."""
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        where = f"{path} line {number}"
-        with _written(where):
-            row = dict(json.loads(line))
-        yield where, row
+@dataclass
+class Steps:
+    """What metrics.jsonl says of the steps."""
+
+    last: int = 0
+    seconds: float = 0.0
+    curves: Curves = field(default_factory=Curves)
+    spoilt: int = 0  # lines that were passed over
+
+    def add(self, row: Row, step: int, seconds: float) -> None:
+        values = {name: metric(row) if callable(metric) else row.get(metric) for name, metric in _LINES}
+        values |= {name: value for name, value in row.items() if name.startswith("fault/")}
+        self.last, self.seconds = step, self.seconds + seconds
+        self.curves.add(step, {name: value for name, value in values.items() if value is not None})
 
 
 def read_metrics(workdir: Path) -> Steps:
-    """The rows of steps; none where there was only an evaluation."""
-    path = workdir / "metrics.jsonl"
+    """None where there was only an evaluation. Lines that a crash has spoilt are passed over, if others are whole."""
+    path, found = workdir / "metrics.jsonl", Steps()
     if not path.is_file():
         if any(workdir.glob(EVALUATIONS)):
-            return []
+            return found
         raise InputError(f"{workdir}: expected a run folder, found neither metrics.jsonl nor {EVALUATIONS} in it")
-    rows: list[dict[str, Any]] = []
-    for where, row in _lines(path):
-        if "seconds" in row:
-            with _written(where):
-                rows.append({name: None if value is None else float(value) for name, value in row.items()})
-                rows[-1] |= {name: float(row[name]) for name in ("step", "seconds")}  # which are never null
-    return rows
+    whole = 0
+    for number, line in enumerate(records.read_lines(path, {}), 1):
+        if line.record is None:
+            found.spoilt += 1
+            continue
+        with _written(f"{path} line {number}"):
+            _add_row(found, line.record)
+        whole += 1
+    if found.spoilt and not whole:
+        raise InputError(f"{path} line 1: expected it as a run writes it, a JSON object; no line is one")
+    return found
+
+
+def _add_row(found: Steps, record: dict[str, Any]) -> None:
+    step = int(_number(record["step"]))
+    if "seconds" in record:  # else it is an evaluation's
+        row = {name: None if value is None else _number(value) for name, value in record.items()}
+        found.add(row, step, _number(record["seconds"]))
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.40} is no number")
+    return float(value)
 
 
 def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
@@ -120,16 +158,29 @@ def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
             document = json.loads(path.read_bytes())
         except ValueError:
             continue
+        except RecursionError:
+            document = None
         with _written(path):
             found.append(shown_evaluation(document))
     return found
 
 
-def shown_evaluation(document: dict[str, Any]) -> dict[str, Any]:
-    """What the page needs of a document that evaluate.evaluate wrote."""
+def shown_evaluation(document: Any) -> dict[str, Any]:
+    """What the page needs of a document that evaluate.evaluate wrote. inputs: what its episodes were played with."""
     columns = (*SHARES, "right_low", "right_high", *MEANS, "n")
-    sets = {name: {column: float(row[column]) for column in columns} for name, row in document["sets"].items()}
-    return {"step": int(document["step"]), "judge": str(document["judge"]), "sets": sets}
+    questions = dict(document.get("questions") or {})
+    sets = {}
+    for name, row in document["sets"].items():
+        sets[printable(name)] = {column: _number(row[column]) for column in columns} | {
+            "questions": questions.get(name)
+        }
+    inputs = json.dumps(document.get("inputs") or {}, sort_keys=True)
+    return {
+        "step": int(_number(document["step"])),
+        "judge": printable(str(document["judge"])),
+        "inputs": inputs,
+        "sets": sets,
+    }
 
 
 def read_config(workdir: Path) -> tuple[str, str]:
@@ -142,20 +193,33 @@ def read_config(workdir: Path) -> tuple[str, str]:
     return text, note
 
 
-def read_games(workdir: Path, most: int) -> tuple[list[dict[str, Any]], int]:
+@dataclass
+class Games:
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    total: int = 0
+    spoilt: int = 0
+
+
+def read_games(workdir: Path, most: int) -> Games:
     """At most `most` games, as many of each dump, and how many there are in all."""
     dumps = sorted((workdir / "episodes").glob("step_*.jsonl"))
-    each, games, total = max(1, most // max(len(dumps), 1)), [], 0
-    kept = {dumps[i] for i in np.linspace(0, len(dumps) - 1, min(len(dumps), most)).round().astype(int)}
+    each, found = max(1, most // max(len(dumps), 1)), Games()
+    kept = {dumps[i] for i in _spread(len(dumps), most)}
     for path in dumps:
         with _written(path):
             step = int(path.stem.removeprefix("step_"))
-        for number, (where, game) in enumerate(_lines(path)):
-            total += 1
-            if path in kept and number < each:
-                with _written(where):
-                    games.append(shown_game(step, game))
-    return games, total
+        lines = itertools.islice(records.read_lines(path, {}), each if path in kept else 0)
+        end = 0
+        for number, line in enumerate(lines, 1):
+            end = line.next
+            if line.record is None:
+                found.spoilt += 1
+                continue
+            with _written(f"{path} line {number}"):
+                found.shown.append(shown_game(step, line.record))
+            found.total += 1
+        found.total += records.count_lines(path, end)
+    return found
 
 
 def shown_game(step: int, game: dict[str, Any]) -> dict[str, Any]:
@@ -231,24 +295,26 @@ def _image(axes: Any) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _line(axes: Any, label: str, points: Sequence[tuple[float, float]], color: str) -> None:
-    steps, values = np.array(points, float).T
-    if len(steps) < SMOOTHED_STEPS:
-        axes.plot(steps, values, color=color, label=label, marker="o", markersize=3)
+def _line(axes: Any, label: str, points: Sequence[Point], each: int, color: str) -> None:
+    """each: steps that a point stands for; then a band reaches from the lowest to the highest of them."""
+    steps, rows, means, lows, highs = np.array(points, float).T
+    if len(points) < SMOOTHED_POINTS:
+        axes.plot(steps, means, color=color, label=label, marker="o", markersize=3)
         return
-    width = max(3, len(steps) // 20)
-    weights = np.convolve(np.ones_like(values), np.ones(width), "same")
-    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, np.convolve(values, np.ones(width), "same") / weights, color=color, label=label)
+    if each == 1:
+        axes.plot(steps, means, color=color, alpha=0.25, linewidth=0.8)
+    else:
+        axes.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
+    window = np.ones(max(3, len(steps) // 20))
+    smooth = np.convolve(means * rows, window, "same") / np.convolve(rows, window, "same")
+    axes.plot(steps, smooth, color=color, label=label)
 
 
-def draw(chart: Chart, rows: Steps) -> str | None:
+def draw(chart: Chart, curves: Curves) -> str | None:
     axes, drawn = _figure(), 0
-    for (label, metric), color in zip(chart.lines.items(), COLORS, strict=False):
-        found = [(row["step"], metric(row) if callable(metric) else row.get(metric)) for row in rows]
-        points = [(step, value) for step, value in found if value is not None]
-        if points:
-            _line(axes, label, points, color)
+    for label, color in zip(chart.lines, COLORS, strict=False):
+        if points := curves.line(chart.name(label)):
+            _line(axes, label, points, curves.each, color)
             drawn += 1
     if not drawn:
         return None
@@ -257,21 +323,24 @@ def draw(chart: Chart, rows: Steps) -> str | None:
     return _image(axes)
 
 
-def draw_faults(rows: Steps) -> str | None:
+def draw_faults(curves: Curves) -> str | None:
     """Why questions failed, stacked, as counts of a step."""
-    names = list(dict.fromkeys(key for row in rows for key, count in row.items() if key.startswith("fault/") and count))
-    if not names:
+    lines = {name: {p.step: p.mean for p in curves.line(name)} for name in curves.names if name.startswith("fault/")}
+    lines = {name: line for name, line in lines.items() if any(line.values())}
+    if not lines:
         return None
-    axes, steps = _figure(), [row["step"] for row in rows]
-    counts = [[row.get(name) or 0 for row in rows] for name in names]
-    labels = [name.removeprefix("fault/").replace("_", " ") for name in names]
-    colors = [COLORS[i % len(COLORS)] for i in range(len(names))]
+    axes = _figure()
+    steps = sorted({step for line in lines.values() for step in line})
+    counts = [[line.get(step, 0.0) for step in steps] for line in lines.values()]
+    labels = [printable(name.removeprefix("fault/").replace("_", " ")) for name in lines]
+    colors = [COLORS[i % len(COLORS)] for i in range(len(lines))]
     axes.stackplot(steps, counts, labels=labels, colors=colors, alpha=0.8)
     return _image(axes)
 
 
 def draw_evaluations(found: Sequence[dict[str, Any]]) -> str | None:
     """Percent right of each set over steps, with the interval of each point."""
+    found = [found[i] for i in _spread(len(found), EVALUATIONS_SHOWN)]
     names = list(dict.fromkeys(name for document in found for name in document["sets"]))
     if not names:
         return None
@@ -286,6 +355,11 @@ def draw_evaluations(found: Sequence[dict[str, Any]]) -> str | None:
         axes.errorbar(steps, values, np.maximum(0, errors), label=name, color=COLORS[i % len(COLORS)], **style)
     axes.set_ylim(0, 103)
     return _image(axes)
+
+
+def _spread(number: int, most: int) -> list[int]:
+    """At most `most` of so many: the first, the last, and evenly between."""
+    return sorted(set(np.linspace(0, number - 1, min(number, most)).round().astype(int).tolist()))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -304,28 +378,45 @@ def reward_note(config: str) -> str:
     )
 
 
-def by_judge(evals: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What one judge finds right is no point on another's curve. The last one's come first."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def comparable(evals: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Evaluations by the same judge and of the same inputs, the last one's first.
+
+    What one judge finds right is no point on another's curve, nor is what was played with another
+    search index on that of this one.
+    """
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for document in reversed(evals):
-        found.setdefault(document["judge"], []).insert(0, document)
-    return found
+        found.setdefault((document["judge"], document["inputs"]), []).insert(0, document)
+    return list(found.values())
 
 
 def _charts(steps: Steps, evals: Sequence[dict[str, Any]], rewarded: str) -> Iterator[dict[str, str]]:
-    drawn = [(chart.title, chart.note, draw(chart, steps)) for chart in CHARTS]
-    drawn[0] = (drawn[0][0], rewarded, drawn[0][2])
-    drawn.insert(2, ("Questions that failed, by reason", "Questions of a step.", draw_faults(steps)))
-    for judge, documents in reversed(by_judge(evals).items()):
-        title, note = f"Right answers to held-out questions by {judge}, %", "With 95 % bootstrap intervals."
-        drawn.insert(0, (title, note, draw_evaluations(documents)))
-    yield from ({"title": title, "note": note, "image": image} for title, note, image in drawn if image)
+    groups = comparable(evals)
+    for i, documents in enumerate(groups):
+        judge = documents[0]["judge"]
+        earlier = " with earlier inputs" if judge in [group[0]["judge"] for group in groups[:i]] else ""
+        title, note = f"Right answers to held-out questions by {judge}{earlier}, %", "With 95 % bootstrap intervals."
+        if len(documents) > EVALUATIONS_SHOWN:
+            note += f" {EVALUATIONS_SHOWN} of {len(documents)} evaluations."
+        yield from _shown(title, note, draw_evaluations(documents))
+    each = f" A point is the mean of {steps.curves.each} steps, the band their range." if steps.curves.each > 1 else ""
+    for number, chart in enumerate(CHARTS):
+        note = rewarded if number == 0 else chart.note
+        yield from _shown(chart.title, note + each, draw(chart, steps.curves))
+        if number == 1:
+            note = f"Mean of {steps.curves.each} steps." if each else "Questions of a step."
+            yield from _shown("Questions that failed, by reason", note, draw_faults(steps.curves))
 
 
-def _ends(evals: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
-    """Set -> its row of the last judge's first evaluation and of the last, each with its step."""
-    rows: dict[str, list[dict[str, float]]] = {}
-    for document in next(iter(by_judge(evals).values()), []):
+def _shown(title: str, note: str, image: str | None) -> Iterator[dict[str, str]]:
+    if image:
+        yield {"title": title, "note": note, "image": image}
+
+
+def _ends(evals: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Set -> its row of the first evaluation that compares with the last one, and of the last, each with its step."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for document in next(iter(comparable(evals)), []):
         for name, row in document["sets"].items():
             rows.setdefault(name, []).append(row | {"step": document["step"]})
     return {name: (found[0], found[-1]) for name, found in rows.items()}
@@ -333,23 +424,29 @@ def _ends(evals: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, float], 
 
 def page(workdir: Path, most_games: int) -> str:
     steps, evals = read_metrics(workdir), read_evaluations(workdir)
-    games, total = read_games(workdir, most_games)
+    games = read_games(workdir, most_games)
     config, rewarded = read_config(workdir)
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    return template.render(
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_as_text)
+    return environment.from_string(source).render(
         name=workdir.resolve().name,
-        steps=int(steps[-1]["step"]) if steps else 0,
-        minutes=sum(row["seconds"] for row in steps) / 60,
+        steps=steps.last,
+        minutes=steps.seconds / 60,
         evaluations=_ends(evals),
         judge=evals[-1]["judge"] if evals else "",
         charts=list(_charts(steps, evals, rewarded)),
-        games=games,
-        total=total,
-        outcomes=sorted({game["outcome"] for game in games}),
-        dumps=sorted({game["step"] for game in games}),
+        spoilt=steps.spoilt + games.spoilt,
+        games=games.shown,
+        total=games.total,
+        outcomes=sorted({game["outcome"] for game in games.shown}),
+        dumps=sorted({game["step"] for game in games.shown}),
         config=config,
     )
+
+
+def _as_text(value: Any) -> Any:
+    """What a model wrote may hold characters that no page may; a macro's HTML is not text any more."""
+    return printable(value) if type(value) is str else value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

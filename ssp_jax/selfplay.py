@@ -92,6 +92,13 @@ class Round:
     stats: Stats
     metrics: dict[str, float]
 
+    @property
+    def useless_reply(self) -> str | None:
+        """What the judge said, where it was asked and not one of its replies was a verdict."""
+        verdicts = [verdict for game in self.games for verdict in game.verdicts.values()]
+        unheard = bool(verdicts) and all(verdict.right is None for verdict in verdicts)
+        return verdicts[0].reply if unheard else None
+
 
 class SelfPlay:
     """The rules of a run, ready to play rounds. Holds no state between rounds: that is `Memory`."""

@@ -280,6 +280,10 @@ class _Run:
         self.memory, self.step = memory, self.step + 1
         self._seconds += time.monotonic() - start
         self.logger.step(self.step, metrics | {"compiles": self.compiles.count}, time.monotonic() - start)
+        if (reply := round_.useless_reply) is not None:
+            self.logger.say(
+                f"no reply of the judge was a verdict, so all that it judged is wrong: {judge.shown(reply)}"
+            )
         if c.log.episodes_every and self.step % c.log.episodes_every == 0:
             self.logger.episodes(self.step, [readable(game) for game in round_.games])
         if int(self._state.bad_updates) >= c.learner.max_bad_updates:

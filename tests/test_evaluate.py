@@ -263,6 +263,7 @@ def test_tables(tmp_path, capsys):
         "Held-out questions, some weights",
         "| first | 50.0 (0-100) | 50.0 (0-100) | 50.0 (0-100) | 50.0 (0-100) | 1.0 |",
         "1 verdicts failed and count as wrong",
+        "The first reply of them: 'reply'",
         "| first | 50.0 | 100.0 | +50.0 | +0.0 to +100.0 | 40.0 | 50.0 | +10.0",
         "| average | 25.0 | 75.0 | +50.0 |",
     ):

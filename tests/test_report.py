@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ssp_jax import report
+from ssp_jax.curves import Curves, Point
 from ssp_jax.errors import InputError
 from ssp_jax.scores import MEANS, SHARES
 
@@ -166,13 +167,11 @@ def test_a_run_that_goes_on_is_shown_with_what_is_whole(tmp_path):
     (tmp_path / "episodes" / "step_000004.jsonl").write_text("")
     for name in ("step_000004.json", "step_000005.json"):
         (tmp_path / "eval" / name).write_text('{"step": 4, "jud' if "4" in name else "")
-    assert [row["step"] for row in report.read_metrics(tmp_path)] == [1, 2, 3, 4]
-    assert report.read_games(tmp_path, 9)[1] == 2 and len(report.read_evaluations(tmp_path)) == 2
+    steps = report.read_metrics(tmp_path)
+    assert [point.step for point in steps.curves.line("Seconds: a whole step")] == [1, 2, 3, 4] and not steps.spoilt
+    assert report.read_games(tmp_path, 9).total == 2 and len(report.read_evaluations(tmp_path)) == 2
     assert ">too long to verify<" in _svg(charts_of(tmp_path)["Questions that failed, by reason"]["image"])
     assert "4 steps, 4.0 minutes" in report.page(tmp_path, 9)
-    (tmp_path / "metrics.jsonl").write_text("no JSON\n")
-    with pytest.raises(InputError, match="metrics.jsonl line 1: expected it as a run writes it"):
-        report.page(tmp_path, 9)
 
 
 def _svg(image):
@@ -189,13 +188,14 @@ def test_a_model_cannot_write_html(tmp_path):
 
 def test_long_runs_are_smoothed_and_games_sampled(tmp_path):
     run_folder(tmp_path, steps=80, games=[(step, [game()] * 7) for step in range(10, 90, 10)])
-    games, total = report.read_games(tmp_path, 16)
-    assert total == 56 and [g["step"] for g in games] == [step for step in range(10, 90, 10) for _ in range(2)]
-    games, _ = report.read_games(tmp_path, 3)
-    assert [g["step"] for g in games] == [10, 50, 80]  # first and last, and between
-    flat = [(step, 5.0) for step in range(80)]
+    games = report.read_games(tmp_path, 16)
+    assert games.total == 56
+    assert [g["step"] for g in games.shown] == [step for step in range(10, 90, 10) for _ in range(2)]
+    games = report.read_games(tmp_path, 3)
+    assert [g["step"] for g in games.shown] == [10, 50, 80] and games.total == 56  # first and last, and between
+    flat = [Point(step, 1, 5.0, 5.0, 5.0) for step in range(80)]
     axes = report._figure()
-    report._line(axes, "x", flat, "blue")
+    report._line(axes, "x", flat, 1, "blue")
     assert len(axes.lines) == 2 and set(axes.lines[1].get_ydata().round(9)) == {5.0}  # ends included
 
 
@@ -239,40 +239,96 @@ def test_names_are_no_formulas_and_null_is_no_number(tmp_path):
     for document in found:
         document["sets"] = {"$_{$ a": document["sets"]["paper/nq"]}
     assert ">$_{$ a<" in _svg(report.draw_evaluations(found))
-    rows = [{"step": 1.0, "seconds": 1.0, "funnel/proposed": 4.0, "funnel/verified": None, "funnel/well_formed": 2.0}]
-    svg = _svg({chart.title: report.draw(chart, rows) for chart in report.CHARTS}["Funnel, % of the questions asked"])
+    steps = report.Steps()
+    steps.add({"funnel/proposed": 4.0, "funnel/verified": None, "funnel/well_formed": 2.0}, 1, 1.0)
+    drawn = {chart.title: report.draw(chart, steps.curves) for chart in report.CHARTS}
+    svg = _svg(drawn["Funnel, % of the questions asked"])
     assert ">well-formed<" in svg and ">verified<" not in svg
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "found"),
-    [
-        ("metrics.jsonl", '{"step": 1, "seconds": null}', " line 1"),
-        ("metrics.jsonl", '{"step": 1, "seconds": 1, "reward/solver": "x"}', " line 1"),
-        ("metrics.jsonl", '{"seconds": 1}', " line 1"),
-        ("eval/step_000001.json", "[]", ""),
-        ("eval/step_000001.json", '{"step": 1, "sets": {}}', ""),
-        ("eval/step_000001.json", '{"step": 1, "judge": "em", "sets": {"nq": {"right": 1}}}', ""),
-        ("config.json", '{"reward', ""),
-        ("config.json", "[]", ""),
-        ("config.json", '{"reward.proposer": "azr"}', ""),
-        ("episodes/step_000002.jsonl", '{"answer": "Paris"}', " line 1"),
-        ("episodes/step_x.jsonl", "{}", ""),
-    ],
-)
-def test_a_file_that_no_run_has_written_is_named(tmp_path, capsys, name, text, found):
-    (run_folder(tmp_path) / name).write_text(text + "\n")
-    assert report.main([str(tmp_path)]) == 2
-    assert f"{name}{found}: expected it as a run writes it" in capsys.readouterr().err
+def test_spoilt_lines_are_passed_over_and_counted(tmp_path):
+    """As a machine that went down leaves them."""
+    run_folder(tmp_path, games=[(2, [game(), game()])])
+    for name in ("metrics.jsonl", "episodes/step_000002.jsonl"):
+        path = tmp_path / name
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(lines[0] + b"\0" * 20 + b"\n\n" + lines[0].strip() + lines[1] + b"".join(lines[1:]))
+    assert report.read_metrics(tmp_path).spoilt == report.read_games(tmp_path, 9).spoilt == 3
+    text = words_of(tmp_path)
+    assert "6 spoilt lines of metrics.jsonl and episodes/ are passed over" in text
+    assert "3 steps, 3.0 minutes" in text and "2 of the 2 games" in text
 
 
-def test_unusable_flags(tmp_path, capsys):
+def test_what_is_not_text_is_shown_as_an_escape(tmp_path):
+    """Half an emoji, which no file takes, and characters that turn the direction of writing."""
+    run_folder(tmp_path, games=[(1, [game(question="Q \ud83d \u202e \x1b[31m")])])
+    for path in (tmp_path / "eval").iterdir():
+        path.write_text(path.read_text().replace("paper/nq", "a\\u202e\\u0001\\ud83d"))
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert r"Q \ud83d \u202e \x1b[31m" in text and r"a\u202e\x01\ud83d" in text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", text)
+
+
+def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
+    """And one that says what its points are."""
+    names = ["reward/solver", "reward/proposer", "fault/empty", "update/solver/kl", "play/seconds"]
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(1, 6_001):
+            values = {name: (step % 100) / 100 for name in names}
+            file.write(json.dumps({"step": step, "time": 0.0, "seconds": 1.0} | values) + "\n")
+    (tmp_path / "eval").mkdir()
+    row = {name: 30.0 for name in (*SHARES, *MEANS)} | {"right": 20.0, "right_low": 10.0, "right_high": 30.0, "n": 9}
+    for step in range(0, 1025, 5):
+        document = {"step": step, "judge": "em", "sets": {"nq": row}}
+        (tmp_path / "eval" / f"step_{step:06d}.json").write_text(json.dumps(document))
+    page = report.page(tmp_path, 9)
+    assert len(page) < 600_000 and "6000 steps, 100.0 minutes" in page
+    assert "A point is the mean of 8 steps, the band their range." in page and "Mean of 8 steps." in page
+    assert "200 of 205 evaluations." in page
+    line = report.read_metrics(tmp_path).curves.line("Rewards: solver")
+    assert len(line) == 750 and {min(p.low for p in line), max(p.high for p in line)} == {0.0, 0.99}
+
+
+@pytest.mark.parametrize("number", [0, 1, 7, 8, 9, 1000])
+def test_a_curve_holds_all_values_in_few_points(number):
+    curves = Curves(most=4)
+    values = [float((7 * i) % 11) for i in range(number)]
+    for i, value in enumerate(values):
+        curves.add(i, {"x": value} | ({"late": 1.0} if i == number - 1 else {}))
+    line = curves.line("x")
+    assert len(line) <= 8 and curves.each * (len(line) - 1) < max(number, 1) <= curves.each * max(len(line), 1)
+    assert sum(point.rows for point in line) == number
+    assert sum(point.rows * point.mean for point in line) == pytest.approx(sum(values))
+    for i, point in enumerate(line):
+        own = values[i * curves.each : (i + 1) * curves.each]
+        assert (point.low, point.high, point.mean) == (min(own), max(own), pytest.approx(sum(own) / len(own)))
+        assert point.step == i * curves.each + (len(own) - 1) / 2
+    assert [point.rows for point in curves.line("late")] == ([1] if number else [])
+    assert curves.names == (["x", "late"] if number else []) and curves.line("none") == []
+
+
+def test_evaluations_of_other_inputs_are_not_compared(tmp_path):
+    """After the index was built anew: no gain, and a curve of its own."""
     run_folder(tmp_path)
-    for out in (tmp_path / "none" / "a.html", tmp_path):
-        assert report.main([str(tmp_path), f"--out={out}"]) == 2
-        assert capsys.readouterr().err.startswith(f"ssp_jax: {out}: ")
-    assert report.main([str(tmp_path), "--games=-1"]) == 2
-    assert "--games: expected 0 or more" in capsys.readouterr().err
+    last = tmp_path / "eval" / "step_000003.json"
+    last.write_text(json.dumps(json.loads(last.read_text()) | {"inputs": {"the search": "other"}}))
+    titles = list(charts_of(tmp_path))
+    assert titles[:2] == [
+        "Right answers to held-out questions by policy, %",
+        "Right answers to held-out questions by policy with earlier inputs, %",
+    ]
+    assert "paper/nq 45.0 13 to 55 30.0" in words_of(tmp_path)
+
+
+def test_a_gain_needs_the_same_questions_and_not_only_as_many(tmp_path):
+    run_folder(tmp_path)
+    for path, questions in zip(sorted((tmp_path / "eval").iterdir()), ("one", "two"), strict=True):
+        document = json.loads(path.read_text()) | {"questions": {"paper/nq": questions, "average": "same"}}
+        path.write_text(json.dumps(document))
+    text = words_of(tmp_path)
+    assert "paper/nq 20.0 13 to 55 45.0 13 to 55 30.0 30.0 30.0 30.0 30 100, then others, 100" in text
+    assert "average 21.0 13 to 55 46.0 13 to 55 +25.0" in text
 
 
 def test_no_run(tmp_path, capsys):

@@ -334,7 +334,7 @@ def test_memory_and_games_survive_json():
 class Judge:
     """Finds one answer right, fails at another, and remembers the batches that it was asked."""
 
-    name = "scripted"
+    name = identity = "scripted"
 
     def __init__(self, right=(), fails=()):
         self.right, self.fails, self.batches = right, fails, []
@@ -378,6 +378,13 @@ def test_a_judge_hears_what_exact_match_refuses(last_first):
         ["a capital in Tibet", "broken", "no idea", *["the capital of Mongolia"] * 5]
     ]
     assert (round_.metrics["judge/asked"], round_.metrics["judge/failed"]) == (8, 1)
+    assert round_.useless_reply is None
+
+
+def test_a_judge_that_says_nothing_is_heard_of():
+    answers = {"Lhasa": "broken", "Oslo": "broken"}
+    round_ = play_judged(Judge(fails=("broken",)), judged_script(answers, answers))
+    assert round_.metrics["judge/failed"] == round_.metrics["judge/asked"] > 0 and round_.useless_reply == "reply"
 
 
 def test_a_judge_is_heard_again_after_its_word_lets_a_question_pass():
@@ -399,7 +406,8 @@ def test_temperatures_reach_the_players():
 
 
 def test_without_a_judge_no_metric_of_one_is_written():
-    assert not any(key.startswith("judge/") for key in play(script())[0].metrics)
+    round_ = play(script())[0]
+    assert not any(key.startswith("judge/") for key in round_.metrics) and round_.useless_reply is None
 
 
 def test_questions_proposed_again_are_verified_too_with_noise_of_the_same_step():
