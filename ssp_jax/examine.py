@@ -31,7 +31,7 @@ def examine(config: ConfigDict, workdir: str) -> None:
     def initial() -> model.Params:
         return train.load_initial(config, inputs.model_config, mesh)
 
-    judges = judge.make_judges(config, engine, inputs.stage, inputs.digests, initial)
+    judges = judge.make_judges(config, engine, inputs.stage, inputs.digests, inputs.server, initial)
     folder = Path(workdir) / "eval"
     folder.mkdir(exist_ok=True)
     with (

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax import data, episodes, export, hosts, model, prompts, scores, sharding, weights
+from ssp_jax import data, episodes, export, hosts, judge, model, prompts, scores, sharding, weights
 from ssp_jax.checkpoint import check_workdir
 from ssp_jax.config import check_values, flatten_config
 from ssp_jax.data import Task
@@ -24,7 +24,7 @@ from ssp_jax.retriever import Search, ensure_index, open_retriever
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What the files say, and the search."""
+    """What the files say, the judge's server, and the search."""
 
     tasks: list[Task]  # none in an evaluation
     eval_sets: dict[str, list[Task]]
@@ -34,6 +34,7 @@ class Inputs:
     tokenizer: Any
     stage: episodes.Stage
     eos: tuple[int, ...]
+    server: judge.OpenAI | None  # where one is asked
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
@@ -74,12 +75,13 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
 
     found = hosts.agree(files, _settings(config))
     hosts.agree(lambda: make_mesh(config))
+    server = hosts.agree(lambda: _open_judge(config, found, evaluating))
     asked = found["tasks"] or next(iter(found["eval_sets"].values()))
-    return Inputs(**found, retriever=open_search(config.retriever, workdir, asked))
+    return Inputs(**found, server=server, retriever=open_search(config.retriever, workdir, asked))
 
 
 def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
-    """The fields of Inputs, but for the retriever."""
+    """The fields of Inputs, but for the servers."""
     model_config = weights.read_config(config.model.path)
     tokenizer = weights.load_tokenizer(config.model.path)
     stage = make_stage(config, tokenizer)
@@ -101,6 +103,18 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
         "stage": stage,
         "eos": episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
     }
+
+
+def _open_judge(config: ConfigDict, found: dict[str, Any], evaluating: bool) -> judge.OpenAI | None:
+    """What would keep a judge from judging is told now."""
+    c, kinds = config.eval, set()
+    if evaluating or (found["eval_sets"] and (c.before or c.every or c.after)):
+        kinds.add(c.judge)
+    if not evaluating:
+        kinds.add(config.reward.metric)
+    if "policy" in kinds:
+        judge.check_policy(found["stage"])
+    return judge.open_server(config.judge) if "openai" in kinds else None
 
 
 def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:

@@ -87,7 +87,6 @@ class Policy:
         room = cache_tokens - max_tokens
         limits = replace(stage.limits, prompt_tokens=room, response_tokens=max_tokens, turn_tokens=max_tokens)
         self._engine, self._stage, self._weights = engine, replace(stage, limits=limits), weights
-        stage.prompt(_asked(_PROBE))  # a template may refuse it
 
     def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
         players = []
@@ -302,6 +301,17 @@ def _shortened(reply: str) -> str:
     return reply if len(reply) <= KEPT_CHARS else f"{reply[:half]} ... {reply[-half:]}"
 
 
+def check_policy(stage: Stage) -> None:
+    """InputError where the chat template refuses what the policy judge is asked."""
+    stage.prompt(_asked(_PROBE))
+
+
+def open_server(c: ConfigDict) -> OpenAI:
+    """The server of config section judge. One that is not there is told."""
+    options = {"concurrency": c.concurrency, "timeout_s": c.timeout_s, "retries": c.retries}
+    return OpenAI(c.url, c.model, **options, max_tokens=c.max_tokens)
+
+
 def shown(reply: str) -> str:
     """A reply in a message."""
     words = " ".join(reply.split())
@@ -309,11 +319,17 @@ def shown(reply: str) -> str:
 
 
 def make_judges(
-    config: ConfigDict, engine: Engine, stage: Stage, digests: Mapping[str, str], initial: Callable[[], Any]
+    config: ConfigDict,
+    engine: Engine,
+    stage: Stage,
+    digests: Mapping[str, str],
+    server: OpenAI | None,
+    initial: Callable[[], Any],
 ) -> Callable[[str], Judge | None]:
     """The judge of reward.metric or eval.judge, None for a metric that needs none; each is made once.
 
-    digests: of a run's inputs. initial: gives the sampler's copy of the initial weights.
+    digests: of a run's inputs. server: the one that was found with them.
+    initial: gives the sampler's copy of the initial weights.
     """
     c = config.judge
     model = {name: digests[name] for name in ("the weights", "the model's shape", "the tokenizer")}
@@ -323,9 +339,6 @@ def make_judges(
     def judge(kind: str) -> Judge | None:
         if kind == "policy":
             return Policy(engine, stage, model, initial, c.max_tokens, config.engine.cache_tokens)
-        if kind == "openai":
-            options = {"concurrency": c.concurrency, "timeout_s": c.timeout_s, "retries": c.retries}
-            return OpenAI(c.url, c.model, **options, max_tokens=c.max_tokens)
-        return None
+        return server if kind == "openai" else None
 
     return judge

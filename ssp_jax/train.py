@@ -169,7 +169,7 @@ def make_setting(
         key=jax.random.key(config.seed),
         temperature=config.sampling.eval_temperature,
         metric=metric,
-        judge=hosts.agree(lambda: judges(metric)),
+        judge=judges(metric),
         logger=logger,
         stop=stop,
     )
@@ -203,10 +203,10 @@ class _Run:
         with device_memory.must_fit("the train state", learner.MEMORY_REMEDY):
             self._build_model()
         self._engine = make_engine(config, inputs, self._mesh)
-        self._judges = judge.make_judges(config, self._engine, inputs.stage, inputs.digests, self._initial)
-        judging = hosts.agree(lambda: self._judges(config.reward.metric))
-        if inputs.eval_sets and (config.eval.before or config.eval.every or config.eval.after):
-            hosts.agree(lambda: self._judges(config.eval.judge))  # a server that is not there is told now
+        self._judges = judge.make_judges(
+            config, self._engine, inputs.stage, inputs.digests, inputs.server, self._initial
+        )
+        judging = self._judges(config.reward.metric)
         self._game = SelfPlay(config, inputs.stage, self._engine, inputs.retriever, judging)
         self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step, mute=not hosts.first())
 

@@ -500,9 +500,10 @@ def test_judges_of_a_config(serve):
     c = default.get_config()
     with c.unlocked():
         c.judge.url, c.judge.model = f"http://127.0.0.1:{serve().server_port}/v1", "a-judge"
-    judges = judge.make_judges(c, ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, lambda: None)
+    server = judge.open_server(c.judge)
+    judges = judge.make_judges(c, ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, server, lambda: None)
     assert judges("em") is judges("cover_em") is None
-    assert judges("policy").name == "policy" and judges("openai") is judges("openai")
+    assert judges("policy").name == "policy" and judges("openai") is server
     assert judges("openai").name == "openai a-judge"
 
 
@@ -516,7 +517,8 @@ def test_what_a_verdict_depends_on(serve):
         with c.unlocked():
             c.judge.url, c.judge.model = f"http://user:pw@127.0.0.1:{(server or usual).server_port}/v1", "a-judge"
             c.judge.update(changes)
-        judges = judge.make_judges(c, ScriptedEngine(lambda player: "Correct"), STAGE, digests, lambda: None)
+        engine = ScriptedEngine(lambda player: "Correct")
+        judges = judge.make_judges(c, engine, STAGE, digests, judge.open_server(c.judge), lambda: None)
         return judges("policy").identity, judges("openai").identity
 
     policy, openai = identities()
