@@ -5,7 +5,6 @@ speaks the OpenAI protocol, asked by its official client. Both take batches and 
 """
 
 import asyncio
-import base64
 import functools
 import json
 import os
@@ -13,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
-from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import jax
 from ml_collections import ConfigDict
@@ -22,7 +21,7 @@ from ssp_jax import hosts, prompts
 from ssp_jax.engine import Engine, Stats
 from ssp_jax.episodes import ASSISTANT, Player, Stage, episode_id
 from ssp_jax.errors import InputError, masked
-from ssp_jax.remote import check_address
+from ssp_jax.request import Secrets, check_address
 
 PROBE_SECONDS = 60.0  # a server that is just starting may take its time for the first answer
 REPLY_BYTES = 1 << 23  # of a server's answer at most; a verdict with all its thoughts has some ten thousand
@@ -179,7 +178,7 @@ class OpenAI:
         self.name = f"openai {model}"
         self.identity = hosts.digest((masked(url), model, max_tokens, _asked(_PROBE)))
         self._errors, self._model, self._concurrency = (openai.OpenAIError, NoReply), model, concurrency
-        self._url, self._timeout_s, self._secrets = url, timeout_s, Secrets(key if key != "none" else "", url)
+        self._url, self._timeout_s, self._secrets = url, timeout_s, Secrets(url, *({key} - {"none"}))
         address = urlsplit(url)
         self._open = functools.partial(
             openai.AsyncOpenAI,
@@ -276,23 +275,6 @@ class OpenAI:
             f"config key judge.url: {masked(self._url)}: expected a server that completes chats of judge.model "
             f"{self._model!r}: {found}"
         )
-
-
-class Secrets:
-    """What a server may echo and no file may hold: the key, and the password in a URL, however they are written."""
-
-    def __init__(self, key: str, url: str) -> None:
-        user, password = (unquote(part or "") for part in (urlsplit(url).username, urlsplit(url).password))
-        basic = base64.b64encode(f"{user}:{password}".encode()).decode() if password else ""
-        plain = {key, password, basic} - {""}
-        forms = plain | {quote(secret, safe="") for secret in plain} | {json.dumps(secret)[1:-1] for secret in plain}
-        self._forms = sorted(forms, key=len, reverse=True)
-
-    def hidden(self, text: str) -> str:
-        """The text without them. A lone surrogate, which the JSON parser lets pass and no file takes, goes too."""
-        for form in self._forms:
-            text = text.replace(form, "***")
-        return re.sub(r"[\ud800-\udfff]", "\ufffd", masked(text))
 
 
 def _shortened(reply: str) -> str:

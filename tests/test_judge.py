@@ -19,7 +19,7 @@ from verdicts import NEITHER, RIGHT, THOUGHT, WRONG
 
 from configs import default
 from ssp_jax import judge, prompts
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, json_line
 from ssp_jax.judge import Case, Policy, Verdict
 
 
@@ -258,7 +258,8 @@ def test_an_answer_without_a_text_is_a_verdict_that_failed(serve):
 def test_every_reply_can_be_written(serve):
     halves = [b'{"choices": [{"message": {"content": "Correct \\ud83d"}}]}']
     found = ask(connect(serve(answer_0=halves)), CASES[:1])[0]
-    assert found == Verdict(True, "Correct \ufffd")
+    assert found == Verdict(True, "Correct \ud83d")
+    assert json_line(found.reply).encode() == b'"Correct \\ud83d"'
 
 
 @pytest.mark.parametrize("body", [b"<html>Welcome</html>", b'{"choices": [{"message": {"content": null}}]}'])
