@@ -116,7 +116,7 @@ def _text_of(body: str) -> str:
     except (ValueError, TypeError, LookupError, RecursionError):
         text = None
     if not isinstance(text, str):
-        raise NoReply(f"it answers with no text of a model: {body}")
+        raise NoReply(f"it answers with no text of a model: {body or 'nothing'}")
     return text
 
 

@@ -463,9 +463,11 @@ def _run(arguments: Sequence[str] | None) -> None:
         parser.error(f"--games: expected 0 or more, got {args.games}")
     workdir = Path(user_path(args.workdir, "WORKDIR"))
     out = Path(user_path(args.out, "--out")) if args.out else workdir / "report.html"
+    if not workdir.is_dir():
+        raise InputError(f"{workdir}: expected a run folder, found none")
     try:
-        text = page(workdir, args.games)
-        with replacing(out, str(out)) as file:
+        with replacing(out, str(out)) as file:  # first, for a page may take minutes
+            text = page(workdir, args.games)
             file.write(text)
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from error

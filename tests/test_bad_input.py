@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from model_folders import edit_config, edit_header, edit_tensors, split, write_header
+from test_report import run_folder
 
 from ssp_jax import audit, generate, main, plan, report, retriever
 from ssp_jax import index as index_files
@@ -1029,6 +1030,212 @@ SERVERS_AND_JUDGES = [
     Case("a bomb", serving(gzip.compress(bytes(1 << 27), 1), header=GZIP), f"{HTTP} .*more than 67,108,864 bytes"),
 ]
 
+
+def judged_at(url: str, *overrides: str) -> Make:
+    """A training run whose judge is a server at this address."""
+    asked = ("reward.metric=openai", "judge.model=a-judge", "judge.retries=0")
+    return tiny(*asked, f"judge.url={url}", *overrides)
+
+
+def judged(reply: bytes, *, status: str = "200 OK", header: str = "") -> Make:
+    """A training run whose judge gives this reply to the question that it is asked at the start."""
+
+    def serve(listener: socket.socket) -> None:
+        with listener, contextlib.suppress(OSError):
+            for _ in range(2):  # the second time with other arguments
+                with listener.accept()[0] as connection:
+                    asked = b""
+                    while not asked.endswith(b"}"):
+                        asked += connection.recv(1 << 16)
+                    connection.sendall(f"HTTP/1.1 {status}\r\nConnection: close\r\n{header}\r\n".encode() + reply)
+
+    def make(folder: Path) -> list[str]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.settimeout(5)
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        return judged_at(f"http://me:hunter2@127.0.0.1:{listener.getsockname()[1]}/v1?api_key=hunter3")(folder)
+
+    return make
+
+
+def chat(content: Any) -> bytes:
+    return json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}).encode()
+
+
+def policy_judge(chat_template: str) -> Make:
+    """A training run that the initial model judges, with this template; no other prompt has a system turn."""
+
+    def make(folder: Path) -> list[str]:
+        path = Path(shutil.copytree(TINY / "model", folder / "model"))
+        edit_json("tokenizer_config.json", chat_template=chat_template)(path)
+        return tiny("reward.metric=policy", f"model.path={path}")(folder)
+
+    return make
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{{ m.content if m.role != 'system' else raise_exception('no system turn') }}{% endfor %}"
+)
+JUDGE = (
+    r"judge\.url: http://\*\*\*@127\.0\.0\.1:\d+/v1\?api_key=\*\*\*: expected a server that completes chats of "
+    r"judge\.model 'a-judge': "
+)
+NO_TEXT = f"{JUDGE}it answers with no text of a model: "
+JUDGES = [
+    Case("no address", judged_at(""), r"judge\.url is empty; expected an address such as http://"),
+    Case("no model", judged_at("http://h/v1", "judge.model="), r"judge\.model is empty; expected its name on"),
+    Case("an address without scheme", judged_at("127.0.0.1:80/v1"), r"judge\.url is '127.*expected http://HOST"),
+    Case("another scheme", judged_at("ftp://me:hunter2@h/x"), r"judge\.url is 'ftp://\*\*\*@h/x'; expected http://"),
+    Case("no host", judged_at("http:///v1"), r"judge\.url is 'http:///v1'; expected http://"),
+    Case("nobody there", judged_at("http://127.0.0.1:9/v1"), r"judge\.url: .* attempts failed"),
+    Case(
+        "the judge of evaluations alone",
+        tiny("eval.judge=openai", "judge.model=m", "judge.url=http://127.0.0.1:9/v1", "judge.retries=0"),
+        r"judge\.url: http://127.0.0.1:9/v1: expected a server .* 'm': ",
+    ),
+    Case("a page that is not there", judged(b"no hunter2", status="404 Gone"), f"{JUDGE}Error code: 404$"),
+    Case(
+        "a key that is refused",
+        judged(b'{"error": {"message": "not hunter3"}}', status="401 No"),
+        rf"{JUDGE}Error code: 401 - not \*\*\*$",
+    ),
+    Case("a busy server", judged(b"{}", status="503 Busy"), f"{JUDGE}Error code: 503$"),
+    Case(
+        "arguments that no server takes",
+        judged(b'{"error": {"message": "no such model"}}', status="400 Bad"),
+        f"{JUDGE}Error code: 400 - no such model$",
+    ),
+    Case(
+        "a redirection",
+        judged(b"", status="307 x", header="Location: http://u:p@other/\r\n"),
+        rf"{JUDGE}it redirects to http://\*\*\*@other/, which is not followed; expected the address itself$",
+    ),
+    Case("a web page", judged(b"<html>Welcome"), f"{NO_TEXT}<html>Welcome$"),
+    Case("an empty answer", judged(b""), NO_TEXT),
+    Case("no choice", judged(b'{"choices": []}'), NO_TEXT),
+    Case("no content", judged(chat(None)), NO_TEXT),
+    Case("content in parts", judged(chat([{"type": "text", "text": "Correct"}])), NO_TEXT),
+    Case("deep JSON", judged(b"[" * 99_999), NO_TEXT),
+    Case("escape sequences", judged(b"\x1b]0;title\x07"), NO_TEXT + r"\\x1b\]0;title\\x07$"),
+    Case("a compressed answer", judged(gzip.compress(chat("Correct")), header=GZIP), f"{JUDGE}it answers compressed"),
+    Case("an answer too long", judged(bytes(9 << 20)), f"{JUDGE}its answer is longer than 8 MiB$"),
+    Case("an answer cut off", judged(b"{}", header="Content-Length: 99\r\n"), f"{JUDGE}Connection error"),
+    Case("no HTTP", judged(b"", status="x"), f"{JUDGE}Connection error"),
+    Case(
+        "a policy judge without room",
+        tiny("reward.metric=policy", "judge.max_tokens=448"),
+        r"judge\.max_tokens is 448; expected less than engine\.cache_tokens",
+    ),
+    Case("a template that refuses the judge's prompt", policy_judge(NO_SYSTEM), "chat template .*no system turn"),
+]
+
+
+def report_of(name: str, text: str, *flags: str) -> Make:
+    """The report of a run one of whose files holds this text."""
+
+    def make(folder: Path) -> list[str]:
+        (folder / "run").mkdir()
+        run_folder(folder / "run")
+        (folder / "run" / name).write_text(text)
+        return ["report", "run", *flags]
+
+    return make
+
+
+def no_run(*flags: str) -> Make:
+    return lambda folder: ["report", str(folder), *flags]
+
+
+AS_WRITTEN = "expected it as a run writes it"
+SET_OF_WORDS = '{"step": 1, "judge": "em", "sets": {"nq": {"right": "much"}}}'
+REPORTS = [
+    Case("no run", no_run(), "expected a run folder, found neither metrics.jsonl nor eval/step_"),
+    Case("no such folder", lambda folder: ["report", "none"], "none: expected a run folder, found none"),
+    Case(
+        "a step without seconds", report_of("metrics.jsonl", '{"step": 1, "seconds": null}\n'), f"line 1: {AS_WRITTEN}"
+    ),
+    Case("a row without step", report_of("metrics.jsonl", '{"seconds": 1}\n'), f"metrics.jsonl line 1: {AS_WRITTEN}"),
+    Case("a step of words", report_of("metrics.jsonl", '{"step": "a"}\n'), f"metrics.jsonl line 1: {AS_WRITTEN}"),
+    Case(
+        "a metric of words",
+        report_of("metrics.jsonl", '{"step": 1, "seconds": 1, "reward/solver": "x"}\n'),
+        f"metrics.jsonl line 1: {AS_WRITTEN}.*'x' is no number",
+    ),
+    Case(
+        "a metric beyond all floats",
+        report_of("metrics.jsonl", f'{{"step": 1, "seconds": 1{"0" * 400}}}\n'),
+        f"metrics.jsonl line 1: {AS_WRITTEN}",
+    ),
+    Case(
+        "metrics that are no JSON", report_of("metrics.jsonl", "no JSON\n\0\0\n"), f"metrics.jsonl line 1: {AS_WRITTEN}"
+    ),
+    Case("an evaluation that is a list", report_of("eval/step_000001.json", "[]"), f"step_000001.json: {AS_WRITTEN}"),
+    Case(
+        "an evaluation that is deep",
+        report_of("eval/step_000001.json", "[" * 99_999),
+        f"step_000001.json: {AS_WRITTEN}",
+    ),
+    Case("no judge", report_of("eval/step_000001.json", '{"step": 1, "sets": {}}'), f"step_000001.json: {AS_WRITTEN}"),
+    Case("scores of words", report_of("eval/step_000001.json", SET_OF_WORDS), f"step_000001.json: {AS_WRITTEN}"),
+    Case(
+        "no step of an evaluation",
+        report_of("eval/step_000001.json", '{"step": NaN, "judge": "em", "sets": {}}'),
+        f"step_000001.json: {AS_WRITTEN}",
+    ),
+    Case("half a config", report_of("config.json", '{"reward'), f"config.json: {AS_WRITTEN}"),
+    Case("a config that is a list", report_of("config.json", "[]"), f"config.json: {AS_WRITTEN}"),
+    Case(
+        "a config without metric", report_of("config.json", '{"reward.proposer": "azr"}'), f"config.json: {AS_WRITTEN}"
+    ),
+    Case(
+        "a game without a question",
+        report_of("episodes/step_000002.jsonl", '{"answer": "Paris"}\n'),
+        f"step_000002.jsonl line 1: {AS_WRITTEN}",
+    ),
+    Case("a dump of no step", report_of("episodes/step_x.jsonl", "{}\n"), f"step_x.jsonl: {AS_WRITTEN}"),
+    Case("a page in no folder", report_of("config.json", "{}", "--out=none/a.html"), r"none/a\.html"),
+    Case("a page that is a folder", report_of("config.json", "{}", "--out=run"), "run: "),
+    Case("fewer games than none", report_of("config.json", "{}", "--games=-1"), "--games: expected 0 or more, got -1"),
+    Case("games of words", report_of("config.json", "{}", "--games=many"), "--games"),
+]
+
+
+def evaluation(*overrides: str, sets: str = "") -> Make:
+    """--mode=eval with these overrides of the tiny config; sets: what stands in data.eval_sets of its file."""
+
+    def make(folder: Path) -> list[str]:
+        lines = ["from configs import tiny", "from ml_collections import ConfigDict", "def get_config():"]
+        lines += ["    c = tiny.get_config()", f"    c.data.eval_sets = ConfigDict({{{sets}}})", "    return c"]
+        (folder / "conf.py").write_text("\n".join(lines) + "\n")
+        keys = [f"model.path={TINY}/model", f"retriever.corpus={TINY}/corpus.jsonl", *overrides]
+        flags = [f"--config.{key}" for key in keys]
+        return ["main", "--config=conf.py", f"--workdir={folder}/run", "--mode=eval", *flags]
+
+    return make
+
+
+EVALUATIONS = [
+    Case("no questions", evaluation(), r"data\.eval_sets is empty; expected --config\.data\.eval_sets\.NAME=FILE"),
+    Case(
+        "a set with the average's name",
+        evaluation(sets=f"'average': '{TINY}/qa/one_hop.jsonl'"),
+        r"data\.eval_sets\.average: expected a name that no other row has",
+    ),
+    Case(
+        "a judge that is none",
+        evaluation("eval.judge=gpt", sets=f"'a': '{TINY}/qa/one_hop.jsonl'"),
+        r"eval\.judge is 'gpt'; expected one of em, cover_em, policy, openai",
+    ),
+    Case(
+        "a judge's server that is not there",
+        evaluation(
+            *("eval.judge=openai", "judge.url=http://127.0.0.1:9/v1", "judge.model=m", "judge.retries=0"),
+            sets=f"'a': '{TINY}/qa/one_hop.jsonl'",
+        ),
+        r"judge\.url: http://127.0.0.1:9/v1: expected a server that completes chats",
+    ),
+]
+
 WORKDIRS: list[Case] = []
 
 # Overrides of the tiny config, and what is said of them.
@@ -1104,6 +1311,9 @@ SECTIONS = {
     "index": CORPORA_AND_INDEXES,
     "data": ANSWERS_AND_QUESTIONS,
     "server": SERVERS_AND_JUDGES,
+    "judge": JUDGES,
+    "report": REPORTS,
+    "evaluation": EVALUATIONS,
     "workdir": WORKDIRS,
     "processes": PROCESSES,
 }

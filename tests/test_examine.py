@@ -124,14 +124,6 @@ def test_what_a_run_was_trained_with_is_kept(trained, changes, expected):
     assert (trained / "index" / "meta.json").read_bytes() == index
 
 
-def test_without_questions_there_is_nothing_to_evaluate(tmp_path):
-    c = small()
-    with c.unlocked():
-        c.data.eval_sets = type(c.data.eval_sets)()
-    with pytest.raises(InputError, match="data.eval_sets is empty"):
-        examine.examine(c, str(tmp_path))
-
-
 def test_more_questions_than_episodes_have_ids_are_told_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr("ssp_jax.episodes.ID_ROWS", 3)
     with pytest.raises(InputError, match="questions of data.eval_sets: expected at most 3 at a time, found"):
