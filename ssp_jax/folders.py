@@ -264,7 +264,11 @@ def _open_file(folder: Folder, name: str) -> dict[str, Tensor]:
     if file.size < 8 or start > file.size:
         raise InputError(f"{file.place} is truncated or not a safetensors file: it has {file.size} bytes")
     header = _read_header(file, start)
-    tensors = {key: _open_tensor(file, start, key, entry) for key, entry in header.items() if key != "__metadata__"}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise InputError(f"{file.place}: __metadata__ in its header is not an object of texts")
+    tensors = {key: _open_tensor(file, start, key, entry) for key, entry in header.items()}
     end = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.size)):
         if tensor.begin != end:

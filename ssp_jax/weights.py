@@ -247,7 +247,11 @@ def _bits(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _is_finite(bits: np.ndarray, dtype: np.dtype) -> bool:
     """Whether numbers of this dtype, given as unsigned integers, are neither NaN nor infinite.
 
-    Both have all bits of the exponent set. Without the sign they are the largest integers.
+    Those that are not are the largest integers of either sign. Two reductions need no memory, which
+    isfinite does, and read bfloat16 as fast as other dtypes.
     """
-    infinity = np.array(np.inf, dtype).view(bits.dtype) << 1
-    return not bits.size or bool((bits << 1).max() < infinity)
+    if not bits.size:
+        return True
+    infinity = np.array([np.inf, -np.inf], dtype).view(bits.dtype)
+    signed = bits.view(f"i{bits.itemsize}")
+    return bool(signed.max() < infinity[0] and bits.max() < infinity[1])

@@ -424,6 +424,7 @@ WEIGHTS = [
     header("a header that is no object", lambda h: [h], " is not a safetensors file: its header is not a"),
     header("an entry that is no object", lambda h: h | {NORM: []}, f': tensor "{NORM}" has no dtype, shape'),
     header("an entry that is a number", lambda h: h | {NORM: 1}, f': tensor "{NORM}" has no dtype, shape'),
+    header("metadata of numbers", lambda h: h | {"__metadata__": {"a": 1}}, ": __metadata__ in its header"),
     header("bytes after the last tensor", lambda h: None, " has 3 bytes after its last tensor", b"abc"),
     header("bytes of no tensor", lambda h: h.pop(FIRST) and None, ": tensor .* follows bytes of no tensor"),
     norm("has dtype I4; expected F32, F16, BF16", dtype="I4"),
