@@ -95,14 +95,19 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def check_tensors(folder: str | Path, config: ModelConfig) -> str:
-    """What `load` would refuse of the files' headers, in an instant. Gives a digest: of a row of each tensor, for
-    training moves them all.
+    """What `load` would refuse of the files' headers, and of a row of each tensor, in an instant.
+
+    Gives a digest of these rows: training moves all tensors. A model that has diverged is NaN in all
+    rows; one that is so in few is refused when it is loaded.
     """
     tensors = _open_tensors(folders.find(folder), config)
 
     def row(name: str) -> bytes:
         tensor, middle = tensors[name], tensors[name].shape[0] // 2
-        return tensor.read(tensor.shape, [(middle, middle + 1), *((0, size) for size in tensor.shape[1:])]).tobytes()
+        box = [(middle, middle + 1), *((0, size) for size in tensor.shape[1:])]
+        values = tensor.read(tensor.shape, box)
+        _check_finite(tensor, values.view(f"u{values.itemsize}"), tensor.dtype)
+        return values.tobytes()
 
     with ThreadPoolExecutor() as pool:
         return hashlib.blake2b(b"".join(pool.map(row, sorted(tensors))), digest_size=8).hexdigest()
@@ -133,7 +138,7 @@ def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
     for name in sorted(tensors.keys() - expected.keys()):
         if not name.endswith("rotary_emb.inv_freq"):  # old Llama files carry these tables
             raise InputError(f"{tensors[name].place} is not part of the model in config.json")
-    return tensors
+    return {name: tensors[name] for name in expected}
 
 
 def load(folder: str | Path, config: ModelConfig, shardings: Params | None, dtype: Any) -> Params:
@@ -203,8 +208,7 @@ def _load_leaf(
         layer, rows = job
         chunk = [rows, *box[1:]]
         bits = _bits(layers[layer].read(file_shape, chunk), dtype)
-        if not _is_finite(bits, dtype):
-            raise InputError(f"{layers[layer].place} has values that are not finite (NaN or infinity)")
+        _check_finite(layers[layer], bits, dtype)
         for part in parts:
             part.put(layer, chunk, bits)
 
@@ -244,14 +248,15 @@ def _bits(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return x.astype(dtype, copy=False).view(f"u{dtype.itemsize}")
 
 
-def _is_finite(bits: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether numbers of this dtype, given as unsigned integers, are neither NaN nor infinite.
+def _check_finite(tensor: Tensor, bits: np.ndarray, dtype: np.dtype) -> None:
+    """Refuses numbers of this dtype, given as unsigned integers, of which one is NaN or infinite.
 
-    Those that are not are the largest integers of either sign. Two reductions need no memory, which
-    isfinite does, and read bfloat16 as fast as other dtypes.
+    Those are the largest integers of either sign. Two reductions need no memory, which isfinite
+    does, and read bfloat16 as fast as other dtypes.
     """
     if not bits.size:
-        return True
+        return
     infinity = np.array([np.inf, -np.inf], dtype).view(bits.dtype)
     signed = bits.view(f"i{bits.itemsize}")
-    return bool(signed.max() < infinity[0] and bits.max() < infinity[1])
+    if signed.max() >= infinity[0] or bits.max() >= infinity[1]:
+        raise InputError(f"{tensor.place} has values that are not finite (NaN or infinity)")

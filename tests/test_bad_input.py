@@ -276,6 +276,10 @@ def not_finite(folder: Path) -> None:
     edit_tensors(folder, **{NORM: x})
 
 
+def diverged(folder: Path) -> None:
+    edit_tensors(folder, **{NORM: np.full(128, np.inf, ml_dtypes.bfloat16)})
+
+
 CONFIG_JSON = [
     config_text("a config.json that is no object", "[]", "expected a JSON object, found list"),
     config_text("a config.json that is no JSON", "{", "is not valid JSON"),
@@ -457,6 +461,17 @@ WEIGHTS = [
 ]
 
 
+def planned(**changes: Any) -> Make:
+    """plan for a config.json with these keys, without weights."""
+
+    def make(folder: Path) -> list[str]:
+        shutil.copyfile(TINY / "model/config.json", folder / "config.json")
+        edit_config(folder, **changes)
+        return ["plan", f"--config={ROOT}/configs/default.py", f"--config.model.path={folder}"]
+
+    return make
+
+
 def no_folder(name: str, path: str, says: str) -> Case:
     return Case(name, lambda folder: ["generate", f"--model={path}", "--prompts=in.jsonl"], says)
 
@@ -464,6 +479,11 @@ def no_folder(name: str, path: str, says: str) -> Case:
 MODEL_FOLDERS = [
     *CONFIG_JSON,
     *WEIGHTS,
+    Case("train: a thousand million layers", train(lambda f: edit_config(f, num_hidden_layers=10**9)), "at most 1000"),
+    Case("train: a tensor is missing", train(lambda f: edit_tensors(f, **{NORM: None})), f'"{NORM}" is missing'),
+    Case("train: a weight that is NaN", train(diverged), f'"{NORM}" has values that are not finite'),
+    Case("plan: a thousand million layers", planned(num_hidden_layers=10**9), "is 1000000000; expected at most 1000"),
+    Case("plan: a text for an object", planned(rope_scaling="yarn"), "config.json: key .rope_scaling. expected"),
     Case(
         "a tokenizer that asks to run code",
         model(edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Mine", None]})),

@@ -92,9 +92,11 @@ def test_known_extra_tensors_are_passed_over(folder):
     """Rotary tables of old Llama files, and the embedding again as the head of a tied model."""
     expected = load(folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    rotary = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones([8] * n, np.float32) for n in (0, 1)}
     edit_tensors(folder, **{HEAD: tensors[EMBEDDING]}, **rotary)
-    assert weights.read_config(folder).tie_embeddings
+    config = weights.read_config(folder)
+    assert config.tie_embeddings
+    assert weights.check_tensors(folder, config) == weights.check_tensors(GOLDENS / "qwen2", config)
     assert_same(load(folder), expected)
 
 
