@@ -56,8 +56,9 @@ def write(folder: Path) -> None:
     import torch
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    options = {"dtype": torch.float32, "trust_remote_code": False}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     eos = model.generation_config.eos_token_id
     stops = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
     model.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])

@@ -41,7 +41,7 @@ def load_transformers(folder: str) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     before, clock = peak(), Clock()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
     for x in model.parameters():
         x.detach().view(torch.int16).view(-1)[::2048].sum()  # a value of each page of 4 KiB
     return clock.read() | {"before": before, "size": sum(x.nbytes for x in model.parameters()) / MIB}

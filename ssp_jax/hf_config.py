@@ -63,8 +63,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 # Passed over, because they change nothing that is computed here: attention_dropout (the update
 # needs the log-probs that were sampled, without dropout), initializer_range, use_cache,
-# pretraining_tp (the same product in pieces), dtype and torch_dtype (model.dtype and --dtype decide),
-# sliding_window and max_window_layers (without use_sliding_window).
+# pretraining_tp (the same product in pieces), dtype and torch_dtype (model.dtype and --dtype
+# decide), sliding_window and max_window_layers (without use_sliding_window).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def read(folder: Folder) -> ModelConfig:
 
 
 def context_tokens(folder: Folder) -> int:
-    """Tokens that the model can tell apart by their positions, or what scaling stretches them to."""
+    """Tokens that the model can tell apart by their positions, which scaling may stretch."""
     keys = _Keys(folder.place(FILE), folder.read_json(FILE))
     kind = _architecture(keys)
     tokens = keys.number("max_position_embeddings", _CONTEXT_TOKENS[kind])
@@ -220,9 +220,6 @@ def _rope(keys: _Keys, kind: str) -> tuple[float, RopeScaling | None]:
     """
     scaling, parameters = _object(keys, "rope_scaling"), _object(keys, "rope_parameters")
     beside = {key: keys.values[key] for key in ("rope_theta",) if key in keys.values}
-    if scaling and "rope_theta" in parameters and "rope_theta" not in scaling | beside:
-        # transformers falls back to its default; nobody who wrote both objects means that.
-        raise keys.wrong("rope_scaling", 'replaces "rope_parameters" and lacks its rope_theta')
     default = {"rope_theta": LLAMA_ROPE_THETA} if kind == "llama" else {}
     rope = _Keys(keys.place, default | beside | (scaling or parameters))
     for key, value in rope.values.items():
@@ -231,14 +228,15 @@ def _rope(keys: _Keys, kind: str) -> tuple[float, RopeScaling | None]:
     factor = rope.values.get("partial_rotary_factor")
     if factor not in _ONLY["partial_rotary_factor"]:
         raise rope.wrong("partial_rotary_factor", f"is {shown(factor)}; only 1.0 is supported")
-    theta = rope.number("rope_theta")
     name = rope.values.get("rope_type", rope.values.get("type", "default"))
-    if name == "default":
-        return theta, None
-    if name != "llama3":
+    if name not in ("default", "llama3"):
         only = 'only "default" and "llama3" are supported'
         raise rope.wrong("rope_type", f"is {shown(name)}; {only}")
-    return theta, _llama3(keys, rope)
+    if scaling and "rope_theta" in parameters and "rope_theta" not in scaling | beside:
+        # transformers falls back to its default; nobody who wrote both objects means that.
+        raise keys.wrong("rope_scaling", 'replaces "rope_parameters" and lacks its rope_theta')
+    theta = rope.number("rope_theta")
+    return theta, None if name == "default" else _llama3(keys, rope)
 
 
 def _object(keys: _Keys, key: str) -> dict[str, Any]:

@@ -324,6 +324,7 @@ CONFIG_JSON = [
     config_json("\"rope_type\" is 'yarn'; only", rope_scaling={"type": "yarn", "factor": 4.0}),
     config_json(
         "\"rope_type\" is 'yarn'; only",
+        rope_theta=...,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         rope_scaling={"rope_type": "yarn", "factor": 4.0},
     ),
