@@ -168,7 +168,8 @@ def get_config() -> ConfigDict:
     c.eval.judge = "em"  # em | cover_em | policy: the initial model | openai: when an answer counts as right [H]
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = 5  # steps [C]
+    c.checkpoint.every = 5  # steps between saves, 0 for never [C]
+    c.checkpoint.minutes = 0.0  # and after the step that ends so many minutes after the last save; 0 for never [H]
     c.checkpoint.keep = 2  # newest kept
     c.checkpoint.export = True  # write a Hugging Face folder at the end
 

@@ -2,36 +2,42 @@
 
 A step holds `state`, the train state's arrays, and `game`, what the host knows (data position, replay pool, noise
 documents). Orbax writes under a temporary name in a background thread and renames at the end, so a step is there as a
-whole or not at all, whenever the process dies.
+whole or not at all, whenever the process dies. What a disk or a bucket has done to it since is found by digests.
 """
 
 import contextlib
-import fcntl
+import dataclasses
+import hashlib
 import json
-import os
 import re
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
+import tensorstore
 
-from ssp_jax import hosts
-from ssp_jax.config import flatten_config
-from ssp_jax.errors import InputError, masked, sentence
+from ssp_jax import durable, hosts, sharding
+from ssp_jax.errors import InputError
 
-CONFIG_FILE = "config.json"  # of a workdir
-# Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where servers are.
-MAY_CHANGE = (
-    *("steps", "eval.", "judge.", "checkpoint.", "log."),
-    *("retriever.url", "retriever.timeout_s", "retriever.retries", "retriever.threads"),
-)
-# What an evaluation may change besides: model, prompts, limits, search and sampling are those of the run.
-EVALUATION_MAY_CHANGE = (*MAY_CHANGE, "mesh.", "data.", "game.", "rules.", "reward.", "engine.", "learner.")
+T = TypeVar("T")
+
+FOLDER = "checkpoints"  # of a workdir
+DAMAGED = ".damaged"  # ends the name of a step that was set aside
+# A save may take so long: 390 GB of a 32B model to one disk at 40 MB/s.
+SAVE_SECONDS = 3 * 3600
+# What Orbax, TensorStore and JSON raise for files that are not what was written (found by damaging each of them).
+_READ_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError)
+
+
+class Damaged(Exception):
+    """A step is not what was saved. The message says what of it."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -43,19 +49,52 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-class Checkpoints:
-    """workdir/checkpoints, the newest `keep` steps; a context manager. `every` is in steps, 0 for never."""
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A step as it was saved. `damaged` are newer ones that could not be read, and why."""
 
-    def __init__(self, workdir: str, every: int, keep: int, *, read_only: bool = False) -> None:
-        self._every, self._folder = every, Path(workdir).resolve() / "checkpoints"
+    step: int
+    state: Any
+    game: dict[str, Any]
+    damaged: dict[int, str]
+
+
+class Checkpoints:
+    """workdir/checkpoints, the newest `keep` steps; a context manager.
+
+    `every` is in steps, `minutes` counts from the last save; 0 for never. All processes of a run make the same calls.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        every: int,
+        keep: int,
+        *,
+        minutes: float = 0.0,
+        read_only: bool = False,
+    ) -> None:
+        self._every = every
+        self._minutes = minutes
+        self._folder = Path(workdir).resolve() / FOLDER
+        self._saved_at = time.monotonic()
         options = ocp.CheckpointManagerOptions(
             # each save() is meant: with `every` as Orbax's interval it would skip the last step of a run
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=not read_only,  # what a killed run left unfinished
             read_only=read_only,
+            single_host_load_and_broadcast=True,  # a shared file system may show others an old list
+            lightweight_initialize=True,  # it would read files of each step, which may be damaged
+            async_options=ocp.AsyncOptions(
+                timeout_secs=SAVE_SECONDS,
+                post_finalization_callback=self._sync,
+            ),
         )
-        self._manager = _Manager(self._folder, options=options)
+        # On GPUs Orbax would copy the whole state to pinned memory first, of which XLA gives 64 GiB a process.
+        handler = ocp.PyTreeCheckpointHandler(use_zarr3=False, enable_pinned_host_transfer=False)
+        items = ocp.handlers.create_default_handler_registry(state=handler, game=ocp.JsonCheckpointHandler())
+        self._manager = _Manager(self._folder, options=options, handler_registry=items)
 
     def __enter__(self) -> Self:
         return self
@@ -64,48 +103,106 @@ class Checkpoints:
         if jax.process_count() == 1 or kind is None or issubclass(kind, hosts.AllTold | SystemExit):
             self.close()  # it waits for the other processes, which know nothing of an error of this one
 
-    def latest_step(self) -> int | None:
-        """The newest finished step (or one that this process is just writing); None when there is none."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Finished steps in ascending order, as the first process sees them: the others may have an old list."""
+        return hosts.share(lambda: finished_steps(self._folder.parent))[0]
 
     def due(self, step: int) -> bool:
         """Asked after each step, so that what has failed in the background is told before many more are played."""
         if not self._manager.is_saving_in_progress():
             self.wait()
-        return self._every > 0 and step % self._every == 0
+        if self._every > 0 and step % self._every == 0:
+            return True
+        if not self._minutes:
+            return False
+        return hosts.share(lambda: time.monotonic() - self._saved_at >= 60 * self._minutes)[0]
 
-    def save(self, step: int, train_state: Any, game: dict[str, Any]) -> None:
+    def save(self, step: int, train_state: Any, game: Mapping[str, Any]) -> None:
         """Returns when the arrays are copied to the host, so that the caller may donate them; writing goes on behind.
 
         Orbax leaves a step that is already there as it is. What fails in its thread is raised by the next call here.
         """
-        state, host = ocp.args.StandardSave(train_state), ocp.args.JsonSave(game)
+        document: dict[str, Any] = {"game": dict(game), "leaves": leaf_digests(train_state)}
+        document["digest"] = _text_digest(document)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(train_state),
+            game=ocp.args.JsonSave(document),
+        )
         with _writing():
-            self._manager.save(step, args=ocp.args.Composite(state=state, game=host))
+            self._manager.save(step, args=items)
+        self._saved_at = time.monotonic()
+
+    def restore_newest(self, abstract_train_state: Any) -> Restored | None:
+        """The newest step that is what was saved, bitwise, or None where there is no step at all.
+
+        Arrays get the shardings of `abstract_train_state` (jax.ShapeDtypeStruct leaves). Damaged newer steps are set
+        aside, so that the run can write them anew. Where no step is good nothing is moved.
+        """
+        damaged: dict[int, str] = {}
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                state, game = self.restore(step, abstract_train_state)
+            except Damaged as error:
+                damaged[step] = str(error)
+                continue
+            self._set_aside(list(damaged))
+            return Restored(step, state, game, damaged)
+        if damaged:
+            raise hosts.AllTold(_none_is_good(self._folder, damaged))
+        return None
 
     def restore(self, step: int, abstract_train_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Arrays on the shardings of `abstract_train_state` (jax.ShapeDtypeStruct leaves), bitwise, and the game."""
-        state, host = ocp.args.StandardRestore(abstract_train_state), ocp.args.JsonRestore()
-        found = self._read(step, ocp.args.Composite(state=state, game=host))
-        return found["state"], found["game"]
+        """One step, or Damaged."""
+        document = self._document(step)
+        return self._arrays(step, document, abstract_train_state, ""), document["game"]
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """The weights alone, cast to the dtypes that are asked for."""
-        wanted = {"params": abstract_params}
-        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-        state = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
-        return self._read(step, ocp.args.Composite(state=state))["state"]["params"]
+        """The weights alone, cast to the dtypes that are asked for; or Damaged."""
+        return self._arrays(step, self._document(step), abstract_params, "params")
 
-    def _read(self, step: int, items: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=items)
-        except (ValueError, KeyError, OSError) as error:
-            if hosts.lost_another(error):
-                raise
-            raise InputError(
-                f"checkpoint {self._folder / str(step)} cannot be read ({_reason(error)}); without that folder the "
-                "same command goes on from the step before"
-            ) from error
+    def _document(self, step: int) -> dict[str, Any]:
+        folder = self._folder / str(step)
+
+        def read() -> dict[str, Any]:
+            if not hosts.appears(folder):
+                raise Damaged("it is not there")
+            return read_document(folder)
+
+        return _on_all(read)
+
+    def _arrays(self, step: int, document: dict[str, Any], wanted: Any, within: str) -> Any:
+        """The part `within` of the train state ("" for all of it), like `wanted`. One array at a time."""
+        saved = document["leaves"]
+        folder = self._folder / str(step) / "state"
+
+        def one(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+            name = "/".join(filter(None, (within, _name(path))))
+            found = _on_all(lambda: read_array(folder, name, like))
+            if _digest(found) != saved.get(name):
+                raise Damaged(f"{name} is not what was saved")
+            return found if found.dtype == like.dtype else found.astype(like.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, wanted)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames them, so that nothing is lost and nothing is in the way of steps to come."""
+
+        def rename() -> None:
+            for step in steps:
+                folder = self._folder / str(step)
+                folder.rename(_free_name(folder))
+            durable.sync(self._folder)
+
+        if steps:
+            hosts.agree(lambda: rename() if hosts.first() else None)
+            self._manager.reload()
+
+    def _sync(self) -> None:
+        """Called by Orbax's thread before it renames what it has written."""
+        for folder in self._folder.iterdir():
+            if folder.is_dir() and not folder.name.isdecimal() and not folder.name.endswith(DAMAGED):
+                durable.sync_all(folder)
 
     def wait(self) -> None:
         """Until what was saved is on disk."""
@@ -115,6 +212,86 @@ class Checkpoints:
     def close(self) -> None:
         with _writing():
             self._manager.close()
+
+
+# --- files of a step --------------------------------------------------------------------------------------------------
+
+
+def finished_steps(workdir: str | Path) -> list[int]:
+    """In ascending order."""
+    folder = Path(workdir) / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def newest_game(workdir: str) -> tuple[int, dict[str, Any]] | None:
+    """The newest step whose `game` is what was saved, without its arrays; None where there is no step.
+
+    InputError where none of them is: that is told before anything slow.
+    """
+    folder = Path(workdir).resolve() / FOLDER
+    damaged: dict[int, str] = {}
+    for step in reversed(finished_steps(workdir)):
+        try:
+            return step, read_document(folder / str(step))["game"]
+        except Damaged as error:
+            damaged[step] = str(error)
+    if damaged:
+        raise InputError(_none_is_good(folder, damaged))
+    return None
+
+
+def _none_is_good(folder: Path, damaged: Mapping[int, str]) -> str:
+    reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+    return f"no checkpoint in {folder} can be read ({reasons}); without that folder the same command starts anew"
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """What `save` wrote beside the arrays: `game`, and `leaves`, the digests of the arrays. Or Damaged."""
+    with _reading():
+        document = ocp.JsonCheckpointHandler().restore(folder / "game")
+        digest = document.pop("digest", None) if isinstance(document, dict) else None
+        if digest is None or digest != _text_digest(document):
+            raise ValueError("game is not what was saved")
+    return dict(document)
+
+
+def read_array(folder: Path, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """One array of the item `state`, on its sharding, of the dtype that it was saved in. Or Damaged.
+
+    By TensorStore itself: Orbax reads all at once, and where one array fails the others go on and complain for long.
+    """
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": name.replace("/", ".") + "/"},
+        "fill_missing_data_reads": False,
+    }
+    indices = like.sharding.addressable_devices_indices_map(like.shape).values()
+    with _reading():
+        store = tensorstore.open(spec, read=True).result()
+        if store.shape != like.shape:
+            raise ValueError(f"{name} has shape {store.shape}; expected {like.shape}")
+        # of replicas only one is read; all reads begin before the first is waited for
+        reads = {_bounds(index, like.shape): store[index].read() for index in indices}
+        parts = {bounds: np.asarray(read.result()) for bounds, read in reads.items()}
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: parts[_bounds(index, like.shape)])
+
+
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Slices as what can be a key."""
+    return tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """What the files of a step do to their readers, as Damaged."""
+    try:
+        yield
+    except _READ_ERRORS as error:
+        if hosts.lost_another(error):
+            raise
+        raise Damaged(_reason(error)) from error
 
 
 @contextlib.contextmanager
@@ -128,95 +305,82 @@ def _writing() -> Iterator[None]:
         raise OSError(f"a checkpoint cannot be written ({_reason(error)})") from error
 
 
+def _on_all(read: Callable[[], T]) -> T:
+    """What `read` gives on this process. Where one process finds damage, all raise Damaged."""
+    found: list[T] = []
+
+    def act() -> str:
+        try:
+            found.append(read())
+        except Damaged as error:
+            return str(error) or "it cannot be read"
+        return ""
+
+    for process, reason in enumerate(hosts.share(act)):
+        if reason:
+            raise Damaged(f"process {process}: {reason}" if hosts.several() else reason)
+    return found[0]
+
+
 def _reason(error: Exception) -> str:
     """The end of a message that tells the whole way down to the file; without TensorStore's specifications."""
     message = re.sub(r" \[\w+(\[\d+\])?='.*", "", " ".join(str(error).split()))
-    return ": ".join(message.split(": ")[-2:])
+    return shorten(": ".join(message.split(": ")[-2:]) or type(error).__name__, 300)
 
 
-@contextlib.contextmanager
-def held(workdir: str) -> Iterator[None]:
-    """The workdir, for one run on this machine at a time: a second one would write into the same files.
+def _free_name(folder: Path) -> Path:
+    """12.damaged, or 12.2.damaged where that is taken."""
+    names = (f"{folder.name}{number}{DAMAGED}" for number in ("", *(f".{n}" for n in range(2, 10_000))))
+    return next(path for path in map(folder.with_name, names) if not path.exists())
 
-    The lock is one of the folder itself, and ends with the process, however that ends.
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+# Odd, so that a product with one of them is different for each factor (murmur3's and xxHash's constants).
+_OF_POSITION = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1)
+_OF_VALUE = (0x7FEB352D, 0x846CA68B)
+
+
+def leaf_digests(tree: Any) -> dict[str, str]:
+    """A digest of each array, by name. All processes call this together."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = {_name(path): _sums(_on_device(leaf)) for path, leaf in leaves}
+    return {name: _shown(pair) for name, pair in jax.device_get(sums).items()}
+
+
+def _digest(x: jax.Array) -> str:
+    return _shown(jax.device_get(_sums(_on_device(x))))
+
+
+def _shown(sums: tuple[Any, Any]) -> str:
+    return "".join(f"{int(part):08x}" for part in sums)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _on_device(leaf: jax.Array) -> jax.Array:
+    """Moments may live in host memory, where programs do not compute."""
+    return sharding.to_device(leaf) if leaf.sharding.memory_kind == sharding.HOST else leaf
+
+
+@jax.jit
+def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The digest of an array: of its bits and where each stands, whatever devices and processes hold which part.
+
+    Two sums over elements, which each device makes of its own part at the speed of its memory. Each step from an
+    element's bits to its summand is one-to-one: a change of one element always shows, others are missed once in 2^64.
     """
-
-    def lock() -> None:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"workdir {workdir} is in use by another run, which is still going on") from None
-        except OSError as error:  # a file system that has no locks
-            unlocked = f"nothing keeps a second run out of {workdir}: {error.strerror}"
-            print(f"ssp_jax: {sentence(unlocked)}", file=sys.stderr)
-
-    folder = os.open(workdir, os.O_RDONLY)
-    try:
-        hosts.agree(lambda: lock() if hosts.first() else None)
-        yield
-    finally:
-        os.close(folder)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    for axis, factor in zip(range(x.ndim), _OF_POSITION, strict=False):
+        bits += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(factor)
+    one = bits * jnp.uint32(_OF_VALUE[0])
+    one ^= one >> 15
+    two = one * jnp.uint32(_OF_VALUE[1])
+    two ^= two >> 13
+    return one.sum(dtype=jnp.uint32), two.sum(dtype=jnp.uint32)
 
 
-def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
-    """A workdir belongs to one config: what a run left in config.json must agree, but for the keys of MAY_CHANGE.
-
-    An evaluation is freer, and so is a run where only evaluations were. Nothing is written: a command that is refused
-    here leaves the run in the workdir as it is.
-    """
-    path, now = Path(workdir) / CONFIG_FILE, _as_read(config)
-    free = EVALUATION_MAY_CHANGE if evaluating or not path.with_name("metrics.jsonl").exists() else MAY_CHANGE
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else json.dumps(now)
-    except OSError as error:
-        raise InputError(f"workdir {workdir} cannot be used: {error}") from error
-    try:
-        before = _without_secrets(dict(json.loads(text)))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not the config of a run: {error}; expected a JSON object of keys") from error
-    changed = sorted(
-        key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not key.startswith(free)
-    )
-    if changed:
-        keys = ", ".join(f"{key} was {_show(before, key)} and is {_show(now, key)}" for key in changed)
-        raise InputError(f"workdir {workdir} holds a run of another config: {keys}; take another --workdir")
-
-
-def keep_config(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
-    """Writes config.json, with the new values of keys that may change; an evaluation leaves the file of a run alone."""
-    path = Path(workdir) / CONFIG_FILE
-    if evaluating and path.exists():
-        return
-    fresh = path.with_suffix(".new")
-    try:
-        fresh.write_text(json.dumps(_as_read(config), indent=1) + "\n", encoding="utf-8")
-        fresh.replace(path)
-    except OSError as error:
-        raise InputError(f"workdir {workdir} cannot be used: {error}") from error
-
-
-def trained_with(workdir: str) -> str:
-    """A digest of the keys in config.json that the weights of a step depend on."""
-    values = json.loads((Path(workdir) / CONFIG_FILE).read_text(encoding="utf-8"))
-    return hosts.digest({key: value for key, value in sorted(values.items()) if not key.startswith(MAY_CHANGE)})
-
-
-def check_shared(workdir: str) -> None:
-    """Every process must see what the first one has just written."""
-    if not (Path(workdir) / CONFIG_FILE).exists():
-        raise InputError(f"workdir {workdir} is not the same folder on all hosts; expected one that they share")
-
-
-def _as_read(config: ConfigDict) -> dict[str, Any]:
-    """The keys as they come back from a file: tuples are lists, and the secrets of URLs are masked."""
-    return _without_secrets(json.loads(json.dumps(flatten_config(config))))
-
-
-def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    """A config.json may be shown to anybody. Who has another password goes on with the same run."""
-    return {key: masked(value) if isinstance(value, str) else value for key, value in values.items()}
-
-
-def _show(values: dict[str, Any], key: str) -> str:
-    return json.dumps(values[key]) if key in values else "not there"
+def _text_digest(document: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(document).encode(), digest_size=8).hexdigest()

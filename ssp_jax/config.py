@@ -434,6 +434,7 @@ BOUNDS: dict[str, Range] = {
     "eval.every": _WHOLE,
     "eval.max_questions": _WHOLE,
     "checkpoint.every": _WHOLE,
+    "checkpoint.minutes": Range(0, 1e6),
     "checkpoint.keep": _COUNT,
     "log.episodes_every": _WHOLE,
 }

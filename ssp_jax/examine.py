@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssp_jax import device_memory, evaluate, hosts, judge, model, paper, sharding, train
-from ssp_jax.checkpoint import Checkpoints, held, keep_config
+from ssp_jax.checkpoint import Checkpoints, Damaged
 from ssp_jax.inputs import compare, make_mesh, read_inputs
 from ssp_jax.metrics import Logger
+from ssp_jax.workdir import held, keep_config
 
 
 def examine(config: ConfigDict, workdir: str) -> None:
@@ -34,6 +35,7 @@ def examine(config: ConfigDict, workdir: str) -> None:
     judges = judge.make_judges(config, engine, inputs.stage, inputs.digests, inputs.server, initial)
     folder = Path(workdir) / "eval"
     folder.mkdir(exist_ok=True)
+    hosts.check_shared(folder)
     with (
         held(str(folder)),
         hosts.Stop() as stop,
@@ -41,13 +43,13 @@ def examine(config: ConfigDict, workdir: str) -> None:
         Checkpoints(workdir, every=0, keep=0, read_only=True) as checkpoints,
     ):
         setting = train.make_setting(config, Path(workdir), inputs, engine, judges, logger, stop)
-        newest = checkpoints.latest_step()
+        newest = next(reversed(checkpoints.steps()), None)
         compare(inputs, {"the newest checkpoint": newest})
         asked: dict[int, tuple[str, Callable[[], Any]]] = {}
         if config.eval.before or not newest:
             asked[0] = f"initial weights of {config.model.path}", initial
         if newest:
-            restore = _restorer(config, inputs.model_config, mesh, checkpoints, newest)
+            restore = _restorer(config, workdir, inputs.model_config, mesh, checkpoints, newest)
             asked[newest] = f"checkpoint of step {newest} in {workdir}", restore
         logger.say(f"evaluating {' and '.join(name for name, _ in asked.values())}; jax {jax.__version__}")
         try:
@@ -75,7 +77,12 @@ def _warmed(setting: evaluate.Setting, load: Callable[[], model.Params]) -> mode
 
 
 def _restorer(
-    config: ConfigDict, model_config: model.ModelConfig, mesh: jax.sharding.Mesh, checkpoints: Checkpoints, step: int
+    config: ConfigDict,
+    workdir: str,
+    model_config: model.ModelConfig,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    step: int,
 ) -> Callable[[], model.Params]:
     """Gives the sampler's copy of a checkpoint's weights; the optimizer's state stays on disk."""
     dtype = jnp.dtype(config.model.dtype)
@@ -87,6 +94,13 @@ def _restorer(
             abstract,
             sharding.param_shardings(abstract, mesh),
         )
-        return train.sampler_copy(config, model_config, mesh)(checkpoints.restore_params(step, like))
+        try:
+            params = checkpoints.restore_params(step, like)
+        except Damaged as error:
+            raise hosts.AllTold(
+                f"checkpoint {step} in {workdir} is damaged ({error}); without that folder the same command evaluates "
+                "the step before"
+            ) from None
+        return train.sampler_copy(config, model_config, mesh)(params)
 
     return restore

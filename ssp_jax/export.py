@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ssp_jax import folder_swap, folders, names, weights
+from ssp_jax import durable, folder_swap, folders, hosts, names, weights
 from ssp_jax.errors import InputError
 from ssp_jax.folder_swap import FolderSwap
 from ssp_jax.folders import Folder
@@ -29,7 +29,7 @@ from ssp_jax.names import Name
 
 FOLDER = "export"  # of a workdir: where a run writes its model
 MANIFEST = "ssp_jax_export.json"  # names the files that an export wrote: a later one may replace these and no others
-_COPIED = (
+COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
@@ -59,15 +59,14 @@ def save(
     if first:
         swap.begin()
     multihost_utils.sync_global_devices("ssp_jax: a folder to write to")
-    if not swap.work.is_dir():
-        raise InputError(f"{folder.parent} is not the same folder on all hosts; an export needs one that they share")
+    hosts.check_shared(swap.work)
     file_dtype = folders.DTYPES[tag]
     plan = folders.plan_files(_owners(params, config), names.file_shapes(config), file_dtype, max_shard_bytes)
     arrays = _own_tensors(params, config, file_dtype)
     for file, (owner, shapes) in plan.items():
         if owner == jax.process_index():
             folders.write_file(swap.work / file, shapes, arrays, tag)
-            folder_swap.sync(swap.work / file)
+            durable.sync(swap.work / file)
     for _ in arrays:  # takes part in dealing out what is left
         pass
     multihost_utils.sync_global_devices("ssp_jax: all weights are written")
@@ -112,7 +111,7 @@ def _write_small_files(folder: Path, source: Folder, plan: folders.Plan, dtype: 
     if values.get("tie_word_embeddings", False) != tied:  # the source has a head of its own all the same
         values["tie_word_embeddings"] = tied
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    for name in _COPIED:
+    for name in COPIED:
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, folder / name)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from ssp_jax.durable import sync
 from ssp_jax.errors import InputError, printable
 
 
@@ -32,6 +33,7 @@ def replacing(path: str | Path, name: str, *, keep: bool = False) -> Iterator[IO
         if target.exists():
             fresh.chmod(target.stat().st_mode)
         fresh.replace(target)
+        sync(target.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             if keep and fresh.stat().st_size:

@@ -14,30 +14,17 @@ and X.old are removed only if they are empty or hold MARKER. Everything else is 
 """
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ssp_jax.durable import sync
 from ssp_jax.errors import InputError
 
 MARKER = ".ssp_jax_leftover"  # in a folder under one of the temporary names
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # what file systems say that cannot flush a folder
 
 Owned = Callable[[Path], Iterable[str]]  # a folder -> the names in it that its owner has written
-
-
-def sync(path: Path) -> None:
-    """Returns when the file's bytes, or the folder's names, would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 class FolderSwap:

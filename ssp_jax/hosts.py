@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import os
 import pickle
+import secrets
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from ssp_jax.errors import InputError, sentence
 T = TypeVar("T")
 
 START_SECONDS = 600  # until all processes must have come: a cluster starts its hosts one by one
+SHARED_SECONDS = 90  # until all see a file: NFS and gcsfuse keep what they know of a folder for up to a minute
 HEARTBEAT_SECONDS = 100  # a process that has been silent for so long counts as dead
 # A process that waits for the others ends when they have not come for so long. It may wait longer where its own part
 # took long: shares of play are alike in number of games, and not in seconds.
@@ -368,6 +370,46 @@ def meet() -> None:
     (Gloo gives up after half a minute then, and after half an hour between those that have.)
     """
     share(lambda: None)
+
+
+def appears(path: Path) -> bool:
+    """Whether the path is there. Where another process wrote it, it is waited for."""
+    end = time.monotonic() + (0 if first() else SHARED_SECONDS)
+    while not path.exists():
+        if time.monotonic() >= end:
+            return False
+        time.sleep(_TICK_SECONDS)
+    return True
+
+
+def check_shared(folder: Path) -> None:
+    """All processes see what the first one writes into this folder; else InputError.
+
+    By a name that is new each time: a file system may remember that another one was not there.
+    """
+    if not several():
+        return
+
+    def mark() -> str:
+        name = f".shared_{secrets.token_hex(8)}"
+        if first():
+            try:
+                (folder / name).touch()
+            except OSError as error:
+                raise InputError(f"{folder} cannot be used: {error}") from error
+        return name
+
+    path = folder / share(mark)[0]
+
+    def look() -> None:
+        if not appears(path):
+            raise InputError(f"{folder} is not the same folder on all hosts; expected one that they share")
+
+    try:
+        agree(look)
+    finally:
+        if first():
+            path.unlink(missing_ok=True)
 
 
 def by_first(action: Callable[[], object]) -> None:

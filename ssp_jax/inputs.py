@@ -13,13 +13,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax import data, episodes, export, hosts, judge, model, prompts, scores, sharding, weights
-from ssp_jax.checkpoint import check_workdir
+from ssp_jax import data, episodes, export, hosts, judge, model, prompts, scores, sharding, stamps, weights
 from ssp_jax.config import check_values, flatten_config
 from ssp_jax.data import Task
 from ssp_jax.errors import InputError
 from ssp_jax.remote import RemoteRetriever
 from ssp_jax.retriever import Search, ensure_index, open_retriever
+from ssp_jax.workdir import check_unchanged, check_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,14 @@ class Inputs:
     stage: episodes.Stage
     eos: tuple[int, ...]
     server: judge.OpenAI | None  # where one is asked
+    stamps: dict[str, str]  # digests of the files that training depends on
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """What the files say, and what is searched: a short digest of each, under a name for people.
 
-        What a run keeps on disk holds for the files that it was made from. Whoever goes on from it
-        compares these: the processes of a run, a resumed run, a repeated evaluation.
+        The processes of a run compare these, and a repeated evaluation. A resumed run compares files
+        (stamps.py), before the index is built: it names the one that has changed.
         """
         backend = self.tokenizer.backend_tokenizer.to_str()
         tokenizer = backend, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.eos
@@ -62,6 +63,9 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
     takes the place of the one before: a command that is refused must not come so far.
     """
 
+    def of_search() -> dict[str, str]:
+        return stamps.of_search(config.retriever, index_folder(config.retriever, workdir))
+
     def files() -> dict[str, Any]:
         check_values(config, evaluating=evaluating)
         if evaluating and not config.data.eval_sets:
@@ -71,13 +75,20 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
         check_workdir(workdir, config, evaluating=evaluating)
         if config.checkpoint.export and not evaluating:
             export.check_place(Path(workdir) / export.FOLDER)
-        return _read_files(config, evaluating)
+        found = _read_files(config, evaluating)
+        if hosts.first() and not evaluating:
+            # Before the index of a changed corpus is built, for hours, and takes the place of the one before.
+            check_unchanged(workdir, lambda: found["stamps"] | of_search())
+        return found
 
     found = hosts.agree(files, _settings(config))
     hosts.agree(lambda: make_mesh(config))
     server = hosts.agree(lambda: _open_judge(config, found, evaluating))
     asked = found["tasks"] or next(iter(found["eval_sets"].values()))
-    return Inputs(**found, server=server, retriever=open_search(config.retriever, workdir, asked))
+    search = open_search(config.retriever, workdir, asked)
+    if not evaluating:
+        found["stamps"] |= of_search()
+    return Inputs(**found, server=server, retriever=search)
 
 
 def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
@@ -102,6 +113,7 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "stage": stage,
         "eos": episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
+        "stamps": {} if evaluating else stamps.of_files(config),
     }
 
 
@@ -117,13 +129,18 @@ def _open_judge(config: ConfigDict, found: dict[str, Any], evaluating: bool) -> 
     return judge.open_server(config.judge) if "openai" in kinds else None
 
 
+def index_folder(c: ConfigDict, workdir: str) -> str:
+    """Of section retriever."""
+    return c.index or str(Path(workdir) / "index")
+
+
 def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
     """Of several processes the first one builds a missing index: a lock file tells nothing to another host."""
     if c.kind == "http":
         probes = [task.question or task.answers[0] for task in tasks[:64]]
         remote = functools.partial(RemoteRetriever, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries)
         return hosts.agree(lambda: remote(c.url, probes))
-    index = c.index or str(Path(workdir) / "index")
+    index = index_folder(c, workdir)
     settings = {"stemmer": c.stemmer, "stopwords": c.stopwords, "k1": c.k1, "b": c.b}
     if hosts.several():
         hosts.by_first(lambda: ensure_index(c.corpus, index, **settings))

@@ -214,6 +214,11 @@ class Logger:
             self._events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
             self._events.flush()
 
+    def sync(self) -> None:
+        """The rows so far are on disk, also if the machine goes down."""
+        if not self._mute:
+            os.fsync(self._rows.fileno())
+
     def table(self, title: str, rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
         """The first column is text and on the left, the others are numbers and on the right; floats with 3 places."""
         style = box.SIMPLE_HEAD if self._live else box.ASCII2

@@ -257,7 +257,7 @@ class Retriever:
     def __init__(self, folder: Path, found: Index, threads: int = 0) -> None:
         self._path = str(folder / index.PASSAGES)
         meta = found.meta
-        self.source = f"{meta['settings']} {meta['stopwords']} corpus {meta['corpus']['sha256']}"
+        self.source = _source(meta)
         self._arrays = found.data, found.rows, found.starts, found.highest
         self._offsets, self._line_sums, self._passages = found.offsets, found.line_sums, found.passages
         self._words = bm25.QueryWords(meta["settings"]["stemmer"], meta["stopwords"], found.vocabulary)
@@ -374,6 +374,28 @@ def ensure_index(
     with _locked(swap):
         if not _matches(folder, source, settings):
             _build(source, swap, settings)
+
+
+def source(corpus: str | Path, index_dir: str | Path) -> str:
+    """What is searched, as a digest: the corpus, or, where none is given, what the index was built from.
+
+    The corpus is read where it is not, by size and time, the one of the index.
+    """
+    folder = Path(index_dir)
+    if not corpus:
+        _recover(folder)
+        return _source(index.read_meta(folder))
+    stamp = _stamp(Path(corpus))
+    try:
+        known = index.read_meta(folder)["corpus"]
+    except InputError:  # it is not built yet
+        return _digest(Path(corpus))
+    same = all(known[key] == value for key, value in stamp.items())
+    return known["sha256"] if same else _digest(Path(corpus))
+
+
+def _source(meta: dict[str, Any]) -> str:
+    return f"{meta['settings']} {meta['stopwords']} corpus {meta['corpus']['sha256']}"
 
 
 def _matches(folder: Path, corpus: Path, settings: dict[str, Any]) -> bool:

@@ -33,7 +33,7 @@ from ssp_jax import (
     sharding,
     weights,
 )
-from ssp_jax.checkpoint import Checkpoints, check_shared, held, keep_config, trained_with
+from ssp_jax.checkpoint import Checkpoints, leaf_digests
 from ssp_jax.config import advice
 from ssp_jax.engine import Engine, Sizes, Stats
 from ssp_jax.errors import InputError, sentence
@@ -43,16 +43,17 @@ from ssp_jax.inputs import Inputs, compare, evaluation_inputs, make_mesh, read_i
 from ssp_jax.metrics import CompileCounter, Logger, peak_memory_gib
 from ssp_jax.sampler import Truncation
 from ssp_jax.selfplay import Memory, Round, SelfPlay, Training, readable
+from ssp_jax.workdir import as_read, held, keep_config, trained_with
 
 
 def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
     keep_compiled(workdir)
-    inputs, mesh = read_inputs(config, workdir), make_mesh(config)
     with held(workdir):
+        inputs, mesh = read_inputs(config, workdir), make_mesh(config)
         # After the inputs: a mistyped path must not become the workdir's config.
         hosts.agree(lambda: keep_config(workdir, config) if hosts.first() else None)
-        hosts.agree(lambda: check_shared(workdir))
+        hosts.check_shared(Path(workdir))
         run = _Run(config, workdir, inputs, mesh)
         compare(inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
         _to_the_end(run, config)
@@ -197,8 +198,8 @@ class _Run:
     def __init__(self, config: ConfigDict, workdir: str, inputs: Inputs, mesh: jax.sharding.Mesh):
         self._config, self._workdir, self._inputs, self._mesh = config, Path(workdir), inputs, mesh
         self.compiles = CompileCounter()
-        self.checkpoints = Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
-        self.step = self.checkpoints.latest_step() or 0
+        c = config.checkpoint
+        self.checkpoints = Checkpoints(workdir, c.every, c.keep, minutes=c.minutes)
         self._key = jax.random.key(config.seed)
         with device_memory.must_fit("the train state", learner.MEMORY_REMEDY):
             self._build_model()
@@ -222,10 +223,12 @@ class _Run:
         reference = cast(initial) if c.kl_coef else None
         self._state = learner.init_state(c, initial)
         self._learner = learner.Learner(c, self._state, reference, lambda batch: sharding.put_rows(batch, rows))
-        self.memory, self._seconds = Memory(), 0.0
-        if self.step:
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
-            self._state, game = self.checkpoints.restore(self.step, like)
+        self.step, self.memory, self._seconds = 0, Memory(), 0.0
+        self._damaged: dict[int, str] = {}
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
+        if restored := self.checkpoints.restore_newest(like):
+            self._state, game = restored.state, restored.game
+            self.step, self._damaged = restored.step, restored.damaged
             self.memory, self._seconds = Memory.from_json(game["memory"]), game["seconds"]
         self._to_sampler = sampler_copy(self._config, config, self._mesh)
         # While it judges what is trained, the initial model is in memory beside the player, and the slots leave room.
@@ -241,12 +244,17 @@ class _Run:
         if hosts.several():
             devices += f" of {jax.process_count()} processes"
         start = f"resuming after step {self.step}" if self.step else "starting"
+        for step, reason in self._damaged.items():
+            self.logger.say(
+                f"checkpoint {step} is damaged ({reason}) and was set aside; going on from step {self.step}"
+            )
         self.logger.say(f"{start} in {self._workdir} on {devices}; jax {jax.__version__}")
         self.logger.say(f"attention of the update: {self._attention}")
         for line in advice(self._config):
             self.logger.say(line)
         began = time.monotonic()
         with self.logger.phase("compiling"):
+            leaf_digests(self._state)
             # Together: one process may find in its cache what another compiles, or be told that it does not fit.
             params = self._to_sampler(self._state.params)
             hosts.agree(functools.partial(self._engine.warm_up, params, self._key, stop))
@@ -315,7 +323,10 @@ class _Run:
 
     def save(self) -> None:
         with self.logger.phase("saving"):
-            self.checkpoints.save(self.step, self._state, {"memory": self.memory.to_json(), "seconds": self._seconds})
+            self.logger.sync()  # a step that outlives a crash of the machine has its row
+            game = {"memory": self.memory.to_json(), "seconds": self._seconds}
+            game |= {"config": as_read(self._config), "stamps": self._inputs.stamps}
+            self.checkpoints.save(self.step, self._state, game)
 
     def evaluate_if_due(self, stop: Stop) -> None:
         every = self._config.eval.every

@@ -5,8 +5,10 @@ code 2 and one sentence on stderr, compile nothing, and leave every file that wa
 """
 
 import contextlib
+import fcntl
 import gzip
 import json
+import os
 import re
 import shutil
 import socket
@@ -17,18 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT
+from ml_collections import ConfigDict
 from model_folders import edit_config, edit_header, edit_tensors, split, write_header
 from test_report import run_folder
 
-from ssp_jax import audit, generate, main, plan, report, retriever
+from ssp_jax import audit, generate, main, plan, report, retriever, stamps
 from ssp_jax import index as index_files
-from ssp_jax.config import CHOICES
+from ssp_jax.checkpoint import Checkpoints
+from ssp_jax.config import CHOICES, parse_command_line
 from ssp_jax.errors import shown
 from ssp_jax.metrics import CompileCounter
+from ssp_jax.selfplay import Memory
+from ssp_jax.workdir import as_read, keep_config
 
 Make = Callable[[Path], list[str]]  # an empty folder -> a command line; its first word is a key of COMMANDS
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -1258,7 +1265,242 @@ EVALUATIONS = [
     ),
 ]
 
-WORKDIRS: list[Case] = []
+
+# --- workdirs ---
+
+
+def with_workdir(prepare: Callable[[Path, ConfigDict], Any], *overrides: str, more: tuple[str, ...] = ()) -> Make:
+    """A run of the tiny config with these overrides, in a workdir of the tiny config that has been prepared."""
+
+    def make(folder: Path) -> list[str]:
+        before = parse_command_line(tiny()(folder)).config
+        (folder / "run").mkdir()
+        prepare(folder / "run", before)
+        return [*tiny(*overrides)(folder), *more]
+
+    return make
+
+
+def trained(run: Path, config: ConfigDict) -> None:
+    """As a run leaves it before its first save, as far as this counts."""
+    keep_config(str(run), config)
+    (run / "metrics.jsonl").write_text('{"step": 0}\n')
+    (run / "index").mkdir()
+    (run / "index" / "meta.json").write_text('{"of": "the run before"}')
+
+
+def with_config(content: bytes) -> Callable[[Path, ConfigDict], Any]:
+    return lambda run, config: (run / "config.json").write_bytes(content)
+
+
+def with_step(run: Path, config: ConfigDict) -> None:
+    """One checkpoint, and nothing else."""
+    files = stamps.of_files(config) | stamps.of_search(config.retriever, config.retriever.index)
+    game = {"memory": Memory().to_json(), "seconds": 1.0, "config": as_read(config), "stamps": files}
+    with Checkpoints(str(run), every=1, keep=1) as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros(3)}, game)
+
+
+def damaged_step(damage: Callable[[Path], Any]) -> Callable[[Path, ConfigDict], Any]:
+    def prepare(run: Path, config: ConfigDict) -> None:
+        with_step(run, config)
+        damage(run / "checkpoints/1/game/metadata")
+
+    return prepare
+
+
+def resumed(change: Callable[[Path], Any], *, index: bool = False) -> Make:
+    """A run that has a checkpoint, and whose files (model/, answers.jsonl, corpus.jsonl) then change in place.
+
+    index: it searches a given index, without the corpus.
+    """
+
+    def make(folder: Path) -> list[str]:
+        shutil.copytree(TINY / "model", folder / "model")
+        shutil.copy(TINY / "answers.jsonl", folder)
+        lines = (TINY / "corpus.jsonl").read_text().splitlines(keepends=True)
+        (folder / "corpus.jsonl").write_text("".join(lines[:20]))
+        own = [f"model.path={folder}/model", f"data.answers={folder}/answers.jsonl"]
+        own += ["retriever.corpus=", f"retriever.index={folder}/given"]
+        own[2:] = own[2:] if index else [f"retriever.corpus={folder}/corpus.jsonl"]
+        if index:
+            retriever.main(["build", f"--corpus={folder}/corpus.jsonl", f"--out={folder}/given"])
+        argv = tiny(*own)(folder)
+        with_step(folder / "run", parse_command_line(argv).config)
+        change(folder)
+        return argv
+
+    return make
+
+
+def edit(name: str, old: str, new: str) -> Callable[[Path], Any]:
+    """Other content of the same length, and the time of the old one: a date tells nothing."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        assert len(old) == len(new) and old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    return change
+
+
+def build_again(folder: Path) -> None:
+    edit("corpus.jsonl", "English", "Finnish")(folder)
+    retriever.main(["build", f"--corpus={folder}/corpus.jsonl", f"--out={folder}/given"])
+
+
+def locked(run: Path, config: ConfigDict) -> None:
+    """Held by this process as another run would hold it, until the interpreter ends."""
+    fcntl.flock(os.open(run, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def in_the_way(run: Path, config: ConfigDict) -> None:
+    (run / "export").mkdir()
+    (run / "export" / "notes.txt").write_text("mine")
+
+
+def flip_a_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+
+
+EVAL = ("--mode=eval",)
+DEEP = b"[" * 100_000
+WORKDIRS = [
+    Case("another group size", with_workdir(trained, "game.group_size=3"), r"game\.group_size was 5 and is 3; take"),
+    Case("another k1, whose index stays", with_workdir(trained, "retriever.k1=0.9"), r"k1 was 1\.5 and is 0\.9"),
+    Case("another seed", with_workdir(trained, "seed=1"), "holds a run of another config: seed was 0 and is 1"),
+    Case("another answers file", with_workdir(trained, "data.answers=a.jsonl"), r"data\.answers was .*answers\.jsonl"),
+    Case("eval, another style", with_workdir(trained, "prompt.style=search_r1", more=EVAL), 'style was "brief" and is'),
+    Case("eval, other limits", with_workdir(trained, "limits.searches=2", more=EVAL), "limits.searches was 4 and is 2"),
+    Case("eval, another b", with_workdir(trained, "retriever.b=0.5", more=EVAL), r"retriever\.b was 0\.75 and is 0\.5"),
+    Case("no config.json, a step of another", with_workdir(with_step, "seed=1"), "another config: seed was 0 and is 1"),
+    Case(
+        "config.json cut", with_workdir(with_config(b'{"seed": 0, "st')), "config.json is not the config of a run: Unt"
+    ),
+    Case(
+        "config.json empty", with_workdir(with_config(b"")), "config.json is not the config of a run: Expecting value"
+    ),
+    Case("config.json of NULs", with_workdir(with_config(bytes(64))), "config.json is not the config of a run: Expect"),
+    Case("config.json a list", with_workdir(with_config(b'[["seed", 0]]')), "config.json is not .*: it holds list"),
+    Case(
+        "config.json a number", with_workdir(with_config(b"7")), "config.json is not the config of a run: it holds int"
+    ),
+    Case("config.json no text", with_workdir(with_config(b"\xff\xfe{")), "config.json is not the .* can't decode"),
+    Case("config.json nested", with_workdir(with_config(DEEP)), "config.json is not the config of a run: maximum rec"),
+    Case(
+        "config.json a folder", with_workdir(lambda run, _: (run / "config.json").mkdir()), "cannot be used: .*Is a d"
+    ),
+    Case(
+        "a file in the place of the workdir",
+        lambda folder: [(folder / "run").write_text("mine"), tiny()(folder)][1],
+        "workdir .*run cannot be used: .*File exists",
+    ),
+    Case("a workdir in use", with_workdir(locked), "workdir .*run is in use by another run, which is still going on"),
+    Case(
+        "a folder where the export goes",
+        with_workdir(in_the_way),
+        "run/export: expected no such folder, .* found 'notes.txt' in it; it is left alone",
+    ),
+    Case("a step cut", with_workdir(damaged_step(lambda f: os.truncate(f, 99))), r"no checkpoint in .*run/checkpoints"),
+    Case("a step gone", with_workdir(damaged_step(os.remove)), r"no checkpoint in .* can be read \(1: .*starts anew"),
+    Case(
+        "other answers since", resumed(edit("answers.jsonl", "218", "219")), "answers.jsonl has changed since step 1 of"
+    ),
+    Case("fewer answers since", resumed(lambda f: os.truncate(f / "answers.jsonl", 400)), "answers.jsonl"),
+    Case("another corpus since", resumed(edit("corpus.jsonl", "English", "Finnish")), "corpus.jsonl has changed since"),
+    Case(
+        "another index since", resumed(build_again, index=True), "given has changed since step 1 of .*run; expected it"
+    ),
+    Case(
+        "other weights since",
+        resumed(lambda f: edit_tensors(f / "model", **{"model.norm.weight": np.full(128, 1.5, np.float32)})),
+        "model/model.safetensors has changed since step 1",
+    ),
+    Case(
+        "a bit of the weights since",
+        resumed(lambda f: flip_a_bit(f / "model" / "model.safetensors")),
+        "model/model.safetensors has changed since step 1",
+    ),
+    Case(
+        "another config of the model since", resumed(lambda f: edit_config(f / "model", x=1)), "model/config.json has"
+    ),
+    Case(
+        "another tokenizer since",
+        resumed(edit("model/tokenizer_config.json", ": 1024", ": 1025")),
+        "model/tokenizer_config.json has changed since step 1",
+    ),
+    Case(
+        "another end of text since",
+        resumed(lambda f: (f / "model" / "generation_config.json").write_text('{"eos_token_id": 3}')),
+        "model/generation_config.json (is new|has changed) since step 1",
+    ),
+]
+
+# Overrides of the tiny config, and what is said of them.
+OVERRIDES = (
+    ("learner.mini_batches=2", "no key .*; the nearest is learner.solver_mini_batches"),
+    ("learner.solver_mini_batches=0", "learner.solver_mini_batches is 0; expected more than 0"),
+    ("learner.proposer_mini_batches=0", "learner.proposer_mini_batches is 0; expected more than 0"),
+    ("learner.clip_dual=0.5", "learner.clip_dual is 0.5; expected 0, or more than 1"),
+    ("learner.clip_dual=1.0", "learner.clip_dual is 1.0; expected 0, or more than 1"),
+    ("learner.kl_bound=-1.0", "learner.kl_bound is -1.0; expected at least 0"),
+    ("learner.kl_bound=nan", "learner.kl_bound is nan; expected a finite number"),
+    ("learner.kl_coef=-0.1", "learner.kl_coef is -0.1; expected at least 0"),
+    ("limits.verify_response_tokens=0", "limits.verify_response_tokens is 0; expected more than 0"),
+    ("game.noise_documents=-1", "game.noise_documents is -1; expected at least 0"),
+    ("game.answers_per_step=0", "game.answers_per_step is 0; expected more than 0"),
+    ("game.answers_per_step=500000", "game.answers_per_step is .* makes .* attempts a step; exp"),
+    ("game.group_size=513", "game.group_size is 513; expected at most 512"),
+    ("learner.row_tokens=256", "learner.row_tokens is 256; expected at least 384, for limits"),
+    ("engine.cache_tokens=383", "engine.cache_tokens is 383; expected at least 440, for limits"),
+    ("limits.verify_prompt_tokens=409", "engine.cache_tokens is 448; expected at least 449, for"),
+    ("limits.response_tokens=4000", "learner.row_tokens is 384; expected at least 4064, for limits"),
+    ("learner.logprob_chunk=100", "learner.row_tokens is 384; expected a multiple of .*_chunk = 100"),
+    ("learner.rows=3 mesh.data=2", "learner.rows is 3; expected a multiple of .* = 2"),
+    ("engine.slots=7 mesh.data=2", "engine.slots is 7; expected a multiple of .* = 2"),
+    ("mesh.tensor=8", "mesh.tensor is 8; expected a divisor of 2 key/value heads"),
+    ("engine.extend_buckets=()", "engine.extend_buckets is empty; expected at least one length"),
+    ("limits.observation_tokens=1", "limits.observation_tokens is 1; expected more than"),
+    ("rules.min_searches=5", "rules.min_searches is 5; expected at most 4"),
+)
+GAME_AND_UPDATE = [
+    *(Case(overrides, tiny(*overrides.split()), says) for overrides, says in OVERRIDES),
+    *(Case(f"{key}=other", tiny(f"{key}=other"), f"{key} is 'other'; expected one of .") for key in CHOICES),
+]
+
+PROCESSES = [
+    *(
+        Case(
+            f"only {words}", line(f"main DEFAULT {words}"), "expected --coordinator=HOST:PORT, --processes=N and --proc"
+        )
+        for words in ("--processes=2", "--process=0", "--coordinator=a:1", "--processes=2 --process=0")
+    ),
+    *(
+        Case(name, line(f"main DEFAULT {words}"), f"{words}: expected HOST:PORT of process 0, and for each process its")
+        for name, words in (
+            ("a number beyond the last", "--coordinator=a:1 --processes=2 --process=2"),
+            ("an address without a port", "--coordinator=a --processes=2 --process=0"),
+            ("a port that is a name", "--coordinator=a:http --processes=2 --process=0"),
+        )
+    ),
+    Case("no processes at all", line("main DEFAULT --processes=0"), "--processes=0: 0 is not a positive integer"),
+    Case(
+        "a process before the first",
+        line("main DEFAULT --process=-1"),
+        "--process=-1: -1 is not a non-negative integer",
+    ),
+    Case("processes in words", line("main DEFAULT --processes=two"), "processes.*two"),
+    Case(
+        "more devices than there are",
+        tiny("mesh.data=16"),
+        r"mesh asks for \[16, 1, 1\] but there are 8",
+    ),
+    Case("devices that do not divide", tiny("mesh.data=3", "mesh.fsdp=-1"), "mesh asks for .* but there are 8 devices"),
+    Case("two axes for what is left", tiny("mesh.data=-1", "mesh.fsdp=-1"), "mesh has sizes .*; expected .* one -1"),
+    Case("evaluation: more devices", tiny_eval("mesh.fsdp=9"), "mesh asks for .* but there are 8 devices"),
+]
 
 # Overrides of the tiny config, and what is said of them.
 OVERRIDES = (

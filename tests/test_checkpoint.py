@@ -1,9 +1,13 @@
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from configs import default
-from ssp_jax.checkpoint import Checkpoints, check_workdir, held, keep_config
+from ssp_jax.checkpoint import Checkpoints, leaf_digests
 from ssp_jax.errors import InputError
+from ssp_jax.workdir import check_workdir, held, keep_config
 
 GAME = {"position": 7, "pool": [{"question": "Où est São Paulo?", "answers": ["Brazil"], "uid": None}], "rate": 0.1}
 
@@ -27,7 +32,7 @@ def train_state(seed: int) -> dict[str, Any]:
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
     kernel_key, moment_key = jax.random.split(jax.random.key(seed))
     return {
-        "params": {"kernel": jax.device_put(jax.random.normal(kernel_key, (8, 6)), _on(mesh, "fsdp", "tensor"))},
+        "params": {"kernel": jax.device_put(jax.random.normal(kernel_key, (48, 66)), _on(mesh, "fsdp", "tensor"))},
         "adam": [jax.device_put(jax.random.normal(moment_key, (16, 3), jnp.bfloat16), _on(mesh, ("fsdp", "tensor")))],
         "step": jax.device_put(jnp.int32(seed), _on(mesh)),
     }
@@ -51,10 +56,10 @@ def assert_bitwise(one: Any, other: Any) -> None:
 def test_restores_bitwise_on_the_same_shardings(tmp_path: Path) -> None:
     state = train_state(3)
     with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
-        assert checkpoints.latest_step() is None
+        assert checkpoints.steps() == []
         checkpoints.save(3, state, GAME)
     with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
-        assert checkpoints.latest_step() == 3
+        assert checkpoints.steps() == [3]
         restored, game = checkpoints.restore(3, abstract(state))
     assert_bitwise(restored, state)
     assert game == GAME
@@ -133,7 +138,7 @@ def test_kill_9_leaves_only_whole_steps(tmp_path: Path, seconds: float) -> None:
     assert seconds > 0 or any(not name.isdigit() for name in left), f"killed too late to catch it writing: {left}"
     like = {"weight": jax.ShapeDtypeStruct((16, 2**20), jnp.float32, sharding=_on(jax.make_mesh((8,), ("x",)), "x"))}
     with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
-        step = checkpoints.latest_step()
+        step = checkpoints.steps()[-1]
         assert step is not None and step >= 2
         restored, game = checkpoints.restore(step, like)
         assert game == {"step": step}
@@ -155,22 +160,222 @@ def test_a_full_disk_is_told_in_a_line_after_the_next_step_and_costs_no_older_on
                 assert not checkpoints.due(21)
                 time.sleep(0.1)
     with Checkpoints(str(tmp_path), every=10, keep=2) as checkpoints:
-        assert checkpoints.latest_step() == 10
+        assert checkpoints.steps() == [10]
         assert_bitwise(checkpoints.restore(10, abstract(state))[0], state)
 
 
-@pytest.mark.parametrize("broken", ["state/d/*", "state/manifest.ocdbt", "game/metadata"])
-def test_a_truncated_checkpoint_is_named(tmp_path: Path, broken: str) -> None:
-    state = {"params": {"weight": jax.random.normal(jax.random.key(0), (2**10,))}}
+# --- damage ---
+
+
+def two_steps(workdir: Path) -> dict[str, Any]:
+    """Saves steps 1 and 2; the state of 1."""
+    with Checkpoints(str(workdir), every=1, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, train_state(step), {"step": step})
+    return train_state(1)
+
+
+def flip(path: Path) -> None:
+    """A bit in the middle, where an array is."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def nothing_but_nul(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+ARRAYS = "state/ocdbt.process_0/d/*"
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "a bit of the arrays": (ARRAYS, flip),
+    "arrays cut": (ARRAYS, halve),
+    "arrays of zeros": (ARRAYS, nothing_but_nul),
+    "arrays gone": (ARRAYS, os.remove),
+    "the folder of arrays gone": ("state", shutil.rmtree),
+    "list of arrays cut": ("state/manifest.ocdbt", halve),
+    "list of arrays gone": ("state/manifest.ocdbt", os.remove),
+    "a bit of the game": ("game/metadata", flip),
+    "the game cut": ("game/metadata", halve),
+    "the game empty": ("game/metadata", lambda path: path.write_text("")),
+    "the game is a list": ("game/metadata", lambda path: path.write_text("[]")),
+    "the game nested": ("game/metadata", lambda path: path.write_text("[" * 100_000)),
+    "a rename that a preemption ended": ("*", lambda path: None if path.name == "game" else remove(path)),
+    "all of it": ("", lambda path: [remove(inner) for inner in path.iterdir()]),
+}
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_step_is_set_aside_for_the_one_before(tmp_path: Path, damage: str) -> None:
+    state = two_steps(tmp_path)
+    pattern, act = DAMAGES[damage]
+    step = tmp_path / "checkpoints" / "2"
+    for path in list(step.glob(pattern)) if pattern else [step]:
+        act(path)
     with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
-        checkpoints.save(1, state, GAME)
-        checkpoints.wait()
-        for file in (tmp_path / "checkpoints" / "1").glob(broken):
-            os.truncate(file, file.stat().st_size // 2)
-        told = rf"^checkpoint {tmp_path}/checkpoints/1 cannot be read \(.+\); without that folder .* goes on"
+        restored = checkpoints.restore_newest(abstract(state))
+        assert restored is not None and restored.step == 1 and restored.game == {"step": 1}
+        assert_bitwise(restored.state, state)
+        assert list(restored.damaged) == [2] and len(restored.damaged[2]) <= 300
+        assert checkpoints.steps() == [1]
+        checkpoints.save(2, train_state(5), {"step": 2})  # it is played again, and kept
+    with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
+        again = checkpoints.restore_newest(abstract(state))
+        assert again is not None and (again.step, again.damaged) == (2, {})
+        assert_bitwise(again.state, train_state(5))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "2.damaged"]
+
+
+def test_where_no_step_is_good_that_is_told_and_nothing_is_moved(tmp_path: Path) -> None:
+    state = two_steps(tmp_path)
+    for path in (tmp_path / "checkpoints").glob(f"*/{ARRAYS}"):
+        halve(path)
+    told = rf"^no checkpoint in {tmp_path}/checkpoints can be read \(2: .+; 1: .+\); without that folder .* anew$"
+    with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
         with pytest.raises(InputError, match=told) as caught:
-            checkpoints.restore(1, abstract(state))
-        assert "spec" not in str(caught.value) and len(str(caught.value)) < 3 * len(str(tmp_path)) + 300
+            checkpoints.restore_newest(abstract(state))
+        assert "spec" not in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
+def test_a_digest_is_of_values_and_places_and_not_of_shardings(dtype: Any) -> None:
+    values = np.arange(8 * 6).reshape(8, 6).astype(dtype)
+
+    def digest(x: np.ndarray, *axes: Any, mesh: Any = (4, 2)) -> str:
+        devices = jax.make_mesh(mesh, ("fsdp", "tensor"), devices=jax.devices()[: mesh[0] * mesh[1]])
+        return leaf_digests({"x": jax.device_put(x, _on(devices, *axes))})["x"]
+
+    whole = digest(values)
+    assert whole == digest(values, "fsdp", "tensor") == digest(values, None, "tensor")
+    assert whole == digest(values, ("fsdp", "tensor"), mesh=(2, 1)) == digest(values, None, "fsdp", mesh=(3, 1))
+    bits = values.view(f"u{values.itemsize}")
+    for place in ((0, 0), (3, 1), (7, 5)):
+        for bit in (0, 8 * values.itemsize - 1):
+            changed = bits.copy()
+            changed[place] ^= np.array(1 << bit, bits.dtype)
+            assert digest(changed.view(values.dtype)) != whole
+    signs = bits.copy()
+    signs[:2] ^= np.array(1 << (8 * values.itemsize - 1), bits.dtype)  # changes whose plain sum is zero
+    assert digest(signs.view(values.dtype)) != whole
+    assert digest(np.roll(values, 1, axis=0)) != whole and digest(values[:, ::-1].copy()) != whole
+
+
+def test_a_save_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def watched(file: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
+        checkpoints.save(1, train_state(1), GAME)
+    names = [Path(path).relative_to(tmp_path / "checkpoints") for path in synced]
+    assert all(name.parts[0].startswith("1.orbax-checkpoint-tmp") for name in names)
+    below = {str(Path(*name.parts[1:])) for name in names}
+    written = {path.relative_to(tmp_path / "checkpoints" / "1") for path in (tmp_path / "checkpoints/1").rglob("*")}
+    assert {str(path) for path in written if path.name != "commit_success.txt"} <= below
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ssp_jax import checkpoint, hosts
+from ssp_jax.config import Place
+workdir, coordinator, process = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+hosts.start(Place(coordinator, 2, process), {})
+hosts.agree(lambda: None)
+hosts.check_shared(workdir)
+hosts.SHARED_SECONDS = 2
+try:
+    hosts.check_shared(workdir / str(process))
+    print("shared")
+except hosts.AllTold as error:
+    print(error)
+place = NamedSharding(jax.make_mesh((4,), ("x",)), PartitionSpec("x"))
+values = np.arange(4096, dtype=np.float32).reshape(64, 64)
+def put(step):
+    return {"x": jax.make_array_from_callback(values.shape, place, lambda part: values[part] + step)}
+with checkpoint.Checkpoints(str(workdir), 1, 3) as checkpoints:
+    for step in (1, 2, 3):
+        checkpoints.save(step, put(step), {"step": step})
+    checkpoints.wait()
+    if process == 0:
+        (workdir / "checkpoints/3/game/metadata").unlink()
+        largest = max((workdir / "checkpoints/2/state").rglob("*"), key=lambda path: path.stat().st_size)
+        largest.write_bytes(bytes(largest.stat().st_size))
+    hosts.meet()
+    if process == 1:  # a list of the folder that is not of now
+        checkpoint.finished_steps = lambda workdir: [1]
+    like = {"x": jax.ShapeDtypeStruct(values.shape, np.float32, sharding=place)}
+    found = checkpoints.restore_newest(like)
+    assert found.step == 1, found
+    assert all(np.array_equal(part.data, values[part.index] + 1) for part in found.state["x"].addressable_shards)
+    print(found.step, found.game, sorted(found.damaged), checkpoint.leaf_digests(found.state)["x"])
+    checkpoints.save(2, put(2), {"step": 2})
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_several_processes_fall_back_together_to_the_step_that_the_first_one_sees(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", TOGETHER, str(tmp_path), f"127.0.0.1:{free_port()}"]
+    pipe = subprocess.PIPE
+    started = [subprocess.Popen([*command, i], env=environment, stdout=pipe, stderr=pipe, text=True) for i in "01"]
+    said = [process.communicate(timeout=600) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    values = np.arange(4096, dtype=np.float32).reshape(64, 64) + 1
+    restored = f"1 {{'step': 1}} [2, 3] {leaf_digests({'x': jnp.asarray(values)})['x']}"
+    for output, _ in said:
+        lines = output.splitlines()
+        assert lines[-1] == restored
+        assert sum(f"{tmp_path}/1 is not the same folder on all hosts" in line for line in lines) == 1
+    names = ["1", "2", "2.damaged", "3.damaged"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+    assert not list(tmp_path.glob("**/.shared_*"))
+
+
+def test_a_gpu_saves_without_pinned_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of which XLA gives a process 64 GiB, and Orbax by itself would take a copy of the whole state."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with caplog.at_level("INFO", logger="absl"), Checkpoints(str(tmp_path), every=1, keep=2):
+        pass
+    told = re.findall(r"enable_pinned_host_transfer=(\w+)", caplog.text)
+    assert told and set(told) == {"False"}
+
+
+def test_minutes_count_from_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("ssp_jax.checkpoint.time.monotonic", lambda: now[0])
+    with Checkpoints(str(tmp_path), every=4, keep=2, minutes=1.5) as checkpoints:
+        due = []
+        for step in range(1, 9):
+            now[0] += 40
+            if checkpoints.due(step):
+                due.append(step)
+                checkpoints.save(step, {"x": jnp.float32(step)}, {})
+        assert due == [3, 4, 7, 8]
 
 
 def test_a_workdir_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
@@ -245,13 +450,3 @@ def test_a_workdir_of_evaluations_only_may_be_trained_in_with_another_game(tmp_p
     config.limits.turns += 1  # its episodes would count as this run's
     with pytest.raises(InputError, match="limits.turns"):
         check_workdir(str(tmp_path), config)
-
-
-def test_unusable_workdir_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file"):
-        check_workdir(str(tmp_path / "file"), default.get_config())
-    for text in ("{", "[1]", "7"):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(InputError, match="config.json is not the config of a run"):
-            check_workdir(str(tmp_path), default.get_config())

@@ -12,8 +12,8 @@ from conftest import ROOT
 from test_train import arguments, small
 
 from ssp_jax import examine, train
-from ssp_jax.checkpoint import held
 from ssp_jax.errors import InputError
+from ssp_jax.workdir import held
 
 QUESTIONS = {"eval__max_questions": 12}
 
@@ -109,19 +109,14 @@ def test_the_initial_model_judges_while_training(tmp_path):
     assert rows[0]["judge/asked"] > 0 and 0 <= rows[0]["judge/failed"] <= rows[0]["judge/asked"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"prompt__style": "search_r1"}, 'prompt.style was "brief" and is "search_r1"'),
-        ({"limits__searches": 2}, "limits.searches was 4 and is 2"),
-        ({"retriever__b": 0.5}, "retriever.b was 0.75 and is 0.5"),
-    ],
-)
-def test_what_a_run_was_trained_with_is_kept(trained, changes, expected):
-    index = (trained / "index" / "meta.json").read_bytes()
-    with pytest.raises(InputError, match=expected):
-        examine.examine(small(steps=1, **changes), str(trained))
-    assert (trained / "index" / "meta.json").read_bytes() == index
+def test_a_damaged_checkpoint_is_not_evaluated(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    for arrays in (workdir / "checkpoints/1/state").rglob("d/*"):
+        arrays.write_bytes(bytes(arrays.stat().st_size))
+    changes = {"eval__before": False, "limits__searches": 4, **QUESTIONS}
+    shutil.rmtree(workdir / "eval")
+    with pytest.raises(InputError, match="checkpoint 1 in .*run is damaged .* evaluates the step before"):
+        examine.examine(small(steps=1, **changes), str(workdir))
 
 
 def test_more_questions_than_episodes_have_ids_are_told_at_the_start(tmp_path, monkeypatch):

@@ -1,0 +1,396 @@
+"""Kills a run again and again, damages what it left, and asks whether the end is still the unbroken run.
+
+    python benchmarks/kills.py --out=runs/kills [--kills=200] [--processes=1] [--seed=0]
+
+A tiny run is played to its end once. Then runs of the same config are killed at random moments, and in saves, exports,
+evaluations and index builds: by SIGKILL, some by SIGTERM. Between a kill and the next start some checkpoints lose a
+bit, half a file or a whole one, or the index is gone. With --processes=2 the run has two processes on this machine, and
+one of them is killed, stopped for seconds, or stopped for good. The next start must go on from the newest step that is
+whole, and each run must end as the unbroken one, bit for bit: metrics, scores, games and exported weights. Prints each
+failure and a table, and exits with 1 if there was one.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "steps": 4,
+    "game.answers_per_step": 2,
+    "game.group_size": 2,
+    "game.noise_documents": 1,
+    "limits.verify_prompt_tokens": 160,
+    "limits.response_tokens": 96,
+    "limits.turn_tokens": 24,
+    "limits.turns": 2,
+    "limits.searches": 1,
+    "limits.observation_tokens": 48,
+    "engine.slots": 4,
+    "engine.chunk": 4,
+    "engine.extend_rows": 4,
+    "engine.cache_tokens": 192,
+    "engine.cache_buckets": (),
+    "engine.extend_buckets": (192,),
+    "learner.row_tokens": 192,
+    "learner.logprob_chunk": 64,
+    "learner.rows": 2,
+    "eval.max_questions": 2,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 3,
+    "log.episodes_every": 1,
+    "log.tensorboard": False,
+}
+OF_THE_MACHINE = ("seconds", "per_second", "memory/", "compile", "play/waiting")  # parts of keys
+KILLS_OF_A_RUN = 10  # then it is left alone
+FINISHED_IN = 900  # seconds, at most, of a start that nobody kills
+ALONE_FOR = 300  # seconds until the processes that are left have ended
+AT = {  # where a kill is aimed -> what is then in the workdir
+    "a save": "checkpoints/*.orbax-checkpoint-tmp*",
+    "an export": "export.unfinished",
+    "an evaluation": "eval/*/episodes*.jsonl",
+    "an index build": "index.building*",
+}
+ANYWHERE = "anywhere"
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Start:
+    """The processes of one start of a run, and the files of what they print."""
+
+    processes: list[subprocess.Popen[bytes]]
+    logs: list[Path]
+    began: float = field(default_factory=time.monotonic)
+
+    def over(self) -> bool:
+        return all(process.poll() is not None for process in self.processes)
+
+    def codes(self, seconds: float) -> list[int | None]:
+        end = time.monotonic() + seconds
+        while not self.over() and time.monotonic() < end:
+            time.sleep(0.05)
+        return [process.poll() for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def said(self) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in self.logs)
+
+
+def start(workdir: Path, cache: Path, number: int, processes: int) -> Start:
+    """Compiled programs are shared by all starts: most of the time would go into them."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }
+    command = [sys.executable, "-m", "ssp_jax.main", f"--config={ROOT}/configs/tiny.py", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += [f"--config.mesh.data={processes}", f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
+    folder = workdir.with_name(workdir.name + ".logs")
+    folder.mkdir(exist_ok=True)
+    logs = [folder / f"{number:03d}_{process}.log" for process in range(processes)]
+    started = []
+    for process, log in enumerate(logs):
+        place = [f"--process={process}"] if processes > 1 else []
+        with log.open("wb") as file:
+            started.append(subprocess.Popen([*command, *place], cwd=ROOT, env=environment, stdout=file, stderr=file))
+    return Start(started, logs)
+
+
+def steps(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+# --- what a run leaves, for comparison --------------------------------------------------------------------------------
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}/{name}").items()}
+
+
+def compared(document: dict[str, Any]) -> dict[str, Any]:
+    """What another run of the same config has too. `weights` has the name of the workdir."""
+    return {
+        key: value
+        for key, value in flat(document).items()
+        if key not in ("/time", "/weights") and not any(part in key for part in OF_THE_MACHINE)
+    }
+
+
+def result(workdir: Path) -> dict[str, Any]:
+    """By file or line: everything that must be the same."""
+    found: dict[str, Any] = {}
+    for number, line in enumerate((workdir / "metrics.jsonl").read_text().splitlines(), 1):
+        found[f"metrics.jsonl line {number}"] = compared(json.loads(line))
+    for path in (*workdir.glob("eval/*.json"), workdir / "summary.json"):
+        found[str(path.relative_to(workdir))] = compared(json.loads(path.read_text()))
+    for pattern in ("episodes/*.jsonl", "export/*"):
+        for path in workdir.glob(pattern):
+            found[str(path.relative_to(workdir))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+
+
+# --- harm -------------------------------------------------------------------------------------------------------------
+
+
+def flip_a_bit(path: Path, chance: random.Random) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+    path.write_bytes(raw)
+
+
+def cut(path: Path, chance: random.Random) -> None:
+    os.truncate(path, chance.randrange(path.stat().st_size))
+
+
+def remove(path: Path, chance: random.Random) -> None:
+    path.unlink()
+
+
+HARMS: dict[str, Callable[[Path, random.Random], None]] = {
+    "a bit flipped": flip_a_bit,
+    "a file cut": cut,
+    "a file removed": remove,
+}
+
+
+def whole_steps(workdir: Path, harmed: set[int]) -> list[int]:
+    """Those that nothing was done to. `harmed`: inodes, for a step that is set aside is written anew."""
+    return [step for step in steps(workdir) if (workdir / "checkpoints" / str(step)).stat().st_ino not in harmed]
+
+
+def harm(workdir: Path, chance: random.Random, harmed: set[int]) -> str:
+    """Does something to what is there, and says what. One whole step always stays."""
+    whole = whole_steps(workdir, harmed)
+    if chance.random() < 0.15 and (workdir / "index").exists():
+        shutil.rmtree(workdir / "index")
+        return "the index removed"
+    if len(whole) < 2 or chance.random() < 0.5:
+        return "nothing"
+    newest = workdir / "checkpoints" / str(whole[-1])
+    harmed.add(newest.stat().st_ino)
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
+    # mostly the large ones, which are the arrays
+    file = chance.choices(files, [path.stat().st_size + 1000 for path in files])[0]
+    name = chance.choice(list(HARMS))
+    HARMS[name](file, chance)
+    return name
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What was done, and what came of it."""
+
+    out: Path
+    processes: int
+    chance: random.Random
+    kills: Counter[str] = field(default_factory=Counter)
+    harms: Counter[str] = field(default_factory=Counter)
+    fallbacks: int = 0
+    resumes: int = 0
+    runs: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def fail(self, what: str) -> None:
+        self.failures.append(what)
+        print(f"FAILED: {what}", flush=True)
+
+
+def act(tally: Tally, run: Start, where: str) -> str:
+    """Ends the start by force; what was done. Stopping it for a moment does not end it."""
+    kinds = ["SIGKILL"] * 4 + ["SIGTERM"] + (["SIGSTOP, SIGCONT"] * 2 + ["hang"] if tally.processes > 1 else [])
+    kind = tally.chance.choice(kinds)
+    victim = tally.chance.choice(run.processes)
+    if kind == "SIGTERM":
+        victim.send_signal(signal.SIGTERM)
+    elif kind == "SIGKILL":
+        victim.kill()
+    else:
+        victim.send_signal(signal.SIGSTOP)
+        if kind == "SIGSTOP, SIGCONT":
+            time.sleep(tally.chance.uniform(0.5, 8))
+            victim.send_signal(signal.SIGCONT)
+            return kind
+    others = [process for process in run.processes if process is not victim or kind == "SIGTERM"]
+    end = time.monotonic() + ALONE_FOR
+    while any(process.poll() is None for process in others):
+        if time.monotonic() > end:
+            tally.fail(f"{run.logs[0]}: after {kind} of one in {where} the others go on for {ALONE_FOR} s")
+            break
+        time.sleep(0.05)
+    run.kill()
+    return kind
+
+
+def at_work(workdir: Path, where: str) -> set[tuple[Path, int]]:
+    """What shows that a run is there: files and folders with their times, for a kill leaves some."""
+    found = set()
+    for path in workdir.glob(AT[where]):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path, path.stat().st_mtime_ns))
+    return found
+
+
+def wait_for(tally: Tally, run: Start, workdir: Path, where: str, seconds: float) -> bool:
+    """Until the moment of a kill has come; False if the run is over before."""
+    moment = run.began + tally.chance.uniform(0, seconds)
+    before = at_work(workdir, where) if where != ANYWHERE else set()
+    while not run.over():
+        if where == ANYWHERE:
+            if time.monotonic() >= moment:
+                return True
+        elif at_work(workdir, where) - before:
+            time.sleep(tally.chance.choice([0, 0.01, 0.1]))
+            return not run.over()
+        time.sleep(0.002)
+    return False
+
+
+def check_end(tally: Tally, run: Start, kind: str) -> None:
+    """What a start that was not left alone may say and return."""
+    said, codes = run.said(), [process.returncode for process in run.processes]
+    if kind == "SIGTERM" and any(code not in (0, -signal.SIGTERM) for code in codes):
+        tally.fail(f"{run.logs[0]}: codes {codes} after SIGTERM")
+    if "Traceback" in said:
+        tally.fail(f"{run.logs[0]}: a traceback")
+
+
+def check_resume(tally: Tally, run: Start, whole: int, newest: int) -> None:
+    """That it went on from the newest step that was whole, if it came so far. It may find a newer one usable, if what
+    was harmed there says nothing; whether it was is seen at the end of the run.
+    """
+    found = re.search(r"resuming after step (\d+)", run.said())
+    if not found:
+        return
+    tally.resumes += 1
+    step = int(found[1])
+    if not whole <= step <= newest:
+        tally.fail(f"{run.logs[0]}: resumed after step {step}, and {whole} was whole")
+    tally.fallbacks += step < newest
+
+
+def play_one(tally: Tally, unbroken: dict[str, Any], seconds: float, most: int) -> None:
+    """A run that is killed up to `most` times, and then goes on to its end."""
+    tally.runs += 1
+    workdir = tally.out / f"run_{tally.runs:03d}"
+    left = min(most, KILLS_OF_A_RUN)
+    harmed: set[int] = set()
+    for number in range(10_000):
+        whole = max(whole_steps(workdir, harmed), default=0)
+        newest = max(steps(workdir), default=0)
+        run = start(workdir, tally.out / "compiled", number, tally.processes)
+        where = tally.chance.choices([ANYWHERE, *AT], [5, 4, 2, 2, 1])[0]
+        kind = ""
+        if left and wait_for(tally, run, workdir, where, seconds):
+            kind = act(tally, run, where)
+            tally.kills[f"{kind} in {where}"] += 1
+            left -= 1
+        if kind in ("", "SIGSTOP, SIGCONT"):
+            codes = run.codes(FINISHED_IN)
+            run.kill()
+            check_resume(tally, run, whole, newest)
+            if set(codes) != {0}:
+                tally.fail(f"{run.logs[0]}: codes {codes} of a start that was left alone")
+                return
+            break
+        check_end(tally, run, kind)
+        check_resume(tally, run, whole, newest)
+        name = harm(workdir, tally.chance, harmed)
+        tally.harms[name] += 1
+        print(
+            f"kill {tally.kills.total()}: run {tally.runs}, {kind} in {where} after "
+            f"{time.monotonic() - run.began:.1f} s; {name}; steps {steps(workdir)}",
+            flush=True,
+        )
+    differ = differences(unbroken, result(workdir))
+    if differ:
+        tally.fail(f"{workdir} is not the unbroken run: {', '.join(differ[:5])}")
+    else:
+        shutil.rmtree(workdir)
+        shutil.rmtree(workdir.with_name(workdir.name + ".logs"))
+    print(f"run {tally.runs}: {'DIFFERS' if differ else 'the same as the unbroken one'}", flush=True)
+
+
+def show(tally: Tally, seconds: float) -> None:
+    kinds = sorted({name.split(" in ")[0] for name in tally.kills})
+    print("\n| killed in | " + " | ".join(kinds) + " |")
+    print("|---" * (len(kinds) + 1) + "|")
+    for where in (ANYWHERE, *AT):
+        print(f"| {where} | " + " | ".join(str(tally.kills[f"{kind} in {where}"]) for kind in kinds) + " |")
+    harms = ", ".join(f"{name} {number}" for name, number in sorted(tally.harms.items()))
+    print(f"\nbetween them: {harms}; {tally.fallbacks} times the step before was taken")
+    print(
+        f"{tally.kills.total()} kills, {tally.resumes} resumes, {tally.runs} runs in {seconds / 60:.0f} minutes; "
+        f"{len(tally.failures)} failures"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    tally = Tally(out, args.processes, random.Random(args.seed))
+    seconds = 0.0
+    for number in range(2):  # the second one finds its programs compiled, as all that follow
+        shutil.rmtree(out / "unbroken", ignore_errors=True)
+        first = start(out / "unbroken", out / "compiled", number, args.processes)
+        if set(first.codes(FINISHED_IN)) != {0}:
+            first.kill()
+            print(first.said())
+            return 1
+        seconds = time.monotonic() - first.began
+    unbroken = result(out / "unbroken")
+    print(f"the unbroken run: {len(unbroken)} things to compare, {seconds:.0f} s", flush=True)
+    began = time.monotonic()
+    while tally.kills.total() < args.kills:
+        play_one(tally, unbroken, seconds, args.kills - tally.kills.total())
+    show(tally, time.monotonic() - began)
+    return int(bool(tally.failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
