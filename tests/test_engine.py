@@ -295,11 +295,11 @@ def test_a_search_that_does_not_come_back_does_not_keep_a_signal_from_being_hear
 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        make_engine(SIZES, never).play(PARAMS, KEY, make_players(groups=1, attempts=1), progress=signalled)
+        make_engine(SIZES, search=never).play(PARAMS, KEY, make_players(groups=1, attempts=1), progress=signalled)
     assert time.monotonic() - began < 30
     gate.set()
     with pytest.raises(ValueError, match="no server"):
-        make_engine(SIZES, broken).play(PARAMS, KEY, make_players(groups=1, attempts=1))
+        make_engine(SIZES, search=broken).play(PARAMS, KEY, make_players(groups=1, attempts=1))
 
 
 def test_attempts_of_a_group_share_its_prompt_and_differ():

@@ -4,6 +4,7 @@ import gzip
 import socket
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -137,6 +138,17 @@ def test_replies_that_are_none(raw, said):
     with serving(sends(raw)) as url, pytest.raises(RequestError, match=said) as caught:
         post(url, {}, 10.0, LIMIT)
     assert len(str(caught.value)) < 1000
+
+
+def test_a_packed_reply_is_not_unpacked_beyond_the_limit():
+    bomb = gzip.compress(bytes(1 << 26))  # which one read brings
+    with serving(sends(OK + b"Content-Encoding: gzip\r\n\r\n" + bomb)) as url:
+        tracemalloc.start()
+        with pytest.raises(RequestError, match="more than"):
+            post(url, {}, 10.0, LIMIT)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 8 * LIMIT
 
 
 def test_a_reply_of_just_the_limit_is_taken():
