@@ -9,8 +9,8 @@ from ssp_jax import launchers
 
 # JAX takes 75 % of a GPU by default. This program is alone on it; the rest is left to the driver, cuBLAS and NCCL.
 MEMORY_FRACTION = 0.92
-# XLA ends a process at a flag that it does not know. These three are strings in jaxlib and in the CUDA plugins of
-# 0.10.2, 0.11.2 (jaxlib) and 0.12.0.1 (jax-cuda12-pjrt).
+# XLA ends a process at a flag that it does not know. These three are in jaxlib 0.10.2, 0.11.2 and 0.12.0.1, and in the
+# CUDA plugins (jax-cuda12-pjrt) of 0.10.2 and 0.12.0.1, as strings of their shared libraries.
 XLA_FLAGS = {
     # Collectives run beside the matrix work of the layer before and after: what FSDP needs (JAX's performance tips).
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
