@@ -1,217 +1,299 @@
-"""Files as a crash, a bad disk or another program leaves them: each reader of the product either reads them or says in
-one sentence that it can't. Nothing else may happen: no other exception, no warning, no end of the process.
-
-Each example takes a whole file, changes it in one to three places, and reads it as a command does.
+"""Files as a crash, a bad disk or another program leaves them: each reader of the product either reads them or says
+that it can't, in one sentence. No other exception, no warning, and no end of the process.
 """
 
-import contextlib
+import dataclasses
 import gzip
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import mutate
+from test_report import game, run_folder
 
 from configs import default
-from ssp_jax import data, report, weights
+from ssp_jax import config, data, evaluate, generate, index, report, retriever, weights
 from ssp_jax.checkpoint import check_workdir
 from ssp_jax.errors import InputError
 from ssp_jax.metrics import Logger
 
 TINY = ROOT / "assets/tiny"
 
-# --- what is done to a file ---------------------------------------------------------------------
-
-ODD_VALUES: tuple[Any, ...] = (
-    *(None, True, -1, 0, 1, 1.5, 1e308, 10**30, float("nan"), "", " ", "x", "\0", "\ud83d", "\x1b[2J"),
-    *([], {}, [[]], [None], {"a": 1}, ["x", 3], [[[[[]]]]], "9" * 5000, "~", "../x", "['a', 'b']"),
-)
-ODD_BYTES = (b"", b"\0", b"\n", b"\xff", b"\xef\xbb\xbf", b"\r", b'"', b"{", b"]", b"NaN", b"\xed\xa0\xbd", b"\0" * 64)
-
-
-def change_bytes(chance: random.Random, raw: bytes) -> bytes:
-    """One accident of a disk or of a transfer."""
-    if not raw:
-        return chance.choice(ODD_BYTES)
-    start = chance.randrange(len(raw))
-    end = min(len(raw), start + chance.choice((1, 1, 2, 8, 100)))
-    piece = raw[start:end]
-    changed = {
-        "cut": lambda: raw[:start],
-        "flipped": lambda: raw[:start] + bytes(b ^ (1 << chance.randrange(8)) for b in piece) + raw[end:],
-        "removed": lambda: raw[:start] + raw[end:],
-        "doubled": lambda: raw[:end] + raw[start:],
-        "zeroed": lambda: raw[:start] + bytes(len(piece)) + raw[end:],
-        "replaced": lambda: raw[:start] + chance.choice(ODD_BYTES) + raw[end:],
-        "moved": lambda: raw[start:] + raw[:start],
-        "longer": lambda: raw + chance.choice(ODD_BYTES),
-        "other": lambda: chance.choice(ODD_BYTES),
-    }
-    return changed[chance.choice(list(changed))]()
-
-
-def change_lines(chance: random.Random, raw: bytes) -> bytes:
-    """One accident of a program that writes lines."""
-    lines = raw.splitlines(keepends=True) or [b""]
-    at, other = (chance.randrange(len(lines)) for _ in range(2))
-    changed = {
-        "doubled": lambda: lines.insert(at, lines[at]),
-        "removed": lambda: lines.pop(at),
-        "joined": lambda: lines.__setitem__(at, lines[at].rstrip(b"\r\n")),
-        "swapped": lambda: lines.__setitem__(slice(None), [*lines[at:], *lines[:at]]),
-        "blank": lambda: lines.insert(other, b"\n"),
-        "odd": lambda: lines.insert(other, chance.choice(ODD_BYTES) + b"\n"),
-    }
-    changed[chance.choice(list(changed))]()
-    return b"".join(lines)
-
-
-def change_value(chance: random.Random, value: Any) -> Any:
-    """A JSON value with one part changed: a key or item lost, renamed, doubled, or of an odd value."""
-    if not isinstance(value, dict | list) or not value or chance.random() < 0.15:
-        return chance.choice(ODD_VALUES)
-    keys = list(value) if isinstance(value, dict) else range(len(value))
-    key, other = (chance.choice(keys) for _ in range(2))
-    how = chance.choice(("inside", "inside", "inside", "odd", "lost", "swapped", "new"))
-    if how == "lost":
-        del value[key]
-    elif how == "swapped":
-        value[key], value[other] = value[other], value[key]
-    elif how == "new" and isinstance(value, dict):
-        value[chance.choice((f"{key}x", "", "\ud83d"))] = value[key]
-    elif how == "new":
-        value.append(chance.choice(ODD_VALUES))
-    else:
-        value[key] = change_value(chance, value[key]) if how == "inside" else chance.choice(ODD_VALUES)
-    return value
-
-
-def change_json(chance: random.Random, raw: bytes) -> bytes:
-    """The document, or one of the lines, with a part changed; what is no JSON any more gets another change."""
-    lines = [raw] if raw.startswith(b"{\n") else raw.splitlines(keepends=True) or [b""]
-    at = chance.randrange(len(lines))
-    try:
-        changed = change_value(chance, json.loads(lines[at]))
-    except ValueError:
-        return change_bytes(chance, raw)
-    lines[at] = json.dumps(changed).encode() + b"\n"
-    return b"".join(lines)
-
-
-CHANGES = {"json": (change_json, change_json, change_bytes), "lines": (change_lines, change_json, change_bytes)}
-
-
-def mutate(chance: random.Random, raw: bytes, kind: str) -> bytes:
-    for _ in range(chance.choice((1, 1, 2, 3))):
-        raw = chance.choice(CHANGES.get(kind, (change_bytes,)))(chance, raw)
-    return raw
-
-
-# --- the readers --------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Reader:
-    """One file of a whole folder, and the reader that reads it."""
+    """One file of a whole folder, and what reads it."""
 
     name: str
-    make: Callable[[Path], None]  # fills an empty folder
+    make: Callable[[Path], object]  # fills an empty folder
     file: str  # that is changed
-    read: Callable[[Path], object]  # the folder, as a command reads it
-    kind: str = "json"  # how its content is changed: json, lines, bytes, or gzip of lines
+    read: Callable[[Path], object]  # of the folder, as a command does
+    kind: str = "json"  # of file: a key of mutations.KINDS, or gzip
     examples: int = 40
 
 
-def model(folder: Path) -> None:
-    shutil.copytree(ROOT / "tests/goldens/qwen2", folder, dirs_exist_ok=True)
+# --- answers, questions, corpora ----------------------------------------------------------------
 
 
-def lines(name: str, *rows: Any) -> Callable[[Path], None]:
+def lines(name: str, *rows: Any) -> Callable[[Path], object]:
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
-    raw = gzip.compress(text, mtime=0) if name.endswith(".gz") else text
-    return lambda folder: (folder / name).write_bytes(raw) and None
+    return lambda folder: (folder / name).write_bytes(gzip.compress(text, mtime=0) if name.endswith(".gz") else text)
 
 
-def parquet(*rows: Any) -> Callable[[Path], None]:
+def parquet(*rows: Any) -> Callable[[Path], object]:
     table = pyarrow.Table.from_pylist(list(rows))
     return lambda folder: pyarrow.parquet.write_table(table, folder / "f.parquet")
 
 
 ANSWERS = ({"ground_truth": "Paris", "search_turns": 2, "sys_question_example": "1. Who?"},) * 3
+PROMPT = [{"role": "user", "content": [{"type": "text", "text": "Answer. Question: who?"}]}]
 QUESTIONS = (
     {"question": "Capital of France?", "golden_answers": ["Paris", "City of Paris"]},
     {"question": "Capital of France?", "possible_answers": '["Paris", "City of Paris"]'},
-    {
-        "data_source": "searchR1_nq",
-        "prompt": [{"role": "user", "content": [{"type": "text", "text": "Answer. Question: who?"}]}],
-        "reward_model": {"ground_truth": {"target": ["Paris"]}},
-        "extra_info": {"question": None},
-    },
+    {"data_source": "nq", "prompt": PROMPT, "reward_model": {"ground_truth": {"target": ["Paris"]}}},
+    {"data_source": "hq", "reward_model": {"ground_truth": "Paris"}, "extra_info": {"question": "Who?"}},
 )
-PASSAGES = ({"id": "0", "contents": '"Paris"\nParis is a city.'}, {"id": 1, "title": "Rome", "text": "is one too"})
-CONFIG = json.dumps({"steps": 3, "reward.proposer": "one_minus_mean", "reward.metric": "em", "game.train": "both"})
-METRICS = tuple({"step": step, "seconds": 1.5, "reward/solver": 0.5, "update/solver/kl": None} for step in (1, 2, 3))
+PASSAGES = (
+    {"id": "0", "contents": '"Paris"\nParis is a city.'},
+    {"id": 1, "title": "Rome", "text": "Rome is a city too."},
+    {"id": "2", "contents": "Oslo, a city in Norway"},
+)
 
 
-def questions(folder: Path, name: str = "f.jsonl") -> object:
-    return data.load_question_sets({"set": str(folder / name)})
+def answers(name: str) -> Callable[[Path], object]:
+    return lambda folder: data.load_answers(folder / name)
 
 
-def read_weights(folder: Path) -> object:
-    config = weights.read_config(folder)
-    weights.check_tensors(folder, config)
-    return weights.load(folder, config, None, "float32")
+def questions(name: str) -> Callable[[Path], object]:
+    return lambda folder: data.load_question_sets({"set": str(folder / name)})
 
 
-def log(folder: Path) -> None:
+def corpus(name: str) -> Callable[[Path], object]:
+    return lambda folder: list(data.iterate_corpus(folder / name))
+
+
+DATA = [
+    Reader("answers", lines("f.jsonl", *ANSWERS), "f.jsonl", answers("f.jsonl"), "lines", 150),
+    Reader("answers in text", lines("f.txt", "Paris", "Röm", "[x]"), "f.txt", answers("f.txt"), "lines"),
+    Reader("answers in parquet", parquet(*ANSWERS), "f.parquet", answers("f.parquet"), "bytes", 100),
+    Reader("questions", lines("f.jsonl", *QUESTIONS), "f.jsonl", questions("f.jsonl"), "lines", 200),
+    Reader("questions in parquet", parquet(QUESTIONS[2]), "f.parquet", questions("f.parquet"), "bytes", 100),
+    Reader("a corpus", lines("f.jsonl", *PASSAGES), "f.jsonl", corpus("f.jsonl"), "lines", 100),
+    Reader("a packed corpus", lines("f.jsonl.gz", *PASSAGES), "f.jsonl.gz", corpus("f.jsonl.gz"), "gzip", 100),
+]
+
+
+# --- model folders ------------------------------------------------------------------------------
+
+
+def golden(folder: Path) -> None:
+    shutil.copytree(ROOT / "tests/goldens/qwen2_untied", folder, dirs_exist_ok=True)
+    ends = {"eos_token_id": [1, 2], "temperature": 0.7}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+
+
+def sharded(folder: Path) -> None:
+    golden(folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    halves = sorted(tensors)[::2], sorted(tensors)[1::2]
+    owners = {}
+    for number, names in enumerate(halves, 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        safetensors.numpy.save_file({name: tensors[name] for name in names}, folder / file)
+        owners |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": owners}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def tokenizer(folder: Path) -> None:
+    shutil.copytree(TINY / "model", folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").unlink()
+
+
+def read_config(folder: Path) -> None:
+    weights.read_config(folder)
+    weights.context_tokens(folder)
+    weights.read_generation_config(folder)
+
+
+def read_weights(folder: Path) -> None:
+    model = weights.read_config(folder)
+    weights.check_tensors(folder, model)
+    weights.load(folder, model, None, jnp.float32)
+
+
+def read_tokenizer(folder: Path) -> None:
+    stage = generate.make_stage(weights.load_tokenizer(folder), 10)
+    stage.prompt([{"role": "user", "content": "Who?"}])
+
+
+MODELS = [
+    Reader("config.json", golden, "config.json", read_config, "json", 150),
+    Reader("generation_config.json", golden, "generation_config.json", read_config, "json", 60),
+    Reader("weights", golden, "model.safetensors", read_weights, "safetensors", 60),
+    Reader("an index of weights", sharded, "model.safetensors.index.json", read_weights, "json", 40),
+    Reader("a part of the weights", sharded, "model-00002-of-00002.safetensors", read_weights, "safetensors", 20),
+    Reader("tokenizer.json", tokenizer, "tokenizer.json", read_tokenizer, "json", 12),
+    Reader("tokenizer_config.json", tokenizer, "tokenizer_config.json", read_tokenizer, "json", 20),
+]
+
+
+# --- an index of passages -----------------------------------------------------------------------
+
+
+def built(folder: Path) -> None:
+    lines("corpus.jsonl", *PASSAGES * 3)(folder)
+    where = folder / "corpus.jsonl", folder / "index"
+    retriever.build_index(*where, stemmer="english", stopwords="en", k1=1.5, b=0.75)
+
+
+def search(folder: Path) -> None:
+    found = retriever.Retriever.load(folder / "index", threads=1)
+    found.search(["city of Paris", "Rome", "", "nothing"], 5)
+
+
+def search_signed(folder: Path) -> None:
+    """The index of a stranger: sizes and sums agree with the files, so only their content can tell."""
+    path = folder / "index/meta.json"
+    meta = json.loads(path.read_text())
+    if all(file.stat().st_size for file in path.parent.iterdir()):  # an empty one has no sum
+        path.unlink()
+        index.write_meta(path.parent, meta)
+    search(folder)
+
+
+ARRAYS = ("offsets", "line_sums", "highest", "data.csc.index", "indices.csc.index", "indptr.csc.index")
+INDEX = [
+    Reader("meta.json of an index", built, "index/meta.json", search, "json", 60),
+    Reader("words of an index", built, "index/vocab.index.json", search_signed, "json", 30),
+    Reader("passages of an index", built, "index/passages.jsonl", search_signed, "lines", 40),
+    Reader("an index that changed", built, "index/passages.jsonl", search, "lines", 20),
+    *(Reader(f"{name} of an index", built, f"index/{name}.npy", search_signed, "npy", 40) for name in ARRAYS),
+]
+
+
+# --- what a run keeps ---------------------------------------------------------------------------
+
+GAMES = [(1, [game(), game(fault="too_short")])]
+KEPT = {"set": "nq", "row": 0, "question": "Who?", "answers": ["x"], "of": {}, "answer": "y", "searches": ["z"]}
+KEPT |= {"tokens": 7, "length": 9, "stop_reason": "answer", "process": "episodes", "began": 1.0, "seconds": 2.0}
+
+
+def run(folder: Path) -> None:
+    run_folder(folder, games=GAMES)
+    workdir(folder)
+
+
+def read_report(folder: Path) -> None:
+    report.read_metrics(folder)
+    report.read_evaluations(folder)
+    report.read_config(folder)
+    report.read_games(folder, 10)
+
+
+def go_on_logging(folder: Path) -> None:
     with Logger(str(folder), 3, tensorboard=False, resume_step=2) as logger:
         logger.say("goes on")
 
 
-READERS = [
-    Reader("answers", lines("f.jsonl", *ANSWERS), "f.jsonl", lambda f: data.load_answers(f / "f.jsonl"), "lines", 150),
-    Reader("answers in text", lines("f.txt", "Paris", "Röm", "x"), "f.txt", lambda f: data.load_answers(f / "f.txt"), "lines"),
-    Reader("answers in parquet", parquet(*ANSWERS), "f.parquet", lambda f: data.load_answers(f / "f.parquet"), "bytes", 100),
-    Reader("questions", lines("f.jsonl", *QUESTIONS), "f.jsonl", questions, "lines", 200),
-    Reader("questions in parquet", parquet(*QUESTIONS[2:]), "f.parquet", lambda f: questions(f, "f.parquet"), "bytes", 100),
-    Reader("a corpus", lines("f.jsonl", *PASSAGES), "f.jsonl", lambda f: list(data.iterate_corpus(f / "f.jsonl")), "lines", 100),
-    Reader("a packed corpus", lines("f.jsonl.gz", *PASSAGES), "f.jsonl.gz", lambda f: list(data.iterate_corpus(f / "f.jsonl.gz")), "gzip", 100),
+def play_again() -> None:
+    raise InputError("an episode is played again")
+
+
+def evaluate_again(folder: Path) -> None:
+    with Logger(str(folder), 0, tensorboard=False) as logger:
+        empty: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(evaluate.Setting))
+        sets = {"nq": [data.Task(0, ("x",), "Who?")]}
+        given_ = {
+            "folder": folder / "eval",
+            "inputs": {},
+            "training": "",
+            "sets": sets,
+            "metric": "em",
+            "logger": logger,
+        }
+        evaluate.evaluate(evaluate.Setting(**(empty | given_)), 0, "weights", play_again)
+
+
+def evaluated(folder: Path) -> None:
+    (folder / "eval/step_000000").mkdir(parents=True)
+    lines("eval/step_000000/episodes.jsonl", KEPT, KEPT)(folder)
+
+
+def workdir(folder: Path) -> None:
+    flat = config.flatten_config(default.get_config())
+    (folder / "config.json").write_text(json.dumps(flat, indent=1))
+
+
+RUNS = [
+    Reader("metrics of a report", run, "metrics.jsonl", read_report, "lines", 80),
+    Reader("metrics of a run that goes on", run, "metrics.jsonl", go_on_logging, "lines", 60),
+    Reader("games", run, "episodes/step_000001.jsonl", read_report, "lines", 60),
+    Reader("scores", run, "eval/step_000003.json", read_report, "json", 60),
+    Reader("a run's config in a report", run, "config.json", read_report, "json", 40),
+    Reader("a run's config", workdir, "config.json", lambda f: check_workdir(str(f), default.get_config()), "json", 60),
+    Reader("episodes of an evaluation", evaluated, "eval/step_000000/episodes.jsonl", evaluate_again, "lines", 60),
 ]
 
 
-@contextlib.contextmanager
-def only_told(name: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        assert str(error).strip(), name
+# --- flags and config files ---------------------------------------------------------------------
+
+FLAGS = (
+    *("--config=configs/default.py", "--workdir=run", "--mode=eval", "--config.steps=3", "--noconfig.eval.before"),
+    *("--config.data.eval_sets.nq=f", "--config.engine.cache_buckets=(1, 2)", "--config.learner.clip_low", "0.5"),
+)
 
 
-@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
-def test_a_changed_file_is_read_or_told(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("whole")
+def parse_flags(folder: Path) -> None:
+    argv = (folder / "flags").read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    config.check_numbers(config.parse_command_line(["main", *argv]).config)
+
+
+def config_file(folder: Path) -> None:
+    shutil.copy(ROOT / "configs/tiny.py", folder / "mine.py")
+
+
+COMMANDS = [
+    Reader("flags", lines("flags", *FLAGS), "flags", parse_flags, "lines", 60),
+    Reader("a config file", config_file, "mine.py", lambda f: config.load_config(f / "mine.py"), "lines", 60),
+]
+
+READERS: Sequence[Reader] = (*DATA, *MODELS, *INDEX, *RUNS, *COMMANDS)
+
+
+def check(reader: Reader, folder: Path) -> None:
+    """Reads the whole file, and then as many mutations of it as its reader has examples."""
     reader.make(folder)
-    reader.read(folder)  # the whole one
+    reader.read(folder)
     path = folder / reader.file
     raw = path.read_bytes()
 
     @settings(max_examples=reader.examples, deadline=None, derandomize=True, database=None,
-              suppress_health_check=list(HealthCheck))
+              suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(st.integers(0, 2**32 - 1))
-    def try_one(seed: int) -> None:
-        chance = random.Random(seed)
-        packed = reader.kind == "gzip" and chance.random() < 0.5
-        path.write_bytes(gzip.compress(mutate(chance, gzip.decompress(raw), "lines")) if packed else mutate(chance, raw, reader.kind))
-        with only_told(reader.name):
+    def read_one(seed: int) -> None:
+        path.write_bytes(mutate(random.Random(seed), raw, reader.kind))
+        try:
             reader.read(folder)
+        except InputError as error:
+            assert str(error).strip()
 
-    try_one()
+    read_one()
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
+def test_a_changed_file_is_read_or_told(reader: Reader, tmp_path: Path) -> None:
+    check(reader, tmp_path)
