@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -25,9 +27,10 @@ from test_report import game, run_folder
 
 from configs import default
 from ssp_jax import config, data, evaluate, generate, index, report, retriever, weights
-from ssp_jax.checkpoint import check_workdir
+from ssp_jax.checkpoint import Checkpoints
 from ssp_jax.errors import InputError
 from ssp_jax.metrics import Logger
+from ssp_jax.workdir import check_workdir
 
 TINY = ROOT / "assets/tiny"
 
@@ -38,7 +41,7 @@ class Reader:
 
     name: str
     make: Callable[[Path], object]  # fills an empty folder
-    file: str  # that is changed
+    file: str  # that is changed; of several that match the first
     read: Callable[[Path], object]  # of the folder, as a command does
     kind: str = "json"  # of file: a key of mutations.KINDS, or gzip
     examples: int = 40
@@ -238,7 +241,37 @@ def workdir(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(flat, indent=1))
 
 
+STATE = {"params": {"w": jnp.arange(6.0).reshape(2, 3)}, "updates": jnp.zeros((), jnp.int32)}
+GAME = {"memory": {"pool": [["Who?", ["x"]]]}, "seconds": 1.5}
+
+
+def save(folder: Path) -> None:
+    with Checkpoints(str(folder), every=1, keep=2) as checkpoints:
+        checkpoints.save(1, STATE, GAME)
+
+
+def restore(folder: Path) -> None:
+    """Bitwise or not at all."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
+    with Checkpoints(str(folder), every=1, keep=2) as checkpoints:
+        found = checkpoints.restore_newest(like)
+    if found is not None:
+        assert found.game == GAME
+        jax.tree.map(np.testing.assert_array_equal, found.state, STATE)
+
+
+STEP_FILES = {
+    "game/metadata": "json",
+    "state/_METADATA": "json",
+    "state/manifest.ocdbt": "bytes",
+    "state/d/*": "bytes",
+    "state/ocdbt.process_0/d/*": "bytes",
+}
 RUNS = [
+    *(
+        Reader(f"a step's {file}", save, f"checkpoints/1/{file}", restore, kind, 10)
+        for file, kind in STEP_FILES.items()
+    ),
     Reader("metrics of a report", run, "metrics.jsonl", read_report, "lines", 80),
     Reader("metrics of a run that goes on", run, "metrics.jsonl", go_on_logging, "lines", 60),
     Reader("games", run, "episodes/step_000001.jsonl", read_report, "lines", 60),
@@ -278,7 +311,7 @@ def check(reader: Reader, folder: Path) -> None:
     """Reads the whole file, and then as many mutations of it as its reader has examples."""
     reader.make(folder)
     reader.read(folder)
-    path = folder / reader.file
+    path = sorted(folder.glob(reader.file))[0]
     raw = path.read_bytes()
 
     @settings(max_examples=reader.examples, deadline=None, derandomize=True, database=None,
