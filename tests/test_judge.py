@@ -315,13 +315,13 @@ def trickle_head(handler):
 
 def endless(handler):
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
-    while True:
+    for _ in range(400):  # 25 MiB
         handler.wfile.write(b" " * (1 << 16))
 
 
 def endless_error(handler):
     handler.wfile.write(b"HTTP/1.1 400 Bad\r\nContent-Type: application/json\r\n\r\n")
-    while True:
+    for _ in range(400):  # 25 MiB
         handler.wfile.write(b" " * (1 << 16))
 
 
