@@ -282,7 +282,7 @@ def table(results: dict[str, dict[str, Any]], names: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=lambda path: Path(path).expanduser(), required=True)
     parser.add_argument("--cells", default="1M:8,1M:32,15M:8,15M:32,0.5B:8")
     parser.add_argument("--contenders", default=",".join(RUNS))
     parser.add_argument("--repeats", type=int, default=3)

@@ -120,7 +120,7 @@ def check(folder: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--model", type=lambda path: Path(path).expanduser(), required=True, help="Hugging Face folder")
     parser.add_argument("--write", action="store_true", help="make the golden with torch")
     args = parser.parse_args()
     folder = args.model.resolve()

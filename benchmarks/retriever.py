@@ -172,9 +172,9 @@ def slope(small: Measured, large: Measured) -> Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for corpora and indexes")
+    parser.add_argument("--out", type=lambda path: Path(path).expanduser(), required=True, help="folder for all files")
     parser.add_argument("--passages", type=int, default=1_000_000)
-    parser.add_argument("--corpus", type=Path, help="a real one, jsonl or jsonl.gz")
+    parser.add_argument("--corpus", type=lambda path: Path(path).expanduser(), help="a real one, jsonl or jsonl.gz")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -174,8 +174,8 @@ def _tokens(round_: Round) -> dict[int, list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--config", type=Path, default=Path("configs/tiny.py"))
+    parser.add_argument("--out", type=lambda path: Path(path).expanduser(), required=True)
+    parser.add_argument("--config", type=lambda path: Path(path).expanduser(), default=Path("configs/tiny.py"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--answers", type=int, default=0, help="given answers in the step, 0: as configured")
     parser.add_argument("--slots", type=int, default=0, help="0: as configured")

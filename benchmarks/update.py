@@ -338,7 +338,7 @@ def summarize(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=lambda path: Path(path).expanduser())
     parser.add_argument("--shapes", default="1m,15m,0.5b")
     parser.add_argument("--contenders", default="ssp_jax,tunix,torch,packing")
     parser.add_argument("--repeats", type=int, default=5)

@@ -81,7 +81,7 @@ def measure(python: str, loader: str, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=lambda path: Path(path).expanduser(), required=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--torch_python", help="a Python with torch and transformers")
     parser.add_argument("--loader", choices=LOADERS, help="load once in this process, print one line of JSON")

@@ -494,6 +494,12 @@ def _check_sizes(config: ConfigDict, values: dict[str, Any]) -> None:
     _check_ids(config)
     if not config.engine.extend_buckets:
         raise InputError("config key engine.extend_buckets is empty; expected at least one length")
+    longest = max(config.engine.extend_buckets)
+    if longest > config.engine.cache_tokens:
+        raise InputError(
+            f"config key engine.extend_buckets has {longest}; expected at most engine.cache_tokens = "
+            f"{config.engine.cache_tokens}"
+        )
     judged = "policy" in (config.reward.metric, config.eval.judge)
     if judged and config.judge.max_tokens >= config.engine.cache_tokens:
         raise InputError(

@@ -303,11 +303,12 @@ def read_parquet(path: str | Path) -> Generator[Row, None, None]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(str(path), number, values, "row")
-    except OSError as error:
-        raise InputError(f"{path}: expected a readable file ({error.strerror or error})") from None
-    except (ArrowException, ValueError) as error:
+    except (ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, and not pyarrow's
+            raise InputError(f"{path}: expected a readable file ({error.strerror})") from None
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} after row {number}: expected a whole parquet file ({reason})") from None
+        expected = f"expected a whole parquet file ({reason})"
+        raise InputError(f"{path} after row {number}: {expected}") from None
 
 
 def parse_row(path: str, number: int, line: bytes) -> Row:

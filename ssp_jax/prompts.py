@@ -189,8 +189,9 @@ def verifier_messages(style: Style, question: str, documents: Sequence[Document]
 
 
 def judge_messages(question: str, golds: Sequence[str], answer: str) -> list[dict[str, str]]:
-    shown = " ".join(answer.split())[:JUDGED_CHARS]  # on one line, so that it cannot pass for a part of the form
-    user = _JUDGE_USER.format(question=question, golds=" | ".join(golds), answer=shown)
+    # Each on one line, so that none can pass for another part of the form: models wrote the first and the last.
+    asked, right, given = (" ".join(text.split()) for text in (question, " | ".join(golds), answer))
+    user = _JUDGE_USER.format(question=asked, golds=right, answer=given[:JUDGED_CHARS])
     return [{"role": "system", "content": _JUDGE_SYSTEM}, {"role": "user", "content": user}]
 
 

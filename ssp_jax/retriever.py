@@ -36,6 +36,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from ssp_jax import bm25, index
+from ssp_jax.config import BOUNDS, user_path
 from ssp_jax.data import Document, Position, iterate_corpus, parse_document, parse_row
 from ssp_jax.errors import InputError, Parser, exit_code, printable
 from ssp_jax.folder_swap import FolderSwap
@@ -422,7 +423,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     build = verbs.add_parser("build", help="index a corpus")
     build.add_argument("--corpus", required=True, help='jsonl or jsonl.gz of {"id", "contents"}, Search-R1\'s format')
-    build.add_argument("--out", required=True, type=Path, help="folder of the index: config key retriever.index")
+    build.add_argument("--out", required=True, help="folder of the index: config key retriever.index")
     build.add_argument("--stemmer", default="english", choices=index.STEMMERS)
     build.add_argument("--stopwords", default="en", choices=index.STOPWORDS)
     build.add_argument("--k1", default=1.5, type=float)
@@ -436,8 +437,9 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 def _build_command(args: argparse.Namespace) -> None:
-    start, folder = time.monotonic(), args.out.absolute()
-    build_index(args.corpus, folder, stemmer=args.stemmer, stopwords=args.stopwords, k1=args.k1, b=args.b)
+    start, folder = time.monotonic(), Path(user_path(args.out, "--out")).absolute()
+    corpus = user_path(args.corpus, "--corpus")
+    build_index(corpus, folder, stemmer=args.stemmer, stopwords=args.stopwords, k1=args.k1, b=args.b)
     size = sum(path.stat().st_size for path in folder.iterdir())
     passages = len(Retriever.load(folder, threads=1))
     cost = f"{size / 1e9:.2f} GB, built in {time.monotonic() - start:.0f} s"
@@ -445,9 +447,8 @@ def _build_command(args: argparse.Namespace) -> None:
 
 
 def _search_command(args: argparse.Namespace) -> None:
-    if args.top_k < 1:
-        raise InputError(f"--top_k is {args.top_k}, expected at least 1")
-    retriever = Retriever.load(args.index, threads=1)
+    BOUNDS["retriever.top_k"].check("flag --top_k", args.top_k)
+    retriever = Retriever.load(user_path(args.index, "--index"), threads=1)
     hits = retriever.hits([args.query], args.top_k)[0]
     for row, score in hits:
         document = retriever.document(row)

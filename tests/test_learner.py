@@ -228,8 +228,7 @@ def test_one_broken_token_does_not_take_the_gradient():
     for sampler, ref in ((unlikely, reference), (batch.sampler_logp_BT, far)):
         broken = dataclasses.replace(batch, sampler_logp_BT=sampler)
         norms = [
-            optax.tree.norm(ACCUMULATE(c, learner._zeros(PARAMS), PARAMS, broken, sampler, ref)[0])
-            for c in (off, on)
+            optax.tree.norm(ACCUMULATE(c, learner._zeros(PARAMS), PARAMS, broken, sampler, ref)[0]) for c in (off, on)
         ]
         assert norms[0] > 1e3 * norms[1]
 
