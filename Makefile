@@ -2,7 +2,7 @@
 # make test    lint, types, tests: the fast set
 # make slow    the slow set: several processes, kills, whole runs; about an hour
 # make lint    lint and types only
-# PYTHON=python3.12 takes another interpreter, with a virtual environment of its own; ARGS=--config.seed=1 goes to demo.
+# PYTHON=python3.12 takes another interpreter, with a virtual environment of its own; ARGS=... goes to demo or slow: ARGS=--config.seed=1.
 PYTHON ?= python3
 WORKDIR ?= runs/tiny
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
@@ -17,7 +17,7 @@ test: lint
 	$(BIN)/python -m pytest -n auto --dist=worksteal
 
 slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -157,7 +157,12 @@ def memory_for(tokens):
     return dataclasses.replace(FEW, cache_buckets=(48, 96), kv_cache_gib=gib)
 
 
-@pytest.mark.parametrize("tokens", [8 * 48 + 2 * 48 + 160, 8 * 48 + 4 * 48 + 2 * 160, 2 * 48 + 48 + 160])
+ONE_LATER_ROW = 8 * 48 + 2 * 48 + 160
+LESS_THAN_ALL_SLOTS = 2 * 48 + 48 + 160
+TWO_LATER_ROWS = pytest.param(8 * 48 + 4 * 48 + 2 * 160, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("tokens", [ONE_LATER_ROW, TWO_LATER_ROWS, LESS_THAN_ALL_SLOTS])
 def test_little_memory_only_makes_episodes_wait(expected, tokens):
     """Down to a single row of the later pieces, or less than all slots: the same episodes, and no deadlock."""
     ended, stats = play(memory_for(tokens))

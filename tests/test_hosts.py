@@ -359,6 +359,7 @@ def test_one_process_a_node_has_all_gpus_under_slurm() -> None:
     assert [lines[-1] for lines in said] == ["2 0,1,2,3"] * 2
 
 
+@pytest.mark.slow  # minutes, but CI runs it
 def test_a_run_of_two_processes_is_the_run_of_one_that_ends_it_after_a_sudden_death(tmp_path: Path) -> None:
     mesh = {"mesh__data": 2, "mesh__fsdp": 2}
     here(tmp_path / "one", **mesh)

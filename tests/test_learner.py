@@ -264,7 +264,14 @@ def unsplit():
 FACTORS_OF_8 = [x for x in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(x) == 8]
 
 
-@pytest.mark.parametrize(("axes", "attention"), [*((x, "xla") for x in FACTORS_OF_8), ((2, 2, 2), "splash")])
+QUICK_FACTORS = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))  # each axis alone, and all of them
+SHARDED = [
+    *(pytest.param(x, "xla", marks=() if x in QUICK_FACTORS else pytest.mark.slow) for x in FACTORS_OF_8),
+    ((2, 2, 2), "splash"),
+]
+
+
+@pytest.mark.parametrize(("axes", "attention"), SHARDED)
 def test_sharded_update_equals_single_device(axes, attention):
     """Every factorisation of 8; the vocabulary of 61 does not divide and stays whole. The kernel is interpreted."""
     expected, reported = unsplit()
