@@ -177,7 +177,7 @@ def wait_for_step(workdir, process, step, seconds=200):
     raise AssertionError(f"no step {step}: exit code {process.poll()}")
 
 
-
+# SIGKILL at all moments: benchmarks/kills.py, which the slow set runs.
 @pytest.mark.parametrize("kill", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, kill):
     """Ctrl-C saves and exits 130; after SIGKILL at most the steps since the last save are played again. Same result."""
