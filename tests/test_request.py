@@ -19,6 +19,11 @@ OK = b"HTTP/1.1 200 OK\r\n"
 LIMIT = 1 << 20
 
 
+def packed(body: bytes) -> bytes:
+    """The same at each call, for it is part of a test's name."""
+    return gzip.compress(body, mtime=0)
+
+
 def read(connection: socket.socket) -> bytes:
     """The whole request: one that is closed before it has been read is reset, and its reply lost."""
     sent = b""
@@ -66,7 +71,7 @@ def trickles(head: bytes, piece: bytes) -> Answer:
         OK + b"Content-Length: 2\r\n\r\n{}",
         OK + b"\r\n{}",
         OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n1\r\n}\r\n0\r\n\r\n",
-        OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"{}", mtime=0),
+        OK + b"Content-Encoding: gzip\r\n\r\n" + packed(b"{}"),
         OK + b"Content-Encoding: deflate\r\n\r\n" + zlib.compress(b"{}"),
         b"HTTP/1.1 100 Continue\r\n\r\n" + OK + b"\r\n{}",
     ],
@@ -105,7 +110,7 @@ def suppressed(url: str) -> None:
         trickles(OK + b"Content-Length: 100000\r\n\r\n", b"a"),
         trickles(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
         trickles(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n"),
-        trickles(OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"", mtime=0)[:10], bytes.fromhex("000000ffff")),
+        trickles(OK + b"Content-Encoding: gzip\r\n\r\n" + packed(b"")[:10], bytes.fromhex("000000ffff")),
         trickles(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
         lambda connection: connection.recv(1),
     ],
@@ -122,8 +127,8 @@ def test_the_deadline_is_of_the_whole_request(answer):
     ("raw", "said"),
     [
         (OK + b"\r\n" + bytes(LIMIT + 1), "a reply of more than 1,048,576 bytes"),
-        (OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(1 << 27), mtime=0), "more than 1,048,576 bytes"),
-        (OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"{}", mtime=0)[:-4], "a reply in gzip that is cut off"),
+        (OK + b"Content-Encoding: gzip\r\n\r\n" + packed(bytes(1 << 27)), "more than 1,048,576 bytes"),
+        (OK + b"Content-Encoding: gzip\r\n\r\n" + packed(b"{}")[:-4], "a reply in gzip that is cut off"),
         (OK + b"Content-Encoding: gzip\r\n\r\nno gzip", "header check"),
         (OK + b"Content-Encoding: br\r\n\r\n{}", "content encoding 'br'"),
         (OK + b"Content-Length: 20\r\n\r\n{}", "IncompleteRead"),
@@ -152,7 +157,7 @@ def test_a_packed_reply_is_not_unpacked_beyond_the_limit():
 
 
 def test_a_reply_of_just_the_limit_is_taken():
-    with serving(sends(OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(LIMIT), mtime=0))) as url:
+    with serving(sends(OK + b"Content-Encoding: gzip\r\n\r\n" + packed(bytes(LIMIT)))) as url:
         assert len(post(url, {}, 10.0, LIMIT).body) == LIMIT
 
 
