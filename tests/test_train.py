@@ -282,7 +282,8 @@ def test_roles_that_are_not_trained_do_not_move(tmp_path):
 
 
 def test_updates_that_are_never_finite_stop_the_run(tmp_path):
-    changes = {"learner__learning_rate": 1e30, "eval__before": False, "learner__max_bad_updates": 1}
+    diverging = {"learner__learning_rate": 1.0, "learner__weight_decay": 100.0, "learner__warmup_steps": 0}
+    changes = {"eval__before": False, "learner__max_bad_updates": 1, **diverging}
     with pytest.raises(SystemExit, match="not finite"):
         train.train(small(**changes), str(tmp_path))
 
