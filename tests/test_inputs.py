@@ -8,7 +8,9 @@ from conftest import ROOT
 from model_folders import edit_config
 from test_train import small
 
+from ssp_jax import train
 from ssp_jax.inputs import evaluation_inputs, read_inputs
+from ssp_jax.workdir import keep_config
 
 TINY = ROOT / "assets/tiny"
 
@@ -99,3 +101,21 @@ def test_keys_that_it_does_not_depend_on(files, tmp_path):
     folder, (_, evaluated) = files
     copy = shutil.copytree(folder, tmp_path / "files")
     assert digests(copy, engine__slots=32, eval__max_questions=2, game__group_size=3)[1] == evaluated
+
+
+def test_an_evaluation_is_told_what_it_depends_on(files, tmp_path):
+    """Of the inputs, and with the weights of later steps of what they were trained with."""
+    folder, (_, evaluated) = files
+    copy = shutil.copytree(folder, tmp_path / "files")
+
+    def setting(**changes):
+        config = small(model__path=f"{copy}/model", retriever__corpus=f"{copy}/corpus.jsonl", **changes)
+        inputs = read_inputs(config, str(copy / "run"), evaluating=True)
+        keep_config(str(copy / "run"), config)
+        return train.make_setting(config, copy / "run", inputs, None, lambda metric: None, None, lambda: None)
+
+    first = setting()
+    assert first.inputs == first.depends_on(0) == evaluated
+    assert first.depends_on(5) == evaluated | {"the training": first.training}
+    assert setting(steps=9, eval__judge="cover_em").training == first.training
+    assert setting(learner__learning_rate=0.5).training != first.training
