@@ -4,8 +4,9 @@ import json
 import shutil
 
 import pytest
+import safetensors.numpy
 from conftest import ROOT
-from model_folders import edit_config
+from model_folders import edit_config, edit_tensors
 from test_train import small
 
 from ssp_jax import train
@@ -53,7 +54,16 @@ def one_more_line(name):
     return change
 
 
+def one_weight(folder):
+    """A single number of a tensor, neither its first nor one in the middle."""
+    path = folder / "model/model.safetensors"
+    embedding = safetensors.numpy.load_file(path)["model.embed_tokens.weight"].copy()
+    embedding[3, 3] += 1
+    edit_tensors(folder / "model", **{"model.embed_tokens.weight": embedding})
+
+
 CHANGES = {
+    "the weights": one_weight,
     "the search": one_more_line("corpus.jsonl"),
     "data.answers": one_more_line("answers.jsonl"),
     "data.eval_sets": one_more_line("one_hop.jsonl"),
