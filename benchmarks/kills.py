@@ -285,6 +285,13 @@ def wait_for(tally: Tally, run: Start, workdir: Path, where: str, seconds: float
     return False
 
 
+def choose(workdir: Path, chance: random.Random) -> str:
+    """Where the next kill is aimed. Only a run without an index builds one."""
+    if not (workdir / "index").exists() and chance.random() < 0.5:
+        return "an index build"
+    return chance.choices([ANYWHERE, "a save", "an export", "an evaluation"], [5, 4, 3, 1])[0]
+
+
 def check_end(tally: Tally, run: Start, kind: str) -> None:
     """What a start that was not left alone may say and return."""
     said, codes = run.said(), [process.returncode for process in run.processes]
@@ -318,7 +325,7 @@ def play_one(tally: Tally, unbroken: dict[str, Any], seconds: float, most: int) 
         whole = max(whole_steps(workdir, harmed), default=0)
         newest = max(steps(workdir), default=0)
         run = start(workdir, tally.out / "compiled", number, tally.processes)
-        where = tally.chance.choices([ANYWHERE, *AT], [5, 4, 2, 2, 1])[0]
+        where = choose(workdir, tally.chance)
         kind = ""
         if left and wait_for(tally, run, workdir, where, seconds):
             kind = act(tally, run, where)

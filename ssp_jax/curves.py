@@ -1,4 +1,4 @@
-"""Values over the steps of a run, in bounded memory: of a long run each point stands for many steps.
+"""Values over the steps of a run, in bounded memory: of a long run a point stands for many steps.
 
 Nothing is left out by this: a point has the mean of its steps, the lowest and the highest value.
 """
@@ -81,5 +81,10 @@ class Curves:
         return list(dict.fromkeys(name for each in self._bins for name in each.ranges))
 
     def line(self, name: str) -> list[Point]:
-        found = [(each.steps / each.rows, each.ranges[name]) for each in self._bins if name in each.ranges]
-        return [Point(step, r.rows, r.total / r.rows, r.low, r.high) for step, r in found]
+        found = []
+        for each in self._bins:
+            if values := each.ranges.get(name):
+                mean = values.total / values.rows
+                step = each.steps / each.rows
+                found.append(Point(step, values.rows, mean, values.low, values.high))
+        return found

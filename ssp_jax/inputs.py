@@ -105,15 +105,17 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     sets = data.load_question_sets(config.data.eval_sets)
     sets = {name: data.sample(questions, config.eval.max_questions) for name, questions in sets.items()}
     episodes.check_rows("questions of data.eval_sets", sum(map(len, sets.values())))
+    rows = weights.check_tensors(config.model.path, model_config)
+    weight_files = stamps.of_weights(config.model.path)
     return {
         "tasks": [] if evaluating else data.load_answers(config.data.answers),
         "eval_sets": sets,
         "model_config": model_config,
-        "weights": weights.check_tensors(config.model.path, model_config),
+        "weights": hosts.digest((rows, sorted(weight_files.values()))),
         "tokenizer": tokenizer,
         "stage": stage,
         "eos": episodes.eos_tokens(tokenizer, weights.read_generation_config(config.model.path)),
-        "stamps": {} if evaluating else stamps.of_files(config),
+        "stamps": {} if evaluating else weight_files | stamps.of_files(config),
     }
 
 

@@ -24,7 +24,7 @@ from ssp_jax.errors import InputError, masked
 from ssp_jax.request import Secrets, check_address
 
 PROBE_SECONDS = 60.0  # a server that is just starting may take its time for the first answer
-REPLY_BYTES = 1 << 23  # of a server's answer at most; a verdict with all its thoughts has some ten thousand
+REPLY_BYTES = 1 << 23  # of a server's answer at most; with all its thoughts it has some ten thousand
 SHOWN_CHARS = 80  # of a reply in a message
 KEPT_CHARS = 4000  # of a reply in verdicts.jsonl
 _TICK_SECONDS = 0.5
@@ -121,7 +121,7 @@ def _text_of(body: str) -> str:
 
 
 def _bounded(seconds: float) -> Any:
-    """The official client's HTTP with bounds: on the time of a whole request, and on the size of an answer.
+    """The official client's HTTP. It bounds the time of a whole request and the size of its answer.
 
     (Its own timeout is of one read. A server that sends a byte now and then would be waited for
     without end.) Redirects are not followed: what is judged goes to no other address.
@@ -139,8 +139,10 @@ def _bounded(seconds: float) -> Any:
                     finally:
                         await response.aclose()
             except TimeoutError:
-                raise httpx2.ReadTimeout(f"no whole answer in {seconds:g} s", request=request) from None
-            return httpx2.Response(response.status_code, headers=response.headers, content=body, request=request)
+                late = f"no whole answer in {seconds:g} s"
+                raise httpx2.ReadTimeout(late, request=request) from None
+            status, headers = response.status_code, response.headers
+            return httpx2.Response(status, headers=headers, content=body, request=request)
 
     return Bounded(limits=httpx2.Limits(max_connections=None))  # judge.concurrency is the limit
 
@@ -148,7 +150,8 @@ def _bounded(seconds: float) -> Any:
 async def _body_of(response: Any) -> bytes:
     if 300 <= response.status_code < 400:
         where = response.headers.get("location", "elsewhere")
-        raise NoReply(f"it redirects to {where}, which is not followed; expected the address itself")
+        expected = "which is not followed; expected the address itself"
+        raise NoReply(f"it redirects to {where}, {expected}")
     if response.headers.get("content-encoding", "identity") != "identity":
         raise NoReply("it answers compressed, which it was asked not to")
     body = bytearray()
@@ -177,15 +180,19 @@ class OpenAI:
             raise InputError("environment variable OPENAI_API_KEY: expected visible ASCII characters and no others")
         self.name = f"openai {model}"
         self.identity = hosts.digest((masked(url), model, max_tokens, _asked(_PROBE)))
-        self._errors, self._model, self._concurrency = (openai.OpenAIError, NoReply), model, concurrency
-        self._url, self._timeout_s, self._secrets = url, timeout_s, Secrets(url, *({key} - {"none"}))
+        self._errors = openai.OpenAIError, NoReply
+        self._model = model
+        self._concurrency = concurrency
+        self._url = url
+        self._timeout_s = timeout_s
+        self._secrets = Secrets(url, os.environ.get("OPENAI_API_KEY", ""))
         address = urlsplit(url)
         self._open = functools.partial(
             openai.AsyncOpenAI,
             base_url=urlunsplit(address._replace(query="", fragment="")),
             api_key=key,
             default_query=dict(parse_qsl(address.query)),
-            default_headers={"Accept-Encoding": "identity"},  # so that the size of an answer can be bounded
+            default_headers={"Accept-Encoding": "identity"},  # whose size is that of what comes
             max_retries=retries,
         )
         self._options: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
@@ -215,7 +222,7 @@ class OpenAI:
             raise self._useless(self._told(error)) from None
 
     def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
-        """InputError where the server has gone away; until then what fails is a verdict of its own."""
+        """InputError where the server has gone away; a case that fails has a verdict that says so."""
         asyncio.run(self._ask(cases, take, progress))
 
     async def _ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
@@ -247,7 +254,7 @@ class OpenAI:
                 await asyncio.gather(*workers, return_exceptions=True)
 
     async def _check(self, client: Any) -> None:
-        """Whether it was the cases that failed: one that any server answers is asked between them."""
+        """InputError unless it was the cases that failed: any server answers this one."""
         try:
             await self._complete(client, _PROBE)
         except self._errors as error:
@@ -272,8 +279,8 @@ class OpenAI:
 
     def _useless(self, found: str) -> InputError:
         return InputError(
-            f"config key judge.url: {masked(self._url)}: expected a server that completes chats of judge.model "
-            f"{self._model!r}: {found}"
+            f"config key judge.url: {masked(self._url)}: expected a server that completes chats of "
+            f"judge.model {self._model!r}: {found}"
         )
 
 

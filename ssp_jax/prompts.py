@@ -8,6 +8,7 @@ the interface. With `worked_example` a played example of the role stands before 
 small pretrained models need it.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -195,26 +196,27 @@ def judge_messages(question: str, golds: Sequence[str], answer: str) -> list[dic
     return [{"role": "system", "content": _JUDGE_SYSTEM}, {"role": "user", "content": user}]
 
 
-# What a model thinks before it speaks. A template may write the opening tag, so that a reply has only the other.
+# What a model thinks before it speaks. Where a template writes the opening tag, a reply has only the other.
 _THOUGHT = r"(?:seed:)?(?:think|thinking|thoughts?)"
 _THOUGHT_BEGINS = re.compile(rf"<{_THOUGHT}>|\[think\]|◁think▷", re.IGNORECASE)
 _THOUGHT_ENDS = re.compile(rf"</{_THOUGHT}>|\[/think\]|◁/think▷", re.IGNORECASE)
 # Reasons with tags of their own, before or after a verdict.
 _REASONS = re.compile(r"<(reason|reasoning|analysis|explanation|reflection)>.*?(?:</\1>|$)", re.DOTALL | re.IGNORECASE)
-# Words that may stand before a verdict and are none: "Final verdict: ...", "<answer>...", "It is ...".
-_INTRODUCTION = (
-    r"(?:(?:my|the|final|verdict|judge?ment|decision|result|evaluation|grade|answer|response|output"
-    r"|boxed|text|textbf|mathrm|json|it|this|that|is|it['’]s|that['’]s)(?![^\W_])[\W_]*)*"
+_TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|\n")  # a word, a mark, the end of a line
+_BEGINNING = 2000  # characters of a reply in which its first word stands
+# May stand before a verdict and are none: "Final verdict: ...", "<answer>...", "It is ...", "1. ...".
+_INTRODUCTION = frozenset(
+    ("my", "the", "final", "verdict", "judgement", "judgment", "decision", "result", "evaluation")
+    + ("grade", "answer", "response", "output", "boxed", "text", "textbf", "mathrm", "json", "1")
+    + ("it", "this", "that", "is", "it's", "it’s", "that's", "that’s")
 )
-_WORD = r"(?:not|isn['’]t)\s+(?:(?:a|quite|entirely|fully|completely|exactly)\s+)*correct|incorrect|wrong|correct"
-_VERDICT = re.compile(rf"[\W_]*(?:1[.)]\s+[\W_]*)?{_INTRODUCTION}({_WORD})(?![^\W_])")
-_ONLY_A_VERDICT = re.compile(rf"[\W_]*({_WORD})[\W_]*")
-# After the word: a choice or a question is no verdict; "correct: no" has its value there.
-_OPEN_CHOICE = re.compile(r"[^\w\n,.;:<]*(?:[/|?]|\bor\b)")
-_VALUE = re.compile(r"""["'`*]*\s*[:=：]["'`*\s]*(true|yes|false|no)\b(?!\s*\w)""")
-_NAMES_A_THING = re.compile(r"[ \t*_\"'`’”]*(?!(?:because|since|as|and)\b)[^\W_]")  # "Correct answer: ..."
+_QUOTES = frozenset("*\"'`“”‘’")
+_NOT = ("not", "isn't", "isn’t")
+_ADVERBS = ("a", "quite", "entirely", "fully", "completely", "exactly")
+_CHOICE = ("or", "/", "|", "?")  # "Correct or wrong?" repeats the question
+_REASON_FOLLOWS = ("because", "since", "as", "and")  # any other word is the name of a thing
 _YES_OR_NO = {"true": True, "yes": True, "false": False, "no": False}
-_TRUTH_KEYS = {"correct": True, "iscorrect": True, "wrong": False, "incorrect": False, "isincorrect": False}
+_VERDICTS = {"correct": True, "wrong": False, "incorrect": False}
 
 
 def verdict(reply: str) -> bool | None:
@@ -232,47 +234,54 @@ def verdict(reply: str) -> bool | None:
         return None
     said = _REASONS.sub(" ", said)
     values = _json_values(said)
-    return _spoken(said) if values is None else _agreed(values)
+    return _agreed(values) if values else _spoken(said)
 
 
 def _spoken(text: str) -> bool | None:
     """The verdict that a text begins with."""
-    text = text.lower()
-    found = _VERDICT.match(text)
-    if not found or _OPEN_CHOICE.match(text, found.end()):
+    first, *then = [*_words_from_the_first(text), "", "", ""]
+    if first in _NOT:
+        adverbs = next(i for i, word in enumerate(then) if word not in _ADVERBS)
+        return False if then[adverbs] == "correct" else None
+    if first not in _VERDICTS or then[0] in _CHOICE:
         return None
-    if found[1] != "correct":
+    if first != "correct":
         return False
-    if value := _VALUE.match(text, found.end()):
-        return _YES_OR_NO[value[1]]
-    return None if _NAMES_A_THING.match(text, found.end()) else True
+    if then[0] in (":", "：", "=") and then[1] in _YES_OR_NO and not then[2].isalnum():
+        return _YES_OR_NO[then[1]]  # {"correct": false
+    names_a_thing = then[0].isalnum() and then[0] not in _REASON_FOLLOWS
+    return None if names_a_thing else True
 
 
-def _json_values(text: str) -> list[tuple[str, Any]] | None:
-    """Names and values of a JSON object that a text begins with, in all its depth; None for another text."""
+def _words_from_the_first(text: str) -> list[str]:
+    """Words and marks, without quotes and without what may stand before a verdict."""
+    tokens = [token for token in _TOKEN.findall(text.strip()[:_BEGINNING].lower()) if token not in _QUOTES]
+    before = itertools.takewhile(lambda token: token in _INTRODUCTION or not token[0].isalnum(), tokens)
+    return tokens[len(list(before)) :]
+
+
+def _json_values(text: str) -> list[tuple[str, Any]]:
+    """Names and values of a JSON object that a text begins with, in all its depth."""
     pairs: list[tuple[str, Any]] = []
-
-    def keep(found: list[tuple[str, Any]]) -> None:
-        pairs.extend(found)
-
-    start = re.match(r"\s*(?:```\w*\s*)?", text)
+    start = text.lstrip().removeprefix("```json").removeprefix("```").lstrip()
     try:
-        json.JSONDecoder(object_pairs_hook=keep).raw_decode(text, start.end() if start else 0)
+        json.JSONDecoder(object_pairs_hook=pairs.extend).raw_decode(start)
     except (ValueError, RecursionError):
-        return None
-    return pairs or None
+        return []
+    return pairs
 
 
 def _agreed(values: Sequence[tuple[str, Any]]) -> bool | None:
     """The verdict of all values that are one; None where they say both, or none is."""
     said = set()
     for name, value in values:
-        meaning = _TRUTH_KEYS.get(re.sub(r"[\W_]", "", name.lower()))
+        meaning = _VERDICTS.get(re.sub(r"[\W_]|^is", "", name.lower()))
         truth = _YES_OR_NO.get(str(value).lower())
+        words = [token for token in _TOKEN.findall(str(value).lower()) if token.isalnum()]
         if meaning is not None and truth is not None:
             said.add(truth == meaning)
-        elif word := _ONLY_A_VERDICT.fullmatch(str(value).lower()):
-            said.add(word[1] == "correct")
+        elif words in (["correct"], ["wrong"], ["incorrect"], ["not", "correct"]):
+            said.add(words == ["correct"])
     return said.pop() if len(said) == 1 else None
 
 

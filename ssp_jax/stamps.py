@@ -22,13 +22,19 @@ BLOCK = 2**20
 BLOCKS = 128
 
 
-def of_files(config: ConfigDict) -> dict[str, str]:
-    """Of the answers and the model folder, by name."""
-    model = folders.find(config.model.path)
-    weights = _weight_files(model)
+def of_weights(path: str) -> dict[str, str]:
+    """Of the model folder's weights, by name."""
+    model = folders.find(path)
+    names = _weight_files(model)
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda name: _of_weights(model, name), weights))
-    stamps = {model.place(name): digest for name, digest in zip(weights, digests, strict=True)}
+        digests = list(pool.map(lambda name: _of_weights(model, name), names))
+    return {masked(model.place(name)): digest for name, digest in zip(names, digests, strict=True)}
+
+
+def of_files(config: ConfigDict) -> dict[str, str]:
+    """Of the answers and the model folder's other files, by name."""
+    model = folders.find(config.model.path)
+    stamps = {}
     for name in ("config.json", *export.COPIED):
         if (model.path / name).is_file():
             stamps[model.place(name)] = _of_file(model.path / name)

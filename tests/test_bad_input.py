@@ -1303,7 +1303,8 @@ def with_config(content: bytes) -> Callable[[Path, ConfigDict], Any]:
 
 def with_step(run: Path, config: ConfigDict) -> None:
     """One checkpoint, and nothing else."""
-    files = stamps.of_files(config) | stamps.of_search(config.retriever, config.retriever.index)
+    files = stamps.of_weights(config.model.path) | stamps.of_files(config)
+    files |= stamps.of_search(config.retriever, config.retriever.index)
     game = {"memory": Memory().to_json(), "seconds": 1.0, "config": as_read(config), "stamps": files}
     with Checkpoints(str(run), every=1, keep=1) as checkpoints:
         checkpoints.save(1, {"x": jnp.zeros(3)}, game)

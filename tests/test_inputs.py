@@ -4,11 +4,14 @@ import json
 import shutil
 
 import pytest
+import safetensors.numpy
 from conftest import ROOT
-from model_folders import edit_config
+from model_folders import edit_config, edit_tensors
 from test_train import small
 
+from ssp_jax import train
 from ssp_jax.inputs import evaluation_inputs, read_inputs
+from ssp_jax.workdir import keep_config
 
 TINY = ROOT / "assets/tiny"
 
@@ -51,7 +54,16 @@ def one_more_line(name):
     return change
 
 
+def one_weight(folder):
+    """A single number of a tensor, neither its first nor one in the middle."""
+    path = folder / "model/model.safetensors"
+    embedding = safetensors.numpy.load_file(path)["model.embed_tokens.weight"].copy()
+    embedding[3, 3] += 1
+    edit_tensors(folder / "model", **{"model.embed_tokens.weight": embedding})
+
+
 CHANGES = {
+    "the weights": one_weight,
     "the search": one_more_line("corpus.jsonl"),
     "data.answers": one_more_line("answers.jsonl"),
     "data.eval_sets": one_more_line("one_hop.jsonl"),
@@ -99,3 +111,21 @@ def test_keys_that_it_does_not_depend_on(files, tmp_path):
     folder, (_, evaluated) = files
     copy = shutil.copytree(folder, tmp_path / "files")
     assert digests(copy, engine__slots=32, eval__max_questions=2, game__group_size=3)[1] == evaluated
+
+
+def test_an_evaluation_is_told_what_it_depends_on(files, tmp_path):
+    """Of the inputs, and with the weights of later steps of what they were trained with."""
+    folder, (_, evaluated) = files
+    copy = shutil.copytree(folder, tmp_path / "files")
+
+    def setting(**changes):
+        config = small(model__path=f"{copy}/model", retriever__corpus=f"{copy}/corpus.jsonl", **changes)
+        inputs = read_inputs(config, str(copy / "run"), evaluating=True)
+        keep_config(str(copy / "run"), config)
+        return train.make_setting(config, copy / "run", inputs, None, lambda metric: None, None, lambda: None)
+
+    first = setting()
+    assert first.inputs == first.depends_on(0) == evaluated
+    assert first.depends_on(5) == evaluated | {"the training": first.training}
+    assert setting(steps=9, eval__judge="cover_em").training == first.training
+    assert setting(learner__learning_rate=0.5).training != first.training

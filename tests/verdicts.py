@@ -61,7 +61,7 @@ NEITHER = [
         "Wrong or Correct",
         "Wrong/Correct",
     ),
-    *("Correct?", "wrong?", "is this correct? no", "Correct (or wrong)", "Korrekt", "Correcto", "不正确", "错误"),
+    *("Correct?", "wrong?", "is this correct? no", "Korrekt", "Correcto", "不正确", "错误"),
     *(
         "正确 Correct",
         "Richtig (Correct)",
