@@ -11,7 +11,7 @@ import pytest
 
 SECONDS = 60  # for whatever is waited for: this machine may have much else to do
 COMMAND = """
-import atexit, hashlib, os, signal, sys, time
+import atexit, hashlib, os, signal, sys, threading, time
 from ssp_jax import errors, signals
 
 def interrupt():
@@ -87,7 +87,7 @@ def test_the_second_ctrl_c_leaves_at_once() -> None:
 def test_the_second_ctrl_c_leaves_at_once_also_while_a_library_computes(around: str) -> None:
     code = """
 def wait():
-    ready()
+    threading.Timer(0.5, ready).start()  # says so when the C code has begun
     blocked()
 
 def with_stop():
