@@ -315,8 +315,9 @@ def test_a_split_vocabulary_is_not_gathered():
 def test_dropping_what_has_no_advantage_changes_rows_and_nothing_else(aggregation):
     c = dataclasses.replace(BASE, kl_coef=0.0, aggregation=aggregation)
     advantages = np.array([0, 0, 0, 0, 1, -1, 0, 0.5], np.float32)
+    # One optimizer step: a second one would start from weights that rounding has moved.
     (expected, full), (state, report) = (
-        update(dataclasses.replace(c, drop_no_advantage=drop), advantages=advantages, mini_batches=2)
+        update(dataclasses.replace(c, drop_no_advantage=drop), advantages=advantages, mini_batches=1)
         for drop in (False, True)
     )
     assert_same_update(expected, state, BASE)
