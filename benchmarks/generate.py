@@ -86,12 +86,14 @@ def run_ssp_jax(shape: Shape, batch: int, length: int, new: int, repeats: int, d
     import jax
     import jax.numpy as jnp
 
-    from ssp_jax import backend, cache, engine, model, sharding, stops
+    from ssp_jax.model import decoder, sharding
+    from ssp_jax.rollout import engine, kv_cache, stops
+    from ssp_jax.runtime import platform
 
-    backend.prepare()
-    config = model.ModelConfig(*shape, rope_theta=ROPE_THETA, tie_embeddings=True, qkv_bias=True)
+    platform.prepare()
+    config = decoder.ModelConfig(*shape, rope_theta=ROPE_THETA, tie_embeddings=True, qkv_bias=True)
     copy = sharding.sampler_copy(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), jnp.dtype(dtype))
-    params, vocab = copy(jax.jit(functools.partial(model.init_params, config))(jax.random.key(0))), shape[0]
+    params, vocab = copy(jax.jit(functools.partial(decoder.init_params, config))(jax.random.key(0))), shape[0]
     automaton = stops.build_automaton([], [b"x"] * vocab, vocab)
     sizes = engine.Sizes(batch, CHUNK, length + new, (), (length,), min(batch, 8))
     one = engine.Engine(config, sizes, [automaton], (vocab,), jnp.dtype(dtype), search=lambda queries: [])
@@ -106,7 +108,7 @@ def run_ssp_jax(shape: Shape, batch: int, length: int, new: int, repeats: int, d
     steps = 1  # prompts and one chunk: the rest is decode steps alone, where there is a rest
     shortest = timed(rollout, repeats, batch)["seconds"]
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    keys = batch * (length + new / 2) * cache.token_bytes(config, jnp.dtype(dtype))
+    keys = batch * (length + new / 2) * kv_cache.token_bytes(config, jnp.dtype(dtype))
     bandwidth = measure_bandwidth()
     step_seconds = (statistics.median(result["seconds"]) - statistics.median(shortest)) / (new - CHUNK)
     share = (weights + keys) / bandwidth / step_seconds

@@ -92,7 +92,7 @@ def check(folder: Path) -> bool:
     """Prints where ours and the golden part; True when all token ids are equal."""
     sys.path.insert(0, str(ROOT))
     from ssp_jax import generate
-    from ssp_jax.episodes import ASSISTANT
+    from ssp_jax.game.roles import ASSISTANT
 
     golden = json.loads(golden_path(folder).read_text(encoding="utf-8"))
     m = generate.load_model(folder, "float32")

@@ -29,7 +29,7 @@ import Stemmer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from ssp_jax.data import iterate_corpus  # noqa: E402
-from ssp_jax.retriever import Retriever  # noqa: E402
+from ssp_jax.retriever.search import Retriever  # noqa: E402
 
 Search = Callable[[Sequence[str]], Any]
 BATCH, TOP_K, BATCHES = 64, 3, 32

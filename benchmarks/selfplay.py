@@ -29,12 +29,31 @@ import numpy as np
 from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ssp_jax import backend, data, engine, episodes, model, sampler, sharding, weights  # noqa: E402
+from ssp_jax import data
+from ssp_jax.assemble import make_stage  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
-from ssp_jax.inputs import make_stage  # noqa: E402
-from ssp_jax.retriever import Retriever, open_retriever  # noqa: E402
-from ssp_jax.selfplay import Memory, Round, SelfPlay  # noqa: E402
-from ssp_jax.slots import Player, Row, Stats  # noqa: E402
+from ssp_jax.game import roles
+from ssp_jax.game.selfplay import (
+    Memory,
+    Round,
+    SelfPlay,  # noqa: E402
+)
+from ssp_jax.model import (
+    decoder,
+    hf_load,  # noqa: E402
+    sharding,
+)
+from ssp_jax.retriever.search import (
+    Retriever,
+    open_retriever,  # noqa: E402
+)
+from ssp_jax.rollout import engine, sampler
+from ssp_jax.rollout.scheduler import (
+    Player,
+    Row,
+    Stats,  # noqa: E402
+)
+from ssp_jax.runtime import platform
 
 Progress = Callable[[Stats], None]
 
@@ -44,7 +63,7 @@ class StaticLoop(engine.Engine):
 
     def play(
         self,
-        params: model.Params,
+        params: decoder.Params,
         key: jax.Array,
         players: Iterable[Player],
         finished: Callable[[Any], Iterable[Player]] = lambda player: (),
@@ -111,9 +130,9 @@ class StaticLoop(engine.Engine):
 class Setting:
     config: ConfigDict
     tasks: list[data.Task]
-    stage: episodes.Stage
+    stage: roles.Stage
     retriever: Retriever
-    params: model.Params
+    params: decoder.Params
     arguments: tuple[Any, ...]  # of Engine, but sizes
 
     def game(self, kind: type[engine.Engine], **changes: Any) -> SelfPlay:
@@ -124,15 +143,15 @@ class Setting:
 
 def prepare(config: ConfigDict, index: str) -> Setting:
     c, r = config, config.retriever
-    model_config, tokenizer = weights.read_config(c.model.path), weights.load_tokenizer(c.model.path)
+    model_config, tokenizer = hf_load.read_config(c.model.path), hf_load.load_tokenizer(c.model.path)
     dtype = jnp.dtype(c.model.dtype)
     retriever = open_retriever(r.corpus, index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r.k1, b=r.b)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    loaded = weights.load(c.model.path, model_config, None, jnp.float32)
+    loaded = hf_load.load(c.model.path, model_config, None, jnp.float32)
     everything = data.load_answers(c.data.answers)
     rows = data.batch_indices(len(everything), c.game.answers_per_step, c.seed, 0)
-    automata = episodes.role_automata(tokenizer, model_config.vocab_size)
-    eos = episodes.eos_tokens(tokenizer, weights.read_generation_config(c.model.path))
+    automata = roles.role_automata(tokenizer, model_config.vocab_size)
+    eos = roles.eos_tokens(tokenizer, hf_load.read_generation_config(c.model.path))
     search = functools.partial(retriever.search, top_k=r.top_k)
     return Setting(
         c,
@@ -180,7 +199,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=0, help="given answers in the step, 0: as configured")
     parser.add_argument("--slots", type=int, default=0, help="0: as configured")
     args = parser.parse_args()
-    backend.prepare()
+    platform.prepare()
     config = load_config(args.config)
     config.game.answers_per_step = args.answers or config.game.answers_per_step
     config.engine.slots = args.slots or config.engine.slots

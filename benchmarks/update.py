@@ -131,13 +131,15 @@ def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from ssp_jax import learner, model
+    from ssp_jax.learner import update
+    from ssp_jax.learner.state import LearnerConfig, init_state
+    from ssp_jax.model import decoder
 
-    config = model.ModelConfig(
+    config = decoder.ModelConfig(
         shape.vocab, shape.layers, shape.width, shape.heads, shape.kv_heads, shape.head, shape.mlp,
         tie_embeddings=True, qkv_bias=True,
     )  # fmt: skip
-    c = learner.LearnerConfig(
+    c = LearnerConfig(
         model=config,
         dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
         remat=shape.remat,
@@ -159,8 +161,8 @@ def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
         old_logprobs="sampler",
         importance_cap=2.0,
     )
-    state = learner.init_state(c, jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0)))
-    return learner.Learner(c, state, None, jax.device_put), state
+    state = init_state(c, jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0)))
+    return update.Learner(c, state, None, jax.device_put), state
 
 
 def our_seconds(shape: Shape, played: list[Played], rows: int, row_tokens: int, repeats: int) -> list[float]:
@@ -282,9 +284,9 @@ def run_packing(shape: Shape, repeats: int) -> dict[str, Any]:
     for name, batch in (("packed", played), ("padded", padded)):
         seconds = statistics.median(our_seconds(shape, batch, shape.rows, row_tokens, repeats))
         result[name] = {"useful_tokens_per_second": useful / seconds}
-    from ssp_jax import learner
+    from ssp_jax.learner import batches
 
-    cells = -(-len(learner.pack([len(e.tokens) for e in played], row_tokens)) // shape.rows) * shape.rows * row_tokens
+    cells = -(-len(batches.pack([len(e.tokens) for e in played], row_tokens)) // shape.rows) * shape.rows * row_tokens
     result["packed"]["useful_share"] = useful / cells
     result["padded"]["useful_share"] = useful / (len(padded) * row_tokens)
     return result
@@ -346,9 +348,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         if args.worker in ("ssp_jax", "packing"):
-            from ssp_jax import backend
+            from ssp_jax.runtime import platform
 
-            backend.prepare()
+            platform.prepare()
         print(json.dumps(WORKERS[args.worker](SHAPES[args.shapes], args.repeats)))
         return
     if args.out is None:

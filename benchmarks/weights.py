@@ -28,11 +28,11 @@ def load_ssp_jax(folder: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from ssp_jax import weights
+    from ssp_jax.model import hf_load
 
     jax.devices()
     before, clock = peak(), Clock()
-    params = jax.block_until_ready(weights.load(folder, weights.read_config(folder), None, jnp.bfloat16))
+    params = jax.block_until_ready(hf_load.load(folder, hf_load.read_config(folder), None, jnp.bfloat16))
     return clock.read() | {"before": before, "size": sum(x.nbytes for x in jax.tree.leaves(params)) / MIB}
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from ssp_jax.config import user_path
 from ssp_jax.data import Task, load_answers, load_question_sets
 from ssp_jax.errors import Parser, exit_code, printable
-from ssp_jax.rewards import comparable, normalize_answer
+from ssp_jax.game.rewards import comparable, normalize_answer
 
 EXAMPLES = 3
 

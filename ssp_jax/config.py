@@ -21,8 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
-from ssp_jax import prompts, rewards
 from ssp_jax.errors import InputError
+from ssp_jax.game import prompts, rewards
 
 ROOT = Path(default.__file__).parent.parent  # of the repository, or where `pip install .` has put configs/
 FREE_SECTION = "data.eval_sets"  # its keys are names of the user's own choice, its values files

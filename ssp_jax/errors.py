@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from ssp_jax import signals
+from ssp_jax.runtime import signals
 
 # Characters that act instead of being shown: control characters but newline and tab, those that
 # turn the direction of writing or break a line, half surrogates, and invisible tags.

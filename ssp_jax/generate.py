@@ -36,15 +36,18 @@ import jax.numpy as jnp
 from absl import flags
 from rich.console import Console
 
-from ssp_jax import backend, device_memory, episodes, files, model, prompts, sharding, tokens, weights
 from ssp_jax.config import BOUNDS, user_path
 from ssp_jax.data import Row, read_rows
-from ssp_jax.engine import Engine, Search, Sizes, Stats
-from ssp_jax.episodes import ASSISTANT, SEARCH_ENGINE, SOLVER, Episode, Limits, Player, Role, Stage, episode_id
 from ssp_jax.errors import InputError, exit_code, json_line, printable
-from ssp_jax.metrics import PLAIN_SECONDS, Phase
-from ssp_jax.retriever import Retriever
-from ssp_jax.stops import token_bytes
+from ssp_jax.game import prompts, roles
+from ssp_jax.game.roles import ASSISTANT, SEARCH_ENGINE, SOLVER, Episode, Limits, Player, Role, Stage, episode_id
+from ssp_jax.model import decoder, hf_load, sharding
+from ssp_jax.model.tokens import decode
+from ssp_jax.retriever.search import Retriever
+from ssp_jax.rollout.engine import Engine, Search, Sizes, Stats
+from ssp_jax.rollout.stops import token_bytes
+from ssp_jax.runtime import device_memory, files, platform
+from ssp_jax.runtime.logger import PLAIN_SECONDS, Phase
 
 CPU_CACHE_BYTES = 2 << 30  # keys and values of all slots on a CPU; accelerators say what they have
 PATHS = ("model", "prompts", "out", "index")  # flags
@@ -63,27 +66,27 @@ TYPED_PROMPT_TOKENS = 2048  # longest prompt of a typed question
 class Model:
     """A Hugging Face folder, ready to generate."""
 
-    config: model.ModelConfig
+    config: decoder.ModelConfig
     tokenizer: Any
     eos: tuple[int, ...]
     dtype: Any
     mesh: jax.sharding.Mesh
-    params: model.Params  # the sampler's unstacked form
+    params: decoder.Params  # the sampler's unstacked form
     context: int  # the most tokens of an episode
 
 
 def load_model(folder: str | Path, dtype: str = "") -> Model:
     """Every device holds the whole model, or a part of each head's work where one device is too small for it."""
-    config, tokenizer = weights.read_config(folder), weights.load_tokenizer(folder)
+    config, tokenizer = hf_load.read_config(folder), hf_load.load_tokenizer(folder)
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    abstract = model.abstract_params(config)
+    abstract = decoder.abstract_params(config)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) * kind.itemsize
     tensor = devices_per_copy(config.num_kv_heads, jax.device_count(), size, _device_bytes())
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": tensor})
-    stacked = weights.load(folder, config, sharding.param_shardings(abstract, mesh), kind)
+    stacked = hf_load.load(folder, config, sharding.param_shardings(abstract, mesh), kind)
     params = sharding.sampler_copy(config, mesh, kind)(stacked)
-    eos = episodes.eos_tokens(tokenizer, weights.read_generation_config(folder))
-    return Model(config, tokenizer, eos, kind, mesh, params, weights.context_tokens(folder))
+    eos = roles.eos_tokens(tokenizer, hf_load.read_generation_config(folder))
+    return Model(config, tokenizer, eos, kind, mesh, params, hf_load.context_tokens(folder))
 
 
 def _device_bytes() -> int | None:
@@ -126,7 +129,7 @@ def _room(m: Model, stage: Stage, longest: int) -> int:
 
 def make_engine(m: Model, sizes: Sizes, search: Search) -> Engine:
     shardings = functools.partial(sharding.state_shardings, mesh=m.mesh)
-    return episodes.make_engine(m.config, m.tokenizer, m.eos, sizes, m.dtype, search, shardings)
+    return roles.make_engine(m.config, m.tokenizer, m.eos, sizes, m.dtype, search, shardings)
 
 
 def no_search(queries: list[str]) -> Sequence[Any]:
@@ -215,7 +218,7 @@ def _of(row: Row) -> Iterator[None]:
 
 def _encoded(f: Any, stage: Stage, rows: Sequence[Row]) -> list[list[int]]:
     """The prompts of all lines; one that the model cannot hold is told before anything is loaded."""
-    context, encoded = weights.context_tokens(f.model), []
+    context, encoded = hf_load.context_tokens(f.model), []
     for row in rows:
         if f.index:
             question = row.text("question", row.values.get("question"))
@@ -237,7 +240,7 @@ def _rows(path: str) -> list[Row]:
         found = list(rows)
     if not found:
         raise InputError(f"{path}: expected at least one line, found none")
-    episodes.check_rows(f"lines of {path}", len(found))
+    roles.check_rows(f"lines of {path}", len(found))
     return found
 
 
@@ -248,7 +251,7 @@ def describe(episode: Episode, tokenizer: Any) -> dict[str, Any]:
     line: dict[str, Any] = {
         "token_ids": episode.tokens[n:],
         "logprobs": [logprob if sampled else None for logprob, sampled in pairs],
-        "text": tokens.decode(tokenizer, episode.tokens[n:]),
+        "text": decode(tokenizer, episode.tokens[n:]),
         "stop_reason": "max_tokens" if reason in ("response_tokens", "turn_tokens") else reason,
     }
     if episode.role == SOLVER.name:
@@ -298,7 +301,7 @@ class _Progress:
 
 def answer_file(f: Any) -> None:
     """--prompts: all lines through the slots at once. What was in --out stays until all are there."""
-    tokenizer = weights.load_tokenizer(f.model)
+    tokenizer = hf_load.load_tokenizer(f.model)
     stage = _stage(f, tokenizer, sys.maxsize)
     rows = _rows(f.prompts)
     encoded = _encoded(f, stage, rows)
@@ -342,8 +345,8 @@ def answer_typed(f: Any) -> None:
     """Without --prompts: one question after the other, each shown as it is played."""
     typing = sys.stdin.isatty()
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    tokenizer = weights.load_tokenizer(f.model)
-    longest = min(TYPED_PROMPT_TOKENS, weights.context_tokens(f.model) - 1)
+    tokenizer = hf_load.load_tokenizer(f.model)
+    longest = min(TYPED_PROMPT_TOKENS, hf_load.context_tokens(f.model) - 1)
     stage = _stage(f, tokenizer, longest)
     search, m = _search(f), _load(f)
     sizes = make_sizes(m, [longest], _room(m, stage, longest), True)
@@ -390,7 +393,7 @@ def _stage(f: Any, tokenizer: Any, prompt_tokens: int) -> Stage:
     if f.index:
         if not Path(f.index).is_dir():
             raise InputError(f"--index={f.index}: expected the folder of a built search index")
-        episodes.check_stage(stage)
+        roles.check_stage(stage)
     else:
         token_bytes(tokenizer)
         if not f.prompts:
@@ -452,5 +455,5 @@ def _run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    backend.prepare()
+    platform.prepare()
     sys.exit(main(sys.argv))

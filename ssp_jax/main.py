@@ -17,9 +17,9 @@ import sys
 
 from absl import logging
 
-from ssp_jax import backend, signals
 from ssp_jax.config import parse_command_line, take_place
 from ssp_jax.errors import exit_code
+from ssp_jax.runtime import platform, signals
 
 
 def main(argv: list[str]) -> int:
@@ -36,14 +36,16 @@ def _run(argv: list[str]) -> None:
     rest, place = take_place(argv)
     command = parse_command_line(rest)
     # Here, so that mistakes above are told before the seconds that JAX takes to load.
-    from ssp_jax import examine, hosts, train
+    from ssp_jax import train
+    from ssp_jax.evaluation.run import examine
+    from ssp_jax.runtime import processes
 
-    hosts.start(place, os.environ)
-    run = examine.examine if command.mode == "eval" else train.train
-    with hosts.ending(command.workdir):
+    processes.start(place, os.environ)
+    run = examine if command.mode == "eval" else train.train
+    with processes.ending(command.workdir):
         run(command.config, command.workdir)
 
 
 if __name__ == "__main__":
-    backend.prepare()
+    platform.prepare()
     signals.leave(main(sys.argv))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ssp_jax import export, folders, retriever
 from ssp_jax.errors import InputError, masked
-from ssp_jax.folders import Folder
+from ssp_jax.model import hf_files, hf_save
+from ssp_jax.model.hf_files import Folder
+from ssp_jax.retriever import build
 
 # Larger files of weights are read in so many blocks, evenly spread: training moves all weights, and 15 GB are read in a
 # second or two. Up to WHOLE bytes a file is read as a whole.
@@ -24,7 +25,7 @@ BLOCKS = 128
 
 def of_weights(path: str) -> dict[str, str]:
     """Of the model folder's weights, by name."""
-    model = folders.find(path)
+    model = hf_files.find(path)
     names = _weight_files(model)
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(lambda name: _of_weights(model, name), names))
@@ -33,9 +34,9 @@ def of_weights(path: str) -> dict[str, str]:
 
 def of_files(config: ConfigDict) -> dict[str, str]:
     """Of the answers and the model folder's other files, by name."""
-    model = folders.find(config.model.path)
+    model = hf_files.find(config.model.path)
     stamps = {}
-    for name in ("config.json", *export.COPIED):
+    for name in ("config.json", *hf_save.COPIED):
         if (model.path / name).is_file():
             stamps[model.place(name)] = _of_file(model.path / name)
     stamps[config.data.answers] = _of_file(Path(config.data.answers))
@@ -46,18 +47,18 @@ def of_search(config: ConfigDict, index: str) -> dict[str, str]:
     """Of the corpus, or of the index where no corpus is given. `config`: section retriever."""
     if config.kind == "http":
         return {}
-    return {str(config.corpus or index): retriever.source(config.corpus, index)}
+    return {str(config.corpus or index): build.source(config.corpus, index)}
 
 
 def _weight_files(model: Folder) -> list[str]:
-    if model.has(folders.SINGLE_FILE):
-        return [folders.SINGLE_FILE]
-    weight_map = model.read_json(folders.INDEX_FILE)["weight_map"]
-    return [folders.INDEX_FILE, *sorted(set(weight_map.values()))]
+    if model.has(hf_files.SINGLE_FILE):
+        return [hf_files.SINGLE_FILE]
+    weight_map = model.read_json(hf_files.INDEX_FILE)["weight_map"]
+    return [hf_files.INDEX_FILE, *sorted(set(weight_map.values()))]
 
 
 def _of_weights(model: Folder, name: str) -> str:
-    if name == folders.INDEX_FILE:
+    if name == hf_files.INDEX_FILE:
         return _of_file(model.path / name)
     file = model.open(name)
     digest = hashlib.blake2b(str(file.size).encode(), digest_size=16)

@@ -17,32 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import (
-    attention,
-    data,
-    device_memory,
-    episodes,
-    evaluate,
-    export,
-    hosts,
-    judge,
-    learner,
-    model,
-    paper,
-    records,
-    sharding,
-    weights,
-)
-from ssp_jax.checkpoint import Checkpoints, leaf_digests
+from ssp_jax import data
+from ssp_jax.assemble import Inputs, compare, evaluation_inputs, make_mesh, read_inputs
 from ssp_jax.config import advice
-from ssp_jax.engine import Engine, Sizes, Stats
 from ssp_jax.errors import InputError, sentence
-from ssp_jax.evaluate import Result, Setting
-from ssp_jax.hosts import Stop, Terminated
-from ssp_jax.inputs import Inputs, compare, evaluation_inputs, make_mesh, read_inputs
-from ssp_jax.metrics import CompileCounter, Logger, peak_memory_gib
-from ssp_jax.sampler import Truncation
-from ssp_jax.selfplay import Memory, Round, SelfPlay, Training, readable
+from ssp_jax.evaluation import evaluate as evaluate
+from ssp_jax.evaluation import paper_table
+from ssp_jax.evaluation.evaluate import Result, Setting
+from ssp_jax.game import judge, roles
+from ssp_jax.game.selfplay import Memory, Round, SelfPlay, Training, readable
+from ssp_jax.learner import state, update
+from ssp_jax.model import attention, decoder, hf_load, hf_save, sharding
+from ssp_jax.rollout.engine import Engine, Sizes, Stats
+from ssp_jax.rollout.sampling import Truncation
+from ssp_jax.runtime import device_memory, processes, records
+from ssp_jax.runtime.checkpoint import Checkpoints, leaf_digests
+from ssp_jax.runtime.logger import CompileCounter, Logger, peak_memory_gib
+from ssp_jax.runtime.processes import Stop, Terminated
 from ssp_jax.workdir import as_read, held, keep_config, trained_with
 
 
@@ -52,10 +43,10 @@ def train(config: ConfigDict, workdir: str) -> None:
     with held(workdir):
         inputs, mesh = read_inputs(config, workdir), make_mesh(config)
         # After the inputs: a mistyped path must not become the workdir's config.
-        hosts.agree(lambda: keep_config(workdir, config) if hosts.first() else None)
-        hosts.check_shared(Path(workdir))
+        processes.agree(lambda: keep_config(workdir, config) if processes.first() else None)
+        processes.check_shared(Path(workdir))
         run = _Run(config, workdir, inputs, mesh)
-        compare(inputs, {"the newest checkpoint": run.step, "the memory": hosts.digest(run.memory)})
+        compare(inputs, {"the newest checkpoint": run.step, "the memory": processes.digest(run.memory)})
         _to_the_end(run, config)
 
 
@@ -80,7 +71,7 @@ def _to_the_end(run: "_Run", config: ConfigDict) -> None:
             run.checkpoints.wait()
             sys.exit(stop.code)
         except InputError as error:  # such as a search server that stays away; no update raises one
-            if not hosts.together(error):
+            if not processes.together(error):
                 raise
             if run.step:
                 run.save()
@@ -108,11 +99,11 @@ def keep_compiled(workdir: str) -> None:
 
 
 def make_learner_config(
-    config: ConfigDict, model_config: model.ModelConfig, mesh: Any = None, platform: str = "cpu"
-) -> learner.LearnerConfig:
+    config: ConfigDict, model_config: decoder.ModelConfig, mesh: Any = None, platform: str = "cpu"
+) -> state.LearnerConfig:
     """mesh: None for a single device; it may be abstract, so `platform` says what its devices are."""
-    names = {f.name for f in dataclasses.fields(learner.LearnerConfig)}
-    return learner.LearnerConfig(
+    names = {f.name for f in dataclasses.fields(state.LearnerConfig)}
+    return state.LearnerConfig(
         model=model_config,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
@@ -137,7 +128,7 @@ def updates(config: ConfigDict) -> dict[str, int]:
 
 def make_engine(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> Engine:
     """mesh: of the learner; each process plays on its own part of it."""
-    return episodes.make_engine(
+    return roles.make_engine(
         inputs.model_config,
         inputs.tokenizer,
         inputs.eos,
@@ -163,7 +154,7 @@ def make_setting(
     return Setting(
         folder=workdir / "eval",
         inputs=evaluation_inputs(config, inputs),
-        training=hosts.share(lambda: trained_with(str(workdir)) if hosts.first() else "")[0],
+        training=processes.share(lambda: trained_with(str(workdir)) if processes.first() else "")[0],
         sets=inputs.eval_sets,
         engine=engine,
         stage=inputs.stage,
@@ -177,18 +168,18 @@ def make_setting(
 
 
 def sampler_copy(
-    config: ConfigDict, model_config: model.ModelConfig, mesh: jax.sharding.Mesh
-) -> Callable[[model.Params], model.Params]:
+    config: ConfigDict, model_config: decoder.ModelConfig, mesh: jax.sharding.Mesh
+) -> Callable[[decoder.Params], decoder.Params]:
     """Params on the learner's mesh -> what this process plays with. All processes must call it together."""
     everywhere, own = sharding.playing_meshes(mesh)
     copy = sharding.sampler_copy(model_config, everywhere, jnp.dtype(config.model.dtype))
-    return lambda params: sharding.own_part(copy(params), own) if hosts.several() else copy(params)
+    return lambda params: sharding.own_part(copy(params), own) if processes.several() else copy(params)
 
 
-def load_initial(config: ConfigDict, model_config: model.ModelConfig, mesh: jax.sharding.Mesh) -> model.Params:
+def load_initial(config: ConfigDict, model_config: decoder.ModelConfig, mesh: jax.sharding.Mesh) -> decoder.Params:
     """The sampler's copy of the weights that the run starts from, read anew."""
-    shardings = sharding.param_shardings(model.abstract_params(model_config), mesh)
-    stacked = weights.load(config.model.path, model_config, shardings, jnp.dtype(config.model.dtype))
+    shardings = sharding.param_shardings(decoder.abstract_params(model_config), mesh)
+    stacked = hf_load.load(config.model.path, model_config, shardings, jnp.dtype(config.model.dtype))
     return sampler_copy(config, model_config, mesh)(stacked)
 
 
@@ -201,7 +192,7 @@ class _Run:
         c = config.checkpoint
         self.checkpoints = Checkpoints(workdir, c.every, c.keep, minutes=c.minutes)
         self._key = jax.random.key(config.seed)
-        with device_memory.must_fit("the train state", learner.MEMORY_REMEDY):
+        with device_memory.must_fit("the train state", update.MEMORY_REMEDY):
             self._build_model()
         self._engine = make_engine(config, inputs, self._mesh)
         self._judges = judge.make_judges(
@@ -209,20 +200,20 @@ class _Run:
         )
         judging = self._judges(config.reward.metric)
         self._game = SelfPlay(config, inputs.stage, self._engine, inputs.retriever, judging)
-        self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step, mute=not hosts.first())
+        self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step, mute=not processes.first())
 
     def _build_model(self) -> None:
         """Initial weights from the model folder; the train state from them or from the newest checkpoint."""
         config, platform = self._inputs.model_config, self._mesh.devices.flat[0].platform
         c, rows = make_learner_config(self._config, config, self._mesh, platform), sharding.rows_sharding(self._mesh)
         self._attention = c.attention
-        abstract = model.abstract_params(config)
+        abstract = decoder.abstract_params(config)
         shardings = sharding.param_shardings(abstract, self._mesh)
-        initial = weights.load(self._config.model.path, config, shardings, jnp.float32)
+        initial = hf_load.load(self._config.model.path, config, shardings, jnp.float32)
         cast = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p), out_shardings=shardings)
         reference = cast(initial) if c.kl_coef else None
-        self._state = learner.init_state(c, initial)
-        self._learner = learner.Learner(c, self._state, reference, lambda batch: sharding.put_rows(batch, rows))
+        self._state = state.init_state(c, initial)
+        self._learner = update.Learner(c, self._state, reference, lambda batch: sharding.put_rows(batch, rows))
         self.step, self.memory, self._seconds = 0, Memory(), 0.0
         self._damaged: dict[int, str] = {}
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
@@ -235,13 +226,13 @@ class _Run:
         judging = self._config.reward.metric == "policy"
         self._judging = load_initial(self._config, config, self._mesh) if judging else None
 
-    def _initial(self) -> model.Params:
+    def _initial(self) -> decoder.Params:
         """For the judge, and for questions of step 0 that are asked later."""
         return self._judging or load_initial(self._config, self._inputs.model_config, self._mesh)
 
     def warm_up(self, stop: Stop) -> None:
         devices = f"{self._mesh.devices.size} x {jax.devices()[0].device_kind}"
-        if hosts.several():
+        if processes.several():
             devices += f" of {jax.process_count()} processes"
         start = f"resuming after step {self.step}" if self.step else "starting"
         for step, reason in self._damaged.items():
@@ -257,11 +248,11 @@ class _Run:
             leaf_digests(self._state)
             # Together: one process may find in its cache what another compiles, or be told that it does not fit.
             params = self._to_sampler(self._state.params)
-            hosts.agree(functools.partial(self._engine.warm_up, params, self._key, stop))
+            processes.agree(functools.partial(self._engine.warm_up, params, self._key, stop))
             del params
-            with device_memory.must_fit("the update", learner.MEMORY_REMEDY):
+            with device_memory.must_fit("the update", update.MEMORY_REMEDY):
                 self._learner.warm_up(self._state.params)
-        self.logger.say(f"{'each process: ' if hosts.several() else ''}{self._engine.memory}")
+        self.logger.say(f"{'each process: ' if processes.several() else ''}{self._engine.memory}")
         took = time.monotonic() - began
         self.logger.say(f"warm-up took {took:.1f} s: {self.compiles.count} programs, {self.compiles.seconds:.1f} s")
 
@@ -279,7 +270,7 @@ class _Run:
         with self.logger.phase("updating"):
             played = time.monotonic()
             metrics = round_.metrics | {"memory/play_gib": peak_memory_gib()}
-            with hosts.watched():
+            with processes.watched():
                 metrics |= self._update(round_)
             seconds = time.monotonic() - played
             metrics["memory/update_gib"] = peak_memory_gib()
@@ -354,17 +345,17 @@ class _Run:
             results["after"] = self.evaluate(self.step, stop)
         if self._config.checkpoint.export:
             with self.logger.phase("exporting"):
-                folder = self._workdir / export.FOLDER
-                export.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
+                folder = self._workdir / hf_save.FOLDER
+                hf_save.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
         summary: dict[str, Any] = {"steps": self.step, "seconds": round(self._seconds, 1)}
         summary["eval"] = {
             when: {name: result.document["sets"][name] for name in self._inputs.eval_sets}
             for when, result in results.items()
         }
-        if hosts.first():
+        if processes.first():
             records.write_document(self._workdir / "summary.json", summary)
         if len(results) == 2 and self._inputs.eval_sets:
-            figures = paper.table_1(self._config.model.path)
+            figures = paper_table.table_1(self._config.model.path)
             evaluate.compare(self.logger, self._workdir / "eval", results["before"], results["after"], figures)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssp_jax import checkpoint, hosts, records
 from ssp_jax.config import flatten_config
 from ssp_jax.errors import InputError, masked, sentence
+from ssp_jax.runtime import checkpoint, processes, records
 
 CONFIG_FILE = "config.json"  # of a workdir
 # Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where servers are.
@@ -47,7 +47,7 @@ def held(workdir: str) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"workdir {workdir} cannot be used: {error}") from error
     try:
-        hosts.agree(lambda: lock() if hosts.first() else None)
+        processes.agree(lambda: lock() if processes.first() else None)
         yield
     finally:
         os.close(folder)
@@ -116,7 +116,7 @@ def keep_config(workdir: str, config: ConfigDict, *, evaluating: bool = False) -
 def trained_with(workdir: str) -> str:
     """A digest of the keys in config.json that the weights of a step depend on."""
     values = json.loads((Path(workdir) / CONFIG_FILE).read_text(encoding="utf-8"))
-    return hosts.digest({key: value for key, value in sorted(values.items()) if not key.startswith(MAY_CHANGE)})
+    return processes.digest({key: value for key, value in sorted(values.items()) if not key.startswith(MAY_CHANGE)})
 
 
 def as_read(config: ConfigDict) -> dict[str, Any]:

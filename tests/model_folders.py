@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from ssp_jax import weights
+from ssp_jax.model import hf_load
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = ["qwen2", "qwen3", "llama3", "qwen2_untied", "llama3_tied"]
@@ -33,7 +33,7 @@ def edit_tensors(folder: Path, **changes: Any) -> Path:
 
 
 def load(folder: Path, dtype: Any = jnp.float32) -> Any:
-    return weights.load(folder, weights.read_config(folder), None, dtype)
+    return hf_load.load(folder, hf_load.read_config(folder), None, dtype)
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ssp_jax.data import iterate_corpus, load_answers, load_questions
-from ssp_jax.prompts import STYLES, encode_prompt, observation, solver_messages
-from ssp_jax.rewards import normalize_answer
+from ssp_jax.game.prompts import STYLES, encode_prompt, observation, solver_messages
+from ssp_jax.game.rewards import normalize_answer
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 SETS = ("one_hop", "two_hop")

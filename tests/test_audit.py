@@ -6,7 +6,7 @@ import pytest
 
 from ssp_jax import audit
 from ssp_jax.data import Task
-from ssp_jax.rewards import exact_match
+from ssp_jax.game.rewards import exact_match
 
 
 def test_overlap():

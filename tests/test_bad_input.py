@@ -23,19 +23,23 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT
 from ml_collections import ConfigDict
-from model_folders import edit_config, edit_header, edit_tensors, split, write_header
-from test_report import run_folder
 
-from ssp_jax import audit, generate, main, plan, report, retriever, stamps
-from ssp_jax import index as index_files
-from ssp_jax.checkpoint import Checkpoints
+from ssp_jax import audit, generate, main, stamps
 from ssp_jax.config import CHOICES, parse_command_line
 from ssp_jax.errors import shown
-from ssp_jax.metrics import CompileCounter
-from ssp_jax.selfplay import Memory
+from ssp_jax.game.selfplay import Memory
+from ssp_jax.plan import __main__ as plan
+from ssp_jax.report import __main__ as report
+from ssp_jax.retriever import __main__ as retriever
+from ssp_jax.retriever import index as index_files
+from ssp_jax.retriever.build import build_index
+from ssp_jax.runtime.checkpoint import Checkpoints
+from ssp_jax.runtime.logger import CompileCounter
 from ssp_jax.workdir import as_read, keep_config
+from tests.conftest import ROOT
+from tests.model_folders import edit_config, edit_header, edit_tensors, split, write_header
+from tests.report.test_report import run_folder
 
 Make = Callable[[Path], list[str]]  # an empty folder -> a command line; its first word is a key of COMMANDS
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -777,7 +781,7 @@ ROWS, SCORES = "indices.csc.index.npy", "data.csc.index.npy"
 def built(folder: Path) -> Path:
     """An index of PASSAGES, in folder/index."""
     (folder / "corpus.jsonl").write_text(PASSAGES)
-    retriever.build_index(folder / "corpus.jsonl", folder / "index", stemmer="", stopwords="", k1=1.5, b=0.75)
+    build_index(folder / "corpus.jsonl", folder / "index", stemmer="", stopwords="", k1=1.5, b=0.75)
     return folder / "index"
 
 

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, RunMain
 from ml_collections import ConfigDict
 
 from configs import default
-from ssp_jax import footprint, plan, published
 from ssp_jax.config import (
     BOUNDS,
     FREE_SECTION,
@@ -25,6 +23,10 @@ from ssp_jax.config import (
     parse_command_line,
 )
 from ssp_jax.errors import InputError
+from ssp_jax.plan import __main__ as plan
+from ssp_jax.plan import roofline
+from ssp_jax.plan.hardware import GIB, parse_topology
+from tests.conftest import ROOT, RunMain
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,13 @@ def test_a_config_fits_its_hardware_as_its_docstring_says(name: str) -> None:
     for topology, playing, updating, hbm, source, keys in memory(name):
         config = parse(f"--config=configs/{name}.py", *keys)[0]
         check_values(config)
-        slice_, model = published.parse_topology(topology), plan.read_model(config.model.path)
+        slice_, model = parse_topology(topology), plan.read_model(config.model.path)
         sizes = (model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim, model.embed_dim, model.mlp_dim)
         assert sizes == (shape.layers, shape.heads, shape.kv_heads, shape.head, shape.width, shape.ffn)
         assert topology in hardware or hardware.startswith(f"{slice_.chips} x {slice_.kind.upper()} ")
-        made = plan.make_plan(config, model, slice_, footprint.workload(config, 3000, 1000), compiled=False)
-        said = [round(size / published.GIB) for size in (made.play_peak, made.update_peak, slice_.device.hbm)]
-        assert made.fits and hbm == said[2] and max(playing, updating) < slice_.device.hbm / published.GIB
+        made = plan.make_plan(config, model, slice_, roofline.workload(config, 3000, 1000), compiled=False)
+        said = [round(size / GIB) for size in (made.play_peak, made.update_peak, slice_.device.hbm)]
+        assert made.fits and hbm == said[2] and max(playing, updating) < slice_.device.hbm / GIB
         if source == "from shapes":
             assert [playing, updating] == said[:2]
         else:
@@ -163,8 +165,8 @@ def test_the_readme_quotes_the_docstrings() -> None:
 def test_memory_by_hand() -> None:
     """7B on 8 devices: float32 parameters and moments, bfloat16 reference and copy, and 256 / 8 whole slots."""
     p, token = _7B.params, 2 * _7B.layers * _7B.kv_heads * _7B.head * 2
-    while_playing = (14 * p / 8 + 2 * p + 256 // 8 * 12288 * token) / published.GIB
-    while_updating = 18 * p / 8 / published.GIB
+    while_playing = (14 * p / 8 + 2 * p + 256 // 8 * 12288 * token) / GIB
+    while_updating = 18 * p / 8 / GIB
     _, playing, updating, *_ = memory("qwen7b")[0]
     assert 1.0 < playing / while_playing < 1.5 and 1.0 < updating / while_updating < 3.0
 

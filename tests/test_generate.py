@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssp_jax import attention, generate, model, prompts, weights
+from ssp_jax import generate
 from ssp_jax.data import load_questions
 from ssp_jax.errors import printable
-from ssp_jax.retriever import open_retriever
+from ssp_jax.game import prompts
+from ssp_jax.model import attention, decoder, hf_load
+from ssp_jax.retriever.search import open_retriever
 
 TINY = Path("assets/tiny")
 MODEL = f"--model={TINY / 'model'}"
@@ -38,8 +40,8 @@ def ask(folder, lines, *arguments):
 
 def greedy(prompt, steps):
     """The same by whole forward passes, without cache or engine: (token ids, log-probs)."""
-    config = weights.read_config(TINY / "model")
-    params = weights.load(TINY / "model", config, None, jnp.float32)
+    config = hf_load.read_config(TINY / "model")
+    params = hf_load.load(TINY / "model", config, None, jnp.float32)
     T = len(prompt) + steps
 
     @jax.jit
@@ -49,8 +51,8 @@ def greedy(prompt, steps):
         def attend(q, k, v):
             return attention.packed(q, k, v, segments_1T), None
 
-        hidden_1TD = model.forward(config, params, tokens_1T, jnp.arange(T)[None], attend, dtype=jnp.float32)
-        return jax.nn.log_softmax(model.logits(params, hidden_1TD[0]), axis=-1)
+        hidden_1TD = decoder.forward(config, params, tokens_1T, jnp.arange(T)[None], attend, dtype=jnp.float32)
+        return jax.nn.log_softmax(decoder.logits(params, hidden_1TD[0]), axis=-1)
 
     tokens, logprobs = list(prompt), []
     for _ in range(steps):
@@ -63,7 +65,7 @@ def greedy(prompt, steps):
 
 
 def test_greedy_lines_are_the_models_own_words_in_order(tmp_path):
-    tokenizer = weights.load_tokenizer(TINY / "model")
+    tokenizer = hf_load.load_tokenizer(TINY / "model")
     texts = ["Question: Which", " The capital of Norway is ", "a"]
     lines = ask(tmp_path, [{"prompt": text} for text in texts], "--max_tokens=6")
     for text, line in zip(texts, lines, strict=True):
@@ -76,7 +78,7 @@ def test_greedy_lines_are_the_models_own_words_in_order(tmp_path):
 
 
 def test_messages_go_through_the_chat_template_and_seeds_matter(tmp_path):
-    tokenizer = weights.load_tokenizer(TINY / "model")
+    tokenizer = hf_load.load_tokenizer(TINY / "model")
     messages = [{"role": "user", "content": "Question: Which city?"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     lines = [{"messages": messages}, {"prompt": text}]
@@ -121,7 +123,7 @@ def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys)
 
 
 def test_text_is_shown_once_however_chunks_cut_it():
-    tokenizer = weights.load_tokenizer(TINY / "model")
+    tokenizer = hf_load.load_tokenizer(TINY / "model")
     stage = generate.make_stage(tokenizer, 50)
     tokens, shown = tokenizer.encode("Zürich, São Paulo", add_special_tokens=False), []
     for size in (1, 2, 3):

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
 
 from configs import default
-from ssp_jax import folders, paper, published, retriever
 from ssp_jax.config import load_config, parse_command_line
+from ssp_jax.evaluation import paper_table
+from ssp_jax.model import hf_files
+from ssp_jax.plan import hardware
+from ssp_jax.retriever import search
+from tests.conftest import ROOT
 
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch" / "docker").glob("*.sh")]
 CONFIG = "--config=configs/tiny.py"
@@ -293,7 +296,7 @@ def test_prepare_prints_keys_that_a_run_takes(tmp_path: Path) -> None:
     keys = [line.strip() for line in done.stdout.splitlines() if line.startswith("  --config.")]
     config = parse_command_line(["main.py", "--config=configs/default.py", *keys]).config
     assert config.model.path == f"{tmp_path}/a folder/Qwen2.5-7B-Instruct" and "ssp" in config.data.eval_sets
-    assert paper.table_1(config.model.path)
+    assert paper_table.table_1(config.model.path)
     assert f"--local-dir {tmp_path}/a\\ folder/Qwen2.5-7B-Instruct " in done.stdout
     assert not (tmp_path / "a folder").exists()
 
@@ -321,11 +324,11 @@ if [[ -n ${{packed:-}} ]]; then cp "$packed" "$2/wiki-18.jsonl.gz"; fi""",
     assert fetched == ["some/model", "PeterJinGo/wiki-18-corpus", "Quark-LLM/SSP", "Quark-LLM/SSP"]
     assert any(line.startswith("checked ") and line.endswith("files/ssp/test.jsonl") for line in lines)
     wanted = next(line for line in lines if line.startswith("fetched some/model"))
-    assert all(f"--include *{kind}" in wanted for kind in (".safetensors", *folders._SMALL_FILES))
+    assert all(f"--include *{kind}" in wanted for kind in (".safetensors", *hf_files._SMALL_FILES))
     keys = dict(line.strip().removeprefix("--config.").split("=", 1) for line in lines if line.startswith("  --config"))
     settings = default.get_config().retriever
     same = {key: settings[key] for key in ("stemmer", "stopwords", "k1", "b")}
-    assert len(retriever.open_retriever("", keys["retriever.index"], **same)) == 50
+    assert len(search.open_retriever("", keys["retriever.index"], **same)) == 50
     answers = next(line.split()[2] for line in lines if line.startswith("fetched Quark-LLM/SSP"))
     assert keys["data.answers"].endswith(f"/files/ssp/{answers}")
     assert load_config(ROOT / "configs/qwen7b.py").data.answers == f"data/ssp/{answers}"
@@ -350,7 +353,7 @@ def test_the_jobset_agrees_with_itself() -> None:
     labels = (jobset["metadata"]["labels"], job["template"]["metadata"]["labels"])
     assert {label["xpk.google.com/workload"] for label in labels} == {name}
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
-    slice_ = published.parse_topology(f"v5p:{topology}")
+    slice_ = hardware.parse_topology(f"v5p:{topology}")
     assert job["parallelism"] == job["completions"] == slice_.hosts
     assert container["resources"]["limits"]["google.com/tpu"] == slice_.chip.per_host
     (rule,) = job["podFailurePolicy"]["rules"]
@@ -371,9 +374,9 @@ def test_the_jobset_is_a_run_that_survives_preemptions() -> None:
     assert "bucket" in {volume["name"] for volume in pod["volumes"]}
     assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     found = re.findall(r"^# (\w+) ([\dx]+) +(\S+) +(\S+) +(\d+) +(\d+)$", text, flags=re.MULTILINE)
-    assert {kind.lower() for kind, *_ in found} == set(published.TPUS)
+    assert {kind.lower() for kind, *_ in found} == set(hardware.TPUS)
     for kind, shape, _, topology, hosts, chips in found:
-        slice_ = published.parse_topology(f"{kind.lower()}:{shape}")
+        slice_ = hardware.parse_topology(f"{kind.lower()}:{shape}")
         assert (topology, int(hosts), int(chips)) == (shape, slice_.hosts, slice_.chip.per_host)
     selector = pod["nodeSelector"]
     chosen = (selector["cloud.google.com/gke-tpu-accelerator"], selector["cloud.google.com/gke-tpu-topology"])

@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, RunMain
+from tests.conftest import ROOT, RunMain
 
 UNTOUCHED = """
 import sys

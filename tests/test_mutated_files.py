@@ -19,18 +19,24 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import safetensors.numpy
-from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import mutate
-from test_report import game, run_folder
 
 from configs import default
-from ssp_jax import config, data, evaluate, generate, index, report, retriever, weights
-from ssp_jax.checkpoint import Checkpoints
+from ssp_jax import config, data, generate
 from ssp_jax.errors import InputError
-from ssp_jax.metrics import Logger
+from ssp_jax.evaluation import evaluate
+from ssp_jax.model import hf_load
+from ssp_jax.report import __main__ as report
+from ssp_jax.retriever import build
+from ssp_jax.retriever.index import write_meta
+from ssp_jax.retriever.search import Retriever
+from ssp_jax.runtime.checkpoint import Checkpoints
+from ssp_jax.runtime.logger import Logger
 from ssp_jax.workdir import check_workdir
+from tests.conftest import ROOT
+from tests.mutations import mutate
+from tests.report.test_report import game, run_folder
 
 TINY = ROOT / "assets/tiny"
 
@@ -127,19 +133,19 @@ def tokenizer(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> None:
-    weights.read_config(folder)
-    weights.context_tokens(folder)
-    weights.read_generation_config(folder)
+    hf_load.read_config(folder)
+    hf_load.context_tokens(folder)
+    hf_load.read_generation_config(folder)
 
 
 def read_weights(folder: Path) -> None:
-    model = weights.read_config(folder)
-    weights.check_tensors(folder, model)
-    weights.load(folder, model, None, jnp.float32)
+    model = hf_load.read_config(folder)
+    hf_load.check_tensors(folder, model)
+    hf_load.load(folder, model, None, jnp.float32)
 
 
 def read_tokenizer(folder: Path) -> None:
-    stage = generate.make_stage(weights.load_tokenizer(folder), 10)
+    stage = generate.make_stage(hf_load.load_tokenizer(folder), 10)
     stage.prompt([{"role": "user", "content": "Who?"}])
 
 
@@ -160,11 +166,11 @@ MODELS = [
 def built(folder: Path) -> None:
     lines("corpus.jsonl", *PASSAGES * 3)(folder)
     where = folder / "corpus.jsonl", folder / "index"
-    retriever.build_index(*where, stemmer="english", stopwords="en", k1=1.5, b=0.75)
+    build.build_index(*where, stemmer="english", stopwords="en", k1=1.5, b=0.75)
 
 
 def search(folder: Path) -> None:
-    found = retriever.Retriever.load(folder / "index", threads=1)
+    found = Retriever.load(folder / "index", threads=1)
     found.search(["city of Paris", "Rome", "", "nothing"], 5)
 
 
@@ -174,7 +180,7 @@ def search_signed(folder: Path) -> None:
     meta = json.loads(path.read_text())
     if all(file.stat().st_size for file in path.parent.iterdir()):  # an empty one has no sum
         path.unlink()
-        index.write_meta(path.parent, meta)
+        write_meta(path.parent, meta)
     search(folder)
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from model_folders import edit_tensors
 
 from configs import default
 from ssp_jax import config as configuration
-from ssp_jax import data, train, weights
-from ssp_jax.checkpoint import Checkpoints
+from ssp_jax import data, train
 from ssp_jax.config import load_config
+from ssp_jax.model import hf_load
+from ssp_jax.runtime.checkpoint import Checkpoints
+from tests.model_folders import edit_tensors
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -52,7 +53,7 @@ def arguments(**changes):
 
 def params_of(workdir):
     export = workdir / "export"
-    return weights.load(export, weights.read_config(export), None, np.float32)
+    return hf_load.load(export, hf_load.read_config(export), None, np.float32)
 
 
 def steps_of(workdir):
@@ -136,12 +137,12 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
-    initial = weights.load(
-        ROOT / "assets/tiny/model", weights.read_config(ROOT / "assets/tiny/model"), None, np.float32
+    initial = hf_load.load(
+        ROOT / "assets/tiny/model", hf_load.read_config(ROOT / "assets/tiny/model"), None, np.float32
     )
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params_of(whole), initial)
     assert max(jax.tree.leaves(moved)) > 0
-    assert weights.load_tokenizer(whole / "export").eos_token_id == 2
+    assert hf_load.load_tokenizer(whole / "export").eos_token_id == 2
 
 
 def test_two_and_two_steps_equal_four_bitwise(whole, tmp_path, monkeypatch):
@@ -275,8 +276,8 @@ def test_roles_that_are_not_trained_do_not_move(tmp_path):
     """Solver-only with questions nobody verifies: no update at all."""
     changes = {"game__train": "solver", "rules__min_chars": 999, "eval__before": False, "eval__after": False}
     train.train(small(steps=1, **changes), str(tmp_path))
-    initial = weights.load(
-        ROOT / "assets/tiny/model", weights.read_config(ROOT / "assets/tiny/model"), None, np.float32
+    initial = hf_load.load(
+        ROOT / "assets/tiny/model", hf_load.read_config(ROOT / "assets/tiny/model"), None, np.float32
     )
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), initial)
 

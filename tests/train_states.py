@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from ssp_jax.learner import TrainState
+from ssp_jax.learner.state import TrainState
 
 NOISE = 1e-8  # of gradients: their rounding, which is another one on each CPU
 FAR_ABOVE = 1e-5  # a gradient of this size has no sign or size from rounding

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ssp_jax.prompts import STYLES, encode_prompt, observation, proposer_messages, solver_messages, verifier_messages
+from ssp_jax.rewards import exact_match
+
 from assets.tiny import worlds
 from assets.tiny.facts import real_words
 from assets.tiny.worlds import Country, Passage, Question, World
 from ssp_jax.data import Document
-from ssp_jax.prompts import STYLES, encode_prompt, observation, proposer_messages, solver_messages, verifier_messages
 from ssp_jax.retriever import Retriever, build_index
-from ssp_jax.rewards import exact_match
 
 STYLE = STYLES["brief"]
 TOP_K = 3

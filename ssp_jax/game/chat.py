@@ -1,0 +1,274 @@
+"""Messages → token ids of a prompt, by the tokenizer's own chat template or in the reference's raw ChatML.
+
+A chat template is a program that came with the model. It may fail, run for ever, or leave out what it is given: Qwen3's
+and R1's cut <think> out of earlier assistant turns. Here it ends in bounded time, its failures are one sentence, and
+a prompt holds every message.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+
+from ssp_jax.errors import InputError, reading
+from ssp_jax.model import tokens
+
+Message = dict[str, Any]  # "role" and "content", and what else a template knows
+
+PROBE_CPU_SECONDS = 3  # of a template that could run for long: a usual one takes a millisecond
+PROBE_BYTES = 4 << 30  # of address space, most of it the interpreter's
+PROBE_SECONDS = 120.0  # until the interpreter is up, on a machine that does other things too
+TAME_LOOPS = 2  # nested ones
+TAME_NUMBER = 10_000
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
+    """Token ids of a prompt that ends where the assistant begins.
+
+    template: "chat" uses the tokenizer's own Jinja template; "raw_chatml" is the SSP reference's form, which writes no
+    <|im_end|> between turns (models trained with it exist).
+    """
+    if template not in ("chat", "raw_chatml"):
+        raise InputError(
+            f'config key prompt.template is {template!r}; expected "chat" or "raw_chatml"'
+        )
+    spelled = tokens.Spelled(tokenizer)
+    marked = spelled.mark(list(messages))
+    text = render_chat(tokenizer, marked) if template == "chat" else _raw_chatml(tokenizer, marked)
+    return spelled.encode(tokenizer, text)
+
+
+def _raw_chatml(tokenizer: Any, messages: Sequence[Message]) -> str:
+    if "<|im_start|>" not in tokenizer.get_vocab():
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r} lacks <|im_start|>, which prompt.template=raw_chatml needs"
+        )
+    turns = [f"<|im_start|>{message['role']}\n{message['content']}" for message in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+# --- what a template keeps ---
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """What the template makes of the messages, with every content in it.
+
+    The template also renders marks in the place of the contents, which it cannot tell apart. Where
+    that gives another text, it has looked into a content. What it made of it stays if it has only
+    changed spaces; else the marks are replaced by the contents as they are.
+    """
+    source = _checked_source(tokenizer)
+    text = _render(tokenizer, messages)
+    contents = [message["content"].strip() for message in messages]
+    roles = [message["role"] for message in messages]
+    marks = [tokens.new_mark(i) if content else "" for i, content in enumerate(contents)]
+    outline = _outline(tokenizer, source, messages, marks)
+    lost = _missing(roles, marks, outline)
+    filled = outline
+    for mark, content in zip(marks, contents, strict=True):
+        filled = filled.replace(mark, content) if mark else filled
+    if lost is None and filled == text:
+        return text
+    without_spaces = ["".join(content.split()) for content in contents]
+    if _missing(roles, without_spaces, "".join(text.split())) is None:
+        return text
+    if lost is None:
+        return filled
+    raise InputError(
+        f"the chat template of {tokenizer.name_or_path!r} drops message {lost + 1} of "
+        f"{len(messages)} ({roles[lost]}: {contents[lost][:60]!r}) or moves it; expected a "
+        "template that keeps all of them in order, or prompt.template=raw_chatml"
+    )
+
+
+def _missing(roles: Sequence[str], parts: Sequence[str], text: str) -> int | None:
+    """The first part that does not stand in the text after those before it.
+
+    The system turn may stand anywhere: some templates put it into the last user turn.
+    """
+    position = 0
+    for i, (role, part) in enumerate(zip(roles, parts, strict=True)):
+        found = text.find(part, 0 if role == "system" else position)
+        if found < 0:
+            return i
+        if role != "system":
+            position = found + len(part)
+    return None
+
+
+def _outline(tokenizer: Any, source: str, messages: Sequence[Message], marks: Sequence[str]) -> str:
+    """The template with marks for contents; the spaces around them stay, for many templates trim.
+
+    "" where the template refuses the marks.
+    """
+    changed = []
+    for message, mark in zip(messages, marks, strict=True):
+        content = message["content"]
+        stripped = content.strip()
+        begin = content.find(stripped) if stripped else len(content)
+        spaces = (content[:begin], content[begin + len(stripped) :])
+        changed.append({**message, "content": mark.join(spaces)})
+    try:
+        return _outline_of(tokenizer, source, json.dumps(changed))
+    except InputError:
+        return ""
+
+
+@functools.lru_cache(maxsize=64)
+def _outline_of(tokenizer: Any, source: str, messages: str) -> str:
+    """The prompts of a run have a handful of outlines; source is only part of the key."""
+    return _render(tokenizer, json.loads(messages))
+
+
+# --- what a template may do ---
+
+
+def _checked_source(tokenizer: Any) -> str:
+    name, source = tokenizer.name_or_path, tokens.template_of(tokenizer)
+    if source and isinstance(source, dict):
+        names = ", ".join(map(repr, sorted(source)))
+        raise InputError(
+            f'tokenizer {name!r} has chat templates named {names}, and none named "default"; '
+            "expected one, or prompt.template=raw_chatml"
+        )
+    if not isinstance(source, str) or not source:
+        raise InputError(
+            f"tokenizer {name!r} has no chat template; expected one, or prompt.template=raw_chatml"
+        )
+    if not _is_bounded(source):
+        raise InputError(
+            f"the chat template of {name!r} takes more than {PROBE_CPU_SECONDS} s or "
+            f"{PROBE_BYTES >> 30} GiB for a short chat; expected one that ends at once, or "
+            "prompt.template=raw_chatml"
+        )
+    return source
+
+
+def _render(tokenizer: Any, messages: Sequence[Message]) -> str:
+    place = f"the chat template of {tokenizer.name_or_path!r}"
+    with reading(place):
+        try:
+            text: str = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=False
+            )
+        except jinja2.TemplateError as error:  # also how a template refuses an order of roles
+            raise InputError(f"{place} refuses these messages: {error}") from None
+    return tokens.whole(text)
+
+
+@functools.lru_cache(maxsize=8)
+def _is_bounded(source: str) -> bool:
+    """A template without the means to run for long is believed; any other plays once, in a process
+    of its own, which the system ends: no alarm of Python's reaches into one long multiplication.
+    """
+    return _is_tame(source) or _probe(source)
+
+
+_UNTAME_NODES = (nodes.Pow, nodes.Mul, nodes.Macro, nodes.CallBlock)
+_UNTAME_CALLS = frozenset(
+    ("range", "lipsum", "cycler", "joiner", "format", "ljust", "rjust", "zfill", "center")
+    + ("expandtabs", "wordwrap", "indent", "batch", "slice")
+)
+
+
+def _is_tame(source: str) -> bool:
+    """No loops but a few over what it is given, and nothing that makes much out of little.
+
+    One range is allowed where no loop is inside or around it: jinja2 itself bounds its length.
+    """
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        loops = list(tree.find_all(nodes.For))
+        inner = {id(loop) for outer in loops for loop in outer.find_all(nodes.For)}
+        counted = [
+            loop.iter
+            for loop in loops
+            if id(loop) not in inner and not any(loop.find_all(nodes.For))
+        ]
+        free = {id(part) for call in counted for part in (call, getattr(call, "node", None))}
+        found = [node for node in tree.find_all(nodes.Node) if id(node) not in free]
+        return _depth(tree) <= TAME_LOOPS and not any(map(_is_untame, found))
+    except (jinja2.TemplateError, RecursionError):
+        return False  # the template's own environment decides
+
+
+def _depth(tree: nodes.Node) -> int:
+    """Of nested loops."""
+    inner = max(map(_depth, tree.iter_child_nodes()), default=0)
+    return inner + isinstance(tree, nodes.For)
+
+
+def _is_untame(node: nodes.Node) -> bool:
+    if isinstance(node, nodes.Const) and isinstance(node.value, int | float):
+        return abs(node.value) > TAME_NUMBER
+    if isinstance(node, nodes.Mod):  # of a text it is a format, as in '%999999d' % 1
+        return getattr(node.left, "attr", None) not in ("index", "index0")
+    if isinstance(node, nodes.For):
+        return node.recursive or any(map(_grows, node.find_all(nodes.Assign)))
+    name = getattr(node, "name", getattr(node, "attr", None))
+    return isinstance(node, _UNTAME_NODES) or name in _UNTAME_CALLS
+
+
+def _grows(assign: nodes.Assign) -> bool:
+    """A text that outlives a turn of a loop and is added to: added to itself it doubles each time."""
+    sums = nodes.Add | nodes.Concat
+    adds = isinstance(assign.node, sums) or any(assign.node.find_all((nodes.Add, nodes.Concat)))
+    return isinstance(assign.target, nodes.NSRef) and adds
+
+
+_SAMPLE = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "<think> Hm. </think>\nI."},
+    {"role": "user", "content": "Why?"},
+)
+
+
+def _probe(source: str) -> bool:
+    """Whether the template ends, with a text or with an exception, within the bounds."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    quiet = {"PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ssp_jax.game.chat"],
+            input=json.dumps(source).encode(),
+            env=os.environ | quiet,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def _play_probe() -> None:
+    """In the process of its own: ends with code 0, or is ended by the system."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    source = json.load(sys.stdin)
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = source
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(usage.ru_utime + usage.ru_stime) + 1 + PROBE_CPU_SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    with contextlib.suppress(OSError, ValueError):  # macOS does not bound memory so
+        resource.setrlimit(resource.RLIMIT_AS, (PROBE_BYTES, PROBE_BYTES))
+    with contextlib.suppress(InputError):  # it fails at once, which is not the question here
+        _render(tokenizer, _SAMPLE)
+
+
+if __name__ == "__main__":
+    _play_probe()

@@ -1,0 +1,273 @@
+"""The roles as small state machines: what a proposer, verifier or solver does after each stop.
+
+Tokens are the truth: an episode is one growing token list, with a mark per token (sampled or given) and the sampler's
+log-prob, both made here once and only carried afterwards. Text is a view of it, decoded for parsing and for people.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ssp_jax.config import ID_ATTEMPTS, ID_ROWS
+from ssp_jax.data import Document
+from ssp_jax.errors import InputError
+from ssp_jax.game import chat, prompts
+from ssp_jax.model import decoder
+from ssp_jax.model import tokens as tokens
+from ssp_jax.rollout import sampler, sampling
+from ssp_jax.rollout.engine import Engine, Search, Sizes
+from ssp_jax.rollout.stops import Automaton, build_automaton, token_bytes
+
+
+@dataclass(frozen=True)
+class Role:
+    name: str
+    stops: tuple[str, ...]  # the closing tags that end its turns
+    code: int  # first part of an episode id, and the index of its stop automaton
+
+
+SOLVER = Role("solver", (prompts.SEARCH_STOP, prompts.ANSWER_STOP), 0)
+PROPOSER = Role("proposer", (prompts.SEARCH_STOP, prompts.QUESTION_STOP), 1)
+VERIFIER = Role("verifier", (prompts.ANSWER_STOP,), 2)
+ASSISTANT = Role("assistant", (), 3)  # outside the game: continues a plain prompt (generate.py)
+ROLES = (SOLVER, PROPOSER, VERIFIER, ASSISTANT)
+
+SEARCH_ENGINE = "search engine"  # who speaks in a turn that no role wrote
+
+
+def check_rows(place: str, number: int) -> None:
+    """Told while inputs are read: so many episodes of a role can be told apart."""
+    if number > ID_ROWS:
+        raise InputError(f"{place}: expected at most {ID_ROWS:,} at a time, found {number:,}")
+
+
+def episode_id(role: Role, row: int, attempt: int) -> int:
+    """A number below 2**31 that names an episode within a step: the same whenever and wherever it is played."""
+    if row >= ID_ROWS or attempt >= ID_ATTEMPTS:
+        raise ValueError(f"episode ids hold {ID_ROWS} rows and {ID_ATTEMPTS} attempts, got row {row}, {attempt}")
+    return (role.code * ID_ROWS + row) * ID_ATTEMPTS + attempt
+
+
+def row_of(uid: int) -> int:
+    return uid // ID_ATTEMPTS % ID_ROWS
+
+
+def role_automata(tokenizer: Any, vocab_size: int) -> list[Automaton]:
+    """One stop automaton per role, in the order of their codes."""
+    pieces = token_bytes(tokenizer)
+    return [build_automaton(role.stops, pieces, vocab_size) for role in ROLES]
+
+
+def make_engine(
+    config: decoder.ModelConfig,
+    tokenizer: Any,
+    eos: tuple[int, ...],
+    sizes: Sizes,
+    dtype: Any,
+    search: Search,
+    state_sharding: Callable[[sampler.SamplerState], Any],
+    truncation: sampling.Truncation = sampling.ALL_TOKENS,
+) -> Engine:
+    """The engine that plays all roles: training, evaluation and generate.py share it."""
+    automata = role_automata(tokenizer, config.vocab_size)
+    return Engine(config, sizes, automata, eos, dtype, search, state_sharding, truncation)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Config section `limits`, in tokens, turns and searches."""
+
+    prompt_tokens: int
+    verify_prompt_tokens: int
+    response_tokens: int
+    turn_tokens: int
+    turns: int
+    searches: int
+    observation_tokens: int
+    verify_response_tokens: int = sys.maxsize
+
+    def prompt(self, role: Role) -> int:
+        """The longest prompt of this role."""
+        return self.verify_prompt_tokens if role is VERIFIER else self.prompt_tokens
+
+    def response(self, role: Role) -> int:
+        """The longest response of this role, insertions included."""
+        return self.verify_response_tokens if role is VERIFIER else self.response_tokens
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all players of a run share."""
+
+    tokenizer: Any
+    style: prompts.Style
+    template: str
+    limits: Limits
+
+    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        return chat.encode_prompt(self.tokenizer, messages, self.template)
+
+    def encode(self, text: str) -> list[int]:
+        return tokens.encode(self.tokenizer, text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return tokens.decode(self.tokenizer, ids)
+
+    def observation(self, documents: Sequence[Document]) -> list[int]:
+        """Tokens of an inserted result, encoded alone; a long one loses its end but not its closing tag."""
+        ids = self.encode(prompts.observation(self.style, documents))
+        if len(ids) <= self.limits.observation_tokens:
+            return ids
+        closing = self.encode(self.style.observation_text.split("{documents}")[1])
+        return ids[: max(0, self.limits.observation_tokens - len(closing))] + closing
+
+
+def check_stage(stage: Stage) -> None:
+    """What would go wrong in every game is told at the start: the shapes of all prompts, and the tags.
+
+    A tokenizer may lower the case of a text, or lack a character of a tag: no stop would ever fire.
+    """
+    style = stage.style
+    asked = prompts.solver_messages(style, "Who?")
+    proposed = prompts.proposer_messages(style, "Paris", 1, "Who?\n")
+    verified = prompts.verifier_messages(style, "Who?", [Document("1", "Paris", "Paris is a city.")])
+    for messages in (asked, proposed, verified):
+        stage.prompt(messages)
+    token_bytes(stage.tokenizer)
+    for name in ("search", "answer", "question"):
+        tag = f"<{name}> Paris </{name}>"
+        if (found := stage.decode(stage.encode(tag)).strip()) != tag:
+            raise InputError(
+                f"tokenizer {stage.tokenizer.name_or_path!r} makes {found!r} of {tag!r}; "
+                "expected one that keeps the tags of the game"
+            )
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A finished episode. tokens, sampled and logprobs are aligned; logprobs is 0 where a token was given."""
+
+    uid: int
+    role: str
+    tokens: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
+    prompt_length: int
+    queries: tuple[str, ...]
+    documents: tuple[Document, ...]  # all results, in the order seen, repeats included
+    turns: tuple[tuple[str, str], ...]  # (role or SEARCH_ENGINE, text), for parsing and for people
+    stop_reason: str
+
+    @property
+    def text(self) -> str:
+        """What the model itself wrote."""
+        return "".join(text for who, text in self.turns if who == self.role)
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(self.sampled)
+
+
+@dataclass
+class Player:
+    """An episode in play: implements the engine's protocol of the same name."""
+
+    stage: Stage
+    role: Role
+    uid: int
+    temperature: float
+    tokens: list[int]
+    prompt_length: int = 0
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    stop_reason: str = ""
+
+    def __post_init__(self) -> None:
+        self.prompt_length = self._turn_start = len(self.tokens)
+        self.sampled, self.logprobs = [False] * len(self.tokens), [0.0] * len(self.tokens)
+        if len(self.tokens) > self.stage.limits.prompt(self.role):
+            self.stop_reason = "prompt_tokens"
+
+    @property
+    def stop_set(self) -> int:
+        return self.role.code
+
+    def token_limit(self) -> int:
+        return min(self._turn_start + self.stage.limits.turn_tokens, self._full)
+
+    @property
+    def _full(self) -> int:
+        """Total number of tokens of an episode with the longest response."""
+        return self.prompt_length + self.stage.limits.response(self.role)
+
+    def going_on(self, tokens: list[int], logprobs: list[float]) -> None:
+        self.tokens += tokens
+        self.logprobs += logprobs
+        self.sampled += [True] * len(tokens)
+
+    def stopped(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
+        """The query to search for, or None when the episode is over. Asking for one search too many ends it."""
+        self.going_on(tokens, logprobs)
+        self.turns.append((self.role.name, self.stage.decode(self.tokens[self._turn_start :])))
+        if stop == sampler.EOS:
+            self.stop_reason = "eos"
+        elif stop == sampler.FULL:
+            self.stop_reason = "cache_tokens"
+        elif stop == sampler.LIMIT:
+            self.stop_reason = "response_tokens" if len(self.tokens) >= self._full else "turn_tokens"
+        elif self.role.stops[stop] != prompts.SEARCH_STOP:
+            self.stop_reason = self.role.stops[stop].strip("</>")
+        elif len(self.queries) >= self.stage.limits.searches:
+            self.stop_reason = "searches"
+        else:
+            query = prompts.last_search(self.turns[-1][1])
+            if query is not None:
+                self.queries.append(query)
+                return query
+            self.stop_reason = "malformed_search"
+        return None
+
+    def observe(self, result: Sequence[Document]) -> None:
+        tokens, limits = self.stage.observation(result), self.stage.limits
+        self.documents += result
+        self.turns.append((SEARCH_ENGINE, self.stage.decode(tokens)))
+        if len(self.turns) // 2 >= limits.turns:
+            self.stop_reason = "turns"
+        elif len(self.tokens) + len(tokens) >= self._full:
+            self.stop_reason = "response_tokens"
+        if self.stop_reason:
+            return
+        self.tokens += tokens
+        self.sampled += [False] * len(tokens)
+        self.logprobs += [0.0] * len(tokens)
+        self._turn_start = len(self.tokens)
+
+    def episode(self) -> Episode:
+        return Episode(
+            self.uid,
+            self.role.name,
+            self.tokens,
+            self.sampled,
+            self.logprobs,
+            self.prompt_length,
+            tuple(self.queries),
+            tuple(self.documents),
+            tuple(self.turns),
+            self.stop_reason,
+        )
+
+
+def eos_tokens(tokenizer: Any, generation_config: dict[str, Any]) -> tuple[int, ...]:
+    """Ids that end a turn: the tokenizer's own and those of weights.read_generation_config (an id or a list)."""
+    extra = generation_config.get("eos_token_id")
+    ids = {tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])} - {None}
+    if not ids:
+        raise InputError(
+            "no file of the model folder names an eos token; expected one in tokenizer_config.json, "
+            "generation_config.json or config.json"
+        )
+    return tuple(sorted(int(i) for i in ids))

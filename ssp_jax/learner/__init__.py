@@ -1,0 +1,1 @@
+"""The gradient: packed batches, the loss, the optimizer step. Knows nothing of search."""

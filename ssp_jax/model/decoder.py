@@ -1,0 +1,281 @@
+"""The decoder of Qwen2.5, Qwen3 and Llama-3 in Flax NNX. Knows nothing of search, of meshes and of sampling.
+
+The module defines names, shapes and arithmetic; `nnx.split` happens once and from there on everything passes `params`,
+one pure nested dict whose layer weights are stacked on axis 0. Training scans over that stack. The sampler keeps the
+layers as a tuple instead (`unstack`) and unrolls them: slicing a stacked weight inside a decode loop copies it on CPU.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ssp_jax.model import attention
+from ssp_jax.model.linear import Linear, matmul, skinny_matmul
+
+Params = dict[str, Any]
+# What the backward pass finds again of a layer, and what it computes anew: between full (the layer's input is kept and
+# nothing else: about 4/3 of the arithmetic) and none (everything is kept), from little memory to much.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+    ),
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's "llama3" scaling of rotary frequencies (config.json, rope_scaling)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a model, as read from a Hugging Face config.json."""
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32 as the reference models do."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(x.dtype)
+        return x32.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        self.q = Linear((D,), (N, H), rngs, c.qkv_bias)
+        self.k = Linear((D,), (K, H), rngs, c.qkv_bias)
+        self.v = Linear((D,), (K, H), rngs, c.qkv_bias)
+        self.o = Linear(
+            (N, H), (D,), rngs, gain=(2 * c.num_layers) ** -0.5
+        )  # as in GPT-2: the sum of layers stays small
+        self.qk_norm = c.qk_norm
+        if c.qk_norm:  # Qwen3
+            self.q_norm, self.k_norm = RMSNorm(H, c.norm_eps), RMSNorm(H, c.norm_eps)
+
+    def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if self.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        o_BTNH, kept = attend(rotate(q_BTNH, rope), rotate(k_BTKH, rope), v_BTKH)
+        return self.o(o_BTNH), kept
+
+
+class MLP(nnx.Module):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.gate = Linear((c.embed_dim,), (c.mlp_dim,), rngs)
+        self.up = Linear((c.embed_dim,), (c.mlp_dim,), rngs)
+        self.down = Linear((c.mlp_dim,), (c.embed_dim,), rngs, gain=(2 * c.num_layers) ** -0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One layer. `attend(q, k, v) -> (o, kept)` decides what is attended to and what is kept (a cache, or None)."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(c.embed_dim, c.norm_eps)
+        self.attention = Attention(c, rngs)
+        self.mlp_norm = RMSNorm(c.embed_dim, c.norm_eps)
+        self.mlp = MLP(c, rngs)
+
+    def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+        out_BTD, kept = self.attention(self.attention_norm(x_BTD), rope, attend)
+        x_BTD = x_BTD + out_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kept
+
+
+class Embedding(nnx.Module):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        std = c.embed_dim**-0.5  # logits start with a standard deviation near 1
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim), jnp.float32))
+
+
+class Decoder(nnx.Module):
+    """Names and shapes of all weights; the arithmetic above the layers is in the functions below."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.embed = Embedding(c, rngs)
+        keys = jax.random.split(rngs.params(), c.num_layers)
+        self.layers = nnx.vmap(lambda key: Block(c, nnx.Rngs(params=key)))(keys)
+        self.final_norm = RMSNorm(c.embed_dim, c.norm_eps)
+        if not c.tie_embeddings:
+            self.head = Embedding(c, rngs)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random float32 params, for tests and for models that are trained from nothing."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key)), nnx.Param))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The params tree with jax.ShapeDtypeStruct leaves; nothing is allocated."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _turn(block: Block) -> Block:
+    for _, module in nnx.iter_modules(block):
+        if isinstance(module, Linear):
+            module.turn()
+    return block
+
+
+@functools.cache
+def _block_graph(config: ModelConfig, is_turned: bool) -> Any:
+    block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0)))
+    return nnx.split(nnx.eval_shape(_turn, block) if is_turned else block)[0]
+
+
+def _run_block(config: ModelConfig, layer: Params, *args: Any) -> tuple[jax.Array, Any]:
+    return nnx.merge(_block_graph(config, "turned" in layer["mlp"]["down"]), layer)(*args)
+
+
+def rms_norm(scale: jax.Array, x: jax.Array, eps: float) -> jax.Array:
+    norm = RMSNorm(scale.shape[0], eps)
+    norm.scale[...] = scale
+    return norm(x)
+
+
+def _frequencies(c: ModelConfig) -> np.ndarray:
+    """Rotary frequencies [H/2], radians per position."""
+    freq = 1.0 / c.rope_theta ** (np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim)
+    s = c.rope_scaling
+    if s is not None:
+        # Long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+        turns = s.original_max_position_embeddings * freq / (2 * np.pi)
+        smooth = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+        freq = (1 - smooth) * freq / s.factor + smooth * freq
+    return freq.astype(np.float32)
+
+
+def rotary(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, 1, H/2], float32: bfloat16 angles are wrong beyond a few hundred positions."""
+    angle = positions_BT[:, :, None, None].astype(jnp.float32) * _frequencies(config)[None, None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the two halves of each head against each other (the Hugging Face convention)."""
+    cos, sin = rope
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def embed(params: Params, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    return params["embed"]["weight"][tokens_BT].astype(dtype)
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    attend: Attend,
+    *,
+    dtype: Any,
+    remat: str = "none",
+    place: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD,
+) -> jax.Array:
+    """Hidden states [B, T, D] before the head, from stacked params, by a scan over layers (training and scoring).
+
+    remat: a key of REMAT. place: says how hidden states are split over devices; left alone, XLA may split D as the
+    weights are, and then sends activations of all rows to all devices instead of one layer's weights.
+    """
+    rope = rotary(config, positions_BT)
+
+    def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+        return place(_run_block(config, weights, x_BTD, rope, attend)[0]), None
+
+    step = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
+    x_BTD, _ = jax.lax.scan(step, place(embed(params, tokens_BT, dtype)), params["layers"])
+    return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps)
+
+
+def forward_cached(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    attend: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+    caches: tuple[Any, ...],
+    *,
+    dtype: Any,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Hidden states [B, T, D] and new caches, from unstacked params. attend(cache, q, k, v) -> (o, new cache)."""
+    rope = rotary(config, positions_BT)
+    x_BTD = embed(params, tokens_BT, dtype)
+    kept = []
+    for weights, cache in zip(params["layers"], caches, strict=True):
+        x_BTD, new_cache = _run_block(config, weights, x_BTD, rope, functools.partial(attend, cache))
+        kept.append(new_cache)
+    return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps), tuple(kept)
+
+
+def head_weight(params: Params) -> jax.Array:
+    """[V, D]: the embedding itself when the model ties the two."""
+    return params["head" if "head" in params else "embed"]["weight"]
+
+
+def logits(params: Params, hidden_XD: jax.Array) -> jax.Array:
+    """float32 logits [X, V] of hidden states [X, D]."""
+    weight_VD = head_weight(params).astype(hidden_XD.dtype)
+    on_cpu, elsewhere = (functools.partial(f, dtype=jnp.float32) for f in (skinny_matmul, matmul))
+    return jax.lax.platform_dependent(hidden_XD, weight_VD, cpu=on_cpu, default=elsewhere)
+
+
+def unstack(params: Params, dtype: Any) -> Params:
+    """The sampler's copy: cast to the compute dtype, layers as a tuple of per-layer dicts."""
+    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+    num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
+    cast["layers"] = tuple(jax.tree.map(lambda x, i=i: x[i], cast["layers"]) for i in range(num_layers))
+    return cast
+
+
+def turned(config: ModelConfig, unstacked: Params) -> Params:
+    """The sampler's copy for CPUs: the axes of kernels that are contracted come last.
+
+    So Eigen reads a kernel once, in order, for all rows of a decode step, and packs the rows: half the time of x @ W
+    (8 rows, 4,864 x 896), which packs the kernel from all over the memory. Prompts take 2 % longer.
+    """
+
+    def one(layer: Params) -> Params:
+        return nnx.to_pure_dict(nnx.state(_turn(nnx.merge(_block_graph(config, False), layer)), nnx.Param))
+
+    return unstacked | {"layers": tuple(one(layer) for layer in unstacked["layers"])}

@@ -1,0 +1,226 @@
+"""The mesh and one table: which axis of which parameter is split over which mesh axis.
+
+Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments. Only two loops say themselves
+what is split (`in_parts`): the sampler's, whose slots have nothing to do with each other, and that over the logits of
+packed rows, where XLA would send the head's weight around at every turn.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ssp_jax.errors import InputError
+from ssp_jax.model import decoder
+
+AXES = ("data", "fsdp", "tensor")
+
+# Path of a parameter -> spec of its last axes; the stacked layer axis in front is never split.
+PARAM_RULES = (
+    (r"(embed|head)/weight", ("tensor", "fsdp")),  # V, D
+    (r"attention/[qkv]/kernel", ("fsdp", "tensor", None)),  # D, N, H
+    (r"attention/[qkv]/bias", ("tensor", None)),  # N, H
+    (r"attention/o/kernel", ("tensor", None, "fsdp")),  # N, H, D
+    (r"mlp/(gate|up)/kernel", ("fsdp", "tensor")),  # D, F
+    (r"mlp/down/kernel", ("tensor", "fsdp")),  # F, D
+    (r"attention/[qkv]/turned", ("tensor", None, "fsdp")),  # N, H, D
+    (r"attention/o/turned", ("fsdp", "tensor", None)),  # D, N, H
+    (r"mlp/(gate|up)/turned", ("tensor", "fsdp")),  # F, D
+    (r"mlp/down/turned", ("fsdp", "tensor")),  # D, F
+    (r"norm/scale", (None,)),
+)
+_TURNED_FROM = 256  # width; kernels of narrower models stay in a core's cache, and are faster as they are (measured)
+BROKEN_SHARDY = "0.11.2"  # a version of JAX
+HOST = "pinned_host"  # JAX's name of page-locked host memory
+ROWS = P(("data", "fsdp"))  # packed rows and slots: one part per device that does not share its rows
+
+
+def mesh_sizes(axis_sizes: dict[str, int], devices: int) -> list[int]:
+    """Config section `mesh` for this many devices, in the order of AXES; one size may be -1 and takes what is left."""
+    sizes = [axis_sizes[name] for name in AXES]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise InputError(f"config section mesh has sizes {sizes}; expected positive numbers and at most one -1")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if known > devices or (-1 in sizes and devices % known):
+        raise InputError(f"config section mesh asks for {sizes} but there are {devices} devices")
+    return [devices // known if s == -1 else s for s in sizes]
+
+
+def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
+    """Over these devices, or over all of the run, process by process: the neighbours of `tensor` share a host."""
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    sizes = mesh_sizes(axis_sizes, len(devices))
+    devices = devices[: int(np.prod(sizes))]  # sizes that are all given may leave devices unused
+    if len(devices) > 1:
+        _avoid_broken_shardy()
+    return Mesh(np.array(devices).reshape(sizes), AXES)
+
+
+def _avoid_broken_shardy() -> None:
+    """Shardy of one version of JAX ends the process (SIGSEGV) as it compiles the sampler for several devices in
+    bfloat16; the partitioner before it does not.
+    """
+    if jax.__version__ == BROKEN_SHARDY and jax.config.jax_use_shardy_partitioner:  # type: ignore[attr-defined]
+        jax.config.update("jax_use_shardy_partitioner", False)
+        print(f"ssp_jax: jax {BROKEN_SHARDY} on several devices: Shardy, which crashes there, is off", file=sys.stderr)
+
+
+def playing_meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
+    """Where the sampler's params lie: on all devices, and of these the part of this process, where it plays alone.
+
+    Every host plays on replicas of its own, split over `tensor` only; one process plays on the learner's mesh.
+    """
+    if jax.process_count() == 1:
+        return mesh, mesh
+    per_host, tensor = jax.local_device_count(), mesh.shape["tensor"]
+    if mesh.size != jax.device_count():
+        raise InputError(
+            f"config section mesh takes {mesh.size} of {jax.device_count()} devices; expected all of them with several "
+            "processes, such as -1 for one axis"
+        )
+    if per_host % tensor:
+        raise InputError(
+            f"config key mesh.tensor is {tensor}; expected a divisor of the {per_host} devices of a process, for each "
+            "process plays on its own"
+        )
+    replicas = Mesh(mesh.devices.reshape(-1, 1, tensor), AXES)
+    begin, count = jax.process_index() * (per_host // tensor), per_host // tensor
+    return replicas, Mesh(replicas.devices[begin : begin + count], AXES)
+
+
+def own_part(tree: Any, mesh: Mesh) -> Any:
+    """The parts on this process's devices as arrays of their own, on `mesh`; each must be a whole there."""
+
+    def one(x: jax.Array) -> jax.Array:
+        sharding = NamedSharding(mesh, x.sharding.spec)  # type: ignore[attr-defined]
+        parts = [part.data for part in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+    return jax.tree.map(one, tree)
+
+
+def put_rows(batch: Any, sharding: NamedSharding) -> Any:
+    """Host arrays to devices; each process, which holds all of them, hands over the rows of its own devices."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), batch)
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...]) -> P:
+    for pattern, axes in PARAM_RULES:
+        if re.search(pattern + "$", path):
+            spec = [None] * (len(shape) - len(axes)) + [None if a in drop else a for a in axes]
+            for i, axis in enumerate(spec):
+                if axis is not None and shape[i] % mesh.shape[axis]:
+                    spec[i] = None  # a size that does not divide stays whole
+            return P(*spec)
+    raise ValueError(f"no sharding rule for parameter {path}")
+
+
+def param_shardings(params: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
+    """Shardings shaped like params. drop: mesh axes over which each device keeps the whole (the sampler drops fsdp)."""
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = "/".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
+        return NamedSharding(mesh, _spec(name, leaf.shape, mesh, drop))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def sampler_copy(config: decoder.ModelConfig, mesh: Mesh, dtype: Any) -> Callable[[decoder.Params], decoder.Params]:
+    """One jitted cast and reshard: stacked params, split over fsdp, to the sampler's unstacked and whole ones.
+
+    On CPUs also turned, for models wide enough.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+
+    def copy(params: decoder.Params) -> decoder.Params:
+        copied = decoder.unstack(params, dtype)
+        return decoder.turned(config, copied) if on_cpu and config.embed_dim >= _TURNED_FROM else copied
+
+    copied = jax.eval_shape(copy, decoder.abstract_params(config))
+    return jax.jit(copy, out_shardings=param_shardings(copied, mesh, drop=("fsdp",)))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, ROWS)
+
+
+def to_host(tree: Any, key: str) -> Any:
+    """The arrays in the host memory of their devices, each part where it was; `key` is who asks for it."""
+    kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
+    if HOST not in kinds:
+        raise InputError(
+            f"config key {key} is True; expected False, for {jax.default_backend()} has no {HOST} memory in this JAX"
+        )
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST), tree))
+
+
+def settle(tree: Any, like: Any) -> Any:
+    """Arrays where they are, scalars on all devices of `like`; from now on a program that takes them compiles once.
+
+    (Of arrays that nobody placed JAX compiles one program, and another of those that come out of that.)
+    """
+    place = jax.tree.leaves(like)[0].sharding
+    everywhere = NamedSharding(place.mesh, P()) if isinstance(place, NamedSharding) else place
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding if x.ndim else everywhere, tree))
+
+
+def device_layout(tree: Any) -> Any:
+    """Shardings of the arrays in device memory, wherever they are now."""
+    kind = jax.local_devices()[0].default_memory().kind
+    return jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree)
+
+
+def to_device(tree: Any) -> Any:
+    return jax.device_put(tree, device_layout(tree))
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """The sampler's state: slots over data and fsdp, key/value heads over tensor."""
+
+    def one(leaf: Any) -> NamedSharding:
+        heads = leaf.shape[1] if leaf.ndim == 4 else 0
+        split = heads and heads % mesh.shape["tensor"] == 0
+        return NamedSharding(mesh, P(ROWS[0], "tensor") if split else ROWS)
+
+    return jax.tree.map(one, state)
+
+
+def on_own_rows_and_heads(run: Callable[..., Any], rows: NamedSharding | None) -> Callable[..., Any]:
+    """`run(q, k, v, segments)` on each device with its own packed rows and heads: XLA would not split a Pallas kernel.
+
+    rows: of the rows; None for a single device. `tensor` divides the key/value heads (inputs.py), so a query's head and
+    its keys are on the same device.
+    """
+    if rows is None:
+        return run
+    heads = P(ROWS[0], None, "tensor")
+    return jax.shard_map(run, mesh=rows.mesh, in_specs=(heads, heads, heads, ROWS), out_specs=heads, check_vma=False)
+
+
+def in_parts(
+    run: Callable[..., Any], slots: Any, inputs: tuple[int | None, ...], out: int | tuple[int, ...]
+) -> Callable[..., Any]:
+    """`run` on each part of slots or rows by itself: nothing is sent between parts, and nothing computed twice.
+
+    slots: the NamedSharding of an array of them, None for a single device. inputs, out: which axis of each argument and
+    result is split over the parts; None: each has the whole. Other axes of the mesh (`tensor`) are the compiler's.
+    """
+    axes = slots.spec[0] if slots is not None else ()
+    if all(slots.mesh.shape[axis] == 1 for axis in axes):
+        return run
+
+    def spec(axis: int | None) -> P:
+        return P() if axis is None else P(*[None] * axis, axes)
+
+    in_specs = tuple(spec(axis) for axis in inputs)
+    out_specs = tuple(spec(axis) for axis in out) if isinstance(out, tuple) else spec(out)
+    # check_vma would ask for a mark on each constant that meets a part's own values.
+    return jax.shard_map(
+        run, mesh=slots.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(axes), check_vma=False
+    )

@@ -1,0 +1,281 @@
+"""What a config keeps in memory and has to do, on each device, from shapes alone: nothing is allocated or compiled.
+
+What is kept is exact, from the very shapes and shardings of a run. Temporaries are estimates (the compiler decides);
+operations and bytes are lower bounds. Letters as in ssp_jax/__init__.py.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from ssp_jax import train
+from ssp_jax.errors import InputError
+from ssp_jax.learner.state import LearnerConfig, TrainState, optimizer
+from ssp_jax.model import decoder, sharding
+from ssp_jax.model.attention import LANES, spans, splash_keys
+from ssp_jax.rollout import kv_cache, sampler
+from ssp_jax.rollout.engine import Sizes, cache_budget, choose_layout
+
+# What lies in memory while a program runs, by phase. The sampler's copy and its keys and values are made for play and
+# gone after it; the reference scores before there are gradients. What is offloaded lies there only where it is used.
+PLAY = {
+    "reshard": ("parameters", "optimizer", "reference", "sampler copy"),
+    "prefill": ("parameters", "optimizer", "reference", "sampler copy", "key/value cache"),
+    "decode": ("parameters", "optimizer", "reference", "sampler copy", "key/value cache"),
+}
+UPDATE = {
+    "scores": ("parameters", "optimizer", "reference"),
+    "gradients": ("parameters", "optimizer", "reference", "gradients"),
+    "optimizer": ("parameters", "optimizer", "reference", "gradients"),
+}
+PHASES = PLAY | UPDATE
+CACHED = ("prefill", "decode")
+_USED = {"optimizer": "optimizer", "reference": "scores"}  # what may be offloaded -> the phase that needs it
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A config for a mesh of devices; the mesh may be abstract. Each host plays alone, on its own devices."""
+
+    config: ConfigDict
+    model: decoder.ModelConfig
+    mesh: Any
+    hbm: float | None = None  # bytes of a device, None where it is unknown
+    per_host: int = 0  # devices of a host, 0: there is one host
+    host: Any = None  # the devices of one host, where they are not the first of the mesh
+    platform: str = "cpu"  # of the devices
+
+    def __post_init__(self) -> None:
+        for key, number in (("learner.rows", self.config.learner.rows), ("engine.slots", self.config.engine.slots)):
+            if number % self.parts:
+                raise InputError(f"config key {key} is {number}; expected a multiple of {self.parts} for this mesh")
+        for what, number in (("key/value heads", self.model.num_kv_heads), ("devices of a host", self.per_host)):
+            if number % self.tensor:
+                raise InputError(f"config key mesh.tensor is {self.tensor}; expected a divisor of {number} {what}")
+
+    @property
+    def parts(self) -> int:
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def tensor(self) -> int:
+        return self.mesh.shape["tensor"]
+
+    @property
+    def hosts(self) -> int:
+        return max(1, self.mesh.size // self.per_host) if self.per_host else 1
+
+    @property
+    def playing(self) -> Any:
+        """The mesh of one host: replicas, split over `tensor` only."""
+        if self.hosts == 1:
+            return self.mesh
+        shape = (self.per_host // self.tensor, 1, self.tensor)
+        if isinstance(self.mesh, AbstractMesh):
+            return AbstractMesh(shape, sharding.AXES)
+        devices = np.array(self.host or self.mesh.devices.ravel()[: self.per_host])
+        return Mesh(devices.reshape(shape), sharding.AXES)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of one host."""
+        return Sizes(**{**self.config.engine, "slots": self.config.engine.slots // self.hosts})
+
+    @property
+    def extend_rows(self) -> int:
+        """Rows of a prefill on each device: those of its own slots."""
+        return self.sizes.rows_of_a_part(self.parts // self.hosts)
+
+    @property
+    def learner(self) -> LearnerConfig:
+        return train.make_learner_config(self.config, self.model, self.mesh, self.platform)
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.config.model.dtype)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Shapes with shardings, in place of arrays."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
+
+
+# Tracing these takes most of a plan's time, and a search for what fits asks for them again and again.
+abstract_params = functools.cache(decoder.abstract_params)
+
+
+@functools.cache
+def _abstract_copy(config: decoder.ModelConfig, dtype: Any) -> decoder.Params:
+    return jax.eval_shape(functools.partial(decoder.unstack, dtype=dtype), abstract_params(config))
+
+
+@functools.cache
+def _abstract_slots(config: decoder.ModelConfig, layout: kv_cache.Layout, dtype: Any) -> sampler.SamplerState:
+    return jax.eval_shape(functools.partial(sampler.init_state, config, layout, dtype))
+
+
+@functools.cache
+def _abstract_optimizer(c: LearnerConfig) -> Any:
+    return jax.eval_shape(optimizer(c).init, abstract_params(c.model))
+
+
+def train_state(setup: Setup) -> TrainState:
+    abstract = abstract_params(setup.model)
+    params = place(abstract, sharding.param_shardings(abstract, setup.mesh))
+    # What the optimizer does not read is made equal, so that a search over it traces once.
+    c = dataclasses.replace(
+        setup.learner, rows=0, row_tokens=0, logprob_chunk=0, kl_coef=0.0, remat="none", rows_sharding=None
+    )
+    whole = NamedSharding(setup.mesh, P())
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    opt_state = optax.tree.map_params(
+        optimizer(c),
+        lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
+        _abstract_optimizer(c),
+        params,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+    )
+    return TrainState(params, opt_state, number, number)
+
+
+def sampler_params(setup: Setup) -> decoder.Params:
+    """The unstacked copy in the compute dtype, on one host."""
+    copy = _abstract_copy(setup.model, setup.dtype)
+    return place(copy, sharding.param_shardings(copy, setup.playing, drop=("fsdp",)))
+
+
+def longest_episode(setup: Setup) -> int:
+    """Bytes per device of the keys and values of one slot."""
+    return -(-setup.sizes.cache_tokens * kv_cache.token_bytes(setup.model, setup.dtype) // setup.tensor)
+
+
+def _layout(setup: Setup, lasting: dict[str, float]) -> kv_cache.Layout:
+    """As the engine chooses it when the sampler's copy is in memory; at least what it needs to play at all."""
+    shardings = functools.partial(sharding.state_shardings, mesh=setup.playing)
+    free = None
+    if setup.hbm is not None:
+        free = max(int(setup.hbm - resident(setup, lasting, "reshard")), 1)
+    budget = cache_budget(setup.sizes, free)
+    if budget is not None:
+        budget = max(budget, longest_episode(setup))
+    return choose_layout(setup.model, setup.sizes, setup.dtype, shardings, budget)
+
+
+def cache_layout(setup: Setup) -> kv_cache.Layout:
+    return _layout(setup, _lasting(setup))
+
+
+def _place_state(setup: Setup, layout: kv_cache.Layout, config: decoder.ModelConfig) -> sampler.SamplerState:
+    state = _abstract_slots(config, layout, setup.dtype)
+    return place(state, sharding.state_shardings(state, setup.playing))
+
+
+def sampler_state(setup: Setup) -> sampler.SamplerState:
+    return _place_state(setup, cache_layout(setup), setup.model)
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of these shapes on the device that holds most."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def _lasting(setup: Setup) -> dict[str, float]:
+    """kept() without the cache."""
+    state = train_state(setup)
+    parameters = device_bytes(state.params)
+    copy = sampler_params(dataclasses.replace(setup, model=_one_layer(setup.model)))
+    return {
+        "parameters": parameters,
+        "optimizer": device_bytes(state.opt_state),
+        "reference": device_bytes(cast(state.params, setup.dtype)) if setup.config.learner.kl_coef else 0.0,
+        "sampler copy": device_bytes(copy) + (setup.model.num_layers - 1) * device_bytes(copy["layers"]),
+        "gradients": parameters,  # float32, laid out like the parameters
+    }
+
+
+def _one_layer(config: decoder.ModelConfig) -> decoder.ModelConfig:
+    """The sampler's trees have leaves for each layer, all alike: tracing one is much faster than tracing all."""
+    return dataclasses.replace(config, num_layers=1)
+
+
+def kept(setup: Setup) -> dict[str, float]:
+    """Bytes per device of everything that outlives one program."""
+    lasting = _lasting(setup)
+    state = _place_state(setup, _layout(setup, lasting), _one_layer(setup.model))
+    cached = device_bytes(state) + (setup.model.num_layers - 1) * device_bytes(state.caches)
+    return lasting | {"key/value cache": cached}
+
+
+def resident(setup: Setup, kept: dict[str, float], phase: str) -> float:
+    """Bytes per device of what lies there while this phase runs, its own temporaries aside."""
+    c = setup.config.learner
+    offloaded = {"optimizer": c.offload_moments, "reference": c.offload_reference}
+    away = {name for name, phase_of_use in _USED.items() if offloaded[name] and phase != phase_of_use}
+    return sum(kept[name] for name in PHASES[phase] if name not in away)
+
+
+def _attending(setup: Setup) -> tuple[float, float]:
+    """Bytes of attention in the update's forward and backward pass, beyond its inputs and outputs."""
+    m, T = setup.model, setup.config.learner.row_tokens
+    queries = setup.config.learner.rows / setup.parts * T * m.num_heads / setup.tensor
+    if setup.learner.attention == "splash":  # a sum for each lane; dq for each block of keys
+        blocks = -(-T // splash_keys(T))
+        return queries * LANES * 4, queries * m.head_dim * setup.dtype.itemsize * blocks
+    size = max(end - start for start, end in spans(T))
+    return 2 * queries * size * 4, 6 * queries * size * 4  # on TPU the scores of several blocks are alive
+
+
+def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
+    """Estimates by phase, bytes per device. parameters: kept()'s. Scores are float32, in play and without splash."""
+    m, c, sizes, t, item = setup.model, setup.config.learner, setup.sizes, setup.tensor, setup.dtype.itemsize
+    D, L, V, N, K, H, F = m.embed_dim, m.num_layers, m.vocab_size, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim
+    layer = (D * (2 * N + 2 * K) * H + 3 * D * F) / t  # parameters of a layer, gathered over fsdp
+    wide = 4 * D + ((4 * N + 4 * K) * H + 6 * F) / t  # activations of a token inside a layer and its gradient
+
+    held = {  # numbers that stay of a layer and token, by remat policy
+        "full": D,
+        "attention": D + N / t * H,
+        "dots": 3 * D + ((2 * N + 2 * K) * H + 2 * F) / t,
+        "none": wide,
+    }
+
+    def scores(rows: float, queries: int, keys: int, copies: int) -> float:
+        return copies * rows * N / t * queries * keys * 4.0
+
+    slots, written, longest = setup.config.engine.slots / setup.parts, setup.extend_rows, max(sizes.extend_buckets)
+    piece = max(end - start for start, end in zip((0, *sizes.cache_ends()), sizes.cache_ends(), strict=False))
+    cache_rows = written * sizes.cache_tokens * 2 * K / t * H * item
+    prefill = written * longest * wide / 2 * item + scores(written, longest, piece, 2) + 2 * cache_rows
+    copied = slots * sizes.chunk * L * 2 * K / t * H * item  # the chunk's own keys and values
+    decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
+
+    rows, T = c.rows / setup.parts, c.row_tokens
+    attending = _attending(setup)
+    forward = rows * T * wide / 2 * item + attending[0] + 2 * layer * item
+    forward += V * D / t * item + 2 * rows * c.logprob_chunk * V / t * 4
+    backward = rows * T * wide / 2 * item + attending[1] + layer * 4 + 2 * V * D / t * 4
+    gradients = forward + backward + rows * T * L * held[setup.config.model.remat] * item
+    # A weight of all layers is gathered at a time, and another being cast.
+    found = {"reshard": 2 * L * D * F / t * item, "prefill": prefill, "decode": decode}
+    if c.kl_coef or c.old_logprobs == "recompute":
+        found["scores"] = forward
+    # This micro-batch's gradients exist before they are added. The optimizer step works in place, number by number.
+    return found | {"gradients": gradients + parameters, "optimizer": layer * 4}
+
+
+def peaks(setup: Setup, kept: dict[str, float], temporary: dict[str, float]) -> dict[str, float]:
+    """Bytes per device of each phase that the config has."""
+    return {phase: resident(setup, kept, phase) + size for phase, size in temporary.items()}

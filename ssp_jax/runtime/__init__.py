@@ -1,0 +1,1 @@
+"""The ground: processes, platforms, checkpoints, logs, files. Knows nothing of the game."""

@@ -1,0 +1,387 @@
+"""Saving and resuming a run: everything that a bit-faithful continuation needs, in one Orbax step.
+
+A step holds `state`, the train state's arrays, and `game`, what the host knows (data position, replay pool, noise
+documents). Orbax writes under a temporary name in a background thread and renames at the end, so a step is there as a
+whole or not at all, whenever the process dies. What a disk or a bucket has done to it since is found by digests.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from textwrap import shorten
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from ssp_jax.errors import InputError
+from ssp_jax.model import sharding
+from ssp_jax.runtime import durable, processes
+
+T = TypeVar("T")
+
+FOLDER = "checkpoints"  # of a workdir
+DAMAGED = ".damaged"  # ends the name of a step that was set aside
+# A save may take so long: 390 GB of a 32B model to one disk at 40 MB/s.
+SAVE_SECONDS = 3 * 3600
+# What Orbax, TensorStore and JSON raise for files that are not what was written (found by damaging each of them).
+_READ_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError)
+
+
+class Damaged(Exception):
+    """A step is not what was saved. The message says what of it."""
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax asks JAX's preemption service at each save, with the step's number. hosts.Stop asks it with the ticks of
+    a clock, which that would set back: a signal of that moment would never be heard.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A step as it was saved. `damaged` are newer ones that could not be read, and why."""
+
+    step: int
+    state: Any
+    game: dict[str, Any]
+    damaged: dict[int, str]
+
+
+class Checkpoints:
+    """workdir/checkpoints, the newest `keep` steps; a context manager.
+
+    `every` is in steps, `minutes` counts from the last save; 0 for never. All processes of a run make the same calls.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        every: int,
+        keep: int,
+        *,
+        minutes: float = 0.0,
+        read_only: bool = False,
+    ) -> None:
+        self._every = every
+        self._minutes = minutes
+        self._folder = Path(workdir).resolve() / FOLDER
+        self._saved_at = time.monotonic()
+        options = ocp.CheckpointManagerOptions(
+            # each save() is meant: with `every` as Orbax's interval it would skip the last step of a run
+            save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=not read_only,  # what a killed run left unfinished
+            read_only=read_only,
+            single_host_load_and_broadcast=True,  # a shared file system may show others an old list
+            lightweight_initialize=True,  # it would read files of each step, which may be damaged
+            async_options=ocp.AsyncOptions(
+                timeout_secs=SAVE_SECONDS,
+                post_finalization_callback=self._sync,
+            ),
+        )
+        # On GPUs Orbax would copy the whole state to pinned memory first, of which XLA gives 64 GiB a process.
+        handler = ocp.PyTreeCheckpointHandler(use_zarr3=False, enable_pinned_host_transfer=False)
+        items = ocp.handlers.create_default_handler_registry(state=handler, game=ocp.JsonCheckpointHandler())
+        self._manager = _Manager(self._folder, options=options, handler_registry=items)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if jax.process_count() == 1 or kind is None or issubclass(kind, processes.AllTold | SystemExit):
+            self.close()  # it waits for the other processes, which know nothing of an error of this one
+
+    def steps(self) -> list[int]:
+        """Finished steps in ascending order, as the first process sees them: the others may have an old list."""
+        return processes.share(lambda: finished_steps(self._folder.parent))[0]
+
+    def due(self, step: int) -> bool:
+        """Asked after each step, so that what has failed in the background is told before many more are played."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+        if self._every > 0 and step % self._every == 0:
+            return True
+        if not self._minutes:
+            return False
+        return processes.share(lambda: time.monotonic() - self._saved_at >= 60 * self._minutes)[0]
+
+    def save(self, step: int, train_state: Any, game: Mapping[str, Any]) -> None:
+        """Returns when the arrays are copied to the host, so that the caller may donate them; writing goes on behind.
+
+        Orbax leaves a step that is already there as it is. What fails in its thread is raised by the next call here.
+        """
+        document: dict[str, Any] = {"game": dict(game), "leaves": leaf_digests(train_state)}
+        document["digest"] = _text_digest(document)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(train_state),
+            game=ocp.args.JsonSave(document),
+        )
+        with _writing():
+            self._manager.save(step, args=items)
+        self._saved_at = time.monotonic()
+
+    def restore_newest(self, abstract_train_state: Any) -> Restored | None:
+        """The newest step that is what was saved, bitwise, or None where there is no step at all.
+
+        Arrays get the shardings of `abstract_train_state` (jax.ShapeDtypeStruct leaves). Damaged newer steps are set
+        aside, so that the run can write them anew. Where no step is good nothing is moved.
+        """
+        damaged: dict[int, str] = {}
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                state, game = self.restore(step, abstract_train_state)
+            except Damaged as error:
+                damaged[step] = str(error)
+                continue
+            self._set_aside(list(damaged))
+            return Restored(step, state, game, damaged)
+        if damaged:
+            raise processes.AllTold(_none_is_good(self._folder, damaged))
+        return None
+
+    def restore(self, step: int, abstract_train_state: Any) -> tuple[Any, dict[str, Any]]:
+        """One step, or Damaged."""
+        document = self._document(step)
+        return self._arrays(step, document, abstract_train_state, ""), document["game"]
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """The weights alone, cast to the dtypes that are asked for; or Damaged."""
+        return self._arrays(step, self._document(step), abstract_params, "params")
+
+    def _document(self, step: int) -> dict[str, Any]:
+        folder = self._folder / str(step)
+
+        def read() -> dict[str, Any]:
+            if not processes.appears(folder):
+                raise Damaged("it is not there")
+            return read_document(folder)
+
+        return _on_all(read)
+
+    def _arrays(self, step: int, document: dict[str, Any], wanted: Any, within: str) -> Any:
+        """The part `within` of the train state ("" for all of it), like `wanted`. One array at a time."""
+        saved = document["leaves"]
+        folder = self._folder / str(step) / "state"
+
+        def one(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+            name = "/".join(filter(None, (within, _name(path))))
+            found = _on_all(lambda: read_array(folder, name, like))
+            if _digest(found) != saved.get(name):
+                raise Damaged(f"{name} is not what was saved")
+            return found if found.dtype == like.dtype else found.astype(like.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, wanted)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames them, so that nothing is lost and nothing is in the way of steps to come."""
+
+        def rename() -> None:
+            for step in steps:
+                folder = self._folder / str(step)
+                folder.rename(_free_name(folder))
+            durable.sync(self._folder)
+
+        if steps:
+            processes.agree(lambda: rename() if processes.first() else None)
+            self._manager.reload()
+
+    def _sync(self) -> None:
+        """Called by Orbax's thread before it renames what it has written."""
+        for folder in self._folder.iterdir():
+            if folder.is_dir() and not folder.name.isdecimal() and not folder.name.endswith(DAMAGED):
+                durable.sync_all(folder)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        with _writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        with _writing():
+            self._manager.close()
+
+
+# --- files of a step --------------------------------------------------------------------------------------------------
+
+
+def finished_steps(workdir: str | Path) -> list[int]:
+    """In ascending order."""
+    folder = Path(workdir) / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def newest_game(workdir: str) -> tuple[int, dict[str, Any]] | None:
+    """The newest step whose `game` is what was saved, without its arrays; None where there is no step.
+
+    InputError where none of them is: that is told before anything slow.
+    """
+    folder = Path(workdir).resolve() / FOLDER
+    damaged: dict[int, str] = {}
+    for step in reversed(finished_steps(workdir)):
+        try:
+            return step, read_document(folder / str(step))["game"]
+        except Damaged as error:
+            damaged[step] = str(error)
+    if damaged:
+        raise InputError(_none_is_good(folder, damaged))
+    return None
+
+
+def _none_is_good(folder: Path, damaged: Mapping[int, str]) -> str:
+    reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+    return f"no checkpoint in {folder} can be read ({reasons}); without that folder the same command starts anew"
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """What `save` wrote beside the arrays: `game`, and `leaves`, the digests of the arrays. Or Damaged."""
+    with _reading():
+        document = ocp.JsonCheckpointHandler().restore(folder / "game")
+        digest = document.pop("digest", None) if isinstance(document, dict) else None
+        if digest is None or digest != _text_digest(document):
+            raise ValueError("game is not what was saved")
+    return dict(document)
+
+
+def read_array(folder: Path, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """One array of the item `state`, on its sharding, of the dtype that it was saved in. Or Damaged.
+
+    By TensorStore itself: Orbax reads all at once, and where one array fails the others go on and complain for long.
+    """
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": name.replace("/", ".") + "/"},
+        "fill_missing_data_reads": False,
+    }
+    indices = like.sharding.addressable_devices_indices_map(like.shape).values()
+    with _reading():
+        store = tensorstore.open(spec, read=True).result()
+        if store.shape != like.shape:
+            raise ValueError(f"{name} has shape {store.shape}; expected {like.shape}")
+        # of replicas only one is read; all reads begin before the first is waited for
+        reads = {_bounds(index, like.shape): store[index].read() for index in indices}
+        parts = {bounds: np.asarray(read.result()) for bounds, read in reads.items()}
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: parts[_bounds(index, like.shape)])
+
+
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Slices as what can be a key."""
+    return tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """What the files of a step do to their readers, as Damaged."""
+    try:
+        yield
+    except _READ_ERRORS as error:
+        if processes.lost_another(error):
+            raise
+        raise Damaged(_reason(error)) from error
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """What does not let a step be written as OSError, in a few words: TensorStore has ValueErrors for a full disk."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if processes.lost_another(error):
+            raise
+        raise OSError(f"a checkpoint cannot be written ({_reason(error)})") from error
+
+
+def _on_all(read: Callable[[], T]) -> T:
+    """What `read` gives on this process. Where one process finds damage, all raise Damaged."""
+    found: list[T] = []
+
+    def act() -> str:
+        try:
+            found.append(read())
+        except Damaged as error:
+            return str(error) or "it cannot be read"
+        return ""
+
+    for process, reason in enumerate(processes.share(act)):
+        if reason:
+            raise Damaged(f"process {process}: {reason}" if processes.several() else reason)
+    return found[0]
+
+
+def _reason(error: Exception) -> str:
+    """The end of a message that tells the whole way down to the file; without TensorStore's specifications."""
+    message = re.sub(r" \[\w+(\[\d+\])?='.*", "", " ".join(str(error).split()))
+    return shorten(": ".join(message.split(": ")[-2:]) or type(error).__name__, 300)
+
+
+def _free_name(folder: Path) -> Path:
+    """12.damaged, or 12.2.damaged where that is taken."""
+    names = (f"{folder.name}{number}{DAMAGED}" for number in ("", *(f".{n}" for n in range(2, 10_000))))
+    return next(path for path in map(folder.with_name, names) if not path.exists())
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+# Odd, so that a product with one of them is different for each factor (murmur3's and xxHash's constants).
+_OF_POSITION = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1)
+_OF_VALUE = (0x7FEB352D, 0x846CA68B)
+
+
+def leaf_digests(tree: Any) -> dict[str, str]:
+    """A digest of each array, by name. All processes call this together."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = {_name(path): _sums(_on_device(leaf)) for path, leaf in leaves}
+    return {name: _shown(pair) for name, pair in jax.device_get(sums).items()}
+
+
+def _digest(x: jax.Array) -> str:
+    return _shown(jax.device_get(_sums(_on_device(x))))
+
+
+def _shown(sums: tuple[Any, Any]) -> str:
+    return "".join(f"{int(part):08x}" for part in sums)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _on_device(leaf: jax.Array) -> jax.Array:
+    """Moments may live in host memory, where programs do not compute."""
+    return sharding.to_device(leaf) if leaf.sharding.memory_kind == sharding.HOST else leaf
+
+
+@jax.jit
+def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The digest of an array: of its bits and where each stands, whatever devices and processes hold which part.
+
+    Two sums over elements, which each device makes of its own part at the speed of its memory. Each step from an
+    element's bits to its summand is one-to-one: a change of one element always shows, others are missed once in 2^64.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    for axis, factor in zip(range(x.ndim), _OF_POSITION, strict=False):
+        bits += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(factor)
+    one = bits * jnp.uint32(_OF_VALUE[0])
+    one ^= one >> 15
+    two = one * jnp.uint32(_OF_VALUE[1])
+    two ^= two >> 13
+    return one.sum(dtype=jnp.uint32), two.sum(dtype=jnp.uint32)
+
+
+def _text_digest(document: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(document).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,59 @@
+"""A file of the user is replaced as a whole, when what takes its place is complete."""
+
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from ssp_jax.errors import InputError, printable
+from ssp_jax.runtime.durable import sync
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, name: str, *, keep: bool = False) -> Iterator[IO[str]]:
+    """A text file that takes the place of `path` when the body has ended; an error leaves `path` alone.
+
+    name: of the file in messages. keep: what an error interrupts stays beside it, and is said. A
+    device or a pipe has nothing to lose and is written as it is.
+    """
+    target = Path(path).resolve()  # what a link points to is replaced, not the link
+    if target.exists() and not target.is_file() and not target.is_dir():
+        with open(target, "w", encoding="utf-8") as device:
+            yield device
+        return
+    fresh, file = _open_beside(target, name)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            fresh.chmod(target.stat().st_mode)
+        fresh.replace(target)
+        sync(target.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if keep and fresh.stat().st_size:
+                print(f"what was written so far is in {printable(str(fresh))}", file=sys.stderr)
+            else:
+                fresh.unlink()
+        raise
+
+
+def _open_beside(target: Path, name: str) -> tuple[Path, IO[str]]:
+    if target.is_dir() or (target.exists() and not os.access(target, os.W_OK)):
+        raise InputError(f"{name}: expected a file that can be written")
+    for number in itertools.count():
+        fresh = target.with_name(f"{target.name}.{os.getpid()}-{number}.unfinished")
+        try:
+            return fresh, open(fresh, "x", encoding="utf-8")
+        except FileExistsError:  # somebody's own, whatever it is
+            continue
+        except OSError as error:
+            raise InputError(
+                f"{name}: expected a file that can be written ({error.strerror})"
+            ) from None
+    raise AssertionError("an endless count has ended")

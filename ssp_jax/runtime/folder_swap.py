@@ -1,0 +1,154 @@
+"""A folder that appears, or takes the place of an older one, only once it is whole.
+
+`X` is written as `X.building` and renamed when all of it is on the disk; the `X` before it is `X.old` for a moment.
+A process may be killed between any two system calls:
+
+| what is there             | what it means                               | what the next one does          |
+|---------------------------|---------------------------------------------|---------------------------------|
+| X.building (and X or not) | half written, or an old X that is being removed | removes it                  |
+| X.old and X.building      | killed between the two renames              | renames X.old back to X         |
+| X.old and X               | killed after them                           | removes X.old                   |
+
+Nothing is removed that this program did not write. X is replaced only if its owner knows every file in it; X.building
+and X.old are removed only if they are empty or hold MARKER. Everything else is refused and left as it is.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from ssp_jax.errors import InputError
+from ssp_jax.runtime.durable import sync
+
+MARKER = ".ssp_jax_leftover"  # in a folder under one of the temporary names
+
+Owned = Callable[[Path], Iterable[str]]  # a folder -> the names in it that its owner has written
+
+
+class FolderSwap:
+    """One folder, through a symbolic link if it is one. Callers see to it that only one process acts at a time."""
+
+    def __init__(self, folder: str | Path, kind: str, owned: Owned, work: str = ".building", old: str = ".old") -> None:
+        """kind: what the folder is, for messages. work, old: suffixes of the temporary names."""
+        self.folder = Path(os.path.realpath(folder))
+        if not self.folder.name:
+            raise InputError(f"{folder} is {self.folder}; expected a folder that can be replaced")
+        self.work = self.folder.with_name(self.folder.name + work)
+        self._old = self.folder.with_name(self.folder.name + old)
+        self._kind = kind
+        self._owned = owned
+
+    def check(self) -> None:
+        """InputError unless nothing of the user's stands in the way."""
+        try:
+            self._check_target()
+            for leftover in (self.work, self._old):
+                if os.path.lexists(leftover) and not _is_leftover(leftover):
+                    raise InputError(
+                        f"{leftover}: expected no such file or folder while {self.folder.name} is written; "
+                        "it is not ours and is left alone"
+                    )
+        except OSError as error:
+            raise self.error(error) from None
+
+    def _check_target(self) -> None:
+        if not os.path.lexists(self.folder):
+            return
+        expected = f"{self.folder}: expected no such folder, or {self._kind} that ssp_jax wrote and nothing else"
+        if not self.folder.is_dir():
+            raise InputError(f"{expected}; it is no folder and is left alone")
+        if self.folder.is_mount():
+            raise InputError(f"{expected}; it is a mount point, which cannot be renamed: name a folder in it")
+        names = set(os.listdir(self.folder)) - {MARKER}
+        foreign = sorted(names - set(self._owned(self.folder))) if names else []
+        if foreign:
+            raise InputError(f"{expected}; found {foreign[0]!r} in it; it is left alone")
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a swap was killed between its two renames."""
+        return not os.path.lexists(self.folder) and _is_leftover(self._old) and (self._old / MARKER).is_file()
+
+    def recover(self) -> None:
+        """Undoes a swap that was killed between its two renames."""
+        if self.is_interrupted:
+            self._old.rename(self.folder)
+        if (self.folder / MARKER).is_file():
+            (self.folder / MARKER).unlink()
+
+    def begin(self) -> None:
+        """Makes `work`, an empty folder but for the marker; removes what was left by those that were killed."""
+        self.check()
+        try:
+            self.recover()
+            self.discard()
+            self.work.mkdir(parents=True)
+            _mark(self.work)
+        except OSError as error:
+            raise self.error(error) from None
+
+    def commit(self) -> None:
+        """`work` becomes the folder."""
+        for path in sorted(self.work.rglob("*")):
+            sync(path)
+        sync(self.work)
+        self._check_target()  # somebody may have put something in while `work` was written
+        if self.folder.exists():
+            _mark(self.folder)
+            self.folder.rename(self._old)
+        self.work.rename(self.folder)
+        sync(self.folder.parent)
+        (self.folder / MARKER).unlink()
+        self.discard()
+
+    def discard(self) -> None:
+        """Removes what is not needed any more. X.old is never seen in part, for it may have to be renamed back."""
+        self.recover()
+        _remove(self.work)
+        if _is_leftover(self._old):
+            self._old.rename(self.work)
+            _remove(self.work)
+
+    @contextlib.contextmanager
+    def building(self) -> Iterator[Path]:
+        """`work`, to be filled; at the end it is the folder, after an error there is nothing of it."""
+        self.begin()
+        try:
+            yield self.work
+            self.commit()
+        except OSError as error:
+            raise self.error(error) from None
+        finally:
+            with contextlib.suppress(OSError):  # such as of a disk that is gone; the error before it is what counts
+                self.discard()
+
+    def error(self, error: OSError) -> InputError:
+        """The sentence for a disk that does not take it."""
+        return InputError(f"{self.folder}: expected a folder where {self._kind} can be written ({error})")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether it is a folder with our marker, or one without anything."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return (path / MARKER).is_file() or not any(path.iterdir())
+
+
+def _mark(folder: Path) -> None:
+    (folder / MARKER).touch()
+    sync(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a leftover, its marker last, so that what a killed removal leaves is still known as ours."""
+    if not _is_leftover(folder):
+        return
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry)
+        elif entry.name != MARKER:
+            os.unlink(entry)
+    (folder / MARKER).unlink(missing_ok=True)
+    folder.rmdir()

@@ -1,0 +1,345 @@
+"""What a run shows and leaves behind: console, metrics.jsonl, TensorBoard, readable episodes, compile count.
+
+In a terminal a live display (the phases at work, the whole run) stays under a growing table with one row per step.
+Anywhere else there are plain lines with the time in front, and progress at most every few seconds. 100 columns suffice
+for the lines of steps.
+"""
+
+import json
+import math
+import os
+import re
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from rich import box, table
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from ssp_jax.errors import json_line, printable
+from ssp_jax.runtime.files import replacing
+from ssp_jax.runtime.records import read_lines
+
+HEADER_EVERY = 20  # rows
+PLAIN_SECONDS = 10.0  # between progress lines that do not go to a terminal
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of a step on the console. It appears with the first step that has this metric."""
+
+    title: str
+    metric: str
+    form: str  # format specification with a width; a width alone writes 12.3k
+    style: str = ""
+
+
+COLUMNS = (
+    # the funnel: questions asked, of these well-formed, of these verified; share of attempts that were right
+    Column("asked", "funnel/proposed", "5.0f"),
+    Column("formed", "funnel/well_formed", "6.0f"),
+    Column("verif", "funnel/verified", "5.0f"),
+    Column("solved", "funnel/solved", "6.1%", "bold green"),
+    Column("propR", "reward/proposer", "5.2f", "magenta"),
+    Column("solvR", "reward/solver", "5.2f", "green"),
+    Column("srch", "solver/searches", "4.1f"),
+    Column("tokens", "solver/tokens", "6.0f"),
+    Column("entr", "update/solver/entropy", "4.2f", "yellow"),
+    Column("entr", "update/both/entropy", "4.2f", "yellow"),  # learner.update_order = combined
+    Column("KL", "update/solver/kl", "6.4f", "yellow"),
+    Column("KL", "update/both/kl", "6.4f", "yellow"),
+    Column("tok/s", "play/tokens_per_second", "5", "blue"),
+)
+
+
+def peak_memory_gib() -> float:
+    """The most that was in use so far: on the fullest device of this host, or, on CPU, of this process.
+
+    A device tells its peak since the start, so the update's shows once it exceeds that of play. On Linux the process's
+    peak starts again with each call, and each phase has its own.
+    """
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if peaks := [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]:
+        return max(peaks) / 2**30
+    status = Path("/proc/self/status")
+    if not status.exists():  # macOS counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    kib = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
+    with suppress(OSError):  # a sandbox may refuse it; then the peak is the one since the start
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    return kib / 2**20
+
+
+class CompileCounter:
+    """Counts XLA compilations of this process from now on, also those that the persistent cache answers."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILE_EVENT:
+            self.count += 1
+            self.seconds += duration_secs
+
+
+class Phase:
+    """Progress of one phase of a step."""
+
+    def __init__(self, name: str, total: float | None, show: Callable[[str], None]) -> None:
+        self.name, self.total, self.done = name, total, 0.0
+        self._start, self._show = time.monotonic(), show
+
+    def advance(self, done: float, *, total: float | None = None, **rates: float) -> None:
+        """`done` is the amount finished so far, not the increment. Cheap: call it as often as you like.
+
+        `total` may grow on the way (a verified question brings its attempts). tokens=310.0 shows "310 tokens/s".
+        """
+        self.done, self.total = done, self.total if total is None else total
+        rate = done / max(1e-9, time.monotonic() - self._start)
+        parts = [f"{done:g}/{self.total:g}" if self.total else f"{done:g}"]
+        parts += [f"{short_number(rate)}/s"] if done else []
+        parts += [f"{short_number(value)} {name}/s" for name, value in rates.items()]
+        parts += [f"{clock((self.total - done) / rate)} left"] if done and self.total and self.total >= done else []
+        self._show(" · ".join(parts))
+
+
+class Logger:
+    """The voice of a run; a context manager. `resume_step` is the step of the checkpoint, 0 for none.
+
+    What a killed run wrote after it is dropped from metrics.jsonl (and hidden in TensorBoard): those steps come again.
+    Of several processes one speaks; the others are `mute`: they show and write nothing.
+    """
+
+    def __init__(
+        self, workdir: str, total_steps: int, tensorboard: bool, resume_step: int = 0, mute: bool = False
+    ) -> None:
+        self._folder, self._total_steps, self._step, self._mute = Path(workdir), total_steps, resume_step, mute
+        rows = Path(os.devnull)
+        if not mute:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            rows = self._folder / "metrics.jsonl"
+        self._evaluated, spoilt = _keep_steps(rows, resume_step)
+        self._rows = rows.open("a", encoding="utf-8")
+        events = self._folder / "tensorboard"
+        self._events = _open_events(events, resume_step) if tensorboard and not mute else None
+        self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not mute
+        # force_terminal, for rich would also take FORCE_COLOR in a CI log for a terminal
+        file = self._rows if mute else sys.stdout
+        # without markup and emoji, for paths and answers have brackets and colons of their own
+        self._console = Console(file=file, force_terminal=self._live, markup=False, emoji=False, highlight=False)
+        self._bars = _progress(self._console)
+        at = f"{resume_step}/{total_steps} steps"
+        shown = total_steps > 0  # an evaluation has no steps
+        self._run_bar = self._bars.add_task("run", visible=shown, total=total_steps, completed=resume_step, detail=at)
+        self._columns: tuple[Column, ...] = ()
+        self._shown_rows = 0
+        self._ends: deque[float] = deque(maxlen=11)  # when the last steps ended, so saves and evaluations count
+        self._last_line = -math.inf
+        if spoilt:
+            self.say(f"{spoilt} spoilt lines of {rows} are dropped: a machine that went down leaves such")
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._bars.stop()
+        self._rows.close()
+        if self._events:
+            self._events.close()
+
+    @contextmanager
+    def phase(self, name: str, total: float | None = None) -> Iterator[Phase]:
+        """Live progress while the body runs; a phase may stand inside another."""
+        bar = self._bars.add_task(name, total=total, detail="")
+        phase = Phase(name, total, lambda detail: self._progress(phase, bar, detail))
+        self._progress(phase, bar, "")
+        try:
+            yield phase
+        finally:
+            self._bars.remove_task(bar)
+
+    def step(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """One finished step: a row of metrics.jsonl, TensorBoard scalars, a row on the console."""
+        self.record(step, {"seconds": seconds, **metrics})
+        self._step = step
+        self._ends.append(time.monotonic())
+        left = clock(self._seconds_left(seconds))
+        self._bars.update(self._run_bar, completed=step, detail=f"{step}/{self._total_steps} steps · {left} left")
+        columns = tuple(c for c in COLUMNS if c in self._columns or c.metric in metrics)
+        if columns != self._columns or self._shown_rows % HEADER_EVERY == 0:
+            self._columns, self._shown_rows = columns, 0
+            self._row("step", [(c.title, "bold") for c in columns], "s/step", "left")
+        self._shown_rows += 1
+        cells = [(_format(metrics[c.metric], c.form) if c.metric in metrics else "-", c.style) for c in columns]
+        self._row(f"{step}/{self._total_steps}", cells, f"{seconds:.1f}", left)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """A row for the scores of a step, unless its last one says the same: whether it was written.
+
+        So it stands there once however often the run was killed around it, and again where a judge says otherwise.
+        """
+        row = {"step": step, **_finite(metrics)}
+        before = self._evaluated.get(step, {})
+        if row == {name: value for name, value in before.items() if name != "time"}:
+            return False
+        self.record(step, metrics)
+        self._evaluated[step] = row
+        return True
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """metrics.jsonl and TensorBoard only. What is not finite is null in JSON, absent in TensorBoard."""
+        finite = _finite(metrics)
+        self._rows.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self._rows.flush()
+        if self._events:
+            values = [Summary.Value(tag=name, simple_value=v) for name, v in finite.items() if v is not None]
+            self._events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+            self._events.flush()
+
+    def sync(self) -> None:
+        """The rows so far are on disk, also if the machine goes down."""
+        if not self._mute:
+            os.fsync(self._rows.fileno())
+
+    def table(self, title: str, rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
+        """The first column is text and on the left, the others are numbers and on the right; floats with 3 places."""
+        style = box.SIMPLE_HEAD if self._live else box.ASCII2
+        title = printable(title)
+        shown = table.Table(title=title, title_justify="left", title_style="bold", box=style, show_edge=False)
+        for i, column in enumerate(columns):
+            shown.add_column(printable(column), justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in row)
+            shown.add_row(*map(printable, cells))
+        # As wide as it is: a narrow terminal breaks its lines, where rich would cut the numbers.
+        shown.width = self._console.measure(shown, options=self._console.options.update(max_width=1000)).maximum
+        self._console.print("", shown, "", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self._line(Text(printable(text)))
+
+    def episodes(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """workdir/episodes/step_000010.jsonl, one record a line, its text as a person reads it."""
+        if self._mute:
+            return
+        folder = self._folder / "episodes"
+        folder.mkdir(exist_ok=True)
+        with replacing(folder / f"step_{step:06d}.jsonl", f"{folder}") as file:
+            file.writelines(f"{json_line(record)}\n" for record in records)
+
+    def _seconds_left(self, last_seconds: float) -> float:
+        rounds = len(self._ends) - 1
+        each = (self._ends[-1] - self._ends[0]) / rounds if rounds else last_seconds
+        return each * (self._total_steps - self._step)
+
+    def _progress(self, phase: Phase, bar: TaskID, detail: str) -> None:
+        if self._live:
+            self._bars.update(bar, completed=phase.done, total=phase.total, detail=detail)
+        elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            self._line(Text(f"{phase.name} {detail or '...'}"))
+
+    def _row(self, first: str, cells: Sequence[tuple[str, str]], seconds: str, left: str) -> None:
+        """Each cell is as wide as its column's title and form ask for."""
+        widths = [max(len(c.title), len(_format(0, c.form))) for c in self._columns]
+        middle = [(text.rjust(width), style) for (text, style), width in zip(cells, widths, strict=True)]
+        first = first.rjust(len(f"{self._total_steps}") * 2 + 1)
+        parts = [(first, "bold cyan"), *middle, (seconds.rjust(6), "blue"), (left.rjust(7), "dim")]
+        self._line(Text(" ").join(Text(text, style) for text, style in parts))
+
+    def _line(self, text: Text) -> None:
+        self._last_line = time.monotonic()
+        if not self._live:
+            text = Text(time.strftime("%H:%M:%S ")) + text
+        self._console.print(text, soft_wrap=True)
+
+
+def _progress(console: Console) -> Progress:
+    """One line for the run, below it one for each phase at work."""
+    one_line = table.Column(no_wrap=True, overflow="ellipsis")
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<10}", style="bold"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}", table_column=one_line),
+        console=console,
+        refresh_per_second=5,
+        transient=True,
+    )
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _of_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in row)
+
+
+def _keep_steps(path: Path, last: int) -> tuple[dict[int, dict[str, Any]], int]:
+    """Drops rows after step `last` and spoilt lines: the last row of each evaluation that stays, and how many
+    were spoilt.
+    """
+    evaluated: dict[int, dict[str, Any]] = {}
+    spoilt = 0
+    if not path.is_file():  # of a run that starts, or the null device
+        return evaluated, spoilt
+    with replacing(path, str(path)) as fresh:
+        for line in read_lines(path, {"step": (int,)}):
+            row = line.record
+            if row is None:
+                spoilt += 1
+            elif row["step"] <= last:
+                fresh.write(line.raw.decode())
+                if _of_evaluation(row):
+                    evaluated[row["step"]] = row
+    return evaluated, spoilt
+
+
+def _open_events(folder: Path, resume_step: int) -> EventsWriter:
+    """A file of TensorBoard that hides what earlier ones have after that step.
+
+    Written in this thread. (tensorboardX's SummaryWriter has one of its own, which a full disk ends; from then on the
+    run waits for it forever.)
+    """
+    folder.mkdir(exist_ok=True)
+    events = EventsWriter(str(folder / "events"))
+    started = SessionLog(status=SessionLog.START)
+    events.write_event(Event(step=resume_step + 1, wall_time=time.time(), session_log=started))
+    return events
+
+
+def _format(value: float, form: str) -> str:
+    return format(value, form) if not form.isdigit() else short_number(value).rjust(int(form))
+
+
+def short_number(value: float) -> str:
+    """0.35, 12.3, 310, 4.2k, 1.3M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def clock(seconds: float) -> str:
+    """0:07, 12:05, 3:00:09."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

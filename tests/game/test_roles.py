@@ -1,0 +1,168 @@
+"""Episodes: scripted tokens through each role's state machine; marks, documents, and how each limit ends it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ssp_jax.data import Document
+from ssp_jax.errors import InputError
+from ssp_jax.game import prompts, roles
+from ssp_jax.game.roles import PROPOSER, SOLVER, VERIFIER, Limits, Player, Stage
+from ssp_jax.model import hf_load
+from ssp_jax.rollout import sampler
+
+TOKENIZER = hf_load.load_tokenizer(Path("assets/tiny/model"))
+LIMITS = Limits(
+    prompt_tokens=64,
+    verify_prompt_tokens=200,
+    response_tokens=120,
+    turn_tokens=30,
+    turns=4,
+    searches=3,
+    observation_tokens=60,
+)
+STAGE = Stage(TOKENIZER, prompts.STYLES["brief"], "chat", LIMITS)
+FOUND = [Document("1", '"Ulaanbaatar"', "Ulaanbaatar is the capital of Mongolia.")]
+SEARCH, ANSWER = 0, 1  # indices of the solver's stops
+
+
+def player(role=SOLVER, stage=STAGE, text="Question: Where?"):
+    return Player(stage, role, 5, 1.0, stage.encode(text))
+
+
+def write(p, text, stop):
+    tokens = p.stage.encode(text)
+    return p.stopped(tokens, [-0.5] * len(tokens), stop)
+
+
+def test_an_episode_of_two_turns():
+    p = player()
+    prompt = list(p.tokens)
+    assert write(p, "<search> Mongolia capital </search>", SEARCH) == "Mongolia capital"
+    p.observe(FOUND)
+    assert write(p, "<answer> Ulaanbaatar </answer>\n", ANSWER) is None
+    e = p.episode()
+    assert (e.stop_reason, e.queries, e.documents) == ("answer", ("Mongolia capital",), tuple(FOUND))
+    assert e.tokens[: e.prompt_length] == prompt
+    assert e.text == "<search> Mongolia capital </search><answer> Ulaanbaatar </answer>\n"
+    assert len(e.tokens) == len(e.sampled) == len(e.logprobs)
+    own = [t for t, mark in zip(e.tokens, e.sampled, strict=True) if mark]
+    assert STAGE.decode(own) == e.text
+    assert all((logp == -0.5) == mark for logp, mark in zip(e.logprobs, e.sampled, strict=True))
+    given = e.tokens[e.prompt_length :]
+    assert STAGE.decode(given).replace(STAGE.decode(own), "").count("<information>") == 1
+
+
+def test_a_turn_may_arrive_in_pieces():
+    a, b = player(), player()
+    tokens = STAGE.encode("<search> Mongolia </search>")
+    a.going_on(tokens[:2], [-0.5] * 2)
+    assert a.stopped(tokens[2:], [-0.5] * len(tokens[2:]), SEARCH) == write(b, "<search> Mongolia </search>", SEARCH)
+    assert a.episode() == b.episode()
+
+
+@pytest.mark.parametrize("stop", [sampler.EOS, sampler.LIMIT])
+def test_end_of_turn_and_length_have_their_own_reasons(stop):
+    p = player()
+    write(p, "hm", stop)
+    assert p.stop_reason == {sampler.EOS: "eos", sampler.LIMIT: "turn_tokens"}[stop]
+
+
+def test_limits_bound_the_coming_turn():
+    p = player()
+    assert p.token_limit() == len(p.tokens) + LIMITS.turn_tokens
+    p.prompt_length -= 100  # as if 100 tokens of the response were used
+    assert p.token_limit() == len(p.tokens) + 20
+    write(p, "x x x", sampler.LIMIT)
+    assert p.stop_reason == "turn_tokens"
+    p.prompt_length -= 20
+    p.stopped([], [], sampler.LIMIT)
+    assert p.stop_reason == "response_tokens"
+
+
+def test_a_verifier_has_a_limit_of_its_own():
+    stage = dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, verify_response_tokens=10))
+    p = player(VERIFIER, stage)
+    assert p.token_limit() == len(p.tokens) + 10
+    p.stopped([5] * 10, [-0.5] * 10, sampler.LIMIT)
+    assert p.stop_reason == "response_tokens"
+    assert player(SOLVER, stage).token_limit() == player(SOLVER).token_limit()
+
+
+def test_one_search_too_many_ends_it():
+    p = player(stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, searches=1, response_tokens=500)))
+    assert write(p, "<search> a </search>", SEARCH) == "a"
+    p.observe([])
+    assert write(p, "<search> b </search>", SEARCH) is None
+    assert (p.stop_reason, p.queries) == ("searches", ["a"])
+
+
+def test_too_many_turns_end_it():
+    p = player(stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, turns=2, response_tokens=500)))
+    for query in "ab":
+        assert not p.stop_reason
+        write(p, f"<search> {query} </search>", SEARCH)
+        p.observe(FOUND)
+    assert p.stop_reason == "turns"
+
+
+def test_a_result_that_does_not_fit_ends_it_and_is_not_appended():
+    p = player(stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, response_tokens=20)))
+    write(p, "<search> a </search>", SEARCH)
+    before = len(p.tokens)
+    p.observe(FOUND)
+    assert (p.stop_reason, len(p.tokens)) == ("response_tokens", before)
+
+
+def test_a_search_without_its_opening_tag_ends_it():
+    p = player()
+    assert write(p, "capital </search>", SEARCH) is None
+    assert p.stop_reason == "malformed_search"
+
+
+@pytest.mark.parametrize(("role", "limit"), [(SOLVER, 64), (PROPOSER, 64), (VERIFIER, 200)])
+def test_a_prompt_that_is_too_long_ends_at_once(role, limit):
+    assert not Player(STAGE, role, 0, 1.0, [5] * limit).stop_reason
+    assert Player(STAGE, role, 0, 1.0, [5] * (limit + 1)).stop_reason == "prompt_tokens"
+
+
+def test_each_role_stops_at_its_own_tags():
+    reasons = {}
+    for role in (SOLVER, PROPOSER, VERIFIER):
+        for index, tag in enumerate(role.stops):
+            p = player(role)
+            write(p, f"<search> x {tag}", index)
+            reasons[role.name, tag] = p.stop_reason
+    assert reasons == {
+        ("solver", "</search>"): "",
+        ("solver", "</answer>"): "answer",
+        ("proposer", "</search>"): "",
+        ("proposer", "</question>"): "question",
+        ("verifier", "</answer>"): "answer",
+    }
+
+
+def test_a_long_result_is_cut_but_closed():
+    tokens = STAGE.observation(FOUND * 30)
+    assert len(tokens) == LIMITS.observation_tokens
+    assert STAGE.decode(tokens).endswith("</information>\n")
+    least = dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, observation_tokens=1))
+    assert STAGE.decode(least.observation(FOUND * 30)) == "</information>\n"  # not all but a few tokens
+
+
+def test_episode_ids_are_unique_and_fit():
+    ids = {roles.episode_id(r, row, a) for r in roles.ROLES for row in (0, 1, 2**19 - 1) for a in (0, 511)}
+    assert len(ids) == 6 * len(roles.ROLES) and max(ids) < 2**31
+    with pytest.raises(ValueError, match="rows"):
+        roles.episode_id(SOLVER, 2**19, 0)
+
+
+def test_eos_tokens_come_from_tokenizer_and_generation_config():
+    own = TOKENIZER.eos_token_id
+    assert roles.eos_tokens(TOKENIZER, {}) == (own,)
+    assert roles.eos_tokens(TOKENIZER, {"eos_token_id": [own, 0]}) == tuple(sorted({own, 0}))
+    assert roles.eos_tokens(TOKENIZER, {"eos_token_id": 0}) == tuple(sorted({own, 0}))
+    nameless = type("Tokenizer", (), {"eos_token_id": None})
+    with pytest.raises(InputError, match="eos"):
+        roles.eos_tokens(nameless, {})

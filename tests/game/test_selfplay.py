@@ -1,0 +1,425 @@
+"""The game with a scripted policy: every outcome of a question gets its written reward, and the batch is filled."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import default
+from ssp_jax.config import RL_PAIRS
+from ssp_jax.data import Document, Task
+from ssp_jax.game import prompts, roles
+from ssp_jax.game.judge import Verdict
+from ssp_jax.game.selfplay import Memory, Question, SelfPlay, readable
+from ssp_jax.model import hf_load
+from ssp_jax.rollout import sampler
+from ssp_jax.rollout.engine import Stats
+
+STAGE = roles.Stage(
+    hf_load.load_tokenizer(Path("assets/tiny/model")),
+    prompts.STYLES["brief"],
+    "chat",
+    roles.Limits(200, 900, 900, 200, 5, 4, 200),
+)
+GOOD = "Which city is the capital of Mongolia?"
+TASKS = [Task(i, (answer,), searches=1 + i % 2) for i, answer in enumerate(("Ulaanbaatar", "Lhasa", "Oslo", "Rome"))]
+
+
+class Corpus:
+    """Documents 0..9, as the retriever gives them."""
+
+    def __len__(self):
+        return 10
+
+    def document(self, row):
+        return Document(f"corpus {row}", f'"{row}"', "noise")
+
+
+class ScriptedEngine:
+    """The engine's interface with a script in place of the model: script(player) is the text of the coming turn."""
+
+    def __init__(self, script, last_first=False):
+        self.script, self.last_first, self.prompts = script, last_first, {}
+
+    def play(self, params, key, players, finished, progress):
+        waiting, stats = list(players), Stats()
+        while waiting:
+            player = waiting.pop(-1 if self.last_first else 0)
+            self.prompts[player.uid] = STAGE.decode(player.tokens)
+            while not player.stop_reason:
+                text = self.script(player)
+                found = [i for i, stop in enumerate(player.role.stops) if text.endswith(stop)]
+                tokens = STAGE.encode(text)
+                query = player.stopped(tokens, [-1.0] * len(tokens), found[0] if found else sampler.EOS)
+                if query is not None:
+                    player.observe([Document(query, f'"{query}"', "found")])
+            stats.finished += 1
+            waiting += finished(player)
+        return stats
+
+
+def answer_of(player, proposals=1):
+    return TASKS[((player.uid >> 9) & 1023) // proposals].answers[0]
+
+
+def script(question=GOOD, verified=True, solved=(True, False, False, False, True), proposals=1):
+    """A policy that searches once for the given answer, asks `question`, and is right where told."""
+
+    def turn(player):
+        answer = answer_of(player, proposals)
+        if player.role is roles.PROPOSER:
+            return f"<question> {question} </question>" if player.queries else f"<search> {answer} </search>"
+        right = verified if player.role is roles.VERIFIER else solved[player.uid & 511]
+        return f"<answer> {answer if right else 'wrong'} </answer>"
+
+    return turn
+
+
+def config(**changes):
+    c = default.get_config()
+    for key, value in changes.items():
+        section, name = key.split("__")
+        c[section][name] = value
+    return c
+
+
+def play(turn, memory=None, step=0, tasks=TASKS, last_first=False, **changes):
+    engine = ScriptedEngine(turn, last_first)
+    game = SelfPlay(config(**changes), STAGE, engine, Corpus())
+    round_, after = game.play(step, tasks, memory or Memory(), None, None)
+    return round_, after, engine
+
+
+def test_a_verified_question_is_played_and_shares_the_reward():
+    round_, _, _ = play(script())
+    for game in round_.games:
+        assert (game.fault, game.scores) == ("", [1.0, 0.0, 0.0, 0.0, 1.0])
+        assert game.proposer_reward == pytest.approx(0.6)
+        assert game.proposer_reward + np.mean(game.scores) == pytest.approx(1.0)
+    assert len(round_.solver.episodes) == 20 and len(round_.proposer.episodes) == 4
+    assert round_.metrics["funnel/verified"] == 4 and round_.metrics["funnel/solved"] == pytest.approx(0.4)
+    assert round_.metrics["reward/proposer"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("turn", "fault"),
+    [
+        (script(question=""), "empty"),
+        (script(question="Is it Ulaanbaatar or Lhasa or Oslo or Rome?"), "answer_in_question"),
+        (script(verified=False), "unverified"),
+        (lambda player: f"<question> {GOOD} </question>", "too_few_searches"),
+        (lambda player: "I give up", "no_question"),
+    ],
+)
+def test_a_failed_question_is_an_outcome_with_its_own_reward(turn, fault):
+    round_, _, _ = play(turn, reward__invalid_question=-0.25)
+    assert [game.fault for game in round_.games] == [fault] * 4
+    assert round_.proposer.rewards.tolist() == [-0.25] * 4
+    assert not round_.solver.episodes
+    assert round_.metrics[f"fault/{fault}"] == 4
+
+
+def test_a_verifier_without_room_for_its_documents_has_a_fault_of_its_own():
+    """The question is well-formed: what is too short is limits.verify_prompt_tokens."""
+    stage = dataclasses.replace(STAGE, limits=dataclasses.replace(STAGE.limits, verify_prompt_tokens=20))
+    round_, _ = SelfPlay(config(), stage, ScriptedEngine(script()), Corpus()).play(0, TASKS, Memory(), None, None)
+    assert [game.fault for game in round_.games] == ["too_long_to_verify"] * 4
+    counts = [round_.metrics[name] for name in ("fault/too_long_to_verify", "fault/unverified", "funnel/well_formed")]
+    assert counts == [4, 0, 4]
+
+
+@pytest.mark.parametrize(("solved", "reward"), [((True,) * 5, 0.0), ((False,) * 5, 1.0)])
+def test_the_extremes(solved, reward):
+    round_, _, _ = play(script(solved=solved))
+    assert round_.proposer.rewards.tolist() == [reward] * 4
+    assert not round_.solver.advantages.any()  # an all-equal group teaches nothing
+
+
+def test_advantages_of_the_default_pair():
+    """Solver: reward minus the group's mean [P eq.4]. Proposer: its reward [P eq.5]."""
+    round_, _, _ = play(script())
+    np.testing.assert_allclose(round_.solver.advantages, [0.6, -0.4, -0.4, -0.4, 0.6] * 4, atol=1e-6)
+    np.testing.assert_allclose(round_.proposer.advantages, [0.6] * 4, atol=1e-6)
+
+
+@pytest.mark.parametrize("pair", sorted(RL_PAIRS))
+def test_group_sizes_follow_the_pair(pair):
+    proposer, solver = RL_PAIRS[pair]
+    proposals = 5 if proposer == "grpo" else 1
+    round_, _, _ = play(script(proposals=proposals), game__rl_pair=pair)
+    assert len(round_.proposer.episodes) == 4 * proposals
+    assert len(round_.solver.episodes) == 4 * proposals * (5 if solver == "grpo" else 1)
+    if proposer == "grpo":  # proposals for one answer are compared with each other
+        assert not round_.proposer.advantages.any()
+    ids = [e.uid for e in round_.solver.episodes + round_.proposer.episodes]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "expected"),
+    [
+        ("none", [0.6, 0.6, 0.0, 0.0]),
+        ("batch_mean", [0.3, 0.3, -0.3, -0.3]),
+        ("leave_one_out", [0.4, 0.4, -0.4, -0.4]),
+        ("hop_grouped", [0.7071, 0.7071, -0.7071, -0.7071]),  # searches 1 and 2 each have one good and one bad
+    ],
+)
+def test_proposer_baselines(baseline, expected):
+    def turn(player):
+        good = answer_of(player) in ("Ulaanbaatar", "Lhasa")
+        return script(verified=good)(player)
+
+    round_, _, _ = play(turn, learner__proposer_baseline=baseline)
+    np.testing.assert_allclose(round_.proposer.advantages, expected, atol=1e-3)
+
+
+def test_the_verifier_sees_own_and_noise_documents_and_cannot_search():
+    others = [[Document(f"other {i}{j}", '"o"', "x") for j in range(3)] for i in range(4)]
+    _, _, engine = play(script(), Memory(documents=others))
+    for game in range(4):
+        prompt = engine.prompts[roles.episode_id(roles.VERIFIER, game, 0)]
+        assert prompt.count("Doc ") == 1 + 4
+        assert TASKS[game].answers[0] in prompt
+        assert "corpus" not in prompt
+
+
+def test_noise_of_the_first_round_comes_from_the_corpus_and_of_the_same_step_from_the_others():
+    _, _, first = play(script())
+    _, _, same = play(script(), game__noise_source="same_step", game__noise_documents=2)
+    uid = roles.episode_id(roles.VERIFIER, 0, 0)
+    assert first.prompts[uid].count("noise") == 4
+    assert same.prompts[uid].count("found") == 3 and "noise" not in same.prompts[uid]
+
+
+def test_noise_by_trajectory_takes_all_documents_of_a_game():
+    others = [[Document(f"{i} {j}", '"o"', f"game{i}") for j in range(3)] for i in range(4)]
+    memory = Memory(documents=others, answers=[task.answers for task in TASKS])
+    _, _, engine = play(script(), memory, game__noise_unit="trajectory", game__noise_documents=1)
+    for game in range(4):
+        prompt = engine.prompts[roles.episode_id(roles.VERIFIER, game, 0)]
+        assert sorted(prompt.count(f"game{i}") for i in range(4)) == [0, 0, 0, 3]
+        assert f"game{game}" not in prompt  # what was found for the same answer
+
+
+@pytest.mark.parametrize("source", ["previous_step", "same_step"])
+@pytest.mark.parametrize("unit", ["passage", "trajectory"])
+def test_proposals_for_one_answer_are_no_noise_for_each_other(source, unit):
+    """With GRPO five games share an answer, and each finds a document of its own about it."""
+
+    def turn(player):
+        if player.role is roles.PROPOSER and not player.queries:
+            return f"<search> {answer_of(player, 5)} by {roles.row_of(player.uid)} </search>"
+        return script(proposals=5)(player)
+
+    changes = {"game__rl_pair": "grpo_grpo", "game__noise_source": source, "game__noise_unit": unit}
+    _, memory, _ = play(turn, **changes)
+    round_, _, _ = play(turn, memory, step=1, game__noise_documents=15, **changes)
+    for game in round_.games:
+        about = {document.id.split(" by ")[0] for document in game.noise}
+        assert about == {task.answers[0] for task in TASKS} - {game.task.answers[0]}
+    assert round_.metrics["verifier/noise"] == 15
+
+
+@pytest.mark.parametrize("source", ["previous_step", "same_step"])
+def test_every_verifier_reads_as_many_noise_documents_as_asked_for(source):
+    """All games have found the same few passages, each several times."""
+    few = [[Document(name, f'"{name}"', "old") for name in ("Oslo", "Rome", "Oslo", "x")]] * 4
+    memory = Memory(documents=few, answers=[("Paris",)] * 4)
+    round_, _, engine = play(script(), memory, game__noise_source=source)
+    for game in round_.games:
+        ids = [document.id for document in (*game.proposer.documents, *game.noise)]
+        assert len(game.noise) == 4 and len(set(ids)) == len(ids) == 5
+        assert engine.prompts[roles.episode_id(roles.VERIFIER, game.index, 0)].count("Doc ") == 5
+        assert [shown["id"] for shown in readable(game)["noise"]] == ids[1:]
+
+
+def test_a_round_is_the_same_after_its_memory_was_on_disk():
+    _, memory, _ = play(script())
+    restored = Memory.from_json(json.loads(json.dumps(memory.to_json())))
+    a, b = (play(script(), before, step=1)[0] for before in (memory, restored))
+    assert [readable(game) for game in a.games] == [readable(game) for game in b.games]
+
+
+def test_the_memory_of_an_earlier_version_has_no_answers():
+    _, memory, _ = play(script())
+    saved = memory.to_json()
+    del saved["answers"]
+    assert Memory.from_json(saved) == dataclasses.replace(memory, answers=[])
+
+
+LONG = "Ulaanbaatar" + " and so on" * 100
+
+
+def test_a_given_answer_without_room_in_the_prompt_is_an_outcome_of_the_game():
+    """Nobody played there, so nobody is trained on it; the others go on."""
+    round_, memory, _ = play(script(), tasks=[Task(0, (LONG,), searches=1), *TASKS[1:]], reward__invalid_question=-1.0)
+    assert [game.fault for game in round_.games] == ["too_long_to_propose", "", "", ""]
+    assert [game.proposer_reward for game in round_.games][0] == -1.0
+    assert len(round_.proposer.episodes) == 3 == len(round_.proposer.rewards) == len(round_.proposer.advantages)
+    assert round_.metrics["fault/too_long_to_propose"] == 1 and round_.metrics["funnel/well_formed"] == 3
+    assert readable(round_.games[0])["proposer"] == {"turns": [], "stop_reason": "prompt_tokens"}
+    assert memory.documents[0] == [] and json.dumps(memory.to_json())
+
+
+@pytest.mark.parametrize("fill", ["periodic_reset", "resample"])
+@pytest.mark.parametrize("baseline", ["none", "batch_mean", "hop_grouped"])
+def test_a_step_of_nothing_but_such_answers_trains_nobody(fill, baseline):
+    changes = {"game__batch_fill": fill, "learner__proposer_baseline": baseline}
+    round_, _, _ = play(script(), tasks=[Task(i, (LONG,), searches=1) for i in range(4)], **changes)
+    assert [game.fault for game in round_.games] == ["too_long_to_propose"] * 4
+    assert not round_.proposer.episodes and not round_.solver.episodes
+    assert all(np.isfinite(value) for value in round_.metrics.values())
+
+
+def test_a_question_without_room_in_the_solvers_prompt_earns_nothing():
+    """No solver could answer it, which would be the highest reward."""
+    round_, _, engine = play(script(question=GOOD + " really" * 130))
+    assert [game.fault for game in round_.games] == ["too_long_to_solve"] * 4
+    assert round_.proposer.rewards.tolist() == [0.0] * 4 and not round_.solver.episodes
+    assert not any(uid // roles.ID_ATTEMPTS >= 2 * roles.ID_ROWS for uid in engine.prompts)  # none was verified
+
+
+def test_without_verification_questions_go_straight_to_the_solver():
+    round_, _, engine = play(script(verified=False), game__verify=False)
+    assert len(round_.solver.episodes) == 20
+    assert roles.episode_id(roles.VERIFIER, 0, 0) not in engine.prompts
+
+
+def test_failed_questions_are_filled_from_the_pool_and_their_proposer_still_fails():
+    pool = Memory(pool=[Question("Which one is it?", ("wrong",))])
+    round_, after, _ = play(script(verified=False, solved=(False,) * 5), pool, game__batch_fill="full_reuse")
+    for game in round_.games:
+        assert game.question == Question("Which one is it?", ("wrong",), reused=True)
+        assert game.scores == [1.0] * 5 and game.proposer_reward == 0.0 and game.fault == "unverified"
+    assert after.pool == pool.pool  # reused questions are not added again
+    assert round_.metrics["funnel/reused"] == 4 and round_.metrics["funnel/verified"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fill", "step", "size"),
+    [("full_reuse", 9, 5), ("periodic_reset", 8, 5), ("periodic_reset", 9, 0), ("dummy", 3, 0), ("resample", 3, 0)],
+)
+def test_what_the_pool_keeps(fill, step, size):
+    _, after, _ = play(script(), Memory(pool=[Question("q?", ("a",))]), step, game__batch_fill=fill)
+    assert len(after.pool) == size
+
+
+def test_resampling_proposes_again_until_it_works_or_gives_up():
+    def turn(player):
+        third = player.uid & 511 >= 2
+        return script(verified=third)(player) if player.role is not roles.SOLVER else script()(player)
+
+    round_, _, _ = play(turn, game__batch_fill="resample")
+    assert [g.proposals for g in round_.games] == [3] * 4 and len(round_.solver.episodes) == 20
+    round_, _, _ = play(script(verified=False), game__batch_fill="resample", game__resample_rounds=2)
+    assert [g.proposals for g in round_.games] == [3] * 4 and not round_.solver.episodes
+
+
+def test_the_order_of_ends_changes_nothing():
+    a, memory_a, _ = play(script(proposals=5), game__rl_pair="grpo_grpo")
+    b, memory_b, _ = play(script(proposals=5), game__rl_pair="grpo_grpo", last_first=True)
+    assert [readable(g) for g in a.games] == [readable(g) for g in b.games]
+    assert a.solver.episodes == b.solver.episodes and memory_a == memory_b
+
+
+def test_memory_and_games_survive_json():
+    round_, memory, _ = play(script())
+    assert Memory.from_json(json.loads(json.dumps(memory.to_json()))) == memory
+    shown = json.loads(json.dumps(readable(round_.games[0])))
+    assert shown["question"]["text"] == GOOD and shown["answer"] == "Ulaanbaatar"
+    assert [turn["who"] for turn in shown["proposer"]["turns"]] == ["proposer", "search engine", "proposer"]
+    assert [a["score"] for a in shown["attempts"]] == [1.0, 0.0, 0.0, 0.0, 1.0]
+
+
+class Judge:
+    """Finds one answer right, fails at another, and remembers the batches that it was asked."""
+
+    name = identity = "scripted"
+
+    def __init__(self, right=(), fails=()):
+        self.right, self.fails, self.batches = right, fails, []
+
+    def ask(self, cases, take, progress):
+        self.batches.append([case.answer for case in cases])
+        for i in reversed(range(len(cases))):
+            answer = cases[i].answer
+            take(i, Verdict(None if answer in self.fails else answer in self.right, "reply"))
+            progress()
+
+
+def judged_script(verifier, solver):
+    def turn(player):
+        answer = answer_of(player)
+        if player.role is roles.PROPOSER:
+            return script()(player)
+        return f"<answer> {(verifier if player.role is roles.VERIFIER else solver).get(answer, answer)} </answer>"
+
+    return turn
+
+
+def play_judged(judge, turn, last_first=False, **changes):
+    game = SelfPlay(
+        config(reward__metric="policy", **changes), STAGE, ScriptedEngine(turn, last_first), Corpus(), judge
+    )
+    return game.play(0, TASKS, Memory(), None, None)[0]
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_a_judge_hears_what_exact_match_refuses(last_first):
+    """Its word verifies a question and pays the solver; when it fails, that is counted and nothing is right."""
+    verifier = {"Lhasa": "a capital in Tibet", "Oslo": "no idea", "Rome": "broken"}
+    turn = judged_script(verifier, {"Ulaanbaatar": "the capital of Mongolia"})
+    judge = Judge(right=("a capital in Tibet", "the capital of Mongolia"), fails=("broken",))
+    round_ = play_judged(judge, turn, last_first)
+    assert [game.fault for game in round_.games] == ["", "", "unverified", "unverified"]
+    assert [game.scores for game in round_.games] == [[1.0] * 5, [1.0] * 5, [], []]
+    # Of the first question, verified by exact match, the solvers play at once: one wave for all the judge's cases.
+    assert [sorted(batch) for batch in judge.batches] == [
+        ["a capital in Tibet", "broken", "no idea", *["the capital of Mongolia"] * 5]
+    ]
+    assert (round_.metrics["judge/asked"], round_.metrics["judge/failed"]) == (8, 1)
+    assert round_.useless_reply is None
+
+
+def test_a_judge_that_says_nothing_is_heard_of():
+    answers = {"Lhasa": "broken", "Oslo": "broken"}
+    round_ = play_judged(Judge(fails=("broken",)), judged_script(answers, answers))
+    assert round_.metrics["judge/failed"] == round_.metrics["judge/asked"] > 0 and round_.useless_reply == "reply"
+
+
+def test_a_judge_is_heard_again_after_its_word_lets_a_question_pass():
+    judge = Judge(right=("mine",))
+    round_ = play_judged(judge, judged_script({"Lhasa": "mine"}, {"Lhasa": "mine"}))
+    assert judge.batches == [["mine"], ["mine"] * 5] and round_.games[1].scores == [1.0] * 5
+
+
+def test_temperatures_reach_the_players():
+    """In the reference the proposer's own setting goes nowhere."""
+    seen = set()
+
+    def turn(player):
+        seen.add((player.role.name, player.temperature))
+        return script()(player)
+
+    play(turn, sampling__temperature=0.7, sampling__verify_temperature=0.3)
+    assert seen == {("proposer", 0.7), ("verifier", 0.3), ("solver", 0.7)}
+
+
+def test_without_a_judge_no_metric_of_one_is_written():
+    round_ = play(script())[0]
+    assert not any(key.startswith("judge/") for key in round_.metrics) and round_.useless_reply is None
+
+
+def test_questions_proposed_again_are_verified_too_with_noise_of_the_same_step():
+    """batch_fill=resample brings new questions while the first ones are verified; each must come to an end."""
+
+    def turn(player):
+        if player.role is roles.VERIFIER and (player.uid & 511) == 0:
+            return "<answer> wrong </answer>"  # the first proposal of each game
+        return script()(player)
+
+    changes = {"game__noise_source": "same_step", "game__batch_fill": "resample"}
+    round_, _, _ = play(turn, **changes)
+    assert [(game.fault, game.proposals, len(game.scores)) for game in round_.games] == [("", 2, 5)] * 4

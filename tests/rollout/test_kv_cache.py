@@ -1,0 +1,94 @@
+"""Cache: what a budget buys. What the pieces hold is tested where they are used, in test_sampler and test_engine."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssp_jax.errors import InputError
+from ssp_jax.rollout.kv_cache import full_layout, layout_for, put, put_in_turn
+from ssp_jax.rollout.scheduler import Memory
+
+ENDS = (1024, 4096, 12288)
+WAYS = [jax.jit(way, static_argnames="axis") for way in (put, put_in_turn)]
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.integers(1, 4), st.integers(1, 64), st.integers(12288, 3_000_000))
+def test_a_layout_keeps_to_its_budget(parts, each, tokens):
+    tokens *= parts
+    layout = layout_for(ENDS, each * parts, tokens, parts)
+    assert layout.tokens <= tokens
+    assert all(n % parts == 0 and n >= parts for n in layout.rows)
+    assert list(layout.rows) == sorted(layout.rows, reverse=True)
+    if tokens >= parts * each * 12288:
+        assert layout == full_layout(ENDS, each * parts, parts)
+    elif layout.rows[0] == each * parts:
+        # No rows are left unbought that a flatter fall would have given: three quarters of the budget are used.
+        assert layout.tokens > 0.5 * tokens or layout.rows[0] == layout.rows[1]
+
+
+def test_seven_billion_parameters_on_one_device():
+    """24 GiB at 56 KiB a token: every slot starts, and 25 of them may be in the last piece, 27 times more than none."""
+    layout = layout_for(ENDS, 64, 24 * 2**20 // 56)
+    assert layout.rows[0] == 64 and 50 <= layout.rows[1] <= 60 and 24 <= layout.rows[2] <= 30
+    assert full_layout(ENDS, 64).tokens > 1.7 * layout.tokens
+
+
+def test_less_memory_than_slots_makes_fewer_slots():
+    assert layout_for(ENDS, 64, 12288 + 10 * 1024).rows == (11, 1, 1)
+    with pytest.raises(InputError, match="kv_cache_gib has room for 12287 tokens; expected at least 12288"):
+        layout_for(ENDS, 64, 12287)
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.data())
+def test_no_row_ever_has_two_owners(data):
+    """Slots that grow and leave in any order; memory is exactly what was promised, and all comes back."""
+    layout = layout_for((4, 8, 16), 4, 60, parts=2)
+    memory = Memory(layout)
+    for _ in range(30):
+        slot = data.draw(st.integers(0, 3))
+        if data.draw(st.booleans()):
+            memory.grow(slot, data.draw(st.integers(1, 16)))
+        else:
+            memory.release(slot)
+        for piece in (1, 2):
+            each = layout.rows[piece] // 2
+            for part in (memory.rows_JB[piece - 1, :2], memory.rows_JB[piece - 1, 2:]):
+                taken = [row for row in part if row < each]
+                assert len(taken) == len(set(taken))
+        has = (memory.rows_JB < [[layout.rows[1] // 2], [layout.rows[2] // 2]]).sum(0)
+        assert [layout.ends[n] for n in has] == memory.room_B.tolist()
+    for slot in range(4):
+        memory.release(slot)
+    for slot in range(4):
+        assert memory.fits(slot, 16)
+        memory.grow(slot, 16)
+        assert memory.room_B[slot] == 16
+        memory.release(slot)
+
+
+@pytest.mark.parametrize("axis,size,length", [(3, 300, 7), (3, 384, 150), (2, 40, 7), (2, 6, 9)])
+def test_both_ways_to_write_put_the_same_tokens_where_they_belong(axis, size, length):
+    """Before, inside, across and behind a piece and the tiles of its last axis; a row out of range is padding."""
+    shape = [5, 2, 3, 3]
+    shape[axis] = size
+    old = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    shape[0], shape[axis] = 2, length
+    new = -1 - np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    firsts = (-length, -1, 0, 1, 121, 127, 128, 250, size - length, size - 1, size + 1)
+    for row, first, count in itertools.product((0, 4, 5), firsts, (0, 1, length // 2, length)):
+        rows, places, counts = (row, 2), (first, 3), (count, 2)
+        expected = np.moveaxis(old.copy(), axis, 1)
+        for n, values in enumerate(np.moveaxis(new, axis, 1)):
+            for i in range(counts[n]):
+                if rows[n] < 5 and 0 <= places[n] + i < size:
+                    expected[rows[n], places[n] + i] = values[i]
+        for way in WAYS:
+            got = way(*map(jnp.asarray, (old, new)), *map(jnp.array, (rows, places, counts)), axis=axis)
+            np.testing.assert_array_equal(np.moveaxis(np.asarray(got), axis, 1), expected)

@@ -1,0 +1,107 @@
+"""The sampler's compiled programs: no copies of the cache, no rows computed twice, nothing sent between parts."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ssp_jax.model import decoder, sharding
+from ssp_jax.plan import memory
+from ssp_jax.rollout import kv_cache, sampler
+
+CONFIG = decoder.ModelConfig(64, 2, 32, 4, 2, 8, 48)
+DEEP = decoder.ModelConfig(64, 5, 32, 4, 2, 8, 48)
+
+
+def compiled(axes, config=CONFIG, ends=(16, 48), rows=(8, 8), written=(8, 16), dtype="float32", devices=None, steps=8):
+    """Each program for a mesh that is split so, and the bytes of keys and values on one of its devices.
+
+    written: rows and tokens of each in a call of extend.
+    """
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)), devices)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def numbers(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    state = jax.eval_shape(lambda: sampler.init_state(config, kv_cache.Layout(ends, rows, axes[0] * axes[1]), dtype))
+    params = jax.eval_shape(lambda: decoder.unstack(decoder.init_params(config, jax.random.key(0)), dtype))
+    shardings = sharding.state_shardings(state, mesh)
+    params = memory.place(params, sharding.param_shardings(params, mesh, drop=("fsdp",)))
+    state, rows_JB, slots = memory.place(state, shardings), numbers(1, rows[0]), numbers(rows[0])
+    some = numbers(written[0])
+    begun = sampler.Starts(*[some] * 6, numbers(written[0], dtype=jnp.float32))
+    stops = sampler.Stops(numbers(9, config.vocab_size, dtype=jnp.int8), numbers(9, dtype=jnp.int8))
+    key = numbers(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    tokens_NT, common = numbers(*written), dict(depth=2, shardings=shardings)
+    lowered = {
+        "extend": sampler.extend.lower(config, params, state, rows_JB, begun, tokens_NT, some, dtype=dtype, **common),
+        "share": sampler.share.lower(state, rows_JB, some, begun, **common),
+        "decode": sampler.decode_chunk.lower(
+            config, params, state, rows_JB, slots, stops, key, eos=(1,), steps=steps, dtype=dtype, **common
+        ),
+    }
+    return {name: program.compile() for name, program in lowered.items()}, memory.device_bytes(state.caches)
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_the_cache_is_not_copied(steps):
+    """Temporaries are about what one of many layers has: a chunk reads the cache where it is, and writes into it."""
+    programs, size = compiled((1, 1, 1), DEEP, ends=(256, 1024), rows=(64, 16), written=(4, 16), steps=steps)
+    for name in ("extend", "decode"):
+        assert programs[name].memory_analysis().temp_size_in_bytes < 0.3 * size, name
+
+
+def test_bfloat16_programs_of_two_devices_compile_and_send_nothing():
+    """What accelerators run: JAX 0.11.2 has a compiler that crashes here, and only in bfloat16."""
+    for name, program in compiled((1, 2, 1), dtype="bfloat16")[0].items():
+        assert not re.findall(r" (?:all-|collective-|reduce-scatter)\w*\(", program.as_text()), name
+
+
+def test_each_part_of_a_mesh_computes_its_own_rows_and_sends_nothing():
+    """On 8 devices each computes an eighth, and with `tensor` nothing goes beyond the two that share heads."""
+    one, parts, mixed = (compiled(axes)[0] for axes in ((1, 1, 1), (4, 2, 1), (2, 2, 2)))
+    for name, program in one.items():
+        flops = program.cost_analysis()["flops"]
+        assert parts[name].cost_analysis()["flops"] < 1.1 * flops / 8, name
+        assert name == "share" or mixed[name].cost_analysis()["flops"] < 1.4 * flops / 8, name
+        communication = r" (?:all-|collective-|reduce-scatter)\w*\(.*"
+        assert not re.findall(communication, parts[name].as_text()), name
+        for found in re.findall(communication, mixed[name].as_text()):
+            groups = re.findall(r"[{,]\{(\d),(\d)\}", found)
+            assert "replica_groups=[4,2]<=[8]," in found or groups, found
+            assert all(int(a) // 2 == int(b) // 2 for a, b in groups), found
+
+
+TPU = """
+import json, re, sys
+from ssp_jax.model import decoder
+from ssp_jax.plan import compile, hardware
+from tests.rollout.test_programs import compiled
+
+data, fsdp, tensor = axes = json.loads(sys.argv[1])
+config, parts = decoder.ModelConfig(2048, 2, 256, 8, 4, 128, 512), data * fsdp
+devices = compile.make_devices(hardware.parse_topology("v5e:2x2"))
+programs, size = compiled(axes, config, (512, 2048), (32, 16), (2 * parts, 128), "bfloat16", devices)
+of_a_device = [sorted((rows // parts, 4 // tensor, 128, length)) for rows, length in ((32, 512), (16, 1536))]
+for name in ("extend", "decode"):
+    for line in programs[name].as_text().splitlines():
+        made = re.search(r"= bf16\\[([\\d,]+)\\].* (copy|transpose|scatter)\\(", line)
+        assert not made or sorted(map(int, made[1].split(","))) not in of_a_device, (name, line)
+print(json.dumps({name: program.memory_analysis().temp_size_in_bytes / size for name, program in programs.items()}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs `pip install libtpu`: compiles for TPU")
+@pytest.mark.parametrize("axes", [(2, 2, 1), (1, 1, 4)])
+def test_on_tpu_the_cache_is_not_copied_either(axes):
+    command = [sys.executable, "-c", TPU, json.dumps(axes)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    share = json.loads(done.stdout)
+    assert max(share["extend"], share["decode"]) < 0.3, share
