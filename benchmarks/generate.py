@@ -62,7 +62,7 @@ def timed(rollout: Callable[[], int], repeats: int, expected: int) -> dict[str, 
 class Rollout:
     """A player of the engine that plays one turn of a fixed length."""
 
-    stop_set, stop_reason, temperature = 0, "", 1.0
+    stop_automaton, stop_reason, temperature = 0, "", 1.0
 
     def __init__(self, uid: int, prompt: list[int], new: int):
         self.uid, self.tokens, self._limit = uid, list(prompt), len(prompt) + new
@@ -71,14 +71,14 @@ class Rollout:
     def token_limit(self) -> int:
         return self._limit
 
-    def going_on(self, tokens: list[int], logprobs: list[float]) -> None:
+    def append(self, tokens: list[int], logprobs: list[float]) -> None:
         self.tokens += tokens
         self.logprobs += logprobs
 
-    def stopped(self, tokens: list[int], logprobs: list[float], stop: int) -> None:
-        self.going_on(tokens, logprobs)
+    def end_turn(self, tokens: list[int], logprobs: list[float], stop: int) -> None:
+        self.append(tokens, logprobs)
 
-    def observe(self, result: Any) -> None:
+    def insert_result(self, result: Any) -> None:
         raise AssertionError("nothing was searched for")
 
 

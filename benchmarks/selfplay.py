@@ -34,7 +34,7 @@ from ssp_jax.assemble import make_stage  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
 from ssp_jax.game import roles
 from ssp_jax.game.selfplay import (
-    Memory,
+    ReplayState,
     Round,
     SelfPlay,  # noqa: E402
 )
@@ -92,12 +92,12 @@ class StaticLoop(engine.Engine):
         slots, none = device.layout.rows[0], np.zeros((0, device.layout.rows[0]), np.int32)
         room_B = np.full((slots,), device.layout.ends[-1], np.int32)
         rows = [
-            Row(i, p.tokens, 0, len(p.tokens) - 1, p.token_limit(), p.stop_set, p.uid, p.temperature)
+            Row(i, p.tokens, 0, len(p.tokens) - 1, p.token_limit(), p.stop_automaton, p.uid, p.temperature)
             for i, p in enumerate(active)
         ]
         stats.written_tokens += sum(row.count for row in rows)
-        for i in range(0, len(rows), device.rows_of_a_part):
-            part = rows[i : i + device.rows_of_a_part]
+        for i in range(0, len(rows), device.rows_per_shard):
+            part = rows[i : i + device.rows_per_shard]
             device.extend(none, part, self._sizes.extend_len(max(row.count for row in part)), 0)
         stops: dict[int, int] = {}
         new: list[tuple[list[int], list[float]]] = [([], []) for _ in active]
@@ -115,14 +115,14 @@ class StaticLoop(engine.Engine):
         searching, queries = [], []
         for i, player in enumerate(active):
             stats.sampled_tokens += len(new[i][0])
-            query = player.stopped(*new[i], stops[i])
+            query = player.end_turn(*new[i], stops[i])
             if query is not None:
                 searching.append(player)
                 queries.append(query)
         if queries:
             stats.searches += len(queries)
             for player, result in zip(searching, self._search(queries), strict=True):
-                player.observe(result)
+                player.insert_result(result)
         return [player for player in searching if not player.stop_reason]
 
 
@@ -130,7 +130,7 @@ class StaticLoop(engine.Engine):
 class Setting:
     config: ConfigDict
     tasks: list[data.Task]
-    stage: roles.Stage
+    stage: roles.EpisodeContext
     retriever: Retriever
     params: decoder.Params
     arguments: tuple[Any, ...]  # of Engine, but sizes
@@ -171,7 +171,7 @@ def play(setting: Setting, game: SelfPlay) -> tuple[dict[int, list[int]], dict[s
         seen.append((stats.finished, stats.busy_steps, stats.slot_steps))
 
     start = time.monotonic()
-    round_, _ = game.play(0, setting.tasks, Memory(), setting.params, jax.random.key(setting.config.seed), progress)
+    round_, _ = game.play(0, setting.tasks, ReplayState(), setting.params, jax.random.key(setting.config.seed), progress)
     seconds = time.monotonic() - start
     finished, busy, steps = np.array(seen).T
     most = int(np.searchsorted(finished, 0.9 * finished[-1]))

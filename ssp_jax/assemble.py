@@ -37,7 +37,7 @@ class Inputs:
     model_config: decoder.ModelConfig
     weights: str  # digest of the initial ones
     tokenizer: Any
-    stage: roles.Stage
+    stage: roles.EpisodeContext
     eos: tuple[int, ...]
     server: judge.OpenAI | None  # where one is asked
     stamps: dict[str, str]  # digests of the files that training depends on
@@ -81,14 +81,14 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
         if config.checkpoint.export and not evaluating:
             hf_save.check_place(Path(workdir) / hf_save.FOLDER)
         found = _read_files(config, evaluating)
-        if processes.first() and not evaluating:
+        if processes.is_coordinator() and not evaluating:
             # Before the index of a changed corpus is built, for hours, and takes the place of the one before.
             check_unchanged(workdir, lambda: found["stamps"] | of_search())
         return found
 
-    found = processes.agree(files, _settings(config))
-    processes.agree(lambda: make_mesh(config))
-    server = processes.agree(lambda: _open_judge(config, found, evaluating))
+    found = processes.run_on_all(files, _settings(config))
+    processes.run_on_all(lambda: make_mesh(config))
+    server = processes.run_on_all(lambda: _open_judge(config, found, evaluating))
     asked = found["tasks"] or next(iter(found["eval_sets"].values()))
     search = open_search(config.retriever, workdir, asked)
     if not evaluating:
@@ -146,17 +146,17 @@ def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
     if c.kind == "http":
         probes = [task.question or task.answers[0] for task in tasks[:64]]
         remote = functools.partial(RemoteRetriever, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries)
-        return processes.agree(lambda: remote(c.url, probes))
+        return processes.run_on_all(lambda: remote(c.url, probes))
     index = index_folder(c, workdir)
     settings = {"stemmer": c.stemmer, "stopwords": c.stopwords, "k1": c.k1, "b": c.b}
-    if processes.several():
-        processes.by_first(lambda: ensure_index(c.corpus, index, **settings))
-    return processes.agree(lambda: open_retriever(c.corpus, index, **settings, threads=c.threads))
+    if processes.is_multiprocess():
+        processes.run_on_coordinator(lambda: ensure_index(c.corpus, index, **settings))
+    return processes.run_on_all(lambda: open_retriever(c.corpus, index, **settings, threads=c.threads))
 
 
 def _settings(config: ConfigDict) -> dict[str, Any]:
     """What must be the same on all processes before any of them does anything."""
-    if not processes.several():
+    if not processes.is_multiprocess():
         return {}
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
     facts = {f"config key {key}": value for key, value in flatten_config(config).items()}
@@ -179,12 +179,12 @@ def evaluation_inputs(config: ConfigDict, inputs: Inputs) -> dict[str, str]:
     return found | {"the settings": processes.digest(settings)}
 
 
-def compare(inputs: Inputs, more: dict[str, Any]) -> None:
+def check_same_inputs(inputs: Inputs, more: dict[str, Any]) -> None:
     """Nothing begins before all processes have been found to be about to do the same."""
-    if not processes.several():
+    if not processes.is_multiprocess():
         return
     facts = {f"{name} (a digest)": digest for name, digest in inputs.digests.items()}
-    processes.share(lambda: None, facts | {"the number of passages": len(inputs.retriever)} | more)
+    processes.all_gather_objects(lambda: None, facts | {"the number of passages": len(inputs.retriever)} | more)
 
 
 def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
@@ -198,10 +198,10 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     return mesh
 
 
-def make_stage(config: ConfigDict, tokenizer: Any) -> roles.Stage:
+def make_stage(config: ConfigDict, tokenizer: Any) -> roles.EpisodeContext:
     p, limits = config.prompt, roles.Limits(**config.limits)
     style = dataclasses.replace(prompts.STYLES[p.style], worked_example=p.worked_example)
-    stage = roles.Stage(tokenizer, style, p.template, limits)
+    stage = roles.EpisodeContext(tokenizer, style, p.template, limits)
     least = len(stage.encode(style.observation_text.format(documents="")))
     if limits.observation_tokens <= least:
         raise InputError(

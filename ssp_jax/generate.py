@@ -40,7 +40,17 @@ from ssp_jax.config import BOUNDS, user_path
 from ssp_jax.data import Row, read_rows
 from ssp_jax.errors import InputError, exit_code, json_line, printable
 from ssp_jax.game import prompts, roles
-from ssp_jax.game.roles import ASSISTANT, SEARCH_ENGINE, SOLVER, Episode, Limits, Player, Role, Stage, episode_id
+from ssp_jax.game.roles import (
+    ASSISTANT,
+    SEARCH_ENGINE,
+    SOLVER,
+    Episode,
+    EpisodeContext,
+    EpisodePlayer,
+    Limits,
+    Role,
+    episode_id,
+)
 from ssp_jax.model import decoder, hf_load, sharding
 from ssp_jax.model.tokens import decode
 from ssp_jax.retriever.search import Retriever
@@ -122,7 +132,7 @@ def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bo
     )
 
 
-def _room(m: Model, stage: Stage, longest: int) -> int:
+def _room(m: Model, stage: EpisodeContext, longest: int) -> int:
     """Tokens after the longest prompt. Where the context is shorter the memory is, and ends an episode."""
     return max(1, min(stage.limits.response_tokens, m.context - longest))
 
@@ -138,7 +148,7 @@ def no_search(queries: list[str]) -> Sequence[Any]:
 
 def play(
     m: Model,
-    stage: Stage,
+    stage: EpisodeContext,
     role: Role,
     prompt_tokens: Sequence[list[int]],
     temperature: float = 0.0,
@@ -151,13 +161,13 @@ def play(
     lengths = [len(prompt) for prompt in prompt_tokens]
     engine = make_engine(m, make_sizes(m, lengths, _room(m, stage, max(lengths)), search is not no_search), search)
     players = [
-        Player(stage, role, episode_id(role, row, 0), temperature, list(prompt))
+        EpisodePlayer(stage, role, episode_id(role, row, 0), temperature, list(prompt))
         for row, prompt in enumerate(prompt_tokens)
     ]
     rows = {player.uid: row for row, player in enumerate(players)}
     ended: dict[int, Episode] = {}
 
-    def finished(player: Player) -> list[Player]:
+    def finished(player: EpisodePlayer) -> list[EpisodePlayer]:
         row = rows[player.uid]
         ended[row] = player.episode()
         take(row, ended[row])
@@ -174,7 +184,7 @@ def make_stage(
     style: prompts.Style = prompts.STYLES["search_r1"],
     template: str = "chat",
     prompt_tokens: int = sys.maxsize,
-) -> Stage:
+) -> EpisodeContext:
     """Limits that follow from the number of tokens and searches; a prompt may be as long as it is."""
     limits = Limits(
         prompt_tokens=prompt_tokens,
@@ -185,7 +195,7 @@ def make_stage(
         searches=max_searches,
         observation_tokens=min(2048, max_tokens),
     )
-    return Stage(tokenizer, style, template, limits)
+    return EpisodeContext(tokenizer, style, template, limits)
 
 
 def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
@@ -216,7 +226,7 @@ def _of(row: Row) -> Iterator[None]:
         raise InputError(f"{row.path} line {row.line}: {error}") from None
 
 
-def _encoded(f: Any, stage: Stage, rows: Sequence[Row]) -> list[list[int]]:
+def _encoded(f: Any, stage: EpisodeContext, rows: Sequence[Row]) -> list[list[int]]:
     """The prompts of all lines; one that the model cannot hold is told before anything is loaded."""
     context, encoded = hf_load.context_tokens(f.model), []
     for row in rows:
@@ -322,21 +332,21 @@ def answer_file(f: Any) -> None:
 # --- questions typed by a person --------------------------------------------------------------------------------------
 
 
-class Watched(Player):
+class Watched(EpisodePlayer):
     """A player whose turns are shown while they are written: show(text, who) gets each piece once."""
 
     show: Callable[[str, str], None]
     _shown = 0  # characters of the turn
 
-    def going_on(self, tokens: list[int], logprobs: list[float]) -> None:
-        super().going_on(tokens, logprobs)
+    def append(self, tokens: list[int], logprobs: list[float]) -> None:
+        super().append(tokens, logprobs)
         text = self.stage.decode(self.tokens[self._turn_start :])
         if not text.endswith("\ufffd"):  # half a character: the next chunk completes it
             self.show(text[self._shown :], self.role.name)
             self._shown = len(text)
 
-    def observe(self, result: Sequence[Any]) -> None:
-        super().observe(result)
+    def insert_result(self, result: Sequence[Any]) -> None:
+        super().insert_result(result)
         self.show(self.turns[-1][1], SEARCH_ENGINE)
         self._shown = 0
 
@@ -386,7 +396,7 @@ def _typed(typing: bool) -> Iterator[str]:
             yield line
 
 
-def _stage(f: Any, tokenizer: Any, prompt_tokens: int) -> Stage:
+def _stage(f: Any, tokenizer: Any, prompt_tokens: int) -> EpisodeContext:
     """What can be told of the tokenizer and its template is told here."""
     style = dataclasses.replace(prompts.STYLES[f.style], worked_example=f.worked_example)
     stage = make_stage(tokenizer, f.max_tokens, f.max_searches, style, f.template, prompt_tokens)

@@ -37,12 +37,12 @@ def _run(argv: list[str]) -> None:
     command = parse_command_line(rest)
     # Here, so that mistakes above are told before the seconds that JAX takes to load.
     from ssp_jax import train
-    from ssp_jax.evaluation.run import examine
+    from ssp_jax.evaluation.run import evaluate_workdir
     from ssp_jax.runtime import processes
 
     processes.start(place, os.environ)
-    run = examine if command.mode == "eval" else train.train
-    with processes.ending(command.workdir):
+    run = evaluate_workdir if command.mode == "eval" else train.train
+    with processes.fail_fast(command.workdir):
         run(command.config, command.workdir)
 
 

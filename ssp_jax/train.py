@@ -18,14 +18,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssp_jax import data
-from ssp_jax.assemble import Inputs, compare, evaluation_inputs, make_mesh, read_inputs
+from ssp_jax.assemble import Inputs, check_same_inputs, evaluation_inputs, make_mesh, read_inputs
 from ssp_jax.config import advice
 from ssp_jax.errors import InputError, sentence
 from ssp_jax.evaluation import evaluate as evaluate
 from ssp_jax.evaluation import paper_table
-from ssp_jax.evaluation.evaluate import Result, Setting
+from ssp_jax.evaluation.evaluate import EvalContext, Result
 from ssp_jax.game import judge, roles
-from ssp_jax.game.selfplay import Memory, Round, SelfPlay, Training, readable
+from ssp_jax.game.selfplay import ReplayState, Round, SelfPlay, Training, readable
 from ssp_jax.learner import state, update
 from ssp_jax.model import attention, decoder, hf_load, hf_save, sharding
 from ssp_jax.rollout.engine import Engine, Sizes, Stats
@@ -34,19 +34,19 @@ from ssp_jax.runtime import device_memory, processes, records
 from ssp_jax.runtime.checkpoint import Checkpoints, leaf_digests
 from ssp_jax.runtime.logger import CompileCounter, Logger, peak_memory_gib
 from ssp_jax.runtime.processes import Stop, Terminated
-from ssp_jax.workdir import as_read, held, keep_config, trained_with
+from ssp_jax.workdir import as_read, keep_config, lock_workdir, trained_with
 
 
 def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
     keep_compiled(workdir)
-    with held(workdir):
+    with lock_workdir(workdir):
         inputs, mesh = read_inputs(config, workdir), make_mesh(config)
         # After the inputs: a mistyped path must not become the workdir's config.
-        processes.agree(lambda: keep_config(workdir, config) if processes.first() else None)
+        processes.run_on_all(lambda: keep_config(workdir, config) if processes.is_coordinator() else None)
         processes.check_shared(Path(workdir))
         run = _Run(config, workdir, inputs, mesh)
-        compare(inputs, {"the newest checkpoint": run.step, "the memory": processes.digest(run.memory)})
+        check_same_inputs(inputs, {"the newest checkpoint": run.step, "the memory": processes.digest(run.memory)})
         _to_the_end(run, config)
 
 
@@ -71,7 +71,7 @@ def _to_the_end(run: "_Run", config: ConfigDict) -> None:
             run.checkpoints.wait()
             sys.exit(stop.code)
         except InputError as error:  # such as a search server that stays away; no update raises one
-            if not processes.together(error):
+            if not processes.is_collective(error):
                 raise
             if run.step:
                 run.save()
@@ -110,7 +110,7 @@ def make_learner_config(
         temperature=config.sampling.temperature,
         response_tokens=config.limits.response_tokens,
         rows_sharding=None if mesh is None else sharding.rows_sharding(mesh),
-        attention=attention.chosen(config.model.attention, platform),
+        attention=attention.select_kernel(config.model.attention, platform),
         **{name: value for name, value in config.learner.items() if name in names},
     )
 
@@ -148,13 +148,13 @@ def make_setting(
     judges: Callable[[str], judge.Judge | None],
     logger: Logger,
     stop: Callable[[], None],
-) -> Setting:
+) -> EvalContext:
     """Of the evaluations of a run."""
     metric = config.eval.judge
-    return Setting(
+    return EvalContext(
         folder=workdir / "eval",
         inputs=evaluation_inputs(config, inputs),
-        training=processes.share(lambda: trained_with(str(workdir)) if processes.first() else "")[0],
+        training=processes.all_gather_objects(lambda: trained_with(str(workdir)) if processes.is_coordinator() else "")[0],
         sets=inputs.eval_sets,
         engine=engine,
         stage=inputs.stage,
@@ -173,7 +173,7 @@ def sampler_copy(
     """Params on the learner's mesh -> what this process plays with. All processes must call it together."""
     everywhere, own = sharding.playing_meshes(mesh)
     copy = sharding.sampler_copy(model_config, everywhere, jnp.dtype(config.model.dtype))
-    return lambda params: sharding.own_part(copy(params), own) if processes.several() else copy(params)
+    return lambda params: sharding.local_view(copy(params), own) if processes.is_multiprocess() else copy(params)
 
 
 def load_initial(config: ConfigDict, model_config: decoder.ModelConfig, mesh: jax.sharding.Mesh) -> decoder.Params:
@@ -200,7 +200,7 @@ class _Run:
         )
         judging = self._judges(config.reward.metric)
         self._game = SelfPlay(config, inputs.stage, self._engine, inputs.retriever, judging)
-        self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step, mute=not processes.first())
+        self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step, mute=not processes.is_coordinator())
 
     def _build_model(self) -> None:
         """Initial weights from the model folder; the train state from them or from the newest checkpoint."""
@@ -214,13 +214,13 @@ class _Run:
         reference = cast(initial) if c.kl_coef else None
         self._state = state.init_state(c, initial)
         self._learner = update.Learner(c, self._state, reference, lambda batch: sharding.put_rows(batch, rows))
-        self.step, self.memory, self._seconds = 0, Memory(), 0.0
+        self.step, self.memory, self._seconds = 0, ReplayState(), 0.0
         self._damaged: dict[int, str] = {}
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
         if restored := self.checkpoints.restore_newest(like):
             self._state, game = restored.state, restored.game
             self.step, self._damaged = restored.step, restored.damaged
-            self.memory, self._seconds = Memory.from_json(game["memory"]), game["seconds"]
+            self.memory, self._seconds = ReplayState.from_json(game["memory"]), game["seconds"]
         self._to_sampler = sampler_copy(self._config, config, self._mesh)
         # While it judges what is trained, the initial model is in memory beside the player, and the slots leave room.
         judging = self._config.reward.metric == "policy"
@@ -232,7 +232,7 @@ class _Run:
 
     def warm_up(self, stop: Stop) -> None:
         devices = f"{self._mesh.devices.size} x {jax.devices()[0].device_kind}"
-        if processes.several():
+        if processes.is_multiprocess():
             devices += f" of {jax.process_count()} processes"
         start = f"resuming after step {self.step}" if self.step else "starting"
         for step, reason in self._damaged.items():
@@ -248,11 +248,11 @@ class _Run:
             leaf_digests(self._state)
             # Together: one process may find in its cache what another compiles, or be told that it does not fit.
             params = self._to_sampler(self._state.params)
-            processes.agree(functools.partial(self._engine.warm_up, params, self._key, stop))
+            processes.run_on_all(functools.partial(self._engine.warm_up, params, self._key, stop))
             del params
             with device_memory.must_fit("the update", update.MEMORY_REMEDY):
                 self._learner.warm_up(self._state.params)
-        self.logger.say(f"{'each process: ' if processes.several() else ''}{self._engine.memory}")
+        self.logger.say(f"{'each process: ' if processes.is_multiprocess() else ''}{self._engine.memory}")
         took = time.monotonic() - began
         self.logger.say(f"warm-up took {took:.1f} s: {self.compiles.count} programs, {self.compiles.seconds:.1f} s")
 
@@ -352,7 +352,7 @@ class _Run:
             when: {name: result.document["sets"][name] for name in self._inputs.eval_sets}
             for when, result in results.items()
         }
-        if processes.first():
+        if processes.is_coordinator():
             records.write_document(self._workdir / "summary.json", summary)
         if len(results) == 2 and self._inputs.eval_sets:
             figures = paper_table.table_1(self._config.model.path)

@@ -26,7 +26,7 @@ EVALUATION_MAY_CHANGE = (*MAY_CHANGE, "mesh.", "data.", "game.", "rules.", "rewa
 
 
 @contextlib.contextmanager
-def held(workdir: str) -> Iterator[None]:
+def lock_workdir(workdir: str) -> Iterator[None]:
     """The workdir, for one run on this machine at a time: a second one would write into the same files.
 
     The lock is one of the folder itself, and ends with the process, however that ends.
@@ -47,7 +47,7 @@ def held(workdir: str) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"workdir {workdir} cannot be used: {error}") from error
     try:
-        processes.agree(lambda: lock() if processes.first() else None)
+        processes.run_on_all(lambda: lock() if processes.is_coordinator() else None)
         yield
     finally:
         os.close(folder)

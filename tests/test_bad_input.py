@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from ssp_jax import audit, generate, main, stamps
 from ssp_jax.config import CHOICES, parse_command_line
 from ssp_jax.errors import shown
-from ssp_jax.game.selfplay import Memory
+from ssp_jax.game.selfplay import ReplayState
 from ssp_jax.plan import __main__ as plan
 from ssp_jax.report import __main__ as report
 from ssp_jax.retriever import __main__ as retriever
@@ -1309,7 +1309,7 @@ def with_step(run: Path, config: ConfigDict) -> None:
     """One checkpoint, and nothing else."""
     files = stamps.of_weights(config.model.path) | stamps.of_files(config)
     files |= stamps.of_search(config.retriever, config.retriever.index)
-    game = {"memory": Memory().to_json(), "seconds": 1.0, "config": as_read(config), "stamps": files}
+    game = {"memory": ReplayState().to_json(), "seconds": 1.0, "config": as_read(config), "stamps": files}
     with Checkpoints(str(run), every=1, keep=1) as checkpoints:
         checkpoints.save(1, {"x": jnp.zeros(3)}, game)
 

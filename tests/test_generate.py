@@ -131,7 +131,7 @@ def test_text_is_shown_once_however_chunks_cut_it():
         player = generate.Watched(stage, generate.ASSISTANT, 0, 0.0, [5])
         player.show = lambda text, who: shown.append(text)
         for i in range(0, len(tokens), size):
-            player.going_on(tokens[i : i + size], [0.0] * len(tokens[i : i + size]))
+            player.append(tokens[i : i + size], [0.0] * len(tokens[i : i + size]))
         assert "".join(shown) == "Zürich, São Paulo"
 
 

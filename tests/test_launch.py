@@ -213,8 +213,8 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
     run.mkdir()
     (run / "COMMIT").write_text("another")
     until_shown = f"until grep -q tail {shlex.quote(str(tmp_path / 'sent'))}; do sleep 0.05; done 2>/dev/null"
-    going_on = ["bash", "-c", f"({until_shown}) & echo $!; wait"]
-    with subprocess.Popen(going_on, stdout=subprocess.PIPE, text=True) as process:
+    append = ["bash", "-c", f"({until_shown}) & echo $!; wait"]
+    with subprocess.Popen(append, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         (run / "run.pid").write_text(process.stdout.readline())
         (run / "run.log").write_text("step 3\n")

@@ -224,7 +224,7 @@ def play_again() -> None:
 
 def evaluate_again(folder: Path) -> None:
     with Logger(str(folder), 0, tensorboard=False) as logger:
-        empty: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(evaluate.Setting))
+        empty: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(evaluate.EvalContext))
         sets = {"nq": [data.Task(0, ("x",), "Who?")]}
         given_ = {
             "folder": folder / "eval",
@@ -234,7 +234,7 @@ def evaluate_again(folder: Path) -> None:
             "metric": "em",
             "logger": logger,
         }
-        evaluate.evaluate(evaluate.Setting(**(empty | given_)), 0, "weights", play_again)
+        evaluate.evaluate(evaluate.EvalContext(**(empty | given_)), 0, "weights", play_again)
 
 
 def evaluated(folder: Path) -> None:

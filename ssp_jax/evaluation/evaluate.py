@@ -24,7 +24,7 @@ from ssp_jax.evaluation.scores import Values
 from ssp_jax.game import prompts, rewards
 from ssp_jax.game.judge import Case, Judge, Verdict
 from ssp_jax.game.judge import shown as shown_reply
-from ssp_jax.game.roles import SOLVER, Episode, Player, Stage, episode_id
+from ssp_jax.game.roles import SOLVER, Episode, EpisodeContext, EpisodePlayer, episode_id
 from ssp_jax.rollout.engine import Engine, Stats
 from ssp_jax.runtime import processes, records
 from ssp_jax.runtime.logger import Logger
@@ -54,7 +54,7 @@ _VERDICT: records.Fields = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class EvalContext:
     """What the evaluations of a run have in common."""
 
     folder: Path  # workdir/eval
@@ -62,7 +62,7 @@ class Setting:
     training: str  # digest of what the weights of later steps depend on besides
     sets: dict[str, list[Task]]
     engine: Engine
-    stage: Stage
+    stage: EpisodeContext
     key: Any  # of random numbers
     temperature: float
     metric: str  # config key eval.judge
@@ -86,7 +86,7 @@ class Result:
     values: Values
 
 
-def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any]) -> Result:
+def evaluate(setting: EvalContext, step: int, weights: str, params: Callable[[], Any]) -> Result:
     """weights: what they are, in words. params: gives the sampler's copy, asked for only if a question is left.
 
     Each process plays and judges its share, and writes files of its own; all get the whole.
@@ -97,11 +97,11 @@ def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any
     facts: dict[str, Any] = {f"{name} (a digest), of an evaluation": digest for name, digest in of.items()}
     facts |= {"the questions of an evaluation": processes.digest(setting.questions), "the step": step}
     played: dict[Key, Record]
-    played = processes.share(lambda: _played(setting, folder, of) if processes.first() else {}, facts)[0]
+    played = processes.all_gather_objects(lambda: _load_episodes(setting, folder, of) if processes.is_coordinator() else {}, facts)[0]
     missing = [(name, task) for name, task in setting.questions if (name, task.uid) not in played]
     if missing:
-        weights_now, own = params(), [missing[i] for i in processes.own_share([1.0] * len(missing))]
-        for part in processes.share(lambda: _play(setting, own, of, weights_now, folder / _own_file("episodes"))):
+        weights_now, own = params(), [missing[i] for i in processes.local_share([1.0] * len(missing))]
+        for part in processes.all_gather_objects(lambda: _play(setting, own, of, weights_now, folder / _own_file("episodes"))):
             played |= part
         del weights_now
     verdicts = _judge(setting, folder, played)
@@ -122,7 +122,7 @@ def evaluate(setting: Setting, step: int, weights: str, params: Callable[[], Any
         "inputs": setting.inputs,
         "questions": {name: processes.digest(tasks) for name, tasks in setting.sets.items()},
     }
-    if processes.first():
+    if processes.is_coordinator():
         records.write_document(folder.with_suffix(".json"), document)
     return Result(step, document, values)
 
@@ -148,7 +148,7 @@ def _values(played: list[Record], metric: str, verdicts: dict[Key, Verdict]) -> 
 
 
 def _play(
-    setting: Setting, questions: list[tuple[str, Task]], of: Mapping[str, str], params: Any, path: Path
+    setting: EvalContext, questions: list[tuple[str, Task]], of: Mapping[str, str], params: Any, path: Path
 ) -> dict[Key, Record]:
     """All questions of all sets at once, so that the slots stay full across sets."""
     rows = {(name, task.uid): row for row, (name, task) in enumerate(setting.questions)}
@@ -156,13 +156,13 @@ def _play(
     for name, task in questions:
         prompt = setting.stage.prompt(prompts.solver_messages(setting.stage.style, task.question))
         uid = episode_id(SOLVER, rows[name, task.uid], 0)  # the same whatever is left to play
-        players.append(Player(setting.stage, SOLVER, uid, setting.temperature, prompt))
+        players.append(EpisodePlayer(setting.stage, SOLVER, uid, setting.temperature, prompt))
         owners[uid] = (name, task)
     played: dict[Key, Record] = {}
 
     with open(path, "a", encoding="utf-8") as file, setting.logger.phase("evaluating", len(questions)) as phase:
 
-        def finished(player: Player) -> list[Player]:
+        def finished(player: EpisodePlayer) -> list[EpisodePlayer]:
             name, task = owners[player.uid]
             seconds = round(time.monotonic() - start, 3)
             record = _record(name, task, player.episode())
@@ -206,7 +206,7 @@ def _seconds(played: Iterable[Record]) -> float:
     return max(sums.values(), default=0.0)
 
 
-def _played(setting: Setting, folder: Path, of: Mapping[str, str]) -> dict[Key, Record]:
+def _load_episodes(setting: EvalContext, folder: Path, of: Mapping[str, str]) -> dict[Key, Record]:
     """The episodes of earlier starts that would be the same if they were played now."""
     asked = {(name, task.uid): (task.question, list(task.answers)) for name, task in setting.questions}
     same: dict[Key, Record] = {}
@@ -236,24 +236,24 @@ def _changes(line: Record, asked: tuple[str, list[str]], of: Mapping[str, str]) 
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def _judge(setting: Setting, folder: Path, played: dict[Key, Record]) -> dict[Key, Verdict]:
+def _judge(setting: EvalContext, folder: Path, played: dict[Key, Record]) -> dict[Key, Verdict]:
     """The verdicts on answers that need one. Failed ones are asked for again."""
     judge, metric = setting.judge, setting.metric
     if judge is None:
         return {}
     asked = {k: r for k, r in played.items() if rewards.needs_judge(r["answer"], r["answers"], metric)}
-    known = processes.share(lambda: _judged(setting, folder, judge, asked) if processes.first() else {})
+    known = processes.all_gather_objects(lambda: _load_verdicts(setting, folder, judge, asked) if processes.is_coordinator() else {})
     verdicts: dict[Key, Verdict] = known[0]
     left = [key for key in asked if key not in verdicts or verdicts[key].right is None]
     if left:
         # Perhaps none; yet all processes come here, for the judge may load its weights.
-        own = [asked[left[i]] for i in processes.own_share([1.0] * len(left))]
-        for part in processes.share(lambda: _ask(setting, judge, own, folder / _own_file("verdicts"))):
+        own = [asked[left[i]] for i in processes.local_share([1.0] * len(left))]
+        for part in processes.all_gather_objects(lambda: _ask(setting, judge, own, folder / _own_file("verdicts"))):
             verdicts |= part
     return verdicts
 
 
-def _judged(setting: Setting, folder: Path, judge: Judge, asked: dict[Key, Record]) -> dict[Key, Verdict]:
+def _load_verdicts(setting: EvalContext, folder: Path, judge: Judge, asked: dict[Key, Record]) -> dict[Key, Verdict]:
     """What this judge said of these answers before. What it said counts for more than that it failed."""
     verdicts: dict[Key, Verdict] = {}
     for line in _lines(setting, folder, "verdicts", _VERDICT):
@@ -265,7 +265,7 @@ def _judged(setting: Setting, folder: Path, judge: Judge, asked: dict[Key, Recor
     return verdicts
 
 
-def _ask(setting: Setting, judge: Judge, asked: list[Record], path: Path) -> dict[Key, Verdict]:
+def _ask(setting: EvalContext, judge: Judge, asked: list[Record], path: Path) -> dict[Key, Verdict]:
     cases = [Case(record["question"], tuple(record["answers"]), record["answer"]) for record in asked]
     verdicts: dict[Key, Verdict] = {}
     with open(path, "a", encoding="utf-8") as file, setting.logger.phase("judging", len(asked)) as phase:
@@ -294,10 +294,10 @@ def _write(file: Any, line: dict[str, Any]) -> None:
 
 def _own_file(name: str) -> str:
     """episodes.jsonl of the first process, episodes_1.jsonl of the next."""
-    return f"{name}.jsonl" if processes.first() else f"{name}_{jax.process_index()}.jsonl"
+    return f"{name}.jsonl" if processes.is_coordinator() else f"{name}_{jax.process_index()}.jsonl"
 
 
-def _lines(setting: Setting, folder: Path, name: str, fields: records.Fields) -> list[Record]:
+def _lines(setting: EvalContext, folder: Path, name: str, fields: records.Fields) -> list[Record]:
     """The whole lines of all processes' files; what a killed one left half written is cut off, for more will follow."""
     found: list[Record] = []
     spoilt = 0
@@ -340,6 +340,6 @@ def compare(
     judge = after.document["judge"]
     logger.table(f"Right by {judge}, {after.step} steps of self-play", cells, heads)
     document = {"before": before.step, "after": after.step, "judge": judge, "sets": scores.gains_json(found)}
-    if processes.first():
+    if processes.is_coordinator():
         records.write_document(folder / "gain.json", document)
     return document

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssp_jax import train
-from ssp_jax.assemble import compare, make_mesh, read_inputs
+from ssp_jax.assemble import check_same_inputs, make_mesh, read_inputs
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.game import judge
 from ssp_jax.model import decoder, sharding
 from ssp_jax.runtime import device_memory, processes
 from ssp_jax.runtime.checkpoint import Checkpoints, Damaged
 from ssp_jax.runtime.logger import Logger
-from ssp_jax.workdir import held, keep_config
+from ssp_jax.workdir import keep_config, lock_workdir
 
 
-def examine(config: ConfigDict, workdir: str) -> None:
+def evaluate_workdir(config: ConfigDict, workdir: str) -> None:
     """Plays, judges and scores whatever of it is not in the workdir yet; shows the tables; compares before and after.
 
     The weights of model.path are the ones before. Those of the newest checkpoint, where there is one, are the ones
@@ -29,7 +29,7 @@ def examine(config: ConfigDict, workdir: str) -> None:
     """
     train.keep_compiled(workdir)
     inputs = read_inputs(config, workdir, evaluating=True)
-    processes.agree(lambda: keep_config(workdir, config, evaluating=True) if processes.first() else None)
+    processes.run_on_all(lambda: keep_config(workdir, config, evaluating=True) if processes.is_coordinator() else None)
     mesh = make_mesh(config)
     engine = train.make_engine(config, inputs, mesh)
 
@@ -41,14 +41,14 @@ def examine(config: ConfigDict, workdir: str) -> None:
     folder.mkdir(exist_ok=True)
     processes.check_shared(folder)
     with (
-        held(str(folder)),
+        lock_workdir(str(folder)),
         processes.Stop() as stop,
-        Logger(str(folder), 0, tensorboard=False, mute=not processes.first()) as logger,
+        Logger(str(folder), 0, tensorboard=False, mute=not processes.is_coordinator()) as logger,
         Checkpoints(workdir, every=0, keep=0, read_only=True) as checkpoints,
     ):
         setting = train.make_setting(config, Path(workdir), inputs, engine, judges, logger, stop)
         newest = next(reversed(checkpoints.steps()), None)
-        compare(inputs, {"the newest checkpoint": newest})
+        check_same_inputs(inputs, {"the newest checkpoint": newest})
         asked: dict[int, tuple[str, Callable[[], Any]]] = {}
         if config.eval.before or not newest:
             asked[0] = f"initial weights of {config.model.path}", initial
@@ -71,12 +71,12 @@ def examine(config: ConfigDict, workdir: str) -> None:
             evaluate.compare(logger, setting.folder, before, after, paper_table.table_1(config.model.path))
 
 
-def _warmed(setting: evaluate.Setting, load: Callable[[], decoder.Params]) -> decoder.Params:
+def _warmed(setting: evaluate.EvalContext, load: Callable[[], decoder.Params]) -> decoder.Params:
     """The weights, once all programs are compiled: that takes long, and is not play."""
     with device_memory.must_fit("the model", "more devices for mesh.tensor or a smaller model"):
         params = load()
     with setting.logger.phase("compiling"):
-        processes.agree(lambda: setting.engine.warm_up(params, setting.key, setting.stop))
+        processes.run_on_all(lambda: setting.engine.warm_up(params, setting.key, setting.stop))
     return params
 
 
@@ -101,7 +101,7 @@ def _restorer(
         try:
             params = checkpoints.restore_params(step, like)
         except Damaged as error:
-            raise processes.AllTold(
+            raise processes.CollectiveInputError(
                 f"checkpoint {step} in {workdir} is damaged ({error}); without that folder the same command evaluates "
                 "the step before"
             ) from None

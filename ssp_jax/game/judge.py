@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax.errors import InputError, masked
 from ssp_jax.game import prompts
-from ssp_jax.game.roles import ASSISTANT, Player, Stage, episode_id
+from ssp_jax.game.roles import ASSISTANT, EpisodeContext, EpisodePlayer, episode_id
 from ssp_jax.game.verdict import read_verdict
 from ssp_jax.rollout.engine import Engine, Stats
 from ssp_jax.runtime import processes
@@ -78,7 +78,7 @@ class Policy:
     def __init__(
         self,
         engine: Engine,
-        stage: Stage,
+        stage: EpisodeContext,
         model: Mapping[str, str],
         weights: Callable[[], Any],
         max_tokens: int,
@@ -93,10 +93,10 @@ class Policy:
         players = []
         for i, case in enumerate(cases):
             prompt = self._stage.prompt(_asked(case))
-            players.append(Player(self._stage, ASSISTANT, episode_id(ASSISTANT, i, 0), 0.0, prompt))
+            players.append(EpisodePlayer(self._stage, ASSISTANT, episode_id(ASSISTANT, i, 0), 0.0, prompt))
         rows = {player.uid: i for i, player in enumerate(players)}
 
-        def finished(player: Player) -> list[Player]:
+        def finished(player: EpisodePlayer) -> list[EpisodePlayer]:
             reply = player.episode().text or f"stopped by {player.stop_reason}"
             take(rows[player.uid], Verdict(read_verdict(reply), _shortened(reply)))
             return []
@@ -292,7 +292,7 @@ def _shortened(reply: str) -> str:
     return reply if len(reply) <= KEPT_CHARS else f"{reply[:half]} ... {reply[-half:]}"
 
 
-def check_policy(stage: Stage) -> None:
+def check_policy(stage: EpisodeContext) -> None:
     """InputError where the chat template refuses what the policy judge is asked."""
     stage.prompt(_asked(_PROBE))
 
@@ -312,7 +312,7 @@ def shown(reply: str) -> str:
 def make_judges(
     config: ConfigDict,
     engine: Engine,
-    stage: Stage,
+    stage: EpisodeContext,
     digests: Mapping[str, str],
     server: OpenAI | None,
     initial: Callable[[], Any],

@@ -50,7 +50,7 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
 
 METRICS: dict[str, Callable[[str | None, Sequence[str]], bool]] = {"em": exact_match, "cover_em": cover_exact_match}
 JUDGES = ("policy", "openai")  # models that are asked where exact match fails (judge.py)
-WAYS_TO_JUDGE = (*METRICS, *JUDGES)  # config keys reward.metric and eval.judge
+METRIC_NAMES = (*METRICS, *JUDGES)  # config keys reward.metric and eval.judge
 
 
 def needs_judge(answer: str | None, golds: Sequence[str], metric: str) -> bool:

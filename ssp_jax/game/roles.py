@@ -97,7 +97,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Stage:
+class EpisodeContext:
     """What all players of a run share."""
 
     tokenizer: Any
@@ -123,7 +123,7 @@ class Stage:
         return ids[: max(0, self.limits.observation_tokens - len(closing))] + closing
 
 
-def check_stage(stage: Stage) -> None:
+def check_stage(stage: EpisodeContext) -> None:
     """What would go wrong in every game is told at the start: the shapes of all prompts, and the tags.
 
     A tokenizer may lower the case of a text, or lack a character of a tag: no stop would ever fire.
@@ -170,10 +170,10 @@ class Episode:
 
 
 @dataclass
-class Player:
+class EpisodePlayer:
     """An episode in play: implements the engine's protocol of the same name."""
 
-    stage: Stage
+    stage: EpisodeContext
     role: Role
     uid: int
     temperature: float
@@ -193,7 +193,7 @@ class Player:
             self.stop_reason = "prompt_tokens"
 
     @property
-    def stop_set(self) -> int:
+    def stop_automaton(self) -> int:
         return self.role.code
 
     def token_limit(self) -> int:
@@ -204,14 +204,14 @@ class Player:
         """Total number of tokens of an episode with the longest response."""
         return self.prompt_length + self.stage.limits.response(self.role)
 
-    def going_on(self, tokens: list[int], logprobs: list[float]) -> None:
+    def append(self, tokens: list[int], logprobs: list[float]) -> None:
         self.tokens += tokens
         self.logprobs += logprobs
         self.sampled += [True] * len(tokens)
 
-    def stopped(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
+    def end_turn(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
         """The query to search for, or None when the episode is over. Asking for one search too many ends it."""
-        self.going_on(tokens, logprobs)
+        self.append(tokens, logprobs)
         self.turns.append((self.role.name, self.stage.decode(self.tokens[self._turn_start :])))
         if stop == sampler.EOS:
             self.stop_reason = "eos"
@@ -231,7 +231,7 @@ class Player:
             self.stop_reason = "malformed_search"
         return None
 
-    def observe(self, result: Sequence[Document]) -> None:
+    def insert_result(self, result: Sequence[Document]) -> None:
         tokens, limits = self.stage.observation(result), self.stage.limits
         self.documents += result
         self.turns.append((SEARCH_ENGINE, self.stage.decode(tokens)))

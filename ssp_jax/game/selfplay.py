@@ -21,7 +21,7 @@ from ssp_jax.game import prompts, roles, rules
 from ssp_jax.game.judge import Case, Judge, Verdict
 from ssp_jax.game.noise import Noise, distinct
 from ssp_jax.game.rewards import PROPOSER_REWARDS, needs_judge, solver_reward
-from ssp_jax.game.roles import PROPOSER, SOLVER, VERIFIER, Episode, Player, Role, Stage
+from ssp_jax.game.roles import PROPOSER, SOLVER, VERIFIER, Episode, EpisodeContext, EpisodePlayer, Role
 from ssp_jax.learner import objective
 from ssp_jax.retriever.search import Search
 from ssp_jax.rollout.engine import Engine, Stats
@@ -56,7 +56,7 @@ class Game:
 
 
 @dataclasses.dataclass
-class Memory:
+class ReplayState:
     """What a round leaves to the next: verified questions; for noise, each game's finds and answers."""
 
     pool: list[Question] = dataclasses.field(default_factory=list)
@@ -71,7 +71,7 @@ class Memory:
         }
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> "Memory":
+    def from_json(cls, saved: dict[str, Any]) -> "ReplayState":
         pool = [Question(text, tuple(answers)) for text, answers in saved["pool"]]
         documents = [[Document(*d) for d in game] for game in saved["documents"]]
         answers = saved.get("answers", [])  # earlier versions kept none
@@ -106,7 +106,7 @@ class Round:
 class SelfPlay:
     """The rules of a run, ready to play rounds. Holds no state between rounds: that is `Memory`."""
 
-    def __init__(self, config: ConfigDict, stage: Stage, engine: Engine, retriever: Search, judge: Judge | None = None):
+    def __init__(self, config: ConfigDict, stage: EpisodeContext, engine: Engine, retriever: Search, judge: Judge | None = None):
         self._config, self._stage, self._engine, self._retriever = config, stage, engine, retriever
         self._judge = judge
         self._pair = RL_PAIRS[config.game.rl_pair]
@@ -117,21 +117,21 @@ class SelfPlay:
         self,
         step: int,
         tasks: Sequence[Task],
-        memory: Memory,
+        memory: ReplayState,
         params: Any,
         key: Any,
         progress: Callable[[Stats], None] = lambda stats: None,
-    ) -> tuple[Round, Memory]:
+    ) -> tuple[Round, ReplayState]:
         """One round over these given answers. Each process plays its share of them, and all get the whole round."""
         games = [Game(i, task) for i, task in enumerate(t for t in tasks for _ in range(self._proposals))]
         noise = self._noise(memory.answers, memory.documents)
         table = _Play(self._config, self._stage, games, noise, memory.pool, step)
         table.attempts = self._attempts
-        own = processes.own_share([game.task.searches for game in games])
+        own = processes.local_share([game.task.searches for game in games])
         facts: dict[str, Any] = {"the step": step, "a step's given answers": processes.digest(tasks)}
         facts["the memory"] = processes.digest(memory)
 
-        def played(first: Callable[[], list[Player]]) -> list[Stats]:
+        def played(first: Callable[[], list[EpisodePlayer]]) -> list[Stats]:
             """These players and what they lead to; then all processes hand over their games."""
 
             def action() -> tuple[Stats, list[Game]]:
@@ -141,7 +141,7 @@ class SelfPlay:
                     players = table.judged(self._judge, functools.partial(progress, stats)) if self._judge else []
                 return stats, [games[i] for i in own]
 
-            parts = processes.share(action, facts)
+            parts = processes.all_gather_objects(action, facts)
             for game in (game for _, part in parts for game in part):
                 if game.index not in own:
                     games[game.index] = game
@@ -203,14 +203,14 @@ class SelfPlay:
         by_game = self._config.game.noise_unit == "trajectory"
         return Noise(answers, documents, self._retriever, by_game=by_game)
 
-    def _remember(self, step: int, games: list[Game], memory: Memory) -> Memory:
+    def _remember(self, step: int, games: list[Game], memory: ReplayState) -> ReplayState:
         fill = self._config.game.batch_fill
         pool = [] if fill in ("dummy", "resample") else list(memory.pool)
         if fill == "periodic_reset" and (step + 1) % self._config.game.reset_interval == 0:
             pool = []
         elif fill not in ("dummy", "resample"):
             pool += [g.question for g in games if g.question is not None and not g.question.reused]
-        return Memory(pool, _documents_of(games), [game.task.answers for game in games])
+        return ReplayState(pool, _documents_of(games), [game.task.answers for game in games])
 
 
 class _Play:
@@ -219,7 +219,7 @@ class _Play:
     def __init__(
         self,
         config: ConfigDict,
-        stage: Stage,
+        stage: EpisodeContext,
         games: list[Game],
         noise: Noise,
         pool: list[Question],
@@ -231,13 +231,13 @@ class _Play:
         self.held: list[Game] = []  # waiting for the noise of this round
         self._unjudged: list[tuple[Game, Episode]] = []
 
-    def _player(self, role: Role, game: Game, attempt: int, messages: list[dict[str, str]]) -> Player:
+    def _player(self, role: Role, game: Game, attempt: int, messages: list[dict[str, str]]) -> EpisodePlayer:
         s = self._config.sampling
         temperature = s.verify_temperature if role is VERIFIER else s.temperature
         uid = roles.episode_id(role, game.index, attempt)
-        return Player(self._stage, role, uid, temperature, self._stage.prompt(messages))
+        return EpisodePlayer(self._stage, role, uid, temperature, self._stage.prompt(messages))
 
-    def propose(self, game: Game) -> Player:
+    def propose(self, game: Game) -> EpisodePlayer:
         task = game.task
         messages = prompts.proposer_messages(self._stage.style, task.answers[0], task.searches, task.examples)
         game.proposals += 1
@@ -245,7 +245,7 @@ class _Play:
         game.verifier = None  # of the proposal before
         return self._player(PROPOSER, game, game.proposals - 1, messages)
 
-    def finished(self, player: Player) -> Iterable[Player]:
+    def finished(self, player: EpisodePlayer) -> Iterable[EpisodePlayer]:
         game, episode = self._games[roles.row_of(player.uid)], player.episode()
         if player.role is PROPOSER:
             return self._after_proposer(game, episode)
@@ -255,7 +255,7 @@ class _Play:
             return []
         return self._after_answer(game, episode)
 
-    def judged(self, judge: Judge, progress: Callable[[], None]) -> list[Player]:
+    def judged(self, judge: Judge, progress: Callable[[], None]) -> list[EpisodePlayer]:
         """Hears the judge about all who wait for it, and goes on with them, in an order that no timing changes."""
         waiting, self._unjudged = sorted(self._unjudged, key=lambda pair: pair[1].uid), []
         asked = [(game.question, prompts.last_answer(episode.text) or "") for game, episode in waiting]
@@ -269,10 +269,10 @@ class _Play:
             judge.ask(cases, take, progress)
         return [player for game, episode in waiting for player in self._after_answer(game, episode)]
 
-    def _after_answer(self, game: Game, episode: Episode) -> Iterable[Player]:
+    def _after_answer(self, game: Game, episode: Episode) -> Iterable[EpisodePlayer]:
         return (self._after_verifier if episode.role == VERIFIER.name else self._after_solver)(game, episode)
 
-    def _after_proposer(self, game: Game, episode: Episode) -> Iterable[Player]:
+    def _after_proposer(self, game: Game, episode: Episode) -> Iterable[EpisodePlayer]:
         """The rule filter."""
         game.proposer = episode
         if episode.stop_reason == "prompt_tokens":
@@ -292,12 +292,12 @@ class _Play:
             return []
         return self.verify(game)
 
-    def release(self) -> list[Player]:
+    def release(self) -> list[EpisodePlayer]:
         """Verifies what waited for the noise of this round."""
         held, self.held = self.held, []
         return [player for game in held for player in self.verify(game)]
 
-    def verify(self, game: Game) -> list[Player]:
+    def verify(self, game: Game) -> list[EpisodePlayer]:
         """The same model answers from the proposer's own results and noise, without searching."""
         assert game.proposer is not None and game.question is not None
         own, number = distinct(game.proposer.documents), self._config.game.noise_documents
@@ -309,13 +309,13 @@ class _Play:
         messages = prompts.verifier_messages(self._stage.style, game.question.text, shuffled)
         return [self._player(VERIFIER, game, game.proposals - 1, messages)]
 
-    def _after_verifier(self, game: Game, episode: Episode) -> Iterable[Player]:
+    def _after_verifier(self, game: Game, episode: Episode) -> Iterable[EpisodePlayer]:
         game.verifier = episode
         if self._score(game, episode) > 0:
             return self._solve(game)
         return self._failed(game, "too_long_to_verify" if episode.stop_reason == "prompt_tokens" else "unverified")
 
-    def _failed(self, game: Game, fault: str) -> Iterable[Player]:
+    def _failed(self, game: Game, fault: str) -> Iterable[EpisodePlayer]:
         """How the batch is filled when a question fails [P B.1]; a dummy question gives no signal, so none plays."""
         game.fault, game.question = fault, None
         c = self._config.game
@@ -327,15 +327,15 @@ class _Play:
         game.question = dataclasses.replace(self._pool[rng.integers(len(self._pool))], reused=True)
         return self._solve(game)
 
-    def _solver(self, game: Game, attempt: int) -> Player:
+    def _solver(self, game: Game, attempt: int) -> EpisodePlayer:
         assert game.question is not None
         messages = prompts.solver_messages(self._stage.style, game.question.text)
         return self._player(SOLVER, game, attempt, messages)
 
-    def _solve(self, game: Game) -> list[Player]:
+    def _solve(self, game: Game) -> list[EpisodePlayer]:
         return [self._solver(game, attempt) for attempt in range(self.attempts)]
 
-    def _after_solver(self, game: Game, episode: Episode) -> Iterable[Player]:
+    def _after_solver(self, game: Game, episode: Episode) -> Iterable[EpisodePlayer]:
         game.attempts.append(episode)
         if len(game.attempts) == self.attempts:
             game.attempts.sort(key=lambda e: e.uid)  # in the order of attempts, not of ends

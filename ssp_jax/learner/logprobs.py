@@ -112,7 +112,7 @@ def _front_forward(
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     front_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1)
     alone = functools.partial(_forward_chunks, temperature, chunk)
-    run = sharding.in_parts(alone, rows, (0, None, 0, None), (0, 0, 0))
+    run = sharding.shard_map_rows(alone, rows, (0, None, 0, None), (0, 0, 0))
     logp_BT, entropy_BT, total_BT = run(front_BTD, weight_VD.astype(hidden_BTD.dtype), targets_BT, chunks)
     return (logp_BT, entropy_BT), (front_BTD, weight_VD, targets_BT, order_BT, chunks, total_BT)
 
@@ -135,7 +135,7 @@ def _front_logprobs(
 def _front_backward(temperature: float, chunk: int, rows: Any, kept: Any, slopes: Any) -> tuple[jax.Array | None, ...]:
     front_BTD, weight_VD, targets_BT, order_BT, chunks, total_BT = kept
     alone = functools.partial(_backward_chunks, temperature, chunk)
-    run = sharding.in_parts(alone, rows, (0, None, 0, 0, 0, None), (0, 0))
+    run = sharding.shard_map_rows(alone, rows, (0, None, 0, 0, 0, None), (0, 0))
     cast_VD = weight_VD.astype(front_BTD.dtype)
     front_slope_BTD, weight_slopes_XDV = run(front_BTD, cast_VD, targets_BT, total_BT, slopes[0], chunks)
     inverse_BT = jnp.argsort(order_BT, axis=1)

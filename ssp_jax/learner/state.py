@@ -57,7 +57,7 @@ class LearnerConfig:
     offload_moments: bool = False
     offload_reference: bool = False
     rows_sharding: jax.sharding.NamedSharding | None = None  # how rows are split over devices, None for one device
-    attention: str = "xla"  # what attention.chosen() says
+    attention: str = "xla"  # what attention.select_kernel() says
 
 
 def learning_rate(c: LearnerConfig) -> optax.Schedule:
@@ -91,7 +91,7 @@ def optimizer(c: LearnerConfig) -> optax.GradientTransformation:
 def init_state(c: LearnerConfig, params: decoder.Params) -> TrainState:
     """Fresh moments laid out like the params, in host memory if they are to live there."""
     counts = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))  # two: a donated buffer can be given once only
-    state = sharding.settle(TrainState(params, optimizer(c).init(params), *counts), params)
+    state = sharding.commit(TrainState(params, optimizer(c).init(params), *counts), params)
     if c.offload_moments:
         state = dataclasses.replace(state, opt_state=sharding.to_host(state.opt_state, "learner.offload_moments"))
     return state

@@ -21,7 +21,7 @@ LANES = 128  # of a TPU; the kernel's blocks are multiples
 _SPLASH_KEYS = 2048
 
 
-def chosen(key: str, platform: str) -> str:
+def select_kernel(key: str, platform: str) -> str:
     """How the update attends, "splash" or "xla": config key model.attention on devices of this platform."""
     return "splash" if key == "auto" and platform == "tpu" else "xla"
 
@@ -65,11 +65,11 @@ def _block_backward(
     scores = product("bksh,bkrth->bksrt", k, q) * scale
     scores = jnp.where(visible_BST[:, None, :, None], scores, NEG_INF)
     weights = jnp.exp(scores - total[:, :, None])
-    slope = weights * (product("bksh,bkrth->bksrt", v, do) - delta[:, :, None]) * scale
+    grad = weights * (product("bksh,bkrth->bksrt", v, do) - delta[:, :, None]) * scale
     # What is used by two products is made once, and not inside each of them.
-    weights, slope = jax.lax.optimization_barrier((weights.astype(q.dtype), slope.astype(q.dtype)))
-    dq_BKHRT = jnp.einsum("bkhs,bksrt->bkhrt", jnp.swapaxes(k, 2, 3), slope)
-    dk = product("bksrt,bkrth->bksh", slope, q)
+    weights, grad = jax.lax.optimization_barrier((weights.astype(q.dtype), grad.astype(q.dtype)))
+    dq_BKHRT = jnp.einsum("bkhs,bksrt->bkhrt", jnp.swapaxes(k, 2, 3), grad)
+    dk = product("bksrt,bkrth->bksh", grad, q)
     dv = product("bksrt,bkrth->bksh", weights, do)
     return jnp.moveaxis(dq_BKHRT, 2, 4), dk, dv
 
@@ -151,7 +151,7 @@ def splash(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Part:
+class PartialSoftmax:
     """Attention over some of the keys, not divided by its sum yet; float32. `merged` puts parts together."""
 
     o_BTNH: jax.Array  # sum of exp(score - max) * value
@@ -159,7 +159,7 @@ class Part:
     sum_BTN: jax.Array  # of exp(score - max)
 
 
-def part(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> Part:
+def partial_softmax(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> PartialSoftmax:
     """Attention over these keys; each of the K key/value heads serves R = N / K query heads, no key is repeated.
 
     A query that sees none of them gets a max of NEG_INF. Positions are the last axis of keys: with few queries the
@@ -175,10 +175,10 @@ def part(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, visible_BTS: j
     o_BKRTH = jnp.einsum("bkrts,bksh->bkrth", weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
     o_BTKRH, max_BTKR, sum_BTKR = (jnp.moveaxis(x, 3, 1) for x in (o_BKRTH, max_BKRT, weights.sum(axis=-1)))
     per_head = q_BTNH.shape[:3]
-    return Part(o_BTKRH.reshape(q_BTNH.shape), max_BTKR.reshape(per_head), sum_BTKR.reshape(per_head))
+    return PartialSoftmax(o_BTKRH.reshape(q_BTNH.shape), max_BTKR.reshape(per_head), sum_BTKR.reshape(per_head))
 
 
-def merged(parts: list[Part]) -> jax.Array:
+def combine(parts: list[PartialSoftmax]) -> jax.Array:
     """Attention [B, T, N, H], float32, over the keys of all parts; each query must see a key in one of them."""
     max_BTN = functools.reduce(jnp.maximum, [p.max_BTN for p in parts])
     scales = [jnp.exp(p.max_BTN - max_BTN) for p in parts]

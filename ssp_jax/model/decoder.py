@@ -150,21 +150,21 @@ def abstract_params(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def _turn(block: Block) -> Block:
+def _transpose(block: Block) -> Block:
     for _, module in nnx.iter_modules(block):
         if isinstance(module, Linear):
-            module.turn()
+            module.transpose_kernel()
     return block
 
 
 @functools.cache
-def _block_graph(config: ModelConfig, is_turned: bool) -> Any:
+def _block_graph(config: ModelConfig, is_transposed: bool) -> Any:
     block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0)))
-    return nnx.split(nnx.eval_shape(_turn, block) if is_turned else block)[0]
+    return nnx.split(nnx.eval_shape(_transpose, block) if is_transposed else block)[0]
 
 
 def _run_block(config: ModelConfig, layer: Params, *args: Any) -> tuple[jax.Array, Any]:
-    return nnx.merge(_block_graph(config, "turned" in layer["mlp"]["down"]), layer)(*args)
+    return nnx.merge(_block_graph(config, "transposed" in layer["mlp"]["down"]), layer)(*args)
 
 
 def rms_norm(scale: jax.Array, x: jax.Array, eps: float) -> jax.Array:
@@ -268,7 +268,7 @@ def unstack(params: Params, dtype: Any) -> Params:
     return cast
 
 
-def turned(config: ModelConfig, unstacked: Params) -> Params:
+def transpose_kernels(config: ModelConfig, unstacked: Params) -> Params:
     """The sampler's copy for CPUs: the axes of kernels that are contracted come last.
 
     So Eigen reads a kernel once, in order, for all rows of a decode step, and packs the rows: half the time of x @ W
@@ -276,6 +276,6 @@ def turned(config: ModelConfig, unstacked: Params) -> Params:
     """
 
     def one(layer: Params) -> Params:
-        return nnx.to_pure_dict(nnx.state(_turn(nnx.merge(_block_graph(config, False), layer)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(_transpose(nnx.merge(_block_graph(config, False), layer)), nnx.Param))
 
     return unstacked | {"layers": tuple(one(layer) for layer in unstacked["layers"])}

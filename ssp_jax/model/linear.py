@@ -68,7 +68,7 @@ def matmul(x_XI: jax.Array, weight_OI: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.dot_general(x_XI, weight_OI, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
-def _turned_product(num_in: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _transposed_product(num_in: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The last num_in axes of x with the last of the kernel."""
     lead, out, size = x.shape[:-num_in], kernel.shape[:-num_in], math.prod(x.shape[-num_in:])
     x_XI, kernel_OI = x.reshape(-1, size), kernel.reshape(-1, size)
@@ -91,17 +91,17 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), in_shape + out_shape, jnp.float32))
         if bias:
             self.bias = nnx.Param(jnp.zeros(out_shape, jnp.float32))
-        self.num_in, self.use_bias, self.is_turned = len(in_shape), bias, False
+        self.num_in, self.use_bias, self.is_transposed = len(in_shape), bias, False
 
-    def turn(self) -> None:
+    def transpose_kernel(self) -> None:
         """Puts the axes that are contracted behind the others; see `turned`."""
-        self.turned = nnx.Param(jnp.moveaxis(self.kernel[...], range(self.num_in), range(-self.num_in, 0)))
-        self.is_turned = True
+        self.transposed = nnx.Param(jnp.moveaxis(self.kernel[...], range(self.num_in), range(-self.num_in, 0)))
+        self.is_transposed = True
         del self.kernel
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.is_turned:
-            y = _turned_product(self.num_in, x, self.turned[...])
+        if self.is_transposed:
+            y = _transposed_product(self.num_in, x, self.transposed[...])
         else:
             y = contract(self.num_in, x, self.kernel[...])
         if self.use_bias:

@@ -28,13 +28,13 @@ PARAM_RULES = (
     (r"attention/o/kernel", ("tensor", None, "fsdp")),  # N, H, D
     (r"mlp/(gate|up)/kernel", ("fsdp", "tensor")),  # D, F
     (r"mlp/down/kernel", ("tensor", "fsdp")),  # F, D
-    (r"attention/[qkv]/turned", ("tensor", None, "fsdp")),  # N, H, D
-    (r"attention/o/turned", ("fsdp", "tensor", None)),  # D, N, H
-    (r"mlp/(gate|up)/turned", ("tensor", "fsdp")),  # F, D
-    (r"mlp/down/turned", ("fsdp", "tensor")),  # D, F
+    (r"attention/[qkv]/transposed", ("tensor", None, "fsdp")),  # N, H, D
+    (r"attention/o/transposed", ("fsdp", "tensor", None)),  # D, N, H
+    (r"mlp/(gate|up)/transposed", ("tensor", "fsdp")),  # F, D
+    (r"mlp/down/transposed", ("fsdp", "tensor")),  # D, F
     (r"norm/scale", (None,)),
 )
-_TURNED_FROM = 256  # width; kernels of narrower models stay in a core's cache, and are faster as they are (measured)
+_TRANSPOSED_FROM = 256  # width; kernels of narrower models stay in a core's cache, and are faster as they are (measured)
 BROKEN_SHARDY = "0.11.2"  # a version of JAX
 HOST = "pinned_host"  # JAX's name of page-locked host memory
 ROWS = P(("data", "fsdp"))  # packed rows and slots: one part per device that does not share its rows
@@ -94,7 +94,7 @@ def playing_meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
     return replicas, Mesh(replicas.devices[begin : begin + count], AXES)
 
 
-def own_part(tree: Any, mesh: Mesh) -> Any:
+def local_view(tree: Any, mesh: Mesh) -> Any:
     """The parts on this process's devices as arrays of their own, on `mesh`; each must be a whole there."""
 
     def one(x: jax.Array) -> jax.Array:
@@ -140,7 +140,7 @@ def sampler_copy(config: decoder.ModelConfig, mesh: Mesh, dtype: Any) -> Callabl
 
     def copy(params: decoder.Params) -> decoder.Params:
         copied = decoder.unstack(params, dtype)
-        return decoder.turned(config, copied) if on_cpu and config.embed_dim >= _TURNED_FROM else copied
+        return decoder.transpose_kernels(config, copied) if on_cpu and config.embed_dim >= _TRANSPOSED_FROM else copied
 
     copied = jax.eval_shape(copy, decoder.abstract_params(config))
     return jax.jit(copy, out_shardings=param_shardings(copied, mesh, drop=("fsdp",)))
@@ -160,7 +160,7 @@ def to_host(tree: Any, key: str) -> Any:
     return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST), tree))
 
 
-def settle(tree: Any, like: Any) -> Any:
+def commit(tree: Any, like: Any) -> Any:
     """Arrays where they are, scalars on all devices of `like`; from now on a program that takes them compiles once.
 
     (Of arrays that nobody placed JAX compiles one program, and another of those that come out of that.)
@@ -203,7 +203,7 @@ def on_own_rows_and_heads(run: Callable[..., Any], rows: NamedSharding | None) -
     return jax.shard_map(run, mesh=rows.mesh, in_specs=(heads, heads, heads, ROWS), out_specs=heads, check_vma=False)
 
 
-def in_parts(
+def shard_map_rows(
     run: Callable[..., Any], slots: Any, inputs: tuple[int | None, ...], out: int | tuple[int, ...]
 ) -> Callable[..., Any]:
     """`run` on each part of slots or rows by itself: nothing is sent between parts, and nothing computed twice.

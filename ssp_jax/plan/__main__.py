@@ -30,7 +30,7 @@ from ssp_jax.model import hf_load, presets, sharding
 from ssp_jax.model.decoder import ModelConfig
 from ssp_jax.plan import compile, hardware, memory, roofline
 from ssp_jax.plan.hardware import GIB, Slice
-from ssp_jax.plan.memory import Setup
+from ssp_jax.plan.memory import Target
 from ssp_jax.plan.roofline import Work
 
 _NO_SCALE = dict.fromkeys(memory.PHASES, 1.0)
@@ -40,7 +40,7 @@ _NO_SCALE = dict.fromkeys(memory.PHASES, 1.0)
 class Plan:
     """Bytes and work per device."""
 
-    setup: Setup
+    target: Target
     slice: Slice
     kept: dict[str, float]
     temporaries: dict[str, float]
@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def peaks(self) -> dict[str, float]:
-        return memory.peaks(self.setup, self.kept, self.temporaries)
+        return memory.peaks(self.target, self.kept, self.temporaries)
 
     @property
     def play_peak(self) -> float:
@@ -69,7 +69,7 @@ class Plan:
         return _cache_room(self.peaks, self.slice.device.hbm) + self.kept["key/value cache"]
 
 
-def make_setup(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compiled: bool) -> Setup:
+def make_target(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compiled: bool) -> Target:
     host = None
     if compiled:
         mesh: Any = sharding.make_mesh(config.mesh.to_dict(), compile.make_devices(slice_))
@@ -79,19 +79,19 @@ def make_setup(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compile
     else:
         mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
     platform = "tpu" if slice_.is_tpu else "gpu"
-    return Setup(config, model, mesh, slice_.device.hbm, slice_.per_host, host, platform)
+    return Target(config, model, mesh, slice_.device.hbm, slice_.per_host, host, platform)
 
 
 def make_plan(
     config: ConfigDict, model: ModelConfig, slice_: Slice, load: roofline.Workload, *, compiled: bool
 ) -> Plan:
-    setup = make_setup(config, model, slice_, compiled=compiled)
-    kept = memory.kept(setup)
-    temporaries = memory.temporaries(setup, kept["parameters"])
-    programs = compile.compile_all(setup, _tell) if compiled else []
+    target = make_target(config, model, slice_, compiled=compiled)
+    kept = memory.persistent_bytes(target)
+    temporaries = memory.temporaries(target, kept["parameters"])
+    programs = compile.compile_all(target, _tell) if compiled else []
     for phase in {program.phase for program in programs}:
         temporaries[phase] = max(program.temporaries for program in programs if program.phase == phase)
-    return Plan(setup, slice_, kept, temporaries, roofline.work(setup, load), programs)
+    return Plan(target, slice_, kept, temporaries, roofline.work(target, load), programs)
 
 
 def _cache_room(peaks: Mapping[str, float], hbm: float) -> float:
@@ -118,19 +118,19 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     return changed
 
 
-def _moves(setup: Setup, cache_room: float) -> Iterator[tuple[str, Any]]:
+def _moves(target: Target, cache_room: float) -> Iterator[tuple[str, Any]]:
     """Changes of one key that need less memory; each keeps the config valid and what it learns the same.
 
     cache_room: bytes a device by which the key/value cache may grow, or must shrink.
     """
-    config, model, c, e = setup.config, setup.model, setup.config.learner, setup.config.engine
+    config, model, c, e = target.config, target.model, target.config.learner, target.config.engine
     for key, number in (("learner.rows", c.rows), ("engine.slots", e.slots)):
-        if number // 2 >= setup.parts and number // 2 % setup.parts == 0:
+        if number // 2 >= target.parts and number // 2 % target.parts == 0:
             yield key, number // 2
-    room = math.floor((memory.kept(setup)["key/value cache"] + cache_room) / GIB * 100) / 100
-    if cache_room < 0 and room * GIB >= memory.longest_episode(setup):
+    room = math.floor((memory.persistent_bytes(target)["key/value cache"] + cache_room) / GIB * 100) / 100
+    if cache_room < 0 and room * GIB >= memory.longest_episode(target):
         yield "engine.kv_cache_gib", room
-    if setup.extend_rows > 1:
+    if target.extend_rows > 1:
         yield "engine.extend_rows", e.extend_rows // 2
     if len(e.extend_buckets) > 1:
         yield "engine.extend_buckets", tuple(sorted(e.extend_buckets)[:-1])
@@ -148,7 +148,7 @@ def _moves(setup: Setup, cache_room: float) -> Iterator[tuple[str, Any]]:
 class _Estimate:
     """A config on a slice, from shapes, with temporaries times a scale."""
 
-    setup: Setup
+    target: Target
     peaks: dict[str, float]
     hbm: float
 
@@ -162,13 +162,13 @@ def _estimate(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapp
     """None where it cannot run."""
     hbm = slice_.device.hbm
     try:
-        setup = make_setup(config, model, slice_, compiled=False)
-        kept = memory.kept(setup)
+        target = make_target(config, model, slice_, compiled=False)
+        kept = memory.persistent_bytes(target)
     except InputError:
         return None
-    temporaries = memory.temporaries(setup, kept["parameters"])
+    temporaries = memory.temporaries(target, kept["parameters"])
     scaled = {phase: size * scale.get(phase, 1.0) for phase, size in temporaries.items()}
-    return _Estimate(setup, memory.peaks(setup, kept, scaled), hbm)
+    return _Estimate(target, memory.peaks(target, kept, scaled), hbm)
 
 
 def changes_that_fit(
@@ -185,7 +185,7 @@ def changes_that_fit(
         if now is None:
             return []
         found = []
-        for key, value in _moves(now.setup, _cache_room(now.peaks, now.hbm)):
+        for key, value in _moves(now.target, _cache_room(now.peaks, now.hbm)):
             then = _estimate(with_values(base, {key: value}), model, slice_, scale)
             if then is not None:
                 found.append((then.excess, values | {key: value}))
@@ -237,13 +237,13 @@ def _overrides(values: Mapping[str, Any]) -> str:
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:
-    setup, hbm, c = plan.setup, plan.slice.device.hbm, plan.setup.config.learner
+    target, hbm, c = plan.target, plan.slice.device.hbm, plan.target.config.learner
     away = ", in host memory but for the "
     notes = {
         "parameters": "float32",
         "optimizer": "Adam's moments" + (f"{away}optimizer step" if c.offload_moments else ""),
-        "reference": f"{setup.dtype}{f'{away}scores' if c.offload_reference else ''}" if c.kl_coef else "kl_coef is 0",
-        "sampler copy": f"{setup.dtype}, while playing",
+        "reference": f"{target.dtype}{f'{away}scores' if c.offload_reference else ''}" if c.kl_coef else "kl_coef is 0",
+        "sampler copy": f"{target.dtype}, while playing",
         "key/value cache": "while playing",
         "gradients": "float32, while updating",
     }
@@ -258,11 +258,11 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
         verdict = "" if peak <= hbm else "   does not fit"
         sizes = f"{(peak - temporary) / GIB:10.2f}{temporary / GIB:14.2f}{peak / GIB:9.2f}"
         yield f"  {phase:<10}{sizes}{peak / hbm:9.0%}{verdict}"
-    layout, tokens = memory.cache_layout(setup), setup.sizes.cache_tokens
-    numbers = [setup.hosts * n for n in layout.rows]
+    layout, tokens = memory.cache_layout(target), target.sizes.cache_tokens
+    numbers = [target.hosts * n for n in layout.rows]
     later = "".join(f", {n} beyond {start} tokens" for n, start in zip(numbers[1:], layout.starts[1:], strict=True))
-    yield f"key/value cache: {numbers[0]} slots (config: {setup.config.engine.slots}){later}"
-    full = max(int(plan.cache_budget // memory.longest_episode(setup)), 0) * setup.parts
+    yield f"key/value cache: {numbers[0]} slots (config: {target.config.engine.slots}){later}"
+    full = max(int(plan.cache_budget // memory.longest_episode(target)), 0) * target.parts
     yield f"  {plan.cache_budget / GIB:.2f} GiB per device are free for it: {full} slots of {tokens} tokens each"
 
 
@@ -294,26 +294,26 @@ def _time_lines(plan: Plan, load: roofline.Workload) -> Iterator[str]:
 
 
 def report(plan: Plan, load: roofline.Workload) -> Iterator[str]:
-    slice_, shape = plan.slice, plan.setup.mesh.shape
+    slice_, shape = plan.slice, plan.target.mesh.shape
     hosts = f"{slice_.hosts} host{'s' * (slice_.hosts > 1)}"
     per_chip = f" ({slice_.chip.devices} devices each)" if slice_.chip.devices > 1 else ""
     yield (
-        f"{plan.setup.config.model.path} on {slice_.name}: {slice_.chips} chips{per_chip}, {hosts}, "
+        f"{plan.target.config.model.path} on {slice_.name}: {slice_.chips} chips{per_chip}, {hosts}, "
         f"{slice_.device.hbm / GIB:.1f} GiB per device; mesh {' x '.join(f'{n} {s}' for n, s in shape.items())}"
     )
     if plan.programs:
         yield f"compiled by libtpu for this slice; jax {jax.__version__}"
     else:
         yield "from shapes alone: no compiler was asked"
-    yield f"attention of the update: {plan.setup.learner.attention}"
+    yield f"attention of the update: {plan.target.learner.attention}"
     yield from _memory_lines(plan)
     yield from _time_lines(plan, load)
     if plan.fits:
         yield "it fits"
         return
     yield "it does not fit; what would (estimates):"
-    config, model = plan.setup.config, plan.setup.model
-    estimate = memory.temporaries(plan.setup, plan.kept["parameters"])
+    config, model = plan.target.config, plan.target.model
+    estimate = memory.temporaries(plan.target, plan.kept["parameters"])
     scale = {phase: plan.temporaries[phase] / estimate[phase] for phase in estimate} if plan.programs else _NO_SCALE
     changes = changes_that_fit(config, model, slice_, scale)
     for values in changes:

@@ -23,7 +23,7 @@ from ssp_jax.game.roles import ROLES
 from ssp_jax.learner import batches, update
 from ssp_jax.model import sharding
 from ssp_jax.plan.hardware import Slice
-from ssp_jax.plan.memory import Setup, cast, device_bytes, sampler_params, sampler_state, train_state
+from ssp_jax.plan.memory import Target, cast, device_bytes, sampler_params, sampler_state, train_state
 from ssp_jax.rollout import sampler
 
 # libtpu must not look for the machine that it compiles for, and two plans may run side by side.
@@ -107,29 +107,29 @@ class _Source:
         return Program(self.name, self.phase, spent, beyond, cost["flops"], cost["bytes accessed"], True)
 
 
-def _sampler_sources(setup: Setup) -> Iterator[_Source]:
+def _sampler_sources(target: Target) -> Iterator[_Source]:
     """The largest prefill and the longest decode chunk, of one host."""
-    m, sizes, V = setup.model, setup.sizes, setup.model.vocab_size
-    whole = NamedSharding(setup.playing, P())
+    m, sizes, V = target.model, target.sizes, target.model.vocab_size
+    whole = NamedSharding(target.playing, P())
 
     def struct(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
-    params, state = sampler_params(setup), sampler_state(setup)
-    N = setup.extend_rows * state.layout.parts
+    params, state = sampler_params(target), sampler_state(target)
+    N = target.extend_rows * state.layout.parts
     T = max(b for b in sizes.extend_buckets if b <= sizes.cache_tokens)
-    starts = {field.name: struct(jnp.int32, N) for field in dataclasses.fields(sampler.Starts)}
+    starts = {field.name: struct(jnp.int32, N) for field in dataclasses.fields(sampler.TurnStarts)}
     starts["temperature_N"] = struct(jnp.float32, N)
     pieces = len(state.layout.ends)
     rows_JB = struct(jnp.int32, pieces - 1, state.layout.rows[0])
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    options: dict[str, Any] = {"depth": pieces, "dtype": setup.dtype, "shardings": shardings}
+    options: dict[str, Any] = {"depth": pieces, "dtype": target.dtype, "shardings": shardings}
     arguments: tuple[Any, ...] = (
         m,
         params,
         state,
         rows_JB,
-        sampler.Starts(**starts),
+        sampler.TurnStarts(**starts),
         struct(jnp.int32, N, T),
         struct(jnp.int32, N),
     )
@@ -143,13 +143,13 @@ def _sampler_sources(setup: Setup) -> Iterator[_Source]:
     yield _Source(f"decode of {sizes.slots} slots", "decode", sampler.decode_chunk, arguments, options)
 
 
-def _learner_sources(setup: Setup) -> Iterator[_Source]:
-    c, state = setup.learner, train_state(setup)
-    copy = sampler_params(setup)
-    reshard = sharding.sampler_copy(setup.model, setup.mesh, setup.dtype)
+def _learner_sources(target: Target) -> Iterator[_Source]:
+    c, state = target.learner, train_state(target)
+    copy = sampler_params(target)
+    reshard = sharding.sampler_copy(target.model, target.mesh, target.dtype)
     yield _Source("reshard", "reshard", reshard, (state.params,), {}, device_bytes(copy))
 
-    rows, whole = sharding.rows_sharding(setup.mesh), NamedSharding(setup.mesh, P())
+    rows, whole = sharding.rows_sharding(target.mesh), NamedSharding(target.mesh, P())
 
     def column(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((c.rows, c.row_tokens), dtype, sharding=rows)
@@ -171,9 +171,9 @@ def _learner_sources(setup: Setup) -> Iterator[_Source]:
     yield _Source("optimizer step", "optimizer", apply, (state, state.params), {})
 
 
-def compile_all(setup: Setup, tell: Callable[[str], None]) -> list[Program]:
-    """setup.mesh must be of make_devices(). One after the other: each takes all cores and much memory."""
-    sources = [*_sampler_sources(setup), *_learner_sources(setup)]
+def compile_all(target: Target, tell: Callable[[str], None]) -> list[Program]:
+    """target.mesh must be of make_devices(). One after the other: each takes all cores and much memory."""
+    sources = [*_sampler_sources(target), *_learner_sources(target)]
     programs: list[Program] = []
     start = time.monotonic()
     for number, source in enumerate(sources, 1):

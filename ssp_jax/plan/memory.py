@@ -43,7 +43,7 @@ _USED = {"optimizer": "optimizer", "reference": "scores"}  # what may be offload
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class Target:
     """A config for a mesh of devices; the mesh may be abstract. Each host plays alone, on its own devices."""
 
     config: ConfigDict
@@ -93,7 +93,7 @@ class Setup:
     @property
     def extend_rows(self) -> int:
         """Rows of a prefill on each device: those of its own slots."""
-        return self.sizes.rows_of_a_part(self.parts // self.hosts)
+        return self.sizes.rows_per_shard(self.parts // self.hosts)
 
     @property
     def learner(self) -> LearnerConfig:
@@ -132,14 +132,14 @@ def _abstract_optimizer(c: LearnerConfig) -> Any:
     return jax.eval_shape(optimizer(c).init, abstract_params(c.model))
 
 
-def train_state(setup: Setup) -> TrainState:
-    abstract = abstract_params(setup.model)
-    params = place(abstract, sharding.param_shardings(abstract, setup.mesh))
+def train_state(target: Target) -> TrainState:
+    abstract = abstract_params(target.model)
+    params = place(abstract, sharding.param_shardings(abstract, target.mesh))
     # What the optimizer does not read is made equal, so that a search over it traces once.
     c = dataclasses.replace(
-        setup.learner, rows=0, row_tokens=0, logprob_chunk=0, kl_coef=0.0, remat="none", rows_sharding=None
+        target.learner, rows=0, row_tokens=0, logprob_chunk=0, kl_coef=0.0, remat="none", rows_sharding=None
     )
-    whole = NamedSharding(setup.mesh, P())
+    whole = NamedSharding(target.mesh, P())
     number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     opt_state = optax.tree.map_params(
         optimizer(c),
@@ -151,40 +151,40 @@ def train_state(setup: Setup) -> TrainState:
     return TrainState(params, opt_state, number, number)
 
 
-def sampler_params(setup: Setup) -> decoder.Params:
+def sampler_params(target: Target) -> decoder.Params:
     """The unstacked copy in the compute dtype, on one host."""
-    copy = _abstract_copy(setup.model, setup.dtype)
-    return place(copy, sharding.param_shardings(copy, setup.playing, drop=("fsdp",)))
+    copy = _abstract_copy(target.model, target.dtype)
+    return place(copy, sharding.param_shardings(copy, target.playing, drop=("fsdp",)))
 
 
-def longest_episode(setup: Setup) -> int:
+def longest_episode(target: Target) -> int:
     """Bytes per device of the keys and values of one slot."""
-    return -(-setup.sizes.cache_tokens * kv_cache.token_bytes(setup.model, setup.dtype) // setup.tensor)
+    return -(-target.sizes.cache_tokens * kv_cache.token_bytes(target.model, target.dtype) // target.tensor)
 
 
-def _layout(setup: Setup, lasting: dict[str, float]) -> kv_cache.Layout:
+def _layout(target: Target, lasting: dict[str, float]) -> kv_cache.Layout:
     """As the engine chooses it when the sampler's copy is in memory; at least what it needs to play at all."""
-    shardings = functools.partial(sharding.state_shardings, mesh=setup.playing)
+    shardings = functools.partial(sharding.state_shardings, mesh=target.playing)
     free = None
-    if setup.hbm is not None:
-        free = max(int(setup.hbm - resident(setup, lasting, "reshard")), 1)
-    budget = cache_budget(setup.sizes, free)
+    if target.hbm is not None:
+        free = max(int(target.hbm - resident_bytes(target, lasting, "reshard")), 1)
+    budget = cache_budget(target.sizes, free)
     if budget is not None:
-        budget = max(budget, longest_episode(setup))
-    return choose_layout(setup.model, setup.sizes, setup.dtype, shardings, budget)
+        budget = max(budget, longest_episode(target))
+    return choose_layout(target.model, target.sizes, target.dtype, shardings, budget)
 
 
-def cache_layout(setup: Setup) -> kv_cache.Layout:
-    return _layout(setup, _lasting(setup))
+def cache_layout(target: Target) -> kv_cache.Layout:
+    return _layout(target, _lasting(target))
 
 
-def _place_state(setup: Setup, layout: kv_cache.Layout, config: decoder.ModelConfig) -> sampler.SamplerState:
-    state = _abstract_slots(config, layout, setup.dtype)
-    return place(state, sharding.state_shardings(state, setup.playing))
+def _place_state(target: Target, layout: kv_cache.Layout, config: decoder.ModelConfig) -> sampler.SamplerState:
+    state = _abstract_slots(config, layout, target.dtype)
+    return place(state, sharding.state_shardings(state, target.playing))
 
 
-def sampler_state(setup: Setup) -> sampler.SamplerState:
-    return _place_state(setup, cache_layout(setup), setup.model)
+def sampler_state(target: Target) -> sampler.SamplerState:
+    return _place_state(target, cache_layout(target), target.model)
 
 
 def device_bytes(tree: Any) -> float:
@@ -192,16 +192,16 @@ def device_bytes(tree: Any) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
-def _lasting(setup: Setup) -> dict[str, float]:
+def _lasting(target: Target) -> dict[str, float]:
     """kept() without the cache."""
-    state = train_state(setup)
+    state = train_state(target)
     parameters = device_bytes(state.params)
-    copy = sampler_params(dataclasses.replace(setup, model=_one_layer(setup.model)))
+    copy = sampler_params(dataclasses.replace(target, model=_one_layer(target.model)))
     return {
         "parameters": parameters,
         "optimizer": device_bytes(state.opt_state),
-        "reference": device_bytes(cast(state.params, setup.dtype)) if setup.config.learner.kl_coef else 0.0,
-        "sampler copy": device_bytes(copy) + (setup.model.num_layers - 1) * device_bytes(copy["layers"]),
+        "reference": device_bytes(cast(state.params, target.dtype)) if target.config.learner.kl_coef else 0.0,
+        "sampler copy": device_bytes(copy) + (target.model.num_layers - 1) * device_bytes(copy["layers"]),
         "gradients": parameters,  # float32, laid out like the parameters
     }
 
@@ -211,36 +211,36 @@ def _one_layer(config: decoder.ModelConfig) -> decoder.ModelConfig:
     return dataclasses.replace(config, num_layers=1)
 
 
-def kept(setup: Setup) -> dict[str, float]:
+def persistent_bytes(target: Target) -> dict[str, float]:
     """Bytes per device of everything that outlives one program."""
-    lasting = _lasting(setup)
-    state = _place_state(setup, _layout(setup, lasting), _one_layer(setup.model))
-    cached = device_bytes(state) + (setup.model.num_layers - 1) * device_bytes(state.caches)
+    lasting = _lasting(target)
+    state = _place_state(target, _layout(target, lasting), _one_layer(target.model))
+    cached = device_bytes(state) + (target.model.num_layers - 1) * device_bytes(state.caches)
     return lasting | {"key/value cache": cached}
 
 
-def resident(setup: Setup, kept: dict[str, float], phase: str) -> float:
+def resident_bytes(target: Target, kept: dict[str, float], phase: str) -> float:
     """Bytes per device of what lies there while this phase runs, its own temporaries aside."""
-    c = setup.config.learner
+    c = target.config.learner
     offloaded = {"optimizer": c.offload_moments, "reference": c.offload_reference}
     away = {name for name, phase_of_use in _USED.items() if offloaded[name] and phase != phase_of_use}
     return sum(kept[name] for name in PHASES[phase] if name not in away)
 
 
-def _attending(setup: Setup) -> tuple[float, float]:
+def _attending(target: Target) -> tuple[float, float]:
     """Bytes of attention in the update's forward and backward pass, beyond its inputs and outputs."""
-    m, T = setup.model, setup.config.learner.row_tokens
-    queries = setup.config.learner.rows / setup.parts * T * m.num_heads / setup.tensor
-    if setup.learner.attention == "splash":  # a sum for each lane; dq for each block of keys
+    m, T = target.model, target.config.learner.row_tokens
+    queries = target.config.learner.rows / target.parts * T * m.num_heads / target.tensor
+    if target.learner.attention == "splash":  # a sum for each lane; dq for each block of keys
         blocks = -(-T // splash_keys(T))
-        return queries * LANES * 4, queries * m.head_dim * setup.dtype.itemsize * blocks
+        return queries * LANES * 4, queries * m.head_dim * target.dtype.itemsize * blocks
     size = max(end - start for start, end in spans(T))
     return 2 * queries * size * 4, 6 * queries * size * 4  # on TPU the scores of several blocks are alive
 
 
-def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
-    """Estimates by phase, bytes per device. parameters: kept()'s. Scores are float32, in play and without splash."""
-    m, c, sizes, t, item = setup.model, setup.config.learner, setup.sizes, setup.tensor, setup.dtype.itemsize
+def temporaries(target: Target, parameters: float) -> dict[str, float]:
+    """Estimates by phase, bytes per device. parameters: persistent_bytes()'s. Scores are float32, in play and without splash."""
+    m, c, sizes, t, item = target.model, target.config.learner, target.sizes, target.tensor, target.dtype.itemsize
     D, L, V, N, K, H, F = m.embed_dim, m.num_layers, m.vocab_size, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim
     layer = (D * (2 * N + 2 * K) * H + 3 * D * F) / t  # parameters of a layer, gathered over fsdp
     wide = 4 * D + ((4 * N + 4 * K) * H + 6 * F) / t  # activations of a token inside a layer and its gradient
@@ -255,19 +255,19 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     def scores(rows: float, queries: int, keys: int, copies: int) -> float:
         return copies * rows * N / t * queries * keys * 4.0
 
-    slots, written, longest = setup.config.engine.slots / setup.parts, setup.extend_rows, max(sizes.extend_buckets)
+    slots, written, longest = target.config.engine.slots / target.parts, target.extend_rows, max(sizes.extend_buckets)
     piece = max(end - start for start, end in zip((0, *sizes.cache_ends()), sizes.cache_ends(), strict=False))
     cache_rows = written * sizes.cache_tokens * 2 * K / t * H * item
     prefill = written * longest * wide / 2 * item + scores(written, longest, piece, 2) + 2 * cache_rows
     copied = slots * sizes.chunk * L * 2 * K / t * H * item  # the chunk's own keys and values
     decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
 
-    rows, T = c.rows / setup.parts, c.row_tokens
-    attending = _attending(setup)
+    rows, T = c.rows / target.parts, c.row_tokens
+    attending = _attending(target)
     forward = rows * T * wide / 2 * item + attending[0] + 2 * layer * item
     forward += V * D / t * item + 2 * rows * c.logprob_chunk * V / t * 4
     backward = rows * T * wide / 2 * item + attending[1] + layer * 4 + 2 * V * D / t * 4
-    gradients = forward + backward + rows * T * L * held[setup.config.model.remat] * item
+    gradients = forward + backward + rows * T * L * held[target.config.model.remat] * item
     # A weight of all layers is gathered at a time, and another being cast.
     found = {"reshard": 2 * L * D * F / t * item, "prefill": prefill, "decode": decode}
     if c.kl_coef or c.old_logprobs == "recompute":
@@ -276,6 +276,6 @@ def temporaries(setup: Setup, parameters: float) -> dict[str, float]:
     return found | {"gradients": gradients + parameters, "optimizer": layer * 4}
 
 
-def peaks(setup: Setup, kept: dict[str, float], temporary: dict[str, float]) -> dict[str, float]:
+def peaks(target: Target, kept: dict[str, float], temporary: dict[str, float]) -> dict[str, float]:
     """Bytes per device of each phase that the config has."""
-    return {phase: resident(setup, kept, phase) + size for phase, size in temporary.items()}
+    return {phase: resident_bytes(target, kept, phase) + size for phase, size in temporary.items()}

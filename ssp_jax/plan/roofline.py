@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from ssp_jax import train
 from ssp_jax.config import RL_PAIRS
 from ssp_jax.plan.hardware import Chip
-from ssp_jax.plan.memory import Setup, abstract_params, cache_layout, kept
+from ssp_jax.plan.memory import Target, abstract_params, cache_layout, persistent_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,39 +45,39 @@ class Work:
         return {"FLOPs": self.flops / chip.flops, "HBM": self.hbm / chip.bandwidth, "links": self.link / chip.link}
 
 
-def work(setup: Setup, load: Workload) -> dict[str, Work]:
+def work(target: Target, load: Workload) -> dict[str, Work]:
     """Least operations and bytes of a step's phases on each device; whatever can overlap is taken to overlap."""
-    m, c, item = setup.model, setup.config.learner, setup.dtype.itemsize
-    devices = setup.parts * setup.tensor
+    m, c, item = target.model, target.config.learner, target.dtype.itemsize
+    devices = target.parts * target.tensor
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(m)))
     table = m.vocab_size * m.embed_dim
     body = total - table * (1 if m.tie_embeddings else 2)  # parameters of the layers
     attention = 2 * m.num_layers * m.num_heads * m.head_dim * load.tokens  # FLOPs a token: 4 x half the episode
     forward = 2 * (body + table) + attention
-    bytes_ = kept(setup)
+    bytes_ = persistent_bytes(target)
 
     given = load.played * (load.tokens - load.sampled)
     prefill = Work(flops=given * (2 * body + attention) / devices)
     # An episode holds half of its tokens on average; where memory is short fewer slots are busy.
-    layout = cache_layout(setup)
-    busy = setup.hosts * min(layout.rows[0], layout.tokens / (load.tokens / 2))
-    steps, slots = math.ceil(load.played * load.sampled / busy), busy / setup.parts
-    half = slots * load.tokens / 2 * 2 * m.num_layers * m.num_kv_heads / setup.tensor * m.head_dim * item
-    read = bytes_["sampler copy"] - (0 if m.tie_embeddings else table * item / setup.tensor)
-    decode = Work(flops=steps * slots * forward / setup.tensor, hbm=steps * (read + half))
+    layout = cache_layout(target)
+    busy = target.hosts * min(layout.rows[0], layout.tokens / (load.tokens / 2))
+    steps, slots = math.ceil(load.played * load.sampled / busy), busy / target.parts
+    half = slots * load.tokens / 2 * 2 * m.num_layers * m.num_kv_heads / target.tensor * m.head_dim * item
+    read = bytes_["sampler copy"] - (0 if m.tie_embeddings else table * item / target.tensor)
+    decode = Work(flops=steps * slots * forward / target.tensor, hbm=steps * (read + half))
 
     copy = bytes_["sampler copy"]
-    reshard = Work(hbm=bytes_["parameters"] + copy, link=copy * (1 - 1 / setup.mesh.shape["fsdp"]))
+    reshard = Work(hbm=bytes_["parameters"] + copy, link=copy * (1 - 1 / target.mesh.shape["fsdp"]))
 
-    passes = 3 + (setup.config.model.remat in ("full", "attention")) + (c.kl_coef > 0) + (c.old_logprobs == "recompute")
+    passes = 3 + (target.config.model.remat in ("full", "attention")) + (c.kl_coef > 0) + (c.old_logprobs == "recompute")
     tokens = load.trained * load.tokens
     batches = math.ceil(tokens / (c.rows * c.row_tokens))
-    f = setup.mesh.shape["fsdp"]
+    f = target.mesh.shape["fsdp"]
     gathered = (passes - 2) * item + 4  # of a parameter: weights in each forward, gradients once
-    optimizer_steps = sum(train.updates(setup.config).values())
+    optimizer_steps = sum(train.updates(target.config).values())
     update = Work(
         flops=tokens * passes * forward / devices,
         hbm=7 * bytes_["parameters"] * optimizer_steps + 3 * batches * bytes_["parameters"],
-        link=batches * total / setup.tensor * gathered * (1 - 1 / f),
+        link=batches * total / target.tensor * gathered * (1 - 1 / f),
     )
     return {"prefill": prefill, "decode": decode, "reshard": reshard, "update": update}

@@ -19,7 +19,7 @@ import numpy as np
 from ssp_jax.errors import InputError
 from ssp_jax.model import decoder
 from ssp_jax.rollout import kv_cache, sampler, sampling
-from ssp_jax.rollout.scheduler import Memory, Player, Row, Stats, Table
+from ssp_jax.rollout.scheduler import Player, Row, RowAllocator, Scheduler, Stats
 from ssp_jax.rollout.stops import Automaton
 from ssp_jax.runtime import device_memory
 
@@ -50,7 +50,7 @@ class Sizes:
     def extend_len(self, tokens: int) -> int:
         return next((b for b in sorted(self.extend_buckets) if tokens <= b), max(self.extend_buckets))
 
-    def rows_of_a_part(self, parts: int) -> int:
+    def rows_per_shard(self, parts: int) -> int:
         """Rows of an extend call that each part of the slots writes."""
         return -(-self.extend_rows // parts)
 
@@ -140,9 +140,9 @@ class Engine:
         self._free_bytes = free_bytes
         offsets = np.cumsum([0] + [len(a.stop_S) for a in automata[:-1]])
         self._roots = [int(o) for o in offsets]
-        table = np.concatenate([a.table_SV.astype(np.int16) + o for a, o in zip(automata, offsets, strict=True)])
+        scheduler = np.concatenate([a.table_SV.astype(np.int16) + o for a, o in zip(automata, offsets, strict=True)])
         self._stops = sampler.Stops(
-            jax.numpy.asarray(table.astype(np.int8) if len(table) <= 127 else table),
+            jax.numpy.asarray(scheduler.astype(np.int8) if len(scheduler) <= 127 else scheduler),
             jax.numpy.asarray(np.concatenate([a.stop_S for a in automata])),
         )
         self._layout: kv_cache.Layout | None = None
@@ -163,7 +163,7 @@ class Engine:
         """
         with device_memory.must_fit("the engine", _REMEDY):
             device = self.device(params, key)
-            rows = Memory(device.layout)
+            rows = RowAllocator(device.layout)
             for depth in range(len(device.layout.ends) + 1):
                 for length in sorted(set(self._sizes.extend_buckets)):
                     stop()
@@ -188,21 +188,21 @@ class Engine:
         """
         start = time.monotonic()
         device, barrier = self.device(params, key), self._sizes.schedule == "barrier"
-        table = Table(device.layout, self._sizes.chunk, players, finished, self._submit, barrier)
+        scheduler = Scheduler(device.layout, self._sizes.chunk, players, finished, self._submit, barrier)
         in_flight: tuple[sampler.Chunk, dict[int, int]] | None = None
         while True:
-            table.take_results(lambda: progress(table.stats))
-            self._write(device, table)
-            turns, chunk = table.running(), None
-            if turns and not table.ending(turns, in_flight[1] if in_flight else {}):
-                chunk = device.decode(table.memory.rows_JB, table.memory.room_B, table.depth(turns))
+            scheduler.take_results(lambda: progress(scheduler.stats))
+            self._write(device, scheduler)
+            turns, chunk = scheduler.running(), None
+            if turns and not scheduler.ending(turns, in_flight[1] if in_flight else {}):
+                chunk = device.decode(scheduler.memory.rows_JB, scheduler.memory.room_B, scheduler.depth(turns))
             if in_flight is not None:
-                table.take_chunk(jax.device_get(in_flight[0]), in_flight[1])
-                table.stats.seconds = time.monotonic() - start
-                progress(table.stats)
+                scheduler.take_chunk(jax.device_get(in_flight[0]), in_flight[1])
+                scheduler.stats.seconds = time.monotonic() - start
+                progress(scheduler.stats)
             in_flight = (chunk, turns) if chunk is not None else None
-            if in_flight is None and table.over():
-                return table.stats
+            if in_flight is None and scheduler.is_done():
+                return scheduler.stats
 
     def _submit(self, queries: list[str]) -> Future[Sequence[Any]]:
         """Searches in a daemon thread: a run that ends does not wait for a server that keeps it waiting."""
@@ -238,7 +238,7 @@ class Engine:
         decode: dict[str, Any] = dict(
             stops=self._stops, key=key, eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation
         )
-        return Device(layout, self._sizes.rows_of_a_part(layout.parts), self._roots, params, state, common, decode)
+        return Device(layout, self._sizes.rows_per_shard(layout.parts), self._roots, params, state, common, decode)
 
     def _layout_for(self, budget: int | None) -> kv_cache.Layout:
         return choose_layout(self._config, self._sizes, self._dtype, self._state_sharding, budget)
@@ -264,15 +264,15 @@ class Engine:
             raise InputError(_too_large(sizes, free, needs, room, int(wanted), int(least)))
         return self._layout_for(room)
 
-    def _write(self, device: "Device", table: Table) -> None:
+    def _write(self, device: "Device", scheduler: Scheduler) -> None:
         """Brings every slot that is not up to date up to date: prompts, copies of prompts, observations."""
-        sizes, rows_JB = self._sizes, table.memory.rows_JB
+        sizes, rows_JB = self._sizes, scheduler.memory.rows_JB
         longest = max(sizes.extend_buckets)
 
         def needs(row: Row) -> tuple[int, int]:
             return sizes.extend_len(row.count), device.layout.depth(row.filled)
 
-        rows = table.to_extend()
+        rows = scheduler.pending_prefills()
         while rows:
             # The cost of a call is that of its bucket and depth, full or not. So the row that needs the longest bucket
             # takes along what fits beside it, and nothing that asks for more: a few long prompts and a few observations
@@ -284,7 +284,7 @@ class Engine:
             taken = {row.slot for row in batch}
             rows = [row for row in rows if row.slot not in taken]
             rows += [row.after(longest) for row in batch if row.count > longest]
-        copies = table.to_share()
+        copies = scheduler.pending_prefix_copies()
         while copies:
             batch = device.batch(copies)
             device.share(rows_JB, batch, max(1, device.layout.depth(max(row.count for row in batch))))
@@ -297,7 +297,7 @@ class Device:
     """The sampler's programs over one state, fed with the host's rows."""
 
     layout: kv_cache.Layout
-    rows_of_a_part: int  # in a call of extend or share
+    rows_per_shard: int  # in a call of extend or share
     roots: list[int]
     params: decoder.Params
     state: sampler.SamplerState
@@ -306,11 +306,11 @@ class Device:
 
     def program_bytes(self, longest: int) -> dict[str, int]:
         """What the programs that need most take on a device while they run; `longest` is a bucket of extend."""
-        rows = Memory(self.layout)
+        rows = RowAllocator(self.layout)
         depth = len(self.layout.ends)
         extend = sampler.extend.lower(**self._extend_arguments(rows.rows_JB, [], longest, depth))
         decode = sampler.decode_chunk.lower(**self._decode_arguments(rows.rows_JB, rows.room_B, depth))
-        share = sampler.share.lower(**self._share_arguments(rows.rows_JB, [], depth))
+        share = sampler.copy_prefix.lower(**self._share_arguments(rows.rows_JB, [], depth))
         lowered = {"extend": extend, "decode": decode, "share": share}
         return {name: device_memory.program_bytes(program.compile()) for name, program in lowered.items()}
 
@@ -334,7 +334,7 @@ class Device:
         found, taken = [], [0] * self.layout.parts
         for row in rows:
             part = self.layout.part(row.slot)
-            if taken[part] < self.rows_of_a_part:
+            if taken[part] < self.rows_per_shard:
                 taken[part] += 1
                 found.append(row)
         return found
@@ -360,11 +360,11 @@ class Device:
         )
 
     def share(self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int) -> None:
-        self.state = sampler.share(**self._share_arguments(rows_JB, rows, depth))
+        self.state = sampler.copy_prefix(**self._share_arguments(rows_JB, rows, depth))
 
     def _share_arguments(self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int) -> dict[str, Any]:
         lines = self._lines(rows)
-        slots = self.layout.of_a_part.rows[0]
+        slots = self.layout.per_shard.rows[0]
         return dict(
             state=self.state,
             rows_JB=rows_JB.copy(),
@@ -379,21 +379,21 @@ class Device:
         found: list[Row | None] = []
         for part in range(self.layout.parts):
             own = [row for row in rows if self.layout.part(row.slot) == part]
-            found += [*own, *[None] * (self.rows_of_a_part - len(own))]
+            found += [*own, *[None] * (self.rows_per_shard - len(own))]
         return found
 
-    def _starts(self, lines: Sequence[Row | None]) -> sampler.Starts:
-        slots = self.layout.of_a_part.rows[0]
+    def _starts(self, lines: Sequence[Row | None]) -> sampler.TurnStarts:
+        slots = self.layout.per_shard.rows[0]
 
         def column(value: Callable[[Row], Any], padding: Any = 0, dtype: Any = np.int32) -> np.ndarray:
             return np.array([value(row) if row else padding for row in lines], dtype)
 
-        return sampler.Starts(
+        return sampler.TurnStarts(
             slot_N=column(lambda row: row.slot % slots, slots),
             length_N=column(lambda row: row.filled + row.count),
             token_N=column(lambda row: row.tokens[row.filled + row.count]),
             limit_N=column(lambda row: row.limit),
-            match_N=column(lambda row: self.roots[row.stop_set]),
+            match_N=column(lambda row: self.roots[row.stop_automaton]),
             uid_N=column(lambda row: row.uid),
             temperature_N=column(lambda row: row.temperature, 0.0, np.float32),
         )

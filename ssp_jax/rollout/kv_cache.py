@@ -41,7 +41,7 @@ class Layout:
         return sum(n * (end - start) for n, start, end in zip(self.rows, self.starts, self.ends, strict=True))
 
     @property
-    def of_a_part(self) -> "Layout":
+    def per_shard(self) -> "Layout":
         """What one part has."""
         return Layout(self.ends, tuple(n // self.parts for n in self.rows))
 
@@ -90,7 +90,7 @@ def layout_for(ends: tuple[int, ...], slots: int, tokens: int, parts: int = 1) -
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """One layer's keys and values. See attention.part for the order of the axes."""
+    """One layer's keys and values. See attention.partial_softmax for the order of the axes."""
 
     k: tuple[jax.Array, ...]  # for each piece [rows, K, H, positions]
     v: tuple[jax.Array, ...]  # for each piece [rows, K, positions, H]
@@ -124,7 +124,7 @@ def put(old: jax.Array, new: jax.Array, row_N: jax.Array, first_N: jax.Array, co
     return old.at[index].set(jnp.moveaxis(new, axis, 1), mode="drop")
 
 
-def put_in_turn(
+def scatter_sequential(
     old: jax.Array, new: jax.Array, row_N: jax.Array, first_N: jax.Array, count_N: jax.Array, axis: int
 ) -> Any:
     """The same, one row after the other: the TPU's compiler turns a scatter's operand round and back, whole copies.
@@ -177,7 +177,7 @@ class View:
     def _positions(self, piece: int) -> jax.Array:
         return jnp.arange(self.layout.starts[piece], self.layout.ends[piece])
 
-    def attend_all(self, q_BTNH: jax.Array, cache: Cache, length_B: jax.Array) -> list[attention.Part]:
+    def attend_all(self, q_BTNH: jax.Array, cache: Cache, length_B: jax.Array) -> list[attention.PartialSoftmax]:
         """Attention of every slot to the first length_B tokens of its own."""
         found = []
         for piece in range(self.depth):
@@ -185,10 +185,10 @@ class View:
             owner_R = self._owners(piece) if piece else None
             q, length = (x if owner_R is None else _pick(x, owner_R) for x in (q_BTNH, length_B))
             seen = (position_S[None, :] < length[:, None])[:, None]
-            part = attention.part(q, cache.k[piece], cache.v[piece], seen)
+            part = attention.partial_softmax(q, cache.k[piece], cache.v[piece], seen)
             if owner_R is not None:
                 row_B = self.rows_JB[piece - 1]
-                part = attention.Part(
+                part = attention.PartialSoftmax(
                     _pick(part.o_BTNH, row_B),
                     _pick(part.max_BTN, row_B, attention.NEG_INF),
                     _pick(part.sum_BTN, row_B),
@@ -196,9 +196,9 @@ class View:
             found.append(part)
         return found
 
-    def attend_some(
+    def attend_slots(
         self, q_NTNH: jax.Array, cache: Cache, slot_N: jax.Array, length_N: jax.Array
-    ) -> list[attention.Part]:
+    ) -> list[attention.PartialSoftmax]:
         """Attention of queries of these slots to the first length_N tokens of each.
 
         XLA on every backend: the splash kernel knows which blocks to leave out from a mask that is fixed when it is
@@ -210,7 +210,7 @@ class View:
             position_S = self._positions(piece)
             seen = (position_S[None, :] < length_N[:, None])[:, None]
             seen = jnp.broadcast_to(seen, (*q_NTNH.shape[:2], len(position_S)))
-            found.append(attention.part(q_NTNH, cache.k[piece][row_N], cache.v[piece][row_N], seen))
+            found.append(attention.partial_softmax(q_NTNH, cache.k[piece][row_N], cache.v[piece][row_N], seen))
         return found
 
     def write(
@@ -228,7 +228,7 @@ class View:
         for piece, start in enumerate(self.layout.starts):
             where = (self._row(piece, slot_N), first_N - start, count_N)
             for new, old, values, axis in ((new_k, cache.k, k_NKHT, 3), (new_v, cache.v, v_NKTH, 2)):
-                at_once, in_turn = (functools.partial(f, axis=axis) for f in (put, put_in_turn))
+                at_once, in_turn = (functools.partial(f, axis=axis) for f in (put, scatter_sequential))
                 new.append(jax.lax.platform_dependent(old[piece], values, *where, tpu=in_turn, default=at_once))
         return Cache(tuple(new_k), tuple(new_v))
 

@@ -38,7 +38,7 @@ class SamplerState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Starts:
+class TurnStarts:
     """Slots that begin or resume a turn. N rows, as many for each part of the layout, in the order of parts; a row
     whose slot is out of range is padding and writes nothing.
     """
@@ -73,7 +73,7 @@ def init_state(config: decoder.ModelConfig, layout: kv_cache.Layout, dtype: Any)
     )
 
 
-def _begin(state: SamplerState, s: Starts) -> SamplerState:
+def _begin(state: SamplerState, s: TurnStarts) -> SamplerState:
     def put(old: jax.Array, new: jax.Array | int) -> jax.Array:
         return old.at[s.slot_N].set(new, mode="drop")
 
@@ -107,7 +107,7 @@ def extend(
     params: decoder.Params,
     state: SamplerState,
     rows_JB: jax.Array,
-    starts: Starts,
+    starts: TurnStarts,
     tokens_NT: jax.Array,
     count_N: jax.Array,
     *,
@@ -120,7 +120,7 @@ def extend(
     Serves prompts (empty cache, depth 0) and observations alike. depth: pieces of the cache that these tokens look at.
     """
     run: Any = functools.partial(_extend, config, depth=depth, dtype=dtype)
-    run = sharding.in_parts(run, shardings and shardings.token_B, (None, 0, 1, 0, 0, 0), 0)
+    run = sharding.shard_map_rows(run, shardings and shardings.token_B, (None, 0, 1, 0, 0, 0), 0)
     return _pinned(run(params, state, rows_JB, starts, tokens_NT, count_N), shardings)
 
 
@@ -129,7 +129,7 @@ def _extend(
     params: decoder.Params,
     state: SamplerState,
     rows_JB: jax.Array,
-    starts: Starts,
+    starts: TurnStarts,
     tokens_NT: jax.Array,
     count_N: jax.Array,
     *,
@@ -137,15 +137,15 @@ def _extend(
     dtype: Any,
 ) -> SamplerState:
     T = tokens_NT.shape[1]
-    view = kv_cache.View(state.layout.of_a_part, rows_JB, depth)
+    view = kv_cache.View(state.layout.per_shard, rows_JB, depth)
     before_N = starts.length_N - count_N
     positions_NT = before_N[:, None] + jnp.arange(T)[None, :]
     causal_NTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (len(tokens_NT), T, T))
 
     def attend(layer: kv_cache.Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, kv_cache.Cache]:
         k_NKHT, v_NKTH = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
-        own = attention.part(q, k_NKHT, v_NKTH, causal_NTT)
-        o_NTNH = attention.merged([own, *view.attend_some(q, layer, starts.slot_N, before_N)]).astype(dtype)
+        own = attention.partial_softmax(q, k_NKHT, v_NKTH, causal_NTT)
+        o_NTNH = attention.combine([own, *view.attend_slots(q, layer, starts.slot_N, before_N)]).astype(dtype)
         return o_NTNH, view.write(layer, k_NKHT, v_NKTH, starts.slot_N, _after(o_NTNH, before_N), count_N)
 
     _, caches = decoder.forward_cached(config, params, tokens_NT, positions_NT, attend, state.caches, dtype=dtype)
@@ -153,23 +153,23 @@ def _extend(
 
 
 @functools.partial(jax.jit, static_argnames=("depth", "shardings"), donate_argnames=("state",))
-def share(
+def copy_prefix(
     state: SamplerState,
     rows_JB: jax.Array,
     source_N: jax.Array,
-    starts: Starts,
+    starts: TurnStarts,
     *,
     depth: int,
     shardings: SamplerState | None = None,
 ) -> SamplerState:
     """Starts slots from the keys and values that another slot of their part holds: a prompt is computed once there."""
 
-    def run(state: SamplerState, rows_JB: jax.Array, source_N: jax.Array, starts: Starts) -> SamplerState:
-        view = kv_cache.View(state.layout.of_a_part, rows_JB, depth)
+    def run(state: SamplerState, rows_JB: jax.Array, source_N: jax.Array, starts: TurnStarts) -> SamplerState:
+        view = kv_cache.View(state.layout.per_shard, rows_JB, depth)
         caches = tuple(view.copy(layer, source_N, starts.slot_N) for layer in state.caches)
         return _begin(dataclasses.replace(state, caches=caches), starts)
 
-    run = sharding.in_parts(run, shardings and shardings.token_B, (0, 1, 0, 0), 0)
+    run = sharding.shard_map_rows(run, shardings and shardings.token_B, (0, 1, 0, 0), 0)
     return _pinned(run(state, rows_JB, source_N, starts), shardings)
 
 
@@ -194,8 +194,8 @@ def _attend_step(
     k_BKHC = jax.lax.dynamic_update_slice_in_dim(k_BKHC, jnp.moveaxis(k, 1, 3), i, axis=3)
     v_BKCH = jax.lax.dynamic_update_slice_in_dim(v_BKCH, jnp.moveaxis(v, 1, 2), i, axis=2)
     B, _, C, _ = v_BKCH.shape
-    own = attention.part(q, k_BKHC, v_BKCH, jnp.broadcast_to(jnp.arange(C) <= i, (B, 1, C)))
-    return attention.merged([own, *view.attend_all(q, old, before_B)]).astype(q.dtype), (k_BKHC, v_BKCH)
+    own = attention.partial_softmax(q, k_BKHC, v_BKCH, jnp.broadcast_to(jnp.arange(C) <= i, (B, 1, C)))
+    return attention.combine([own, *view.attend_all(q, old, before_B)]).astype(q.dtype), (k_BKHC, v_BKCH)
 
 
 def _stored(view: kv_cache.View, state: SamplerState, buffers: Any, count_B: jax.Array) -> tuple[kv_cache.Cache, ...]:
@@ -247,7 +247,7 @@ def decode_chunk(
     run: Any = functools.partial(
         _decode_chunk, config, eos=eos, steps=steps, depth=depth, dtype=dtype, truncation=truncation
     )
-    run = sharding.in_parts(run, shardings and shardings.token_B, (None, 0, 1, 0, None, None), (0, 1, 0))
+    run = sharding.shard_map_rows(run, shardings and shardings.token_B, (None, 0, 1, 0, None, None), (0, 1, 0))
     state, of_steps, of_slots = run(params, state, rows_JB, room_B, stops, key)
     return _pinned(state, shardings), Chunk(*of_steps, *of_slots)
 
@@ -269,7 +269,7 @@ def _decode_chunk(
 ) -> tuple[SamplerState, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """The new state; then Chunk's fields, first those that have a step's axis in front."""
     B = state.token_B.shape[0]
-    view = kv_cache.View(state.layout.of_a_part, rows_JB, depth)
+    view = kv_cache.View(state.layout.per_shard, rows_JB, depth)
 
     def step(carry: tuple[Any, ...], i: jax.Array) -> tuple[tuple[Any, ...], tuple[jax.Array, ...]]:
         buffers, token_B, length_B, match_B, stop_B = carry

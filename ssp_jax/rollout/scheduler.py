@@ -29,7 +29,7 @@ class Player(Protocol):
     stop_reason: str  # "" while playing
 
     @property
-    def stop_set(self) -> int:
+    def stop_automaton(self) -> int:
         """Which of the engine's automata this player listens to."""
         ...
 
@@ -37,15 +37,15 @@ class Player(Protocol):
         """Total number of tokens at which the coming turn must end."""
         ...
 
-    def stopped(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
+    def end_turn(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
         """Takes the turn's last tokens and why it stopped; returns a search query, or None when the episode ended."""
         ...
 
-    def going_on(self, tokens: list[int], logprobs: list[float]) -> None:
+    def append(self, tokens: list[int], logprobs: list[float]) -> None:
         """Takes tokens of a turn that has not stopped yet."""
         ...
 
-    def observe(self, result: Any) -> None:
+    def insert_result(self, result: Any) -> None:
         """Takes the result of the search; may end the episode."""
         ...
 
@@ -75,7 +75,7 @@ class Row:
     filled: int
     count: int
     limit: int
-    stop_set: int
+    stop_automaton: int
     uid: int
     temperature: float
     source: int = -1  # the slot to copy from, for shared prompts
@@ -87,7 +87,7 @@ class Row:
         return dataclasses.replace(self, filled=self.filled + longest, count=self.count - longest)
 
 
-class Memory:
+class RowAllocator:
     """Which rows of the cache's pieces belong to which slot."""
 
     def __init__(self, layout: Layout):
@@ -121,7 +121,7 @@ class Memory:
         self.room_B[slot] = self._layout.ends[0]
 
 
-class Table:
+class Scheduler:
     """Who sits where. barrier: players that follow from others wait until all of those have ended."""
 
     def __init__(
@@ -133,13 +133,13 @@ class Table:
         submit: Callable[[list[str]], Future[Sequence[Any]]],
         barrier: bool,
     ):
-        self.stats, self.memory = Stats(), Memory(layout)
+        self.stats, self.memory = Stats(), RowAllocator(layout)
         self._layout, self._chunk, self._finished, self._submit = layout, chunk, finished, submit
         self._barrier = barrier
         self._waiting = collections.deque(players)
         self.stats.known = len(self._waiting)
         self._next_wave: list[Player] = []
-        self._seats: dict[int, Player] = {}  # in the order of seating: who came first gets memory first
+        self._active: dict[int, Player] = {}  # in the order of seating: who came first gets memory first
         self._filled = [0] * layout.rows[0]  # tokens in the cache, as far as the host has seen
         self._turn = [0] * layout.rows[0]  # counts stops: tells a slot's old turn from its new one
         self._playing: set[int] = set()  # slots in the middle of a turn
@@ -148,7 +148,7 @@ class Table:
         self._copies: list[Row] = []
         self._search: tuple[Future[Sequence[Any]], list[int]] | None = None
 
-    def over(self) -> bool:
+    def is_done(self) -> bool:
         """Nothing is left to play; with barriers, what followed from one wave is the next."""
         if self._waiting or self._playing or self._stale or self._search:
             return False
@@ -167,13 +167,13 @@ class Table:
         (One that waits for memory does not; then only the time of a chunk is lost.)
         """
         return all(
-            in_flight.get(slot) == turn and self._filled[slot] + self._chunk + 1 >= self._limit(self._seats[slot])
+            in_flight.get(slot) == turn and self._filled[slot] + self._chunk + 1 >= self._limit(self._active[slot])
             for slot, turn in turns.items()
         )
 
     def _grow_seated(self) -> None:
         """Takes the memory that observations and the coming chunk need, as far as it is free."""
-        for slot, player in self._seats.items():
+        for slot, player in self._active.items():
             if slot in self._playing:  # the host's view is one chunk old
                 self.memory.grow(slot, min(self._filled[slot] + 2 * self._chunk, self._limit(player)))
             else:
@@ -192,12 +192,12 @@ class Table:
         while not futures.wait([future], _TICK_SECONDS).done:
             waiting()
         for slot, result in zip(slots, future.result(), strict=True):
-            player = self._seats[slot]
-            player.observe(result)
+            player = self._active[slot]
+            player.insert_result(result)
             if not player.stop_reason and len(player.tokens) >= self._layout.ends[-1]:
-                player.stopped([], [], FULL)
+                player.end_turn([], [], FULL)
             if player.stop_reason:
-                self._leave(slot)
+                self._finish(slot)
             else:
                 self._stale.append(slot)
 
@@ -209,32 +209,32 @@ class Table:
         for slot, turn in turns.items():
             if self._turn[slot] != turn:
                 continue
-            player, count, stop = self._seats[slot], int(count_B[slot]), int(stop_B[slot])
+            player, count, stop = self._active[slot], int(count_B[slot]), int(stop_B[slot])
             tokens, logprobs = tokens_CB[:count, slot].tolist(), logprobs_CB[:count, slot].tolist()
             self._filled[slot] += count
             self.stats.busy_steps += count
             self.stats.sampled_tokens += count
             if stop == RUNNING:
                 self.stats.stalled_steps += len(tokens_CB) - count
-                player.going_on(tokens, logprobs)
+                player.append(tokens, logprobs)
                 continue
             self._turn[slot] += 1
             self._playing.discard(slot)
             if stop == LIMIT and player.token_limit() > self._limit(player):
                 stop = FULL
-            query = player.stopped(tokens, logprobs, stop)
+            query = player.end_turn(tokens, logprobs, stop)
             if query is None:
-                self._leave(slot)
+                self._finish(slot)
             else:
                 queries[slot] = query
         if queries:
             self.stats.searches += len(queries)
             self._search = (self._submit(list(queries.values())), list(queries))
 
-    def to_extend(self) -> list[Row]:
-        """Seats waiting players and lists all rows to compute; those that can copy a prompt are kept for to_share."""
+    def pending_prefills(self) -> list[Row]:
+        """Seats waiting players and lists all rows to compute; those that can copy a prompt are kept for pending_prefix_copies."""
         self._grow_seated()  # before anyone new sits down
-        ready = [slot for slot in self._stale if self.memory.room_B[slot] >= len(self._seats[slot].tokens) - 1]
+        ready = [slot for slot in self._stale if self.memory.room_B[slot] >= len(self._active[slot].tokens) - 1]
         self._stale = [slot for slot in self._stale if slot not in ready]
         rows = [self._row(slot) for slot in ready] + self._seat_waiting()
         for row in rows:
@@ -243,7 +243,7 @@ class Table:
 
     def _seat_waiting(self) -> list[Row]:
         rows = []
-        free = [slot for slot in range(self._layout.rows[0]) if slot not in self._seats]
+        free = [slot for slot in range(self._layout.rows[0]) if slot not in self._active]
         passed: list[Player] = []  # no memory for them now; shorter ones may go ahead
         while free and (player := self._next_waiting()) is not None:
             prompt = tuple(player.tokens)
@@ -253,12 +253,12 @@ class Table:
                 continue
             free.remove(slot)
             self.memory.grow(slot, len(prompt) - 1)
-            self._seats[slot], self._filled[slot] = player, 0
+            self._active[slot], self._filled[slot] = player, 0
             row = dataclasses.replace(self._row(slot), source=source)
             if source < 0 or source == slot:
                 self._prompt_in[slot] = prompt
             else:
-                self._prompt_in.pop(slot, None)  # nobody may copy from a copy that is not made yet: see to_share
+                self._prompt_in.pop(slot, None)  # nobody may copy from a copy that is not made yet: see pending_prefix_copies
             if source >= 0:
                 self._copies.append(row)
                 self.stats.shared_tokens += row.count
@@ -281,7 +281,7 @@ class Table:
             return slot, slot
         return slot, next((s for s in holders if part(s) == part(slot)), -1)
 
-    def to_share(self) -> list[Row]:
+    def pending_prefix_copies(self) -> list[Row]:
         copies, self._copies = self._copies, []
         self._prompt_in |= {row.slot: tuple(row.tokens) for row in copies}
         return copies
@@ -291,7 +291,7 @@ class Table:
         while self._waiting:
             player = self._waiting.popleft()
             if not player.stop_reason and len(player.tokens) >= self._layout.ends[-1]:
-                player.stopped([], [], FULL)
+                player.end_turn([], [], FULL)
             if not player.stop_reason:
                 return player
             self._end(player)
@@ -301,7 +301,7 @@ class Table:
         return min(player.token_limit(), self._layout.ends[-1])
 
     def _row(self, slot: int) -> Row:
-        player, filled = self._seats[slot], self._filled[slot]
+        player, filled = self._active[slot], self._filled[slot]
         count = len(player.tokens) - 1 - filled
         self._filled[slot] += count
         self._playing.add(slot)
@@ -311,13 +311,13 @@ class Table:
             filled,
             count,
             self._limit(player),
-            player.stop_set,
+            player.stop_automaton,
             player.uid,
             player.temperature,
         )
 
-    def _leave(self, slot: int) -> None:
-        player = self._seats.pop(slot)
+    def _finish(self, slot: int) -> None:
+        player = self._active.pop(slot)
         self.memory.release(slot)
         if len(self._prompt_in.get(slot, ())) > self._layout.ends[0]:
             del self._prompt_in[slot]  # its later pieces are gone

@@ -101,12 +101,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if jax.process_count() == 1 or kind is None or issubclass(kind, processes.AllTold | SystemExit):
+        if jax.process_count() == 1 or kind is None or issubclass(kind, processes.CollectiveInputError | SystemExit):
             self.close()  # it waits for the other processes, which know nothing of an error of this one
 
     def steps(self) -> list[int]:
         """Finished steps in ascending order, as the first process sees them: the others may have an old list."""
-        return processes.share(lambda: finished_steps(self._folder.parent))[0]
+        return processes.all_gather_objects(lambda: finished_steps(self._folder.parent))[0]
 
     def due(self, step: int) -> bool:
         """Asked after each step, so that what has failed in the background is told before many more are played."""
@@ -116,7 +116,7 @@ class Checkpoints:
             return True
         if not self._minutes:
             return False
-        return processes.share(lambda: time.monotonic() - self._saved_at >= 60 * self._minutes)[0]
+        return processes.all_gather_objects(lambda: time.monotonic() - self._saved_at >= 60 * self._minutes)[0]
 
     def save(self, step: int, train_state: Any, game: Mapping[str, Any]) -> None:
         """Returns when the arrays are copied to the host, so that the caller may donate them; writing goes on behind.
@@ -150,7 +150,7 @@ class Checkpoints:
             self._set_aside(list(damaged))
             return Restored(step, state, game, damaged)
         if damaged:
-            raise processes.AllTold(_none_is_good(self._folder, damaged))
+            raise processes.CollectiveInputError(_none_is_good(self._folder, damaged))
         return None
 
     def restore(self, step: int, abstract_train_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -196,7 +196,7 @@ class Checkpoints:
             durable.sync(self._folder)
 
         if steps:
-            processes.agree(lambda: rename() if processes.first() else None)
+            processes.run_on_all(lambda: rename() if processes.is_coordinator() else None)
             self._manager.reload()
 
     def _sync(self) -> None:
@@ -290,7 +290,7 @@ def _reading() -> Iterator[None]:
     try:
         yield
     except _READ_ERRORS as error:
-        if processes.lost_another(error):
+        if processes.is_peer_failure(error):
             raise
         raise Damaged(_reason(error)) from error
 
@@ -301,7 +301,7 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        if processes.lost_another(error):
+        if processes.is_peer_failure(error):
             raise
         raise OSError(f"a checkpoint cannot be written ({_reason(error)})") from error
 
@@ -317,9 +317,9 @@ def _on_all(read: Callable[[], T]) -> T:
             return str(error) or "it cannot be read"
         return ""
 
-    for process, reason in enumerate(processes.share(act)):
+    for process, reason in enumerate(processes.all_gather_objects(act)):
         if reason:
-            raise Damaged(f"process {process}: {reason}" if processes.several() else reason)
+            raise Damaged(f"process {process}: {reason}" if processes.is_multiprocess() else reason)
     return found[0]
 
 

@@ -45,7 +45,7 @@ _BLOCK = 1 << 18  # bytes that a process hands over in one collective: one progr
 _GONE = "another process of the run is gone"
 _RESUME = "the same command goes on from the last checkpoint"
 # Prints its argument when its standard input ends without a word; signals that a whole job gets are not for it.
-_MOURNER = """
+_WATCHDOG = """
 import signal, sys
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
@@ -57,11 +57,11 @@ class Terminated(Exception):
     """A signal that ends the run arrived at one of the processes; raised between decode chunks."""
 
 
-class AllTold(InputError):
+class CollectiveInputError(InputError):
     """What one of several processes was told, raised by all of them at the same place: they can still act together."""
 
 
-class Alone(Exception):
+class LocalFailure(Exception):
     """What only this one of several processes was told: the others go on and would wait for it."""
 
     def __init__(self, sentence: str, code: int) -> None:
@@ -80,7 +80,7 @@ def start(place: Place, environment: MutableMapping[str, str]) -> None:
         "expected --coordinator=HOST:PORT, --processes=N and --process=I on each, or --processes=1 for a run on its own"
     )
     own_gpus = launchers.local_gpus(environment, platform.visible_gpus(environment))
-    found = _last_words(f"the processes of this run did not find each other in {START_SECONDS} seconds; {expected}")
+    found = _arm_watchdog(f"the processes of this run did not find each other in {START_SECONDS} seconds; {expected}")
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -95,11 +95,11 @@ def start(place: Place, environment: MutableMapping[str, str]) -> None:
         # Code 1 and not 2: a cluster that starts all of them again may have more luck.
         sys.exit(f"ssp_jax: the processes of this run did not find each other ({error}); {expected}")
     found()
-    if several():
+    if is_multiprocess():
         _end_at_once_on_errors()
         # The first words between devices, before downloads and the like keep some processes longer than others:
         # XLA gives up on devices that do not all come to their first collective.
-        meet()
+        barrier()
 
 
 def detected(environment: MutableMapping[str, str], devices: Path = Path("/dev")) -> bool:
@@ -127,12 +127,12 @@ def detected(environment: MutableMapping[str, str], devices: Path = Path("/dev")
     return "tpu" in platforms and bool(chips) and not alone and importlib.util.find_spec("libtpu") is not None
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Asks no device where there is no other process, so that mistakes in the input are told before devices are up."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def first() -> bool:
+def is_coordinator() -> bool:
     """Whether this is the process that writes logs, scores and everything else that is written once."""
     return jax.process_index() == 0
 
@@ -140,48 +140,48 @@ def first() -> bool:
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def _last_words(sentence: str) -> Callable[[], None]:
+def _arm_watchdog(sentence: str) -> Callable[[], None]:
     """The sentence is printed should this process end before it calls what is returned.
 
     JAX's runtime aborts a process whose coordinator or peer is gone, from another thread: nothing in the process itself
     can say anything then, so a small one beside it does.
     """
-    command = [sys.executable, "-S", "-E", "-c", _MOURNER, sentence]
+    command = [sys.executable, "-S", "-E", "-c", _WATCHDOG, sentence]
     mourner = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
-    def goodbye() -> None:
+    def disarm() -> None:
         mourner.communicate(b".")
 
-    return goodbye
+    return disarm
 
 
 def _end_at_once_on_errors() -> None:
     """An error ends this process without the wait for the others that JAX has at exit: they would wait for this one."""
     own = f"process {jax.process_index()}"
     why = f"{own} was ended from outside, or by JAX because {_GONE} (the lines above may say which); {_RESUME}"
-    goodbye = _last_words(why)
-    signals.before_leaving.append(goodbye)
+    disarm = _arm_watchdog(why)
+    signals.before_leaving.append(disarm)
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
-        if isinstance(error, Alone):
+        if isinstance(error, LocalFailure):
             print(f"ssp_jax: {own}: {sentence(error)}", file=sys.stderr)
-        elif lost_another(error):
+        elif is_peer_failure(error):
             print(f"{error}\nssp_jax: {own} ends because {_GONE}; {_RESUME}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
-        goodbye()
+        disarm()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(error.code if isinstance(error, Alone) else 1)
+        os._exit(error.code if isinstance(error, LocalFailure) else 1)
 
-    atexit.register(goodbye)
+    atexit.register(disarm)
     sys.excepthook = leave
 
 
 @contextlib.contextmanager
 def watched(seconds: float | None = None) -> Iterator[None]:
     """In here this process waits for all others: one that is alive and stuck must not hang it for ever."""
-    if not several():
+    if not is_multiprocess():
         yield
         return
     most = STUCK_SECONDS if seconds is None else seconds
@@ -205,7 +205,7 @@ def watched(seconds: float | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ending(workdir: str) -> Iterator[None]:
+def fail_fast(workdir: str) -> Iterator[None]:
     """Around a run: what one of several processes alone is told ends it at once, and so the others, which see it gone.
 
     A full disk, or one that is gone, is told in one sentence. Not as unusable input: the same command may do better.
@@ -213,26 +213,26 @@ def ending(workdir: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if together(error):
+        if is_collective(error):
             raise
-        raise Alone(str(error), 2) from None
+        raise LocalFailure(str(error), 2) from None
     except KeyboardInterrupt:
-        if not several():
+        if not is_multiprocess():
             raise
-        raise Alone("interrupted", 130) from None
+        raise LocalFailure("interrupted", 130) from None
     except OSError as error:
         sentence = f"the run in {workdir} ends because of its files: {error}; {_RESUME}"
-        if several():
-            raise Alone(sentence, 1) from None
+        if is_multiprocess():
+            raise LocalFailure(sentence, 1) from None
         sys.exit(f"ssp_jax: {sentence}")
 
 
-def together(error: InputError) -> bool:
+def is_collective(error: InputError) -> bool:
     """Whether no other process goes on as if nothing had happened."""
-    return not several() or isinstance(error, AllTold)
+    return not is_multiprocess() or isinstance(error, CollectiveInputError)
 
 
-def lost_another(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether a collective failed because of another process: what gloo, NCCL and JAX's coordinator say then."""
     said = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "unhealthy")
     kinds = jax.errors.JaxRuntimeError, ValueError  # the latter where a program fails as it is dispatched
@@ -254,7 +254,7 @@ class Stop:
         self._first: int | None = None
         self._terminals = [number for number in (0, 1, 2) if os.isatty(number)]
         numbers = [signal.SIGINT, signal.SIGHUP]
-        if several():
+        if is_multiprocess():
             self._clock = threading.Thread(target=self._tick, daemon=True)
             self._clock.start()
         else:
@@ -270,7 +270,7 @@ class Stop:
             self._first = number
             if number == signal.SIGINT:
                 signals.say("interrupted: saves as soon as the work at hand allows; Ctrl-C again leaves at once")
-            if several():
+            if is_multiprocess():
                 os.kill(os.getpid(), signal.SIGTERM)
             else:
                 self._set.set()
@@ -308,7 +308,7 @@ class Stop:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        if several():
+        if is_multiprocess():
             self._clock.join()
         self._listening.__exit__(None, None, None)
 
@@ -316,7 +316,7 @@ class Stop:
 # --- what they tell each other ----------------------------------------------------------------------------------------
 
 
-def deal(costs: Sequence[float], processes: int) -> list[list[int]]:
+def balance(costs: Sequence[float], processes: int) -> list[list[int]]:
     """Who plays what, as indices: the dearest first, to and fro, so that shares are alike in number and in cost."""
     dearest = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     turn = [*range(processes), *reversed(range(processes))]
@@ -326,17 +326,17 @@ def deal(costs: Sequence[float], processes: int) -> list[list[int]]:
     ]
 
 
-def own_share(costs: Sequence[float]) -> list[int]:
-    return deal(costs, jax.process_count())[jax.process_index()]
+def local_share(costs: Sequence[float]) -> list[int]:
+    return balance(costs, jax.process_count())[jax.process_index()]
 
 
-def share(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> list[T]:
+def all_gather_objects(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> list[T]:
     """What `action` gives on each process, for all of them, in the order of processes.
 
     What one of them is told (InputError, Terminated) all are told, so that they end together. `facts` must be the same
     everywhere.
     """
-    if not several():
+    if not is_multiprocess():
         return [action()]
     result: T | None = None
     told: InputError | Terminated | None = None
@@ -351,30 +351,30 @@ def share(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> li
     check_alike([part[0] for part in parts])
     for process, (_, of_one, _) in enumerate(parts):
         if isinstance(of_one, InputError):
-            raise AllTold(str(of_one) if process == jax.process_index() else f"process {process}: {of_one}")
+            raise CollectiveInputError(str(of_one) if process == jax.process_index() else f"process {process}: {of_one}")
         if of_one is not None:
             raise of_one
     return [part[2] for part in parts]
 
 
-def agree(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
+def run_on_all(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
     """What `action` gives on this process; InputError of one is raised by all."""
     kept: list[T] = []
-    share(lambda: kept.append(action()), facts)
+    all_gather_objects(lambda: kept.append(action()), facts)
     return kept[0]
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits for those that compile what others find in their cache, before devices talk that have not talked before.
 
     (Gloo gives up after half a minute then, and after half an hour between those that have.)
     """
-    share(lambda: None)
+    all_gather_objects(lambda: None)
 
 
 def appears(path: Path) -> bool:
     """Whether the path is there. Where another process wrote it, it is waited for."""
-    end = time.monotonic() + (0 if first() else SHARED_SECONDS)
+    end = time.monotonic() + (0 if is_coordinator() else SHARED_SECONDS)
     while not path.exists():
         if time.monotonic() >= end:
             return False
@@ -387,32 +387,32 @@ def check_shared(folder: Path) -> None:
 
     By a name that is new each time: a file system may remember that another one was not there.
     """
-    if not several():
+    if not is_multiprocess():
         return
 
     def mark() -> str:
         name = f".shared_{secrets.token_hex(8)}"
-        if first():
+        if is_coordinator():
             try:
                 (folder / name).touch()
             except OSError as error:
                 raise InputError(f"{folder} cannot be used: {error}") from error
         return name
 
-    path = folder / share(mark)[0]
+    path = folder / all_gather_objects(mark)[0]
 
     def look() -> None:
         if not appears(path):
             raise InputError(f"{folder} is not the same folder on all hosts; expected one that they share")
 
     try:
-        agree(look)
+        run_on_all(look)
     finally:
-        if first():
+        if is_coordinator():
             path.unlink(missing_ok=True)
 
 
-def by_first(action: Callable[[], object]) -> None:
+def run_on_coordinator(action: Callable[[], object]) -> None:
     """The first process acts while the others wait, for hours if need be; its InputError is raised by all.
 
     They wait in many short collectives: a long one counts as a failed one (Gloo gives up after half an hour).
@@ -426,18 +426,18 @@ def by_first(action: Callable[[], object]) -> None:
             told.append(error)
 
     thread = threading.Thread(target=act, daemon=True)  # daemon: Ctrl-C ends the process and not only the wait
-    if first():
+    if is_coordinator():
         thread.start()
 
     def over() -> bool:
-        if first():
+        if is_coordinator():
             thread.join(_TICK_SECONDS)
         ended = not thread.is_alive()
         if told:
             raise told[0]
         return ended
 
-    while not all(share(over)):
+    while not all(all_gather_objects(over)):
         pass
 
 
@@ -450,7 +450,7 @@ def check_alike(facts: Sequence[Mapping[str, Any]]) -> None:
             where.setdefault(repr(value), []).append(str(process))
         if len(where) > 1:
             differ = "; ".join(f"{value} on {', '.join(processes)}" for value, processes in where.items())
-            raise AllTold(f"the processes of this run are not alike: {name} is {differ}")
+            raise CollectiveInputError(f"the processes of this run are not alike: {name} is {differ}")
 
 
 def digest(value: Any) -> str:

@@ -48,7 +48,7 @@ def run(
     folder, engine=None, judge=None, sets=SETS, stop=lambda: None, params=lambda: None, step=3, training="t", **inputs
 ):
     with Logger(str(folder), 0, tensorboard=False) as logger:
-        setting = evaluate.Setting(
+        setting = evaluate.EvalContext(
             folder=folder / "eval",
             inputs=INPUTS | inputs,
             training=training,

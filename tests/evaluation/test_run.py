@@ -12,7 +12,7 @@ import pytest
 from ssp_jax import train
 from ssp_jax.errors import InputError
 from ssp_jax.evaluation import run
-from ssp_jax.workdir import held
+from ssp_jax.workdir import lock_workdir
 from tests.conftest import ROOT
 from tests.test_train import arguments, small
 
@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     changes = {"eval__before": False, "eval__after": False, "checkpoint__export": False}
     train.train(small(steps=1, learner__learning_rate=0.02, **changes), str(workdir))
     shutil.copytree(workdir, workdir.with_name("fresh"))
-    run.examine(small(steps=1, **QUESTIONS), str(workdir))
+    run.evaluate_workdir(small(steps=1, **QUESTIONS), str(workdir))
     return workdir
 
 
@@ -66,7 +66,7 @@ def test_a_killed_evaluation_goes_on(trained, tmp_path):
     output, _ = process.communicate(timeout=60)
     before = episodes_so_far(tmp_path)
     assert process.returncode == -signal.SIGKILL and 2 <= len(before) < 24, output
-    run.examine(small(**QUESTIONS), str(tmp_path))  # with more slots, which an evaluation may change
+    run.evaluate_workdir(small(**QUESTIONS), str(tmp_path))  # with more slots, which an evaluation may change
     after = episodes(tmp_path)
     assert after[: len(before)] == before and len(after) == 24
     assert answers(tmp_path) == answers(trained)
@@ -81,7 +81,7 @@ def episodes_so_far(workdir):
 
 def test_a_complete_evaluation_is_shown_again_without_playing(trained, capsys):
     before = {path: path.read_bytes() for path in (trained / "eval").rglob("*.json*")}
-    run.examine(small(steps=1, eval__judge="cover_em", **QUESTIONS), str(trained))
+    run.evaluate_workdir(small(steps=1, eval__judge="cover_em", **QUESTIONS), str(trained))
     shown = capsys.readouterr().out
     assert "Right by cover_em, 1 steps of self-play" in shown and "initial weights of assets/tiny/model" in shown
     for path, text in before.items():
@@ -89,14 +89,14 @@ def test_a_complete_evaluation_is_shown_again_without_playing(trained, capsys):
 
 
 def test_a_second_evaluation_of_a_workdir_is_refused(trained):
-    with held(str(trained / "eval")), pytest.raises(InputError, match="eval is in use by another run"):
-        run.examine(small(steps=1, **QUESTIONS), str(trained))
+    with lock_workdir(str(trained / "eval")), pytest.raises(InputError, match="eval is in use by another run"):
+        run.evaluate_workdir(small(steps=1, **QUESTIONS), str(trained))
 
 
 def test_the_initial_model_judges(trained, tmp_path):
     """A model of this size knows nothing of judging: its replies are no verdicts, and none makes an answer right."""
     shutil.copytree(trained / "eval", tmp_path / "eval")
-    run.examine(small(eval__judge="policy", **QUESTIONS), str(tmp_path))
+    run.evaluate_workdir(small(eval__judge="policy", **QUESTIONS), str(tmp_path))
     found = document(tmp_path, 0)
     wrong = [e for e in episodes(tmp_path) if e["answer"]]
     assert found["judge"] == "policy" and 0 < found["unjudged"] <= len(wrong)
@@ -117,10 +117,10 @@ def test_a_damaged_checkpoint_is_not_evaluated(trained, tmp_path):
     changes = {"eval__before": False, "limits__searches": 4, **QUESTIONS}
     shutil.rmtree(workdir / "eval")
     with pytest.raises(InputError, match="checkpoint 1 in .*run is damaged .* evaluates the step before"):
-        run.examine(small(steps=1, **changes), str(workdir))
+        run.evaluate_workdir(small(steps=1, **changes), str(workdir))
 
 
 def test_more_questions_than_episodes_have_ids_are_told_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr("ssp_jax.game.roles.ID_ROWS", 3)
     with pytest.raises(InputError, match="questions of data.eval_sets: expected at most 3 at a time, found"):
-        run.examine(small(steps=1), str(tmp_path))
+        run.evaluate_workdir(small(steps=1), str(tmp_path))

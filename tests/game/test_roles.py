@@ -8,7 +8,7 @@ import pytest
 from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.game import prompts, roles
-from ssp_jax.game.roles import PROPOSER, SOLVER, VERIFIER, Limits, Player, Stage
+from ssp_jax.game.roles import PROPOSER, SOLVER, VERIFIER, EpisodeContext, EpisodePlayer, Limits
 from ssp_jax.model import hf_load
 from ssp_jax.rollout import sampler
 
@@ -22,25 +22,25 @@ LIMITS = Limits(
     searches=3,
     observation_tokens=60,
 )
-STAGE = Stage(TOKENIZER, prompts.STYLES["brief"], "chat", LIMITS)
+STAGE = EpisodeContext(TOKENIZER, prompts.STYLES["brief"], "chat", LIMITS)
 FOUND = [Document("1", '"Ulaanbaatar"', "Ulaanbaatar is the capital of Mongolia.")]
 SEARCH, ANSWER = 0, 1  # indices of the solver's stops
 
 
 def player(role=SOLVER, stage=STAGE, text="Question: Where?"):
-    return Player(stage, role, 5, 1.0, stage.encode(text))
+    return EpisodePlayer(stage, role, 5, 1.0, stage.encode(text))
 
 
 def write(p, text, stop):
     tokens = p.stage.encode(text)
-    return p.stopped(tokens, [-0.5] * len(tokens), stop)
+    return p.end_turn(tokens, [-0.5] * len(tokens), stop)
 
 
 def test_an_episode_of_two_turns():
     p = player()
     prompt = list(p.tokens)
     assert write(p, "<search> Mongolia capital </search>", SEARCH) == "Mongolia capital"
-    p.observe(FOUND)
+    p.insert_result(FOUND)
     assert write(p, "<answer> Ulaanbaatar </answer>\n", ANSWER) is None
     e = p.episode()
     assert (e.stop_reason, e.queries, e.documents) == ("answer", ("Mongolia capital",), tuple(FOUND))
@@ -57,8 +57,8 @@ def test_an_episode_of_two_turns():
 def test_a_turn_may_arrive_in_pieces():
     a, b = player(), player()
     tokens = STAGE.encode("<search> Mongolia </search>")
-    a.going_on(tokens[:2], [-0.5] * 2)
-    assert a.stopped(tokens[2:], [-0.5] * len(tokens[2:]), SEARCH) == write(b, "<search> Mongolia </search>", SEARCH)
+    a.append(tokens[:2], [-0.5] * 2)
+    assert a.end_turn(tokens[2:], [-0.5] * len(tokens[2:]), SEARCH) == write(b, "<search> Mongolia </search>", SEARCH)
     assert a.episode() == b.episode()
 
 
@@ -77,7 +77,7 @@ def test_limits_bound_the_coming_turn():
     write(p, "x x x", sampler.LIMIT)
     assert p.stop_reason == "turn_tokens"
     p.prompt_length -= 20
-    p.stopped([], [], sampler.LIMIT)
+    p.end_turn([], [], sampler.LIMIT)
     assert p.stop_reason == "response_tokens"
 
 
@@ -85,7 +85,7 @@ def test_a_verifier_has_a_limit_of_its_own():
     stage = dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, verify_response_tokens=10))
     p = player(VERIFIER, stage)
     assert p.token_limit() == len(p.tokens) + 10
-    p.stopped([5] * 10, [-0.5] * 10, sampler.LIMIT)
+    p.end_turn([5] * 10, [-0.5] * 10, sampler.LIMIT)
     assert p.stop_reason == "response_tokens"
     assert player(SOLVER, stage).token_limit() == player(SOLVER).token_limit()
 
@@ -93,7 +93,7 @@ def test_a_verifier_has_a_limit_of_its_own():
 def test_one_search_too_many_ends_it():
     p = player(stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, searches=1, response_tokens=500)))
     assert write(p, "<search> a </search>", SEARCH) == "a"
-    p.observe([])
+    p.insert_result([])
     assert write(p, "<search> b </search>", SEARCH) is None
     assert (p.stop_reason, p.queries) == ("searches", ["a"])
 
@@ -103,7 +103,7 @@ def test_too_many_turns_end_it():
     for query in "ab":
         assert not p.stop_reason
         write(p, f"<search> {query} </search>", SEARCH)
-        p.observe(FOUND)
+        p.insert_result(FOUND)
     assert p.stop_reason == "turns"
 
 
@@ -111,7 +111,7 @@ def test_a_result_that_does_not_fit_ends_it_and_is_not_appended():
     p = player(stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, response_tokens=20)))
     write(p, "<search> a </search>", SEARCH)
     before = len(p.tokens)
-    p.observe(FOUND)
+    p.insert_result(FOUND)
     assert (p.stop_reason, len(p.tokens)) == ("response_tokens", before)
 
 
@@ -123,8 +123,8 @@ def test_a_search_without_its_opening_tag_ends_it():
 
 @pytest.mark.parametrize(("role", "limit"), [(SOLVER, 64), (PROPOSER, 64), (VERIFIER, 200)])
 def test_a_prompt_that_is_too_long_ends_at_once(role, limit):
-    assert not Player(STAGE, role, 0, 1.0, [5] * limit).stop_reason
-    assert Player(STAGE, role, 0, 1.0, [5] * (limit + 1)).stop_reason == "prompt_tokens"
+    assert not EpisodePlayer(STAGE, role, 0, 1.0, [5] * limit).stop_reason
+    assert EpisodePlayer(STAGE, role, 0, 1.0, [5] * (limit + 1)).stop_reason == "prompt_tokens"
 
 
 def test_each_role_stops_at_its_own_tags():

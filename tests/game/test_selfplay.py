@@ -12,12 +12,12 @@ from ssp_jax.config import RL_PAIRS
 from ssp_jax.data import Document, Task
 from ssp_jax.game import prompts, roles
 from ssp_jax.game.judge import Verdict
-from ssp_jax.game.selfplay import Memory, Question, SelfPlay, readable
+from ssp_jax.game.selfplay import Question, ReplayState, SelfPlay, readable
 from ssp_jax.model import hf_load
 from ssp_jax.rollout import sampler
 from ssp_jax.rollout.engine import Stats
 
-STAGE = roles.Stage(
+STAGE = roles.EpisodeContext(
     hf_load.load_tokenizer(Path("assets/tiny/model")),
     prompts.STYLES["brief"],
     "chat",
@@ -52,9 +52,9 @@ class ScriptedEngine:
                 text = self.script(player)
                 found = [i for i, stop in enumerate(player.role.stops) if text.endswith(stop)]
                 tokens = STAGE.encode(text)
-                query = player.stopped(tokens, [-1.0] * len(tokens), found[0] if found else sampler.EOS)
+                query = player.end_turn(tokens, [-1.0] * len(tokens), found[0] if found else sampler.EOS)
                 if query is not None:
-                    player.observe([Document(query, f'"{query}"', "found")])
+                    player.insert_result([Document(query, f'"{query}"', "found")])
             stats.finished += 1
             waiting += finished(player)
         return stats
@@ -88,7 +88,7 @@ def config(**changes):
 def play(turn, memory=None, step=0, tasks=TASKS, last_first=False, **changes):
     engine = ScriptedEngine(turn, last_first)
     game = SelfPlay(config(**changes), STAGE, engine, Corpus())
-    round_, after = game.play(step, tasks, memory or Memory(), None, None)
+    round_, after = game.play(step, tasks, memory or ReplayState(), None, None)
     return round_, after, engine
 
 
@@ -124,7 +124,7 @@ def test_a_failed_question_is_an_outcome_with_its_own_reward(turn, fault):
 def test_a_verifier_without_room_for_its_documents_has_a_fault_of_its_own():
     """The question is well-formed: what is too short is limits.verify_prompt_tokens."""
     stage = dataclasses.replace(STAGE, limits=dataclasses.replace(STAGE.limits, verify_prompt_tokens=20))
-    round_, _ = SelfPlay(config(), stage, ScriptedEngine(script()), Corpus()).play(0, TASKS, Memory(), None, None)
+    round_, _ = SelfPlay(config(), stage, ScriptedEngine(script()), Corpus()).play(0, TASKS, ReplayState(), None, None)
     assert [game.fault for game in round_.games] == ["too_long_to_verify"] * 4
     counts = [round_.metrics[name] for name in ("fault/too_long_to_verify", "fault/unverified", "funnel/well_formed")]
     assert counts == [4, 0, 4]
@@ -177,7 +177,7 @@ def test_proposer_baselines(baseline, expected):
 
 def test_the_verifier_sees_own_and_noise_documents_and_cannot_search():
     others = [[Document(f"other {i}{j}", '"o"', "x") for j in range(3)] for i in range(4)]
-    _, _, engine = play(script(), Memory(documents=others))
+    _, _, engine = play(script(), ReplayState(documents=others))
     for game in range(4):
         prompt = engine.prompts[roles.episode_id(roles.VERIFIER, game, 0)]
         assert prompt.count("Doc ") == 1 + 4
@@ -195,7 +195,7 @@ def test_noise_of_the_first_round_comes_from_the_corpus_and_of_the_same_step_fro
 
 def test_noise_by_trajectory_takes_all_documents_of_a_game():
     others = [[Document(f"{i} {j}", '"o"', f"game{i}") for j in range(3)] for i in range(4)]
-    memory = Memory(documents=others, answers=[task.answers for task in TASKS])
+    memory = ReplayState(documents=others, answers=[task.answers for task in TASKS])
     _, _, engine = play(script(), memory, game__noise_unit="trajectory", game__noise_documents=1)
     for game in range(4):
         prompt = engine.prompts[roles.episode_id(roles.VERIFIER, game, 0)]
@@ -226,7 +226,7 @@ def test_proposals_for_one_answer_are_no_noise_for_each_other(source, unit):
 def test_every_verifier_reads_as_many_noise_documents_as_asked_for(source):
     """All games have found the same few passages, each several times."""
     few = [[Document(name, f'"{name}"', "old") for name in ("Oslo", "Rome", "Oslo", "x")]] * 4
-    memory = Memory(documents=few, answers=[("Paris",)] * 4)
+    memory = ReplayState(documents=few, answers=[("Paris",)] * 4)
     round_, _, engine = play(script(), memory, game__noise_source=source)
     for game in round_.games:
         ids = [document.id for document in (*game.proposer.documents, *game.noise)]
@@ -237,7 +237,7 @@ def test_every_verifier_reads_as_many_noise_documents_as_asked_for(source):
 
 def test_a_round_is_the_same_after_its_memory_was_on_disk():
     _, memory, _ = play(script())
-    restored = Memory.from_json(json.loads(json.dumps(memory.to_json())))
+    restored = ReplayState.from_json(json.loads(json.dumps(memory.to_json())))
     a, b = (play(script(), before, step=1)[0] for before in (memory, restored))
     assert [readable(game) for game in a.games] == [readable(game) for game in b.games]
 
@@ -246,7 +246,7 @@ def test_the_memory_of_an_earlier_version_has_no_answers():
     _, memory, _ = play(script())
     saved = memory.to_json()
     del saved["answers"]
-    assert Memory.from_json(saved) == dataclasses.replace(memory, answers=[])
+    assert ReplayState.from_json(saved) == dataclasses.replace(memory, answers=[])
 
 
 LONG = "Ulaanbaatar" + " and so on" * 100
@@ -288,7 +288,7 @@ def test_without_verification_questions_go_straight_to_the_solver():
 
 
 def test_failed_questions_are_filled_from_the_pool_and_their_proposer_still_fails():
-    pool = Memory(pool=[Question("Which one is it?", ("wrong",))])
+    pool = ReplayState(pool=[Question("Which one is it?", ("wrong",))])
     round_, after, _ = play(script(verified=False, solved=(False,) * 5), pool, game__batch_fill="full_reuse")
     for game in round_.games:
         assert game.question == Question("Which one is it?", ("wrong",), reused=True)
@@ -302,7 +302,7 @@ def test_failed_questions_are_filled_from_the_pool_and_their_proposer_still_fail
     [("full_reuse", 9, 5), ("periodic_reset", 8, 5), ("periodic_reset", 9, 0), ("dummy", 3, 0), ("resample", 3, 0)],
 )
 def test_what_the_pool_keeps(fill, step, size):
-    _, after, _ = play(script(), Memory(pool=[Question("q?", ("a",))]), step, game__batch_fill=fill)
+    _, after, _ = play(script(), ReplayState(pool=[Question("q?", ("a",))]), step, game__batch_fill=fill)
     assert len(after.pool) == size
 
 
@@ -326,7 +326,7 @@ def test_the_order_of_ends_changes_nothing():
 
 def test_memory_and_games_survive_json():
     round_, memory, _ = play(script())
-    assert Memory.from_json(json.loads(json.dumps(memory.to_json()))) == memory
+    assert ReplayState.from_json(json.loads(json.dumps(memory.to_json()))) == memory
     shown = json.loads(json.dumps(readable(round_.games[0])))
     assert shown["question"]["text"] == GOOD and shown["answer"] == "Ulaanbaatar"
     assert [turn["who"] for turn in shown["proposer"]["turns"]] == ["proposer", "search engine", "proposer"]
@@ -363,7 +363,7 @@ def play_judged(judge, turn, last_first=False, **changes):
     game = SelfPlay(
         config(reward__metric="policy", **changes), STAGE, ScriptedEngine(turn, last_first), Corpus(), judge
     )
-    return game.play(0, TASKS, Memory(), None, None)[0]
+    return game.play(0, TASKS, ReplayState(), None, None)[0]
 
 
 @pytest.mark.parametrize("last_first", [False, True])

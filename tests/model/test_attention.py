@@ -64,8 +64,8 @@ def test_packed_has_no_gradient_across_segments_or_from_the_future():
 
 
 def test_the_kernel_is_for_tpus_and_can_be_declined():
-    assert attention.chosen("auto", "tpu") == "splash"
-    assert {attention.chosen(*x) for x in (("auto", "cpu"), ("auto", "gpu"), ("xla", "tpu"))} == {"xla"}
+    assert attention.select_kernel("auto", "tpu") == "splash"
+    assert {attention.select_kernel(*x) for x in (("auto", "cpu"), ("auto", "gpu"), ("xla", "tpu"))} == {"xla"}
 
 
 def both(attend):
@@ -108,8 +108,8 @@ def test_parts_put_together_equal_attention_to_all_keys():
     k_BKHS, v_BKSH = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
     seen = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
     pieces = [slice(4, 6), slice(0, 1), slice(1, 4)]
-    parts = [attention.part(q, k_BKHS[..., p], v_BKSH[:, :, p], seen[:, :, p]) for p in pieces]
-    parts.append(attention.part(q, 9 * k_BKHS, 9 * v_BKSH, jnp.zeros_like(seen)))
-    got = attention.merged(parts)
+    parts = [attention.partial_softmax(q, k_BKHS[..., p], v_BKSH[:, :, p], seen[:, :, p]) for p in pieces]
+    parts.append(attention.partial_softmax(q, 9 * k_BKHS, 9 * v_BKSH, jnp.zeros_like(seen)))
+    got = attention.combine(parts)
     expected = attention.packed(q, k, v, jnp.ones((B, T), jnp.int32))
     np.testing.assert_allclose(got, expected, atol=1e-5)

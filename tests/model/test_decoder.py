@@ -91,7 +91,7 @@ def test_cached_decoding_gives_huggingfaces_tokens(name):
         params,
         sampler.new_state(config, kv_cache.full_layout((48,), 1), jnp.float32),
         rows,
-        sampler.Starts(*start, np.zeros((1,), np.float32)),
+        sampler.TurnStarts(*start, np.zeros((1,), np.float32)),
         prompt[None, :-1],
         np.array([len(prompt) - 1], np.int32),
         depth=1,
@@ -176,9 +176,9 @@ def test_gradient_of_a_kernel_comes_in_its_own_dtype():
     np.testing.assert_allclose(got, expected, rtol=0.05, atol=0.5)
 
 
-@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("copies", [1, 8])  # 24 rows of products, which are few, and 192
-def test_unstacked_layers_give_the_same_hidden_states(copies, is_turned):
+def test_unstacked_layers_give_the_same_hidden_states(copies, is_transposed):
     config, params, tokens_BT = random_model(qkv_bias=True, qk_norm=True)
     tokens_BT = jnp.tile(tokens_BT, (copies, 1))
     positions = jnp.broadcast_to(jnp.arange(12), tokens_BT.shape)
@@ -187,8 +187,8 @@ def test_unstacked_layers_give_the_same_hidden_states(copies, is_turned):
         return attention.packed(q, k, v, jnp.ones(tokens_BT.shape, jnp.int32)), cache
 
     unstacked = decoder.unstack(params, jnp.float32)
-    if is_turned:
-        unstacked = decoder.turned(config, unstacked)
+    if is_transposed:
+        unstacked = decoder.transpose_kernels(config, unstacked)
     hidden, _ = decoder.forward_cached(
         config, unstacked, tokens_BT, positions, attend, (None,) * config.num_layers, dtype=jnp.float32
     )

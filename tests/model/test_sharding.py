@@ -47,7 +47,7 @@ def test_on_cpus_the_sampler_has_the_kernels_of_wide_models_turned_and_split_as_
     }
     given, copy = samplers_copy(256)
     for name, spec in expected.items():
-        turned, num_in = copy[name]["turned"], 2 if name == "o" else 1
+        turned, num_in = copy[name]["transposed"], 2 if name == "o" else 1
         kernel = np.moveaxis(np.asarray(given[name]["kernel"]), range(num_in), range(-num_in, 0))
         np.testing.assert_array_equal(turned, kernel)
         assert turned.sharding.is_equivalent_to(NamedSharding(turned.sharding.mesh, spec), turned.ndim)

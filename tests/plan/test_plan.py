@@ -36,9 +36,9 @@ def config(**values: Any) -> ConfigDict:
     return plan.with_values(default.get_config(), {key.replace("__", "."): value for key, value in values.items()})
 
 
-def setup(model_config: decoder.ModelConfig, devices: int = 8, **values: Any) -> memory.Setup:
+def target(model_config: decoder.ModelConfig, devices: int = 8, **values: Any) -> memory.Target:
     c = config(**values)
-    return memory.Setup(
+    return memory.Target(
         c, model_config, AbstractMesh(tuple(sharding.mesh_sizes(c.mesh.to_dict(), devices)), sharding.AXES)
     )
 
@@ -76,7 +76,7 @@ def test_a_wrong_topology_is_one_sentence(text: str) -> None:
 def test_what_is_kept_is_what_a_run_allocates() -> None:
     """Bytes on one device of the real arrays, on the 8 fake devices of the tests."""
     c = config(engine__cache_tokens=64, engine__slots=8, mesh__tensor=2, model__path="x")
-    s = memory.Setup(c, SMALL, assemble.make_mesh(c))
+    s = memory.Target(c, SMALL, assemble.make_mesh(c))
     zeros = jax.tree.map(
         lambda x: jax.device_put(jax.numpy.zeros(x.shape, x.dtype), x.sharding), memory.train_state(s)
     )
@@ -84,7 +84,7 @@ def test_what_is_kept_is_what_a_run_allocates() -> None:
     def on_one_device(tree: Any) -> int:
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
-    kept = memory.kept(s)
+    kept = memory.persistent_bytes(s)
     assert kept["parameters"] == on_one_device(zeros.params) == kept["gradients"]
     assert kept["optimizer"] == on_one_device(zeros.opt_state) > 1.99 * kept["parameters"]
     # Two key/value heads over tensor=2, eight slots over fsdp=4; bfloat16; the small int columns come on top.
@@ -93,12 +93,12 @@ def test_what_is_kept_is_what_a_run_allocates() -> None:
     assert kept["reference"] == kept["parameters"] / 2
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.abstract_params(SMALL)))
     assert total * 2 / 2 < kept["sampler copy"] < total * 2  # whole over fsdp, most of it split over tensor
-    assert memory.kept(setup(SMALL, learner__kl_coef=0.0))["reference"] == 0
+    assert memory.persistent_bytes(target(SMALL, learner__kl_coef=0.0))["reference"] == 0
 
 
 def test_the_7b_arithmetic_by_hand() -> None:
-    s = setup(presets.ARCHITECTURES["Qwen2.5-7B"])
-    kept = memory.kept(s)
+    s = target(presets.ARCHITECTURES["Qwen2.5-7B"])
+    kept = memory.persistent_bytes(s)
     assert kept["parameters"] * 8 == pytest.approx(4 * COUNTS["Qwen2.5-7B"], rel=0.01)
     assert kept["sampler copy"] == 2 * COUNTS["Qwen2.5-7B"]
     assert kept["key/value cache"] == pytest.approx(64 / 8 * 12288 * 28 * 2 * 4 * 128 * 2, rel=1e-3)
@@ -129,16 +129,16 @@ def test_the_cache_of_a_plan_is_the_one_that_the_engine_makes() -> None:
     """From the memory that is free once the sampler's copy is there, up to the longest episode in every slot."""
     values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 4, "engine__slots": 1024}
     whole = small_plan(GIB, **values)
-    assert memory.cache_layout(whole.setup).rows == (1024, 1024)
+    assert memory.cache_layout(whole.target).rows == (1024, 1024)
     present = sum(whole.kept[name] for name in ("parameters", "optimizer", "reference", "sampler copy"))
     hbm = present + whole.kept["key/value cache"]  # 0.8 of what is free is not enough
     p = small_plan(hbm, **values)
-    expected = engine.cache_budget(p.setup.sizes, int(hbm - present))
-    layout = memory.cache_layout(p.setup)
+    expected = engine.cache_budget(p.target.sizes, int(hbm - present))
+    layout = memory.cache_layout(p.target)
     assert layout.rows[0] > layout.rows[1] and expected is not None
     assert 0.99 * expected < p.kept["key/value cache"] < 1.01 * expected
     assert small_plan(hbm, **values, engine__kv_cache_gib=0.01).kept["key/value cache"] < 0.0101 * GIB
-    assert memory.cache_layout(small_plan(present / 2, **values).setup).rows == (4, 4)  # the least it can play with
+    assert memory.cache_layout(small_plan(present / 2, **values).target).rows == (4, 4)  # the least it can play with
 
 
 def test_what_the_cache_may_take_is_what_play_leaves() -> None:
@@ -153,7 +153,7 @@ def test_play_and_update_do_not_keep_what_the_other_needs() -> None:
     """As train.py does it: the copy and the cache are gone before the update, and gradients before play."""
     p = small_plan(GIB, learner__row_tokens=512, learner__rows=4, engine__slots=16)
     sizes = {name: 2.0**i for i, name in enumerate(p.kept)}
-    peaks = memory.peaks(p.setup, sizes, dict.fromkeys(memory.PHASES, 0.0))
+    peaks = memory.peaks(p.target, sizes, dict.fromkeys(memory.PHASES, 0.0))
     always = sizes["parameters"] + sizes["optimizer"] + sizes["reference"]
     playing = always + sizes["sampler copy"]
     assert peaks == {
@@ -190,7 +190,7 @@ def test_changes_make_it_fit() -> None:
     values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 64, "engine__slots": 16}
     need = small_plan(GIB, **values).peaks["gradients"]
     p = small_plan(need * 0.9, **values)
-    text = "\n".join(plan.report(p, roofline.workload(p.setup.config, 300, 100)))
+    text = "\n".join(plan.report(p, roofline.workload(p.target.config, 300, 100)))
     assert not p.fits and "does not fit" in text and "--config.learner.rows=32" in text
     assert small_plan(need * 0.9, **values | {"learner__rows": 32}).fits
     assert "it fits" in "\n".join(plan.report(small_plan(need * 1.1, **values), roofline.workload(config(), 300, 100)))
@@ -203,18 +203,18 @@ def test_a_smaller_cache_or_offloading_is_offered_where_it_is_enough() -> None:
     assert p.kept["key/value cache"] > 0.2 * GIB
     tight = small_plan(max(p.peaks.values()) - 0.01 * GIB, **values)
     assert not tight.fits
-    found = plan.changes_that_fit(tight.setup.config, SMALL, tight.slice, dict.fromkeys(memory.PHASES, 1.0))
+    found = plan.changes_that_fit(tight.target.config, SMALL, tight.slice, dict.fromkeys(memory.PHASES, 1.0))
     smaller = fixed(found, "engine.kv_cache_gib")
     assert smaller and small_plan(tight.slice.device.hbm, **values | {"engine__kv_cache_gib": smaller}).fits
     tight = small_plan(max(p.peaks.values()) - p.kept["optimizer"] / 2, **values)
-    found = plan.changes_that_fit(tight.setup.config, SMALL, tight.slice, dict.fromkeys(memory.PHASES, 1.0))
+    found = plan.changes_that_fit(tight.target.config, SMALL, tight.slice, dict.fromkeys(memory.PHASES, 1.0))
     assert fixed(found, "learner.offload_moments") is True
 
 
 def test_several_changes_where_one_is_not_enough() -> None:
     values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 64, "engine__slots": 16}
     p = small_plan(small_plan(GIB, **values).peaks["gradients"] * 0.3, **values)
-    (found,) = plan.changes_that_fit(p.setup.config, SMALL, p.slice, dict.fromkeys(memory.PHASES, 1.0))
+    (found,) = plan.changes_that_fit(p.target.config, SMALL, p.slice, dict.fromkeys(memory.PHASES, 1.0))
     assert found["learner.rows"] <= 16
 
 
@@ -263,8 +263,8 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
         "optimizer",
     ]
     kept = p.kept["parameters"]
-    xla = dataclasses.replace(p.setup, config=plan.with_values(c, {"model.attention": "xla"}))
-    estimate, in_blocks = (memory.temporaries(s, kept) for s in (p.setup, xla))
+    xla = dataclasses.replace(p.target, config=plan.with_values(c, {"model.attention": "xla"}))
+    estimate, in_blocks = (memory.temporaries(s, kept) for s in (p.target, xla))
     assert p.fits and 0.2 < p.temporaries["gradients"] / estimate["gradients"] < 5
     for phase in ("scores", "gradients"):  # with the kernel scores of attention take no memory
         assert p.temporaries[phase] < 0.4 * in_blocks[phase], phase
@@ -275,7 +275,7 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
 @pytest.mark.skipif(not compile.available(), reason="libtpu is not installed: pip install '.[plan]'")
 def test_what_a_host_runs_compiles_where_its_chips_are_not_numbered_in_a_row() -> None:
     c = config(engine__slots=64, engine__chunk=1, engine__cache_tokens=64, learner__rows=64, mesh__tensor=4)
-    s = plan.make_setup(
+    s = plan.make_target(
         c, dataclasses.replace(SMALL, num_kv_heads=4), hardware.parse_topology("v6e:8x8"), compiled=True
     )
     assert [device.id for device in s.mesh.devices.ravel()[:4]] == [0, 1, 8, 9]
@@ -287,6 +287,6 @@ def test_what_a_host_runs_compiles_where_its_chips_are_not_numbered_in_a_row() -
 def test_a_program_that_the_compiler_gives_up_on_is_reported() -> None:
     c = config(engine__slots=4, engine__chunk=1, engine__cache_tokens=10**8, learner__rows=4)
     slice_ = hardware.parse_topology("v5e:2x2")
-    s = memory.Setup(c, SMALL, sharding.make_mesh(c.mesh.to_dict(), compile.make_devices(slice_)))
+    s = memory.Target(c, SMALL, sharding.make_mesh(c.mesh.to_dict(), compile.make_devices(slice_)))
     decode = list(compile._sampler_sources(s))[1].compile()
     assert not decode.fits and decode.temporaries > 16 * GIB

@@ -19,7 +19,7 @@ from ssp_jax.game.prompts import STYLES
 from ssp_jax.model import decoder, hf_load, sharding
 from ssp_jax.rollout import engine, kv_cache, sampler
 from ssp_jax.rollout.engine import Sizes
-from ssp_jax.rollout.scheduler import Table
+from ssp_jax.rollout.scheduler import Scheduler
 from ssp_jax.runtime import device_memory
 from ssp_jax.runtime.logger import CompileCounter
 
@@ -29,7 +29,7 @@ CONFIG = decoder.ModelConfig(2048, 1, 32, 4, 2, 8, 48)  # one layer: the program
 PARAMS = decoder.unstack(decoder.init_params(CONFIG, jax.random.key(0)), jnp.float32)
 KEY = jax.random.key(7)
 LIMITS = roles.Limits(64, 200, 120, 12, 4, 3, 60)
-STAGE = roles.Stage(TOKENIZER, STYLES["brief"], "chat", LIMITS)
+STAGE = roles.EpisodeContext(TOKENIZER, STYLES["brief"], "chat", LIMITS)
 SIZES = Sizes(slots=8, chunk=4, cache_tokens=256, cache_buckets=(64,), extend_buckets=(16, 64), extend_rows=4)
 FEW = dataclasses.replace(SIZES, cache_buckets=(), extend_buckets=(64,))  # 4 programs and not 10
 
@@ -38,16 +38,16 @@ def search(queries):
     return [[Document("1", '"T"', f"about {query}")] for query in queries]
 
 
-class Searcher(roles.Player):
+class Searcher(roles.EpisodePlayer):
     """Ends its first turns with a search, as if the model had written one: a random model never does."""
 
-    def stopped(self, tokens, logprobs, stop):
+    def end_turn(self, tokens, logprobs, stop):
         if stop != sampler.FULL and len(self.queries) < 2:
-            self.going_on(tokens, logprobs)
+            self.append(tokens, logprobs)
             self.turns.append((self.role.name, ""))
             self.queries.append(f"{self.uid} {len(self.queries)}")
             return self.queries[-1]
-        return super().stopped(tokens, logprobs, stop)
+        return super().end_turn(tokens, logprobs, stop)
 
 
 def make_engine(sizes, config=CONFIG, search=search, **options):
@@ -144,7 +144,7 @@ def test_barriers_wait_for_the_whole_wave():
     orders = {}
     for schedule in engine.SCHEDULES:
         long = make_players(groups=1, attempts=1)[0]
-        short, follower = (roles.Player(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902))
+        short, follower = (roles.EpisodePlayer(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902))
         orders[schedule] = order = []
 
         def finished(player, order=order, short=short, follower=follower):
@@ -321,7 +321,7 @@ def test_attempts_of_a_group_share_its_prompt_and_differ():
 def test_late_attempts_share_the_prompt_of_one_that_plays(expected):
     """Several copies of one prompt in one call, none from another copy."""
     first, *rest = make_players(groups=1, attempts=3)
-    short = roles.Player(STAGE, roles.SOLVER, 9999, 1.0, STAGE.encode("Question: short"))
+    short = roles.EpisodePlayer(STAGE, roles.SOLVER, 9999, 1.0, STAGE.encode("Question: short"))
     ended = {}
 
     def finished(player):
@@ -335,7 +335,7 @@ def test_late_attempts_share_the_prompt_of_one_that_plays(expected):
 
 
 def test_players_that_follow_from_others_are_played():
-    first, *rest = make_players(roles.Player, groups=2, attempts=2)
+    first, *rest = make_players(roles.EpisodePlayer, groups=2, attempts=2)
     order = []
 
     def finished(player):
@@ -347,7 +347,7 @@ def test_players_that_follow_from_others_are_played():
 
 
 def test_a_refused_prompt_ends_without_playing():
-    refused = roles.Player(STAGE, roles.SOLVER, 1, 1.0, [5] * 65)
+    refused = roles.EpisodePlayer(STAGE, roles.SOLVER, 1, 1.0, [5] * 65)
     ended, stats = play(SIZES, [refused, *make_players(groups=1, attempts=1)])
     assert ended[1].stop_reason == "prompt_tokens" and ended[1].num_sampled == 0
     assert stats.finished == 2
@@ -370,7 +370,7 @@ def test_nothing_compiles_after_warm_up(devices):
 
 
 def test_no_chunk_is_decoded_when_all_turns_reach_their_limits_in_the_one_before():
-    players = [roles.Player(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)]
+    players = [roles.EpisodePlayer(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)]
     ended, stats = play(SIZES, players)
     assert [episode.num_sampled for episode in ended.values()] == [LIMITS.turn_tokens] * 2
     assert stats.slot_steps == LIMITS.turn_tokens * SIZES.slots  # 12 steps: three chunks of 4
@@ -401,8 +401,8 @@ def test_eight_devices_play_the_same_episodes(expected):
 
 def test_different_prompts_go_to_different_parts_in_one_call():
     layout = kv_cache.full_layout((256,), 8, parts=4)
-    table = Table(layout, 4, make_players(attempts=1), lambda player: (), lambda queries: None, False)
-    rows = table.to_extend()
+    scheduler = Scheduler(layout, 4, make_players(attempts=1), lambda player: (), lambda queries: None, False)
+    rows = scheduler.pending_prefills()
     assert {layout.part(row.slot) for row in rows} == {0, 1, 2, 3}
     assert engine.Device(layout, 1, [], {}, None, {}, {}).batch([*rows, *rows]) == rows
 

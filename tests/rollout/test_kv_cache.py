@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssp_jax.errors import InputError
-from ssp_jax.rollout.kv_cache import full_layout, layout_for, put, put_in_turn
-from ssp_jax.rollout.scheduler import Memory
+from ssp_jax.rollout.kv_cache import full_layout, layout_for, put, scatter_sequential
+from ssp_jax.rollout.scheduler import RowAllocator
 
 ENDS = (1024, 4096, 12288)
-WAYS = [jax.jit(way, static_argnames="axis") for way in (put, put_in_turn)]
+WAYS = [jax.jit(way, static_argnames="axis") for way in (put, scatter_sequential)]
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -50,7 +50,7 @@ def test_less_memory_than_slots_makes_fewer_slots():
 def test_no_row_ever_has_two_owners(data):
     """Slots that grow and leave in any order; memory is exactly what was promised, and all comes back."""
     layout = layout_for((4, 8, 16), 4, 60, parts=2)
-    memory = Memory(layout)
+    memory = RowAllocator(layout)
     for _ in range(30):
         slot = data.draw(st.integers(0, 3))
         if data.draw(st.booleans()):

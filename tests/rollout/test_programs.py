@@ -35,13 +35,13 @@ def compiled(axes, config=CONFIG, ends=(16, 48), rows=(8, 8), written=(8, 16), d
     params = memory.place(params, sharding.param_shardings(params, mesh, drop=("fsdp",)))
     state, rows_JB, slots = memory.place(state, shardings), numbers(1, rows[0]), numbers(rows[0])
     some = numbers(written[0])
-    begun = sampler.Starts(*[some] * 6, numbers(written[0], dtype=jnp.float32))
+    begun = sampler.TurnStarts(*[some] * 6, numbers(written[0], dtype=jnp.float32))
     stops = sampler.Stops(numbers(9, config.vocab_size, dtype=jnp.int8), numbers(9, dtype=jnp.int8))
     key = numbers(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
     tokens_NT, common = numbers(*written), dict(depth=2, shardings=shardings)
     lowered = {
         "extend": sampler.extend.lower(config, params, state, rows_JB, begun, tokens_NT, some, dtype=dtype, **common),
-        "share": sampler.share.lower(state, rows_JB, some, begun, **common),
+        "share": sampler.copy_prefix.lower(state, rows_JB, some, begun, **common),
         "decode": sampler.decode_chunk.lower(
             config, params, state, rows_JB, slots, stops, key, eos=(1,), steps=steps, dtype=dtype, **common
         ),

@@ -36,7 +36,7 @@ def starts(rows):
     rows = [*rows, *[(SLOTS, 0, 0, 0, 0, 0.0)] * (SLOTS - len(rows))]
     slot, length, token, limit, uid, temperature = zip(*rows, strict=True)
     ints = [jnp.array(x, jnp.int32) for x in (slot, length, token, limit, [0] * SLOTS, uid)]
-    return sampler.Starts(*ints, jnp.array(temperature, jnp.float32))
+    return sampler.TurnStarts(*ints, jnp.array(temperature, jnp.float32))
 
 
 def extend(state, rows, tokens, counts):
@@ -133,7 +133,7 @@ def test_shared_prompt_equals_own_prompt():
     _, expected = generate([PROMPTS[0]] * 2, uids=(1, 2))
     prompt = PROMPTS[0]
     state = extend(fresh(), [(0, 3, prompt[-1], CACHE, 1, 1.0)], [prompt[:-1]], [3])
-    state = sampler.share(
+    state = sampler.copy_prefix(
         state, ROWS, jnp.zeros(SLOTS, jnp.int32), starts([(1, 3, prompt[-1], CACHE, 2, 1.0)]), depth=2
     )
     _, got = decode(state)

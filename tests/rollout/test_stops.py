@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ssp_jax.errors import InputError
 from ssp_jax.game import prompts
-from ssp_jax.game.roles import Limits, Stage
+from ssp_jax.game.roles import EpisodeContext, Limits
 from ssp_jax.rollout.stops import NO_STOP, ROOT, Automaton, build_automaton, token_bytes
 
 STOPS = ("</search>", "</answer>", "</question>")
@@ -209,7 +209,7 @@ def test_random_tokenisations_of_real_tokenizers(name, parts, data):
         ids += data.draw(st.sampled_from([[], [special], [padding, special]]))
     found = run(build_automaton(STOPS, bytes_of, len(bytes_of)), ids)
     assert found == search(STOPS, [bytes_of[i] for i in ids])
-    decoded = Stage(tokenizer, prompts.STYLES["brief"], "chat", Limits(9, 9, 9, 9, 9, 9, 9)).decode(ids)
+    decoded = EpisodeContext(tokenizer, prompts.STYLES["brief"], "chat", Limits(9, 9, 9, 9, 9, 9, 9)).decode(ids)
     assert (NO_STOP not in found[-1:] and bool(ids)) == any(stop in decoded for stop in STOPS)
 
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from configs import default
 from ssp_jax.errors import InputError
 from ssp_jax.runtime.checkpoint import Checkpoints, leaf_digests
-from ssp_jax.workdir import check_workdir, held, keep_config
+from ssp_jax.workdir import check_workdir, keep_config, lock_workdir
 from tests.conftest import files_of_at_most
 
 GAME = {"position": 7, "pool": [{"question": "Où est São Paulo?", "answers": ["Brazil"], "uid": None}], "rate": 0.1}
@@ -297,13 +297,13 @@ from ssp_jax.runtime import processes
 from ssp_jax.config import Place
 workdir, coordinator, process = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 processes.start(Place(coordinator, 2, process), {})
-processes.agree(lambda: None)
+processes.run_on_all(lambda: None)
 processes.check_shared(workdir)
 processes.SHARED_SECONDS = 2
 try:
     processes.check_shared(workdir / str(process))
     print("shared")
-except processes.AllTold as error:
+except processes.CollectiveInputError as error:
     print(error)
 place = NamedSharding(jax.make_mesh((4,), ("x",)), PartitionSpec("x"))
 values = np.arange(4096, dtype=np.float32).reshape(64, 64)
@@ -317,7 +317,7 @@ with checkpoint.Checkpoints(str(workdir), 1, 3) as checkpoints:
         (workdir / "checkpoints/3/game/metadata").unlink()
         largest = max((workdir / "checkpoints/2/state").rglob("*"), key=lambda path: path.stat().st_size)
         largest.write_bytes(bytes(largest.stat().st_size))
-    processes.meet()
+    processes.barrier()
     if process == 1:  # a list of the folder that is not of now
         checkpoint.finished_steps = lambda workdir: [1]
     like = {"x": jax.ShapeDtypeStruct(values.shape, np.float32, sharding=place)}
@@ -381,7 +381,7 @@ def test_minutes_count_from_the_last_save(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_workdir_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     for _ in range(2):
-        with held(str(tmp_path)), pytest.raises(InputError, match="in use by another run"), held(str(tmp_path)):
+        with lock_workdir(str(tmp_path)), pytest.raises(InputError, match="in use by another run"), lock_workdir(str(tmp_path)):
             pass
     assert not list(tmp_path.iterdir())
 

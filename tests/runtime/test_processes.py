@@ -19,7 +19,7 @@ from ssp_jax import train
 from ssp_jax.config import Place, load_config, take_place
 from ssp_jax.errors import InputError
 from ssp_jax.model import hf_load
-from ssp_jax.runtime.processes import HEARTBEAT_SECONDS, check_alike, deal, detected, ending
+from ssp_jax.runtime.processes import HEARTBEAT_SECONDS, balance, check_alike, detected, fail_fast
 from tests.conftest import ROOT
 
 SECONDS = 600  # for whatever is waited for: these tests also pass on a machine that has much else to do
@@ -50,13 +50,13 @@ ROLES = 2  # each takes an optimizer step in a step of the game
 @pytest.mark.parametrize(("number", "processes"), [(256, 4), (7, 3), (2, 4), (0, 2)])
 def test_shares_are_a_partition_alike_in_number_and_cost(number: int, processes: int) -> None:
     costs = np.random.default_rng(number).integers(1, 11, number).tolist()
-    shares = deal(costs, processes)
+    shares = balance(costs, processes)
     assert sorted(i for share in shares for i in share) == list(range(number))
     assert all(share == sorted(share) for share in shares)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     totals = [sum(costs[i] for i in share) for share in shares]
     assert max(totals) - min(totals) <= max(costs, default=0)
-    assert deal([1, 4, 3, 2], 2) == [[0, 1], [2, 3]]
+    assert balance([1, 4, 3, 2], 2) == [[0, 1], [2, 3]]
 
 
 def test_what_differs_between_processes_is_named() -> None:
@@ -105,7 +105,7 @@ NO_SPACE = (
 
 def test_a_full_disk_is_one_sentence_and_not_unusable_input() -> None:
     """So that a cluster starts the run again."""
-    with pytest.raises(SystemExit) as ended, ending("runs/a"):
+    with pytest.raises(SystemExit) as ended, fail_fast("runs/a"):
         raise eval(DISK_FULL)
     assert ended.value.code == f"ssp_jax: {NO_SPACE}"
 
@@ -266,11 +266,11 @@ from ssp_jax.runtime import processes
 from ssp_jax.config import Place
 from ssp_jax.errors import InputError
 processes.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
-processes.agree(lambda: None)
-with processes.ending("runs/a"):
+processes.run_on_all(lambda: None)
+with processes.fail_fast("runs/a"):
     if sys.argv[2] == "1":
         raise eval(sys.argv[3])
-    processes.agree(lambda: None)
+    processes.run_on_all(lambda: None)
 """
 
 
@@ -304,7 +304,7 @@ processes.STUCK_SECONDS = 3
 if sys.argv[2] == "1":
     print(os.getpid(), flush=True)
     eval(sys.argv[3])
-processes.agree(lambda: None)
+processes.run_on_all(lambda: None)
 """
 
 
@@ -436,11 +436,11 @@ from ssp_jax.runtime import processes
 from ssp_jax.model import sharding
 from ssp_jax.config import Place
 processes.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
-processes.agree(lambda: None)
+processes.run_on_all(lambda: None)
 mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
 rows = sharding.put_rows(np.ones((4, 4), np.float32), sharding.rows_sharding(mesh))
 time.sleep(40 * int(sys.argv[2]))  # as if it compiled what the first one finds in its cache
-processes.meet()
+processes.barrier()
 assert jax.jit(lambda x: x.sum())(rows) == 16
 """
 
