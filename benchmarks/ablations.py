@@ -1,11 +1,13 @@
-"""The paper's ablations on the embedded default, over seeds, in the paper's form and beside its numbers.
+"""The paper's ablations on the embedded default, over seeds, in the paper's form and beside its
+numbers.
 
     python benchmarks/ablations.py --out=runs/ablations [--tables=2,3,5,6] [--seeds=0,1,2] [--steps=40] [--jobs=1]
 
-Runs `python -m ssp_jax.main --config=configs/tiny.py` once per variant and seed and prints the tables in Markdown, for
-the README. A variant of several tables is run once, a finished run is not repeated, and one that was ended goes on.
-A run takes about as long as `make demo`; all four tables are 15 runs for each seed. --jobs runs share the machine.
-At Ctrl-C, SIGTERM or SIGHUP the runs at work save, and then all ends, after Ctrl-C with code 130.
+Runs `python -m ssp_jax.main --config=configs/tiny.py` once per variant and seed and prints the
+tables in Markdown, for the README. A variant of several tables is run once, a finished run is not
+repeated, and one that was ended goes on. A run takes about as long as `make demo`; all four tables
+are 15 runs for each seed. --jobs runs share the machine. At Ctrl-C, SIGTERM or SIGHUP the runs at
+work save, and then all ends, after Ctrl-C with code 130.
 """
 
 import argparse
@@ -46,7 +48,9 @@ BEFORE = "before"
 
 @dataclass(frozen=True)
 class Table:
-    """rows: variant -> the paper's figures under `columns`, percent right by a judge; `called` renames rows."""
+    """rows: variant -> the paper's figures under `columns`, percent right by a judge; `called`
+    renames rows.
+    """
 
     title: str
     columns: Sequence[str]
@@ -115,17 +119,32 @@ class Plan:
         """Starts or resumes a run; its words go to log.txt in its workdir."""
         workdir = self.workdir(variant, seed)
         workdir.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "ssp_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}"]
-        command += [f"--config.seed={seed}", f"--config.steps={self.steps}", "--noconfig.checkpoint.export"]
+        command = [
+            sys.executable,
+            "-m",
+            "ssp_jax.main",
+            "--config=configs/tiny.py",
+            f"--workdir={workdir}",
+        ]
+        command += [
+            f"--config.seed={seed}",
+            f"--config.steps={self.steps}",
+            "--noconfig.checkpoint.export",
+        ]
         command += [f"--config.{VARIANTS[variant]}"] if VARIANTS[variant] else []
         # Runs of the same shapes share their programs.
         environment = {"JAX_COMPILATION_CACHE_DIR": str(self.out / "compiled")} | os.environ
         with open(workdir / "log.txt", "a", encoding="utf-8") as log:
-            # In a group of its own, where a terminal's Ctrl-C is not heard, which would end it without saving.
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, process_group=0)
+            # In a group of its own, where a terminal's Ctrl-C is not heard, which would end it
+            # without saving.
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, process_group=0
+            )
 
     def run(self, todo: Sequence[tuple[str, int]], jobs: int) -> None:
-        """Each variant and seed that is not finished, `jobs` at a time; whatever ends this ends those at work first."""
+        """Each variant and seed that is not finished, `jobs` at a time; whatever ends this ends
+        those at work first.
+        """
         waiting = [pair for pair in todo if not self.finished(*pair)]
         running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
         try:
@@ -134,7 +153,9 @@ class Plan:
                     pair = waiting.pop(0)
                     running[pair] = self.start(*pair)
                 time.sleep(0.2)
-                for variant, seed in [pair for pair, process in running.items() if process.poll() is not None]:
+                for variant, seed in [
+                    pair for pair, process in running.items() if process.poll() is not None
+                ]:
                     del running[variant, seed]
                     if self.finished(variant, seed):
                         print(f"finished: {variant}, seed {seed}", file=sys.stderr, flush=True)
@@ -145,23 +166,35 @@ class Plan:
                 process.wait()
 
     def summary(self, variant: str, seed: int) -> dict[str, Any]:
-        return json.loads((self.workdir(variant, seed) / "summary.json").read_text(encoding="utf-8"))
+        return json.loads(
+            (self.workdir(variant, seed) / "summary.json").read_text(encoding="utf-8")
+        )
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean, and standard deviation over seeds where there are several."""
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.1f}" + (
+        f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    )
 
 
 def table_lines(number: int, plan: Plan, seeds: Sequence[int]) -> list[str]:
     table = TABLES[number]
     heads = ["", *SETS, *(["s a step"] if table.seconds else []), *table.columns]
-    lines = [f"Table {number}, {table.title}:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines = [
+        f"Table {number}, {table.title}:",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
     for variant, figures in table.rows.items():
         when = "before" if variant == BEFORE else "after"
         runs = [plan.summary(SSP if variant == BEFORE else variant, seed) for seed in seeds]
         found = [run["eval"][when] for run in runs]
-        cells = [spread([np.mean([sets[name]["em"] for name in of]) for sets in found]) for of in SETS.values()]
+        cells = [
+            spread([np.mean([sets[name]["em"] for name in of]) for sets in found])
+            for of in SETS.values()
+        ]
         cells += [spread([run["seconds"] / run["steps"] for run in runs])] if table.seconds else []
         cells += [f"{figure:.1f}" for figure in figures]
         lines.append(f"| {table.called.get(variant, variant)} | {' | '.join(cells)} |")
@@ -181,11 +214,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     args = parser.parse_args()
     if unknown := set(args.tables) - set(TABLES):
-        parser.error(f"--tables: the paper's Table {min(unknown)} is none of {', '.join(map(str, TABLES))}")
+        parser.error(
+            f"--tables: the paper's Table {min(unknown)} is none of {', '.join(map(str, TABLES))}"
+        )
     if args.jobs < 1:
         parser.error(f"--jobs: expected 1 or more, got {args.jobs}")
     plan = Plan(args.out.resolve(), args.steps)
-    wanted = {variant for number in args.tables for variant in TABLES[number].rows} - {BEFORE} | {SSP}
+    wanted = {variant for number in args.tables for variant in TABLES[number].rows} - {BEFORE} | {
+        SSP
+    }
     todo = [(variant, seed) for seed in args.seeds for variant in VARIANTS if variant in wanted]
     plan.run(todo, args.jobs)
     left = [pair for pair in todo if not plan.finished(*pair)]
@@ -193,7 +230,9 @@ def main() -> None:
         log = plan.workdir(variant, seed) / "log.txt"
         print(f"not finished: {variant}, seed {seed}; its last words in {log}", file=sys.stderr)
     if left:
-        sys.exit(f"{len(left)} of {len(todo)} runs are not finished; the same command takes them up again")
+        sys.exit(
+            f"{len(left)} of {len(todo)} runs are not finished; the same command takes them up again"
+        )
     seeds = ", ".join(map(str, args.seeds))
     print(
         f"\nExact match in percent after {args.steps} steps of configs/tiny.py, mean ± deviation over seeds {seeds}; "

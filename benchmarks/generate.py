@@ -1,14 +1,16 @@
-"""Plain rollout, no tools: tokens a second of the engine, of Tunix's sampler and of Hugging Face generate.
+"""Plain rollout, no tools: tokens a second of the engine, of Tunix's sampler and of Hugging Face
+generate.
 
     python benchmarks/generate.py --out=runs/bench_generate [--cells=1M:8,1M:32,15M:8,15M:32,0.5B:8] [--repeats=3]
         [--contenders=ssp_jax,tunix,torch] [--cores=1] [--python312=python3.12] [--dtype=float32]
 
-Prompts of 128 random tokens, fixed numbers of new tokens at temperature 1, random weights of Qwen2 shapes. Each cell is
-one process a contender, one after the other on the same cores; the first rollout compiles and does not count, the
-median of the next counts. Log-probs of the sampled tokens are returned by ssp_jax and Tunix; torch is spared them.
-Peers are installed here in environments of their own, with pinned versions; without Python 3.12 Tunix is left out.
-Leaves a table on the screen and results.json in --out. On a GPU: --dtype=bfloat16 --cells=0.5B:64:2048,0.5B:256:2048.
-A cell is SHAPE:BATCH[:PROMPT], and --cores=0 leaves the processes where they are.
+Prompts of 128 random tokens, fixed numbers of new tokens at temperature 1, random weights of Qwen2
+shapes. Each cell is one process a contender, one after the other on the same cores; the first
+rollout compiles and does not count, the median of the next counts. Log-probs of the sampled tokens
+are returned by ssp_jax and Tunix; torch is spared them. Peers are installed here in environments of
+their own, with pinned versions; without Python 3.12 Tunix is left out. Leaves a table on the screen
+and results.json in --out. On a GPU: --dtype=bfloat16 --cells=0.5B:64:2048,0.5B:256:2048. A cell is
+SHAPE:BATCH[:PROMPT], and --cores=0 leaves the processes where they are.
 """
 
 import argparse
@@ -26,7 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 Shape = tuple[int, int, int, int, int, int, int]
-# Qwen2 shapes: vocabulary, layers, width, query heads, key/value heads, head size, feed-forward width; new tokens.
+# Qwen2 shapes: vocabulary, layers, width, query heads, key/value heads, head size, feed-forward
+# width; new tokens.
 SHAPES = {
     "1M": ((2048, 4, 128, 4, 2, 32, 512), 128),
     "15M": ((8192, 8, 384, 6, 2, 64, 1536), 128),
@@ -48,7 +51,9 @@ def prompts(vocab: int, batch: int, length: int) -> Any:
 
 
 def timed(rollout: Callable[[], int], repeats: int, expected: int) -> dict[str, Any]:
-    """Seconds of each rollout after the first; every one must give exactly the expected number of tokens."""
+    """Seconds of each rollout after the first; every one must give exactly the expected number of
+    tokens.
+    """
     seconds, cpu_seconds = [], []
     for _ in range(repeats + 1):
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -56,7 +61,12 @@ def timed(rollout: Callable[[], int], repeats: int, expected: int) -> dict[str, 
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
         assert given == expected, f"{given} tokens, expected {expected}"
-    return {"first": seconds[0], "seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "tokens": expected}
+    return {
+        "first": seconds[0],
+        "seconds": seconds[1:],
+        "cpu_seconds": cpu_seconds[1:],
+        "tokens": expected,
+    }
 
 
 class Rollout:
@@ -82,7 +92,9 @@ class Rollout:
         raise AssertionError("nothing was searched for")
 
 
-def run_ssp_jax(shape: Shape, batch: int, length: int, new: int, repeats: int, dtype: str) -> dict[str, Any]:
+def run_ssp_jax(
+    shape: Shape, batch: int, length: int, new: int, repeats: int, dtype: str
+) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
@@ -92,11 +104,18 @@ def run_ssp_jax(shape: Shape, batch: int, length: int, new: int, repeats: int, d
 
     platform.prepare()
     config = decoder.ModelConfig(*shape, rope_theta=ROPE_THETA, tie_embeddings=True, qkv_bias=True)
-    copy = sharding.sampler_copy(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), jnp.dtype(dtype))
-    params, vocab = copy(jax.jit(functools.partial(decoder.init_params, config))(jax.random.key(0))), shape[0]
+    copy = sharding.sampler_copy(
+        config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), jnp.dtype(dtype)
+    )
+    params, vocab = (
+        copy(jax.jit(functools.partial(decoder.init_params, config))(jax.random.key(0))),
+        shape[0],
+    )
     automaton = stops.build_automaton([], [b"x"] * vocab, vocab)
     sizes = engine.Sizes(batch, CHUNK, length + new, (), (length,), min(batch, 8))
-    one = engine.Engine(config, sizes, [automaton], (vocab,), jnp.dtype(dtype), search=lambda queries: [])
+    one = engine.Engine(
+        config, sizes, [automaton], (vocab,), jnp.dtype(dtype), search=lambda queries: []
+    )
     given, steps = prompts(vocab, batch, length), new
 
     def rollout() -> int:
@@ -110,9 +129,15 @@ def run_ssp_jax(shape: Shape, batch: int, length: int, new: int, repeats: int, d
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     keys = batch * (length + new / 2) * kv_cache.token_bytes(config, jnp.dtype(dtype))
     bandwidth = measure_bandwidth()
-    step_seconds = (statistics.median(result["seconds"]) - statistics.median(shortest)) / (new - CHUNK)
+    step_seconds = (statistics.median(result["seconds"]) - statistics.median(shortest)) / (
+        new - CHUNK
+    )
     share = (weights + keys) / bandwidth / step_seconds
-    return result | {"step_seconds": step_seconds, "gb_per_second": bandwidth / 1e9, "bandwidth_share": share}
+    return result | {
+        "step_seconds": step_seconds,
+        "gb_per_second": bandwidth / 1e9,
+        "bandwidth_share": share,
+    }
 
 
 def measure_bandwidth() -> float:
@@ -149,7 +174,9 @@ class Numbers:
         return 0
 
 
-def run_tunix(shape: Shape, batch: int, length: int, new: int, repeats: int, dtype: str) -> dict[str, Any]:
+def run_tunix(
+    shape: Shape, batch: int, length: int, new: int, repeats: int, dtype: str
+) -> dict[str, Any]:
     import jax.numpy as jnp
     from flax import nnx
     from tunix.generate.sampler import CacheConfig, Sampler
@@ -190,7 +217,9 @@ def run_tunix(shape: Shape, batch: int, length: int, new: int, repeats: int, dty
     return timed(rollout, repeats, batch * new)
 
 
-def run_torch(shape: Shape, batch: int, length: int, new: int, repeats: int, dtype: str) -> dict[str, Any]:
+def run_torch(
+    shape: Shape, batch: int, length: int, new: int, repeats: int, dtype: str
+) -> dict[str, Any]:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -211,12 +240,18 @@ def run_torch(shape: Shape, batch: int, length: int, new: int, repeats: int, dty
     network = network.to(device, getattr(torch, dtype)).eval()
     given = torch.tensor(prompts(vocab, batch, length), device=device)
     # generate's own default is top_k = 50.
-    options = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=None)
+    options = dict(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=None
+    )
 
     def rollout() -> int:
         with torch.inference_mode():
             out = network.generate(
-                given, attention_mask=torch.ones_like(given), min_new_tokens=new, max_new_tokens=new, **options
+                given,
+                attention_mask=torch.ones_like(given),
+                min_new_tokens=new,
+                max_new_tokens=new,
+                **options,
             )
         return out[:, length:].numel()
 
@@ -239,14 +274,23 @@ def environment(name: str, out: Path, python312: str) -> str | None:
     python, stamp = folder / "bin" / "python", folder / "installed"
     if not stamp.exists():
         subprocess.run([found, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEERS[name], "numpy"], check=True)
+        subprocess.run(
+            [str(python), "-m", "pip", "install", "--quiet", *PEERS[name], "numpy"], check=True
+        )
         stamp.write_text(" ".join(PEERS[name]) + "\n", encoding="utf-8")
     return str(python)
 
 
 def measure(python: str, name: str, cell: str, args: argparse.Namespace) -> dict[str, Any]:
     """One cell of one contender in a process of its own."""
-    command = [python, __file__, f"--child={name}", f"--cells={cell}", f"--repeats={args.repeats}", f"--out={args.out}"]
+    command = [
+        python,
+        __file__,
+        f"--child={name}",
+        f"--cells={cell}",
+        f"--repeats={args.repeats}",
+        f"--out={args.out}",
+    ]
     path = {"PYTHONPATH": str(ROOT)} if name == "ssp_jax" else {}
     done = subprocess.run(
         [*command, f"--dtype={args.dtype}", f"--cores={args.cores}"],
@@ -306,7 +350,9 @@ def main() -> None:
         for name in names:
             print(f"{cell} {name} ...", flush=True)
             results[cell][name] = measure(str(pythons[name]), name, cell, args)
-            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            (out / "results.json").write_text(
+                json.dumps(results, indent=1) + "\n", encoding="utf-8"
+            )
     print("tokens a second, prompts included, medians\n" + table(results, names))
 
 

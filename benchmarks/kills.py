@@ -1,13 +1,15 @@
-"""Kills a run again and again, damages what it left, and asks whether the end is still the unbroken run.
+"""Kills a run again and again, damages what it left, and asks whether the end is still the unbroken
+run.
 
     python benchmarks/kills.py --out=runs/kills [--kills=200] [--processes=1] [--seed=0]
 
-A tiny run is played to its end once. Then runs of the same config are killed at random moments, and in saves, exports,
-evaluations and index builds: by SIGKILL, some by SIGTERM. Between a kill and the next start some checkpoints lose a
-bit, half a file or a whole one, or the index is gone. With --processes=2 the run has two processes on this machine, and
-one of them is killed, stopped for seconds, or stopped for good. The next start must go on from the newest step that is
-whole, and each run must end as the unbroken one, bit for bit: metrics, scores, games and exported weights. Prints each
-failure and a table, and exits with 1 if there was one.
+A tiny run is played to its end once. Then runs of the same config are killed at random moments, and
+in saves, exports, evaluations and index builds: by SIGKILL, some by SIGTERM. Between a kill and the
+next start some checkpoints lose a bit, half a file or a whole one, or the index is gone. With
+--processes=2 the run has two processes on this machine, and one of them is killed, stopped for
+seconds, or stopped for good. The next start must go on from the newest step that is whole, and each
+run must end as the unbroken one, bit for bit: metrics, scores, games and exported weights. Prints
+each failure and a table, and exits with 1 if there was one.
 """
 
 import argparse
@@ -107,13 +109,23 @@ def start(workdir: Path, cache: Path, number: int, processes: int) -> Start:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
     }
-    command = [sys.executable, "-m", "ssp_jax.main", f"--config={ROOT}/configs/tiny.py", f"--workdir={workdir}"]
+    command = [
+        sys.executable,
+        "-m",
+        "ssp_jax.main",
+        f"--config={ROOT}/configs/tiny.py",
+        f"--workdir={workdir}",
+    ]
     command += [f"--config.{key}={value}" for key, value in SETTINGS.items()]
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command += [f"--config.mesh.data={processes}", f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
+        command += [
+            f"--config.mesh.data={processes}",
+            f"--coordinator=127.0.0.1:{port}",
+            f"--processes={processes}",
+        ]
     folder = workdir.with_name(workdir.name + ".logs")
     folder.mkdir(exist_ok=True)
     logs = [folder / f"{number:03d}_{process}.log" for process in range(processes)]
@@ -121,7 +133,11 @@ def start(workdir: Path, cache: Path, number: int, processes: int) -> Start:
     for process, log in enumerate(logs):
         place = [f"--process={process}"] if processes > 1 else []
         with log.open("wb") as file:
-            started.append(subprocess.Popen([*command, *place], cwd=ROOT, env=environment, stdout=file, stderr=file))
+            started.append(
+                subprocess.Popen(
+                    [*command, *place], cwd=ROOT, env=environment, stdout=file, stderr=file
+                )
+            )
     return Start(started, logs)
 
 
@@ -137,7 +153,9 @@ def steps(workdir: Path) -> list[int]:
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}/{name}").items()}
+    return {
+        k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}/{name}").items()
+    }
 
 
 def compared(document: dict[str, Any]) -> dict[str, Any]:
@@ -191,8 +209,14 @@ HARMS: dict[str, Callable[[Path, random.Random], None]] = {
 
 
 def whole_steps(workdir: Path, harmed: set[int]) -> list[int]:
-    """Those that nothing was done to. `harmed`: inodes, for a step that is set aside is written anew."""
-    return [step for step in steps(workdir) if (workdir / "checkpoints" / str(step)).stat().st_ino not in harmed]
+    """Those that nothing was done to. `harmed`: inodes, for a step that is set aside is written
+    anew.
+    """
+    return [
+        step
+        for step in steps(workdir)
+        if (workdir / "checkpoints" / str(step)).stat().st_ino not in harmed
+    ]
 
 
 def harm(workdir: Path, chance: random.Random, harmed: set[int]) -> str:
@@ -237,7 +261,11 @@ class Tally:
 
 def act(tally: Tally, run: Start, where: str) -> str:
     """Ends the start by force; what was done. Stopping it for a moment does not end it."""
-    kinds = ["SIGKILL"] * 4 + ["SIGTERM"] + (["SIGSTOP, SIGCONT"] * 2 + ["hang"] if tally.processes > 1 else [])
+    kinds = (
+        ["SIGKILL"] * 4
+        + ["SIGTERM"]
+        + (["SIGSTOP, SIGCONT"] * 2 + ["hang"] if tally.processes > 1 else [])
+    )
     kind = tally.chance.choice(kinds)
     victim = tally.chance.choice(run.processes)
     if kind == "SIGTERM":
@@ -254,7 +282,9 @@ def act(tally: Tally, run: Start, where: str) -> str:
     end = time.monotonic() + ALONE_FOR
     while any(process.poll() is None for process in others):
         if time.monotonic() > end:
-            tally.fail(f"{run.logs[0]}: after {kind} of one in {where} the others go on for {ALONE_FOR} s")
+            tally.fail(
+                f"{run.logs[0]}: after {kind} of one in {where} the others go on for {ALONE_FOR} s"
+            )
             break
         time.sleep(0.05)
     run.kill()
@@ -302,8 +332,9 @@ def check_end(tally: Tally, run: Start, kind: str) -> None:
 
 
 def check_resume(tally: Tally, run: Start, whole: int, newest: int) -> None:
-    """That it went on from the newest step that was whole, if it came so far. It may find a newer one usable, if what
-    was harmed there says nothing; whether it was is seen at the end of the run.
+    """That it went on from the newest step that was whole, if it came so far. It may find a newer
+    one usable, if what was harmed there says nothing; whether it was is seen at the end of the
+    run.
     """
     found = re.search(r"resuming after step (\d+)", run.said())
     if not found:
@@ -354,7 +385,9 @@ def play_one(tally: Tally, unbroken: dict[str, Any], seconds: float, most: int) 
     else:
         shutil.rmtree(workdir)
         shutil.rmtree(workdir.with_name(workdir.name + ".logs"))
-    print(f"run {tally.runs}: {'DIFFERS' if differ else 'the same as the unbroken one'}", flush=True)
+    print(
+        f"run {tally.runs}: {'DIFFERS' if differ else 'the same as the unbroken one'}", flush=True
+    )
 
 
 def show(tally: Tally, seconds: float) -> None:
@@ -362,7 +395,11 @@ def show(tally: Tally, seconds: float) -> None:
     print("\n| killed in | " + " | ".join(kinds) + " |")
     print("|---" * (len(kinds) + 1) + "|")
     for where in (ANYWHERE, *AT):
-        print(f"| {where} | " + " | ".join(str(tally.kills[f"{kind} in {where}"]) for kind in kinds) + " |")
+        print(
+            f"| {where} | "
+            + " | ".join(str(tally.kills[f"{kind} in {where}"]) for kind in kinds)
+            + " |"
+        )
     harms = ", ".join(f"{name} {number}" for name, number in sorted(tally.harms.items()))
     print(f"\nbetween them: {harms}; {tally.fallbacks} times the step before was taken")
     print(
@@ -372,7 +409,9 @@ def show(tally: Tally, seconds: float) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=lambda path: Path(path).expanduser(), required=True)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--processes", type=int, default=1)

@@ -1,11 +1,13 @@
-"""Greedy decoding of a real model through our engine against torch + transformers, token by token, in float32.
+"""Greedy decoding of a real model through our engine against torch + transformers, token by token,
+in float32.
 
     python benchmarks/parity.py --model=FOLDER            # our engine; needs what the project needs
     python benchmarks/parity.py --model=FOLDER --write    # makes the golden; needs torch and transformers, not JAX
 
-Eight fixed prompts, 64 tokens each, all prompts in the engine's slots at once. Goldens hold token ids, no weights, and
-lie in benchmarks/goldens under the folder's name. Each token comes with how far the two best logits were apart in the
-reference: where two programs choose differently, this tells a tie that rounding decides (far below 1e-3) from an error.
+Eight fixed prompts, 64 tokens each, all prompts in the engine's slots at once. Goldens hold token
+ids, no weights, and lie in benchmarks/goldens under the folder's name. Each token comes with how
+far the two best logits were apart in the reference: where two programs choose differently, this
+tells a tie that rounding decides (far below 1e-3) from an error.
 """
 
 import argparse
@@ -27,7 +29,10 @@ PROMPTS: tuple[str | list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Name three rivers of Africa and the seas they reach."}],
     [
         {"role": "system", "content": "You are a helpful and harmless assistant."},
-        {"role": "user", "content": "Write the Python one-liner that reverses the words of a sentence."},
+        {
+            "role": "user",
+            "content": "Write the Python one-liner that reverses the words of a sentence.",
+        },
     ],
     [
         {"role": "user", "content": "What does <search> capital of Peru </search> mean here?"},
@@ -52,7 +57,9 @@ def golden_path(folder: Path) -> Path:
 
 
 def write(folder: Path) -> None:
-    """The reference: greedy, float32, every setting of generation_config.json but the eos tokens off."""
+    """The reference: greedy, float32, every setting of generation_config.json but the eos tokens
+    off.
+    """
     import torch
     import transformers
 
@@ -61,7 +68,9 @@ def write(folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     eos = model.generation_config.eos_token_id
     stops = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
-    model.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=stops, pad_token_id=stops[0]
+    )
     asked = prompt_tokens(tokenizer)
     longest = max(map(len, asked))
     padding = [longest - len(tokens) for tokens in asked]  # on the left
@@ -80,12 +89,16 @@ def write(folder: Path) -> None:
         ends = [at for at, token in enumerate(chosen) if token in stops]
         chosen = chosen[: ends[0] + 1] if ends else chosen  # what follows is padding
         gaps = (best[i, :, 0] - best[i, :, 1])[: len(chosen)].tolist()
-        rows.append({"prompt_ids": tokens, "token_ids": chosen, "gaps": [round(gap, 5) for gap in gaps]})
+        rows.append(
+            {"prompt_ids": tokens, "token_ids": chosen, "gaps": [round(gap, 5) for gap in gaps]}
+        )
         print(repr(tokenizer.decode(chosen)), "smallest gap", min(rows[-1]["gaps"]))
     made_by = f"torch {torch.__version__}, transformers {transformers.__version__}, float32"
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     GOLDENS.mkdir(exist_ok=True)
-    golden_path(folder).write_text(f'{{"made_by": {json.dumps(made_by)}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    golden_path(folder).write_text(
+        f'{{"made_by": {json.dumps(made_by)}, "rows": [\n{lines}\n]}}\n', encoding="utf-8"
+    )
 
 
 def check(folder: Path) -> bool:
@@ -107,20 +120,30 @@ def check(folder: Path) -> bool:
         if ours == theirs:
             equal += 1
             continue
-        at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        at = next(
+            (i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]),
+            None,
+        )
         if at is None:
             print(f"prompt {number}: {len(ours)} tokens, the golden has {len(theirs)}")
         else:
             gap = f"the reference's two best logits are {row['gaps'][at]} apart there"
             print(f"prompt {number}: token {at} is {ours[at]}, the golden has {theirs[at]}; {gap}")
     count = sum(len(row["token_ids"]) for row in golden["rows"])
-    print(f"{folder.name}: {equal} of {len(PROMPTS)} prompts equal, {count} tokens, against {golden['made_by']}")
+    print(
+        f"{folder.name}: {equal} of {len(PROMPTS)} prompts equal, {count} tokens, against {golden['made_by']}"
+    )
     return equal == len(PROMPTS)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=lambda path: Path(path).expanduser(), required=True, help="Hugging Face folder")
+    parser.add_argument(
+        "--model",
+        type=lambda path: Path(path).expanduser(),
+        required=True,
+        help="Hugging Face folder",
+    )
     parser.add_argument("--write", action="store_true", help="make the golden with torch")
     args = parser.parse_args()
     folder = args.model.resolve()

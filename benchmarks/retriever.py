@@ -2,10 +2,11 @@
 
     python benchmarks/retriever.py --out=runs/bench_retriever [--passages=1000000] [--corpus=corpus.jsonl.gz]
 
-Prints, as tables for the README: seconds and peak memory of building, seconds and memory of loading, and queries a
-second in batches of 64 with k = 3. bm25s searches the very same arrays, held in memory, with the best of its backends
-and thread counts. Synthetic passages have 100 words of a Zipf law without its 50 most frequent words, which stop words
-take; a query has 3 to 9 words of one passage. A half and all of --passages give the slope for 21M passages; with
+Prints, as tables for the README: seconds and peak memory of building, seconds and memory of
+loading, and queries a second in batches of 64 with k = 3. bm25s searches the very same arrays, held
+in memory, with the best of its backends and thread counts. Synthetic passages have 100 words of a
+Zipf law without its 50 most frequent words, which stop words take; a query has 3 to 9 words of one
+passage. A half and all of --passages give the slope for 21M passages; with
 --passages=0 only the real corpus is measured. Plain bm25s builds corpora of at most PLAIN_BUILD passages here: it holds
 all their words.
 """
@@ -55,7 +56,9 @@ class Measured:
 
 
 def synthetic(path: Path, passages: int) -> None:
-    """Written once; a passage depends on its number only, so a smaller corpus is the start of a larger one."""
+    """Written once; a passage depends on its number only, so a smaller corpus is the start of a
+    larger one.
+    """
     if path.exists():
         return
     ranks = np.arange(STOP_RANKS + 1, STOP_RANKS + 1 + VOCABULARY)
@@ -66,14 +69,19 @@ def synthetic(path: Path, passages: int) -> None:
         for first in range(0, passages, 10_000):
             words = names[np.searchsorted(cumulated, rng.random((10_000, WORDS)))]
             for row, text in enumerate(words[: passages - first], first):
-                file.write(json.dumps({"id": str(row), "contents": f'"{text[0]}"\n{" ".join(text)}'}) + "\n")
+                file.write(
+                    json.dumps({"id": str(row), "contents": f'"{text[0]}"\n{" ".join(text)}'})
+                    + "\n"
+                )
     partial.rename(path)
 
 
 def run(*command: str) -> tuple[float, float]:
     """Wall seconds and peak GB of a process."""
     start = time.monotonic()
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{command} failed")
@@ -92,11 +100,16 @@ def queries(corpus: Path, number: int, passages: int) -> list[str]:
     rng = random.Random(0)
     chosen = set(rng.sample(range(passages), min(number, passages)))
     texts = [d.text.split() for row, d in enumerate(iterate_corpus(corpus)) if row in chosen]
-    return [" ".join(rng.choices(texts[i % len(texts)] or ["x"], k=rng.randint(3, 9))) for i in range(number)]
+    return [
+        " ".join(rng.choices(texts[i % len(texts)] or ["x"], k=rng.randint(3, 9)))
+        for i in range(number)
+    ]
 
 
 def rates(searches: dict[str, Search], asked: list[str]) -> dict[str, float]:
-    """Queries a second of each, medians over batches that all take in turns; the first batch warms up."""
+    """Queries a second of each, medians over batches that all take in turns; the first batch warms
+    up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in searches}
     for first in range(0, len(asked), BATCH):
         for name, search in searches.items():
@@ -113,8 +126,12 @@ def plain_searches(index: Path) -> dict[str, Search]:
         plain = bm25s.BM25.load(index, backend=backend, show_progress=False)
         for threads in sorted({0, len(os.sched_getaffinity(0))}):
 
-            def search(batch: Sequence[str], plain: bm25s.BM25 = plain, threads: int = threads) -> bm25s.Results:
-                tokens = bm25s.tokenize(batch, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
+            def search(
+                batch: Sequence[str], plain: bm25s.BM25 = plain, threads: int = threads
+            ) -> bm25s.Results:
+                tokens = bm25s.tokenize(
+                    batch, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False
+                )
                 return plain.retrieve(tokens, k=TOP_K, n_threads=threads, show_progress=False)
 
             searches[f"bm25s {backend}, {threads} threads"] = search
@@ -125,19 +142,30 @@ def compare(index: Path, retriever: Retriever, asked: list[str]) -> dict[str, fl
     """Ours, and the best of bm25s's settings, each of which must give our scores for every query."""
     plain = plain_searches(index)
     measured = rates({"ssp_jax": lambda batch: retriever.hits(batch, TOP_K)} | plain, asked)
-    print("  queries/s: " + ", ".join(f"{name} {value:.0f}" for name, value in measured.items()), flush=True)
+    print(
+        "  queries/s: " + ", ".join(f"{name} {value:.0f}" for name, value in measured.items()),
+        flush=True,
+    )
     ours = [[score for _, score in hits] for hits in retriever.hits(asked, TOP_K)]
     for name, search in plain.items():
         if [[s for s in scores.tolist() if s > 0] for scores in search(asked).scores] != ours:
             sys.exit(f"{index}: the scores of {name} are not ours")
     best = max(measured[name] for name in plain)
-    return {"queries/s": measured["ssp_jax"], "bm25s queries/s": best, "times": measured["ssp_jax"] / best}
+    return {
+        "queries/s": measured["ssp_jax"],
+        "bm25s queries/s": best,
+        "times": measured["ssp_jax"] / best,
+    }
 
 
 def build(corpus: Path, out: Path) -> dict[str, float]:
-    """Before this process grows: what a child takes is never told as less than its parent had when it started."""
+    """Before this process grows: what a child takes is never told as less than its parent had when
+    it started.
+    """
     print(f"building {out.name} ...", flush=True)
-    seconds, gigabytes = run("-m", "ssp_jax.retriever", "build", f"--corpus={corpus}", f"--out={out}")
+    seconds, gigabytes = run(
+        "-m", "ssp_jax.retriever", "build", f"--corpus={corpus}", f"--out={out}"
+    )
     numbers = {"build s": seconds, "build GB": gigabytes}
     numbers["disk GB"] = sum(path.stat().st_size for path in out.iterdir()) / 1e9
     if json.loads((out / "meta.json").read_text())["passages"] <= PLAIN_BUILD:
@@ -156,7 +184,8 @@ def measure(name: str, corpus: Path, out: Path, built: dict[str, float]) -> Meas
 
 
 def slope(small: Measured, large: Measured) -> Measured:
-    """A straight line through both sizes (of seconds a query, not of queries a second), at the size of wiki-18.
+    """A straight line through both sizes (of seconds a query, not of queries a second), at the size
+    of wiki-18.
 
     Loading hangs on the vocabulary, which is the same for both.
     """
@@ -172,9 +201,16 @@ def slope(small: Measured, large: Measured) -> Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=lambda path: Path(path).expanduser(), required=True, help="folder for all files")
+    parser.add_argument(
+        "--out",
+        type=lambda path: Path(path).expanduser(),
+        required=True,
+        help="folder for all files",
+    )
     parser.add_argument("--passages", type=int, default=1_000_000)
-    parser.add_argument("--corpus", type=lambda path: Path(path).expanduser(), help="a real one, jsonl or jsonl.gz")
+    parser.add_argument(
+        "--corpus", type=lambda path: Path(path).expanduser(), help="a real one, jsonl or jsonl.gz"
+    )
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -182,13 +218,17 @@ def main() -> None:
     sizes = (args.passages // 2, args.passages) if args.passages else ()
     for passages in sizes:
         synthetic(out / f"zipf_{passages}.jsonl", passages)
-        asked.append((f"Zipf, {passages:,}", out / f"zipf_{passages}.jsonl", out / f"zipf_{passages}"))
+        asked.append(
+            (f"Zipf, {passages:,}", out / f"zipf_{passages}.jsonl", out / f"zipf_{passages}")
+        )
     built = [build(corpus, index) for _, corpus, index in asked]
     rows = [measure(*names, numbers) for names, numbers in zip(asked, built, strict=True)]
     if sizes:
         rows.append(slope(*rows[-2:]))
     columns = list(dict.fromkeys(key for row in rows for key in row.numbers))
-    print(f"\n{len(os.sched_getaffinity(0))} cores, bm25s {bm25s.__version__}, batches of {BATCH}, k = {TOP_K}\n")
+    print(
+        f"\n{len(os.sched_getaffinity(0))} cores, bm25s {bm25s.__version__}, batches of {BATCH}, k = {TOP_K}\n"
+    )
     print("| corpus | passages | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))
     for row in rows:
         cells = [f"{row.numbers[key]:.3g}" if key in row.numbers else "" for key in columns]

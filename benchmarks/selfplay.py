@@ -1,14 +1,16 @@
-"""One step of self-play with roles pipelined, with barriers between them, and as static batch loops of two kinds.
+"""One step of self-play with roles pipelined, with barriers between them, and as static batch loops
+of two kinds.
 
     python benchmarks/selfplay.py --out=runs/bench_selfplay [--config=configs/tiny.py] [--repeats=3] [--answers=20]
         [--slots=8]
 
-The static loop is what generators without slots do: a batch plays turn by turn, each turn computes all its tokens again
-from the start in one call padded to the longest of the batch (the smallest of our buckets that holds it), waits for the
-longest turn, and searches. Its second form pads nothing: row by row, each in its own bucket. It runs on the same
-compiled programs. All play the same episodes, which is checked. Occupancy is the share of slot steps that gave a token:
-over the whole step, and until nine tenths of the episodes had ended. Medians over repeats, taken in turn; the first
-round compiles.
+The static loop is what generators without slots do: a batch plays turn by turn, each turn computes
+all its tokens again from the start in one call padded to the longest of the batch (the smallest of
+our buckets that holds it), waits for the longest turn, and searches. Its second form pads nothing:
+row by row, each in its own bucket. It runs on the same compiled programs. All play the same
+episodes, which is checked. Occupancy is the share of slot steps that gave a token: over the whole
+step, and until nine tenths of the episodes had ended. Medians over repeats, taken in turn; the
+first round compiles.
 """
 
 import argparse
@@ -59,7 +61,9 @@ Progress = Callable[[Stats], None]
 
 
 class StaticLoop(engine.Engine):
-    """Batches of as many players as there are slots, turn by turn; nothing stays in the cache between turns."""
+    """Batches of as many players as there are slots, turn by turn; nothing stays in the cache
+    between turns.
+    """
 
     def play(
         self,
@@ -92,7 +96,16 @@ class StaticLoop(engine.Engine):
         slots, none = device.layout.rows[0], np.zeros((0, device.layout.rows[0]), np.int32)
         room_B = np.full((slots,), device.layout.ends[-1], np.int32)
         rows = [
-            Row(i, p.tokens, 0, len(p.tokens) - 1, p.token_limit(), p.stop_automaton, p.uid, p.temperature)
+            Row(
+                i,
+                p.tokens,
+                0,
+                len(p.tokens) - 1,
+                p.token_limit(),
+                p.stop_automaton,
+                p.uid,
+                p.temperature,
+            )
             for i, p in enumerate(active)
         ]
         stats.written_tokens += sum(row.count for row in rows)
@@ -143,9 +156,14 @@ class Setting:
 
 def prepare(config: ConfigDict, index: str) -> Setting:
     c, r = config, config.retriever
-    model_config, tokenizer = hf_load.read_config(c.model.path), hf_load.load_tokenizer(c.model.path)
+    model_config, tokenizer = (
+        hf_load.read_config(c.model.path),
+        hf_load.load_tokenizer(c.model.path),
+    )
     dtype = jnp.dtype(c.model.dtype)
-    retriever = open_retriever(r.corpus, index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r.k1, b=r.b)
+    retriever = open_retriever(
+        r.corpus, index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r.k1, b=r.b
+    )
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     loaded = hf_load.load(c.model.path, model_config, None, jnp.float32)
     everything = data.load_answers(c.data.answers)
@@ -171,7 +189,14 @@ def play(setting: Setting, game: SelfPlay) -> tuple[dict[int, list[int]], dict[s
         seen.append((stats.finished, stats.busy_steps, stats.slot_steps))
 
     start = time.monotonic()
-    round_, _ = game.play(0, setting.tasks, ReplayState(), setting.params, jax.random.key(setting.config.seed), progress)
+    round_, _ = game.play(
+        0,
+        setting.tasks,
+        ReplayState(),
+        setting.params,
+        jax.random.key(setting.config.seed),
+        progress,
+    )
     seconds = time.monotonic() - start
     finished, busy, steps = np.array(seen).T
     most = int(np.searchsorted(finished, 0.9 * finished[-1]))
@@ -187,16 +212,22 @@ def play(setting: Setting, game: SelfPlay) -> tuple[dict[int, list[int]], dict[s
 
 
 def _tokens(round_: Round) -> dict[int, list[int]]:
-    played = [e for g in round_.games for e in (g.proposer, g.verifier, *g.attempts) if e is not None]
+    played = [
+        e for g in round_.games for e in (g.proposer, g.verifier, *g.attempts) if e is not None
+    ]
     return {episode.uid: episode.tokens for episode in played}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=lambda path: Path(path).expanduser(), required=True)
-    parser.add_argument("--config", type=lambda path: Path(path).expanduser(), default=Path("configs/tiny.py"))
+    parser.add_argument(
+        "--config", type=lambda path: Path(path).expanduser(), default=Path("configs/tiny.py")
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--answers", type=int, default=0, help="given answers in the step, 0: as configured")
+    parser.add_argument(
+        "--answers", type=int, default=0, help="given answers in the step, 0: as configured"
+    )
     parser.add_argument("--slots", type=int, default=0, help="0: as configured")
     args = parser.parse_args()
     platform.prepare()
@@ -208,7 +239,9 @@ def main() -> None:
         games = {
             "pipelined": setting.game(engine.Engine, schedule="pipelined"),
             "barrier": setting.game(engine.Engine, schedule="barrier"),
-            "static loop": setting.game(StaticLoop, cache_buckets=(), extend_rows=config.engine.slots),
+            "static loop": setting.game(
+                StaticLoop, cache_buckets=(), extend_rows=config.engine.slots
+            ),
             "static, unpadded": setting.game(StaticLoop, cache_buckets=(), extend_rows=1),
         }
         costs: dict[str, list[dict[str, float]]] = {name: [] for name in games}
@@ -218,17 +251,26 @@ def main() -> None:
                 tokens, cost = play(setting, game)
                 expected = expected or tokens
                 differing = (
-                    sum(tokens[uid] != expected[uid] for uid in expected) if tokens.keys() == expected.keys() else -1
+                    sum(tokens[uid] != expected[uid] for uid in expected)
+                    if tokens.keys() == expected.keys()
+                    else -1
                 )
                 costs[name] += [cost | {"differing_episodes": differing}] * (repeat > 0)
-    median = {name: {key: statistics.median(c[key] for c in each) for key in each[0]} for name, each in costs.items()}
+    median = {
+        name: {key: statistics.median(c[key] for c in each) for key in each[0]}
+        for name, each in costs.items()
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
     keys = list(median["pipelined"])
-    print(f"| schedule | {' | '.join(keys)} | time / pipelined |\n" + "|---" * (len(keys) + 2) + "|")
+    print(
+        f"| schedule | {' | '.join(keys)} | time / pipelined |\n" + "|---" * (len(keys) + 2) + "|"
+    )
     for name, row in median.items():
         cells = [f"{row[key]:.3g}" if row[key] < 1000 else f"{row[key]:,.0f}" for key in keys]
-        print(f"| {name} | {' | '.join(cells)} | {row['seconds'] / median['pipelined']['seconds']:.2f} |")
+        print(
+            f"| {name} | {' | '.join(cells)} | {row['seconds'] / median['pipelined']['seconds']:.2f} |"
+        )
 
 
 if __name__ == "__main__":

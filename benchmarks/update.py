@@ -1,15 +1,17 @@
-"""One GRPO update, ours beside Tunix's GRPO learner and a PyTorch loop; and what packing is worth at real lengths.
+"""One GRPO update, ours beside Tunix's GRPO learner and a PyTorch loop; and what packing is worth
+at real lengths.
 
     python benchmarks/update.py --out=runs/bench_update [--shapes=1m,15m,0.5b] [--contenders=ssp_jax,tunix,torch]
 
-Runs on whatever JAX (and PyTorch) find, float32 on CPU and bfloat16 compute elsewhere, each contender and shape in a
-process of its own, so that peak memory is its own. The peers get virtual environments with pinned versions under --out;
-Tunix needs Python 3.12 and is left out, with a line that says so, where there is none. Compare within one run only.
+Runs on whatever JAX (and PyTorch) find, float32 on CPU and bfloat16 compute elsewhere, each
+contender and shape in a process of its own, so that peak memory is its own. The peers get virtual
+environments with pinned versions under --out; Tunix needs Python 3.12 and is left out, with a line
+that says so, where there is none. Compare within one run only.
 
-The update: a batch of episodes of 128 prompt and 384 sampled tokens (8; 1 for 0.5b and 1.5b), on-policy clipped
-surrogate without KL, no reference model, AdamW and clipping by the global norm. Tokens a second count all tokens. And,
-for the first of the shapes, with log-normal lengths (mean 400, at most 2,048), ours packed against ours with one
-episode a row.
+The update: a batch of episodes of 128 prompt and 384 sampled tokens (8; 1 for 0.5b and 1.5b),
+on-policy clipped surrogate without KL, no reference model, AdamW and clipping by the global norm.
+Tokens a second count all tokens. And, for the first of the shapes, with log-normal lengths (mean
+400, at most 2,048), ours packed against ours with one episode a row.
 """
 
 import argparse
@@ -34,7 +36,8 @@ PEERS = {
     "tunix": ("python3.12", ["google-tunix==0.1.7", "jax==0.12.0.1"]),
     "torch": (sys.executable, ["torch==2.13.0", "transformers==5.23.0", "numpy"]),
 }
-# Highest bfloat16 rate of a chip, dense, FLOP/s, from the makers' data sheets; by the start of JAX's device_kind.
+# Highest bfloat16 rate of a chip, dense, FLOP/s, from the makers' data sheets; by the start of
+# JAX's device_kind.
 PEAKS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -57,7 +60,8 @@ class Shape:
     head: int
     mlp: int
     batch: int
-    remat: str  # ours, as `rows`; the peers keep everything and take the whole batch, as they do by default
+    # ours, as `rows`; the peers keep everything and take the whole batch, as they do by default
+    remat: str
     rows: int  # of a micro-batch
 
     @property
@@ -79,7 +83,8 @@ SHAPES = {
 
 
 def timed(step: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of `repeats` steps after two that compile and warm up; step() returns when its work is done.
+    """Seconds of each of `repeats` steps after two that compile and warm up; step() returns when
+    its work is done.
 
     Two are enough where they take more than TIME_LIMIT seconds.
     """
@@ -97,7 +102,9 @@ def timed(step: Callable[[], Any], repeats: int) -> list[float]:
 def peak_gib(device_peak: int | None) -> float:
     import resource
 
-    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     return (device_peak or of_process) / 2**30
 
 
@@ -122,12 +129,15 @@ def episodes(shape: Shape, lengths: list[int], prompt: int) -> list[Played]:
 
     rng = np.random.default_rng(0)
     return [
-        Played(rng.integers(0, shape.vocab, n).tolist(), [i >= prompt for i in range(n)], [0.0] * n) for n in lengths
+        Played(rng.integers(0, shape.vocab, n).tolist(), [i >= prompt for i in range(n)], [0.0] * n)
+        for n in lengths
     ]
 
 
 def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
-    """Learner and train state. No old log-probs are computed: the sampler's serve, as in the default config."""
+    """Learner and train state. No old log-probs are computed: the sampler's serve, as in the
+    default config.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -165,7 +175,9 @@ def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
     return update.Learner(c, state, None, jax.device_put), state
 
 
-def our_seconds(shape: Shape, played: list[Played], rows: int, row_tokens: int, repeats: int) -> list[float]:
+def our_seconds(
+    shape: Shape, played: list[Played], rows: int, row_tokens: int, repeats: int
+) -> list[float]:
     import jax
     import numpy as np
 
@@ -209,12 +221,16 @@ def run_tunix(shape: Shape, repeats: int) -> dict[str, Any]:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE, weight_decay=0.01))
     settings = peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=10**9)
     one = trainer.Trainer(qwen2.Qwen2(config, rngs=nnx.Rngs(0)), optimizer, settings, dict)
-    one.with_loss_fn(lambda m, train_example: algo_core.grpo_loss_fn(m, train_example, algorithm, 0, 1), has_aux=True)
+    one.with_loss_fn(
+        lambda m, train_example: algo_core.grpo_loss_fn(m, train_example, algorithm, 0, 1),
+        has_aux=True,
+    )
     one.with_gen_model_input_fn(lambda example: {"train_example": example})
     rng = np.random.default_rng(0)
 
     def tokens(length: int) -> jax.Array:
-        return jnp.asarray(rng.integers(2, shape.vocab, (shape.batch, length)))  # 0 is padding, 1 the end
+        # 0 is padding, 1 the end
+        return jnp.asarray(rng.integers(2, shape.vocab, (shape.batch, length)))
 
     example = grpo_learner.TrainExample(
         prompt_ids=tokens(PROMPT),
@@ -251,7 +267,9 @@ def run_torch(shape: Shape, repeats: int) -> dict[str, Any]:
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-            logits = model(input_ids=tokens, logits_to_keep=RESPONSE + 1, use_cache=False).logits[:, :-1]
+            logits = model(input_ids=tokens, logits_to_keep=RESPONSE + 1, use_cache=False).logits[
+                :, :-1
+            ]
         targets = tokens[:, PROMPT:, None]
         logp = torch.gather(logits.float().log_softmax(-1), -1, targets)[..., 0]
         ratio = torch.exp(logp - logp.detach())
@@ -270,13 +288,17 @@ def run_torch(shape: Shape, repeats: int) -> dict[str, Any]:
 
 
 def run_packing(shape: Shape, repeats: int) -> dict[str, Any]:
-    """48 episodes in rows of 2,048 tokens: first-fit-decreasing, and one to a row; the same learner does both."""
+    """48 episodes in rows of 2,048 tokens: first-fit-decreasing, and one to a row; the same learner
+    does both.
+    """
     import numpy as np
 
     row_tokens, mean = 2048, 400
     drawn = np.random.default_rng(0).lognormal(np.log(mean) - 0.5 * 0.7**2, 0.7, 48)
     played = episodes(shape, np.clip(drawn, 32, row_tokens).astype(int).tolist(), 16)
-    padded = [Played(e.tokens + [0] * (row_tokens - len(e.tokens)), e.sampled, e.logprobs) for e in played]
+    padded = [
+        Played(e.tokens + [0] * (row_tokens - len(e.tokens)), e.sampled, e.logprobs) for e in played
+    ]
     for e in padded:
         e.sampled = e.sampled + [False] * (row_tokens - len(e.sampled))
         e.logprobs = e.logprobs + [0.0] * (row_tokens - len(e.logprobs))
@@ -286,7 +308,11 @@ def run_packing(shape: Shape, repeats: int) -> dict[str, Any]:
         result[name] = {"useful_tokens_per_second": useful / seconds}
     from ssp_jax.learner import batches
 
-    cells = -(-len(batches.pack([len(e.tokens) for e in played], row_tokens)) // shape.rows) * shape.rows * row_tokens
+    cells = (
+        -(-len(batches.pack([len(e.tokens) for e in played], row_tokens)) // shape.rows)
+        * shape.rows
+        * row_tokens
+    )
     result["packed"]["useful_share"] = useful / cells
     result["padded"]["useful_share"] = useful / (len(padded) * row_tokens)
     return result
@@ -296,17 +322,26 @@ WORKERS = {"ssp_jax": run_ssp_jax, "tunix": run_tunix, "torch": run_torch, "pack
 
 
 def environment(contender: str, out: Path) -> str | None:
-    """The interpreter of a contender, installed on first use; None, with a line why, where it cannot be."""
+    """The interpreter of a contender, installed on first use; None, with a line why, where it
+    cannot be.
+    """
     if contender not in PEERS:
         return sys.executable
     name, packages = PEERS[contender]
     versions = Path.home() / ".pyenv" / "versions"
-    found = next((str(p) for p in sorted(versions.glob("3.12*/bin/python3.12"))), None) if "3.12" in name else None
+    found = (
+        next((str(p) for p in sorted(versions.glob("3.12*/bin/python3.12"))), None)
+        if "3.12" in name
+        else None
+    )
     base = found or shutil.which(name)
     if base is None:
         print(f"{contender} is left out: it needs {name}, which is not on PATH", flush=True)
         return None
-    python, stamp = out / "venvs" / contender / "bin" / "python", out / "venvs" / contender / "installed"
+    python, stamp = (
+        out / "venvs" / contender / "bin" / "python",
+        out / "venvs" / contender / "installed",
+    )
     if not stamp.exists() or stamp.read_text() != " ".join(packages):
         print(f"installing {' '.join(packages)}", flush=True)
         subprocess.run([base, "-m", "venv", "--clear", str(out / "venvs" / contender)], check=True)
@@ -316,14 +351,24 @@ def environment(contender: str, out: Path) -> str | None:
 
 
 def measure(contender: str, shape: str, repeats: int, out: Path) -> dict[str, Any] | None:
-    """What the worker process prints last; None if it fails. Its steps and errors go to stderr as they come."""
+    """What the worker process prints last; None if it fails. Its steps and errors go to stderr as
+    they come.
+    """
     python = environment(contender, out)
     if python is None:
         return None
-    command = [python, __file__, f"--worker={contender}", f"--shapes={shape}", f"--repeats={repeats}"]
+    command = [
+        python,
+        __file__,
+        f"--worker={contender}",
+        f"--shapes={shape}",
+        f"--repeats={repeats}",
+    ]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     print(f"{shape} {contender}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
     if done.returncode:
         print(f"{contender} {shape} failed with exit code {done.returncode}", flush=True)
         return None
@@ -335,7 +380,11 @@ def summarize(name: str, result: dict[str, Any]) -> dict[str, Any]:
     tokens = shape.batch * (PROMPT + RESPONSE)
     rate = shape.flops(tokens, PROMPT + RESPONSE) / seconds
     peak = next((p for kind, p in PEAKS.items() if result["device"].startswith(kind)), None)
-    return result | {"tokens_per_second": tokens / seconds, "gflops": rate / 1e9, "mfu": peak and rate / peak}
+    return result | {
+        "tokens_per_second": tokens / seconds,
+        "gflops": rate / 1e9,
+        "mfu": peak and rate / peak,
+    }
 
 
 def main() -> None:
@@ -362,7 +411,9 @@ def main() -> None:
         if contender == "packing" and shape != shapes[0]:
             continue
         if result := measure(contender, shape, args.repeats, out):
-            results[f"{shape} {contender}"] = result if contender == "packing" else summarize(shape, result)
+            results[f"{shape} {contender}"] = (
+                result if contender == "packing" else summarize(shape, result)
+            )
             (out / "update.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     show(results)
 
@@ -375,7 +426,9 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             packed.append((name, r))
             continue
         mfu = f"{r['mfu']:.1%}" if r["mfu"] else "-"
-        print(f"| {name} | {r['tokens_per_second']:,.0f} | {r['gflops']:,.1f} | {mfu} | {r['peak_gib']:.2f} |")
+        print(
+            f"| {name} | {r['tokens_per_second']:,.0f} | {r['gflops']:,.1f} | {mfu} | {r['peak_gib']:.2f} |"
+        )
     if packed:
         print("\n| log-normal lengths | useful tokens/s | useful share of rows |\n|---|---|---|")
     for name, result in packed:

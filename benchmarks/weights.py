@@ -1,11 +1,13 @@
-"""Seconds and peak memory of loading a Hugging Face folder in bfloat16: ssp_jax beside transformers.
+"""Seconds and peak memory of loading a Hugging Face folder in bfloat16: ssp_jax beside
+transformers.
 
     python benchmarks/weights.py --folder=FOLDER [--repeats=5] [--torch_python=PYTHON]
 
-Each load is a process of its own, in turns, with the files in the system's cache. Seconds are wall time and the
-processor time of all threads, for the load call, until every page of the weights has been touched: transformers only
-maps the file, and reads it at the first use. Memory is resident memory of the whole process. Without --torch_python an
-environment with PyTorch for CPUs and transformers is made in .venv-torch.
+Each load is a process of its own, in turns, with the files in the system's cache. Seconds are wall
+time and the processor time of all threads, for the load call, until every page of the weights has
+been touched: transformers only maps the file, and reads it at the first use. Memory is resident
+memory of the whole process. Without --torch_python an environment with PyTorch for CPUs and
+transformers is made in .venv-torch.
 """
 
 import argparse
@@ -32,8 +34,13 @@ def load_ssp_jax(folder: str) -> dict[str, float]:
 
     jax.devices()
     before, clock = peak(), Clock()
-    params = jax.block_until_ready(hf_load.load(folder, hf_load.read_config(folder), None, jnp.bfloat16))
-    return clock.read() | {"before": before, "size": sum(x.nbytes for x in jax.tree.leaves(params)) / MIB}
+    params = jax.block_until_ready(
+        hf_load.load(folder, hf_load.read_config(folder), None, jnp.bfloat16)
+    )
+    return clock.read() | {
+        "before": before,
+        "size": sum(x.nbytes for x in jax.tree.leaves(params)) / MIB,
+    }
 
 
 def load_transformers(folder: str) -> dict[str, float]:
@@ -41,10 +48,15 @@ def load_transformers(folder: str) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     before, clock = peak(), Clock()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, trust_remote_code=False
+    )
     for x in model.parameters():
         x.detach().view(torch.int16).view(-1)[::2048].sum()  # a value of each page of 4 KiB
-    return clock.read() | {"before": before, "size": sum(x.nbytes for x in model.parameters()) / MIB}
+    return clock.read() | {
+        "before": before,
+        "size": sum(x.nbytes for x in model.parameters()) / MIB,
+    }
 
 
 class Clock:
@@ -84,7 +96,9 @@ def main() -> None:
     parser.add_argument("--folder", type=lambda path: Path(path).expanduser(), required=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--torch_python", help="a Python with torch and transformers")
-    parser.add_argument("--loader", choices=LOADERS, help="load once in this process, print one line of JSON")
+    parser.add_argument(
+        "--loader", choices=LOADERS, help="load once in this process, print one line of JSON"
+    )
     args = parser.parse_args()
     if args.loader:
         figures = LOADERS[args.loader](str(args.folder))
@@ -92,18 +106,34 @@ def main() -> None:
         return
     pythons = {"ssp_jax": sys.executable, "transformers": args.torch_python or torch_python()}
     for file in args.folder.glob("*.safetensors"):
-        with file.open("rb") as stream:  # into the system's cache; in pieces, for a child starts with its parent's peak
+        # into the system's cache; in pieces, for a child starts with its parent's peak
+        with file.open("rb") as stream:
             while stream.read(2**24):
                 pass
-    runs = [{name: measure(pythons[name], name, args.folder) for name in LOADERS} for _ in range(args.repeats)]
-    columns = ["wall seconds: median", "least", "most", "processor seconds", "weights MiB", "before MiB", "peak MiB"]
+    runs = [
+        {name: measure(pythons[name], name, args.folder) for name in LOADERS}
+        for _ in range(args.repeats)
+    ]
+    columns = [
+        "wall seconds: median",
+        "least",
+        "most",
+        "processor seconds",
+        "weights MiB",
+        "before MiB",
+        "peak MiB",
+    ]
     print(f"| loader | {' | '.join(columns)} | peak / weights |\n|{'---|' * 9}")
     for loader in LOADERS:
         values = {key: [run[loader][key] for run in runs] for key in runs[0][loader]}
-        cpu, size, before, most = (statistics.median(values[key]) for key in ("cpu", "size", "before", "peak"))
+        cpu, size, before, most = (
+            statistics.median(values[key]) for key in ("cpu", "size", "before", "peak")
+        )
         wall = [statistics.median(values["wall"]), min(values["wall"]), max(values["wall"])]
         seconds = " | ".join(f"{x:.2f}" for x in (*wall, cpu))
-        print(f"| {loader} | {seconds} | {size:.0f} | {before:.0f} | {most:.0f} | {most / size:.2f} |")
+        print(
+            f"| {loader} | {seconds} | {size:.0f} | {before:.0f} | {most:.0f} | {most / size:.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Qwen2.5-7B-Instruct on the paper's data: the setting of its ablations. Other paper-scale configs start here.
+"""Qwen2.5-7B-Instruct on the paper's data: the setting of its ablations. Other paper-scale configs
+start here.
 
 command    python -m ssp_jax.main --config=configs/qwen7b.py --workdir=runs/qwen7b
 hardware   8 x H100 80 GB, v5p:2x2x2 or v6e:4x4
@@ -8,11 +9,13 @@ memory     gpu:h100x8  51 GiB playing, 40 updating of 73, from shapes
 time       not measured; the paper reports 83.4 s a step, 4.6 hours for 200 steps, on hardware it does not name
 score      average of seven sets, pass@1 by a judge: 41.5 before, 49.5 after (paper, Table 1); ours not measured
 
-Files under data/ are those of the Hugging Face data set Quark-LLM/SSP and Search-R1's corpus of Wikipedia 2018.
+Files under data/ are those of the Hugging Face data set Quark-LLM/SSP and Search-R1's corpus of
+Wikipedia 2018.
 
-memory: what `python -m ssp_jax.plan --config=configs/qwen7b.py --topology=...` says of a device, for each kind of
-hardware; the cache of keys and values takes what is free, up to the longest episode in all slots. `from shapes`
-estimates temporaries, `compiled` has them from the hardware's own compiler.
+memory: what `python -m ssp_jax.plan --config=configs/qwen7b.py --topology=...` says of a device,
+for each kind of hardware; the cache of keys and values takes what is free, up to the longest
+episode in all slots. `from shapes` estimates temporaries, `compiled` has them from the hardware's
+own compiler.
 """
 
 from ml_collections import ConfigDict
@@ -31,9 +34,10 @@ def get_config() -> ConfigDict:
     c.retriever.index = "data/wiki-18.index"  # some 30 GB (see README), so not one in each workdir
 
     c.engine.slots = 256
-    # Scores of a prefill are float32 numbers, one for each head, query and key: 4 GiB a row for these, and a
-    # device has one or two of these rows.
+    # Scores of a prefill are float32 numbers, one for each head, query and key: 4 GiB a row for
+    # these, and a device has one or two of these rows.
     c.engine.extend_rows = 4
     c.engine.extend_buckets = (64, 256, 1024, 2048)
-    c.eval.every = 20  # 5 in [C], where the 3,125 questions would take two fifths of the time of play
+    # 5 in [C], where the 3,125 questions would take two fifths of the time of play
+    c.eval.every = 20
     return c.lock()

@@ -39,8 +39,8 @@ def get_config() -> ConfigDict:
     # At 1.0 a model of this size writes too many stray tokens into the names that it copies.
     c.sampling.temperature = 0.8
 
-    # A step has 56 episodes with turns of about 10 tokens: more slots or longer chunks would mostly wait, and a CPU
-    # computes two rows in twice the time of one (measured).
+    # A step has 56 episodes with turns of about 10 tokens: more slots or longer chunks would mostly
+    # wait, and a CPU computes two rows in twice the time of one (measured).
     c.engine.slots = 8
     c.engine.chunk = 1
     c.engine.extend_rows = 1

@@ -1,4 +1,5 @@
-"""Real text, a real model: SSP with Qwen2.5-Coder-0.5B-Instruct on 31,677 passages (Wikipedia leads, World Factbook).
+"""Real text, a real model: SSP with Qwen2.5-Coder-0.5B-Instruct on 31,677 passages (Wikipedia
+leads, World Factbook).
 
 command    python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_0p5b
 hardware   1 x H100 80 GB, or a CPU for single steps (below)
@@ -7,14 +8,15 @@ time       not measured
 score      not measured on these sets; greedy with the example shown the plain model answers 4 of 8 one-hop and 3 of 8
            two-hop questions (a small trial, not the whole sets)
 
-The text and the model are no part of this repository: they are expected as data/vital and models/... here, or anywhere
-else by --config.data.answers=... and so on. Each prompt shows one worked example; without it this model almost never
-uses a tag.
+The text and the model are no part of this repository: they are expected as data/vital and
+models/... here, or anywhere else by --config.data.answers=... and so on. Each prompt shows one
+worked example; without it this model almost never uses a tag.
 
-One step on a CPU, 16 answers x 4 solver episodes, in float32 and without the reference model. Measured on 2 cores of an
-AMD EPYC server: 299 s (play 198 s, 14.5 sampled and 72 written tokens/s; update 99 s), peak 16.4 GiB; 7 of 16 questions
-well-formed, 2 verified, of whose 8 solver episodes 2 were right; log-probs of sampler and trainer 1.3e-6 apart (mean).
-Before the example said plainly which answer it leads to, none of 56 proposals was verified.
+One step on a CPU, 16 answers x 4 solver episodes, in float32 and without the reference model.
+Measured on 2 cores of an AMD EPYC server: 299 s (play 198 s, 14.5 sampled and 72 written tokens/s;
+update 99 s), peak 16.4 GiB; 7 of 16 questions well-formed, 2 verified, of whose 8 solver episodes 2
+were right; log-probs of sampler and trainer 1.3e-6 apart (mean). Before the example said plainly
+which answer it leads to, none of 56 proposals was verified.
 
     python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_cpu --config.steps=1 \\
         --config.game.answers_per_step=16 --config.game.group_size=4 --config.game.noise_documents=2 \\
@@ -45,7 +47,8 @@ def get_config() -> ConfigDict:
     c.prompt.worked_example = True
 
     c.game.answers_per_step = 64
-    # Leads are short: three passages are some 270 tokens, and the worked example of the proposer takes 450.
+    # Leads are short: three passages are some 270 tokens, and the worked example of the proposer
+    # takes 450.
     c.limits.prompt_tokens = 640
     c.limits.verify_prompt_tokens = 3072
     c.limits.response_tokens = 1920

@@ -1,6 +1,8 @@
-"""What a run checks and reads before anything is compiled: files, search, mesh. What takes long comes last.
+"""What a run checks and reads before anything is compiled: files, search, mesh. What takes long
+comes last.
 
-All processes of a run do it together: what one of them is told all are told, and they must be about to do the same.
+All processes of a run do it together: what one of them is told all are told, and they must be about
+to do the same.
 """
 
 import dataclasses
@@ -44,13 +46,19 @@ class Inputs:
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """What the files say, and what is searched: a short digest of each, under a name for people.
+        """What the files say, and what is searched: a short digest of each, under a name for
+        people.
 
-        The processes of a run compare these, and a repeated evaluation. A resumed run compares files
-        (stamps.py), before the index is built: it names the one that has changed.
+        The processes of a run compare these, and a repeated evaluation. A resumed run compares
+        files (stamps.py), before the index is built: it names the one that has changed.
         """
         backend = self.tokenizer.backend_tokenizer.to_str()
-        tokenizer = backend, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.eos
+        tokenizer = (
+            backend,
+            self.tokenizer.chat_template,
+            self.tokenizer.special_tokens_map,
+            self.eos,
+        )
         asked = prompts.solver_messages(self.stage.style, "Who?")  # worked example included
         found = {
             "data.answers": self.tasks,
@@ -60,12 +68,15 @@ class Inputs:
             "the prompts": (self.stage.style, self.stage.template, asked),
             "the search": self.retriever.source,
         }
-        return {name: processes.digest(value) for name, value in found.items()} | {"the weights": self.weights}
+        return {name: processes.digest(value) for name, value in found.items()} | {
+            "the weights": self.weights
+        }
 
 
 def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -> Inputs:
-    """Checks and reads it all, the processes together. Last the search index, which may be built, for hours, and then
-    takes the place of the one before: a command that is refused must not come so far.
+    """Checks and reads it all, the processes together. Last the search index, which may be built,
+    for hours, and then takes the place of the one before: a command that is refused must not
+    come so far.
     """
 
     def of_search() -> dict[str, str]:
@@ -74,15 +85,20 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
     def files() -> dict[str, Any]:
         check_values(config, evaluating=evaluating)
         if evaluating and not config.data.eval_sets:
-            raise InputError("config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE")
+            raise InputError(
+                "config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE"
+            )
         if scores.AVERAGE in config.data.eval_sets:
-            raise InputError(f"config key data.eval_sets.{scores.AVERAGE}: expected a name that no other row has")
+            raise InputError(
+                f"config key data.eval_sets.{scores.AVERAGE}: expected a name that no other row has"
+            )
         check_workdir(workdir, config, evaluating=evaluating)
         if config.checkpoint.export and not evaluating:
             hf_save.check_place(Path(workdir) / hf_save.FOLDER)
         found = _read_files(config, evaluating)
         if processes.is_coordinator() and not evaluating:
-            # Before the index of a changed corpus is built, for hours, and takes the place of the one before.
+            # Before the index of a changed corpus is built, for hours, and takes the place of the
+            # one before.
             check_unchanged(workdir, lambda: found["stamps"] | of_search())
         return found
 
@@ -108,7 +124,9 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
             f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads"
         )
     sets = data.load_question_sets(config.data.eval_sets)
-    sets = {name: data.sample(questions, config.eval.max_questions) for name, questions in sets.items()}
+    sets = {
+        name: data.sample(questions, config.eval.max_questions) for name, questions in sets.items()
+    }
     roles.check_rows("questions of data.eval_sets", sum(map(len, sets.values())))
     rows = hf_load.check_tensors(config.model.path, model_config)
     weight_files = stamps.of_weights(config.model.path)
@@ -142,16 +160,22 @@ def index_folder(c: ConfigDict, workdir: str) -> str:
 
 
 def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
-    """Of several processes the first one builds a missing index: a lock file tells nothing to another host."""
+    """Of several processes the first one builds a missing index: a lock file tells nothing to
+    another host.
+    """
     if c.kind == "http":
         probes = [task.question or task.answers[0] for task in tasks[:64]]
-        remote = functools.partial(RemoteRetriever, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries)
+        remote = functools.partial(
+            RemoteRetriever, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries
+        )
         return processes.run_on_all(lambda: remote(c.url, probes))
     index = index_folder(c, workdir)
     settings = {"stemmer": c.stemmer, "stopwords": c.stopwords, "k1": c.k1, "b": c.b}
     if processes.is_multiprocess():
         processes.run_on_coordinator(lambda: ensure_index(c.corpus, index, **settings))
-    return processes.run_on_all(lambda: open_retriever(c.corpus, index, **settings, threads=c.threads))
+    return processes.run_on_all(
+        lambda: open_retriever(c.corpus, index, **settings, threads=c.threads)
+    )
 
 
 def _settings(config: ConfigDict) -> dict[str, Any]:
@@ -161,11 +185,16 @@ def _settings(config: ConfigDict) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
     facts = {f"config key {key}": value for key, value in flatten_config(config).items()}
     facts |= {f"version of {name}": importlib.metadata.version(name) for name in packages}
-    return facts | {"version of Python": sys.version.split()[0], "number of devices": jax.local_device_count()}
+    return facts | {
+        "version of Python": sys.version.split()[0],
+        "number of devices": jax.local_device_count(),
+    }
 
 
 def evaluation_inputs(config: ConfigDict, inputs: Inputs) -> dict[str, str]:
-    """Of the digests, those that an evaluation's episodes depend on, and one of the config keys that they do."""
+    """Of the digests, those that an evaluation's episodes depend on, and one of the config keys
+    that they do.
+    """
     sampling = config.sampling
     settings = {
         "limits": config.limits.to_dict(),
@@ -174,7 +203,8 @@ def evaluation_inputs(config: ConfigDict, inputs: Inputs) -> dict[str, str]:
         "sampling": (sampling.eval_temperature, sampling.top_k, sampling.top_p),
         "seed": config.seed,
     }
-    unasked = ("data.answers", "data.eval_sets")  # of a question each episode knows the words itself
+    # of a question each episode knows the words itself
+    unasked = ("data.answers", "data.eval_sets")
     found = {name: digest for name, digest in inputs.digests.items() if name not in unasked}
     return found | {"the settings": processes.digest(settings)}
 
@@ -184,7 +214,9 @@ def check_same_inputs(inputs: Inputs, more: dict[str, Any]) -> None:
     if not processes.is_multiprocess():
         return
     facts = {f"{name} (a digest)": digest for name, digest in inputs.digests.items()}
-    processes.all_gather_objects(lambda: None, facts | {"the number of passages": len(inputs.retriever)} | more)
+    processes.all_gather_objects(
+        lambda: None, facts | {"the number of passages": len(inputs.retriever)} | more
+    )
 
 
 def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
@@ -192,9 +224,14 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     mesh = sharding.make_mesh(config.mesh.to_dict())
     sharding.playing_meshes(mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for key, number in (("learner.rows", config.learner.rows), ("engine.slots", config.engine.slots)):
+    for key, number in (
+        ("learner.rows", config.learner.rows),
+        ("engine.slots", config.engine.slots),
+    ):
         if number % parts:
-            raise InputError(f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = {parts}")
+            raise InputError(
+                f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = {parts}"
+            )
     return mesh
 
 

@@ -2,9 +2,9 @@
 
     python -m ssp_jax.audit --answers=answers.jsonl [--eval=test.parquet --eval=dev.jsonl ...]
 
-Self-play needs no questions, but a proposer that is given the answers of the evaluation writes questions close to it.
-Answers are compared as exact match compares them: lower case, no articles, no punctuation, and as
-they stand where nothing would be left ("A", "The The", "+").
+Self-play needs no questions, but a proposer that is given the answers of the evaluation writes
+questions close to it. Answers are compared as exact match compares them: lower case, no articles,
+no punctuation, and as they stand where nothing would be left ("A", "The The", "+").
 """
 
 import sys
@@ -45,7 +45,9 @@ def overlap(training: set[str], questions: Sequence[Task]) -> Overlap:
     hits = [golds & training for golds in normalized(questions)]
     counts = Counter(answer for found in hits for answer in sorted(found))
     repeated = len(questions) - len({task.question for task in questions})
-    return Overlap(len(questions), repeated, [a for a, _ in counts.most_common()], sum(map(bool, hits)))
+    return Overlap(
+        len(questions), repeated, [a for a, _ in counts.most_common()], sum(map(bool, hits))
+    )
 
 
 def answers_table(tasks: Sequence[Task]) -> Table:
@@ -59,18 +61,32 @@ def answers_table(tasks: Sequence[Task]) -> Table:
     for name, value in (
         ("answers", f"{len(texts):,}"),
         ("different, normalised", f"{len(counts):,}"),
-        ("repeats", f"{len(texts) - len(counts):,}" + (f" (most: {', '.join(often)})" if often else "")),
+        (
+            "repeats",
+            f"{len(texts) - len(counts):,}" + (f" (most: {', '.join(often)})" if often else ""),
+        ),
         ("words, least / median / most", f"{words.min()} / {np.median(words):g} / {words.max()}"),
         ("characters, longest", f"{max(map(len, texts))}: {max(texts, key=len)[:60]!r}"),
         ("empty once normalised", f"{empty:,}"),
-        ("searches asked for: answers", ", ".join(f"{n}: {count:,}" for n, count in sorted(searches.items()))),
+        (
+            "searches asked for: answers",
+            ", ".join(f"{n}: {count:,}" for n, count in sorted(searches.items())),
+        ),
     ):
         table.add_row(name, printable(value))
     return table
 
 
 def overlap_table(training: set[str], sets: dict[str, list[Task]]) -> Table:
-    table = _table("Evaluation", "set", "questions", "repeated", "answer in training", "of questions", "most asked")
+    table = _table(
+        "Evaluation",
+        "set",
+        "questions",
+        "repeated",
+        "answer in training",
+        "of questions",
+        "most asked",
+    )
     for name, questions in sets.items():
         found = overlap(training, questions)
         share = f"{found.asked / found.questions:.1%}"
@@ -81,9 +97,17 @@ def overlap_table(training: set[str], sets: dict[str, list[Task]]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=any(columns))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_header=any(columns),
+    )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if 0 < i < len(columns) - 1 else "left", overflow="fold")
+        table.add_column(
+            column, justify="right" if 0 < i < len(columns) - 1 else "left", overflow="fold"
+        )
     return table
 
 
@@ -94,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> None:
     parser = Parser(prog="python -m ssp_jax.audit", description=__doc__.partition("\n")[0])
     parser.add_argument("--answers", required=True, help="config key data.answers")
-    parser.add_argument("--eval", action="append", default=[], help="a file of data.eval_sets; may be repeated")
+    parser.add_argument(
+        "--eval", action="append", default=[], help="a file of data.eval_sets; may be repeated"
+    )
     args = parser.parse_args(arguments)
     files = [user_path(path, "--eval") for path in args.eval]
     names = [Path(path).name for path in files]
@@ -102,7 +128,8 @@ def _run(arguments: Sequence[str] | None) -> None:
     tasks = load_answers(user_path(args.answers, "--answers"))
     sets = load_question_sets(dict(zip(names, files, strict=True)))
     width = None if sys.stdout.isatty() else 120
-    console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)  # answers have brackets
+    # answers have brackets
+    console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
     console.print(answers_table(tasks))
     if sets:
         console.print(overlap_table(set().union(*normalized(tasks)), sets))

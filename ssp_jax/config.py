@@ -1,7 +1,8 @@
-"""The command line and config files: keys and types are checked before any JAX work; one sentence for each mistake.
+"""The command line and config files: keys and types are checked before any JAX work; one sentence
+for each mistake.
 
-A config file is Python with `get_config() -> ConfigDict`; it starts from configs/default.py, which owns every key.
-`--config.SECTION.KEY=VALUE` overrides one key, through ml_collections.config_flags.
+A config file is Python with `get_config() -> ConfigDict`; it starts from configs/default.py, which
+owns every key. `--config.SECTION.KEY=VALUE` overrides one key, through ml_collections.config_flags.
 """
 
 import dataclasses
@@ -24,12 +25,23 @@ from configs import default
 from ssp_jax.errors import InputError
 from ssp_jax.game import prompts, rewards
 
-ROOT = Path(default.__file__).parent.parent  # of the repository, or where `pip install .` has put configs/
+# of the repository, or where `pip install .` has put configs/
+ROOT = Path(default.__file__).parent.parent
 FREE_SECTION = "data.eval_sets"  # its keys are names of the user's own choice, its values files
-PATHS = ("model.path", "data.answers", "retriever.corpus", "retriever.index")  # and those of FREE_SECTION
+# and those of FREE_SECTION
+PATHS = ("model.path", "data.answers", "retriever.corpus", "retriever.index")
 # What a file of assignments can do wrong; anything else is a defect and keeps its traceback.
 _FILE_ERRORS = (
-    *(SyntaxError, ImportError, NameError, AttributeError, LookupError, TypeError, ValueError, OSError),
+    *(
+        SyntaxError,
+        ImportError,
+        NameError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        OSError,
+    ),
     *(ArithmeticError, AssertionError, RuntimeError, MemoryError),
 )
 
@@ -38,7 +50,11 @@ def flatten_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{"learner.rows": 8, ...}; an empty section leaves nothing."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= flatten_config(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+        flat |= (
+            flatten_config(value, f"{prefix}{key}.")
+            if isinstance(value, ConfigDict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
@@ -49,8 +65,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
         return SequenceMatcher(None, a, b).ratio()
 
     def likeness(candidate: str) -> float:
-        (section, _, last), (their_section, _, their_last) = name.rpartition("."), candidate.rpartition(".")
-        return alike(name, candidate) + max(alike(last, their_last), alike(section, their_section) if section else 0)
+        (section, _, last), (their_section, _, their_last) = (
+            name.rpartition("."),
+            candidate.rpartition("."),
+        )
+        return alike(name, candidate) + max(
+            alike(last, their_last), alike(section, their_section) if section else 0
+        )
 
     return max(names, key=likeness)
 
@@ -77,9 +98,13 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     except flags.Error as error:
         raise InputError(_one_line(error)) from None
     if not values.config:
-        raise InputError("flag --config is missing; expected a config file, such as --config=configs/tiny.py")
+        raise InputError(
+            "flag --config is missing; expected a config file, such as --config=configs/tiny.py"
+        )
     if "://" in (values.workdir or ""):
-        raise InputError(f"--workdir={values.workdir} is a URL; expected a folder (gcsfuse makes one of a bucket)")
+        raise InputError(
+            f"--workdir={values.workdir} is a URL; expected a folder (gcsfuse makes one of a bucket)"
+        )
     workdir = user_path(values.workdir or "", "--workdir")
     path = _find(user_path(values.config, "--config"))
     config = load_config(path)
@@ -101,7 +126,9 @@ def user_path(text: str, name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where this process stands among those of the run; nothing is given where a cluster's environment tells it."""
+    """Where this process stands among those of the run; nothing is given where a cluster's
+    environment tells it.
+    """
 
     coordinator: str | None = None  # HOST:PORT of process 0
     processes: int | None = None
@@ -109,7 +136,9 @@ class Place:
 
 
 def take_place(argv: list[str]) -> tuple[list[str], Place]:
-    """`--coordinator=HOST:PORT --processes=N --process=I`, all or none of them, or `--processes=1`; and the rest."""
+    """`--coordinator=HOST:PORT --processes=N --process=I`, all or none of them, or `--processes=1`;
+    and the rest.
+    """
     values = flags.FlagValues()
     flags.DEFINE_string("coordinator", None, "address of process 0", flag_values=values)
     flags.DEFINE_integer("processes", None, "of the run", lower_bound=1, flag_values=values)
@@ -123,7 +152,9 @@ def take_place(argv: list[str]) -> tuple[list[str], Place]:
     if place in (Place(), Place(processes=1)):
         return rest, place
     if place.coordinator is None or place.processes is None or place.process is None:
-        raise InputError("expected --coordinator=HOST:PORT, --processes=N and --process=I together, or none of them")
+        raise InputError(
+            "expected --coordinator=HOST:PORT, --processes=N and --process=I together, or none of them"
+        )
     if not re.fullmatch(r"\S+:\d+", place.coordinator) or place.process >= place.processes:
         raise InputError(
             f"--coordinator={place.coordinator} --processes={place.processes} --process={place.process}: expected "
@@ -139,7 +170,9 @@ def load_config(path: Path) -> ConfigDict:
     except _FILE_ERRORS as error:
         raise InputError(_file_error(path, error)) from error
     if not isinstance(config, ConfigDict):
-        raise InputError(f"{path}: get_config() gives {type(config).__name__}; expected an ml_collections ConfigDict")
+        raise InputError(
+            f"{path}: get_config() gives {type(config).__name__}; expected an ml_collections ConfigDict"
+        )
     _check(config, str(path))
     _expand_paths(config)
     return config.lock()
@@ -161,7 +194,9 @@ def _find(name: str) -> Path:
         if path.is_file():
             return path
     known = [f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.py"))]
-    raise InputError(f"--config={name}: there is no such file; the nearest is {nearest(name, known)}")
+    raise InputError(
+        f"--config={name}: there is no such file; the nearest is {nearest(name, known)}"
+    )
 
 
 def _override(config: ConfigDict, rest: list[str]) -> None:
@@ -186,7 +221,9 @@ def _override(config: ConfigDict, rest: list[str]) -> None:
         stray = values(rest)[1:]
     except (flags.Error, TypeError, ValueError) as error:
         found = re.search(r"flag --config\.([\w.]+)=(.*?): ", str(error), flags=re.DOTALL)
-        raise InputError(_wrong_type(found[1], found[2], known) if found else _one_line(error)) from None
+        raise InputError(
+            _wrong_type(found[1], found[2], known) if found else _one_line(error)
+        ) from None
     if stray:
         raise InputError(f"unexpected argument {stray[0]!r}; write overrides as --config.KEY=VALUE")
     _check(config, "--config." + ", --config.".join(sorted(overridden)))
@@ -201,7 +238,9 @@ def _set_names(config: ConfigDict, rest: list[str]) -> set[str]:
     found: dict[str, str] = {}
     at = 1
     while at < len(rest):
-        flag = re.fullmatch(rf"--?config\.({re.escape(FREE_SECTION)}\.[^=]*)(?:=(.*))?", rest[at], re.DOTALL)
+        flag = re.fullmatch(
+            rf"--?config\.({re.escape(FREE_SECTION)}\.[^=]*)(?:=(.*))?", rest[at], re.DOTALL
+        )
         if flag is None:
             at += 1
             continue
@@ -220,7 +259,9 @@ def _check_name(where: str, key: str) -> None:
     """Of an evaluation set: what files, metrics and tables can show, and flags can say."""
     name = key.removeprefix(f"{FREE_SECTION}.")
     if not re.fullmatch(r"[\w-]+", name):
-        raise InputError(f"{where}: the name of the set is {name!r}; expected letters, digits, _ and - alone")
+        raise InputError(
+            f"{where}: the name of the set is {name!r}; expected letters, digits, _ and - alone"
+        )
 
 
 def default_values() -> dict[str, Any]:
@@ -242,7 +283,9 @@ def _check(config: ConfigDict, where: str) -> None:
         if not same:
             raise InputError(f"{where}: {_wrong_type(key, value, expected)}")
     if missing := sorted(expected.keys() - found.keys()):
-        raise InputError(f"{where}: key {missing[0]} is missing; start from configs/default.py, which has every key")
+        raise InputError(
+            f"{where}: key {missing[0]} is missing; start from configs/default.py, which has every key"
+        )
 
 
 def _no_key(key: str, known: dict[str, Any]) -> str:
@@ -281,8 +324,9 @@ def _one_line(error: BaseException) -> str:
     return shorten(str(error), 200)
 
 
-# proposer_solver pairs of [P Table 6] -> (proposer, solver). grpo plays a group and centres on it; reinforce plays one
-# and centres on nothing; reinforcepp (REINFORCE++, arXiv 2501.03262) normalises over the whole batch.
+# proposer_solver pairs of [P Table 6] -> (proposer, solver). grpo plays a group and centres on it;
+# reinforce plays one and centres on nothing; reinforcepp (REINFORCE++, arXiv 2501.03262) normalises
+# over the whole batch.
 RL_PAIRS = {
     "reinforce_grpo": ("reinforce", "grpo"),
     "reinforce_reinforce": ("reinforce", "reinforce"),
@@ -345,7 +389,9 @@ class Range:
         else:
             return
         whole = isinstance(value, int)
-        shown = f"a number of {int(value).bit_length()} bits" if whole and abs(value) > 1e30 else value
+        shown = (
+            f"a number of {int(value).bit_length()} bits" if whole and abs(value) > 1e30 else value
+        )
         raise InputError(f"{what} is {shown}; expected {expected}")
 
     def _least(self) -> str:
@@ -361,7 +407,8 @@ _TOKENS = Range(0, 1 << 24, above=True)  # float32 has each position up to there
 _FACTOR = Range(0, 1e6)
 _SECONDS = Range(0, 86_400, above=True)  # sockets know no longer ones than some weeks
 _RETRIES = Range(0, 1000)
-_TEMPERATURE = Range(0.01, 100, zero=True)  # below, float32 logits and gradients overflow; 0 is greedy
+# below, float32 logits and gradients overflow; 0 is greedy
+_TEMPERATURE = Range(0.01, 100, zero=True)
 _DEVICES = Range(-1, 1 << 20)
 
 # Every key that is a number, or a tuple of them.
@@ -451,7 +498,9 @@ def check_numbers(config: ConfigDict) -> None:
     values = flatten_config(config)
     for key, names in CHOICES.items():
         if values[key] not in names:
-            raise InputError(f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}")
+            raise InputError(
+                f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}"
+            )
     for key, bounds in BOUNDS.items():
         numbers = values[key] if isinstance(values[key], tuple) else (values[key],)
         for number in numbers:
@@ -462,15 +511,22 @@ def check_numbers(config: ConfigDict) -> None:
 
 def _check_given(values: dict[str, Any], evaluating: bool) -> None:
     """What a run with these choices cannot do without."""
-    needed = {"model.path": "a path"} | {key: "a path" for key in values if key.startswith("data.eval_sets.")}
+    needed = {"model.path": "a path"} | {
+        key: "a path" for key in values if key.startswith("data.eval_sets.")
+    }
     if not evaluating:
         needed["data.answers"] = "a path"
     if values["retriever.kind"] == "http":
-        needed["retriever.url"] = "the address of a search server, such as http://127.0.0.1:8000/retrieve"
+        needed["retriever.url"] = (
+            "the address of a search server, such as http://127.0.0.1:8000/retrieve"
+        )
     elif not values["retriever.index"]:
         needed["retriever.corpus"] = "a path"
     if "openai" in (values["reward.metric"], values["eval.judge"]):
-        needed |= {"judge.url": "an address such as http://127.0.0.1:8000/v1", "judge.model": "its name on that server"}
+        needed |= {
+            "judge.url": "an address such as http://127.0.0.1:8000/v1",
+            "judge.model": "its name on that server",
+        }
     for key, expected in needed.items():
         if not values[key]:
             raise InputError(f"config key {key} is empty; expected {expected}")
@@ -483,14 +539,20 @@ def _check_sizes(config: ConfigDict, values: dict[str, Any]) -> None:
     needs = {
         "learner.row_tokens": (played, "limits.prompt_tokens + limits.response_tokens"),
         "engine.cache_tokens": (
-            max(played, limits.verify_prompt_tokens + min(limits.verify_response_tokens, limits.turn_tokens)),
+            max(
+                played,
+                limits.verify_prompt_tokens
+                + min(limits.verify_response_tokens, limits.turn_tokens),
+            ),
             "limits.prompt_tokens + limits.response_tokens, and for limits.verify_prompt_tokens with the smaller of "
             "limits.verify_response_tokens and limits.turn_tokens",
         ),
     }
     for key, (least, why) in needs.items():
         if values[key] < least:
-            raise InputError(f"config key {key} is {values[key]}; expected at least {least}, for {why}")
+            raise InputError(
+                f"config key {key} is {values[key]}; expected at least {least}, for {why}"
+            )
     _check_ids(config)
     if not config.engine.extend_buckets:
         raise InputError("config key engine.extend_buckets is empty; expected at least one length")
@@ -541,7 +603,9 @@ def _check_rules(config: ConfigDict) -> None:
 def advice(config: ConfigDict) -> list[str]:
     """Sentences for the start of a run on choices that work but are seldom meant."""
     found = []
-    if (config.sampling.top_k or config.sampling.top_p < 1) and config.learner.old_logprobs == "sampler":
+    if (
+        config.sampling.top_k or config.sampling.top_p < 1
+    ) and config.learner.old_logprobs == "sampler":
         found.append(
             "sampling.top_k and top_p leave tokens out that the trainer counts, so ratios to the sampler's log-probs "
             "are too small and clipped for nothing; learner.old_logprobs=recompute corrects it"

@@ -1,8 +1,8 @@
 """Records and files: given answers, question sets, corpora; and the order in which rows are played.
 
-Every reader streams, opens `.gz` and `.parquet` files by their name, and checks each line: the first wrong one raises
-InputError with file, line number, field and what was expected. The formats are those that users have (Search-R1,
-FlashRAG, SSP / veRL, PopQA).
+Every reader streams, opens `.gz` and `.parquet` files by their name, and checks each line: the
+first wrong one raises InputError with file, line number, field and what was expected. The formats
+are those that users have (Search-R1, FlashRAG, SSP / veRL, PopQA).
 """
 
 import ast
@@ -51,7 +51,9 @@ _OTHER_FILES = {  # by their first bytes
 
 @dataclass(frozen=True)
 class Document:
-    """One passage. `title` is the first line of a corpus entry as it stands, with its quotes, as Search-R1 shows it."""
+    """One passage. `title` is the first line of a corpus entry as it stands, with its quotes, as
+    Search-R1 shows it.
+    """
 
     id: str
     title: str
@@ -60,7 +62,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Task:
-    """One row of a file. For the proposer answers[0] is the given answer; a question set has question and answers."""
+    """One row of a file. For the proposer answers[0] is the given answer; a question set has
+    question and answers.
+    """
 
     uid: int  # row number in the file, from 0
     answers: tuple[str, ...]
@@ -80,7 +84,9 @@ class Row:
     unit: str = "line"
 
     def error(self, field: str, expected: str) -> InputError:
-        return InputError(f'{self.path} {self.unit} {self.line}: field "{field}" expected {expected}')
+        return InputError(
+            f'{self.path} {self.unit} {self.line}: field "{field}" expected {expected}'
+        )
 
     def text(self, field: str, value: object) -> str:
         """The value, stripped, when it is text with at least one visible character."""
@@ -196,7 +202,8 @@ def _quoted_list(text: str) -> list[str] | None:
     if whole and text[-1] == _BRACKETS[text[0]]:
         items = _ONE_QUOTED.findall(text)
         comma = text[:-1].rstrip().endswith(",")
-        if text[0] == "(" and len(items) == 1 and not comma:  # no tuple, but a quotation in brackets
+        # no tuple, but a quotation in brackets
+        if text[0] == "(" and len(items) == 1 and not comma:
             return None
         return [_unquoted(item) for item in items]
     open_or_quoted = "]" not in text or re.search(r"['\"]\s*\]$", text)
@@ -243,7 +250,9 @@ class _Followed(io.RawIOBase):
         return len(piece)
 
 
-def _lines(path: str | Path, position: Position | None = None) -> Generator[tuple[int, bytes], None, None]:
+def _lines(
+    path: str | Path, position: Position | None = None
+) -> Generator[tuple[int, bytes], None, None]:
     """The lines of a file, or of a file in a .gz, that are not blank, with their numbers from 1.
 
     Lines end with LF, CR LF or CR. A byte order mark before one, as in files that were joined, is
@@ -267,7 +276,9 @@ def _lines(path: str | Path, position: Position | None = None) -> Generator[tupl
                     if line.strip():
                         yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{name} after line {number}: expected a whole gzip file ({error})") from None
+        raise InputError(
+            f"{name} after line {number}: expected a whole gzip file ({error})"
+        ) from None
     except OSError as error:
         raise InputError(f"{name}: expected a readable file ({error.strerror})") from None
 
@@ -314,7 +325,8 @@ def read_parquet(path: str | Path) -> Generator[Row, None, None]:
 def parse_row(path: str, number: int, line: bytes) -> Row:
     try:
         values = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError covers broken JSON, broken UTF-8 and endless numbers
+    # ValueError covers broken JSON, broken UTF-8 and endless numbers
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} line {number}: expected a JSON object ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} line {number}: expected a JSON object, found {_shown(values)}")
@@ -335,9 +347,11 @@ def _not_empty(path: str | Path, tasks: list[Task]) -> list[Task]:
 
 
 def load_answers(path: str | Path) -> list[Task]:
-    """The proposer's answers: SSP's training rows (ground_truth, search_turns, optional sys_question_example).
+    """The proposer's answers: SSP's training rows (ground_truth, search_turns, optional
+    sys_question_example).
 
-    A .txt or .txt.gz file has one answer a line; its answers are asked for with PLAIN_SEARCHES searches.
+    A .txt or .txt.gz file has one answer a line; its answers are asked for with PLAIN_SEARCHES
+    searches.
     """
     if not str(path).removesuffix(".gz").endswith(".txt"):
         return _all_tasks(path, _answer_task)
@@ -367,7 +381,9 @@ def load_questions(path: str | Path) -> list[Task]:
 
 
 def load_question_sets(files: Mapping[str, str]) -> dict[str, list[Task]]:
-    """Name -> questions. A file that mixes sources, as SSP's test file does, gives a set NAME/SOURCE for each."""
+    """Name -> questions. A file that mixes sources, as SSP's test file does, gives a set
+    NAME/SOURCE for each.
+    """
     sets: dict[str, list[Task]] = {}
     for name, path in sorted(files.items()):
         tasks = load_questions(path)
@@ -379,7 +395,8 @@ def load_question_sets(files: Mapping[str, str]) -> dict[str, list[Task]]:
 
 
 def sample(questions: Sequence[Task], most: int) -> list[Task]:
-    """`most` of the questions in their order, 0 for all; the same ones in each run, and more of them hold fewer.
+    """`most` of the questions in their order, 0 for all; the same ones in each run, and more of
+    them hold fewer.
 
     Chance draws them: files are often sorted by kind.
     """
@@ -395,7 +412,9 @@ def _question_task(uid: int, row: Row) -> Task:
             question = row.text("question", row.values.get("question"))
             return Task(uid, row.texts(column, golds), question, source=source)
     if "reward_model" not in row.values:
-        raise row.error("golden_answers", 'text or a list of texts (or an SSP / veRL row with "reward_model")')
+        raise row.error(
+            "golden_answers", 'text or a list of texts (or an SSP / veRL row with "reward_model")'
+        )
     rewarded = row.values["reward_model"]
     if not isinstance(rewarded, dict):
         raise row.error("reward_model", f"an object with a ground_truth, found {_shown(rewarded)}")
@@ -450,7 +469,9 @@ def _asked(row: Row, content: str) -> str:
     return question
 
 
-def iterate_corpus(path: str | Path, position: Position | None = None) -> Generator[Document, None, None]:
+def iterate_corpus(
+    path: str | Path, position: Position | None = None
+) -> Generator[Document, None, None]:
     """The passages of a corpus: see title_and_text."""
     with contextlib.closing(read_rows(path, position)) as rows:
         yield from map(parse_document, rows)
@@ -480,13 +501,17 @@ def title_and_text(row: Row) -> tuple[str, str]:
 
 
 def batch_indices(num_rows: int, batch: int, seed: int, step: int) -> list[int]:
-    """The rows of one step, a pure function of (seed, step), so that a resumed run needs only its step.
+    """The rows of one step, a pure function of (seed, step), so that a resumed run needs only its
+    step.
 
-    Steps take consecutive pieces of an endless stream of permutations, one per epoch and each drawn from (seed, epoch):
-    every row is played once before any is played twice, also where a batch crosses an epoch or exceeds the file.
+    Steps take consecutive pieces of an endless stream of permutations, one per epoch and each drawn
+    from (seed, epoch): every row is played once before any is played twice, also where a batch
+    crosses an epoch or exceeds the file.
     """
     positions = range(step * batch, (step + 1) * batch)
     epochs = range(positions.start // num_rows, (positions.stop - 1) // num_rows + 1)
-    orders = {e: np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, e)))) for e in epochs}
+    orders = {
+        e: np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, e)))) for e in epochs
+    }
     permutations = {e: rng.permutation(num_rows) for e, rng in orders.items()}
     return [int(permutations[p // num_rows][p % num_rows]) for p in positions]

@@ -19,11 +19,15 @@ _UNPRINTABLE = re.compile(
 _SECRET_NAMES = "api[_-]?key|key|token|access[_-]?token|password|passwd|secret|signature|sig|auth"
 _USER_INFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#'\"]*@", re.IGNORECASE)
 # The value ends before the punctuation of the sentence that it stands in.
-_SECRET_PARAMETER = re.compile(rf"([?&;](?:{_SECRET_NAMES})=)[^\s&;#'\"]+?(?=[:,.)]*(?:[\s&;#'\"]|$))", re.IGNORECASE)
+_SECRET_PARAMETER = re.compile(
+    rf"([?&;](?:{_SECRET_NAMES})=)[^\s&;#'\"]+?(?=[:,.)]*(?:[\s&;#'\"]|$))", re.IGNORECASE
+)
 
 
 class InputError(ValueError):
-    """The user gave something unusable. The message is one sentence: what, where, what was expected."""
+    """The user gave something unusable. The message is one sentence: what, where, what was
+    expected.
+    """
 
 
 def printable(text: str) -> str:
@@ -35,7 +39,9 @@ def printable(text: str) -> str:
 
 
 def json_line(value: Any) -> str:
-    """JSON on one line, in which what would act on a terminal is escaped, and so reads as what it is."""
+    """JSON on one line, in which what would act on a terminal is escaped, and so reads as what it
+    is.
+    """
     return _UNPRINTABLE.sub(_json_escape, json.dumps(value, ensure_ascii=False))
 
 
@@ -44,7 +50,9 @@ def _json_escape(found: re.Match[str]) -> str:
 
 
 def masked(text: str) -> str:
-    """The text without the secrets of the URLs in it: user and password, and parameters such as api_key."""
+    """The text without the secrets of the URLs in it: user and password, and parameters such as
+    api_key.
+    """
     return _SECRET_PARAMETER.sub(r"\1***", _USER_INFO.sub(r"\1***@", text))
 
 

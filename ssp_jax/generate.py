@@ -5,13 +5,15 @@
     python -m ssp_jax.generate --model=FOLDER --index=INDEX        # type a question and watch it search
 
 --prompts has lines {"prompt": text}, continued as it stands, or {"messages": [{"role", "content"}, ...]}, put through
-the chat template. OUT has as many lines in the same order: {"token_ids", "logprobs", "text", "stop_reason"}. With
+the chat template. OUT has as many lines in the same order: {"token_ids", "logprobs", "text",
+"stop_reason"}. With
 --index (a built search index) the lines are {"question": text}, the model plays the solver, and OUT adds "question",
-"searches", "answer" and "turns"; token_ids then hold inserted results too, with null for their logprobs. Without
+"searches", "answer" and "turns"; token_ids then hold inserted results too, with null for their
+logprobs. Without
 --prompts questions are read from the standard input, one a line. Without --out lines go to the standard output.
 
-"prompt" is taken as it stands, control tokens such as <|im_end|> included; in all other texts they are plain text.
-OUT is replaced when all lines are there.
+"prompt" is taken as it stands, control tokens such as <|im_end|> included; in all other texts they
+are plain text. OUT is replaced when all lines are there.
 
 --max_tokens=1024  tokens after the prompt, search results included, as far as the model's context goes
 --temperature=0    0 is greedy; otherwise --seed=0 fixes the random numbers
@@ -86,7 +88,9 @@ class Model:
 
 
 def load_model(folder: str | Path, dtype: str = "") -> Model:
-    """Every device holds the whole model, or a part of each head's work where one device is too small for it."""
+    """Every device holds the whole model, or a part of each head's work where one device is too
+    small for it.
+    """
     config, tokenizer = hf_load.read_config(folder), hf_load.load_tokenizer(folder)
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     abstract = decoder.abstract_params(config)
@@ -105,13 +109,17 @@ def _device_bytes() -> int | None:
 
 
 def devices_per_copy(kv_heads: int, devices: int, size: int, limit: int | None) -> int:
-    """The fewest devices, of `limit` bytes each, that hold `size` bytes of weights twice, as loading needs."""
+    """The fewest devices, of `limit` bytes each, that hold `size` bytes of weights twice, as
+    loading needs.
+    """
     numbers = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and devices % n == 0]
     return next((n for n in numbers if limit is None or 2 * size <= n * limit), numbers[-1])
 
 
 def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bool) -> Sizes:
-    """Engine sizes that hold these prompts with `room` tokens after each; nothing is left for the user to choose."""
+    """Engine sizes that hold these prompts with `room` tokens after each; nothing is left for the
+    user to choose.
+    """
     c, parts = m.config, m.mesh.shape["data"]
     longest = max(prompt_lengths)
     cache = -(-(longest + room) // 128) * 128
@@ -127,13 +135,17 @@ def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bo
         chunk=16,
         cache_tokens=cache,
         cache_buckets=tuple(b for b in (1024, 4096) if b < cache),
-        extend_buckets=tuple(sorted({min(b, cache) for b in ((first, 256, 1024) if searching else (first,))})),
+        extend_buckets=tuple(
+            sorted({min(b, cache) for b in ((first, 256, 1024) if searching else (first,))})
+        ),
         extend_rows=min(8, slots),
     )
 
 
 def _room(m: Model, stage: EpisodeContext, longest: int) -> int:
-    """Tokens after the longest prompt. Where the context is shorter the memory is, and ends an episode."""
+    """Tokens after the longest prompt. Where the context is shorter the memory is, and ends an
+    episode.
+    """
     return max(1, min(stage.limits.response_tokens, m.context - longest))
 
 
@@ -157,9 +169,13 @@ def play(
     take: Callable[[int, Episode], None] = lambda row, episode: None,
     progress: Callable[[Stats], None] = lambda stats: None,
 ) -> list[Episode]:
-    """One episode for each prompt, all through the slots at once; take(row, episode) hears of each as it ends."""
+    """One episode for each prompt, all through the slots at once; take(row, episode) hears of each
+    as it ends.
+    """
     lengths = [len(prompt) for prompt in prompt_tokens]
-    engine = make_engine(m, make_sizes(m, lengths, _room(m, stage, max(lengths)), search is not no_search), search)
+    engine = make_engine(
+        m, make_sizes(m, lengths, _room(m, stage, max(lengths)), search is not no_search), search
+    )
     players = [
         EpisodePlayer(stage, role, episode_id(role, row, 0), temperature, list(prompt))
         for row, prompt in enumerate(prompt_tokens)
@@ -199,17 +215,24 @@ def make_stage(
 
 
 def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
-    """`prompt` gets the special tokens that the tokenizer itself puts around a text, such as Llama's first one."""
+    """`prompt` gets the special tokens that the tokenizer itself puts around a text, such as
+    Llama's first one.
+    """
     values = row.values
     if "prompt" in values:
         row.text("prompt", values["prompt"])  # only the check: spaces at the ends count
         return list(tokenizer.encode(values["prompt"]))
     turns = values.get("messages")
     if not isinstance(turns, list) or not turns:
-        known = "lines with a question need --index" if "question" in values else "or a text in prompt"
+        known = (
+            "lines with a question need --index" if "question" in values else "or a text in prompt"
+        )
         raise row.error("messages", f'a list of {{"role", "content"}} ({known})')
     for turn in turns:
-        if not (isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))):
+        if not (
+            isinstance(turn, dict)
+            and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+        ):
             raise row.error("messages", 'objects with texts "role" and "content"')
         for key in ("role", "content"):
             row.text(f"messages.{key}", f".{turn[key]}")  # may be empty, but no half of an emoji
@@ -266,7 +289,11 @@ def describe(episode: Episode, tokenizer: Any) -> dict[str, Any]:
     }
     if episode.role == SOLVER.name:
         turns = [{"who": who, "text": text} for who, text in episode.turns]
-        line |= {"searches": episode.queries, "answer": prompts.last_answer(episode.text), "turns": turns}
+        line |= {
+            "searches": episode.queries,
+            "answer": prompts.last_answer(episode.text),
+            "turns": turns,
+        }
     return line
 
 
@@ -285,7 +312,9 @@ class _InOrder:
                 self._next += 1
             self._file.flush()
         except OSError as error:
-            raise InputError(f"{self._name}: expected room for all lines ({error.strerror})") from None
+            raise InputError(
+                f"{self._name}: expected room for all lines ({error.strerror})"
+            ) from None
 
 
 class _Progress:
@@ -303,7 +332,12 @@ class _Progress:
             return
         self._ended = self._phase.done == self._phase.total
         if self._live:
-            print(f"\r\x1b[Kgenerating {detail}", end="\n" if self._ended else "", file=sys.stderr, flush=True)
+            print(
+                f"\r\x1b[Kgenerating {detail}",
+                end="\n" if self._ended else "",
+                file=sys.stderr,
+                flush=True,
+            )
         elif self._ended or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             print(f"{time.strftime('%H:%M:%S')} generating {detail}", file=sys.stderr, flush=True)
@@ -317,7 +351,9 @@ def answer_file(f: Any) -> None:
     encoded = _encoded(f, stage, rows)
     named = [{"question": row.values["question"].strip()} if f.index else {} for row in rows]
     name = f"--out={f.out}" if f.out else "the standard output"
-    opened = files.replacing(f.out, name, keep=True) if f.out else contextlib.nullcontext(sys.stdout)
+    opened = (
+        files.replacing(f.out, name, keep=True) if f.out else contextlib.nullcontext(sys.stdout)
+    )
     with opened as file:
         search = _search(f)
         m, out = _load(f), _InOrder(file, name)
@@ -360,7 +396,8 @@ def answer_typed(f: Any) -> None:
     stage = _stage(f, tokenizer, longest)
     search, m = _search(f), _load(f)
     sizes = make_sizes(m, [longest], _room(m, stage, longest), True)
-    engine = make_engine(m, dataclasses.replace(sizes, chunk=4), search)  # small chunks: words appear as they come
+    # small chunks: words appear as they come
+    engine = make_engine(m, dataclasses.replace(sizes, chunk=4), search)
 
     def show(text: str, who: str) -> None:
         console.print(printable(text), end="", style="dim" if who == SEARCH_ENGINE else None)
@@ -369,10 +406,16 @@ def answer_typed(f: Any) -> None:
         if not typing:
             console.print(printable(f"question: {question}"), style="bold")
         role = SOLVER if f.index else ASSISTANT
-        asked = prompts.solver_messages(stage.style, question) if f.index else [{"role": "user", "content": question}]
+        asked = (
+            prompts.solver_messages(stage.style, question)
+            if f.index
+            else [{"role": "user", "content": question}]
+        )
         prompt = stage.prompt(asked)
         if len(prompt) > longest:
-            console.print(f"[the question makes a prompt of {len(prompt):,} tokens; expected at most {longest:,}]\n")
+            console.print(
+                f"[the question makes a prompt of {len(prompt):,} tokens; expected at most {longest:,}]\n"
+            )
             continue
         player = Watched(stage, role, episode_id(role, number, 0), f.temperature, prompt)
         player.show = show
@@ -380,7 +423,9 @@ def answer_typed(f: Any) -> None:
         line = describe(player.episode(), tokenizer)
         said = f"answer: {line['answer']} · searches: {len(line['searches'])} · " if f.index else ""
         cost = f"{stats.sampled_tokens} tokens in {stats.seconds:.1f} s"
-        console.print(printable(f"\n[{said}{cost} · ended by {line['stop_reason']}]\n"), style="bold")
+        console.print(
+            printable(f"\n[{said}{cost} · ended by {line['stop_reason']}]\n"), style="bold"
+        )
 
 
 def _typed(typing: bool) -> Iterator[str]:
@@ -391,7 +436,9 @@ def _typed(typing: bool) -> Iterator[str]:
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            raise InputError(f"the standard input: expected text in UTF-8 ({error.reason})") from None
+            raise InputError(
+                f"the standard input: expected text in UTF-8 ({error.reason})"
+            ) from None
         if line:
             yield line
 
@@ -427,7 +474,11 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
     f = flags.FlagValues()
     for name in PATHS:
         flags.DEFINE_string(name, "", name, flag_values=f)
-    choices = {"dtype": ["", "float32", "bfloat16"], "style": list(prompts.STYLES), "template": ["chat", "raw_chatml"]}
+    choices = {
+        "dtype": ["", "float32", "bfloat16"],
+        "style": list(prompts.STYLES),
+        "template": ["chat", "raw_chatml"],
+    }
     for name, values in choices.items():
         flags.DEFINE_enum(name, values[0], values, name, flag_values=f)
     for name, value in (("max_tokens", 1024), ("top_k", 3), ("max_searches", 10), ("seed", 0)):
@@ -460,7 +511,9 @@ def main(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> None:
     f = parse_flags(argv)
-    with device_memory.must_fit("generation", "a smaller --max_tokens, shorter prompts or --dtype=bfloat16"):
+    with device_memory.must_fit(
+        "generation", "a smaller --max_tokens, shorter prompts or --dtype=bfloat16"
+    ):
         (answer_file if f.prompts else answer_typed)(f)
 
 

@@ -1,8 +1,9 @@
 """What a run depends on beside its config: a digest of each file, kept with every checkpoint.
 
-A resumed run compares them: other answers, another corpus or other initial weights (the reference model, the policy
-judge) would make it another run without a word. Question sets are not among them: they train nothing, and an evaluation
-plays anew what has changed in them. A search server (retriever.url) cannot be asked for one.
+A resumed run compares them: other answers, another corpus or other initial weights (the reference
+model, the policy judge) would make it another run without a word. Question sets are not among them:
+they train nothing, and an evaluation plays anew what has changed in them. A search server
+(retriever.url) cannot be asked for one.
 """
 
 import hashlib
@@ -16,8 +17,8 @@ from ssp_jax.model import hf_files, hf_save
 from ssp_jax.model.hf_files import Folder
 from ssp_jax.retriever import build
 
-# Larger files of weights are read in so many blocks, evenly spread: training moves all weights, and 15 GB are read in a
-# second or two. Up to WHOLE bytes a file is read as a whole.
+# Larger files of weights are read in so many blocks, evenly spread: training moves all weights, and
+# 15 GB are read in a second or two. Up to WHOLE bytes a file is read as a whole.
 WHOLE = 2**28
 BLOCK = 2**20
 BLOCKS = 128

@@ -1,7 +1,7 @@
 """The outer loop: play a round, update both roles, log, evaluate, save (SSP Algorithm 1).
 
-The same command in the same workdir goes on where it stopped. SIGTERM, SIGHUP and Ctrl-C end the run at the next decode
-chunk, with a checkpoint of the last finished step.
+The same command in the same workdir goes on where it stopped. SIGTERM, SIGHUP and Ctrl-C end the
+run at the next decode chunk, with a checkpoint of the last finished step.
 """
 
 import dataclasses
@@ -38,20 +38,28 @@ from ssp_jax.workdir import as_read, keep_config, lock_workdir, trained_with
 
 
 def train(config: ConfigDict, workdir: str) -> None:
-    """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and an export there."""
+    """Runs or resumes self-play up to config.steps; leaves metrics, checkpoints, summary.json and
+    an export there.
+    """
     keep_compiled(workdir)
     with lock_workdir(workdir):
         inputs, mesh = read_inputs(config, workdir), make_mesh(config)
         # After the inputs: a mistyped path must not become the workdir's config.
-        processes.run_on_all(lambda: keep_config(workdir, config) if processes.is_coordinator() else None)
+        processes.run_on_all(
+            lambda: keep_config(workdir, config) if processes.is_coordinator() else None
+        )
         processes.check_shared(Path(workdir))
         run = _Run(config, workdir, inputs, mesh)
-        check_same_inputs(inputs, {"the newest checkpoint": run.step, "the memory": processes.digest(run.memory)})
+        check_same_inputs(
+            inputs, {"the newest checkpoint": run.step, "the memory": processes.digest(run.memory)}
+        )
         _to_the_end(run, config)
 
 
 def _to_the_end(run: "_Run", config: ConfigDict) -> None:
-    """From the step where the run is. A signal does not end it before what is being saved is on disk."""
+    """From the step where the run is. A signal does not end it before what is being saved is on
+    disk.
+    """
     with Stop() as stop, run.logger, run.checkpoints:
         try:
             run.warm_up(stop)
@@ -67,7 +75,9 @@ def _to_the_end(run: "_Run", config: ConfigDict) -> None:
             run.finish(stop)
         except Terminated:
             run.save()
-            run.logger.say(f"{stop.cause}: saved step {run.step}; the same command goes on from there")
+            run.logger.say(
+                f"{stop.cause}: saved step {run.step}; the same command goes on from there"
+            )
             run.checkpoints.wait()
             sys.exit(stop.code)
         except InputError as error:  # such as a search server that stays away; no update raises one
@@ -76,15 +86,17 @@ def _to_the_end(run: "_Run", config: ConfigDict) -> None:
             if run.step:
                 run.save()
                 run.logger.say(f"saved step {run.step}; the same command goes on from there")
-            # With code 1, for it was usable when the run began: a cluster that starts it again may have more luck.
+            # With code 1, for it was usable when the run began: a cluster that starts it again may
+            # have more luck.
             sys.exit(f"ssp_jax: {sentence(error)}")
 
 
 def keep_compiled(workdir: str) -> None:
-    """A run that is resumed finds its programs in the workdir; a folder of the user's own choice stays.
+    """A run that is resumed finds its programs in the workdir; a folder of the user's own choice
+    stays.
 
-    (Of several processes JAX lets only the first one write. On GPUs all find their programs; on TPUs the others compile
-    those of play anew, which know their devices by name.)
+    (Of several processes JAX lets only the first one write. On GPUs all find their programs; on
+    TPUs the others compile those of play anew, which know their devices by name.)
     """
     options: Any = jax.config  # which makes its attributes at import, unseen by a type checker
     if options.jax_compilation_cache_dir is None:
@@ -92,10 +104,12 @@ def keep_compiled(workdir: str) -> None:
     # Programs that compile in less than a second are many, and are kept too.
     options.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     options.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # The folder of XLA's own caches would be a part of each program's key: none would be found in a workdir that was
-    # moved or copied. They hold what autotuning on GPUs found, which is in the programs too.
+    # The folder of XLA's own caches would be a part of each program's key: none would be found in a
+    # workdir that was moved or copied. They hold what autotuning on GPUs found, which is in the
+    # programs too.
     options.update("jax_persistent_cache_enable_xla_caches", "")
-    options.update("jax_compilation_cache_include_metadata_in_key", False)  # so would be the paths of source files
+    # so would be the paths of source files
+    options.update("jax_compilation_cache_include_metadata_in_key", False)
 
 
 def make_learner_config(
@@ -116,7 +130,9 @@ def make_learner_config(
 
 
 def updates(config: ConfigDict) -> dict[str, int]:
-    """The updates of a step in order, and the optimizer steps of each; "both" is one for both roles."""
+    """The updates of a step in order, and the optimizer steps of each; "both" is one for both
+    roles.
+    """
     c = config.learner
     steps = {"solver": c.solver_mini_batches, "proposer": c.proposer_mini_batches}
     if config.game.train != "both":
@@ -154,7 +170,9 @@ def make_setting(
     return EvalContext(
         folder=workdir / "eval",
         inputs=evaluation_inputs(config, inputs),
-        training=processes.all_gather_objects(lambda: trained_with(str(workdir)) if processes.is_coordinator() else "")[0],
+        training=processes.all_gather_objects(
+            lambda: trained_with(str(workdir)) if processes.is_coordinator() else ""
+        )[0],
         sets=inputs.eval_sets,
         engine=engine,
         stage=inputs.stage,
@@ -170,16 +188,24 @@ def make_setting(
 def sampler_copy(
     config: ConfigDict, model_config: decoder.ModelConfig, mesh: jax.sharding.Mesh
 ) -> Callable[[decoder.Params], decoder.Params]:
-    """Params on the learner's mesh -> what this process plays with. All processes must call it together."""
+    """Params on the learner's mesh -> what this process plays with. All processes must call it
+    together.
+    """
     everywhere, own = sharding.playing_meshes(mesh)
     copy = sharding.sampler_copy(model_config, everywhere, jnp.dtype(config.model.dtype))
-    return lambda params: sharding.local_view(copy(params), own) if processes.is_multiprocess() else copy(params)
+    return lambda params: (
+        sharding.local_view(copy(params), own) if processes.is_multiprocess() else copy(params)
+    )
 
 
-def load_initial(config: ConfigDict, model_config: decoder.ModelConfig, mesh: jax.sharding.Mesh) -> decoder.Params:
+def load_initial(
+    config: ConfigDict, model_config: decoder.ModelConfig, mesh: jax.sharding.Mesh
+) -> decoder.Params:
     """The sampler's copy of the weights that the run starts from, read anew."""
     shardings = sharding.param_shardings(decoder.abstract_params(model_config), mesh)
-    stacked = hf_load.load(config.model.path, model_config, shardings, jnp.dtype(config.model.dtype))
+    stacked = hf_load.load(
+        config.model.path, model_config, shardings, jnp.dtype(config.model.dtype)
+    )
     return sampler_copy(config, model_config, mesh)(stacked)
 
 
@@ -200,29 +226,47 @@ class _Run:
         )
         judging = self._judges(config.reward.metric)
         self._game = SelfPlay(config, inputs.stage, self._engine, inputs.retriever, judging)
-        self.logger = Logger(workdir, config.steps, config.log.tensorboard, self.step, mute=not processes.is_coordinator())
+        self.logger = Logger(
+            workdir,
+            config.steps,
+            config.log.tensorboard,
+            self.step,
+            mute=not processes.is_coordinator(),
+        )
 
     def _build_model(self) -> None:
-        """Initial weights from the model folder; the train state from them or from the newest checkpoint."""
+        """Initial weights from the model folder; the train state from them or from the newest
+        checkpoint.
+        """
         config, platform = self._inputs.model_config, self._mesh.devices.flat[0].platform
-        c, rows = make_learner_config(self._config, config, self._mesh, platform), sharding.rows_sharding(self._mesh)
+        c, rows = (
+            make_learner_config(self._config, config, self._mesh, platform),
+            sharding.rows_sharding(self._mesh),
+        )
         self._attention = c.attention
         abstract = decoder.abstract_params(config)
         shardings = sharding.param_shardings(abstract, self._mesh)
         initial = hf_load.load(self._config.model.path, config, shardings, jnp.float32)
-        cast = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p), out_shardings=shardings)
+        cast = jax.jit(
+            lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p), out_shardings=shardings
+        )
         reference = cast(initial) if c.kl_coef else None
         self._state = state.init_state(c, initial)
-        self._learner = update.Learner(c, self._state, reference, lambda batch: sharding.put_rows(batch, rows))
+        self._learner = update.Learner(
+            c, self._state, reference, lambda batch: sharding.put_rows(batch, rows)
+        )
         self.step, self.memory, self._seconds = 0, ReplayState(), 0.0
         self._damaged: dict[int, str] = {}
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state
+        )
         if restored := self.checkpoints.restore_newest(like):
             self._state, game = restored.state, restored.game
             self.step, self._damaged = restored.step, restored.damaged
             self.memory, self._seconds = ReplayState.from_json(game["memory"]), game["seconds"]
         self._to_sampler = sampler_copy(self._config, config, self._mesh)
-        # While it judges what is trained, the initial model is in memory beside the player, and the slots leave room.
+        # While it judges what is trained, the initial model is in memory beside the player, and the
+        # slots leave room.
         judging = self._config.reward.metric == "policy"
         self._judging = load_initial(self._config, config, self._mesh) if judging else None
 
@@ -246,20 +290,27 @@ class _Run:
         began = time.monotonic()
         with self.logger.phase("compiling"):
             leaf_digests(self._state)
-            # Together: one process may find in its cache what another compiles, or be told that it does not fit.
+            # Together: one process may find in its cache what another compiles, or be told that it
+            # does not fit.
             params = self._to_sampler(self._state.params)
             processes.run_on_all(functools.partial(self._engine.warm_up, params, self._key, stop))
             del params
             with device_memory.must_fit("the update", update.MEMORY_REMEDY):
                 self._learner.warm_up(self._state.params)
-        self.logger.say(f"{'each process: ' if processes.is_multiprocess() else ''}{self._engine.memory}")
+        self.logger.say(
+            f"{'each process: ' if processes.is_multiprocess() else ''}{self._engine.memory}"
+        )
         took = time.monotonic() - began
-        self.logger.say(f"warm-up took {took:.1f} s: {self.compiles.count} programs, {self.compiles.seconds:.1f} s")
+        self.logger.say(
+            f"warm-up took {took:.1f} s: {self.compiles.count} programs, {self.compiles.seconds:.1f} s"
+        )
 
     def play_and_update(self, stop: Stop) -> None:
         """One step: the round of the game, then the update of both roles."""
         start, c = time.monotonic(), self._config
-        rows = data.batch_indices(len(self._inputs.tasks), c.game.answers_per_step, c.seed, self.step)
+        rows = data.batch_indices(
+            len(self._inputs.tasks), c.game.answers_per_step, c.seed, self.step
+        )
         tasks = [self._inputs.tasks[row] for row in rows]
         key = jax.random.fold_in(self._key, self.step + 1)
         with self.logger.phase("playing") as phase:
@@ -278,7 +329,9 @@ class _Run:
             metrics["update/tokens_per_second"] = metrics.get("update/tokens", 0.0) / seconds
         self.memory, self.step = memory, self.step + 1
         self._seconds += time.monotonic() - start
-        self.logger.step(self.step, metrics | {"compiles": self.compiles.count}, time.monotonic() - start)
+        self.logger.step(
+            self.step, metrics | {"compiles": self.compiles.count}, time.monotonic() - start
+        )
         if (reply := round_.useless_reply) is not None:
             self.logger.say(
                 f"no reply of the judge was a verdict, so all that it judged is wrong: {judge.shown(reply)}"
@@ -306,7 +359,8 @@ class _Run:
                     self._state, training.episodes, training.advantages, order, mini_batches
                 )
                 gaps = {key: report.pop(key) for key in ("logprob_gap", "logprob_gap_max")}
-                if not metrics:  # later updates see weights that have moved since sampling: no gap between programs
+                # later updates see weights that have moved since sampling: no gap between programs
+                if not metrics:
                     metrics |= {f"update/{key}": value for key, value in gaps.items()}
                 metrics |= {f"update/{name}/{key}": value for key, value in report.items()}
                 metrics["update/tokens"] = metrics.get("update/tokens", 0.0) + report["tokens"]
@@ -327,11 +381,19 @@ class _Run:
     def evaluate(self, step: int, stop: Stop) -> Result:
         """Of the current weights, or, for step 0 of a run that has gone on, of the initial ones."""
         path = self._config.model.path
-        setting = make_setting(self._config, self._workdir, self._inputs, self._engine, self._judges, self.logger, stop)
+        setting = make_setting(
+            self._config, self._workdir, self._inputs, self._engine, self._judges, self.logger, stop
+        )
         name = f"after step {step}" if step else f"initial weights of {path}"
-        current = (lambda: self._to_sampler(self._state.params)) if step == self.step else self._initial
+        current = (
+            (lambda: self._to_sampler(self._state.params)) if step == self.step else self._initial
+        )
         result = evaluate.evaluate(setting, step, name, current)
-        found = {f"eval/{set_}/{key}": v for set_, row in result.document["sets"].items() for key, v in row.items()}
+        found = {
+            f"eval/{set_}/{key}": v
+            for set_, row in result.document["sets"].items()
+            for key, v in row.items()
+        }
         if found and self.logger.evaluation(step, found):
             evaluate.show(self.logger, result)
         return result
@@ -346,7 +408,9 @@ class _Run:
         if self._config.checkpoint.export:
             with self.logger.phase("exporting"):
                 folder = self._workdir / hf_save.FOLDER
-                hf_save.save(self._state.params, self._inputs.model_config, folder, self._config.model.path)
+                hf_save.save(
+                    self._state.params, self._inputs.model_config, folder, self._config.model.path
+                )
         summary: dict[str, Any] = {"steps": self.step, "seconds": round(self._seconds, 1)}
         summary["eval"] = {
             when: {name: result.document["sets"][name] for name in self._inputs.eval_sets}
@@ -356,12 +420,16 @@ class _Run:
             records.write_document(self._workdir / "summary.json", summary)
         if len(results) == 2 and self._inputs.eval_sets:
             figures = paper_table.table_1(self._config.model.path)
-            evaluate.compare(self.logger, self._workdir / "eval", results["before"], results["after"], figures)
+            evaluate.compare(
+                self.logger, self._workdir / "eval", results["before"], results["after"], figures
+            )
 
 
 def _show_play(phase: Any, stop: Stop, stats: Stats) -> None:
     stop()
-    phase.advance(stats.finished, total=stats.known, tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
+    phase.advance(
+        stats.finished, total=stats.known, tokens=stats.sampled_tokens / max(stats.seconds, 1e-9)
+    )
 
 
 def _joined(parts: list[Training]) -> Training:

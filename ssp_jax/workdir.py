@@ -16,18 +16,30 @@ from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.runtime import checkpoint, processes, records
 
 CONFIG_FILE = "config.json"  # of a workdir
-# Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where servers are.
+# Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where
+# servers are.
 MAY_CHANGE = (
     *("steps", "eval.", "judge.", "checkpoint.", "log."),
     *("retriever.url", "retriever.timeout_s", "retriever.retries", "retriever.threads"),
 )
-# What an evaluation may change besides: model, prompts, limits, search and sampling are those of the run.
-EVALUATION_MAY_CHANGE = (*MAY_CHANGE, "mesh.", "data.", "game.", "rules.", "reward.", "engine.", "learner.")
+# What an evaluation may change besides: model, prompts, limits, search and sampling are those of
+# the run.
+EVALUATION_MAY_CHANGE = (
+    *MAY_CHANGE,
+    "mesh.",
+    "data.",
+    "game.",
+    "rules.",
+    "reward.",
+    "engine.",
+    "learner.",
+)
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: str) -> Iterator[None]:
-    """The workdir, for one run on this machine at a time: a second one would write into the same files.
+    """The workdir, for one run on this machine at a time: a second one would write into the same
+    files.
 
     The lock is one of the folder itself, and ends with the process, however that ends.
     """
@@ -36,7 +48,9 @@ def lock_workdir(workdir: str) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"workdir {workdir} is in use by another run, which is still going on") from None
+            raise InputError(
+                f"workdir {workdir} is in use by another run, which is still going on"
+            ) from None
         except OSError as error:  # a file system that has no locks
             unlocked = f"nothing keeps a second run out of {workdir}: {error.strerror}"
             print(f"ssp_jax: {sentence(unlocked)}", file=sys.stderr)
@@ -57,10 +71,11 @@ def lock_workdir(workdir: str) -> Iterator[None]:
 
 
 def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
-    """A workdir belongs to one config: what a run left in config.json must agree, but for the keys of MAY_CHANGE.
+    """A workdir belongs to one config: what a run left in config.json must agree, but for the keys
+    of MAY_CHANGE.
 
-    An evaluation is freer, and so is a run where only evaluations were. Nothing is written: a command that is refused
-    here leaves the run in the workdir as it is.
+    An evaluation is freer, and so is a run where only evaluations were. Nothing is written: a
+    command that is refused here leaves the run in the workdir as it is.
     """
     now = as_read(config)
     try:
@@ -73,15 +88,23 @@ def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False)
         return
     free = MAY_CHANGE if trained and not evaluating else EVALUATION_MAY_CHANGE
     changed = sorted(
-        key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not key.startswith(free)
+        key
+        for key in now.keys() | before.keys()
+        if now.get(key) != before.get(key) and not key.startswith(free)
     )
     if changed:
-        keys = ", ".join(f"{key} was {_show(before, key)} and is {_show(now, key)}" for key in changed)
-        raise InputError(f"workdir {workdir} holds a run of another config: {keys}; take another --workdir")
+        keys = ", ".join(
+            f"{key} was {_show(before, key)} and is {_show(now, key)}" for key in changed
+        )
+        raise InputError(
+            f"workdir {workdir} holds a run of another config: {keys}; take another --workdir"
+        )
 
 
 def _config_before(workdir: str) -> dict[str, Any] | None:
-    """The config of the run in the workdir: of config.json, or, where that has been deleted, of the newest step."""
+    """The config of the run in the workdir: of config.json, or, where that has been deleted, of the
+    newest step.
+    """
     path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         newest = checkpoint.newest_game(workdir)
@@ -103,7 +126,9 @@ def _not_a_config(path: Path, reason: str) -> InputError:
 
 
 def keep_config(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
-    """Writes config.json, with the new values of keys that may change; an evaluation leaves the file of a run alone."""
+    """Writes config.json, with the new values of keys that may change; an evaluation leaves the
+    file of a run alone.
+    """
     path = Path(workdir) / CONFIG_FILE
     if evaluating and path.exists():
         return
@@ -116,7 +141,9 @@ def keep_config(workdir: str, config: ConfigDict, *, evaluating: bool = False) -
 def trained_with(workdir: str) -> str:
     """A digest of the keys in config.json that the weights of a step depend on."""
     values = json.loads((Path(workdir) / CONFIG_FILE).read_text(encoding="utf-8"))
-    return processes.digest({key: value for key, value in sorted(values.items()) if not key.startswith(MAY_CHANGE)})
+    return processes.digest(
+        {key: value for key, value in sorted(values.items()) if not key.startswith(MAY_CHANGE)}
+    )
 
 
 def as_read(config: ConfigDict) -> dict[str, Any]:
@@ -126,7 +153,9 @@ def as_read(config: ConfigDict) -> dict[str, Any]:
 
 def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
     """A config.json may be shown to anybody. Who has another password goes on with the same run."""
-    return {key: masked(value) if isinstance(value, str) else value for key, value in values.items()}
+    return {
+        key: masked(value) if isinstance(value, str) else value for key, value in values.items()
+    }
 
 
 def _show(values: dict[str, Any], key: str) -> str:
@@ -137,7 +166,9 @@ def _show(values: dict[str, Any], key: str) -> str:
 
 
 def check_unchanged(workdir: str, stamps: Callable[[], Mapping[str, str]]) -> None:
-    """The files that a run depends on are those of its newest step. `stamps`: a digest of each, by name."""
+    """The files that a run depends on are those of its newest step. `stamps`: a digest of each, by
+    name.
+    """
     newest = checkpoint.newest_game(workdir)
     if newest is None:
         return
@@ -146,7 +177,9 @@ def check_unchanged(workdir: str, stamps: Callable[[], Mapping[str, str]]) -> No
     now = stamps()
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
-            how = "is gone" if name not in now else "is new" if name not in before else "has changed"
+            how = (
+                "is gone" if name not in now else "is new" if name not in before else "has changed"
+            )
             raise InputError(
                 f"{name} {how} since step {step} of {workdir}; expected it as it was, or another --workdir"
             )

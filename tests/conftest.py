@@ -1,4 +1,6 @@
-"""Before JAX is loaded: 8 fake devices on the CPU, here and in the processes that tests start. Strict JAX."""
+"""Before JAX is loaded: 8 fake devices on the CPU, here and in the processes that tests start.
+Strict JAX.
+"""
 
 import contextlib
 import os
@@ -25,7 +27,6 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_a_file() -> Iterator[None]:
     """The compiled programs of a test file are given back at its end: 2 GB, were they all kept."""
@@ -35,7 +36,9 @@ def programs_of_a_file() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quick_compile() -> Iterator[None]:
-    """For files whose programs run once or twice: most of LLVM's optimizations cost more than they give."""
+    """For files whose programs run once or twice: most of LLVM's optimizations cost more than they
+    give.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -46,9 +49,13 @@ RunMain = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run_main(tmp_path: Path) -> RunMain:
-    """python -m ssp_jax.main with these arguments, in an empty folder (or `cwd`), as a user would start it."""
+    """python -m ssp_jax.main with these arguments, in an empty folder (or `cwd`), as a user would
+    start it.
+    """
 
-    def run(*arguments: str, cwd: Path = tmp_path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, cwd: Path = tmp_path, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ssp_jax.main", *arguments]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 

@@ -19,7 +19,9 @@ NAMES = ["qwen2", "qwen3", "llama3", "qwen2_untied", "llama3_tied"]
 def edit_config(folder: Path, **changes: Any) -> Path:
     """Sets keys of config.json; the value `...` removes one."""
     values = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in values.items() if v is not ...})
+    )
     return folder
 
 
@@ -27,7 +29,9 @@ def edit_tensors(folder: Path, **changes: Any) -> Path:
     """Sets tensors of model.safetensors by Hugging Face's own library; None removes one."""
     tensors = safetensors.numpy.load_file(folder / "model.safetensors") | changes
     safetensors.numpy.save_file(
-        {name: x for name, x in tensors.items() if x is not None}, folder / "model.safetensors", {"format": "pt"}
+        {name: x for name, x in tensors.items() if x is not None},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
     return folder
 
@@ -50,7 +54,9 @@ def edit_header(folder: Path, change: Callable[[dict[str, Any]], Any], after: by
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     changed = change(header)
-    return write_header(folder, json.dumps(header if changed is None else changed), content[start:] + after)
+    return write_header(
+        folder, json.dumps(header if changed is None else changed), content[start:] + after
+    )
 
 
 def write_header(folder: Path, header: str, data: bytes = b"") -> Path:

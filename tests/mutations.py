@@ -1,4 +1,6 @@
-"""Accidents of files, for tests: what a disk, a transfer, or a program that writes JSON can do to one."""
+"""Accidents of files, for tests: what a disk, a transfer, or a program that writes JSON can do to
+one.
+"""
 
 import gzip
 import json
@@ -7,10 +9,39 @@ from collections.abc import Callable
 from typing import Any
 
 ODD_VALUES: tuple[Any, ...] = (
-    *(None, True, -1, 0, 1, 1.5, 1e308, 10**30, float("nan"), "", " ", "x", "\0", "\ud83d", "\x1b[2J"),
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1,
+        1.5,
+        1e308,
+        10**30,
+        float("nan"),
+        "",
+        " ",
+        "x",
+        "\0",
+        "\ud83d",
+        "\x1b[2J",
+    ),
     *([], {}, [[]], [None], {"a": 1}, ["x", 3], [[[[[]]]]], "9" * 5000, "~", "../x", "['a', 'b']"),
 )
-ODD_BYTES = (b"", b"\0", b"\n", b"\xff", b"\xef\xbb\xbf", b"\r", b'"', b"{", b"]", b"NaN", b"\xed\xa0\xbd", b"\0" * 64)
+ODD_BYTES = (
+    b"",
+    b"\0",
+    b"\n",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\r",
+    b'"',
+    b"{",
+    b"]",
+    b"NaN",
+    b"\xed\xa0\xbd",
+    b"\0" * 64,
+)
 
 
 def change_bytes(chance: random.Random, raw: bytes) -> bytes:
@@ -22,7 +53,9 @@ def change_bytes(chance: random.Random, raw: bytes) -> bytes:
     piece = raw[start:end]
     changed = {
         "cut": lambda: raw[:start],
-        "flipped": lambda: raw[:start] + bytes(b ^ (1 << chance.randrange(8)) for b in piece) + raw[end:],
+        "flipped": lambda: (
+            raw[:start] + bytes(b ^ (1 << chance.randrange(8)) for b in piece) + raw[end:]
+        ),
         "removed": lambda: raw[:start] + raw[end:],
         "doubled": lambda: raw[:end] + raw[start:],
         "zeroed": lambda: raw[:start] + bytes(len(piece)) + raw[end:],
@@ -66,12 +99,16 @@ def change_value(chance: random.Random, value: Any) -> Any:
     elif how == "new":
         value.append(chance.choice(ODD_VALUES))
     else:
-        value[key] = change_value(chance, value[key]) if how == "inside" else chance.choice(ODD_VALUES)
+        value[key] = (
+            change_value(chance, value[key]) if how == "inside" else chance.choice(ODD_VALUES)
+        )
     return value
 
 
 def change_json(chance: random.Random, raw: bytes) -> bytes:
-    """The document, or one of the lines, with a part changed; what is no JSON any more gets another change."""
+    """The document, or one of the lines, with a part changed; what is no JSON any more gets another
+    change.
+    """
     lines = [raw] if raw.startswith(b"{\n") else raw.splitlines(keepends=True) or [b""]
     at = chance.randrange(len(lines))
     try:
@@ -113,7 +150,9 @@ def mutate(chance: random.Random, raw: bytes, kind: str) -> bytes:
     if kind == "gzip":
         unpacked = gzip.decompress(raw)
         return (
-            gzip.compress(mutate(chance, unpacked, "lines")) if chance.random() < 0.5 else mutate(chance, raw, "bytes")
+            gzip.compress(mutate(chance, unpacked, "lines"))
+            if chance.random() < 0.5
+            else mutate(chance, raw, "bytes")
         )
     for _ in range(chance.choice((1, 1, 2, 3))):
         raw = chance.choice(KINDS[kind])(chance, raw)

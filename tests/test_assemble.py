@@ -43,7 +43,9 @@ def digests(folder, **changes):
 def chat_template(folder):
     path = folder / "model/tokenizer_config.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {"chat_template": values["chat_template"] + "{# another #}"}))
+    path.write_text(
+        json.dumps(values | {"chat_template": values["chat_template"] + "{# another #}"})
+    )
 
 
 def one_more_line(name):
@@ -110,7 +112,9 @@ def test_keys_that_an_evaluation_depends_on(files, tmp_path, changes):
 def test_keys_that_it_does_not_depend_on(files, tmp_path):
     folder, (_, evaluated) = files
     copy = shutil.copytree(folder, tmp_path / "files")
-    assert digests(copy, engine__slots=32, eval__max_questions=2, game__group_size=3)[1] == evaluated
+    assert (
+        digests(copy, engine__slots=32, eval__max_questions=2, game__group_size=3)[1] == evaluated
+    )
 
 
 def test_an_evaluation_is_told_what_it_depends_on(files, tmp_path):
@@ -119,10 +123,14 @@ def test_an_evaluation_is_told_what_it_depends_on(files, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "files")
 
     def setting(**changes):
-        config = small(model__path=f"{copy}/model", retriever__corpus=f"{copy}/corpus.jsonl", **changes)
+        config = small(
+            model__path=f"{copy}/model", retriever__corpus=f"{copy}/corpus.jsonl", **changes
+        )
         inputs = read_inputs(config, str(copy / "run"), evaluating=True)
         keep_config(str(copy / "run"), config)
-        return train.make_setting(config, copy / "run", inputs, None, lambda metric: None, None, lambda: None)
+        return train.make_setting(
+            config, copy / "run", inputs, None, lambda metric: None, None, lambda: None
+        )
 
     first = setting()
     assert first.inputs == first.depends_on(0) == evaluated

@@ -1,4 +1,6 @@
-"""The embedded default: its files as they lie in assets/tiny and, where the build's packages are, how they are made."""
+"""The embedded default: its files as they lie in assets/tiny and, where the build's packages are,
+how they are made.
+"""
 
 import json
 from collections import Counter
@@ -22,11 +24,16 @@ def tokenizer() -> Any:
 
 
 def question_rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (TINY / "qa" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (TINY / "qa" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def golden(name: str) -> list[str]:
-    return [normalize_answer(task.answers[0]) for task in load_questions(TINY / "qa" / f"{name}.jsonl")]
+    return [
+        normalize_answer(task.answers[0]) for task in load_questions(TINY / "qa" / f"{name}.jsonl")
+    ]
 
 
 def test_corpus_is_large_and_short() -> None:
@@ -60,8 +67,12 @@ def test_questions_do_not_tell(name: str) -> None:
     for row in question_rows(name):
         text, country = row["question"].lower(), row["metadata"]["country"].lower()
         assert row["golden_answers"][0].lower() not in text
-        assert (country in text) == (row["metadata"]["start"] == "country"), "a bridge is never named"
-        assert (name == "one_hop") == ("country" in (row["metadata"]["start"], row["metadata"]["target"]))
+        assert (country in text) == (row["metadata"]["start"] == "country"), (
+            "a bridge is never named"
+        )
+        assert (name == "one_hop") == (
+            "country" in (row["metadata"]["start"], row["metadata"]["target"])
+        )
 
 
 def test_question_sets_are_held_out() -> None:
@@ -82,7 +93,9 @@ def test_tokenizer_is_qwens_kind(tokenizer: Any) -> None:
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     for text in ("</search>", "</answer>", "</question>", "<information>"):
         assert len(tokenizer.encode(text, add_special_tokens=False)) > 1, "tags are ordinary text"
-    assert [tokenizer.decode([t]) for t in tokenizer.encode("1976", add_special_tokens=False)] == list("1976")
+    assert [
+        tokenizer.decode([t]) for t in tokenizer.encode("1976", add_special_tokens=False)
+    ] == list("1976")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "A"}], add_generation_prompt=True, tokenize=False
     )
@@ -92,7 +105,9 @@ def test_tokenizer_is_qwens_kind(tokenizer: Any) -> None:
 def test_tokenizer_round_trip(tokenizer: Any) -> None:
     style, documents = STYLES["brief"], list(iterate_corpus(TINY / "corpus.jsonl"))
     texts = [observation(style, documents[row : row + 3]) for row in range(0, len(documents), 3)]
-    texts += [task.question for name in SETS for task in load_questions(TINY / "qa" / f"{name}.jsonl")]
+    texts += [
+        task.question for name in SETS for task in load_questions(TINY / "qa" / f"{name}.jsonl")
+    ]
     texts += ["<search> Zürich 東京 \t </search>\n\n", "  two  spaces \r\n", "déjà vu"]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
@@ -101,7 +116,14 @@ def test_tokenizer_round_trip(tokenizer: Any) -> None:
 def test_prompts_are_short(tokenizer: Any) -> None:
     for name in SETS:
         for task in load_questions(TINY / "qa" / f"{name}.jsonl"):
-            assert len(encode_prompt(tokenizer, solver_messages(STYLES["brief"], task.question), "chat")) <= 48
+            assert (
+                len(
+                    encode_prompt(
+                        tokenizer, solver_messages(STYLES["brief"], task.question), "chat"
+                    )
+                )
+                <= 48
+            )
 
 
 def test_folder_is_small() -> None:
@@ -121,14 +143,22 @@ def test_build_makes_the_same_files(tmp_path: Path) -> None:
 
 
 def test_a_good_player_answers_everything(tmp_path: Path) -> None:
-    """The data is not harder than the rules of the game: what self-play has to find is there to be found."""
+    """The data is not harder than the rules of the game: what self-play has to find is there to be
+    found.
+    """
     from assets.tiny import build, script
 
     data = build.make_data(build.SEED)
     search = script.index_passages(data.passages, tmp_path).search
     for questions, least in ((data.one_hop, 0.95), (data.two_hop, 0.9)):
-        assert script.success_rate(questions, data.world, data.passages, search, script.PERFECT) > least
-        assert script.success_rate(questions, data.world, data.passages, search, script.MIXED) < 0.95 * least
+        assert (
+            script.success_rate(questions, data.world, data.passages, search, script.PERFECT)
+            > least
+        )
+        assert (
+            script.success_rate(questions, data.world, data.passages, search, script.MIXED)
+            < 0.95 * least
+        )
 
 
 def test_scripted_episodes(tokenizer: Any) -> None:
@@ -145,10 +175,14 @@ def test_scripted_episodes(tokenizer: Any) -> None:
         assert len(tokens) == len(sampled) and not sampled[0] and sampled[-1]
         text = tokenizer.decode(tokens)
         assert text.startswith("<|im_start|>user\n") and text.endswith(ends.get(role, "</answer>"))
-        written = tokenizer.decode([token for token, own in zip(tokens, sampled, strict=True) if own])
+        written = tokenizer.decode(
+            [token for token, own in zip(tokens, sampled, strict=True) if own]
+        )
         assert "<information>" not in written and "Doc" not in written
         assert ("<search>" in written) == (role != "verifier")
     for episode in script.scripted_episodes(5, 100, sorted(tokenizer.get_vocab()), script.PERFECT):
         assert episode.right, episode
         invented = words(episode.answer)
-        assert not [w for w in invented if w in real_words() - template_words() and len(w) > 3], "no real names"
+        assert not [w for w in invented if w in real_words() - template_words() and len(w) > 3], (
+            "no real names"
+        )

@@ -16,8 +16,11 @@ def test_overlap():
         Task(2, ("paris",), "a?"),
         Task(3, ("the", "x"), "c?"),
     ]
-    training = set().union(*audit.normalized([Task(0, ("Paris",)), Task(1, ("A Rome",)), Task(2, ("The",))]))
-    assert training == {"paris", "rome", "the"}  # what is nothing once normalised counts as it stands
+    training = set().union(
+        *audit.normalized([Task(0, ("Paris",)), Task(1, ("A Rome",)), Task(2, ("The",))])
+    )
+    # what is nothing once normalised counts as it stands
+    assert training == {"paris", "rome", "the"}
     assert audit.overlap(training, questions) == audit.Overlap(4, 1, ["paris", "rome", "the"], 4)
 
 
@@ -36,14 +39,21 @@ def test_table(tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text('{"question": "Where?", "golden_answers": ["paris", "x"]}\n')
     assert audit.main([f"--answers={tmp_path}/a.jsonl", f"--eval={tmp_path}/q.jsonl"]) == 0
     shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    for expected in ("answers 3", "different, normalised 2", "repeats 1 (most: 'paris' x 2)", "1: 1, 2: 2"):
+    for expected in (
+        "answers 3",
+        "different, normalised 2",
+        "repeats 1 (most: 'paris' x 2)",
+        "1: 1, 2: 2",
+    ):
         assert any(expected in line for line in shown), (expected, shown)
     assert "words, least / median / most 1 / 2 / 5" in shown
     assert any(line.endswith("q.jsonl 1 0 1 100.0% paris") for line in shown), shown
 
 
 def test_brackets_and_colons_are_shown_as_they_are(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text('{"ground_truth": "[/b] a [red] one :smile:", "search_turns": 1}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"ground_truth": "[/b] a [red] one :smile:", "search_turns": 1}\n'
+    )
     (tmp_path / "q[x].jsonl").write_text('{"question": "Where?", "golden_answers": ["Paris"]}\n')
     assert audit.main([f"--answers={tmp_path}/a.jsonl", f"--eval={tmp_path}/q[x].jsonl"]) == 0
     shown = capsys.readouterr().out

@@ -1,7 +1,9 @@
-"""The catalogue of refused input: for each command, everything that it refuses and the sentence that it says.
+"""The catalogue of refused input: for each command, everything that it refuses and the sentence
+that it says.
 
-A case makes its files in an empty folder, which is the current one, and gives a command line. It must end with exit
-code 2 and one sentence on stderr, compile nothing, and leave every file that was there as it was.
+A case makes its files in an empty folder, which is the current one, and gives a command line. It
+must end with exit code 2 and one sentence on stderr, compile nothing, and leave every file that was
+there as it was.
 """
 
 import contextlib
@@ -41,7 +43,8 @@ from tests.conftest import ROOT
 from tests.model_folders import edit_config, edit_header, edit_tensors, split, write_header
 from tests.report.test_report import run_folder
 
-Make = Callable[[Path], list[str]]  # an empty folder -> a command line; its first word is a key of COMMANDS
+# an empty folder -> a command line; its first word is a key of COMMANDS
+Make = Callable[[Path], list[str]]
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "main": lambda argv: main.main(["main", *argv]),
     "generate": lambda argv: generate.main(["generate", *argv]),
@@ -182,7 +185,11 @@ def audited(flag: str, content: str | bytes, name: str = "rows.jsonl") -> Make:
         (folder / name).write_bytes(raw)
         (folder / "good.txt").write_text("Paris\n")
         answers = name if flag == "--answers" else "good.txt"
-        return ["audit", f"--answers={answers}", *([] if flag == "--answers" else [f"{flag}={name}"])]
+        return [
+            "audit",
+            f"--answers={answers}",
+            *([] if flag == "--answers" else [f"{flag}={name}"]),
+        ]
 
     return make
 
@@ -234,7 +241,9 @@ def config_file(*statements: str) -> Make:
     def make(folder: Path) -> list[str]:
         lines = ["c = default.get_config()", *statements, "return c"]
         body = "".join(f"    {line}\n" for line in lines)
-        (folder / "mine.py").write_text(f"from configs import default\n\n\ndef get_config():\n{body}")
+        (folder / "mine.py").write_text(
+            f"from configs import default\n\n\ndef get_config():\n{body}"
+        )
         return ["main", "--config=mine.py"]
 
     return make
@@ -255,19 +264,27 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 def config_text(name: str, text: str | bytes, says: str) -> Case:
     raw = text if isinstance(text, bytes) else text.encode()
-    return Case(name, model(lambda f: (f / "config.json").write_bytes(raw)), rf"model/config\.json {says}")
+    return Case(
+        name, model(lambda f: (f / "config.json").write_bytes(raw)), rf"model/config\.json {says}"
+    )
 
 
 def config_json(says: str, **changes: Any) -> Case:
     """generate with these keys in config.json (the value `...` removes one)."""
-    name = ", ".join(f"{key} {'missing' if value is ... else value}" for key, value in changes.items())
+    name = ", ".join(
+        f"{key} {'missing' if value is ... else value}" for key, value in changes.items()
+    )
     sentence = rf"model/config\.json: key {says}"
     return Case(name[:80], model(lambda f: edit_config(f, **changes)), sentence)
 
 
-def header(name: str, change: Callable[[dict[str, Any]], Any], says: str, after: bytes = b"") -> Case:
+def header(
+    name: str, change: Callable[[dict[str, Any]], Any], says: str, after: bytes = b""
+) -> Case:
     """generate with a changed header of the weights."""
-    return Case(name, model(lambda f: edit_header(f, change, after)), rf"model/model\.safetensors{says}")
+    return Case(
+        name, model(lambda f: edit_header(f, change, after)), rf"model/model\.safetensors{says}"
+    )
 
 
 def norm(says: str, **entry: Any) -> Case:
@@ -295,21 +312,33 @@ CONFIG_JSON = [
     config_text("a config.json that is no object", "[]", "expected a JSON object, found list"),
     config_text("a config.json that is no JSON", "{", "is not valid JSON"),
     config_text("a config.json that is nested too deeply", NESTED, "is nested too deeply"),
-    config_text("a config.json in a key of which all is nested", f'{{"a": {NESTED}}}', "is nested too"),
+    config_text(
+        "a config.json in a key of which all is nested", f'{{"a": {NESTED}}}', "is nested too"
+    ),
     config_text("a config.json that is not UTF-8", b'{"a": "\xff"}', "is not valid JSON"),
     config_text("a config.json with a number of 5,000 digits", f'{{"a": {"9" * 5000}}}', "is not"),
-    Case("no config.json", model(lambda f: (f / "config.json").unlink()), r"config\.json does not exist"),
+    Case(
+        "no config.json",
+        model(lambda f: (f / "config.json").unlink()),
+        r"config\.json does not exist",
+    ),
     config_json('"model_type" is \'gpt2\'; expected "qwen2"', model_type="gpt2"),
     config_json('"model_type" is \'llama\'; expected "qwen2"', model_type="llama"),
     config_json('"model_type" is None', model_type=None),
-    config_json("\"architectures\" is 'MistralForCausalLM'; supported", architectures=["MistralForCausalLM"]),
+    config_json(
+        "\"architectures\" is 'MistralForCausalLM'; supported", architectures=["MistralForCausalLM"]
+    ),
     config_json('"architectures" is None; supported are Qwen2ForCausalLM', architectures=...),
     config_json('"architectures" is None', architectures=[]),
     config_json('"architectures" expected a list of names', architectures="Qwen2ForCausalLM"),
-    config_json('"architectures" expected a list of names', architectures={"a": "Qwen2ForCausalLM"}),
+    config_json(
+        '"architectures" expected a list of names', architectures={"a": "Qwen2ForCausalLM"}
+    ),
     config_json('"architectures" is \\[', architectures=[["Qwen2ForCausalLM"]]),
     config_json('"auto_map" asks to run code', auto_map={"AutoModelForCausalLM": "mine.Mine"}),
-    config_json('"auto_map" asks to run code', auto_map={"AutoConfig": "other/repository--mine.Mine"}),
+    config_json(
+        '"auto_map" asks to run code', auto_map={"AutoConfig": "other/repository--mine.Mine"}
+    ),
     config_json('"hidden_size" is missing', hidden_size=...),
     config_json('"hidden_size" expected a positive int, found 128.0', hidden_size=128.0),
     config_json("\"vocab_size\" expected a positive int, found 'many'", vocab_size="many"),
@@ -317,7 +346,9 @@ CONFIG_JSON = [
     config_json('"vocab_size" is 1000000000; expected at most', vocab_size=10**9),
     config_json('"num_hidden_layers" expected a positive int, found 0', num_hidden_layers=0),
     config_json('"num_hidden_layers" expected a positive int, found True', num_hidden_layers=True),
-    config_json('"num_hidden_layers" is 1000000000; expected at most 1000', num_hidden_layers=10**9),
+    config_json(
+        '"num_hidden_layers" is 1000000000; expected at most 1000', num_hidden_layers=10**9
+    ),
     config_json('"num_attention_heads" expected a positive int', num_attention_heads=-4),
     config_json('"num_key_value_heads" is 3, which does not divide 4', num_key_value_heads=3),
     config_json('"num_key_value_heads" is missing', num_key_value_heads=...),
@@ -348,12 +379,20 @@ CONFIG_JSON = [
     ),
     config_json('"factor" is missing', rope_scaling={"rope_type": "llama3"}),
     config_json('"factor" expected a positive float', rope_scaling={**LLAMA3, "factor": "8"}),
-    config_json('"low_freq_factor" expected a number below', rope_scaling={**LLAMA3, "low_freq_factor": 4}),
-    config_json('"full_attention" is an object', rope_scaling={"full_attention": {"rope_theta": 1e4}}),
-    config_json('"partial_rotary_factor" is 0.5; only 1.0', rope_scaling={"partial_rotary_factor": 0.5}),
+    config_json(
+        '"low_freq_factor" expected a number below', rope_scaling={**LLAMA3, "low_freq_factor": 4}
+    ),
+    config_json(
+        '"full_attention" is an object', rope_scaling={"full_attention": {"rope_theta": 1e4}}
+    ),
+    config_json(
+        '"partial_rotary_factor" is 0.5; only 1.0', rope_scaling={"partial_rotary_factor": 0.5}
+    ),
     config_json('"partial_rotary_factor" is 0.5; only', partial_rotary_factor=0.5),
     config_json('"tie_word_embeddings" expected true or false', tie_word_embeddings="false"),
-    config_json('"tie_word_embeddings" expected true or false, found None', tie_word_embeddings=None),
+    config_json(
+        '"tie_word_embeddings" expected true or false, found None', tie_word_embeddings=None
+    ),
     config_json('"use_sliding_window" is True; only False', use_sliding_window=True),
     config_json(
         "\"layer_types\" contains 'sliding_attention'",
@@ -379,7 +418,11 @@ WEIGHTS = [
     ),
     Case(
         "norms of queries in a model without them",
-        model(lambda f: edit_tensors(f, **{"model.layers.0.self_attn.q_norm.weight": np.ones(8, "f4")})),
+        model(
+            lambda f: edit_tensors(
+                f, **{"model.layers.0.self_attn.q_norm.weight": np.ones(8, "f4")}
+            )
+        ),
         'q_norm.weight" is not part of the model in config.json',
     ),
     Case(
@@ -437,12 +480,34 @@ WEIGHTS = [
         model(lambda f: write_header(f, '{"a": {}, "a": {}}')),
         "model.safetensors: its header has 'a' twice",
     ),
-    header("a header that is no object", lambda h: [h], " is not a safetensors file: its header is not a"),
-    header("an entry that is no object", lambda h: h | {NORM: []}, f': tensor "{NORM}" has no dtype, shape'),
-    header("an entry that is a number", lambda h: h | {NORM: 1}, f': tensor "{NORM}" has no dtype, shape'),
-    header("metadata of numbers", lambda h: h | {"__metadata__": {"a": 1}}, ": __metadata__ in its header"),
-    header("bytes after the last tensor", lambda h: None, " has 3 bytes after its last tensor", b"abc"),
-    header("bytes of no tensor", lambda h: h.pop(FIRST) and None, ": tensor .* follows bytes of no tensor"),
+    header(
+        "a header that is no object",
+        lambda h: [h],
+        " is not a safetensors file: its header is not a",
+    ),
+    header(
+        "an entry that is no object",
+        lambda h: h | {NORM: []},
+        f': tensor "{NORM}" has no dtype, shape',
+    ),
+    header(
+        "an entry that is a number",
+        lambda h: h | {NORM: 1},
+        f': tensor "{NORM}" has no dtype, shape',
+    ),
+    header(
+        "metadata of numbers",
+        lambda h: h | {"__metadata__": {"a": 1}},
+        ": __metadata__ in its header",
+    ),
+    header(
+        "bytes after the last tensor", lambda h: None, " has 3 bytes after its last tensor", b"abc"
+    ),
+    header(
+        "bytes of no tensor",
+        lambda h: h.pop(FIRST) and None,
+        ": tensor .* follows bytes of no tensor",
+    ),
     norm("has dtype I4; expected F32, F16, BF16", dtype="I4"),
     norm(r"has dtype \[", dtype=["BF16"]),
     norm("has no dtype, shape and data_offsets", data_offsets=[1, 2, 3]),
@@ -453,23 +518,55 @@ WEIGHTS = [
     norm(r"of shape \(1000000000000, 1000000000000\) has 256 bytes", shape=[10**12, 10**12]),
     norm(r"of shape \(127,\) has 256 bytes", shape=[127]),
     norm("ends at byte [0-9]+, but the file is truncated", data_offsets=[10**18, 10**18 + 256]),
-    header("tensors that overlap", lambda h: h[NORM].update(data_offsets=[0, 256]), ": .* overlaps another"),
+    header(
+        "tensors that overlap",
+        lambda h: h[NORM].update(data_offsets=[0, 256]),
+        ": .* overlaps another",
+    ),
     Case(
         "no weights",
         model(lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin")),
         "model has no model weights; expected model.safetensors or model.safetensors.index.json",
     ),
     index("an index that is empty", lambda m: {}, '"model.embed_tokens.weight" is missing'),
-    index("an index that is a list", lambda m: [], 'index.json: key "weight_map" is missing or does not'),
-    index("an index that gives a number", lambda m: m.update({NORM: 1}), 'key "weight_map" is missing or'),
+    index(
+        "an index that is a list",
+        lambda m: [],
+        'index.json: key "weight_map" is missing or does not',
+    ),
+    index(
+        "an index that gives a number",
+        lambda m: m.update({NORM: 1}),
+        'key "weight_map" is missing or',
+    ),
     index("an index that forgets a tensor", lambda m: m.pop(NORM) and None, f'"{NORM}" is missing'),
-    index("an index that has the wrong file", lambda m: m.update({NORM: "partTrue.safetensors"}), "is missing"),
-    index("an index that leaves the folder", lambda m: m.update({NORM: "../a.safetensors"}), "of this folder"),
-    index("an index with an absolute path", lambda m: m.update({NORM: "/a.safetensors"}), "of this folder"),
+    index(
+        "an index that has the wrong file",
+        lambda m: m.update({NORM: "partTrue.safetensors"}),
+        "is missing",
+    ),
+    index(
+        "an index that leaves the folder",
+        lambda m: m.update({NORM: "../a.safetensors"}),
+        "of this folder",
+    ),
+    index(
+        "an index with an absolute path",
+        lambda m: m.update({NORM: "/a.safetensors"}),
+        "of this folder",
+    ),
     index("an index with a long name", lambda m: m.update({NORM: "a" * 300}), "of this folder"),
     index("an index that names the folder", lambda m: m.update({NORM: ".."}), "of this folder"),
-    index("an index with a file that is missing", lambda m: m.update({NORM: "a.safetensors"}), "does not exist"),
-    index("an index with a file that is not its own", lambda m: m.update({NORM: "config.json"}), "config.json"),
+    index(
+        "an index with a file that is missing",
+        lambda m: m.update({NORM: "a.safetensors"}),
+        "does not exist",
+    ),
+    index(
+        "an index with a file that is not its own",
+        lambda m: m.update({NORM: "config.json"}),
+        "config.json",
+    ),
 ]
 
 
@@ -491,21 +588,47 @@ def no_folder(name: str, path: str, says: str) -> Case:
 MODEL_FOLDERS = [
     *CONFIG_JSON,
     *WEIGHTS,
-    Case("train: a thousand million layers", train(lambda f: edit_config(f, num_hidden_layers=10**9)), "at most 1000"),
-    Case("train: a tensor is missing", train(lambda f: edit_tensors(f, **{NORM: None})), f'"{NORM}" is missing'),
-    Case("train: a weight that is NaN", train(diverged), f'"{NORM}" has values that are not finite'),
-    Case("plan: a thousand million layers", planned(num_hidden_layers=10**9), "is 1000000000; expected at most 1000"),
-    Case("plan: a text for an object", planned(rope_scaling="yarn"), "config.json: key .rope_scaling. expected"),
+    Case(
+        "train: a thousand million layers",
+        train(lambda f: edit_config(f, num_hidden_layers=10**9)),
+        "at most 1000",
+    ),
+    Case(
+        "train: a tensor is missing",
+        train(lambda f: edit_tensors(f, **{NORM: None})),
+        f'"{NORM}" is missing',
+    ),
+    Case(
+        "train: a weight that is NaN", train(diverged), f'"{NORM}" has values that are not finite'
+    ),
+    Case(
+        "plan: a thousand million layers",
+        planned(num_hidden_layers=10**9),
+        "is 1000000000; expected at most 1000",
+    ),
+    Case(
+        "plan: a text for an object",
+        planned(rope_scaling="yarn"),
+        "config.json: key .rope_scaling. expected",
+    ),
     Case(
         "a tokenizer that asks to run code",
         model(edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Mine", None]})),
         r'model/tokenizer_config\.json: key "auto_map" asks to run code',
     ),
-    no_folder("a model folder that does not exist", "nowhere", "model folder nowhere does not exist"),
+    no_folder(
+        "a model folder that does not exist", "nowhere", "model folder nowhere does not exist"
+    ),
     no_folder("a file in place of a model folder", __file__, "is a file; expected the folder"),
-    no_folder("a name of a folder that is too long", "a" * 5000, "cannot be read: File name too long"),
-    no_folder("a name that the hub cannot have", "a/b--c", "neither a local folder nor to be had from the"),
-    no_folder("a protocol that nobody knows", "zz://b/model", "cannot be reached: Protocol not known: zz"),
+    no_folder(
+        "a name of a folder that is too long", "a" * 5000, "cannot be read: File name too long"
+    ),
+    no_folder(
+        "a name that the hub cannot have", "a/b--c", "neither a local folder nor to be had from the"
+    ),
+    no_folder(
+        "a protocol that nobody knows", "zz://b/model", "cannot be reached: Protocol not known: zz"
+    ),
 ]
 
 TOKENIZER_CONFIG, TOKENIZER_JSON = "tokenizer_config.json", "tokenizer.json"
@@ -513,12 +636,21 @@ BOMB = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 NO_SYSTEM = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
 TOKENIZERS = [
     *(
-        Case(f"{file} is missing", ask(PROMPT, damage=remove(file)), f"model/{file} does not exist; expected a")
+        Case(
+            f"{file} is missing",
+            ask(PROMPT, damage=remove(file)),
+            f"model/{file} does not exist; expected a",
+        )
         for file in (TOKENIZER_CONFIG, TOKENIZER_JSON)
     ),
     *(
         Case(f"{file} is {what}", ask(PROMPT, damage=write(file, content)), rf"{file}.*{says}")
-        for file in (TOKENIZER_CONFIG, TOKENIZER_JSON, "special_tokens_map.json", "added_tokens.json")
+        for file in (
+            TOKENIZER_CONFIG,
+            TOKENIZER_JSON,
+            "special_tokens_map.json",
+            "added_tokens.json",
+        )
         for what, content, says in (
             ("no JSON", "{", "not valid JSON"),
             ("no object", "[]", "JSON object"),
@@ -527,7 +659,11 @@ TOKENIZERS = [
         )
     ),
     *(
-        Case(f"{key} {value!r}", ask(PROMPT, damage=edit_json(file, **{key: value})), f'{file}: key "{key}".*{says}')
+        Case(
+            f"{key} {value!r}",
+            ask(PROMPT, damage=edit_json(file, **{key: value})),
+            f'{file}: key "{key}".*{says}',
+        )
         for file, key, value, says in (
             (TOKENIZER_CONFIG, "eos_token", 5, "a token"),
             (TOKENIZER_CONFIG, "pad_token", ["a"], "a token"),
@@ -544,14 +680,29 @@ TOKENIZERS = [
             (TOKENIZER_CONFIG, "add_prefix_space", "no", "true or false"),
             ("special_tokens_map.json", "eos_token", 2, "a token"),
             ("special_tokens_map.json", "additional_special_tokens", 2, "a list of tokens"),
-            *(("config.json", "eos_token_id", value, "ids from 0 to 2047") for value in (-1, 1.5, 2048, "2", [2, -1])),
+            *(
+                ("config.json", "eos_token_id", value, "ids from 0 to 2047")
+                for value in (-1, 1.5, 2048, "2", [2, -1])
+            ),
             ("generation_config.json", "eos_token_id", [True], "ids from 0 to 2047, found True"),
         )
     ),
-    Case("an added token without an id", ask(PROMPT, damage=edit_json("added_tokens.json", a="b")), 'token "a"'),
-    Case("a version to come", ask(PROMPT, damage=edit_json(TOKENIZER_JSON, version="9")), "tokenizer.json .*version"),
+    Case(
+        "an added token without an id",
+        ask(PROMPT, damage=edit_json("added_tokens.json", a="b")),
+        'token "a"',
+    ),
+    Case(
+        "a version to come",
+        ask(PROMPT, damage=edit_json(TOKENIZER_JSON, version="9")),
+        "tokenizer.json .*version",
+    ),
     *(
-        Case(f"tokenizer.json {key} {value!r}", ask(PROMPT, damage=edit_json(TOKENIZER_JSON, **{key: value})), says)
+        Case(
+            f"tokenizer.json {key} {value!r}",
+            ask(PROMPT, damage=edit_json(TOKENIZER_JSON, **{key: value})),
+            says,
+        )
         for key, value, says in (
             ("model", {"type": "Unheard"}, f"{TOKENIZER_JSON} cannot be read"),
             ("model", 5, f"{TOKENIZER_JSON} cannot be read"),
@@ -559,7 +710,11 @@ TOKENIZERS = [
             ("added_tokens", ["a"], f"{TOKENIZER_JSON} cannot be read"),
             ("normalizer", {"type": "Unheard"}, f"{TOKENIZER_JSON} cannot be read"),
             ("decoder", {"type": "Unheard"}, f"{TOKENIZER_JSON} cannot be read"),
-            ("added_tokens", [token("<a>", 2048)], 'token "<a>" has id 2048; the model has 2048 rows'),
+            (
+                "added_tokens",
+                [token("<a>", 2048)],
+                'token "<a>" has id 2048; the model has 2048 rows',
+            ),
         )
     ),
     Case(
@@ -567,17 +722,49 @@ TOKENIZERS = [
         ask(PROMPT, damage=edit_json(TOKENIZER_CONFIG, eos_token="<stop>")),
         f'{TOKENIZER_JSON} lacks the token "<stop>"',
     ),
-    Case("a template in no text", ask(CHAT, damage=write("chat_template.jinja", b"\xff")), "chat_template.jinja"),
-    Case("templates without a default", template([{"name": "rag", "template": "a"}]), "named 'rag', and none"),
+    Case(
+        "a template in no text",
+        ask(CHAT, damage=write("chat_template.jinja", b"\xff")),
+        "chat_template.jinja",
+    ),
+    Case(
+        "templates without a default",
+        template([{"name": "rag", "template": "a"}]),
+        "named 'rag', and none",
+    ),
     Case("no template", template(None), "has no chat template"),
     Case("a template that is no template", template("{% for %}"), "chat template of .*refuses"),
-    Case("a template that divides by zero", template("{{ 1 / 0 }}"), "chat template of .*ZeroDivisionError"),
-    Case("a template that imports", template("{% import 'os' as os %}"), "chat template of .*cannot be read"),
-    Case("a template that recurses", template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "RecursionError"),
+    Case(
+        "a template that divides by zero",
+        template("{{ 1 / 0 }}"),
+        "chat template of .*ZeroDivisionError",
+    ),
+    Case(
+        "a template that imports",
+        template("{% import 'os' as os %}"),
+        "chat template of .*cannot be read",
+    ),
+    Case(
+        "a template that recurses",
+        template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+        "RecursionError",
+    ),
     Case("a template that does not end", template(BOMB), "takes more than 3 s or 4 GiB"),
-    Case("a template that fills memory", template("{{ 'a' * 10 ** 11 }}"), "takes more than 3 s or 4 GiB"),
-    Case("a template that refuses roles", template("{{ raise_exception('no system') }}"), "messages: no system"),
-    Case("a template of one text", template("Hello."), r"drops message 1 of 2 \(system: 'Be brief.'\)"),
+    Case(
+        "a template that fills memory",
+        template("{{ 'a' * 10 ** 11 }}"),
+        "takes more than 3 s or 4 GiB",
+    ),
+    Case(
+        "a template that refuses roles",
+        template("{{ raise_exception('no system') }}"),
+        "messages: no system",
+    ),
+    Case(
+        "a template of one text",
+        template("Hello."),
+        r"drops message 1 of 2 \(system: 'Be brief.'\)",
+    ),
     Case(
         "a template without system",
         template(NO_SYSTEM),
@@ -605,22 +792,50 @@ GENERATE = [
             ('{"question": "Who?"}', (), "lines with a question need --index"),
             ('{"messages": []}', (), 'field "messages" expected a list of'),
             ('{"messages": [{"role": "user"}]}', (), 'objects with texts "role" and "content"'),
-            ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', (), "messages.content.*valid Unicode"),
+            (
+                '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+                (),
+                "messages.content.*valid Unicode",
+            ),
             ("[1]", (), "in.jsonl line 1: expected a JSON object"),
             ("", (), "expected at least one line"),
-            (PROMPT, ("--out=nowhere/out.jsonl",), "--out=nowhere/out.jsonl: expected a file that can be written"),
+            (
+                PROMPT,
+                ("--out=nowhere/out.jsonl",),
+                "--out=nowhere/out.jsonl: expected a file that can be written",
+            ),
             (PROMPT, ("--out=.",), "--out=.: expected a file that can be written"),
             (PROMPT, ("--prompts=nowhere.jsonl",), "nowhere.jsonl: expected a readable file"),
             (PROMPT, ("--index=nowhere",), "--index=nowhere: expected the folder"),
-            (PROMPT, ("--max_tokens=0",), "flag --max_tokens is 0; expected more than 0, up to 16777216"),
-            (PROMPT, ("--max_tokens=1000000000",), "flag --max_tokens is 1000000000; expected at most"),
+            (
+                PROMPT,
+                ("--max_tokens=0",),
+                "flag --max_tokens is 0; expected more than 0, up to 16777216",
+            ),
+            (
+                PROMPT,
+                ("--max_tokens=1000000000",),
+                "flag --max_tokens is 1000000000; expected at most",
+            ),
             (PROMPT, ("--max_tokens=many",), "max_tokens"),
-            (PROMPT, ("--temperature=-1",), "flag --temperature is -1.0; expected 0, or at least 0.01"),
+            (
+                PROMPT,
+                ("--temperature=-1",),
+                "flag --temperature is -1.0; expected 0, or at least 0.01",
+            ),
             (PROMPT, ("--temperature=nan",), "flag --temperature is nan; expected a finite number"),
             (PROMPT, ("--temperature=inf",), "flag --temperature is inf; expected a finite number"),
-            (PROMPT, ("--temperature=1e-30",), "flag --temperature is 1e-30; expected 0, or at least 0.01"),
+            (
+                PROMPT,
+                ("--temperature=1e-30",),
+                "flag --temperature is 1e-30; expected 0, or at least 0.01",
+            ),
             (PROMPT, ("--seed=-1",), "flag --seed is -1; expected at least 0"),
-            (PROMPT, ("--seed=4294967296",), "flag --seed is 4294967296; expected at most 4294967295"),
+            (
+                PROMPT,
+                ("--seed=4294967296",),
+                "flag --seed is 4294967296; expected at most 4294967295",
+            ),
             (PROMPT, ("--top_k=0",), "flag --top_k is 0; expected more than 0"),
             (PROMPT, ("--top_k=1000000000",), "flag --top_k is 1000000000; expected at most"),
             (PROMPT, ("--max_searches=0",), "flag --max_searches is 0; expected more than 0"),
@@ -659,9 +874,21 @@ GENERATE = [
 CONFIGS_AND_FLAGS = [
     Case("an unknown key", tiny("step=1"), "there is no key step; the nearest is steps"),
     Case("a wrong type", tiny("steps=many"), "key steps must be int, such as 40, and not 'many'"),
-    Case("half a step", line("main DEFAULT --config.steps=2.5"), "key steps must be int, such as 200, and not '2.5'"),
-    Case("perhaps", line("main DEFAULT --config.eval.before=maybe"), "eval.before must be bool, such as True, and not"),
-    Case("a text for a float", line("main DEFAULT --config.learner.clip_low=x"), "learner.clip_low must be float"),
+    Case(
+        "half a step",
+        line("main DEFAULT --config.steps=2.5"),
+        "key steps must be int, such as 200, and not '2.5'",
+    ),
+    Case(
+        "perhaps",
+        line("main DEFAULT --config.eval.before=maybe"),
+        "eval.before must be bool, such as True, and not",
+    ),
+    Case(
+        "a text for a float",
+        line("main DEFAULT --config.learner.clip_low=x"),
+        "learner.clip_low must be float",
+    ),
     Case(
         "a text in a tuple",
         line("main DEFAULT --config.engine.cache_buckets=(1,'a')"),
@@ -673,10 +900,16 @@ CONFIGS_AND_FLAGS = [
         "--out=~nobody-here/x: expected",
     ),
     Case(
-        "a passage of all", line("retriever search --index=x --top_k=1000000000 who"), "flag --top_k is .*at most 10000"
+        "a passage of all",
+        line("retriever search --index=x --top_k=1000000000 who"),
+        "flag --top_k is .*at most 10000",
     ),
     Case("no config", line("main"), "flag --config is missing"),
-    Case("no such config", line("main --config=configs/defalt.py"), "the nearest is configs/default.py"),
+    Case(
+        "no such config",
+        line("main --config=configs/defalt.py"),
+        "the nearest is configs/default.py",
+    ),
     Case("a config that is a folder", line("main --config=/"), "there is no such file"),
     Case(
         "a wrong section",
@@ -684,22 +917,62 @@ CONFIGS_AND_FLAGS = [
         "no key lerner.rows; the nearest is learner.rows",
     ),
     Case(
-        "a key without its section", line("main DEFAULT --config.learning_rate=1"), "nearest is learner.learning_rate"
+        "a key without its section",
+        line("main DEFAULT --config.learning_rate=1"),
+        "nearest is learner.learning_rate",
     ),
-    Case("a wrong switch", line("main DEFAULT --noconfig.eval.befor"), "no key eval.befor; the nearest is eval.before"),
-    Case("a section", line("main DEFAULT --config.learner=1"), "learner is a section; set one of its keys, such as"),
-    Case("a key as a flag", line("main DEFAULT --steps=1"), "unknown flag --steps; the nearest is --config.steps"),
-    Case("a wrong flag", line("main DEFAULT --workdri=x"), "unknown flag --workdri; the nearest is --workdir"),
-    Case("a workdir in a bucket", line("main DEFAULT --workdir=gs://b/run"), "gs://b/run is a URL; expected a folder"),
     Case(
-        "a home of nobody", line("main DEFAULT --workdir=~nobody-here/x"), "--workdir=~nobody-here/x: expected a folder"
+        "a wrong switch",
+        line("main DEFAULT --noconfig.eval.befor"),
+        "no key eval.befor; the nearest is eval.before",
+    ),
+    Case(
+        "a section",
+        line("main DEFAULT --config.learner=1"),
+        "learner is a section; set one of its keys, such as",
+    ),
+    Case(
+        "a key as a flag",
+        line("main DEFAULT --steps=1"),
+        "unknown flag --steps; the nearest is --config.steps",
+    ),
+    Case(
+        "a wrong flag",
+        line("main DEFAULT --workdri=x"),
+        "unknown flag --workdri; the nearest is --workdir",
+    ),
+    Case(
+        "a workdir in a bucket",
+        line("main DEFAULT --workdir=gs://b/run"),
+        "gs://b/run is a URL; expected a folder",
+    ),
+    Case(
+        "a home of nobody",
+        line("main DEFAULT --workdir=~nobody-here/x"),
+        "--workdir=~nobody-here/x: expected a folder",
     ),
     Case("no value", line("main DEFAULT --config.steps"), "Missing value for flag --config.steps"),
     Case("a stray word", line("main DEFAULT stray"), "unexpected argument 'stray'"),
-    Case("a set without a name", line("main DEFAULT --config.data.eval_sets.=f"), "expected letters, digits, _ and -"),
-    Case("a set with a dot", line("main DEFAULT --config.data.eval_sets.a.b=f"), "is 'a.b'; expected letters, digits"),
-    Case("a set without a file", line("main DEFAULT --config.data.eval_sets.nq"), "Missing value for flag"),
-    Case("file: a wrong section", config_file("c.lerner.rows = 1"), "mine.py line 6: there is no key lerner.rows"),
+    Case(
+        "a set without a name",
+        line("main DEFAULT --config.data.eval_sets.=f"),
+        "expected letters, digits, _ and -",
+    ),
+    Case(
+        "a set with a dot",
+        line("main DEFAULT --config.data.eval_sets.a.b=f"),
+        "is 'a.b'; expected letters, digits",
+    ),
+    Case(
+        "a set without a file",
+        line("main DEFAULT --config.data.eval_sets.nq"),
+        "Missing value for flag",
+    ),
+    Case(
+        "file: a wrong section",
+        config_file("c.lerner.rows = 1"),
+        "mine.py line 6: there is no key lerner.rows",
+    ),
     Case(
         "file: a wrong key",
         config_file("c.learner.row = 1"),
@@ -716,43 +989,93 @@ CONFIGS_AND_FLAGS = [
         "mine.py line 6: key steps must be int, such as 200, and not",
     ),
     Case("file: a section", config_file("c.learner = 3"), "mine.py line 6: learner is a section"),
-    Case("file: a truth", config_file("c.steps = True"), "mine.py: key steps must be int, such as 200, and not True"),
-    Case("file: a tuple", config_file("c.engine.cache_buckets = ('a',)"), "engine.cache_buckets must be tuple of int"),
     Case(
-        "file: a new key", config_file("c.unlock(); c.step = 1"), "mine.py: there is no key step; the nearest is steps"
+        "file: a truth",
+        config_file("c.steps = True"),
+        "mine.py: key steps must be int, such as 200, and not True",
     ),
-    Case("file: a lost key", config_file("c.unlock(); del c.steps"), "mine.py: key steps is missing"),
+    Case(
+        "file: a tuple",
+        config_file("c.engine.cache_buckets = ('a',)"),
+        "engine.cache_buckets must be tuple of int",
+    ),
+    Case(
+        "file: a new key",
+        config_file("c.unlock(); c.step = 1"),
+        "mine.py: there is no key step; the nearest is steps",
+    ),
+    Case(
+        "file: a lost key", config_file("c.unlock(); del c.steps"), "mine.py: key steps is missing"
+    ),
     Case("file: no such name", config_file("c.steps = unknown"), "mine.py line 6: NameError"),
     Case("file: a bracket", config_file("c.steps = ("), r"mine.py line 6: '\(' was never closed"),
     Case("file: a division", config_file("c.steps = 1 // 0"), "mine.py line 6: ZeroDivisionError"),
-    Case("file: an assertion", config_file("assert c.steps == 1, 'no'"), "mine.py line 6: AssertionError: no"),
-    Case("file: a refusal", config_file("raise RuntimeError('no')"), "mine.py line 6: RuntimeError: no"),
+    Case(
+        "file: an assertion",
+        config_file("assert c.steps == 1, 'no'"),
+        "mine.py line 6: AssertionError: no",
+    ),
+    Case(
+        "file: a refusal",
+        config_file("raise RuntimeError('no')"),
+        "mine.py line 6: RuntimeError: no",
+    ),
     Case("file: nothing", config_file("return None"), r"mine.py: get_config\(\) gives NoneType"),
     Case(
-        "file: a set's name", config_file("c.unlock()", "c.data.eval_sets = {'a b': 'f'}"), "expected letters, digits"
+        "file: a set's name",
+        config_file("c.unlock()", "c.data.eval_sets = {'a b': 'f'}"),
+        "expected letters, digits",
     ),
     Case(
         "file: a set that is no path",
         config_file("c.unlock()", "c.data.eval_sets = {'a': 3}"),
         "eval_sets.a must be str",
     ),
-    Case("no temperature", tiny("sampling.temperature=nan"), "sampling.temperature is nan; expected a finite number"),
-    Case("greedy training", tiny("sampling.temperature=0.0"), "temperature is 0.0; expected at least 0.01, up to 100"),
-    Case("momentum of no sense", tiny("learner.adam_b1=1e30"), r"learner.adam_b1 is 1e\+30; expected less than 1"),
     Case(
-        "a crowd of judges", tiny("judge.concurrency=1000000000000"), "judge.concurrency is .*; expected at most 10000"
+        "no temperature",
+        tiny("sampling.temperature=nan"),
+        "sampling.temperature is nan; expected a finite number",
+    ),
+    Case(
+        "greedy training",
+        tiny("sampling.temperature=0.0"),
+        "temperature is 0.0; expected at least 0.01, up to 100",
+    ),
+    Case(
+        "momentum of no sense",
+        tiny("learner.adam_b1=1e30"),
+        r"learner.adam_b1 is 1e\+30; expected less than 1",
+    ),
+    Case(
+        "a crowd of judges",
+        tiny("judge.concurrency=1000000000000"),
+        "judge.concurrency is .*; expected at most 10000",
     ),
     Case(
         "a long verdict",
         tiny("judge.max_tokens=1000000000"),
         "judge.max_tokens is 1000000000; expected at most 16777216",
     ),
-    Case("a seed of 33 bits", tiny(f"seed={1 << 32}"), "seed is 4294967296; expected at most 4294967295"),
-    Case("a seed of 64 bits", tiny(f"seed={1 << 63}"), "seed is 9223372036854775808; expected at most 4294967295"),
-    Case("a seed below 0", tiny("seed=-1"), "seed is -1; expected at least 0"),
-    Case("steps of 33 bits", tiny(f"steps={1 << 32}"), "steps is 4294967296; expected at most 2147483647"),
     Case(
-        "a bucket of nothing", tiny("engine.extend_buckets=(64,0)"), "engine.extend_buckets is 0; expected more than 0"
+        "a seed of 33 bits",
+        tiny(f"seed={1 << 32}"),
+        "seed is 4294967296; expected at most 4294967295",
+    ),
+    Case(
+        "a seed of 64 bits",
+        tiny(f"seed={1 << 63}"),
+        "seed is 9223372036854775808; expected at most 4294967295",
+    ),
+    Case("a seed below 0", tiny("seed=-1"), "seed is -1; expected at least 0"),
+    Case(
+        "steps of 33 bits",
+        tiny(f"steps={1 << 32}"),
+        "steps is 4294967296; expected at most 2147483647",
+    ),
+    Case(
+        "a bucket of nothing",
+        tiny("engine.extend_buckets=(64,0)"),
+        "engine.extend_buckets is 0; expected more than 0",
     ),
     Case(
         "rules of no question",
@@ -760,21 +1083,45 @@ CONFIGS_AND_FLAGS = [
         "rules.min_chars is 2000; expected at most 1000, rules.max",
     ),
     Case(
-        "more searches than turns", tiny("limits.turns=1"), "rules.min_searches is 1; expected at most 0, limits.turns"
-    ),
-    Case("a wide bucket", tiny("engine.extend_buckets=(64,999)"), "has 999; expected at most engine.cache_tokens"),
-    Case("a choice", tiny("game.batch_fill=full"), "game.batch_fill is 'full'; expected one of dummy, resample"),
-    Case("plan: no slots", line("plan DEFAULT --config.engine.slots=0"), "engine.slots is 0; expected more than 0"),
-    Case(
-        "plan: long episodes", line("plan DEFAULT --tokens=1000000000"), "flag --tokens is 1000000000; expected at most"
+        "more searches than turns",
+        tiny("limits.turns=1"),
+        "rules.min_searches is 1; expected at most 0, limits.turns",
     ),
     Case(
-        "plan: more than all", line("plan DEFAULT --tokens=9 --sampled=10"), "flag --sampled is 10; expected at most 9"
+        "a wide bucket",
+        tiny("engine.extend_buckets=(64,999)"),
+        "has 999; expected at most engine.cache_tokens",
     ),
-    Case("generate: a home of nobody", ask(PROMPT, "--out=~nobody-here/x"), "--out=~nobody-here/x: expected a folder"),
+    Case(
+        "a choice",
+        tiny("game.batch_fill=full"),
+        "game.batch_fill is 'full'; expected one of dummy, resample",
+    ),
+    Case(
+        "plan: no slots",
+        line("plan DEFAULT --config.engine.slots=0"),
+        "engine.slots is 0; expected more than 0",
+    ),
+    Case(
+        "plan: long episodes",
+        line("plan DEFAULT --tokens=1000000000"),
+        "flag --tokens is 1000000000; expected at most",
+    ),
+    Case(
+        "plan: more than all",
+        line("plan DEFAULT --tokens=9 --sampled=10"),
+        "flag --sampled is 10; expected at most 9",
+    ),
+    Case(
+        "generate: a home of nobody",
+        ask(PROMPT, "--out=~nobody-here/x"),
+        "--out=~nobody-here/x: expected a folder",
+    ),
 ]
 
-PASSAGES = "".join(f'{{"id": "p{i}", "contents": "Moon\\nthe moon and sea {i}"}}\n' for i in range(3))
+PASSAGES = "".join(
+    f'{{"id": "p{i}", "contents": "Moon\\nthe moon and sea {i}"}}\n' for i in range(3)
+)
 ROWS, SCORES = "indices.csc.index.npy", "data.csc.index.npy"
 
 
@@ -798,7 +1145,9 @@ def build(corpus: str | bytes = PASSAGES, *flags: str, name: str = "corpus.jsonl
 
 
 def into(place: Callable[[Path], Any], *flags: str) -> Make:
-    """retriever build where `place`, which gets a folder with an index, has put something in the way."""
+    """retriever build where `place`, which gets a folder with an index, has put something in the
+    way.
+    """
 
     def make(folder: Path) -> list[str]:
         built(folder)
@@ -852,146 +1201,428 @@ def not_an_index(folder: Path) -> None:
 
 LEFT_ALONE = "index: expected no such folder, or an index that ssp_jax wrote and nothing else"
 CORPORA_AND_INDEXES = [
-    Case("no corpus", build(PASSAGES, "--corpus=none.jsonl"), r"none\.jsonl: expected a readable corpus"),
+    Case(
+        "no corpus",
+        build(PASSAGES, "--corpus=none.jsonl"),
+        r"none\.jsonl: expected a readable corpus",
+    ),
     Case("a folder as corpus", build(PASSAGES, "--corpus=."), r"\.: expected a readable"),
-    Case("an empty corpus", build(""), "corpus.jsonl: expected passages with words to index, found 0 passages"),
-    Case("no words", build('{"id": "p", "contents": "?\\n!"}\n'), "words to index, found 1 passages and none"),
+    Case(
+        "an empty corpus",
+        build(""),
+        "corpus.jsonl: expected passages with words to index, found 0 passages",
+    ),
+    Case(
+        "no words",
+        build('{"id": "p", "contents": "?\\n!"}\n'),
+        "words to index, found 1 passages and none",
+    ),
     Case("a broken line", build(PASSAGES + "{\n"), "corpus.jsonl line 4: expected a JSON object"),
-    Case("a passage without id", build('{"contents": "Moon\\nsea"}\n'), 'corpus.jsonl line 1: field "id"'),
-    Case("contents that are no text", build('{"id": "p", "contents": 3}\n'), 'line 1: field "contents"'),
-    Case("half a gzip file", build(gzip.compress(PASSAGES.encode())[:-9], name="c.jsonl.gz"), r"c\.jsonl\.gz.*gzip"),
+    Case(
+        "a passage without id",
+        build('{"contents": "Moon\\nsea"}\n'),
+        'corpus.jsonl line 1: field "id"',
+    ),
+    Case(
+        "contents that are no text",
+        build('{"id": "p", "contents": 3}\n'),
+        'line 1: field "contents"',
+    ),
+    Case(
+        "half a gzip file",
+        build(gzip.compress(PASSAGES.encode())[:-9], name="c.jsonl.gz"),
+        r"c\.jsonl\.gz.*gzip",
+    ),
     Case("a k1 below 0", build(PASSAGES, "--k1=-1"), "k1 is -1.0.*expected a finite k1"),
     Case("a k1 without end", build(PASSAGES, "--k1=inf"), "k1 is inf"),
     Case("a b above 1", build(PASSAGES, "--b=1.5"), "b is 1.5.*between 0 and 1"),
     Case("a b of nan", build(PASSAGES, "--b=nan"), "b is nan"),
-    Case("a stemmer that is none", build(PASSAGES, "--stemmer=klingon"), "--stemmer.*klingon.*english"),
+    Case(
+        "a stemmer that is none",
+        build(PASSAGES, "--stemmer=klingon"),
+        "--stemmer.*klingon.*english",
+    ),
     Case("stop words of another language", build(PASSAGES, "--stopwords=xx"), "--stopwords.*xx"),
-    Case("a user's folder at --out", into(lambda f: put(f / "here/a.py"), "--out=here"), "here: expected.*'a.py'"),
+    Case(
+        "a user's folder at --out",
+        into(lambda f: put(f / "here/a.py"), "--out=here"),
+        "here: expected.*'a.py'",
+    ),
     Case("a user's meta.json at --out", into(not_an_index), f"{LEFT_ALONE}; found 'code.py' in it"),
-    Case("a file in the index", into(lambda f: put(f / "index/notes.txt")), f"{LEFT_ALONE}; found 'notes.txt'"),
+    Case(
+        "a file in the index",
+        into(lambda f: put(f / "index/notes.txt")),
+        f"{LEFT_ALONE}; found 'notes.txt'",
+    ),
     Case("a folder in the index", into(lambda f: put(f / "index/a/b")), f"{LEFT_ALONE}; found 'a'"),
-    Case("a user's X.old", into(lambda f: put(f / "index.old/a")), r"index\.old: expected no such file or folder"),
-    Case("a user's X.building", into(lambda f: put(f / "index.building/a")), r"index\.building: expected no such"),
-    Case("a link as X.old", into(lambda f: (f / "index.old").symlink_to(f / "index")), r"index\.old: expected no such"),
-    Case("a file at --out", into(lambda f: put(f / "file"), "--out=file"), "file: expected no such folder"),
-    Case("--out in a file", into(lambda f: put(f / "file"), "--out=file/index"), "where an index can be written"),
-    Case("the root as --out", into(lambda f: None, "--out=/"), "expected a folder that can be replaced"),
+    Case(
+        "a user's X.old",
+        into(lambda f: put(f / "index.old/a")),
+        r"index\.old: expected no such file or folder",
+    ),
+    Case(
+        "a user's X.building",
+        into(lambda f: put(f / "index.building/a")),
+        r"index\.building: expected no such",
+    ),
+    Case(
+        "a link as X.old",
+        into(lambda f: (f / "index.old").symlink_to(f / "index")),
+        r"index\.old: expected no such",
+    ),
+    Case(
+        "a file at --out",
+        into(lambda f: put(f / "file"), "--out=file"),
+        "file: expected no such folder",
+    ),
+    Case(
+        "--out in a file",
+        into(lambda f: put(f / "file"), "--out=file/index"),
+        "where an index can be written",
+    ),
+    Case(
+        "the root as --out",
+        into(lambda f: None, "--out=/"),
+        "expected a folder that can be replaced",
+    ),
     Case("no index", search(shutil.rmtree), "index: expected a search index of format 3"),
-    Case("an index of another format", search(lambda i: put(i / "meta.json", '{"format": 2}')), "has format 2"),
-    Case("a meta.json that is no JSON", search(lambda i: put(i / "meta.json", "{")), "meta.json is missing or not"),
-    Case("a file is missing", search(lambda i: (i / ROWS).unlink()), f"{ROWS}: expected .* found no such file"),
-    Case("a file is cut", search(lambda i: put(i / SCORES, b"")), f"{SCORES}: expected .* bytes, found 0 bytes"),
-    Case("a flipped bit", search(lambda i: flip(i / SCORES, -1)), f"{SCORES}: expected the bytes that were written"),
-    Case("a flipped bit in a passage", search(lambda i: flip(i / "passages.jsonl", 30)), "passages.jsonl line 1"),
+    Case(
+        "an index of another format",
+        search(lambda i: put(i / "meta.json", '{"format": 2}')),
+        "has format 2",
+    ),
+    Case(
+        "a meta.json that is no JSON",
+        search(lambda i: put(i / "meta.json", "{")),
+        "meta.json is missing or not",
+    ),
+    Case(
+        "a file is missing",
+        search(lambda i: (i / ROWS).unlink()),
+        f"{ROWS}: expected .* found no such file",
+    ),
+    Case(
+        "a file is cut",
+        search(lambda i: put(i / SCORES, b"")),
+        f"{SCORES}: expected .* bytes, found 0 bytes",
+    ),
+    Case(
+        "a flipped bit",
+        search(lambda i: flip(i / SCORES, -1)),
+        f"{SCORES}: expected the bytes that were written",
+    ),
+    Case(
+        "a flipped bit in a passage",
+        search(lambda i: flip(i / "passages.jsonl", 30)),
+        "passages.jsonl line 1",
+    ),
     Case("a row out of range", hostile(ROWS, 0, 10**6), f"{ROWS}.*rows below 3"),
     Case("a score of NaN", hostile(SCORES, 0, float("nan")), f"{SCORES}.*scores above 0"),
-    Case("an offset out of range", hostile("offsets.npy", 1, 10**9), "offsets.npy: expected 4 ascending numbers"),
-    Case("no passages asked for", search(lambda i: None, "--top_k=0"), "flag --top_k is 0; expected more than 0"),
-    Case("a run without its corpus", tiny("retriever.corpus=none.jsonl"), r"none\.jsonl: expected a readable corpus"),
-    Case("a run at a user's folder", tiny(f"retriever.index={TINY}"), "tiny: expected no such folder, or an index"),
+    Case(
+        "an offset out of range",
+        hostile("offsets.npy", 1, 10**9),
+        "offsets.npy: expected 4 ascending numbers",
+    ),
+    Case(
+        "no passages asked for",
+        search(lambda i: None, "--top_k=0"),
+        "flag --top_k is 0; expected more than 0",
+    ),
+    Case(
+        "a run without its corpus",
+        tiny("retriever.corpus=none.jsonl"),
+        r"none\.jsonl: expected a readable corpus",
+    ),
+    Case(
+        "a run at a user's folder",
+        tiny(f"retriever.index={TINY}"),
+        "tiny: expected no such folder, or an index",
+    ),
 ]
 
 HALF = "half an emoji \ud83d"  # a lone surrogate
 UTF8 = "expected lines of UTF-8 text, found"
 DEEP = "[" * 100_000
 ANSWERS_AND_QUESTIONS = [
-    Case("answers that are no JSON", data("data.answers", "{not json"), r"rows\.jsonl line 1: .*JSON object"),
-    Case("questions in another form", data("data.eval_sets.one_hop", '{"q": 1}'), "line 1: .*golden_answers. expected"),
-    Case("no file", line("audit --answers=missing.jsonl"), r"missing\.jsonl: expected a readable file"),
+    Case(
+        "answers that are no JSON",
+        data("data.answers", "{not json"),
+        r"rows\.jsonl line 1: .*JSON object",
+    ),
+    Case(
+        "questions in another form",
+        data("data.eval_sets.one_hop", '{"q": 1}'),
+        "line 1: .*golden_answers. expected",
+    ),
+    Case(
+        "no file",
+        line("audit --answers=missing.jsonl"),
+        r"missing\.jsonl: expected a readable file",
+    ),
     Case("a folder", line("audit --answers=."), "expected a readable file"),
-    Case("a list of lines", audited("--answers", "[1]"), r"rows\.jsonl line 1: expected a JSON object, found"),
+    Case(
+        "a list of lines",
+        audited("--answers", "[1]"),
+        r"rows\.jsonl line 1: expected a JSON object, found",
+    ),
     Case("a deep line", audited("--answers", DEEP), r"rows\.jsonl line 1: expected a JSON object"),
     Case("nothing", audited("--answers", "\n"), r"rows\.jsonl: expected at least one row"),
     Case("no gzip", audited("--answers", "{}", "rows.jsonl.gz"), "expected a whole gzip file"),
     Case(
-        "a gzip by another name", audited("--answers", gzip.compress(b"Paris")), f"{UTF8} a gzip file, whose name must"
+        "a gzip by another name",
+        audited("--answers", gzip.compress(b"Paris")),
+        f"{UTF8} a gzip file, whose name must",
     ),
     Case("parquet by another name", audited("--eval", b"PAR1\x15\x04"), f"{UTF8} a parquet file"),
-    Case("no parquet", audited("--eval", "{}", "rows.parquet"), r"rows\.parquet after row 0: expected a whole parquet"),
-    Case("UTF-16", audited("--answers", "Paris\n".encode("utf-16"), "a.txt"), rf"a\.txt: {UTF8} UTF-16"),
     Case(
-        "UTF-16 unmarked", audited("--answers", "Paris\n".encode("utf-16-le"), "a.txt"), r"a\.txt line 1: .*NUL bytes"
+        "no parquet",
+        audited("--eval", "{}", "rows.parquet"),
+        r"rows\.parquet after row 0: expected a whole parquet",
     ),
-    Case("UTF-16 of JSON", audited("--answers", '{"a": 1}\n'.encode("utf-16-le")), r"rows\.jsonl line 1: .*NUL bytes"),
-    Case("Latin-1", audited("--answers", b"Paris\nR\xf6m\n", "a.txt"), r"a\.txt line 2: .*valid Unicode text"),
-    Case("Latin-1 of JSON", audited("--answers", b'{"ground_truth": "\xe9"}'), r"rows\.jsonl line 1: .*utf-8"),
+    Case(
+        "UTF-16",
+        audited("--answers", "Paris\n".encode("utf-16"), "a.txt"),
+        rf"a\.txt: {UTF8} UTF-16",
+    ),
+    Case(
+        "UTF-16 unmarked",
+        audited("--answers", "Paris\n".encode("utf-16-le"), "a.txt"),
+        r"a\.txt line 1: .*NUL bytes",
+    ),
+    Case(
+        "UTF-16 of JSON",
+        audited("--answers", '{"a": 1}\n'.encode("utf-16-le")),
+        r"rows\.jsonl line 1: .*NUL bytes",
+    ),
+    Case(
+        "Latin-1",
+        audited("--answers", b"Paris\nR\xf6m\n", "a.txt"),
+        r"a\.txt line 2: .*valid Unicode text",
+    ),
+    Case(
+        "Latin-1 of JSON",
+        audited("--answers", b'{"ground_truth": "\xe9"}'),
+        r"rows\.jsonl line 1: .*utf-8",
+    ),
     Case(
         "a list in a line",
         audited("--answers", "['Paris', 'P.']\n", "a.txt"),
         r"a\.txt line 1: .*one text, found a list",
     ),
-    Case("no answer", answers(ground_truth=...), 'line 2: field "ground_truth" expected non-empty text, found nothing'),
-    Case("a blank answer", answers(ground_truth=" "), 'line 2: field "ground_truth" expected non-empty text'),
-    Case("an unseen answer", answers(ground_truth="\u200b"), 'line 2: field "ground_truth" expected non-empty text'),
-    Case("several answers", answers(ground_truth=["Paris"]), 'line 2: field "ground_truth" expected non-empty text'),
     Case(
-        "several in a text", answers(ground_truth='["Paris"]'), 'line 2: field "ground_truth" expected one text, found'
-    ),
-    Case("half an answer", answers(ground_truth=HALF), 'line 2: field "ground_truth" expected valid Unicode text'),
-    Case("half an example", answers(sys_question_example=HALF), 'line 2: field "sys_question_example" expected valid'),
-    Case("examples of numbers", answers(sys_question_example=3), 'line 2: field "sys_question_example" expected text'),
-    Case(
-        "no searches", answers(search_turns=...), 'line 2: field "search_turns" expected a whole number from 1 to 1000'
+        "no answer",
+        answers(ground_truth=...),
+        'line 2: field "ground_truth" expected non-empty text, found nothing',
     ),
     Case(
-        "zero searches", answers(search_turns=0), 'line 2: field "search_turns" expected a whole number from 1 to 1000'
+        "a blank answer",
+        answers(ground_truth=" "),
+        'line 2: field "ground_truth" expected non-empty text',
     ),
-    Case("true searches", answers(search_turns=True), 'line 2: field "search_turns" expected a whole number'),
-    Case("spelt searches", answers(search_turns="2"), 'line 2: field "search_turns" expected a whole number'),
-    Case("endless searches", answers(search_turns=10**30), 'line 2: field "search_turns" expected a whole number'),
-    Case("no question", questions(question=...), 'line 2: field "question" expected non-empty text, found nothing'),
-    Case("half a question", questions(question=HALF), 'line 2: field "question" expected valid Unicode text'),
-    Case("no golds", questions(golden_answers=...), 'line 2: field "golden_answers" expected text or a list of texts'),
-    Case("an empty list", questions(golden_answers=[]), "expected text or a non-empty list of texts"),
-    Case("an empty list in a text", questions(golden_answers="[]"), "expected text or a non-empty list of texts"),
     Case(
-        "an empty gold", questions(golden_answers=["x", ""]), 'line 2: field "golden_answers" expected non-empty text'
+        "an unseen answer",
+        answers(ground_truth="\u200b"),
+        'line 2: field "ground_truth" expected non-empty text',
     ),
-    Case("a number", questions(golden_answers=5), "expected text or a non-empty list of texts, found 5"),
-    Case("numbers in a text", questions(golden_answers="[1, 2]"), "expected non-empty text, found 1"),
+    Case(
+        "several answers",
+        answers(ground_truth=["Paris"]),
+        'line 2: field "ground_truth" expected non-empty text',
+    ),
+    Case(
+        "several in a text",
+        answers(ground_truth='["Paris"]'),
+        'line 2: field "ground_truth" expected one text, found',
+    ),
+    Case(
+        "half an answer",
+        answers(ground_truth=HALF),
+        'line 2: field "ground_truth" expected valid Unicode text',
+    ),
+    Case(
+        "half an example",
+        answers(sys_question_example=HALF),
+        'line 2: field "sys_question_example" expected valid',
+    ),
+    Case(
+        "examples of numbers",
+        answers(sys_question_example=3),
+        'line 2: field "sys_question_example" expected text',
+    ),
+    Case(
+        "no searches",
+        answers(search_turns=...),
+        'line 2: field "search_turns" expected a whole number from 1 to 1000',
+    ),
+    Case(
+        "zero searches",
+        answers(search_turns=0),
+        'line 2: field "search_turns" expected a whole number from 1 to 1000',
+    ),
+    Case(
+        "true searches",
+        answers(search_turns=True),
+        'line 2: field "search_turns" expected a whole number',
+    ),
+    Case(
+        "spelt searches",
+        answers(search_turns="2"),
+        'line 2: field "search_turns" expected a whole number',
+    ),
+    Case(
+        "endless searches",
+        answers(search_turns=10**30),
+        'line 2: field "search_turns" expected a whole number',
+    ),
+    Case(
+        "no question",
+        questions(question=...),
+        'line 2: field "question" expected non-empty text, found nothing',
+    ),
+    Case(
+        "half a question",
+        questions(question=HALF),
+        'line 2: field "question" expected valid Unicode text',
+    ),
+    Case(
+        "no golds",
+        questions(golden_answers=...),
+        'line 2: field "golden_answers" expected text or a list of texts',
+    ),
+    Case(
+        "an empty list", questions(golden_answers=[]), "expected text or a non-empty list of texts"
+    ),
+    Case(
+        "an empty list in a text",
+        questions(golden_answers="[]"),
+        "expected text or a non-empty list of texts",
+    ),
+    Case(
+        "an empty gold",
+        questions(golden_answers=["x", ""]),
+        'line 2: field "golden_answers" expected non-empty text',
+    ),
+    Case(
+        "a number",
+        questions(golden_answers=5),
+        "expected text or a non-empty list of texts, found 5",
+    ),
+    Case(
+        "numbers in a text", questions(golden_answers="[1, 2]"), "expected non-empty text, found 1"
+    ),
     Case(
         "a cut list",
         questions(golden_answers='["Paris", "Ci'),
         "expected text or a list of texts, found what begins as",
     ),
     Case(
-        "an object in a text", questions(golden_answers='{"target": ["x"]}'), "found an object that is written as text"
+        "an object in a text",
+        questions(golden_answers='{"target": ["x"]}'),
+        "found an object that is written as text",
     ),
     Case(
         "a broken list of PopQA",
         questions(golden_answers=..., possible_answers='["a", b]'),
         '"possible_answers" expected',
     ),
-    Case("half a gold", questions(golden_answers=["x", HALF]), 'line 2: field "golden_answers" expected valid Unicode'),
-    Case("a gold with a NUL", questions(golden_answers="Pa\0ris"), "expected text without NUL characters"),
-    Case("a source of numbers", questions(data_source=5), 'line 2: field "data_source" expected text, found 5'),
-    Case("half a source", questions(data_source=HALF), 'line 2: field "data_source" expected valid Unicode text'),
-    Case("veRL: no truth", truth(None), 'line 2: field "reward_model.ground_truth" expected text or a non-empty list'),
-    Case("veRL: no target", truth({"target": None}), '"reward_model.ground_truth.target" expected text or a non-empty'),
+    Case(
+        "half a gold",
+        questions(golden_answers=["x", HALF]),
+        'line 2: field "golden_answers" expected valid Unicode',
+    ),
+    Case(
+        "a gold with a NUL",
+        questions(golden_answers="Pa\0ris"),
+        "expected text without NUL characters",
+    ),
+    Case(
+        "a source of numbers",
+        questions(data_source=5),
+        'line 2: field "data_source" expected text, found 5',
+    ),
+    Case(
+        "half a source",
+        questions(data_source=HALF),
+        'line 2: field "data_source" expected valid Unicode text',
+    ),
+    Case(
+        "veRL: no truth",
+        truth(None),
+        'line 2: field "reward_model.ground_truth" expected text or a non-empty list',
+    ),
+    Case(
+        "veRL: no target",
+        truth({"target": None}),
+        '"reward_model.ground_truth.target" expected text or a non-empty',
+    ),
     Case(
         "veRL: a text for a reward",
         verl(reward_model="x"),
         'field "reward_model" expected an object with a ground_truth',
     ),
-    Case("veRL: no turns", verl(prompt="Question: who?"), 'field "prompt" expected turns of a user'),
-    Case("veRL: no mark", asked("Who?"), 'field "prompt" expected a last user turn with "Question: "'),
+    Case(
+        "veRL: no turns", verl(prompt="Question: who?"), 'field "prompt" expected turns of a user'
+    ),
+    Case(
+        "veRL: no mark", asked("Who?"), 'field "prompt" expected a last user turn with "Question: "'
+    ),
     Case("veRL: no question", asked("Question: "), 'field "prompt" expected non-empty text'),
-    Case("veRL: a picture", asked([{"type": "image", "image": "x"}]), 'field "prompt" expected a user turn of text'),
+    Case(
+        "veRL: a picture",
+        asked([{"type": "image", "image": "x"}]),
+        'field "prompt" expected a user turn of text',
+    ),
     Case("veRL: texts", asked(["Question: who?"]), 'field "prompt" expected a user turn of text'),
-    Case("veRL: examples", asked("Question: a?\nAnswer: b\nQuestion: c?"), 'one "Question: " in the last user turn'),
-    Case("veRL: half a question", asked(f"Question: {HALF}"), 'field "prompt" expected valid Unicode text'),
-    Case("veRL: a list", verl(extra_info={"question": ["x"]}), 'field "extra_info.question" expected non-empty text'),
-    Case("a passage without id", corpus(id=...), 'line 2: field "id" expected non-empty text, found nothing'),
-    Case("a passage with half an id", corpus(id=HALF), 'line 2: field "id" expected valid Unicode text'),
     Case(
-        "a passage of nothing", corpus(contents=...), r'line 2: field "contents" expected non-empty text \(or texts in'
+        "veRL: examples",
+        asked("Question: a?\nAnswer: b\nQuestion: c?"),
+        'one "Question: " in the last user turn',
     ),
-    Case("a passage of spaces", corpus(contents=" \n "), 'line 2: field "contents" expected non-empty text'),
-    Case("a passage of a title", corpus(contents=..., title="T"), 'line 2: field "contents" expected non-empty text'),
     Case(
-        "a passage of numbers", corpus(contents=..., title="T", text=5), 'line 2: field "text" expected text, found 5'
+        "veRL: half a question",
+        asked(f"Question: {HALF}"),
+        'field "prompt" expected valid Unicode text',
     ),
-    Case("a broken passage", corpus(contents=f"T\n{HALF}"), 'line 2: field "contents" expected valid Unicode text'),
+    Case(
+        "veRL: a list",
+        verl(extra_info={"question": ["x"]}),
+        'field "extra_info.question" expected non-empty text',
+    ),
+    Case(
+        "a passage without id",
+        corpus(id=...),
+        'line 2: field "id" expected non-empty text, found nothing',
+    ),
+    Case(
+        "a passage with half an id",
+        corpus(id=HALF),
+        'line 2: field "id" expected valid Unicode text',
+    ),
+    Case(
+        "a passage of nothing",
+        corpus(contents=...),
+        r'line 2: field "contents" expected non-empty text \(or texts in',
+    ),
+    Case(
+        "a passage of spaces",
+        corpus(contents=" \n "),
+        'line 2: field "contents" expected non-empty text',
+    ),
+    Case(
+        "a passage of a title",
+        corpus(contents=..., title="T"),
+        'line 2: field "contents" expected non-empty text',
+    ),
+    Case(
+        "a passage of numbers",
+        corpus(contents=..., title="T", text=5),
+        'line 2: field "text" expected text, found 5',
+    ),
+    Case(
+        "a broken passage",
+        corpus(contents=f"T\n{HALF}"),
+        'line 2: field "contents" expected valid Unicode text',
+    ),
 ]
 
 
@@ -1000,11 +1631,16 @@ def at(url: str, *overrides: str) -> Make:
     return tiny("retriever.kind=http", f"retriever.url={url}", "retriever.retries=0", *overrides)
 
 
-def serving(reply: bytes, *, status: str = "200 OK", header: str = "", each_byte_s: float = 0.0) -> Make:
-    """A training run whose search server gives this reply to the one request that it gets, or byte by byte."""
+def serving(
+    reply: bytes, *, status: str = "200 OK", header: str = "", each_byte_s: float = 0.0
+) -> Make:
+    """A training run whose search server gives this reply to the one request that it gets, or byte
+    by byte.
+    """
 
     def serve(listener: socket.socket) -> None:
-        with listener, listener.accept()[0] as connection, contextlib.suppress(OSError):  # who asked has hung up
+        # who asked has hung up
+        with listener, listener.accept()[0] as connection, contextlib.suppress(OSError):
             asked = b""
             while not asked.endswith(b"}"):
                 asked += connection.recv(1 << 16)
@@ -1016,7 +1652,9 @@ def serving(reply: bytes, *, status: str = "200 OK", header: str = "", each_byte
     def make(folder: Path) -> list[str]:
         listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
-        address = f"http://me:hunter2@127.0.0.1:{listener.getsockname()[1]}/retrieve?api_key=hunter3"
+        address = (
+            f"http://me:hunter2@127.0.0.1:{listener.getsockname()[1]}/retrieve?api_key=hunter3"
+        )
         return at(address, f"retriever.timeout_s={0.3 if each_byte_s else 20.0}")(folder)
 
     return make
@@ -1031,44 +1669,102 @@ HTTP = r"retriever\.url: http://\*\*\*@127\.0\.0\.1:\d+/retrieve\?api_key=\*\*\*
 GZIP = "Content-Encoding: gzip\r\n"
 SERVERS_AND_JUDGES = [
     Case("no address", at(""), r"retriever\.url is empty; expected the address of a search server"),
-    Case("an address without scheme", at("127.0.0.1:80/x"), r"retriever\.url is '127.*expected http://HOST"),
-    Case("another scheme", at("ftp://me:hunter2@host/x"), r"retriever\.url is 'ftp://\*\*\*@host/x'; expected http://"),
+    Case(
+        "an address without scheme",
+        at("127.0.0.1:80/x"),
+        r"retriever\.url is '127.*expected http://HOST",
+    ),
+    Case(
+        "another scheme",
+        at("ftp://me:hunter2@host/x"),
+        r"retriever\.url is 'ftp://\*\*\*@host/x'; expected http://",
+    ),
     Case("no host", at("http:///x"), r"retriever\.url is 'http:///x'; expected"),
-    Case("a port that is none", at("http://host:80x/"), r"retriever\.url is 'http://host:80x/'; expected"),
-    Case("a port too high", at("http://host:70000/"), r"retriever\.url is 'http://host:70000/'; expected"),
-    Case("half an IPv6 address", at("http://[::1/"), r"retriever\.url is 'http://\[::1/'; expected"),
-    Case("a space in the address", at("http://a host/x"), r"retriever\.url is 'http://a host/x'; expected"),
+    Case(
+        "a port that is none",
+        at("http://host:80x/"),
+        r"retriever\.url is 'http://host:80x/'; expected",
+    ),
+    Case(
+        "a port too high",
+        at("http://host:70000/"),
+        r"retriever\.url is 'http://host:70000/'; expected",
+    ),
+    Case(
+        "half an IPv6 address", at("http://[::1/"), r"retriever\.url is 'http://\[::1/'; expected"
+    ),
+    Case(
+        "a space in the address",
+        at("http://a host/x"),
+        r"retriever\.url is 'http://a host/x'; expected",
+    ),
     Case("nobody there", at("http://127.0.0.1:9/x"), "that answers, found .*refused"),
-    Case("a page that is not there", serving(b"no hunter2", status="404 Gone"), f"{HTTP} .*found 404: b'no \\*\\*\\*'"),
+    Case(
+        "a page that is not there",
+        serving(b"no hunter2", status="404 Gone"),
+        f"{HTTP} .*found 404: b'no \\*\\*\\*'",
+    ),
     Case(
         "a redirection",
         serving(b"", status="307 x", header="Location: http://x/\r\n"),
         f"{HTTP} .*status 200, found 307",
     ),
-    Case("a busy server", serving(b"starting", status="503 Busy"), f"{HTTP} .*found 503: b'starting'"),
+    Case(
+        "a busy server", serving(b"starting", status="503 Busy"), f"{HTTP} .*found 503: b'starting'"
+    ),
     Case("a web page", serving(b"<html>"), f"{HTTP} that answers .*<html>"),
     Case("escape sequences", serving(b"\x1b]0;title\x07"), f"{HTTP} that answers .*x1b"),
     Case("deep JSON", serving(b"[" * 99_999), f"{HTTP} that answers"),
     Case("no result", serving(b'{"detail": "?"}'), f'{HTTP} that answers {{"result"'),
-    Case("too few results", serving(b'{"result": []}'), f"{HTTP} that gives a list for each of 63 queries"),
-    Case("results that are no lists", serving(b'{"result": [1]}'), f"{HTTP} that gives a list for each"),
-    Case("nothing found", serving(result()), f"{HTTP} that finds something for 64 queries, found no document"),
-    Case("nothing but broken passages", serving(result(None, 3)), f"{HTTP} that gives documents, found"),
+    Case(
+        "too few results",
+        serving(b'{"result": []}'),
+        f"{HTTP} that gives a list for each of 63 queries",
+    ),
+    Case(
+        "results that are no lists",
+        serving(b'{"result": [1]}'),
+        f"{HTTP} that gives a list for each",
+    ),
+    Case(
+        "nothing found",
+        serving(result()),
+        f"{HTTP} that finds something for 64 queries, found no document",
+    ),
+    Case(
+        "nothing but broken passages",
+        serving(result(None, 3)),
+        f"{HTTP} that gives documents, found",
+    ),
     Case(
         "passages without words",
         serving(result({"id": "1", "contents": " "})),
         f"{HTTP} that finds .*, found no document but 63 unusable ones",
     ),
     Case(
-        "byte after byte", serving(b"a" * 999, each_byte_s=0.05), f"{HTTP} that answers, found no whole reply in 0.3 s"
+        "byte after byte",
+        serving(b"a" * 999, each_byte_s=0.05),
+        f"{HTTP} that answers, found no whole reply in 0.3 s",
     ),
     Case(
-        "a reply cut off", serving(b"{}", header="Content-Length: 9\r\n"), f"{HTTP} that answers, found IncompleteRead"
+        "a reply cut off",
+        serving(b"{}", header="Content-Length: 9\r\n"),
+        f"{HTTP} that answers, found IncompleteRead",
     ),
     Case("no HTTP", serving(b"", status="x"), f"{HTTP} that answers, found BadStatusLine"),
-    Case("an unknown encoding", serving(b"x", header="Content-Encoding: br\r\n"), f"{HTTP} .*content encoding 'br'"),
-    Case("broken gzip", serving(b"x" * 20, header=GZIP), f"{HTTP} that answers, found .*header check"),
-    Case("a bomb", serving(gzip.compress(bytes(1 << 27), 1), header=GZIP), f"{HTTP} .*more than 67,108,864 bytes"),
+    Case(
+        "an unknown encoding",
+        serving(b"x", header="Content-Encoding: br\r\n"),
+        f"{HTTP} .*content encoding 'br'",
+    ),
+    Case(
+        "broken gzip", serving(b"x" * 20, header=GZIP), f"{HTTP} that answers, found .*header check"
+    ),
+    Case(
+        "a bomb",
+        serving(gzip.compress(bytes(1 << 27), 1), header=GZIP),
+        f"{HTTP} .*more than 67,108,864 bytes",
+    ),
 ]
 
 
@@ -1088,23 +1784,31 @@ def judged(reply: bytes, *, status: str = "200 OK", header: str = "") -> Make:
                     asked = b""
                     while not asked.endswith(b"}"):
                         asked += connection.recv(1 << 16)
-                    connection.sendall(f"HTTP/1.1 {status}\r\nConnection: close\r\n{header}\r\n".encode() + reply)
+                    connection.sendall(
+                        f"HTTP/1.1 {status}\r\nConnection: close\r\n{header}\r\n".encode() + reply
+                    )
 
     def make(folder: Path) -> list[str]:
         listener = socket.create_server(("127.0.0.1", 0))
         listener.settimeout(5)
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
-        return judged_at(f"http://me:hunter2@127.0.0.1:{listener.getsockname()[1]}/v1?api_key=hunter3")(folder)
+        return judged_at(
+            f"http://me:hunter2@127.0.0.1:{listener.getsockname()[1]}/v1?api_key=hunter3"
+        )(folder)
 
     return make
 
 
 def chat(content: Any) -> bytes:
-    return json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}).encode()
+    return json.dumps(
+        {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}
+    ).encode()
 
 
 def policy_judge(chat_template: str) -> Make:
-    """A training run that the initial model judges, with this template; no other prompt has a system turn."""
+    """A training run that the initial model judges, with this template; no other prompt has a
+    system turn.
+    """
 
     def make(folder: Path) -> list[str]:
         path = Path(shutil.copytree(TINY / "model", folder / "model"))
@@ -1114,9 +1818,7 @@ def policy_judge(chat_template: str) -> Make:
     return make
 
 
-NO_SYSTEM = (
-    "{% for m in messages %}{{ m.content if m.role != 'system' else raise_exception('no system turn') }}{% endfor %}"
-)
+NO_SYSTEM = "{% for m in messages %}{{ m.content if m.role != 'system' else raise_exception('no system turn') }}{% endfor %}"
 JUDGE = (
     r"judge\.url: http://\*\*\*@127\.0\.0\.1:\d+/v1\?api_key=\*\*\*: expected a server that completes chats of "
     r"judge\.model 'a-judge': "
@@ -1124,17 +1826,38 @@ JUDGE = (
 NO_TEXT = f"{JUDGE}it answers with no text of a model: "
 JUDGES = [
     Case("no address", judged_at(""), r"judge\.url is empty; expected an address such as http://"),
-    Case("no model", judged_at("http://h/v1", "judge.model="), r"judge\.model is empty; expected its name on"),
-    Case("an address without scheme", judged_at("127.0.0.1:80/v1"), r"judge\.url is '127.*expected http://HOST"),
-    Case("another scheme", judged_at("ftp://me:hunter2@h/x"), r"judge\.url is 'ftp://\*\*\*@h/x'; expected http://"),
+    Case(
+        "no model",
+        judged_at("http://h/v1", "judge.model="),
+        r"judge\.model is empty; expected its name on",
+    ),
+    Case(
+        "an address without scheme",
+        judged_at("127.0.0.1:80/v1"),
+        r"judge\.url is '127.*expected http://HOST",
+    ),
+    Case(
+        "another scheme",
+        judged_at("ftp://me:hunter2@h/x"),
+        r"judge\.url is 'ftp://\*\*\*@h/x'; expected http://",
+    ),
     Case("no host", judged_at("http:///v1"), r"judge\.url is 'http:///v1'; expected http://"),
     Case("nobody there", judged_at("http://127.0.0.1:9/v1"), r"judge\.url: .* attempts failed"),
     Case(
         "the judge of evaluations alone",
-        tiny("eval.judge=openai", "judge.model=m", "judge.url=http://127.0.0.1:9/v1", "judge.retries=0"),
+        tiny(
+            "eval.judge=openai",
+            "judge.model=m",
+            "judge.url=http://127.0.0.1:9/v1",
+            "judge.retries=0",
+        ),
         r"judge\.url: http://127.0.0.1:9/v1: expected a server .* 'm': ",
     ),
-    Case("a page that is not there", judged(b"no hunter2", status="404 Gone"), f"{JUDGE}Error code: 404$"),
+    Case(
+        "a page that is not there",
+        judged(b"no hunter2", status="404 Gone"),
+        f"{JUDGE}Error code: 404$",
+    ),
     Case(
         "a key that is refused",
         judged(b'{"error": {"message": "not hunter3"}}', status="401 No"),
@@ -1158,16 +1881,28 @@ JUDGES = [
     Case("content in parts", judged(chat([{"type": "text", "text": "Correct"}])), NO_TEXT),
     Case("deep JSON", judged(b"[" * 99_999), NO_TEXT),
     Case("escape sequences", judged(b"\x1b]0;title\x07"), NO_TEXT + r"\\x1b\]0;title\\x07$"),
-    Case("a compressed answer", judged(gzip.compress(chat("Correct")), header=GZIP), f"{JUDGE}it answers compressed"),
+    Case(
+        "a compressed answer",
+        judged(gzip.compress(chat("Correct")), header=GZIP),
+        f"{JUDGE}it answers compressed",
+    ),
     Case("an answer too long", judged(bytes(9 << 20)), f"{JUDGE}its answer is longer than 8 MiB$"),
-    Case("an answer cut off", judged(b"{}", header="Content-Length: 99\r\n"), f"{JUDGE}Connection error"),
+    Case(
+        "an answer cut off",
+        judged(b"{}", header="Content-Length: 99\r\n"),
+        f"{JUDGE}Connection error",
+    ),
     Case("no HTTP", judged(b"", status="x"), f"{JUDGE}Connection error"),
     Case(
         "a policy judge without room",
         tiny("reward.metric=policy", "judge.max_tokens=448"),
         r"judge\.max_tokens is 448; expected less than engine\.cache_tokens",
     ),
-    Case("a template that refuses the judge's prompt", policy_judge(NO_SYSTEM), "chat template .*no system turn"),
+    Case(
+        "a template that refuses the judge's prompt",
+        policy_judge(NO_SYSTEM),
+        "chat template .*no system turn",
+    ),
 ]
 
 
@@ -1191,12 +1926,26 @@ AS_WRITTEN = "expected it as a run writes it"
 SET_OF_WORDS = '{"step": 1, "judge": "em", "sets": {"nq": {"right": "much"}}}'
 REPORTS = [
     Case("no run", no_run(), "expected a run folder, found neither metrics.jsonl nor eval/step_"),
-    Case("no such folder", lambda folder: ["report", "none"], "none: expected a run folder, found none"),
     Case(
-        "a step without seconds", report_of("metrics.jsonl", '{"step": 1, "seconds": null}\n'), f"line 1: {AS_WRITTEN}"
+        "no such folder",
+        lambda folder: ["report", "none"],
+        "none: expected a run folder, found none",
     ),
-    Case("a row without step", report_of("metrics.jsonl", '{"seconds": 1}\n'), f"metrics.jsonl line 1: {AS_WRITTEN}"),
-    Case("a step of words", report_of("metrics.jsonl", '{"step": "a"}\n'), f"metrics.jsonl line 1: {AS_WRITTEN}"),
+    Case(
+        "a step without seconds",
+        report_of("metrics.jsonl", '{"step": 1, "seconds": null}\n'),
+        f"line 1: {AS_WRITTEN}",
+    ),
+    Case(
+        "a row without step",
+        report_of("metrics.jsonl", '{"seconds": 1}\n'),
+        f"metrics.jsonl line 1: {AS_WRITTEN}",
+    ),
+    Case(
+        "a step of words",
+        report_of("metrics.jsonl", '{"step": "a"}\n'),
+        f"metrics.jsonl line 1: {AS_WRITTEN}",
+    ),
     Case(
         "a metric of words",
         report_of("metrics.jsonl", '{"step": 1, "seconds": 1, "reward/solver": "x"}\n'),
@@ -1208,16 +1957,30 @@ REPORTS = [
         f"metrics.jsonl line 1: {AS_WRITTEN}",
     ),
     Case(
-        "metrics that are no JSON", report_of("metrics.jsonl", "no JSON\n\0\0\n"), f"metrics.jsonl line 1: {AS_WRITTEN}"
+        "metrics that are no JSON",
+        report_of("metrics.jsonl", "no JSON\n\0\0\n"),
+        f"metrics.jsonl line 1: {AS_WRITTEN}",
     ),
-    Case("an evaluation that is a list", report_of("eval/step_000001.json", "[]"), f"step_000001.json: {AS_WRITTEN}"),
+    Case(
+        "an evaluation that is a list",
+        report_of("eval/step_000001.json", "[]"),
+        f"step_000001.json: {AS_WRITTEN}",
+    ),
     Case(
         "an evaluation that is deep",
         report_of("eval/step_000001.json", "[" * 99_999),
         f"step_000001.json: {AS_WRITTEN}",
     ),
-    Case("no judge", report_of("eval/step_000001.json", '{"step": 1, "sets": {}}'), f"step_000001.json: {AS_WRITTEN}"),
-    Case("scores of words", report_of("eval/step_000001.json", SET_OF_WORDS), f"step_000001.json: {AS_WRITTEN}"),
+    Case(
+        "no judge",
+        report_of("eval/step_000001.json", '{"step": 1, "sets": {}}'),
+        f"step_000001.json: {AS_WRITTEN}",
+    ),
+    Case(
+        "scores of words",
+        report_of("eval/step_000001.json", SET_OF_WORDS),
+        f"step_000001.json: {AS_WRITTEN}",
+    ),
     Case(
         "no step of an evaluation",
         report_of("eval/step_000001.json", '{"step": NaN, "judge": "em", "sets": {}}'),
@@ -1226,27 +1989,49 @@ REPORTS = [
     Case("half a config", report_of("config.json", '{"reward'), f"config.json: {AS_WRITTEN}"),
     Case("a config that is a list", report_of("config.json", "[]"), f"config.json: {AS_WRITTEN}"),
     Case(
-        "a config without metric", report_of("config.json", '{"reward.proposer": "azr"}'), f"config.json: {AS_WRITTEN}"
+        "a config without metric",
+        report_of("config.json", '{"reward.proposer": "azr"}'),
+        f"config.json: {AS_WRITTEN}",
     ),
     Case(
         "a game without a question",
         report_of("episodes/step_000002.jsonl", '{"answer": "Paris"}\n'),
         f"step_000002.jsonl line 1: {AS_WRITTEN}",
     ),
-    Case("a dump of no step", report_of("episodes/step_x.jsonl", "{}\n"), f"step_x.jsonl: {AS_WRITTEN}"),
-    Case("a page in no folder", report_of("config.json", "{}", "--out=none/a.html"), r"none/a\.html"),
+    Case(
+        "a dump of no step",
+        report_of("episodes/step_x.jsonl", "{}\n"),
+        f"step_x.jsonl: {AS_WRITTEN}",
+    ),
+    Case(
+        "a page in no folder", report_of("config.json", "{}", "--out=none/a.html"), r"none/a\.html"
+    ),
     Case("a page that is a folder", report_of("config.json", "{}", "--out=run"), "run: "),
-    Case("fewer games than none", report_of("config.json", "{}", "--games=-1"), "--games: expected 0 or more, got -1"),
+    Case(
+        "fewer games than none",
+        report_of("config.json", "{}", "--games=-1"),
+        "--games: expected 0 or more, got -1",
+    ),
     Case("games of words", report_of("config.json", "{}", "--games=many"), "--games"),
 ]
 
 
 def evaluation(*overrides: str, sets: str = "") -> Make:
-    """--mode=eval with these overrides of the tiny config; sets: what stands in data.eval_sets of its file."""
+    """--mode=eval with these overrides of the tiny config; sets: what stands in data.eval_sets of
+    its file.
+    """
 
     def make(folder: Path) -> list[str]:
-        lines = ["from configs import tiny", "from ml_collections import ConfigDict", "def get_config():"]
-        lines += ["    c = tiny.get_config()", f"    c.data.eval_sets = ConfigDict({{{sets}}})", "    return c"]
+        lines = [
+            "from configs import tiny",
+            "from ml_collections import ConfigDict",
+            "def get_config():",
+        ]
+        lines += [
+            "    c = tiny.get_config()",
+            f"    c.data.eval_sets = ConfigDict({{{sets}}})",
+            "    return c",
+        ]
         (folder / "conf.py").write_text("\n".join(lines) + "\n")
         keys = [f"model.path={TINY}/model", f"retriever.corpus={TINY}/corpus.jsonl", *overrides]
         flags = [f"--config.{key}" for key in keys]
@@ -1256,7 +2041,11 @@ def evaluation(*overrides: str, sets: str = "") -> Make:
 
 
 EVALUATIONS = [
-    Case("no questions", evaluation(), r"data\.eval_sets is empty; expected --config\.data\.eval_sets\.NAME=FILE"),
+    Case(
+        "no questions",
+        evaluation(),
+        r"data\.eval_sets is empty; expected --config\.data\.eval_sets\.NAME=FILE",
+    ),
     Case(
         "a set with the average's name",
         evaluation(sets=f"'average': '{TINY}/qa/one_hop.jsonl'"),
@@ -1270,7 +2059,12 @@ EVALUATIONS = [
     Case(
         "a judge's server that is not there",
         evaluation(
-            *("eval.judge=openai", "judge.url=http://127.0.0.1:9/v1", "judge.model=m", "judge.retries=0"),
+            *(
+                "eval.judge=openai",
+                "judge.url=http://127.0.0.1:9/v1",
+                "judge.model=m",
+                "judge.retries=0",
+            ),
             sets=f"'a': '{TINY}/qa/one_hop.jsonl'",
         ),
         r"judge\.url: http://127.0.0.1:9/v1: expected a server that completes chats",
@@ -1281,8 +2075,12 @@ EVALUATIONS = [
 # --- workdirs ---
 
 
-def with_workdir(prepare: Callable[[Path, ConfigDict], Any], *overrides: str, more: tuple[str, ...] = ()) -> Make:
-    """A run of the tiny config with these overrides, in a workdir of the tiny config that has been prepared."""
+def with_workdir(
+    prepare: Callable[[Path, ConfigDict], Any], *overrides: str, more: tuple[str, ...] = ()
+) -> Make:
+    """A run of the tiny config with these overrides, in a workdir of the tiny config that has been
+    prepared.
+    """
 
     def make(folder: Path) -> list[str]:
         before = parse_command_line(tiny()(folder)).config
@@ -1309,7 +2107,12 @@ def with_step(run: Path, config: ConfigDict) -> None:
     """One checkpoint, and nothing else."""
     files = stamps.of_weights(config.model.path) | stamps.of_files(config)
     files |= stamps.of_search(config.retriever, config.retriever.index)
-    game = {"memory": ReplayState().to_json(), "seconds": 1.0, "config": as_read(config), "stamps": files}
+    game = {
+        "memory": ReplayState().to_json(),
+        "seconds": 1.0,
+        "config": as_read(config),
+        "stamps": files,
+    }
     with Checkpoints(str(run), every=1, keep=1) as checkpoints:
         checkpoints.save(1, {"x": jnp.zeros(3)}, game)
 
@@ -1323,7 +2126,8 @@ def damaged_step(damage: Callable[[Path], Any]) -> Callable[[Path, ConfigDict], 
 
 
 def resumed(change: Callable[[Path], Any], *, index: bool = False) -> Make:
-    """A run that has a checkpoint, and whose files (model/, answers.jsonl, corpus.jsonl) then change in place.
+    """A run that has a checkpoint, and whose files (model/, answers.jsonl, corpus.jsonl) then
+    change in place.
 
     index: it searches a given index, without the corpus.
     """
@@ -1381,54 +2185,138 @@ def flip_a_bit(path: Path) -> None:
 EVAL = ("--mode=eval",)
 DEEP = b"[" * 100_000
 WORKDIRS = [
-    Case("another group size", with_workdir(trained, "game.group_size=3"), r"game\.group_size was 5 and is 3; take"),
-    Case("another k1, whose index stays", with_workdir(trained, "retriever.k1=0.9"), r"k1 was 1\.5 and is 0\.9"),
-    Case("another seed", with_workdir(trained, "seed=1"), "holds a run of another config: seed was 0 and is 1"),
-    Case("another answers file", with_workdir(trained, "data.answers=a.jsonl"), r"data\.answers was .*answers\.jsonl"),
-    Case("eval, another style", with_workdir(trained, "prompt.style=search_r1", more=EVAL), 'style was "brief" and is'),
-    Case("eval, other limits", with_workdir(trained, "limits.searches=2", more=EVAL), "limits.searches was 4 and is 2"),
-    Case("eval, another b", with_workdir(trained, "retriever.b=0.5", more=EVAL), r"retriever\.b was 0\.75 and is 0\.5"),
-    Case("no config.json, a step of another", with_workdir(with_step, "seed=1"), "another config: seed was 0 and is 1"),
     Case(
-        "config.json cut", with_workdir(with_config(b'{"seed": 0, "st')), "config.json is not the config of a run: Unt"
+        "another group size",
+        with_workdir(trained, "game.group_size=3"),
+        r"game\.group_size was 5 and is 3; take",
     ),
     Case(
-        "config.json empty", with_workdir(with_config(b"")), "config.json is not the config of a run: Expecting value"
+        "another k1, whose index stays",
+        with_workdir(trained, "retriever.k1=0.9"),
+        r"k1 was 1\.5 and is 0\.9",
     ),
-    Case("config.json of NULs", with_workdir(with_config(bytes(64))), "config.json is not the config of a run: Expect"),
-    Case("config.json a list", with_workdir(with_config(b'[["seed", 0]]')), "config.json is not .*: it holds list"),
     Case(
-        "config.json a number", with_workdir(with_config(b"7")), "config.json is not the config of a run: it holds int"
+        "another seed",
+        with_workdir(trained, "seed=1"),
+        "holds a run of another config: seed was 0 and is 1",
     ),
-    Case("config.json no text", with_workdir(with_config(b"\xff\xfe{")), "config.json is not the .* can't decode"),
-    Case("config.json nested", with_workdir(with_config(DEEP)), "config.json is not the config of a run: maximum rec"),
     Case(
-        "config.json a folder", with_workdir(lambda run, _: (run / "config.json").mkdir()), "cannot be used: .*Is a d"
+        "another answers file",
+        with_workdir(trained, "data.answers=a.jsonl"),
+        r"data\.answers was .*answers\.jsonl",
+    ),
+    Case(
+        "eval, another style",
+        with_workdir(trained, "prompt.style=search_r1", more=EVAL),
+        'style was "brief" and is',
+    ),
+    Case(
+        "eval, other limits",
+        with_workdir(trained, "limits.searches=2", more=EVAL),
+        "limits.searches was 4 and is 2",
+    ),
+    Case(
+        "eval, another b",
+        with_workdir(trained, "retriever.b=0.5", more=EVAL),
+        r"retriever\.b was 0\.75 and is 0\.5",
+    ),
+    Case(
+        "no config.json, a step of another",
+        with_workdir(with_step, "seed=1"),
+        "another config: seed was 0 and is 1",
+    ),
+    Case(
+        "config.json cut",
+        with_workdir(with_config(b'{"seed": 0, "st')),
+        "config.json is not the config of a run: Unt",
+    ),
+    Case(
+        "config.json empty",
+        with_workdir(with_config(b"")),
+        "config.json is not the config of a run: Expecting value",
+    ),
+    Case(
+        "config.json of NULs",
+        with_workdir(with_config(bytes(64))),
+        "config.json is not the config of a run: Expect",
+    ),
+    Case(
+        "config.json a list",
+        with_workdir(with_config(b'[["seed", 0]]')),
+        "config.json is not .*: it holds list",
+    ),
+    Case(
+        "config.json a number",
+        with_workdir(with_config(b"7")),
+        "config.json is not the config of a run: it holds int",
+    ),
+    Case(
+        "config.json no text",
+        with_workdir(with_config(b"\xff\xfe{")),
+        "config.json is not the .* can't decode",
+    ),
+    Case(
+        "config.json nested",
+        with_workdir(with_config(DEEP)),
+        "config.json is not the config of a run: maximum rec",
+    ),
+    Case(
+        "config.json a folder",
+        with_workdir(lambda run, _: (run / "config.json").mkdir()),
+        "cannot be used: .*Is a d",
     ),
     Case(
         "a file in the place of the workdir",
         lambda folder: [(folder / "run").write_text("mine"), tiny()(folder)][1],
         "workdir .*run cannot be used: .*File exists",
     ),
-    Case("a workdir in use", with_workdir(locked), "workdir .*run is in use by another run, which is still going on"),
+    Case(
+        "a workdir in use",
+        with_workdir(locked),
+        "workdir .*run is in use by another run, which is still going on",
+    ),
     Case(
         "a folder where the export goes",
         with_workdir(in_the_way),
         "run/export: expected no such folder, .* found 'notes.txt' in it; it is left alone",
     ),
-    Case("a step cut", with_workdir(damaged_step(lambda f: os.truncate(f, 99))), r"no checkpoint in .*run/checkpoints"),
-    Case("a step gone", with_workdir(damaged_step(os.remove)), r"no checkpoint in .* can be read \(1: .*starts anew"),
     Case(
-        "other answers since", resumed(edit("answers.jsonl", "218", "219")), "answers.jsonl has changed since step 1 of"
+        "a step cut",
+        with_workdir(damaged_step(lambda f: os.truncate(f, 99))),
+        r"no checkpoint in .*run/checkpoints",
     ),
-    Case("fewer answers since", resumed(lambda f: os.truncate(f / "answers.jsonl", 400)), "answers.jsonl"),
-    Case("another corpus since", resumed(edit("corpus.jsonl", "English", "Finnish")), "corpus.jsonl has changed since"),
     Case(
-        "another index since", resumed(build_again, index=True), "given has changed since step 1 of .*run; expected it"
+        "a step gone",
+        with_workdir(damaged_step(os.remove)),
+        r"no checkpoint in .* can be read \(1: .*starts anew",
+    ),
+    Case(
+        "other answers since",
+        resumed(edit("answers.jsonl", "218", "219")),
+        "answers.jsonl has changed since step 1 of",
+    ),
+    Case(
+        "fewer answers since",
+        resumed(lambda f: os.truncate(f / "answers.jsonl", 400)),
+        "answers.jsonl",
+    ),
+    Case(
+        "another corpus since",
+        resumed(edit("corpus.jsonl", "English", "Finnish")),
+        "corpus.jsonl has changed since",
+    ),
+    Case(
+        "another index since",
+        resumed(build_again, index=True),
+        "given has changed since step 1 of .*run; expected it",
     ),
     Case(
         "other weights since",
-        resumed(lambda f: edit_tensors(f / "model", **{"model.norm.weight": np.full(128, 1.5, np.float32)})),
+        resumed(
+            lambda f: edit_tensors(
+                f / "model", **{"model.norm.weight": np.full(128, 1.5, np.float32)}
+            )
+        ),
         "model/model.safetensors has changed since step 1",
     ),
     Case(
@@ -1437,7 +2325,9 @@ WORKDIRS = [
         "model/model.safetensors has changed since step 1",
     ),
     Case(
-        "another config of the model since", resumed(lambda f: edit_config(f / "model", x=1)), "model/config.json has"
+        "another config of the model since",
+        resumed(lambda f: edit_config(f / "model", x=1)),
+        "model/config.json has",
     ),
     Case(
         "another tokenizer since",
@@ -1446,7 +2336,9 @@ WORKDIRS = [
     ),
     Case(
         "another end of text since",
-        resumed(lambda f: (f / "model" / "generation_config.json").write_text('{"eos_token_id": 3}')),
+        resumed(
+            lambda f: (f / "model" / "generation_config.json").write_text('{"eos_token_id": 3}')
+        ),
         "model/generation_config.json (is new|has changed) since step 1",
     ),
 ]
@@ -1469,8 +2361,14 @@ OVERRIDES = (
     ("learner.row_tokens=256", "learner.row_tokens is 256; expected at least 384, for limits"),
     ("engine.cache_tokens=383", "engine.cache_tokens is 383; expected at least 440, for limits"),
     ("limits.verify_prompt_tokens=409", "engine.cache_tokens is 448; expected at least 449, for"),
-    ("limits.response_tokens=4000", "learner.row_tokens is 384; expected at least 4064, for limits"),
-    ("learner.logprob_chunk=100", "learner.row_tokens is 384; expected a multiple of .*_chunk = 100"),
+    (
+        "limits.response_tokens=4000",
+        "learner.row_tokens is 384; expected at least 4064, for limits",
+    ),
+    (
+        "learner.logprob_chunk=100",
+        "learner.row_tokens is 384; expected a multiple of .*_chunk = 100",
+    ),
     ("learner.rows=3 mesh.data=2", "learner.rows is 3; expected a multiple of .* = 2"),
     ("engine.slots=7 mesh.data=2", "engine.slots is 7; expected a multiple of .* = 2"),
     ("mesh.tensor=8", "mesh.tensor is 8; expected a divisor of 2 key/value heads"),
@@ -1480,25 +2378,43 @@ OVERRIDES = (
 )
 GAME_AND_UPDATE = [
     *(Case(overrides, tiny(*overrides.split()), says) for overrides, says in OVERRIDES),
-    *(Case(f"{key}=other", tiny(f"{key}=other"), f"{key} is 'other'; expected one of .") for key in CHOICES),
+    *(
+        Case(f"{key}=other", tiny(f"{key}=other"), f"{key} is 'other'; expected one of .")
+        for key in CHOICES
+    ),
 ]
 
 PROCESSES = [
     *(
         Case(
-            f"only {words}", line(f"main DEFAULT {words}"), "expected --coordinator=HOST:PORT, --processes=N and --proc"
+            f"only {words}",
+            line(f"main DEFAULT {words}"),
+            "expected --coordinator=HOST:PORT, --processes=N and --proc",
         )
-        for words in ("--processes=2", "--process=0", "--coordinator=a:1", "--processes=2 --process=0")
+        for words in (
+            "--processes=2",
+            "--process=0",
+            "--coordinator=a:1",
+            "--processes=2 --process=0",
+        )
     ),
     *(
-        Case(name, line(f"main DEFAULT {words}"), f"{words}: expected HOST:PORT of process 0, and for each process its")
+        Case(
+            name,
+            line(f"main DEFAULT {words}"),
+            f"{words}: expected HOST:PORT of process 0, and for each process its",
+        )
         for name, words in (
             ("a number beyond the last", "--coordinator=a:1 --processes=2 --process=2"),
             ("an address without a port", "--coordinator=a --processes=2 --process=0"),
             ("a port that is a name", "--coordinator=a:http --processes=2 --process=0"),
         )
     ),
-    Case("no processes at all", line("main DEFAULT --processes=0"), "--processes=0: 0 is not a positive integer"),
+    Case(
+        "no processes at all",
+        line("main DEFAULT --processes=0"),
+        "--processes=0: 0 is not a positive integer",
+    ),
     Case(
         "a process before the first",
         line("main DEFAULT --process=-1"),
@@ -1510,9 +2426,21 @@ PROCESSES = [
         tiny("mesh.data=16"),
         r"mesh asks for \[16, 1, 1\] but there are 8",
     ),
-    Case("devices that do not divide", tiny("mesh.data=3", "mesh.fsdp=-1"), "mesh asks for .* but there are 8 devices"),
-    Case("two axes for what is left", tiny("mesh.data=-1", "mesh.fsdp=-1"), "mesh has sizes .*; expected .* one -1"),
-    Case("evaluation: more devices", tiny_eval("mesh.fsdp=9"), "mesh asks for .* but there are 8 devices"),
+    Case(
+        "devices that do not divide",
+        tiny("mesh.data=3", "mesh.fsdp=-1"),
+        "mesh asks for .* but there are 8 devices",
+    ),
+    Case(
+        "two axes for what is left",
+        tiny("mesh.data=-1", "mesh.fsdp=-1"),
+        "mesh has sizes .*; expected .* one -1",
+    ),
+    Case(
+        "evaluation: more devices",
+        tiny_eval("mesh.fsdp=9"),
+        "mesh asks for .* but there are 8 devices",
+    ),
 ]
 
 SECTIONS = {
@@ -1530,7 +2458,11 @@ SECTIONS = {
     "workdir": WORKDIRS,
     "processes": PROCESSES,
 }
-CASES = [pytest.param(case, id=f"{section}: {case.name}") for section, cases in SECTIONS.items() for case in cases]
+CASES = [
+    pytest.param(case, id=f"{section}: {case.name}")
+    for section, cases in SECTIONS.items()
+    for case in cases
+]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -72,7 +72,9 @@ def parse(*arguments: str) -> tuple[ConfigDict, str]:
 
 def config_file(folder: Path, *statements: str) -> Path:
     path = folder / "mine.py"
-    body = "".join(f"    {statement}\n" for statement in ("c = default.get_config()", *statements, "return c"))
+    body = "".join(
+        f"    {statement}\n" for statement in ("c = default.get_config()", *statements, "return c")
+    )
     path.write_text(f"from configs import default\n\n\ndef get_config():\n{body}")
     return path
 
@@ -82,8 +84,14 @@ def test_every_config_has_exactly_the_keys_of_default(name: str) -> None:
     config, workdir = parse(f"--config=configs/{name}")
     assert workdir == f"runs/{name.removesuffix('.py')}" and config.is_locked
     expected = flatten_config(default.get_config())
-    own = {key: value for key, value in flatten_config(config).items() if not key.startswith(FREE_SECTION)}
-    assert {key: type(value) for key, value in own.items()} == {key: type(value) for key, value in expected.items()}
+    own = {
+        key: value
+        for key, value in flatten_config(config).items()
+        if not key.startswith(FREE_SECTION)
+    }
+    assert {key: type(value) for key, value in own.items()} == {
+        key: type(value) for key, value in expected.items()
+    }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -102,11 +110,17 @@ def test_every_config_states_only_differences(name: str) -> None:
 def contract(name: str) -> dict[str, str]:
     """The named lines of a config's docstring."""
     text = str(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["__doc__"])
-    return dict(re.findall(r"^(command|hardware|memory|time|score) +(.+)$", text, flags=re.MULTILINE))
+    return dict(
+        re.findall(r"^(command|hardware|memory|time|score) +(.+)$", text, flags=re.MULTILINE)
+    )
 
 
 def test_every_config_has_a_shape_here() -> None:
-    assert set(SHAPES) == {name.removesuffix(".py") for name in CONFIGS} - {"default", "tiny", "__init__"}
+    assert set(SHAPES) == {name.removesuffix(".py") for name in CONFIGS} - {
+        "default",
+        "tiny",
+        "__init__",
+    }
 
 
 @pytest.mark.parametrize("name", [*SHAPES, "tiny"])
@@ -119,13 +133,19 @@ def test_a_config_states_command_hardware_memory_time_and_score(name: str) -> No
 
 
 def memory(name: str) -> list[tuple[str, int, int, int, str, list[str]]]:
-    """Each hardware of a docstring: topology, GiB while playing, updating and of a device, their source, and keys."""
+    """Each hardware of a docstring: topology, GiB while playing, updating and of a device, their
+    source, and keys.
+    """
     text = str(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["__doc__"])
     lines = text[text.index("memory") : text.index("\ntime")]
     found = re.findall(
-        r"(\S+:\S+) +(\d+) GiB playing, (\d+) updating of (\d+), (from shapes|compiled)(?:; with\s+(.*))?", lines
+        r"(\S+:\S+) +(\d+) GiB playing, (\d+) updating of (\d+), (from shapes|compiled)(?:; with\s+(.*))?",
+        lines,
     )
-    return [(topology, int(a), int(b), int(c), source, keys.split()) for topology, a, b, c, source, keys in found]
+    return [
+        (topology, int(a), int(b), int(c), source, keys.split())
+        for topology, a, b, c, source, keys in found
+    ]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -136,10 +156,28 @@ def test_a_config_fits_its_hardware_as_its_docstring_says(name: str) -> None:
         config = parse(f"--config=configs/{name}.py", *keys)[0]
         check_values(config)
         slice_, model = parse_topology(topology), plan.read_model(config.model.path)
-        sizes = (model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim, model.embed_dim, model.mlp_dim)
-        assert sizes == (shape.layers, shape.heads, shape.kv_heads, shape.head, shape.width, shape.ffn)
-        assert topology in hardware or hardware.startswith(f"{slice_.chips} x {slice_.kind.upper()} ")
-        made = plan.make_plan(config, model, slice_, roofline.workload(config, 3000, 1000), compiled=False)
+        sizes = (
+            model.num_layers,
+            model.num_heads,
+            model.num_kv_heads,
+            model.head_dim,
+            model.embed_dim,
+            model.mlp_dim,
+        )
+        assert sizes == (
+            shape.layers,
+            shape.heads,
+            shape.kv_heads,
+            shape.head,
+            shape.width,
+            shape.ffn,
+        )
+        assert topology in hardware or hardware.startswith(
+            f"{slice_.chips} x {slice_.kind.upper()} "
+        )
+        made = plan.make_plan(
+            config, model, slice_, roofline.workload(config, 3000, 1000), compiled=False
+        )
         said = [round(size / GIB) for size in (made.play_peak, made.update_peak, slice_.device.hbm)]
         assert made.fits and hbm == said[2] and max(playing, updating) < slice_.device.hbm / GIB
         if source == "from shapes":
@@ -163,7 +201,9 @@ def test_the_readme_quotes_the_docstrings() -> None:
 
 
 def test_memory_by_hand() -> None:
-    """7B on 8 devices: float32 parameters and moments, bfloat16 reference and copy, and 256 / 8 whole slots."""
+    """7B on 8 devices: float32 parameters and moments, bfloat16 reference and copy, and 256 / 8
+    whole slots.
+    """
     p, token = _7B.params, 2 * _7B.layers * _7B.kv_heads * _7B.head * 2
     while_playing = (14 * p / 8 + 2 * p + 256 // 8 * 12288 * token) / GIB
     while_updating = 18 * p / 8 / GIB
@@ -172,10 +212,13 @@ def test_memory_by_hand() -> None:
 
 
 def test_the_papers_hyper_parameters() -> None:
-    """arXiv 2510.18821v1, Table 4, sections 3.3, 4.1 and B; clip_high and the kind of KL are the reference script's."""
+    """arXiv 2510.18821v1, Table 4, sections 3.3, 4.1 and B; clip_high and the kind of KL are the
+    reference script's.
+    """
     c = parse("--config=configs/qwen7b.py")[0]
     assert (c.game.answers_per_step, c.game.group_size) == (256, 5)
-    # Mini-batches of 128 answers, which the reference counts as 128 x 5 trajectories of either role.
+    # Mini-batches of 128 answers, which the reference counts as 128 x 5 trajectories of either
+    # role.
     assert (c.learner.solver_mini_batches, c.learner.proposer_mini_batches) == (256 * 5 // 640, 1)
     assert c.limits.turn_tokens == c.limits.response_tokens
     assert (c.learner.clip_dual, c.learner.kl_bound) == (3.0, 10.0)
@@ -193,8 +236,12 @@ def test_the_papers_hyper_parameters() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_turn_ends_before_the_response_does_unless_a_config_says_so(name: str) -> None:
-    """The paper limits the response only, and a thinking model's turn may fill it; also a longer one."""
-    own = "c.limits.turn_tokens = " in (ROOT / "configs" / name).read_text() and name != "default.py"
+    """The paper limits the response only, and a thinking model's turn may fill it; also a longer
+    one.
+    """
+    own = (
+        "c.limits.turn_tokens = " in (ROOT / "configs" / name).read_text() and name != "default.py"
+    )
     for response in ((), ("--config.limits.response_tokens=9999",)):
         limits = parse(f"--config=configs/{name}", *response)[0].limits
         assert (limits.turn_tokens == limits.response_tokens) != own
@@ -232,10 +279,16 @@ def test_overrides_keep_their_types() -> None:
         f"{FREE_SECTION}.hotpot": "hotpot.jsonl",
     }
     assert flatten_config(config) == flatten_config(default.get_config()) | changed
-    assert workdir == "elsewhere" and isinstance(config.learner.learning_rate, float) and config.is_locked
+    assert (
+        workdir == "elsewhere"
+        and isinstance(config.learner.learning_rate, float)
+        and config.is_locked
+    )
 
 
-def test_a_config_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_file_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config_file(tmp_path, "c.steps = 5")
     monkeypatch.chdir(tmp_path)
     assert parse("--config=mine.py")[0].steps == 5
@@ -248,7 +301,9 @@ def numbers() -> dict[str, Any]:
     def numeric(value: Any) -> bool:
         return not isinstance(value, bool | str) and value != ()
 
-    return {key: value for key, value in flatten_config(default.get_config()).items() if numeric(value)}
+    return {
+        key: value for key, value in flatten_config(default.get_config()).items() if numeric(value)
+    }
 
 
 @functools.cache
@@ -289,10 +344,19 @@ def test_what_is_beyond_the_bounds_is_told_by_name(key: str) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"rules.min_chars": 99, "rules.max_chars": 98}, "rules.min_chars is 99; expected at most 98, rules.max_chars"),
-        ({"rules.min_words": 99, "rules.max_chars": 98}, "rules.min_words is 99; expected at most 49, the words"),
+        (
+            {"rules.min_chars": 99, "rules.max_chars": 98},
+            "rules.min_chars is 99; expected at most 98, rules.max_chars",
+        ),
+        (
+            {"rules.min_words": 99, "rules.max_chars": 98},
+            "rules.min_words is 99; expected at most 49, the words",
+        ),
         ({"rules.min_searches": 5}, "rules.min_searches is 5; expected at most 4, limits.searches"),
-        ({"rules.min_searches": 4, "limits.turns": 4}, "rules.min_searches is 4; expected at most 3, limits.turns - 1"),
+        (
+            {"rules.min_searches": 4, "limits.turns": 4},
+            "rules.min_searches is 4; expected at most 3, limits.turns - 1",
+        ),
     ],
 )
 def test_rules_that_no_question_can_keep_are_told(values: dict[str, Any], said: str) -> None:
@@ -302,24 +366,35 @@ def test_rules_that_no_question_can_keep_are_told(values: dict[str, Any], said: 
 
 @pytest.mark.parametrize("name", ["2wikimultihopqa", "nq-open", "items", "Müsli", "_"])
 def test_a_set_has_the_name_that_the_user_gives_it(name: str) -> None:
-    for flag in ((f"--config.{FREE_SECTION}.{name}=a=b",), (f"-config.{FREE_SECTION}.{name}", "a=b")):
+    for flag in (
+        (f"--config.{FREE_SECTION}.{name}=a=b",),
+        (f"-config.{FREE_SECTION}.{name}", "a=b"),
+    ):
         config, _ = parse("--config=configs/tiny.py", *flag, "--config.steps=3")
         assert dict(config.data.eval_sets)[name] == "a=b" and len(config.data.eval_sets) == 3
         assert config.steps == 3 and config.is_locked
 
 
-def test_a_home_folder_is_found_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_folder_is_found_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    config_file(tmp_path, "c.model.path = '~/model'", "c.unlock()", "c.data.eval_sets = {'a': '~/a'}")
+    config_file(
+        tmp_path, "c.model.path = '~/model'", "c.unlock()", "c.data.eval_sets = {'a': '~/a'}"
+    )
     keys = ("data.answers", "retriever.corpus", "retriever.index", f"{FREE_SECTION}.b")
     overrides = [f"--config.{key}=~/{key}" for key in keys]
     config, workdir = parse("--config=~/mine.py", "--workdir=~/run", *overrides)
     assert workdir == f"{tmp_path}/run"
     found = flatten_config(config)
-    assert found["model.path"] == f"{tmp_path}/model" and found[f"{FREE_SECTION}.a"] == f"{tmp_path}/a"
+    assert (
+        found["model.path"] == f"{tmp_path}/model" and found[f"{FREE_SECTION}.a"] == f"{tmp_path}/a"
+    )
     assert {key: found[key] for key in keys} == {key: f"{tmp_path}/{key}" for key in keys}
     assert parse(DEFAULT, "--workdir=a/~b")[1] == "a/~b"
-    with pytest.raises(InputError, match="--workdir=~no-such-user/run: expected a folder of a known user"):
+    with pytest.raises(
+        InputError, match="--workdir=~no-such-user/run: expected a folder of a known user"
+    ):
         parse(DEFAULT, "--workdir=~no-such-user/run")
     with pytest.raises(InputError, match="config key data.answers=~no-such-user/a: expected"):
         parse(DEFAULT, "--config.data.answers=~no-such-user/a")
@@ -332,7 +407,9 @@ def test_a_file_without_get_config_is_told(tmp_path: Path) -> None:
 
 
 def test_evaluation_sets_are_free_names_of_files(tmp_path: Path) -> None:
-    new: Any = load_config(config_file(tmp_path, "c.unlock()", "c.data.eval_sets = {'mine': 'mine.jsonl'}"))
+    new: Any = load_config(
+        config_file(tmp_path, "c.unlock()", "c.data.eval_sets = {'mine': 'mine.jsonl'}")
+    )
     assert new.data.eval_sets.mine == "mine.jsonl" and new.is_locked
 
 
@@ -344,9 +421,12 @@ def test_nearest_looks_at_section_and_last_part() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "key"), [("--config.lerner.rows=1", "learner.rows"), ("--config.learner.rows=many", "learner.rows")]
+    ("override", "key"),
+    [("--config.lerner.rows=1", "learner.rows"), ("--config.learner.rows=many", "learner.rows")],
 )
 def test_main_ends_with_code_2_and_one_line(run_main: RunMain, override: str, key: str) -> None:
     done = run_main(DEFAULT, override)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("ssp_jax: ") and key in done.stderr
+    assert (
+        done.stderr.count("\n") == 1 and done.stderr.startswith("ssp_jax: ") and key in done.stderr
+    )

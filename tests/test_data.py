@@ -1,4 +1,6 @@
-"""Readers accept the formats that users have and name the place of every wrong line; row order is a pure function."""
+"""Readers accept the formats that users have and name the place of every wrong line; row order is a
+pure function.
+"""
 
 import gzip
 import json
@@ -28,14 +30,22 @@ from ssp_jax.data import (
 )
 
 ANSWER = {"ground_truth": "Paris", "search_turns": 2, "sys_question_example": "1. Who?"}
-QUESTION = {"id": "7", "question": "Capital of France?", "golden_answers": ["Paris", "City of Paris"], "metadata": {}}
+QUESTION = {
+    "id": "7",
+    "question": "Capital of France?",
+    "golden_answers": ["Paris", "City of Paris"],
+    "metadata": {},
+}
 PASSAGE = {"id": "0", "contents": '"Paris"\nParis is a city.'}
 
 
 def verl_row(target=("Paris",), question="Capital of France?", content="Answer. Question: Who?\n"):
     return {
         "data_source": "searchR1_nq",
-        "prompt": [{"role": "system", "content": "Question: no"}, {"role": "user", "content": content}],
+        "prompt": [
+            {"role": "system", "content": "Question: no"},
+            {"role": "user", "content": content},
+        ],
         "reward_model": {"style": "rule", "ground_truth": {"target": target}},
         "extra_info": {"index": 3, "question": question},
         "metadata": None,
@@ -44,7 +54,9 @@ def verl_row(target=("Paris",), question="Capital of France?", content="Answer. 
 
 def written(folder: Path, *rows, name="rows.jsonl") -> Path:
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    (folder / name).write_bytes(
+        gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+    )
     return folder / name
 
 
@@ -67,7 +79,9 @@ def test_questions(tmp_path):
 
 def test_verl_rows(tmp_path):
     rows = load_questions(
-        written(tmp_path, verl_row(["Paris", "P."]), verl_row("Paris", None), verl_row(content="none"))
+        written(
+            tmp_path, verl_row(["Paris", "P."]), verl_row("Paris", None), verl_row(content="none")
+        )
     )
     assert [(row.answers, row.question) for row in rows] == [
         (("Paris", "P."), "Capital of France?"),
@@ -75,18 +89,31 @@ def test_verl_rows(tmp_path):
         (("Paris",), "Capital of France?"),
     ]
     assert {row.source for row in rows} == {"searchR1_nq"}
-    turns = [("user", "Question: first"), ("user", "Question: Question: second"), ("assistant", "Question: third")]
-    top = load_questions(written(tmp_path, search_r1_row() | {"question": "Top?", "golden_answers": None}))[0]
+    turns = [
+        ("user", "Question: first"),
+        ("user", "Question: Question: second"),
+        ("assistant", "Question: third"),
+    ]
+    top = load_questions(
+        written(tmp_path, search_r1_row() | {"question": "Top?", "golden_answers": None})
+    )[0]
     assert (top.question, top.answers) == ("Top?", ("Röntgen", "W. Röntgen"))
-    several = verl_row(question="") | {"prompt": [{"role": role, "content": text} for role, text in turns]}
-    assert load_questions(written(tmp_path, several))[0].question == "second"  # the last of the user
+    several = verl_row(question="") | {
+        "prompt": [{"role": role, "content": text} for role, text in turns]
+    }
+    # the last of the user
+    assert load_questions(written(tmp_path, several))[0].question == "second"
 
 
-def search_r1_row(source="nq", question="who got the first nobel prize?", target=("Röntgen", "W. Röntgen")):
+def search_r1_row(
+    source="nq", question="who got the first nobel prize?", target=("Röntgen", "W. Röntgen")
+):
     """A row of Search-R1's parquet: one user turn, no question of its own."""
     return {
         "data_source": source,
-        "prompt": [{"role": "user", "content": f"Answer the given question. Question: {question}\n"}],
+        "prompt": [
+            {"role": "user", "content": f"Answer the given question. Question: {question}\n"}
+        ],
         "ability": "fact-reasoning",
         "reward_model": {"style": "rule", "ground_truth": {"target": target}},
         "extra_info": {"split": "test", "index": 0},
@@ -94,7 +121,9 @@ def search_r1_row(source="nq", question="who got the first nobel prize?", target
 
 
 def parquet(folder: Path, *rows, name="rows.parquet") -> Path:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), folder / name, row_group_size=700)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(list(rows)), folder / name, row_group_size=700
+    )
     return folder / name
 
 
@@ -103,17 +132,24 @@ def test_parquet_is_as_jsonl(tmp_path):
         [verl_row(["Paris", "P."]), verl_row(["x"], None)],  # SSP
         [verl_row("Paris"), verl_row("x")],  # targets that are bare text
         [search_r1_row()] * 3000,
-        [_without(QUESTION, "metadata"), _without(QUESTION, "metadata") | {"golden_answers": ["x"]}],
+        [
+            _without(QUESTION, "metadata"),
+            _without(QUESTION, "metadata") | {"golden_answers": ["x"]},
+        ],
     ):
         assert load_questions(parquet(tmp_path, *rows)) == load_questions(written(tmp_path, *rows))
     row = load_questions(parquet(tmp_path, search_r1_row()))[0]
     assert row == Task(0, ("Röntgen", "W. Röntgen"), "who got the first nobel prize?", source="nq")
-    assert load_answers(parquet(tmp_path, ANSWER, ANSWER)) == load_answers(written(tmp_path, ANSWER, ANSWER))
+    assert load_answers(parquet(tmp_path, ANSWER, ANSWER)) == load_answers(
+        written(tmp_path, ANSWER, ANSWER)
+    )
 
 
 def test_columns_that_nobody_needs_do_not_matter(tmp_path):
     far = pyarrow.array([2**62], pyarrow.timestamp("ns"))  # has no form in Python
-    table = pyarrow.Table.from_pylist([_without(QUESTION, "metadata")]).append_column("crawled", far)
+    table = pyarrow.Table.from_pylist([_without(QUESTION, "metadata")]).append_column(
+        "crawled", far
+    )
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     assert load_questions(tmp_path / "rows.parquet") == load_questions(written(tmp_path, QUESTION))
 
@@ -124,7 +160,9 @@ def test_wrong_parquet_is_named(tmp_path):
     with pytest.raises(InputError, match=r'rows\.parquet row 1501: field "question"'):
         load_questions(path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"rows\.parquet after row 0: expected a whole parquet file"):
+    with pytest.raises(
+        InputError, match=r"rows\.parquet after row 0: expected a whole parquet file"
+    ):
         load_questions(path)
     with pytest.raises(InputError, match=r"none\.parquet: expected a readable file"):
         load_questions(tmp_path / "none.parquet")
@@ -150,11 +188,25 @@ LISTS = {  # as they are written -> what they hold
     "[]": [],
 }
 NO_LISTS = [
-    *("[PIAS] Recordings", "[REC]", '["Weird Al"] Yankovic', "['N Sync]", "[Untitled, 2001]", "[1990]"),
+    *(
+        "[PIAS] Recordings",
+        "[REC]",
+        '["Weird Al"] Yankovic',
+        "['N Sync]",
+        "[Untitled, 2001]",
+        "[1990]",
+    ),
     *('("Heroes")', "('90s) rock", "{braces}", "[" * 5000, "Paris, Texas", "array of hope"),
 ]
 BROKEN_LISTS = [
-    *('["Paris", "City of', "['Paris', 'City", "['a' 'b' ... 'z']", "['a''b']", "[['Paris'], ['x']]", "['\\d']"),
+    *(
+        '["Paris", "City of',
+        "['Paris', 'City",
+        "['a' 'b' ... 'z']",
+        "['a''b']",
+        "[['Paris'], ['x']]",
+        "['\\d']",
+    ),
     *('["Paris", City]', "['Paris', None]", '{"target": ["Paris"]}', "{'target': ['Paris']}"),
 ]
 
@@ -173,7 +225,10 @@ def test_an_answer_that_only_starts_with_a_bracket_stays_as_it_is(text):
 @pytest.mark.parametrize("text", BROKEN_LISTS)
 def test_what_begins_as_a_list_and_is_none_is_refused(text):
     for read in (Row("f", 1, {}).texts, Row("f", 1, {}).one):
-        with pytest.raises(InputError, match='line 1: field "golden_answers" expected text or a list of texts, found'):
+        with pytest.raises(
+            InputError,
+            match='line 1: field "golden_answers" expected text or a list of texts, found',
+        ):
             read("golden_answers", text)
 
 
@@ -182,7 +237,10 @@ def test_popqa_rows(tmp_path):
     row = {"id": 4222362, "question": "What is George Rankin's occupation?"}
     golds = '["politician", "pol", "[PIAS] Recordings"]'
     path = written(tmp_path, row | {"possible_answers": golds}, row | {"golden_answers": [golds]})
-    for tasks in (load_questions(path), load_questions(parquet(tmp_path, row | {"possible_answers": golds}))):
+    for tasks in (
+        load_questions(path),
+        load_questions(parquet(tmp_path, row | {"possible_answers": golds})),
+    ):
         assert {task.answers for task in tasks} == {("politician", "pol", "[PIAS] Recordings")}
     (tmp_path / "a.txt").write_text("[PIAS] Recordings\n" + golds)
     with pytest.raises(InputError, match=r"a\.txt line 2.*one text, found a list"):
@@ -250,11 +308,18 @@ def test_plain_answers(tmp_path):
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
 def test_lines_end_as_on_any_system_and_a_byte_order_mark_is_no_text(tmp_path, name, end):
-    lines = [b'{"ground_truth": "Paris", "search_turns": 2}', b'{"ground_truth": "R\xc3\xb6m", "search_turns": 2}']
+    lines = [
+        b'{"ground_truth": "Paris", "search_turns": 2}',
+        b'{"ground_truth": "R\xc3\xb6m", "search_turns": 2}',
+    ]
     lines = lines if name == "a.jsonl" else [b"Paris", "Röm".encode()]
-    raw = end.join(b"\xef\xbb\xbf" + line for line in lines)  # the second where two files were joined
+    # the second where two files were joined
+    raw = end.join(b"\xef\xbb\xbf" + line for line in lines)
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-    assert load_answers(tmp_path / name) == [Task(0, ("Paris",), searches=2), Task(1, ("Röm",), searches=2)]
+    assert load_answers(tmp_path / name) == [
+        Task(0, ("Paris",), searches=2),
+        Task(1, ("Röm",), searches=2),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -278,13 +343,24 @@ def test_text_that_is_not_utf8_is_told(tmp_path, raw, said):
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "LINE_BYTES", 1000)
-    with pytest.raises(InputError, match=r"rows\.jsonl line 3: expected at most 1,000 bytes in a line"):
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl line 3: expected at most 1,000 bytes in a line"
+    ):
         load_answers(written(tmp_path, ANSWER, ANSWER, ANSWER | {"ground_truth": "x" * 1000}))
 
 
 def test_mixed_sources_become_sets(tmp_path):
-    mixed = written(tmp_path, verl_row(), search_r1_row("searchR1_musique"), verl_row(question="Who?"), name="m.jsonl")
-    plain, one = written(tmp_path, QUESTION), written(tmp_path, verl_row(), verl_row(), name="one.jsonl")
+    mixed = written(
+        tmp_path,
+        verl_row(),
+        search_r1_row("searchR1_musique"),
+        verl_row(question="Who?"),
+        name="m.jsonl",
+    )
+    plain, one = (
+        written(tmp_path, QUESTION),
+        written(tmp_path, verl_row(), verl_row(), name="one.jsonl"),
+    )
     sets = load_question_sets({"paper": str(mixed), "dev": str(plain), "nq": str(one)})
     assert {name: [task.uid for task in tasks] for name, tasks in sets.items()} == {
         "dev": [0],
@@ -297,7 +373,11 @@ def test_mixed_sources_become_sets(tmp_path):
 def test_a_sample_keeps_order_grows_and_is_of_all_parts():
     tasks = [Task(i, ("x",), "?") for i in range(1000)]
     rows = {most: [task.uid for task in sample(tasks, most)] for most in (10, 300, 1000, 5000)}
-    assert rows[300] == sorted(set(rows[300])) and len(rows[300]) == 300 and set(rows[10]) < set(rows[300])
+    assert (
+        rows[300] == sorted(set(rows[300]))
+        and len(rows[300]) == 300
+        and set(rows[10]) < set(rows[300])
+    )
     assert sum(row < 500 for row in rows[300]) == pytest.approx(150, abs=40)
     assert sample(tasks, 0) == tasks and rows[1000] == rows[5000] == list(range(1000))
 
@@ -305,8 +385,12 @@ def test_a_sample_keeps_order_grows_and_is_of_all_parts():
 @pytest.mark.parametrize(
     ("values", "found"),
     [
-        ({"contents": "Evan Morris was a lawyer."}, ("Evan Morris was a lawyer.", "")),  # a title alone
-        ({"title": "Evan\nMorris", "text": " He was\na lawyer."}, ("Evan Morris", " He was\na lawyer.")),
+        # a title alone
+        ({"contents": "Evan Morris was a lawyer."}, ("Evan Morris was a lawyer.", "")),
+        (
+            {"title": "Evan\nMorris", "text": " He was\na lawyer."},
+            ("Evan Morris", " He was\na lawyer."),
+        ),
         ({"title": "", "text": "He was a lawyer."}, ("", "He was a lawyer.")),
         ({"title": "no", "text": "no", "contents": "Evan\nHe was"}, ("Evan", "He was")),
     ],
@@ -317,9 +401,13 @@ def test_forms_of_a_passage(values, found):
 
 def test_corpus_streams(tmp_path):
     rows = [PASSAGE, {"id": 1, "contents": '"A\\"b"\n two\nlines \n'}]
-    expected = [Document("0", '"Paris"', "Paris is a city."), Document("1", '"A\\"b"', " two\nlines \n")]
+    expected = [
+        Document("0", '"Paris"', "Paris is a city."),
+        Document("1", '"A\\"b"', " two\nlines \n"),
+    ]
     documents = iterate_corpus(written(tmp_path, *rows, "broken"))
-    assert [next(documents), next(documents)] == expected  # the broken third line has not been read yet
+    # the broken third line has not been read yet
+    assert [next(documents), next(documents)] == expected
     with pytest.raises(InputError, match=r"rows\.jsonl line 3"):
         next(documents)
     assert list(iterate_corpus(written(tmp_path, *rows, name="rows.jsonl.gz"))) == expected
@@ -349,7 +437,8 @@ def test_each_epoch_is_a_permutation(num_rows, batch, seed, steps):
 def test_order_depends_on_seed_and_epoch_only():
     first, other = batch_indices(50, 50, 0, 0), batch_indices(50, 50, 1, 0)
     assert first != other and first != batch_indices(50, 50, 0, 1)
-    assert [i for step in range(5) for i in batch_indices(50, 10, 0, step)] == first  # the batch only cuts the stream
+    # the batch only cuts the stream
+    assert [i for step in range(5) for i in batch_indices(50, 10, 0, step)] == first
     assert batch_indices(10, 10, 0, 0) == [
         8,
         0,

@@ -1,4 +1,6 @@
-"""Asking a model: what comes out is what the model says, line for line; wrong input is one sentence."""
+"""Asking a model: what comes out is what the model says, line for line; wrong input is one
+sentence.
+"""
 
 import io
 import json
@@ -32,7 +34,14 @@ def index(tmp_path_factory):
 def ask(folder, lines, *arguments):
     """The output lines for these input lines."""
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    argv = ["generate", MODEL, f"--prompts={folder / 'in.jsonl'}", f"--out={folder / 'out.jsonl'}", *BRIEF, *arguments]
+    argv = [
+        "generate",
+        MODEL,
+        f"--prompts={folder / 'in.jsonl'}",
+        f"--out={folder / 'out.jsonl'}",
+        *BRIEF,
+        *arguments,
+    ]
     assert generate.main(argv) == 0
     assert {path.name for path in folder.glob("*.jsonl*")} == {"in.jsonl", "out.jsonl"}
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
@@ -51,7 +60,9 @@ def greedy(prompt, steps):
         def attend(q, k, v):
             return attention.packed(q, k, v, segments_1T), None
 
-        hidden_1TD = decoder.forward(config, params, tokens_1T, jnp.arange(T)[None], attend, dtype=jnp.float32)
+        hidden_1TD = decoder.forward(
+            config, params, tokens_1T, jnp.arange(T)[None], attend, dtype=jnp.float32
+        )
         return jax.nn.log_softmax(decoder.logits(params, hidden_1TD[0]), axis=-1)
 
     tokens, logprobs = list(prompt), []
@@ -71,7 +82,9 @@ def test_greedy_lines_are_the_models_own_words_in_order(tmp_path):
     for text, line in zip(texts, lines, strict=True):
         token_ids, logprobs = greedy(tokenizer.encode(text), 6)
         n = len(line["token_ids"])
-        assert line["token_ids"] == token_ids[:n] and line["stop_reason"] == ("max_tokens" if n == 6 else "eos")
+        assert line["token_ids"] == token_ids[:n] and line["stop_reason"] == (
+            "max_tokens" if n == 6 else "eos"
+        )
         np.testing.assert_allclose(line["logprobs"], logprobs[:n], atol=1e-4)
         assert line["text"] == tokenizer.decode(line["token_ids"], skip_special_tokens=True)
         assert line.keys() == {"token_ids", "logprobs", "text", "stop_reason"}
@@ -91,15 +104,32 @@ def test_messages_go_through_the_chat_template_and_seeds_matter(tmp_path):
 
 def test_the_solver_searches_and_answers(tmp_path, index):
     questions = [task.question for task in load_questions(TINY / "qa" / "one_hop.jsonl")[:5]]
-    lines = ask(tmp_path, [{"question": q} for q in questions], f"--index={index}", "--max_tokens=200", "--top_k=2")
+    lines = ask(
+        tmp_path,
+        [{"question": q} for q in questions],
+        f"--index={index}",
+        "--max_tokens=200",
+        "--top_k=2",
+    )
     assert [line["question"] for line in lines] == questions
     for line in lines:
         assert line.keys() == {
-            *("question", "token_ids", "logprobs", "text", "stop_reason", "searches", "answer", "turns"),
+            *(
+                "question",
+                "token_ids",
+                "logprobs",
+                "text",
+                "stop_reason",
+                "searches",
+                "answer",
+                "turns",
+            ),
         }
         found = [turn["text"] for turn in line["turns"] if turn["who"] == "search engine"]
         assert len(line["searches"]) == len(found) == line["text"].count("</information>")
-        assert all(text.count("Doc ") == 2 for text in found) and "".join(found) in line["text"].replace("\n<", "\n<")
+        assert all(text.count("Doc ") == 2 for text in found) and "".join(found) in line[
+            "text"
+        ].replace("\n<", "\n<")
         given = sum(logprob is None for logprob in line["logprobs"])
         assert bool(given) == bool(found) and len(line["logprobs"]) == len(line["token_ids"])
     assert any(line["searches"] and line["answer"] for line in lines)
@@ -115,7 +145,9 @@ def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys)
     shown = capsys.readouterr().out
     assert shown.startswith(f"question: {question}\n") and shown.count("question: ") == 3
     assert "tokens; expected at most 1,023]" in shown
-    assert printable(shown) == shown and "question: \\x1b]0;owned\\x07[bold]:cat:<|im_end|>\n" in shown
+    assert (
+        printable(shown) == shown and "question: \\x1b]0;owned\\x07[bold]:cat:<|im_end|>\n" in shown
+    )
     shown = shown.partition(long)[0]
     query, answer = prompts.last_search(shown), prompts.last_answer(shown)
     assert query and "</search>\n<information>Doc 1(Title: " in shown
@@ -155,22 +187,35 @@ def test_a_model_takes_as_few_devices_as_hold_it(kv_heads, devices, size, limit,
 def test_sizes_hold_what_is_asked(lengths, room):
     m = generate.load_model(TINY / "model", "float32")
     sizes, parts = generate.make_sizes(m, lengths, room, True), m.mesh.shape["data"]
-    assert sizes.cache_tokens >= max(lengths) + room and max(sizes.extend_buckets) <= sizes.cache_tokens
+    assert (
+        sizes.cache_tokens >= max(lengths) + room
+        and max(sizes.extend_buckets) <= sizes.cache_tokens
+    )
     assert sizes.slots % parts == 0 and sizes.slots < len(lengths) + parts
     c = m.config
     held = 2 * c.num_layers * c.num_kv_heads * c.head_dim * 4 * sizes.cache_tokens * sizes.slots
     assert held <= generate.CPU_CACHE_BYTES * (1 + parts)
-    assert sizes.slots == min(math.ceil(len(lengths) / parts) * parts, generate.SLOTS_PER_DEVICE * parts)
+    assert sizes.slots == min(
+        math.ceil(len(lengths) / parts) * parts, generate.SLOTS_PER_DEVICE * parts
+    )
 
 
 def test_an_episode_ends_where_the_models_context_does():
     m = generate.load_model(TINY / "model", "float32")
     assert m.context == 1024  # max_position_embeddings
     stage = generate.make_stage(m.tokenizer, 500)
-    assert [generate._room(m, stage, longest) for longest in (10, 524, 1000, 1023)] == [500, 500, 24, 1]
+    assert [generate._room(m, stage, longest) for longest in (10, 524, 1000, 1023)] == [
+        500,
+        500,
+        24,
+        1,
+    ]
 
 
 def test_a_line_without_a_question_is_named(tmp_path, capsys, index):
     (tmp_path / "in.jsonl").write_text('{"question": "Who?"}\n{"prompt": "a"}\n')
-    assert generate.main(["generate", MODEL, f"--prompts={tmp_path / 'in.jsonl'}", f"--index={index}"]) == 2
+    assert (
+        generate.main(["generate", MODEL, f"--prompts={tmp_path / 'in.jsonl'}", f"--index={index}"])
+        == 2
+    )
     assert 'in.jsonl line 2: field "question" expected non-empty text' in capsys.readouterr().err

@@ -29,7 +29,9 @@ TPU = ("tpu_pod.sh", "run", "ssp", "us-east5-a")
 
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "launch" / arguments[0]), *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | environment
+    )
 
 
 # Splits each line as bash does, which has printed it with %q.
@@ -40,7 +42,9 @@ def commands(*arguments: str) -> list[list[str]]:
     """The printed commands, word by word."""
     done = launch(*arguments)
     assert done.returncode == 0, done.stderr
-    split = subprocess.run(["bash", "-c", SPLIT], input=done.stdout, capture_output=True, text=True, timeout=60)
+    split = subprocess.run(
+        ["bash", "-c", SPLIT], input=done.stdout, capture_output=True, text=True, timeout=60
+    )
     return [words.split("\0") for words in split.stdout.split("\0\0") if words]
 
 
@@ -54,14 +58,28 @@ def test_scripts_are_shellcheck_clean(script: Path) -> None:
 
 def test_a_tpu_run_creates_installs_starts_and_shows_the_log() -> None:
     printed = commands(
-        *TPU, "v5p-16", "--spot", "--bucket=a-bucket", "--dry-run", "--", CONFIG, "--workdir=../bucket/a run"
+        *TPU,
+        "v5p-16",
+        "--spot",
+        "--bucket=a-bucket",
+        "--dry-run",
+        "--",
+        CONFIG,
+        "--workdir=../bucket/a run",
     )
-    verbs = [next(w for w in words if w in ("describe", "create", "archive", "scp", "ssh")) for words in printed]
+    verbs = [
+        next(w for w in words if w in ("describe", "create", "archive", "scp", "ssh"))
+        for words in printed
+    ]
     assert verbs == ["describe", "create", "archive", "scp", *["ssh"] * 5]
     create, send, install, mount, start, logs = printed[1], *printed[3:8]
-    assert {"ssp", "--node-id=ssp", "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5", "--spot"} <= set(
-        create
-    )
+    assert {
+        "ssp",
+        "--node-id=ssp",
+        "--accelerator-type=v5p-16",
+        "--runtime-version=v2-alpha-tpuv5",
+        "--spot",
+    } <= set(create)
     assert all("--zone=us-east5-a" in words for words in printed if words[0] == "gcloud")
     assert "--worker=all" in send and "--worker=all" in install and "jax[tpu]" in install[-1]
     assert "--worker=all" in mount and " a-bucket bucket" in mount[-1]
@@ -71,7 +89,11 @@ def test_a_tpu_run_creates_installs_starts_and_shows_the_log() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "runtime"),
-    [("v5p-16", "v2-alpha-tpuv5"), ("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v6e-16", "v2-alpha-tpuv6e")],
+    [
+        ("v5p-16", "v2-alpha-tpuv5"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v6e-16", "v2-alpha-tpuv6e"),
+    ],
 )
 def test_each_generation_has_its_runtime(kind: str, runtime: str) -> None:
     create = commands(*TPU, kind, "--dry-run", "--", CONFIG)[1]
@@ -80,12 +102,23 @@ def test_each_generation_has_its_runtime(kind: str, runtime: str) -> None:
 
 def test_a_slice_is_deleted_whole() -> None:
     assert commands("tpu_pod.sh", "delete", "ssp", "us-east5-a", "--dry-run") == [
-        ["gcloud", "compute", "tpus", "queued-resources", "delete", "ssp", "--force", "--quiet", "--zone=us-east5-a"]
+        [
+            "gcloud",
+            "compute",
+            "tpus",
+            "queued-resources",
+            "delete",
+            "ssp",
+            "--force",
+            "--quiet",
+            "--zone=us-east5-a",
+        ]
     ]
 
 
 def fake_gcloud(folder: Path, *states: str, failing: tuple[str, ...] = ()) -> dict[str, str]:
-    """A gcloud on PATH that reports these states one after the other and then ACTIVE, and logs what it was asked.
+    """A gcloud on PATH that reports these states one after the other and then ACTIVE, and logs what
+    it was asked.
 
     failing: the steps that fail, one after the other, and their exit codes.
     """
@@ -110,7 +143,15 @@ exit 0
 
 
 def test_a_preempted_slice_is_made_anew_and_the_exit_code_is_the_runs(tmp_path: Path) -> None:
-    states = ("WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED", "", "PROVISIONING")
+    states = (
+        "WAITING_FOR_RESOURCES",
+        "ACTIVE",
+        "SUSPENDING",
+        "SUSPENDING",
+        "SUSPENDED",
+        "",
+        "PROVISIONING",
+    )
     done = launch(*TPU, "v6e-16", "--", CONFIG, **fake_gcloud(tmp_path, *states))
     assert done.returncode == 3, done.stdout + done.stderr
     asked = [line.split()[0] for line in (tmp_path / "asked").read_text().splitlines()]
@@ -126,19 +167,29 @@ def test_a_preempted_slice_is_made_anew_and_the_exit_code_is_the_runs(tmp_path: 
         (("scp 1", "scp 1", "ssh 2"), ["scp", "scp", "scp", "ssh"]),
     ],
 )
-def test_a_step_that_fails_is_tried_again(tmp_path: Path, failing: tuple[str, ...], again: list[str]) -> None:
-    done = launch(*TPU, "v6e-16", "--bucket=b", "--", CONFIG, **fake_gcloud(tmp_path, failing=failing))
+def test_a_step_that_fails_is_tried_again(
+    tmp_path: Path, failing: tuple[str, ...], again: list[str]
+) -> None:
+    done = launch(
+        *TPU, "v6e-16", "--bucket=b", "--", CONFIG, **fake_gcloud(tmp_path, failing=failing)
+    )
     assert done.returncode == 3, done.stdout + done.stderr
     asked = [line.split()[0] for line in (tmp_path / "asked").read_text().splitlines()]
-    assert asked == [*again, "scp", "ssh", "ssh", "ssh", "ssh"] and "failed; again in" in done.stderr
+    assert (
+        asked == [*again, "scp", "ssh", "ssh", "ssh", "ssh"] and "failed; again in" in done.stderr
+    )
 
 
 def test_a_lost_network_does_not_end_what_has_a_slice(tmp_path: Path) -> None:
-    """Nobody answers: neither is the slice seen nor can one be created. Without any slice before that is the end."""
+    """Nobody answers: neither is the slice seen nor can one be created. Without any slice before
+    that is the end.
+    """
     states, failing = ("ACTIVE", "SUSPENDED", "SUSPENDED", ""), ("delete 1", "create 1")
     done = launch(*TPU, "v6e-16", "--", CONFIG, **fake_gcloud(tmp_path, *states, failing=failing))
     assert done.returncode == 3, done.stdout + done.stderr
-    assert [line.split()[0] for line in (tmp_path / "asked").read_text().splitlines()].count("create") == 1
+    assert [line.split()[0] for line in (tmp_path / "asked").read_text().splitlines()].count(
+        "create"
+    ) == 1
     (tmp_path / "asked").unlink()
     done = launch(*TPU, "v6e-16", "--", CONFIG, **fake_gcloud(tmp_path, "", failing=("create 1",)))
     assert done.returncode == 1 and (tmp_path / "asked").read_text().startswith("create")
@@ -171,7 +222,9 @@ def test_a_worker_without_gcsfuse_gets_it(tmp_path: Path) -> None:
 
 
 def fake_worker(folder: Path) -> dict[str, str]:
-    """A gcloud whose worker is a folder here: what is sent there runs there; uv makes a Python that notes its call."""
+    """A gcloud whose worker is a folder here: what is sent there runs there; uv makes a Python that
+    notes its call.
+    """
     home = folder / "worker"
     programs = {
         "gcloud": f"""cd {shlex.quote(str(home))}
@@ -200,19 +253,27 @@ def test_a_tpu_worker_runs_the_command_as_given_and_installs_a_commit_once(tmp_p
     for _ in range(2):
         done = launch(*TPU, "v6e-16", "--bucket=b", "--", CONFIG, "--workdir=a run", **environment)
         assert done.returncode == 5 and "played" in done.stdout, done.stdout + done.stderr
-    assert (worker / "mounted").read_text().splitlines()[0].endswith(" b bucket") and (worker / "bucket").is_dir()
+    assert (worker / "mounted").read_text().splitlines()[0].endswith(" b bucket") and (
+        worker / "bucket"
+    ).is_dir()
     assert (worker / "calls").read_text() == f"-m|ssp_jax.main|{CONFIG}|--workdir=a run|" * 2
-    (installed,) = (line for line in (tmp_path / "asked").read_text().splitlines() if line != "copied")
+    (installed,) = (
+        line for line in (tmp_path / "asked").read_text().splitlines() if line != "copied"
+    )
     assert "requirements.txt" in installed and "jax[tpu]" in installed
     assert (worker / "ssp_jax" / "launch" / "tpu_pod.sh").is_file()
 
 
 def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
-    """The connection was lost and another commit is here: neither is the run started twice nor its code replaced."""
+    """The connection was lost and another commit is here: neither is the run started twice nor its
+    code replaced.
+    """
     environment, run = fake_worker(tmp_path), tmp_path / "worker" / "ssp_jax"
     run.mkdir()
     (run / "COMMIT").write_text("another")
-    until_shown = f"until grep -q tail {shlex.quote(str(tmp_path / 'sent'))}; do sleep 0.05; done 2>/dev/null"
+    until_shown = (
+        f"until grep -q tail {shlex.quote(str(tmp_path / 'sent'))}; do sleep 0.05; done 2>/dev/null"
+    )
     append = ["bash", "-c", f"({until_shown}) & echo $!; wait"]
     with subprocess.Popen(append, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -221,16 +282,24 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
         (run / "run.exit").write_text("7")
         done = launch(*TPU, "v6e-16", "--", CONFIG, **environment)
     assert done.returncode == 7 and "step 3" in done.stdout, done.stdout + done.stderr
-    assert (run / "COMMIT").read_text() == "another" and not (tmp_path / "worker" / "calls").exists()
+    assert (run / "COMMIT").read_text() == "another" and not (
+        tmp_path / "worker" / "calls"
+    ).exists()
 
 
 def test_a_slurm_job_has_one_process_per_node_with_all_gpus() -> None:
     printed = commands("slurm_gpu.sh", "--dry-run", "2", "8", "--time=24:00:00", "--", CONFIG)
     submit, set_, run, signal, requeue = printed
-    assert submit[0] == "sbatch" and {"--nodes=2", "--gpus-per-node=8", "--time=24:00:00"} <= set(submit)
+    assert submit[0] == "sbatch" and {"--nodes=2", "--gpus-per-node=8", "--time=24:00:00"} <= set(
+        submit
+    )
     assert "--export=ALL,SSP_JAX_SUBMITTED=yes,VENV=.venv" in submit
     assert set_ == ["export", "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7"] and run[0] == "srun"
-    assert run[-3:] == ["-m", "ssp_jax.main", CONFIG] and signal[-3:] == ["scancel", "--signal=TERM", "JOB"]
+    assert run[-3:] == ["-m", "ssp_jax.main", CONFIG] and signal[-3:] == [
+        "scancel",
+        "--signal=TERM",
+        "JOB",
+    ]
     assert requeue[-3:] == ["scontrol", "requeue", "JOB"]
     assert "--ntasks-per-node=1" in (ROOT / "launch" / "slurm_gpu.sh").read_text()
 
@@ -245,7 +314,9 @@ done
 
 
 def fake_slurm(folder: Path, srun: str) -> dict[str, str]:
-    """srun runs the task beside itself, and at SIGTERM kills it as Slurm's does; scancel signals the task."""
+    """srun runs the task beside itself, and at SIGTERM kills it as Slurm's does; scancel signals
+    the task.
+    """
     task = shlex.quote(str(folder / "task"))
     programs = {
         "srun": f"""{EXPORT}( echo $BASHPID > {task}; {srun} ) & child=$!
@@ -257,36 +328,58 @@ wait $child""",
     for name, body in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "2", "SSP_JAX_SUBMITTED": "yes", "VENV": "my venv"}
+    slurm = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SSP_JAX_SUBMITTED": "yes",
+        "VENV": "my venv",
+    }
     return os.environ | slurm | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def test_slurm_is_told_to_signal_early_and_to_allow_a_second_start() -> None:
     lines = (ROOT / "launch" / "slurm_gpu.sh").read_text().splitlines()
-    options = {line.split()[1].split("=")[0]: line.split()[1] for line in lines if line.startswith("#SBATCH")}
-    assert {"--requeue", "--exclusive", "--ntasks-per-node=1", "--open-mode=append"} <= set(options.values())
+    options = {
+        line.split()[1].split("=")[0]: line.split()[1]
+        for line in lines
+        if line.startswith("#SBATCH")
+    }
+    assert {"--requeue", "--exclusive", "--ntasks-per-node=1", "--open-mode=append"} <= set(
+        options.values()
+    )
     assert options["--signal"] == "--signal=B:TERM@300"  # B: to this script, which hands it on
 
 
-def test_a_slurm_job_that_ends_by_itself_keeps_its_code_and_is_not_queued_again(tmp_path: Path) -> None:
-    environment = fake_slurm(tmp_path, "echo GPUs $JAX_LOCAL_DEVICE_IDS; printf '%s|' \"$@\"; exit 6")
+def test_a_slurm_job_that_ends_by_itself_keeps_its_code_and_is_not_queued_again(
+    tmp_path: Path,
+) -> None:
+    environment = fake_slurm(
+        tmp_path, "echo GPUs $JAX_LOCAL_DEVICE_IDS; printf '%s|' \"$@\"; exit 6"
+    )
     job = [str(ROOT / "launch" / "slurm_gpu.sh"), CONFIG, "--workdir=a run"]
     done = subprocess.run(job, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 6 and "requeue" not in done.stdout
-    assert done.stdout.endswith(f"my venv/bin/python|-m|ssp_jax.main|{CONFIG}|--workdir=a run|"), done.stdout
+    assert done.stdout.endswith(f"my venv/bin/python|-m|ssp_jax.main|{CONFIG}|--workdir=a run|"), (
+        done.stdout
+    )
     assert "--kill-on-bad-exit=1" in done.stdout  # one dead process ends the others
     assert "GPUs 0,1\n" in done.stdout  # both of the node
 
 
 def test_a_slurm_job_near_its_time_limit_saves_and_queues_itself_again(tmp_path: Path) -> None:
-    environment = fake_slurm(tmp_path, "trap 'echo saved; exit 0' TERM\necho ready\nwhile true; do sleep 0.05; done")
+    environment = fake_slurm(
+        tmp_path, "trap 'echo saved; exit 0' TERM\necho ready\nwhile true; do sleep 0.05; done"
+    )
     job = [str(ROOT / "launch" / "slurm_gpu.sh"), CONFIG]
     with subprocess.Popen(job, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         while process.stdout.readline() != "ready\n":
             assert process.poll() is None
         process.terminate()
-        assert process.stdout.read() == "saved\nscontrol requeue 77\n" and process.wait(timeout=30) == 0
+        assert (
+            process.stdout.read() == "saved\nscontrol requeue 77\n"
+            and process.wait(timeout=30) == 0
+        )
 
 
 def test_prepare_prints_keys_that_a_run_takes(tmp_path: Path) -> None:
@@ -295,7 +388,10 @@ def test_prepare_prints_keys_that_a_run_takes(tmp_path: Path) -> None:
     assert done.stdout.count(" download ") == 4 and "--revision" in done.stdout
     keys = [line.strip() for line in done.stdout.splitlines() if line.startswith("  --config.")]
     config = parse_command_line(["main.py", "--config=configs/default.py", *keys]).config
-    assert config.model.path == f"{tmp_path}/a folder/Qwen2.5-7B-Instruct" and "ssp" in config.data.eval_sets
+    assert (
+        config.model.path == f"{tmp_path}/a folder/Qwen2.5-7B-Instruct"
+        and "ssp" in config.data.eval_sets
+    )
     assert paper_table.table_1(config.model.path)
     assert f"--local-dir {tmp_path}/a\\ folder/Qwen2.5-7B-Instruct " in done.stdout
     assert not (tmp_path / "a folder").exists()
@@ -322,10 +418,16 @@ if [[ -n ${{packed:-}} ]]; then cp "$packed" "$2/wiki-18.jsonl.gz"; fi""",
     lines = done.stdout.splitlines()
     fetched = [line.split()[1] for line in lines if line.startswith("fetched ")]
     assert fetched == ["some/model", "PeterJinGo/wiki-18-corpus", "Quark-LLM/SSP", "Quark-LLM/SSP"]
-    assert any(line.startswith("checked ") and line.endswith("files/ssp/test.jsonl") for line in lines)
+    assert any(
+        line.startswith("checked ") and line.endswith("files/ssp/test.jsonl") for line in lines
+    )
     wanted = next(line for line in lines if line.startswith("fetched some/model"))
     assert all(f"--include *{kind}" in wanted for kind in (".safetensors", *hf_files._SMALL_FILES))
-    keys = dict(line.strip().removeprefix("--config.").split("=", 1) for line in lines if line.startswith("  --config"))
+    keys = dict(
+        line.strip().removeprefix("--config.").split("=", 1)
+        for line in lines
+        if line.startswith("  --config")
+    )
     settings = default.get_config().retriever
     same = {key: settings[key] for key in ("stemmer", "stopwords", "k1", "b")}
     assert len(search.open_retriever("", keys["retriever.index"], **same)) == 50
@@ -338,7 +440,12 @@ if [[ -n ${{packed:-}} ]]; then cp "$packed" "$2/wiki-18.jsonl.gz"; fi""",
 
 @pytest.mark.parametrize(
     "arguments",
-    [("tpu_pod.sh",), (*TPU, "v9-8", "--dry-run", "--", CONFIG), ("slurm_gpu.sh", "2"), ("prepare.sh", "--what")],
+    [
+        ("tpu_pod.sh",),
+        (*TPU, "v9-8", "--dry-run", "--", CONFIG),
+        ("slurm_gpu.sh", "2"),
+        ("prepare.sh", "--what"),
+    ],
 )
 def test_a_wrong_call_is_code_2_and_tells_the_right_one(arguments: tuple[str, ...]) -> None:
     done = launch(*arguments)
@@ -366,10 +473,15 @@ def test_the_jobset_is_a_run_that_survives_preemptions() -> None:
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0 and job["backoffLimit"] == 0
-    # Kubernetes takes a podFailurePolicy with restartPolicy Never only; 2 is the code of unusable input.
-    assert pod["restartPolicy"] == "Never" and job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    # Kubernetes takes a podFailurePolicy with restartPolicy Never only; 2 is the code of unusable
+    # input.
+    assert pod["restartPolicy"] == "Never" and job["podFailurePolicy"]["rules"][0]["onExitCodes"][
+        "values"
+    ] == [2]
     given = parse_command_line(["main.py", *pod["containers"][0]["args"]])
-    (bucket,) = (mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "bucket")
+    (bucket,) = (
+        mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "bucket"
+    )
     assert given.config.model.path and given.workdir.startswith(bucket["mountPath"] + "/")
     assert "bucket" in {volume["name"] for volume in pod["volumes"]}
     assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
@@ -379,14 +491,19 @@ def test_the_jobset_is_a_run_that_survives_preemptions() -> None:
         slice_ = hardware.parse_topology(f"{kind.lower()}:{shape}")
         assert (topology, int(hosts), int(chips)) == (shape, slice_.hosts, slice_.chip.per_host)
     selector = pod["nodeSelector"]
-    chosen = (selector["cloud.google.com/gke-tpu-accelerator"], selector["cloud.google.com/gke-tpu-topology"])
+    chosen = (
+        selector["cloud.google.com/gke-tpu-accelerator"],
+        selector["cloud.google.com/gke-tpu-topology"],
+    )
     assert chosen in {(accelerator, topology) for _, _, accelerator, topology, *_ in found}
 
 
 def test_the_image_starts_what_is_there_and_can_be_made_for_all_accelerators() -> None:
     text = (ROOT / "launch" / "docker" / "Dockerfile").read_text()
     entry = json.loads(text.split("ENTRYPOINT ")[1])
-    assert os.access(ROOT / entry[0], os.X_OK) and "COPY . ." in text and '"jax[$ACCELERATOR]"' in text
+    assert (
+        os.access(ROOT / entry[0], os.X_OK) and "COPY . ." in text and '"jax[$ACCELERATOR]"' in text
+    )
     extras = importlib.metadata.metadata("jax").get_all("Provides-Extra")
     assert extras is not None and {"cuda12", "cuda13", "tpu"} <= set(extras)
 
@@ -394,7 +511,9 @@ def test_the_image_starts_what_is_there_and_can_be_made_for_all_accelerators() -
 def test_a_terminated_container_is_not_done(tmp_path: Path) -> None:
     """The run saves at SIGTERM and ends with 0; Kubernetes would take the job as complete."""
     python = tmp_path / "python"
-    python.write_text("#!/bin/bash\ntrap 'exit 0' TERM\necho ready\nwhile true; do sleep 0.05; done\n")
+    python.write_text(
+        "#!/bin/bash\ntrap 'exit 0' TERM\necho ready\nwhile true; do sleep 0.05; done\n"
+    )
     python.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     entry = str(ROOT / "launch" / "docker" / "entrypoint.sh")
@@ -403,5 +522,7 @@ def test_a_terminated_container_is_not_done(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(timeout=30) == 143
     python.write_text("#!/bin/bash\nprintf '%s|' \"$@\"\nexit 7\n")
-    done = subprocess.run([entry, CONFIG, "a b"], env=environment, timeout=30, capture_output=True, text=True)
+    done = subprocess.run(
+        [entry, CONFIG, "a b"], env=environment, timeout=30, capture_output=True, text=True
+    )
     assert done.returncode == 7 and done.stdout == f"-m|ssp_jax.main|{CONFIG}|a b|"

@@ -23,7 +23,9 @@ def import_train(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_importing_train_leaves_the_backend_uninitialised() -> None:
-    """Otherwise jax.distributed.initialize() raises on many hosts (importing bm25s alone would be enough)."""
+    """Otherwise jax.distributed.initialize() raises on many hosts (importing bm25s alone would be
+    enough).
+    """
     done = import_train()
     assert done.returncode == 0, done.stderr
 
@@ -34,9 +36,13 @@ def test_the_check_above_can_fail() -> None:
 
 
 def test_mistakes_are_told_without_loading_jax(run_main: RunMain, tmp_path: Path) -> None:
-    (tmp_path / "jax.py").write_text("raise SystemExit('JAX was loaded')")  # found before the real one
+    # found before the real one
+    (tmp_path / "jax.py").write_text("raise SystemExit('JAX was loaded')")
     done = run_main("--config=configs/default.py", "--config.step=1", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "the nearest is steps" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (
+        2,
+        1,
+    ) and "the nearest is steps" in done.stderr
 
 
 def test_help_tells_how_to_start(run_main: RunMain) -> None:
@@ -49,4 +55,8 @@ def test_bad_input_inside_the_run_is_one_line_and_code_2(run_main: RunMain, tmp_
     (tmp_path / "run" / "config.json").write_text('{"seed": 5}')
     done = run_main("--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", cwd=ROOT)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("ssp_jax: ") and "seed was 5" in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and done.stderr.startswith("ssp_jax: ")
+        and "seed was 5" in done.stderr
+    )

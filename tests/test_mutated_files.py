@@ -1,5 +1,6 @@
-"""Files as a crash, a bad disk or another program leaves them: each reader of the product either reads them or says
-that it can't, in one sentence. No other exception, no warning, and no end of the process.
+"""Files as a crash, a bad disk or another program leaves them: each reader of the product either
+reads them or says that it can't, in one sentence. No other exception, no warning, and no end of
+the process.
 """
 
 import dataclasses
@@ -57,8 +58,12 @@ class Reader:
 
 
 def lines(name: str, *rows: Any) -> Callable[[Path], object]:
-    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
-    return lambda folder: (folder / name).write_bytes(gzip.compress(text, mtime=0) if name.endswith(".gz") else text)
+    text = "".join(
+        (row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows
+    ).encode()
+    return lambda folder: (folder / name).write_bytes(
+        gzip.compress(text, mtime=0) if name.endswith(".gz") else text
+    )
 
 
 def parquet(*rows: Any) -> Callable[[Path], object]:
@@ -71,8 +76,16 @@ PROMPT = [{"role": "user", "content": [{"type": "text", "text": "Answer. Questio
 QUESTIONS = (
     {"question": "Capital of France?", "golden_answers": ["Paris", "City of Paris"]},
     {"question": "Capital of France?", "possible_answers": '["Paris", "City of Paris"]'},
-    {"data_source": "nq", "prompt": PROMPT, "reward_model": {"ground_truth": {"target": ["Paris"]}}},
-    {"data_source": "hq", "reward_model": {"ground_truth": "Paris"}, "extra_info": {"question": "Who?"}},
+    {
+        "data_source": "nq",
+        "prompt": PROMPT,
+        "reward_model": {"ground_truth": {"target": ["Paris"]}},
+    },
+    {
+        "data_source": "hq",
+        "reward_model": {"ground_truth": "Paris"},
+        "extra_info": {"question": "Who?"},
+    },
 )
 PASSAGES = (
     {"id": "0", "contents": '"Paris"\nParis is a city.'},
@@ -95,12 +108,32 @@ def corpus(name: str) -> Callable[[Path], object]:
 
 DATA = [
     Reader("answers", lines("f.jsonl", *ANSWERS), "f.jsonl", answers("f.jsonl"), "lines", 150),
-    Reader("answers in text", lines("f.txt", "Paris", "Röm", "[x]"), "f.txt", answers("f.txt"), "lines"),
-    Reader("answers in parquet", parquet(*ANSWERS), "f.parquet", answers("f.parquet"), "bytes", 100),
-    Reader("questions", lines("f.jsonl", *QUESTIONS), "f.jsonl", questions("f.jsonl"), "lines", 200),
-    Reader("questions in parquet", parquet(QUESTIONS[2]), "f.parquet", questions("f.parquet"), "bytes", 100),
+    Reader(
+        "answers in text", lines("f.txt", "Paris", "Röm", "[x]"), "f.txt", answers("f.txt"), "lines"
+    ),
+    Reader(
+        "answers in parquet", parquet(*ANSWERS), "f.parquet", answers("f.parquet"), "bytes", 100
+    ),
+    Reader(
+        "questions", lines("f.jsonl", *QUESTIONS), "f.jsonl", questions("f.jsonl"), "lines", 200
+    ),
+    Reader(
+        "questions in parquet",
+        parquet(QUESTIONS[2]),
+        "f.parquet",
+        questions("f.parquet"),
+        "bytes",
+        100,
+    ),
     Reader("a corpus", lines("f.jsonl", *PASSAGES), "f.jsonl", corpus("f.jsonl"), "lines", 100),
-    Reader("a packed corpus", lines("f.jsonl.gz", *PASSAGES), "f.jsonl.gz", corpus("f.jsonl.gz"), "gzip", 100),
+    Reader(
+        "a packed corpus",
+        lines("f.jsonl.gz", *PASSAGES),
+        "f.jsonl.gz",
+        corpus("f.jsonl.gz"),
+        "gzip",
+        100,
+    ),
 ]
 
 
@@ -153,8 +186,17 @@ MODELS = [
     Reader("config.json", golden, "config.json", read_config, "json", 150),
     Reader("generation_config.json", golden, "generation_config.json", read_config, "json", 60),
     Reader("weights", golden, "model.safetensors", read_weights, "safetensors", 60),
-    Reader("an index of weights", sharded, "model.safetensors.index.json", read_weights, "json", 40),
-    Reader("a part of the weights", sharded, "model-00002-of-00002.safetensors", read_weights, "safetensors", 20),
+    Reader(
+        "an index of weights", sharded, "model.safetensors.index.json", read_weights, "json", 40
+    ),
+    Reader(
+        "a part of the weights",
+        sharded,
+        "model-00002-of-00002.safetensors",
+        read_weights,
+        "safetensors",
+        20,
+    ),
     Reader("tokenizer.json", tokenizer, "tokenizer.json", read_tokenizer, "json", 12),
     Reader("tokenizer_config.json", tokenizer, "tokenizer_config.json", read_tokenizer, "json", 20),
 ]
@@ -184,21 +226,46 @@ def search_signed(folder: Path) -> None:
     search(folder)
 
 
-ARRAYS = ("offsets", "line_sums", "highest", "data.csc.index", "indices.csc.index", "indptr.csc.index")
+ARRAYS = (
+    "offsets",
+    "line_sums",
+    "highest",
+    "data.csc.index",
+    "indices.csc.index",
+    "indptr.csc.index",
+)
 INDEX = [
     Reader("meta.json of an index", built, "index/meta.json", search, "json", 60),
     Reader("words of an index", built, "index/vocab.index.json", search_signed, "json", 30),
     Reader("passages of an index", built, "index/passages.jsonl", search_signed, "lines", 40),
     Reader("an index that changed", built, "index/passages.jsonl", search, "lines", 20),
-    *(Reader(f"{name} of an index", built, f"index/{name}.npy", search_signed, "npy", 40) for name in ARRAYS),
+    *(
+        Reader(f"{name} of an index", built, f"index/{name}.npy", search_signed, "npy", 40)
+        for name in ARRAYS
+    ),
 ]
 
 
 # --- what a run keeps ---------------------------------------------------------------------------
 
 GAMES = [(1, [game(), game(fault="too_short")])]
-KEPT = {"set": "nq", "row": 0, "question": "Who?", "answers": ["x"], "of": {}, "answer": "y", "searches": ["z"]}
-KEPT |= {"tokens": 7, "length": 9, "stop_reason": "answer", "process": "episodes", "began": 1.0, "seconds": 2.0}
+KEPT = {
+    "set": "nq",
+    "row": 0,
+    "question": "Who?",
+    "answers": ["x"],
+    "of": {},
+    "answer": "y",
+    "searches": ["z"],
+}
+KEPT |= {
+    "tokens": 7,
+    "length": 9,
+    "stop_reason": "answer",
+    "process": "episodes",
+    "began": 1.0,
+    "seconds": 2.0,
+}
 
 
 def run(folder: Path) -> None:
@@ -224,7 +291,9 @@ def play_again() -> None:
 
 def evaluate_again(folder: Path) -> None:
     with Logger(str(folder), 0, tensorboard=False) as logger:
-        empty: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(evaluate.EvalContext))
+        empty: dict[str, Any] = dict.fromkeys(
+            f.name for f in dataclasses.fields(evaluate.EvalContext)
+        )
         sets = {"nq": [data.Task(0, ("x",), "Who?")]}
         given_ = {
             "folder": folder / "eval",
@@ -258,7 +327,9 @@ def save(folder: Path) -> None:
 
 def restore(folder: Path) -> None:
     """Bitwise or not at all."""
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE
+    )
     with Checkpoints(str(folder), every=1, keep=2) as checkpoints:
         found = checkpoints.restore_newest(like)
     if found is not None:
@@ -283,16 +354,41 @@ RUNS = [
     Reader("games", run, "episodes/step_000001.jsonl", read_report, "lines", 60),
     Reader("scores", run, "eval/step_000003.json", read_report, "json", 60),
     Reader("a run's config in a report", run, "config.json", read_report, "json", 40),
-    Reader("a run's config", workdir, "config.json", lambda f: check_workdir(str(f), default.get_config()), "json", 60),
-    Reader("episodes of an evaluation", evaluated, "eval/step_000000/episodes.jsonl", evaluate_again, "lines", 60),
+    Reader(
+        "a run's config",
+        workdir,
+        "config.json",
+        lambda f: check_workdir(str(f), default.get_config()),
+        "json",
+        60,
+    ),
+    Reader(
+        "episodes of an evaluation",
+        evaluated,
+        "eval/step_000000/episodes.jsonl",
+        evaluate_again,
+        "lines",
+        60,
+    ),
 ]
 
 
 # --- flags and config files ---------------------------------------------------------------------
 
 FLAGS = (
-    *("--config=configs/default.py", "--workdir=run", "--mode=eval", "--config.steps=3", "--noconfig.eval.before"),
-    *("--config.data.eval_sets.nq=f", "--config.engine.cache_buckets=(1, 2)", "--config.learner.clip_low", "0.5"),
+    *(
+        "--config=configs/default.py",
+        "--workdir=run",
+        "--mode=eval",
+        "--config.steps=3",
+        "--noconfig.eval.before",
+    ),
+    *(
+        "--config.data.eval_sets.nq=f",
+        "--config.engine.cache_buckets=(1, 2)",
+        "--config.learner.clip_low",
+        "0.5",
+    ),
 )
 
 
@@ -307,7 +403,14 @@ def config_file(folder: Path) -> None:
 
 COMMANDS = [
     Reader("flags", lines("flags", *FLAGS), "flags", parse_flags, "lines", 60),
-    Reader("a config file", config_file, "mine.py", lambda f: config.load_config(f / "mine.py"), "lines", 60),
+    Reader(
+        "a config file",
+        config_file,
+        "mine.py",
+        lambda f: config.load_config(f / "mine.py"),
+        "lines",
+        60,
+    ),
 ]
 
 READERS: Sequence[Reader] = (*DATA, *MODELS, *INDEX, *RUNS, *COMMANDS)

@@ -10,7 +10,8 @@ from ssp_jax.report import __main__ as report
 from ssp_jax.retriever import __main__ as retriever
 from ssp_jax.runtime.logger import Logger
 
-# A window title, a cleared screen (in seven bits and in one of C1), a turned direction, a backspace; markup of rich.
+# A window title, a cleared screen (in seven bits and in one of C1), a turned direction, a
+# backspace; markup of rich.
 ACTS = "\x1b]0;owned\x07\x1b[2J\x9b2J\u202eabc\b\x7f"
 HOSTILE = f"capital {ACTS} [bold]:cat:[/bold]"
 

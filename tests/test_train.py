@@ -1,4 +1,6 @@
-"""The whole loop on the embedded default: resuming equals never having stopped, signals, what a run leaves behind."""
+"""The whole loop on the embedded default: resuming equals never having stopped, signals, what a run
+leaves behind.
+"""
 
 import json
 import os
@@ -68,7 +70,10 @@ def all_rows_of(workdir):
 def rows_of(workdir):
     """What another run with the same seed writes too."""
     of_the_machine = ("seconds", "time", "per_second", "compiles", "_gib")
-    return [{k: v for k, v in row.items() if not k.endswith(of_the_machine)} for row in all_rows_of(workdir)]
+    return [
+        {k: v for k, v in row.items() if not k.endswith(of_the_machine)}
+        for row in all_rows_of(workdir)
+    ]
 
 
 def test_compiled_programs_stay_in_the_workdir_unless_the_user_has_a_folder(tmp_path):
@@ -97,9 +102,15 @@ print(len(hits))
 
 def test_a_workdir_that_was_moved_has_its_programs_the_short_ones_too(tmp_path):
     def found(workdir, code=COMPILES):
-        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        environment = {
+            name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
+        }
         command = [sys.executable, "-c", code, str(workdir)]
-        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        return int(
+            subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=True
+            ).stdout
+        )
 
     assert found(tmp_path / "run") == 0
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -118,7 +129,9 @@ def test_a_run_leaves_what_it_promises(whole):
     assert summary["steps"] == 4 and summary["seconds"] > 0
     for when in ("before", "after"):
         scores = summary["eval"][when]
-        assert scores.keys() == {"one_hop", "two_hop"} and all(row["n"] == 4 and "f1" in row for row in scores.values())
+        assert scores.keys() == {"one_hop", "two_hop"} and all(
+            row["n"] == 4 and "f1" in row for row in scores.values()
+        )
         assert all(row["em_low"] <= row["em"] <= row["em_high"] for row in scores.values())
     recorded = [row for row in rows_of(whole) if "eval/average/right_high" in row]
     assert [row["step"] for row in recorded] == [0, 4]
@@ -127,18 +140,26 @@ def test_a_run_leaves_what_it_promises(whole):
     for row in steps:
         faults = sum(v for k, v in row.items() if k.startswith("fault/"))
         assert row["funnel/proposed"] == 4 == row["funnel/verified"] + faults
-        assert row["update/logprob_gap"] < 1e-5 and row["update/logprob_gap_max"] < 1e-4  # sampler and trainer agree
+        # sampler and trainer agree
+        assert row["update/logprob_gap"] < 1e-5 and row["update/logprob_gap_max"] < 1e-4
     costs = [row for row in all_rows_of(whole) if "compiles" in row]
     assert all(row["memory/play_gib"] > 0 and row["memory/update_gib"] > 0 for row in costs)
-    assert len(costs) == 4 and costs[1]["compiles"] == costs[-1]["compiles"]  # lengths vary, programs do not
-    games = [json.loads(line) for line in (whole / "episodes" / "step_000002.jsonl").read_text().splitlines()]
+    # lengths vary, programs do not
+    assert len(costs) == 4 and costs[1]["compiles"] == costs[-1]["compiles"]
+    games = [
+        json.loads(line)
+        for line in (whole / "episodes" / "step_000002.jsonl").read_text().splitlines()
+    ]
     assert len(games) == 4 and all(game["proposer"]["turns"] for game in games)
     assert list((whole / "tensorboard").iterdir())
 
 
 def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
     initial = hf_load.load(
-        ROOT / "assets/tiny/model", hf_load.read_config(ROOT / "assets/tiny/model"), None, np.float32
+        ROOT / "assets/tiny/model",
+        hf_load.read_config(ROOT / "assets/tiny/model"),
+        None,
+        np.float32,
     )
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params_of(whole), initial)
     assert max(jax.tree.leaves(moved)) > 0
@@ -164,8 +185,16 @@ def test_two_and_two_steps_equal_four_bitwise(whole, tmp_path, monkeypatch):
 
 
 def start(workdir, **changes):
-    command = [sys.executable, "-m", "ssp_jax.main", f"--config={ROOT}/configs/tiny.py", f"--workdir={workdir}"]
-    return subprocess.Popen([*command, *arguments(**changes)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "ssp_jax.main",
+        f"--config={ROOT}/configs/tiny.py",
+        f"--workdir={workdir}",
+    ]
+    return subprocess.Popen(
+        [*command, *arguments(**changes)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_step(workdir, process, step, seconds=200):
@@ -179,9 +208,13 @@ def wait_for_step(workdir, process, step, seconds=200):
 
 
 # SIGKILL at all moments: benchmarks/kills.py, which the slow set runs.
-@pytest.mark.parametrize("kill", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kill", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, kill):
-    """Ctrl-C saves and exits 130; after SIGKILL at most the steps since the last save are played again. Same result."""
+    """Ctrl-C saves and exits 130; after SIGKILL at most the steps since the last save are played
+    again. Same result.
+    """
     process = start(tmp_path, log__episodes_every=2)
     wait_for_step(tmp_path, process, 2)
     process.send_signal(kill)
@@ -192,7 +225,11 @@ def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, kill):
         assert process.returncode == -kill
     process = start(tmp_path)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "resuming after step" in output and "attention of the update: xla" in output
+    assert (
+        process.returncode == 0
+        and "resuming after step" in output
+        and "attention of the update: xla" in output
+    )
     assert steps_of(tmp_path) == steps_of(whole)
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), params_of(whole))
 
@@ -214,7 +251,11 @@ def test_a_damaged_newest_checkpoint_costs_a_step_and_not_the_run(whole, tmp_pat
     train.train(small(eval__before=False, eval__after=False), str(workdir))
     said = capsys.readouterr().out
     assert "checkpoint 4 is damaged (" in said and "resuming after step 3" in said
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4", "4.damaged"]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == [
+        "3",
+        "4",
+        "4.damaged",
+    ]
     assert steps_of(workdir) == steps_of(whole)
     jax.tree.map(np.testing.assert_array_equal, params_of(workdir), params_of(whole))
 
@@ -242,17 +283,31 @@ def test_an_evaluation_that_a_signal_ends_is_finished_when_the_run_goes_on(whole
     assert "4" in begun  # it is saved, or being saved, before it is evaluated
     assert (workdir / "checkpoints" / "4").exists() and evaluated(workdir) == [0]
     train.train(config, str(workdir))
-    assert evaluated(workdir) == [0, 4] and len((folder / "episodes.jsonl").read_text().splitlines()) == 8
-    shutil.rmtree(workdir / "checkpoints" / "4")  # killed after the evaluation, before its step was saved
+    assert (
+        evaluated(workdir) == [0, 4]
+        and len((folder / "episodes.jsonl").read_text().splitlines()) == 8
+    )
+    # killed after the evaluation, before its step was saved
+    shutil.rmtree(workdir / "checkpoints" / "4")
     train.train(config, str(workdir))
-    assert evaluated(workdir) == [0, 4] and len((folder / "episodes.jsonl").read_text().splitlines()) == 8
+    assert (
+        evaluated(workdir) == [0, 4]
+        and len((folder / "episodes.jsonl").read_text().splitlines()) == 8
+    )
 
 
 @pytest.mark.parametrize("order", ["proposer_first", "combined"])
 def test_update_orders(tmp_path, order):
-    changes = {"learner__update_order": order, "eval__before": False, "eval__after": False, "checkpoint__export": False}
+    changes = {
+        "learner__update_order": order,
+        "eval__before": False,
+        "eval__after": False,
+        "checkpoint__export": False,
+    }
     train.train(small(steps=1, **changes), str(tmp_path))
-    keys = {key.split("/")[1] for row in rows_of(tmp_path) for key in row if key.startswith("update/")}
+    keys = {
+        key.split("/")[1] for row in rows_of(tmp_path) for key in row if key.startswith("update/")
+    }
     assert ("both" in keys) == (order == "combined")
 
 
@@ -274,16 +329,28 @@ def test_updates_of_a_step_and_their_optimizer_steps(order, trained, expected):
 
 def test_roles_that_are_not_trained_do_not_move(tmp_path):
     """Solver-only with questions nobody verifies: no update at all."""
-    changes = {"game__train": "solver", "rules__min_chars": 999, "eval__before": False, "eval__after": False}
+    changes = {
+        "game__train": "solver",
+        "rules__min_chars": 999,
+        "eval__before": False,
+        "eval__after": False,
+    }
     train.train(small(steps=1, **changes), str(tmp_path))
     initial = hf_load.load(
-        ROOT / "assets/tiny/model", hf_load.read_config(ROOT / "assets/tiny/model"), None, np.float32
+        ROOT / "assets/tiny/model",
+        hf_load.read_config(ROOT / "assets/tiny/model"),
+        None,
+        np.float32,
     )
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), initial)
 
 
 def test_updates_that_are_never_finite_stop_the_run(tmp_path):
-    diverging = {"learner__learning_rate": 1.0, "learner__weight_decay": 100.0, "learner__warmup_steps": 0}
+    diverging = {
+        "learner__learning_rate": 1.0,
+        "learner__weight_decay": 100.0,
+        "learner__warmup_steps": 0,
+    }
     changes = {"eval__before": False, "learner__max_bad_updates": 1, **diverging}
     with pytest.raises(SystemExit, match="not finite"):
         train.train(small(**changes), str(tmp_path))
@@ -299,7 +366,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("key", sorted(BROKEN))
 def test_bad_input_is_told_before_anything_compiles(tmp_path, key):
-    (tmp_path / "answers.jsonl").write_text('{"ground_truth": "x", "search_turns": 1}\n{"ground_truth": "y"}\n')
+    (tmp_path / "answers.jsonl").write_text(
+        '{"ground_truth": "x", "search_turns": 1}\n{"ground_truth": "y"}\n'
+    )
     (tmp_path / "corpus.jsonl").write_text('{"id": "0"}\n')
     (tmp_path / "qa.jsonl").write_text("not json\n")
     name, expected = BROKEN[key]
@@ -322,17 +391,41 @@ def test_bad_input_is_told_before_anything_compiles(tmp_path, key):
         ("sampling.top_p", 0.0, "more than 0, up to 1"),
         ("game.group_size", 513, "game.group_size is 513; expected at most 512"),
         ("game.resample_rounds", 512, "game.resample_rounds is 512; expected at most 511"),
-        ("game.answers_per_step", (1 << 18) + 1, "makes 524290 attempts a step; expected at most 524288"),
+        (
+            "game.answers_per_step",
+            (1 << 18) + 1,
+            "makes 524290 attempts a step; expected at most 524288",
+        ),
         ("engine.extend_buckets", (), "engine.extend_buckets is empty"),
-        ("limits.observation_tokens", 6, "limits.observation_tokens is 6; expected more than the 6 tokens"),
-        ("judge.max_tokens", 512, "judge.max_tokens is 512; expected less than engine.cache_tokens = 448"),
-        ("learner.learning_rate", float("nan"), "learner.learning_rate is nan; expected a finite number"),
-        ("reward.invalid_question", float("inf"), "reward.invalid_question is inf; expected a finite number"),
+        (
+            "limits.observation_tokens",
+            6,
+            "limits.observation_tokens is 6; expected more than the 6 tokens",
+        ),
+        (
+            "judge.max_tokens",
+            512,
+            "judge.max_tokens is 512; expected less than engine.cache_tokens = 448",
+        ),
+        (
+            "learner.learning_rate",
+            float("nan"),
+            "learner.learning_rate is nan; expected a finite number",
+        ),
+        (
+            "reward.invalid_question",
+            float("inf"),
+            "reward.invalid_question is inf; expected a finite number",
+        ),
         ("sampling.temperature", 0.0, "sampling.temperature is 0.0; expected at least 0.01"),
         ("model.path", "", "expected a path"),
         ("data.answers", "", "data.answers is empty; expected a path"),
         ("data.eval_sets.one_hop", "", "data.eval_sets.one_hop is empty; expected a path"),
-        ("data.eval_sets.average", "questions.jsonl", "data.eval_sets.average: expected a name that no other row has"),
+        (
+            "data.eval_sets.average",
+            "questions.jsonl",
+            "data.eval_sets.average: expected a name that no other row has",
+        ),
         ("mesh.tensor", 3, "divisor of 2"),
         ("mesh.tensor", 2, "there are 8 devices"),
         ("learner.rows", 3, "rows"),
@@ -347,12 +440,18 @@ def test_values_that_cannot_work_are_told(tmp_path, key, value, expected):
         c.update_from_flattened_dict(changes)
     with pytest.raises(data.InputError, match=expected):
         train.train(c, str(tmp_path / "run"))
-    assert not (tmp_path / "run" / "config.json").exists()  # so that the mended command is not another config's
+    # so that the mended command is not another config's
+    assert not (tmp_path / "run" / "config.json").exists()
     assert not (tmp_path / "run" / "index").exists()  # which may take hours
 
 
 def test_the_judge_of_evaluations_is_asked_before_anything_is_played(tmp_path):
-    changes = {"eval.judge": "openai", "judge.url": "http://127.0.0.1:1/v1", "judge.model": "m", "judge.retries": 0}
+    changes = {
+        "eval.judge": "openai",
+        "judge.url": "http://127.0.0.1:1/v1",
+        "judge.model": "m",
+        "judge.retries": 0,
+    }
     c = small(eval__before=False)
     with c.unlocked():
         c.update_from_flattened_dict(changes)
@@ -372,7 +471,9 @@ def test_a_truncation_that_the_trainer_does_not_know_of_is_told():
 def test_a_model_that_cannot_be_used_is_told_before_the_index_is_built(tmp_path):
     model = Path(shutil.copytree(ROOT / "assets/tiny/model", tmp_path / "model"))
     norm, text = "model.norm.weight", (model / "tokenizer_config.json").read_text()
-    (model / "tokenizer_config.json").write_text(json.dumps(json.loads(text) | {"chat_template": None}))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps(json.loads(text) | {"chat_template": None})
+    )
     for expected in ("has no chat template", f'tensor "{norm}" has shape'):
         with pytest.raises(data.InputError, match=expected):
             train.train(small(model__path=str(model)), str(tmp_path / "run"))

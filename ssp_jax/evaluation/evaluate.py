@@ -1,9 +1,11 @@
-"""The solver on question sets, greedy, through the same engine as training; judged, scored, and nothing done twice.
+"""The solver on question sets, greedy, through the same engine as training; judged, scored, and
+nothing done twice.
 
-For the weights of a step, workdir/eval/ holds step_000040/episodes.jsonl and step_000040/verdicts.jsonl, a line written
-as each episode or verdict ends, and step_000040.json with the scores. What stands there is not played or judged again:
-an evaluation that was killed goes on, one that is repeated with another judge only asks that judge. Each line says
-what it depends on, as digests; where one of them differs now, it is played or judged anew.
+For the weights of a step, workdir/eval/ holds step_000040/episodes.jsonl and
+step_000040/verdicts.jsonl, a line written as each episode or verdict ends, and step_000040.json
+with the scores. What stands there is not played or judged again: an evaluation that was killed goes
+on, one that is repeated with another judge only asks that judge. Each line says what it depends on,
+as digests; where one of them differs now, it is played or judged anew.
 """
 
 import os
@@ -58,7 +60,8 @@ class EvalContext:
     """What the evaluations of a run have in common."""
 
     folder: Path  # workdir/eval
-    inputs: Mapping[str, str]  # digests of what an episode depends on, beside its question; by names for people
+    # digests of what an episode depends on, beside its question; by names for people
+    inputs: Mapping[str, str]
     training: str  # digest of what the weights of later steps depend on besides
     sets: dict[str, list[Task]]
     engine: Engine
@@ -87,21 +90,34 @@ class Result:
 
 
 def evaluate(setting: EvalContext, step: int, weights: str, params: Callable[[], Any]) -> Result:
-    """weights: what they are, in words. params: gives the sampler's copy, asked for only if a question is left.
+    """weights: what they are, in words. params: gives the sampler's copy, asked for only if a
+    question is left.
 
     Each process plays and judges its share, and writes files of its own; all get the whole.
     """
     folder = setting.folder / f"step_{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     of = setting.depends_on(step)
-    facts: dict[str, Any] = {f"{name} (a digest), of an evaluation": digest for name, digest in of.items()}
-    facts |= {"the questions of an evaluation": processes.digest(setting.questions), "the step": step}
+    facts: dict[str, Any] = {
+        f"{name} (a digest), of an evaluation": digest for name, digest in of.items()
+    }
+    facts |= {
+        "the questions of an evaluation": processes.digest(setting.questions),
+        "the step": step,
+    }
     played: dict[Key, Record]
-    played = processes.all_gather_objects(lambda: _load_episodes(setting, folder, of) if processes.is_coordinator() else {}, facts)[0]
+    played = processes.all_gather_objects(
+        lambda: _load_episodes(setting, folder, of) if processes.is_coordinator() else {}, facts
+    )[0]
     missing = [(name, task) for name, task in setting.questions if (name, task.uid) not in played]
     if missing:
-        weights_now, own = params(), [missing[i] for i in processes.local_share([1.0] * len(missing))]
-        for part in processes.all_gather_objects(lambda: _play(setting, own, of, weights_now, folder / _own_file("episodes"))):
+        weights_now, own = (
+            params(),
+            [missing[i] for i in processes.local_share([1.0] * len(missing))],
+        )
+        for part in processes.all_gather_objects(
+            lambda: _play(setting, own, of, weights_now, folder / _own_file("episodes"))
+        ):
             played |= part
         del weights_now
     verdicts = _judge(setting, folder, played)
@@ -127,12 +143,16 @@ def evaluate(setting: EvalContext, step: int, weights: str, params: Callable[[],
     return Result(step, document, values)
 
 
-def _values(played: list[Record], metric: str, verdicts: dict[Key, Verdict]) -> dict[str, np.ndarray]:
+def _values(
+    played: list[Record], metric: str, verdicts: dict[Key, Verdict]
+) -> dict[str, np.ndarray]:
     found: dict[str, list[float]] = {name: [] for name in (*scores.SHARES, *scores.MEANS)}
     for record in played:
         answer, golds = record["answer"], record["answers"]
         verdict = verdicts.get((record["set"], record["row"]))
-        found["right"].append(rewards.is_right(answer, golds, metric, verdict.right if verdict else None))
+        found["right"].append(
+            rewards.is_right(answer, golds, metric, verdict.right if verdict else None)
+        )
         for name, number in (
             ("em", rewards.exact_match(answer, golds)),
             ("cover_em", rewards.cover_exact_match(answer, golds)),
@@ -148,7 +168,11 @@ def _values(played: list[Record], metric: str, verdicts: dict[Key, Verdict]) -> 
 
 
 def _play(
-    setting: EvalContext, questions: list[tuple[str, Task]], of: Mapping[str, str], params: Any, path: Path
+    setting: EvalContext,
+    questions: list[tuple[str, Task]],
+    of: Mapping[str, str],
+    params: Any,
+    path: Path,
 ) -> dict[Key, Record]:
     """All questions of all sets at once, so that the slots stay full across sets."""
     rows = {(name, task.uid): row for row, (name, task) in enumerate(setting.questions)}
@@ -160,7 +184,10 @@ def _play(
         owners[uid] = (name, task)
     played: dict[Key, Record] = {}
 
-    with open(path, "a", encoding="utf-8") as file, setting.logger.phase("evaluating", len(questions)) as phase:
+    with (
+        open(path, "a", encoding="utf-8") as file,
+        setting.logger.phase("evaluating", len(questions)) as phase,
+    ):
 
         def finished(player: EpisodePlayer) -> list[EpisodePlayer]:
             name, task = owners[player.uid]
@@ -195,7 +222,9 @@ def _record(name: str, task: Task, episode: Episode) -> Record:
 
 
 def _seconds(played: Iterable[Record]) -> float:
-    """Of play: each start of a process has written how long it took so far. Of processes side by side the slowest."""
+    """Of play: each start of a process has written how long it took so far. Of processes side by
+    side the slowest.
+    """
     starts: dict[tuple[str, float], float] = {}
     for record in played:
         start = record["process"], record["began"]
@@ -208,7 +237,9 @@ def _seconds(played: Iterable[Record]) -> float:
 
 def _load_episodes(setting: EvalContext, folder: Path, of: Mapping[str, str]) -> dict[Key, Record]:
     """The episodes of earlier starts that would be the same if they were played now."""
-    asked = {(name, task.uid): (task.question, list(task.answers)) for name, task in setting.questions}
+    asked = {
+        (name, task.uid): (task.question, list(task.answers)) for name, task in setting.questions
+    }
     same: dict[Key, Record] = {}
     changed: dict[Key, set[str]] = {}
     for line in _lines(setting, folder, "episodes", _EPISODE):
@@ -221,7 +252,9 @@ def _load_episodes(setting: EvalContext, folder: Path, of: Mapping[str, str]) ->
     names = sorted(set().union(*changed.values()))
     if names:
         number = len(changed) - len(same)
-        setting.logger.say(f"{number} episodes in {folder} are played again; changed since: {', '.join(names)}")
+        setting.logger.say(
+            f"{number} episodes in {folder} are played again; changed since: {', '.join(names)}"
+        )
     return same
 
 
@@ -241,37 +274,56 @@ def _judge(setting: EvalContext, folder: Path, played: dict[Key, Record]) -> dic
     judge, metric = setting.judge, setting.metric
     if judge is None:
         return {}
-    asked = {k: r for k, r in played.items() if rewards.needs_judge(r["answer"], r["answers"], metric)}
-    known = processes.all_gather_objects(lambda: _load_verdicts(setting, folder, judge, asked) if processes.is_coordinator() else {})
+    asked = {
+        k: r for k, r in played.items() if rewards.needs_judge(r["answer"], r["answers"], metric)
+    }
+    known = processes.all_gather_objects(
+        lambda: _load_verdicts(setting, folder, judge, asked) if processes.is_coordinator() else {}
+    )
     verdicts: dict[Key, Verdict] = known[0]
     left = [key for key in asked if key not in verdicts or verdicts[key].right is None]
     if left:
         # Perhaps none; yet all processes come here, for the judge may load its weights.
         own = [asked[left[i]] for i in processes.local_share([1.0] * len(left))]
-        for part in processes.all_gather_objects(lambda: _ask(setting, judge, own, folder / _own_file("verdicts"))):
+        for part in processes.all_gather_objects(
+            lambda: _ask(setting, judge, own, folder / _own_file("verdicts"))
+        ):
             verdicts |= part
     return verdicts
 
 
-def _load_verdicts(setting: EvalContext, folder: Path, judge: Judge, asked: dict[Key, Record]) -> dict[Key, Verdict]:
-    """What this judge said of these answers before. What it said counts for more than that it failed."""
+def _load_verdicts(
+    setting: EvalContext, folder: Path, judge: Judge, asked: dict[Key, Record]
+) -> dict[Key, Verdict]:
+    """What this judge said of these answers before. What it said counts for more than that it
+    failed.
+    """
     verdicts: dict[Key, Verdict] = {}
     for line in _lines(setting, folder, "verdicts", _VERDICT):
         key = (line["set"], line["row"])
         known = key in verdicts and verdicts[key].right is not None
-        same = key in asked and all(line[name] == asked[key][name] for name in ("question", "answers", "answer"))
+        same = key in asked and all(
+            line[name] == asked[key][name] for name in ("question", "answers", "answer")
+        )
         if line.get("judge_of") == judge.identity and same and not known:
             verdicts[key] = Verdict(line["right"], line["reply"])
     return verdicts
 
 
 def _ask(setting: EvalContext, judge: Judge, asked: list[Record], path: Path) -> dict[Key, Verdict]:
-    cases = [Case(record["question"], tuple(record["answers"]), record["answer"]) for record in asked]
+    cases = [
+        Case(record["question"], tuple(record["answers"]), record["answer"]) for record in asked
+    ]
     verdicts: dict[Key, Verdict] = {}
-    with open(path, "a", encoding="utf-8") as file, setting.logger.phase("judging", len(asked)) as phase:
+    with (
+        open(path, "a", encoding="utf-8") as file,
+        setting.logger.phase("judging", len(asked)) as phase,
+    ):
 
         def take(i: int, verdict: Verdict) -> None:
-            line = {name: asked[i][name] for name in ("set", "row", "question", "answers", "answer")}
+            line = {
+                name: asked[i][name] for name in ("set", "row", "question", "answers", "answer")
+            }
             verdicts[line["set"], line["row"]] = verdict
             line |= {"judge": judge.name, "judge_of": judge.identity}
             _write(file, line | {"right": verdict.right, "reply": verdict.reply})
@@ -298,7 +350,9 @@ def _own_file(name: str) -> str:
 
 
 def _lines(setting: EvalContext, folder: Path, name: str, fields: records.Fields) -> list[Record]:
-    """The whole lines of all processes' files; what a killed one left half written is cut off, for more will follow."""
+    """The whole lines of all processes' files; what a killed one left half written is cut off, for
+    more will follow.
+    """
     found: list[Record] = []
     spoilt = 0
     for path in sorted(folder.glob(f"{name}*.jsonl")):
@@ -312,7 +366,9 @@ def _lines(setting: EvalContext, folder: Path, name: str, fields: records.Fields
         if end < path.stat().st_size:
             os.truncate(path, end)
     if spoilt:
-        setting.logger.say(f"{spoilt} spoilt lines of {name} in {folder} are passed over: what they said is made again")
+        setting.logger.say(
+            f"{spoilt} spoilt lines of {name} in {folder} are passed over: what they said is made again"
+        )
     return found
 
 
@@ -332,14 +388,25 @@ def show(logger: Logger, result: Result) -> None:
 
 
 def compare(
-    logger: Logger, folder: Path, before: Result, after: Result, paper: dict[str, tuple[float, float]]
+    logger: Logger,
+    folder: Path,
+    before: Result,
+    after: Result,
+    paper: dict[str, tuple[float, float]],
 ) -> dict[str, Any]:
-    """Shows and writes before and after, beside the paper's figures where it has this model and these sets."""
+    """Shows and writes before and after, beside the paper's figures where it has this model and
+    these sets.
+    """
     found = scores.gains(before.values, after.values, paper)
     cells, heads = scores.gain_rows(found)
     judge = after.document["judge"]
     logger.table(f"Right by {judge}, {after.step} steps of self-play", cells, heads)
-    document = {"before": before.step, "after": after.step, "judge": judge, "sets": scores.gains_json(found)}
+    document = {
+        "before": before.step,
+        "after": after.step,
+        "judge": judge,
+        "sets": scores.gains_json(found),
+    }
     if processes.is_coordinator():
         records.write_document(folder / "gain.json", document)
     return document

@@ -1,4 +1,6 @@
-"""The question sets alone, as a run of its own (main --mode=eval): the initial weights, and those of the workdir."""
+"""The question sets alone, as a run of its own (main --mode=eval): the initial weights, and those
+of the workdir.
+"""
 
 import functools
 import sys
@@ -22,14 +24,19 @@ from ssp_jax.workdir import keep_config, lock_workdir
 
 
 def evaluate_workdir(config: ConfigDict, workdir: str) -> None:
-    """Plays, judges and scores whatever of it is not in the workdir yet; shows the tables; compares before and after.
+    """Plays, judges and scores whatever of it is not in the workdir yet; shows the tables; compares
+    before and after.
 
-    The weights of model.path are the ones before. Those of the newest checkpoint, where there is one, are the ones
-    after; then eval.before says whether the former are played at all.
+    The weights of model.path are the ones before. Those of the newest checkpoint, where there is
+    one, are the ones after; then eval.before says whether the former are played at all.
     """
     train.keep_compiled(workdir)
     inputs = read_inputs(config, workdir, evaluating=True)
-    processes.run_on_all(lambda: keep_config(workdir, config, evaluating=True) if processes.is_coordinator() else None)
+    processes.run_on_all(
+        lambda: (
+            keep_config(workdir, config, evaluating=True) if processes.is_coordinator() else None
+        )
+    )
     mesh = make_mesh(config)
     engine = train.make_engine(config, inputs, mesh)
 
@@ -55,20 +62,26 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> None:
         if newest:
             restore = _restorer(config, workdir, inputs.model_config, mesh, checkpoints, newest)
             asked[newest] = f"checkpoint of step {newest} in {workdir}", restore
-        logger.say(f"evaluating {' and '.join(name for name, _ in asked.values())}; jax {jax.__version__}")
+        logger.say(
+            f"evaluating {' and '.join(name for name, _ in asked.values())}; jax {jax.__version__}"
+        )
         try:
             results = [
                 evaluate.evaluate(setting, step, name, functools.partial(_warmed, setting, load))
                 for step, (name, load) in asked.items()
             ]
         except processes.Terminated:
-            logger.say(f"{stop.cause}: all that has ended is on disk; the same command goes on from there")
+            logger.say(
+                f"{stop.cause}: all that has ended is on disk; the same command goes on from there"
+            )
             sys.exit(stop.code)
         for result in results:
             evaluate.show(logger, result)
         if len(results) == 2:
             before, after = results
-            evaluate.compare(logger, setting.folder, before, after, paper_table.table_1(config.model.path))
+            evaluate.compare(
+                logger, setting.folder, before, after, paper_table.table_1(config.model.path)
+            )
 
 
 def _warmed(setting: evaluate.EvalContext, load: Callable[[], decoder.Params]) -> decoder.Params:

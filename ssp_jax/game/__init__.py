@@ -1,1 +1,3 @@
-"""The paper: propose, verify, solve, reward; what the roles read and write, and what counts as right."""
+"""The paper: propose, verify, solve, reward; what the roles read and write, and what counts as
+right.
+"""

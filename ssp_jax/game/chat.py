@@ -1,8 +1,9 @@
-"""Messages → token ids of a prompt, by the tokenizer's own chat template or in the reference's raw ChatML.
+"""Messages → token ids of a prompt, by the tokenizer's own chat template or in the reference's raw
+ChatML.
 
-A chat template is a program that came with the model. It may fail, run for ever, or leave out what it is given: Qwen3's
-and R1's cut <think> out of earlier assistant turns. Here it ends in bounded time, its failures are one sentence, and
-a prompt holds every message.
+A chat template is a program that came with the model. It may fail, run for ever, or leave out what
+it is given: Qwen3's and R1's cut <think> out of earlier assistant turns. Here it ends in bounded
+time, its failures are one sentence, and a prompt holds every message.
 """
 
 import contextlib
@@ -34,8 +35,8 @@ TAME_NUMBER = 10_000
 def encode_prompt(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
     """Token ids of a prompt that ends where the assistant begins.
 
-    template: "chat" uses the tokenizer's own Jinja template; "raw_chatml" is the SSP reference's form, which writes no
-    <|im_end|> between turns (models trained with it exist).
+    template: "chat" uses the tokenizer's own Jinja template; "raw_chatml" is the SSP reference's
+    form, which writes no <|im_end|> between turns (models trained with it exist).
     """
     if template not in ("chat", "raw_chatml"):
         raise InputError(

@@ -1,7 +1,8 @@
 """Judges: models that say whether an answer is right where exact match cannot tell.
 
-`policy` is the frozen initial model, in this process, through the same slots as the game. `openai` is any server that
-speaks the OpenAI protocol, asked by its official client. Both take batches and hand on each verdict as it comes.
+`policy` is the frozen initial model, in this process, through the same slots as the game. `openai`
+is any server that speaks the OpenAI protocol, asked by its official client. Both take batches and
+hand on each verdict as it comes.
 """
 
 import asyncio
@@ -26,7 +27,8 @@ from ssp_jax.runtime import processes
 from ssp_jax.runtime.request import Secrets, check_address
 
 PROBE_SECONDS = 60.0  # a server that is just starting may take its time for the first answer
-REPLY_BYTES = 1 << 23  # of a server's answer at most; with all its thoughts it has some ten thousand
+# of a server's answer at most; with all its thoughts it has some ten thousand
+REPLY_BYTES = 1 << 23
 SHOWN_CHARS = 80  # of a reply in a message
 KEPT_CHARS = 4000  # of a reply in verdicts.jsonl
 _TICK_SECONDS = 0.5
@@ -41,7 +43,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """right: None where the judge failed, or said neither; that is counted and never scored as right."""
+    """right: None where the judge failed, or said neither; that is counted and never scored as
+    right.
+    """
 
     right: bool | None
     reply: str  # its words, or what failed
@@ -63,12 +67,15 @@ class Judge(Protocol):
     identity: str  # digest of what its verdicts depend on, beside the case
 
     def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
-        """Calls take(i, verdict) once for each case, in any order, and `progress`, which may raise, now and then."""
+        """Calls take(i, verdict) once for each case, in any order, and `progress`, which may raise,
+        now and then.
+        """
         ...
 
 
 class Policy:
-    """The initial model. weights() gives the sampler's copy of it, which is let go when all cases are judged.
+    """The initial model. weights() gives the sampler's copy of it, which is let go when all cases
+    are judged.
 
     model: digests of what the model is made of.
     """
@@ -86,14 +93,18 @@ class Policy:
     ):
         self.identity = processes.digest((dict(model), stage.template, max_tokens, _asked(_PROBE)))
         room = cache_tokens - max_tokens
-        limits = replace(stage.limits, prompt_tokens=room, response_tokens=max_tokens, turn_tokens=max_tokens)
+        limits = replace(
+            stage.limits, prompt_tokens=room, response_tokens=max_tokens, turn_tokens=max_tokens
+        )
         self._engine, self._stage, self._weights = engine, replace(stage, limits=limits), weights
 
     def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
         players = []
         for i, case in enumerate(cases):
             prompt = self._stage.prompt(_asked(case))
-            players.append(EpisodePlayer(self._stage, ASSISTANT, episode_id(ASSISTANT, i, 0), 0.0, prompt))
+            players.append(
+                EpisodePlayer(self._stage, ASSISTANT, episode_id(ASSISTANT, i, 0), 0.0, prompt)
+            )
         rows = {player.uid: i for i, player in enumerate(players)}
 
         def finished(player: EpisodePlayer) -> list[EpisodePlayer]:
@@ -165,21 +176,35 @@ async def _body_of(response: Any) -> bytes:
 
 
 class OpenAI:
-    """A server. The client itself repeats what timed out or was refused for load, after pauses that grow.
+    """A server. The client itself repeats what timed out or was refused for load, after pauses that
+    grow.
 
     Without threads, which could not be told to stop while the server keeps them waiting.
     """
 
-    def __init__(self, url: str, model: str, *, concurrency: int, timeout_s: float, retries: int, max_tokens: int):
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        concurrency: int,
+        timeout_s: float,
+        retries: int,
+        max_tokens: int,
+    ):
         """Asks one question at once, so that a wrong address is told before anything is compiled."""
         try:
             import openai
         except ImportError:
-            raise InputError("the openai judge: expected the package openai; pip install '.[openai]'") from None
+            raise InputError(
+                "the openai judge: expected the package openai; pip install '.[openai]'"
+            ) from None
         check_address("judge.url", url)
         key = os.environ.get("OPENAI_API_KEY") or "none"  # servers of one's own ask for none
         if not re.fullmatch("[!-~]+", key):
-            raise InputError("environment variable OPENAI_API_KEY: expected visible ASCII characters and no others")
+            raise InputError(
+                "environment variable OPENAI_API_KEY: expected visible ASCII characters and no others"
+            )
         self.name = f"openai {model}"
         self.identity = processes.digest((masked(url), model, max_tokens, _asked(_PROBE)))
         self._errors = openai.OpenAIError, NoReply
@@ -205,7 +230,9 @@ class OpenAI:
         return self._open(timeout=timeout_s, http_client=_bounded(timeout_s))
 
     async def _probe(self, timeout_s: float) -> None:
-        """Finds the arguments that the server takes: OpenAI's newer models have another limit and no temperature."""
+        """Finds the arguments that the server takes: OpenAI's newer models have another limit and
+        no temperature.
+        """
         import openai
 
         try:
@@ -317,7 +344,8 @@ def make_judges(
     server: OpenAI | None,
     initial: Callable[[], Any],
 ) -> Callable[[str], Judge | None]:
-    """The judge of reward.metric or eval.judge, None for a metric that needs none; each is made once.
+    """The judge of reward.metric or eval.judge, None for a metric that needs none; each is made
+    once.
 
     digests: of a run's inputs. server: the one that was found with them.
     initial: gives the sampler's copy of the initial weights.

@@ -1,11 +1,12 @@
 """All texts and tags of the game: render prompts, parse what the model wrote. Knows nothing of JAX.
 
-Three styles share one interface. `search_r1` is the form that Search-R1, ZeroSearch and SSP models were trained on
-(think, search, information, answer). `r_search` is R-Search's own (observation, original_evidence). `brief` keeps the
-tags and drops the explanations, for models too small to read instructions. The wording is ours; the shape
-(instruction, then "Question: ..." at the end of the user turn; one assistant turn with results inserted as text) is
-the interface. With `worked_example` a played example of the role stands before the real task, as an earlier exchange:
-small pretrained models need it.
+Three styles share one interface. `search_r1` is the form that Search-R1, ZeroSearch and SSP models
+were trained on (think, search, information, answer). `r_search` is R-Search's own (observation,
+original_evidence). `brief` keeps the tags and drops the explanations, for models too small to read
+instructions. The wording is ours; the shape (instruction, then "Question: ..." at the end of the
+user turn; one assistant turn with results inserted as text) is the interface. With `worked_example`
+a played example of the role stands before the real task, as an earlier exchange: small pretrained
+models need it.
 """
 
 import re
@@ -22,7 +23,9 @@ STOPS = (SEARCH_STOP, ANSWER_STOP, QUESTION_STOP)
 
 @dataclass(frozen=True)
 class Style:
-    """How one family of models expects the game to be written. Fields ending in `_text` are str.format templates."""
+    """How one family of models expects the game to be written. Fields ending in `_text` are
+    str.format templates.
+    """
 
     system_text: str  # of the solver
     solver_text: str  # {question}
@@ -32,7 +35,8 @@ class Style:
     verifier_text: str  # {documents} {question}
     observation_text: str  # {documents}
     no_result_text: str = "No document matches this search."
-    strip_results: bool = True  # without the newline after the last hit, as Search-R1 and R-Search insert a hit list
+    # without the newline after the last hit, as Search-R1 and R-Search insert a hit list
+    strip_results: bool = True
     quotes_evidence: bool = False  # writes original_evidence before the answer
     worked_example: bool = False  # config key prompt.worked_example
 
@@ -107,7 +111,8 @@ STYLES = {
         proposer_system_text="",
         proposer_text="Write a question. Searches: {searches}. Answer: {answer}",
         verifier_system_text="",
-        verifier_text="Question: {question}\n{documents}",  # in the order in which a solver meets them
+        # in the order in which a solver meets them
+        verifier_text="Question: {question}\n{documents}",
         observation_text="\n<information>{documents}</information>\n",
         strip_results=False,
     ),
@@ -115,9 +120,15 @@ STYLES = {
 
 
 # The worked examples: one chain of two facts, played by each role.
-_OPERA = Document("1", '"The Magic Flute"', "The Magic Flute is an opera by Mozart, first performed in 1791.")
-_MOZART = Document("2", '"Salzburg"', "Salzburg is a city on the river Salzach. Mozart was born there.")
-_QUESTION = "Which river flows through the city where the composer of the opera The Magic Flute was born?"
+_OPERA = Document(
+    "1", '"The Magic Flute"', "The Magic Flute is an opera by Mozart, first performed in 1791."
+)
+_MOZART = Document(
+    "2", '"Salzburg"', "Salzburg is a city on the river Salzach. Mozart was born there."
+)
+_QUESTION = (
+    "Which river flows through the city where the composer of the opera The Magic Flute was born?"
+)
 _ANSWER = "Salzach"
 _SOLVED = (
     ("think", "First I need the composer of The Magic Flute."),
@@ -137,11 +148,17 @@ _PROPOSED = (
     ("think", "Salzach is the river of Salzburg, where Mozart was born. What leads to Mozart?"),
     ("search", "opera composed by Mozart"),
     _OPERA,
-    ("think", "The Magic Flute leads to Mozart, Mozart to Salzburg, and the river of Salzburg is Salzach."),
+    (
+        "think",
+        "The Magic Flute leads to Mozart, Mozart to Salzburg, and the river of Salzburg is Salzach.",
+    ),
     ("question", _QUESTION),
 )
 _VERIFIED = (
-    ("think", "Mozart composed The Magic Flute. He was born in Salzburg, which lies on the Salzach."),
+    (
+        "think",
+        "Mozart composed The Magic Flute. He was born in Salzburg, which lies on the Salzach.",
+    ),
     ("answer", _ANSWER),
 )
 
@@ -157,7 +174,9 @@ def _transcript(style: Style, moves: Sequence[tuple[str, str] | Document]) -> st
     return text.rstrip("\n")
 
 
-def _messages(style: Style, system: str, user: str, asked: str, played: Sequence[Any]) -> list[dict[str, str]]:
+def _messages(
+    style: Style, system: str, user: str, asked: str, played: Sequence[Any]
+) -> list[dict[str, str]]:
     """Without a system text there is no system turn (a template may then add its own default)."""
     turns = [{"role": "system", "content": system}] if system else []
     if style.worked_example:
@@ -173,13 +192,22 @@ def solver_messages(style: Style, question: str) -> list[dict[str, str]]:
     return _messages(style, style.system_text, user, asked, _SOLVED)
 
 
-def proposer_messages(style: Style, answer: str, searches: int, examples: str) -> list[dict[str, str]]:
+def proposer_messages(
+    style: Style, answer: str, searches: int, examples: str
+) -> list[dict[str, str]]:
     shown = f"\nExample questions:\n{examples}" if examples else ""
-    user, asked = (style.proposer_text.format(answer=a, searches=n) for a, n in ((answer, searches), (_ANSWER, 2)))
-    return _messages(style, style.proposer_system_text.format(examples=shown), user, asked, _PROPOSED)
+    user, asked = (
+        style.proposer_text.format(answer=a, searches=n)
+        for a, n in ((answer, searches), (_ANSWER, 2))
+    )
+    return _messages(
+        style, style.proposer_system_text.format(examples=shown), user, asked, _PROPOSED
+    )
 
 
-def verifier_messages(style: Style, question: str, documents: Sequence[Document]) -> list[dict[str, str]]:
+def verifier_messages(
+    style: Style, question: str, documents: Sequence[Document]
+) -> list[dict[str, str]]:
     user, asked = (
         style.verifier_text.format(question=q, documents=format_documents(d))
         for q, d in ((question, documents), (_QUESTION, (_MOZART, _OPERA)))
@@ -188,7 +216,8 @@ def verifier_messages(style: Style, question: str, documents: Sequence[Document]
 
 
 def judge_messages(question: str, golds: Sequence[str], answer: str) -> list[dict[str, str]]:
-    # Each on one line, so that none can pass for another part of the form: models wrote the first and the last.
+    # Each on one line, so that none can pass for another part of the form: models wrote the first
+    # and the last.
     asked, right, given = (" ".join(text.split()) for text in (question, " | ".join(golds), answer))
     user = _JUDGE_USER.format(question=asked, golds=right, answer=given[:JUDGED_CHARS])
     return [{"role": "system", "content": _JUDGE_SYSTEM}, {"role": "user", "content": user}]
@@ -207,7 +236,10 @@ def observation(style: Style, documents: Sequence[Document]) -> str:
 
 def _inside(tag: str, text: str) -> list[str]:
     """The contents of all <tag>...</tag> pairs; an opening tag belongs to the nearest closing one."""
-    return [m.strip() for m in re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, flags=re.DOTALL)]
+    return [
+        m.strip()
+        for m in re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, flags=re.DOTALL)
+    ]
 
 
 def last_search(text: str) -> str | None:

@@ -1,4 +1,6 @@
-"""Is an answer right, is a question well-formed, and what both roles earn. Pure functions of texts and small arrays."""
+"""Is an answer right, is a question well-formed, and what both roles earn. Pure functions of texts
+and small arrays.
+"""
 
 import re
 import string
@@ -22,7 +24,8 @@ def normalize_answer(text: str) -> str:
 def comparable(text: str) -> str:
     """The normal form, or the bare lower-case text where nothing would be left of it.
 
-    Deviation from Search-R1: there "A", "The" and "!" are all the empty text, equal to each other and to no answer.
+    Deviation from Search-R1: there "A", "The" and "!" are all the empty text, equal to each other
+    and to no answer.
     """
     return normalize_answer(text) or text.strip().lower()
 
@@ -40,7 +43,10 @@ def cover_exact_match(prediction: str | None, golds: Sequence[str]) -> bool:
 
 def f1_score(prediction: str | None, golds: Sequence[str]) -> float:
     """SQuAD's F1 over the words of the normal form, the best over the golds."""
-    return max((_f1(comparable(prediction or "").split(), comparable(gold).split()) for gold in golds), default=0.0)
+    return max(
+        (_f1(comparable(prediction or "").split(), comparable(gold).split()) for gold in golds),
+        default=0.0,
+    )
 
 
 def _f1(predicted: list[str], gold: list[str]) -> float:
@@ -48,7 +54,10 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
     return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0
 
 
-METRICS: dict[str, Callable[[str | None, Sequence[str]], bool]] = {"em": exact_match, "cover_em": cover_exact_match}
+METRICS: dict[str, Callable[[str | None, Sequence[str]], bool]] = {
+    "em": exact_match,
+    "cover_em": cover_exact_match,
+}
 JUDGES = ("policy", "openai")  # models that are asked where exact match fails (judge.py)
 METRIC_NAMES = (*METRICS, *JUDGES)  # config keys reward.metric and eval.judge
 
@@ -58,26 +67,33 @@ def needs_judge(answer: str | None, golds: Sequence[str], metric: str) -> bool:
     return metric in JUDGES and bool(answer) and not exact_match(answer, golds)
 
 
-def is_right(answer: str | None, golds: Sequence[str], metric: str, verdict: bool | None = None) -> bool:
-    """verdict: what the judge said, for metrics that have one; None, when it failed to say, is never right."""
+def is_right(
+    answer: str | None, golds: Sequence[str], metric: str, verdict: bool | None = None
+) -> bool:
+    """verdict: what the judge said, for metrics that have one; None, when it failed to say, is
+    never right.
+    """
     if metric in METRICS:
         return METRICS[metric](answer, golds)
     return exact_match(answer, golds) or (needs_judge(answer, golds, metric) and bool(verdict))
 
 
-def solver_reward(text: str, golds: Sequence[str], metric: str, verdict: bool | None = None) -> float:
+def solver_reward(
+    text: str, golds: Sequence[str], metric: str, verdict: bool | None = None
+) -> float:
     """1 if the last answer in what the model wrote itself is right by the metric, else 0 [P s3.2].
 
-    text: the sampled turns of an episode, joined, without the observations. Writing the answer tag all over the place
-    keeps only a quarter (reference: quark_score.py).
+    text: the sampled turns of an episode, joined, without the observations. Writing the answer tag
+    all over the place keeps only a quarter (reference: quark_score.py).
     """
     score = float(is_right(last_answer(text), golds, metric, verdict))
     tags = max(text.count("<answer>"), text.count("</answer>"))
     return score / 4 if tags > MAX_ANSWER_TAGS else score
 
 
-# Rewards of the proposer, from the solver's scores on its question. All use the mean of the solver's rewards, as the
-# paper's formula does; the reference counts every reward > 0 as solved, so there a quarter weighs as much as a one.
+# Rewards of the proposer, from the solver's scores on its question. All use the mean of the
+# solver's rewards, as the paper's formula does; the reference counts every reward > 0 as solved, so
+# there a quarter weighs as much as a one.
 
 
 def one_minus_mean(scores_QG: np.ndarray) -> np.ndarray:
@@ -86,7 +102,9 @@ def one_minus_mean(scores_QG: np.ndarray) -> np.ndarray:
 
 
 def intermediate(scores_QG: np.ndarray) -> np.ndarray:
-    """Highest where the solver wins half of its games, 0 at both ends (reference: intermediate_difficulty)."""
+    """Highest where the solver wins half of its games, 0 at both ends (reference:
+    intermediate_difficulty).
+    """
     solved_Q = scores_QG.mean(axis=1)
     return 4.0 * solved_Q * (1.0 - solved_Q)
 
@@ -98,9 +116,11 @@ def azr(scores_QG: np.ndarray) -> np.ndarray:
 
 
 def dr_zero(scores_QG: np.ndarray) -> np.ndarray:
-    """(G - k) / (G - 1) for k of G solved, so 1 for a single success; 0 at both ends (Dr. Zero, arXiv 2601.07055).
+    """(G - k) / (G - 1) for k of G solved, so 1 for a single success; 0 at both ends (Dr. Zero,
+    arXiv 2601.07055).
 
-    k is the sum of the rewards; a sum below one success (a lone quarter) counts as one, else it would earn more than 1.
+    k is the sum of the rewards; a sum below one success (a lone quarter) counts as one, else it
+    would earn more than 1.
     """
     attempts, solved_Q = scores_QG.shape[1], scores_QG.sum(axis=1)
     reward_Q = np.minimum(1.0, (attempts - solved_Q) / max(attempts - 1, 1))
@@ -108,13 +128,17 @@ def dr_zero(scores_QG: np.ndarray) -> np.ndarray:
 
 
 def variance(scores_QG: np.ndarray) -> np.ndarray:
-    """exp(-(Var - 1/4)^2 / 0.02) of the solver's scores: 1 where half of them are right, the largest variance that
-    scores in [0, 1] can have, and 0.04 where all agree (SPICE, arXiv 2510.24684)."""
+    """exp(-(Var - 1/4)^2 / 0.02) of the solver's scores: 1 where half of them are right, the
+    largest variance that scores in [0, 1] can have, and 0.04 where all agree (SPICE, arXiv
+    2510.24684).
+    """
     return np.exp(-np.square(scores_QG.var(axis=1) - 0.25) / 0.02)
 
 
 def r_zero(scores_QG: np.ndarray) -> np.ndarray:
-    """1 - 2 |s - 1/2|: falls evenly from half of the games won to both ends (R-Zero, arXiv 2508.05004)."""
+    """1 - 2 |s - 1/2|: falls evenly from half of the games won to both ends (R-Zero, arXiv
+    2508.05004).
+    """
     return 1.0 - 2.0 * np.abs(scores_QG.mean(axis=1) - 0.5)
 
 

@@ -1,7 +1,8 @@
 """The roles as small state machines: what a proposer, verifier or solver does after each stop.
 
-Tokens are the truth: an episode is one growing token list, with a mark per token (sampled or given) and the sampler's
-log-prob, both made here once and only carried afterwards. Text is a view of it, decoded for parsing and for people.
+Tokens are the truth: an episode is one growing token list, with a mark per token (sampled or given)
+and the sampler's log-prob, both made here once and only carried afterwards. Text is a view of it,
+decoded for parsing and for people.
 """
 
 import sys
@@ -43,9 +44,13 @@ def check_rows(place: str, number: int) -> None:
 
 
 def episode_id(role: Role, row: int, attempt: int) -> int:
-    """A number below 2**31 that names an episode within a step: the same whenever and wherever it is played."""
+    """A number below 2**31 that names an episode within a step: the same whenever and wherever it
+    is played.
+    """
     if row >= ID_ROWS or attempt >= ID_ATTEMPTS:
-        raise ValueError(f"episode ids hold {ID_ROWS} rows and {ID_ATTEMPTS} attempts, got row {row}, {attempt}")
+        raise ValueError(
+            f"episode ids hold {ID_ROWS} rows and {ID_ATTEMPTS} attempts, got row {row}, {attempt}"
+        )
     return (role.code * ID_ROWS + row) * ID_ATTEMPTS + attempt
 
 
@@ -115,7 +120,9 @@ class EpisodeContext:
         return tokens.decode(self.tokenizer, ids)
 
     def observation(self, documents: Sequence[Document]) -> list[int]:
-        """Tokens of an inserted result, encoded alone; a long one loses its end but not its closing tag."""
+        """Tokens of an inserted result, encoded alone; a long one loses its end but not its closing
+        tag.
+        """
         ids = self.encode(prompts.observation(self.style, documents))
         if len(ids) <= self.limits.observation_tokens:
             return ids
@@ -124,14 +131,17 @@ class EpisodeContext:
 
 
 def check_stage(stage: EpisodeContext) -> None:
-    """What would go wrong in every game is told at the start: the shapes of all prompts, and the tags.
+    """What would go wrong in every game is told at the start: the shapes of all prompts, and the
+    tags.
 
     A tokenizer may lower the case of a text, or lack a character of a tag: no stop would ever fire.
     """
     style = stage.style
     asked = prompts.solver_messages(style, "Who?")
     proposed = prompts.proposer_messages(style, "Paris", 1, "Who?\n")
-    verified = prompts.verifier_messages(style, "Who?", [Document("1", "Paris", "Paris is a city.")])
+    verified = prompts.verifier_messages(
+        style, "Who?", [Document("1", "Paris", "Paris is a city.")]
+    )
     for messages in (asked, proposed, verified):
         stage.prompt(messages)
     token_bytes(stage.tokenizer)
@@ -146,7 +156,9 @@ def check_stage(stage: EpisodeContext) -> None:
 
 @dataclass(frozen=True)
 class Episode:
-    """A finished episode. tokens, sampled and logprobs are aligned; logprobs is 0 where a token was given."""
+    """A finished episode. tokens, sampled and logprobs are aligned; logprobs is 0 where a token was
+    given.
+    """
 
     uid: int
     role: str
@@ -210,7 +222,9 @@ class EpisodePlayer:
         self.sampled += [True] * len(tokens)
 
     def end_turn(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
-        """The query to search for, or None when the episode is over. Asking for one search too many ends it."""
+        """The query to search for, or None when the episode is over. Asking for one search too many
+        ends it.
+        """
         self.append(tokens, logprobs)
         self.turns.append((self.role.name, self.stage.decode(self.tokens[self._turn_start :])))
         if stop == sampler.EOS:
@@ -218,7 +232,9 @@ class EpisodePlayer:
         elif stop == sampler.FULL:
             self.stop_reason = "cache_tokens"
         elif stop == sampler.LIMIT:
-            self.stop_reason = "response_tokens" if len(self.tokens) >= self._full else "turn_tokens"
+            self.stop_reason = (
+                "response_tokens" if len(self.tokens) >= self._full else "turn_tokens"
+            )
         elif self.role.stops[stop] != prompts.SEARCH_STOP:
             self.stop_reason = self.role.stops[stop].strip("</>")
         elif len(self.queries) >= self.stage.limits.searches:
@@ -262,7 +278,9 @@ class EpisodePlayer:
 
 
 def eos_tokens(tokenizer: Any, generation_config: dict[str, Any]) -> tuple[int, ...]:
-    """Ids that end a turn: the tokenizer's own and those of weights.read_generation_config (an id or a list)."""
+    """Ids that end a turn: the tokenizer's own and those of weights.read_generation_config (an id
+    or a list).
+    """
     extra = generation_config.get("eos_token_id")
     ids = {tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])} - {None}
     if not ids:

@@ -1,9 +1,11 @@
-"""One round of the game in the paper's words: propose, verify, solve, reward (SSP section 3, Algorithm 1).
+"""One round of the game in the paper's words: propose, verify, solve, reward (SSP section 3,
+Algorithm 1).
 
-All episodes of a round share the engine's slots: a question is verified as soon as its proposer ends, and its solvers
-start as soon as it is verified; those that need a judge's word wait until all its cases are there. Everything that an
-episode depends on is fixed when the round starts (the noise documents come from the round before, reused questions from
-the pool as it stood), so results do not depend on timing.
+All episodes of a round share the engine's slots: a question is verified as soon as its proposer
+ends, and its solvers start as soon as it is verified; those that need a judge's word wait until all
+its cases are there. Everything that an episode depends on is fixed when the round starts (the noise
+documents come from the round before, reused questions from the pool as it stood), so results do not
+depend on timing.
 """
 
 import dataclasses
@@ -21,7 +23,15 @@ from ssp_jax.game import prompts, roles, rules
 from ssp_jax.game.judge import Case, Judge, Verdict
 from ssp_jax.game.noise import Noise, distinct
 from ssp_jax.game.rewards import PROPOSER_REWARDS, needs_judge, solver_reward
-from ssp_jax.game.roles import PROPOSER, SOLVER, VERIFIER, Episode, EpisodeContext, EpisodePlayer, Role
+from ssp_jax.game.roles import (
+    PROPOSER,
+    SOLVER,
+    VERIFIER,
+    Episode,
+    EpisodeContext,
+    EpisodePlayer,
+    Role,
+)
 from ssp_jax.learner import objective
 from ssp_jax.retriever.search import Search
 from ssp_jax.rollout.engine import Engine, Stats
@@ -39,7 +49,9 @@ class Question:
 
 @dataclasses.dataclass
 class Game:
-    """One given answer's way through a round, filled in as its episodes end. fault is "" once verified."""
+    """One given answer's way through a round, filled in as its episodes end. fault is "" once
+    verified.
+    """
 
     index: int
     task: Task
@@ -57,7 +69,9 @@ class Game:
 
 @dataclasses.dataclass
 class ReplayState:
-    """What a round leaves to the next: verified questions; for noise, each game's finds and answers."""
+    """What a round leaves to the next: verified questions; for noise, each game's finds and
+    answers.
+    """
 
     pool: list[Question] = dataclasses.field(default_factory=list)
     documents: list[list[Document]] = dataclasses.field(default_factory=list)
@@ -106,7 +120,14 @@ class Round:
 class SelfPlay:
     """The rules of a run, ready to play rounds. Holds no state between rounds: that is `Memory`."""
 
-    def __init__(self, config: ConfigDict, stage: EpisodeContext, engine: Engine, retriever: Search, judge: Judge | None = None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        stage: EpisodeContext,
+        engine: Engine,
+        retriever: Search,
+        judge: Judge | None = None,
+    ):
         self._config, self._stage, self._engine, self._retriever = config, stage, engine, retriever
         self._judge = judge
         self._pair = RL_PAIRS[config.game.rl_pair]
@@ -122,13 +143,20 @@ class SelfPlay:
         key: Any,
         progress: Callable[[Stats], None] = lambda stats: None,
     ) -> tuple[Round, ReplayState]:
-        """One round over these given answers. Each process plays its share of them, and all get the whole round."""
-        games = [Game(i, task) for i, task in enumerate(t for t in tasks for _ in range(self._proposals))]
+        """One round over these given answers. Each process plays its share of them, and all get the
+        whole round.
+        """
+        games = [
+            Game(i, task) for i, task in enumerate(t for t in tasks for _ in range(self._proposals))
+        ]
         noise = self._noise(memory.answers, memory.documents)
         table = _Play(self._config, self._stage, games, noise, memory.pool, step)
         table.attempts = self._attempts
         own = processes.local_share([game.task.searches for game in games])
-        facts: dict[str, Any] = {"the step": step, "a step's given answers": processes.digest(tasks)}
+        facts: dict[str, Any] = {
+            "the step": step,
+            "a step's given answers": processes.digest(tasks),
+        }
         facts["the memory"] = processes.digest(memory)
 
         def played(first: Callable[[], list[EpisodePlayer]]) -> list[Stats]:
@@ -137,8 +165,14 @@ class SelfPlay:
             def action() -> tuple[Stats, list[Game]]:
                 players, stats = first(), Stats()
                 while players:  # those that wait for a judge go on in a next wave
-                    stats = _added(stats, self._engine.play(params, key, players, table.finished, progress))
-                    players = table.judged(self._judge, functools.partial(progress, stats)) if self._judge else []
+                    stats = _added(
+                        stats, self._engine.play(params, key, players, table.finished, progress)
+                    )
+                    players = (
+                        table.judged(self._judge, functools.partial(progress, stats))
+                        if self._judge
+                        else []
+                    )
                 return stats, [games[i] for i in own]
 
             parts = processes.all_gather_objects(action, facts)
@@ -149,7 +183,8 @@ class SelfPlay:
 
         costs = played(lambda: [table.propose(games[i]) for i in own])
         c = self._config.game
-        if c.noise_source == "same_step":  # nothing is verified before all have proposed, and proposed again
+        # nothing is verified before all have proposed, and proposed again
+        if c.noise_source == "same_step":
             for _ in range(1 + (c.resample_rounds if c.batch_fill == "resample" else 0)):
                 answers = [game.task.answers for game in games]
                 table.noise = self._noise(answers, _documents_of(games))
@@ -157,7 +192,9 @@ class SelfPlay:
         return self._reward(games, costs), self._remember(step, games, memory)
 
     def _reward(self, games: list[Game], costs: list[Stats]) -> Round:
-        """Solver: is the answer right. Proposer: 1 - mean solver success, or the price of a failed question."""
+        """Solver: is the answer right. Proposer: 1 - mean solver success, or the price of a failed
+        question.
+        """
         c = self._config.reward
         for game in games:
             fresh = game.question is not None and not game.question.reused
@@ -166,13 +203,19 @@ class SelfPlay:
             game.proposer_reward = c.invalid_question if own is None else float(own)
         proposed = [(g.proposer, g.proposer_reward, g) for g in games if g.proposer is not None]
         solved = [(e, s, g) for g in games for e, s in zip(g.attempts, g.scores, strict=True)]
-        # Processes play side by side: their work adds up, and the slowest one's time is the round's.
-        stats = dataclasses.replace(functools.reduce(_added, costs), seconds=max(cost.seconds for cost in costs))
+        # Processes play side by side: their work adds up, and the slowest one's time is the
+        # round's.
+        stats = dataclasses.replace(
+            functools.reduce(_added, costs), seconds=max(cost.seconds for cost in costs)
+        )
         waiting = 1 - sum(cost.seconds for cost in costs) / max(len(costs) * stats.seconds, 1e-9)
         metrics = _metrics(games, stats) | {"play/waiting": waiting if len(costs) > 1 else 0.0}
         if self._judge:
             verdicts = [verdict for game in games for verdict in game.verdicts.values()]
-            metrics |= {"judge/asked": len(verdicts), "judge/failed": sum(v.right is None for v in verdicts)}
+            metrics |= {
+                "judge/asked": len(verdicts),
+                "judge/failed": sum(v.right is None for v in verdicts),
+            }
         proposer, solver = self._training(PROPOSER, proposed), self._training(SOLVER, solved)
         return Round(games, proposer, solver, stats, metrics)
 
@@ -180,10 +223,14 @@ class SelfPlay:
         """Without those episodes whose prompt was refused for its length: the model wrote nothing."""
         played = [(episode, reward, game) for episode, reward, game in ended if episode.num_sampled]
         reward_E = np.array([reward for _, reward, _ in played])
-        algorithm, baseline = self._pair[0 if role is PROPOSER else 1], self._config.learner.proposer_baseline
+        algorithm, baseline = (
+            self._pair[0 if role is PROPOSER else 1],
+            self._config.learner.proposer_baseline,
+        )
         games, std, leave_one_out = [game for _, _, game in played], False, False
         groups: Sequence[int]
-        if algorithm == "grpo":  # proposals for one answer form a group, attempts at one question form a group
+        # proposals for one answer form a group, attempts at one question form a group
+        if algorithm == "grpo":
             groups = [g.index // self._proposals if role is PROPOSER else g.index for g in games]
             std = self._config.learner.grpo_std
         elif algorithm == "reinforcepp":
@@ -194,7 +241,9 @@ class SelfPlay:
             groups, std = [g.task.searches for g in games], True
         else:
             groups, leave_one_out = [0] * len(games), baseline == "leave_one_out"
-        advantage_E = objective.advantages(reward_E, np.array(groups), std=std, leave_one_out=leave_one_out)
+        advantage_E = objective.advantages(
+            reward_E, np.array(groups), std=std, leave_one_out=leave_one_out
+        )
         return Training([e for e, _, _ in played], reward_E, advantage_E)
 
     def _noise(
@@ -231,7 +280,9 @@ class _Play:
         self.held: list[Game] = []  # waiting for the noise of this round
         self._unjudged: list[tuple[Game, Episode]] = []
 
-    def _player(self, role: Role, game: Game, attempt: int, messages: list[dict[str, str]]) -> EpisodePlayer:
+    def _player(
+        self, role: Role, game: Game, attempt: int, messages: list[dict[str, str]]
+    ) -> EpisodePlayer:
         s = self._config.sampling
         temperature = s.verify_temperature if role is VERIFIER else s.temperature
         uid = roles.episode_id(role, game.index, attempt)
@@ -239,7 +290,9 @@ class _Play:
 
     def propose(self, game: Game) -> EpisodePlayer:
         task = game.task
-        messages = prompts.proposer_messages(self._stage.style, task.answers[0], task.searches, task.examples)
+        messages = prompts.proposer_messages(
+            self._stage.style, task.answers[0], task.searches, task.examples
+        )
         game.proposals += 1
         game.noise = []
         game.verifier = None  # of the proposal before
@@ -256,10 +309,16 @@ class _Play:
         return self._after_answer(game, episode)
 
     def judged(self, judge: Judge, progress: Callable[[], None]) -> list[EpisodePlayer]:
-        """Hears the judge about all who wait for it, and goes on with them, in an order that no timing changes."""
+        """Hears the judge about all who wait for it, and goes on with them, in an order that no
+        timing changes.
+        """
         waiting, self._unjudged = sorted(self._unjudged, key=lambda pair: pair[1].uid), []
-        asked = [(game.question, prompts.last_answer(episode.text) or "") for game, episode in waiting]
-        cases = [Case(question.text, question.answers, answer) for question, answer in asked if question]
+        asked = [
+            (game.question, prompts.last_answer(episode.text) or "") for game, episode in waiting
+        ]
+        cases = [
+            Case(question.text, question.answers, answer) for question, answer in asked if question
+        ]
 
         def take(i: int, verdict: Verdict) -> None:
             game, episode = waiting[i]
@@ -270,7 +329,9 @@ class _Play:
         return [player for game, episode in waiting for player in self._after_answer(game, episode)]
 
     def _after_answer(self, game: Game, episode: Episode) -> Iterable[EpisodePlayer]:
-        return (self._after_verifier if episode.role == VERIFIER.name else self._after_solver)(game, episode)
+        return (self._after_verifier if episode.role == VERIFIER.name else self._after_solver)(
+            game, episode
+        )
 
     def _after_proposer(self, game: Game, episode: Episode) -> Iterable[EpisodePlayer]:
         """The rule filter."""
@@ -278,7 +339,9 @@ class _Play:
         if episode.stop_reason == "prompt_tokens":
             return self._failed(game, "too_long_to_propose")
         text, answer = prompts.first_question(episode.text), game.task.answers[0]
-        fault = rules.question_fault(text, answer, episode.queries, len(episode.documents), self._config.rules)
+        fault = rules.question_fault(
+            text, answer, episode.queries, len(episode.documents), self._config.rules
+        )
         if fault is not None:
             return self._failed(game, fault)
         assert text is not None
@@ -313,10 +376,14 @@ class _Play:
         game.verifier = episode
         if self._score(game, episode) > 0:
             return self._solve(game)
-        return self._failed(game, "too_long_to_verify" if episode.stop_reason == "prompt_tokens" else "unverified")
+        return self._failed(
+            game, "too_long_to_verify" if episode.stop_reason == "prompt_tokens" else "unverified"
+        )
 
     def _failed(self, game: Game, fault: str) -> Iterable[EpisodePlayer]:
-        """How the batch is filled when a question fails [P B.1]; a dummy question gives no signal, so none plays."""
+        """How the batch is filled when a question fails [P B.1]; a dummy question gives no signal,
+        so none plays.
+        """
         game.fault, game.question = fault, None
         c = self._config.game
         if c.batch_fill == "resample":
@@ -362,12 +429,17 @@ def readable(game: Game) -> dict[str, Any]:
         "answer": game.task.answers[0],
         "requested_searches": game.task.searches,
         "proposer": shown(game.proposer),
-        "documents": [dataclasses.asdict(d) for d in game.proposer.documents] if game.proposer else [],
+        "documents": [dataclasses.asdict(d) for d in game.proposer.documents]
+        if game.proposer
+        else [],
         "noise": [dataclasses.asdict(d) for d in game.noise],
         "fault": game.fault,
         "question": dataclasses.asdict(game.question) if game.question else None,
         "verifier": shown(game.verifier),
-        "attempts": [{**(shown(e) or {}), "score": s} for e, s in zip(game.attempts, game.scores, strict=True)],
+        "attempts": [
+            {**(shown(e) or {}), "score": s}
+            for e, s in zip(game.attempts, game.scores, strict=True)
+        ],
         "proposer_reward": game.proposer_reward,
     }
 
@@ -377,7 +449,9 @@ def _documents_of(games: Sequence[Game]) -> list[list[Document]]:
 
 
 def _added(a: Stats, b: Stats) -> Stats:
-    return Stats(**{f.name: getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(Stats)})
+    return Stats(
+        **{f.name: getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(Stats)}
+    )
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -415,6 +489,7 @@ def _metrics(games: list[Game], stats: Stats) -> dict[str, float]:
         "play/tokens_per_second": stats.sampled_tokens / max(stats.seconds, 1e-9),
         "play/written_tokens_per_second": stats.written_tokens / max(stats.seconds, 1e-9),
         "play/occupancy": stats.busy_steps / max(stats.slot_steps, 1),
-        "play/stalled": stats.stalled_steps / max(stats.slot_steps, 1),  # of slots that waited for memory
+        # of slots that waited for memory
+        "play/stalled": stats.stalled_steps / max(stats.slot_steps, 1),
         "play/searches_per_second": stats.searches / max(stats.seconds, 1e-9),
     }

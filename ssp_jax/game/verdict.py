@@ -8,15 +8,19 @@ from typing import Any
 
 from ssp_jax.game.chat import encode_prompt as encode_prompt
 
-# What a model thinks before it speaks. Where a template writes the opening tag, a reply has only the other.
+# What a model thinks before it speaks. Where a template writes the opening tag, a reply has only
+# the other.
 _THOUGHT = r"(?:seed:)?(?:think|thinking|thoughts?)"
 _THOUGHT_BEGINS = re.compile(rf"<{_THOUGHT}>|\[think\]|◁think▷", re.IGNORECASE)
 _THOUGHT_ENDS = re.compile(rf"</{_THOUGHT}>|\[/think\]|◁/think▷", re.IGNORECASE)
 # Reasons with tags of their own, before or after a verdict.
-_REASONS = re.compile(r"<(reason|reasoning|analysis|explanation|reflection)>.*?(?:</\1>|$)", re.DOTALL | re.IGNORECASE)
+_REASONS = re.compile(
+    r"<(reason|reasoning|analysis|explanation|reflection)>.*?(?:</\1>|$)", re.DOTALL | re.IGNORECASE
+)
 _TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|\n")  # a word, a mark, the end of a line
 _BEGINNING = 2000  # characters of a reply in which its first word stands
-# May stand before a verdict and are none: "Final verdict: ...", "<answer>...", "It is ...", "1. ...".
+# May stand before a verdict and are none: "Final verdict: ...", "<answer>...", "It is ...", "1.
+# ...".
 _INTRODUCTION = frozenset(
     ("my", "the", "final", "verdict", "judgement", "judgment", "decision", "result", "evaluation")
     + ("grade", "answer", "response", "output", "boxed", "text", "textbf", "mathrm", "json", "1")
@@ -67,8 +71,12 @@ def _spoken(text: str) -> bool | None:
 
 def _words_from_the_first(text: str) -> list[str]:
     """Words and marks, without quotes and without what may stand before a verdict."""
-    tokens = [token for token in _TOKEN.findall(text.strip()[:_BEGINNING].lower()) if token not in _QUOTES]
-    before = itertools.takewhile(lambda token: token in _INTRODUCTION or not token[0].isalnum(), tokens)
+    tokens = [
+        token for token in _TOKEN.findall(text.strip()[:_BEGINNING].lower()) if token not in _QUOTES
+    ]
+    before = itertools.takewhile(
+        lambda token: token in _INTRODUCTION or not token[0].isalnum(), tokens
+    )
     return tokens[len(list(before)) :]
 
 

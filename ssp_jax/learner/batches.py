@@ -27,7 +27,9 @@ class Trajectory(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows, [B, T] each. Column t is about predicting targets[t] = tokens[t + 1] inside one segment."""
+    """Packed rows, [B, T] each. Column t is about predicting targets[t] = tokens[t + 1] inside one
+    segment.
+    """
 
     tokens_BT: Any  # int32
     targets_BT: Any  # int32
@@ -58,8 +60,11 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     return rows
 
 
-def make_batches(c: LearnerConfig, episodes: Sequence[Trajectory], advantage_E: np.ndarray) -> list[Batch]:
-    """Packed micro-batches of c.rows rows; weights make the loss a mean over all episodes given here.
+def make_batches(
+    c: LearnerConfig, episodes: Sequence[Trajectory], advantage_E: np.ndarray
+) -> list[Batch]:
+    """Packed micro-batches of c.rows rows; weights make the loss a mean over all episodes given
+    here.
 
     Also over those that are then left out: by c.drop_no_advantage (groups of equal rewards, as in
     DAPO, arXiv 2503.14476), which would add nothing but their KL term, and those without a sampled
@@ -69,11 +74,16 @@ def make_batches(c: LearnerConfig, episodes: Sequence[Trajectory], advantage_E: 
     weight_E = objective.sequence_weight(lengths_E, c.aggregation, c.response_tokens)
     counts_E = (lengths_E > 0) & ((np.asarray(advantage_E) != 0) | (not c.drop_no_advantage))
     played = np.flatnonzero(counts_E).tolist()
-    rows = [[played[i] for i in row] for row in pack([len(episodes[i].tokens) for i in played], c.row_tokens)]
+    rows = [
+        [played[i] for i in row]
+        for row in pack([len(episodes[i].tokens) for i in played], c.row_tokens)
+    ]
     batches = []
     for start in range(0, len(rows), c.rows):
         shape = (c.rows, c.row_tokens)
-        ints = {n: np.zeros(shape, np.int32) for n in ("tokens", "targets", "positions", "segments")}
+        ints = {
+            n: np.zeros(shape, np.int32) for n in ("tokens", "targets", "positions", "segments")
+        }
         floats = {n: np.zeros(shape, np.float32) for n in ("weight", "advantage", "sampler_logp")}
         for b, row in enumerate(rows[start : start + c.rows]):
             at = 0

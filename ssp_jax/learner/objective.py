@@ -1,7 +1,7 @@
 """Advantages, policy loss, KL, token log-probs: pure functions of arrays. Knows nothing of search.
 
-Every loss is sum(weight * term) over tokens: what a mean is taken over (tokens, sequences) is data, made once on the
-host, so packing and micro-batching cannot change it.
+Every loss is sum(weight * term) over tokens: what a mean is taken over (tokens, sequences) is data,
+made once on the host, so packing and micro-batching cannot change it.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,8 @@ def advantages(
       RLOO, leave_one_out         A_i = r_i - mean of the others         arXiv 2402.14740
       REINFORCE++, one group      GRPO with std over the whole batch     arXiv 2501.03262
       HRPO, groups by searches    the same over all episodes of as many requested searches (Dr. Zero, 2601.07055)
-    A group of one has mean 0 and standard deviation 1, so its advantage is its reward (verl's rule).
+    A group of one has mean 0 and standard deviation 1, so its advantage is its reward (verl's
+    rule).
     """
     rewards_E = np.asarray(rewards_E, np.float64)
     result_E = rewards_E.copy()
@@ -45,7 +46,8 @@ def advantages(
         n = len(rows)
         if n == 1:
             continue
-        centred = rewards_E[rows] - rewards_E[rows[0]]  # equal rewards give 0 and no rounding, which std would blow up
+        # equal rewards give 0 and no rounding, which std would blow up
+        centred = rewards_E[rows] - rewards_E[rows[0]]
         centred -= centred.mean()
         if leave_one_out:
             centred *= n / (n - 1)  # r - mean of the others = n / (n - 1) * (r - mean of all)
@@ -56,7 +58,8 @@ def advantages(
 
 
 def sequence_weight(num_tokens_E: np.ndarray, aggregation: str, constant: int) -> np.ndarray:
-    """The weight w of each sampled token of an episode in the loss sum_i sum_t w_i l_it, for E episodes of n_i tokens.
+    """The weight w of each sampled token of an episode in the loss sum_i sum_t w_i l_it, for E
+    episodes of n_i tokens.
 
     sequence_mean   w_i = 1 / (E n_i)     mean over an episode's tokens, then over episodes [P eq.4]
     token_mean      w_i = 1 / sum_j n_j   mean over all tokens (DAPO, arXiv 2503.14476; verl)
@@ -89,7 +92,8 @@ def policy_loss(
     clip_dual: float = 0.0,
     kl_bound: float = 0.0,
 ) -> LossSums:
-    """Clipped surrogate (PPO, arXiv 1707.06347; clip-higher: DAPO, 2503.14476) plus KL to the reference.
+    """Clipped surrogate (PPO, arXiv 1707.06347; clip-higher: DAPO, 2503.14476) plus KL to the
+    reference.
 
     loss = sum_t w_t * [ -c_t * S_t + kl_coef * KL_t ]   [P eq.4, eq.5]
     with S = min(r A, clip(r, 1 - low, 1 + high) A), r = exp(clamp(logp - old))
@@ -116,7 +120,8 @@ def policy_loss(
         dual_BT = jnp.maximum(surrogate_BT, clip_dual * advantage_BT)
         surrogate_BT = jnp.where(advantage_BT < 0, dual_BT, surrogate_BT)
     correction_BT = jnp.minimum(
-        jnp.exp(jnp.clip(masked(old_logp_BT - sampler_logp_BT), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)), importance_cap
+        jnp.exp(jnp.clip(masked(old_logp_BT - sampler_logp_BT), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)),
+        importance_cap,
     )
     term_BT = -jax.lax.stop_gradient(correction_BT) * surrogate_BT
     kl_BT = jnp.zeros_like(logp_BT)
@@ -135,12 +140,13 @@ def policy_loss(
 
 
 def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: str, bound: float = 0.0) -> jax.Array:
-    """Per-token estimate of KL(policy || reference), with d = log reference - log policy (Schulman 2020, joschu.net).
+    """Per-token estimate of KL(policy || reference), with d = log reference - log policy (Schulman
+    2020, joschu.net).
 
-    k1 = -d, unbiased; k2 = d^2 / 2, low bias; k3 = exp(d) - d - 1, low variance and never negative. As losses their
-    gradients differ: that of k1 has mean 0, that of k2 is the KL's own.
-    k3 grows like the exponential of d, so that one token can outweigh all others. bound, if not 0,
-    cuts it, and beyond it there is no gradient.
+    k1 = -d, unbiased; k2 = d^2 / 2, low bias; k3 = exp(d) - d - 1, low variance and never negative.
+    As losses their gradients differ: that of k1 has mean 0, that of k2 is the KL's own. k3 grows
+    like the exponential of d, so that one token can outweigh all others. bound, if not 0, cuts it,
+    and beyond it there is no gradient.
     """
     delta = jnp.clip(ref_logp - logp, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     if kind == "k1":

@@ -14,7 +14,9 @@ from ssp_jax.model import decoder, sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """float32 master weights and moments. updates counts optimizer steps, bad_updates skipped ones in a row."""
+    """float32 master weights and moments. updates counts optimizer steps, bad_updates skipped ones
+    in a row.
+    """
 
     params: decoder.Params
     opt_state: Any
@@ -24,7 +26,9 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class LearnerConfig:
-    """Config section `learner`, with compute dtype, remat (a key of model.REMAT) and the sampler's temperature."""
+    """Config section `learner`, with compute dtype, remat (a key of model.REMAT) and the sampler's
+    temperature.
+    """
 
     model: decoder.ModelConfig
     dtype: Any
@@ -56,12 +60,15 @@ class LearnerConfig:
     momentum_dtype: str = "float32"
     offload_moments: bool = False
     offload_reference: bool = False
-    rows_sharding: jax.sharding.NamedSharding | None = None  # how rows are split over devices, None for one device
+    # how rows are split over devices, None for one device
+    rows_sharding: jax.sharding.NamedSharding | None = None
     attention: str = "xla"  # what attention.select_kernel() says
 
 
 def learning_rate(c: LearnerConfig) -> optax.Schedule:
-    """Linear warm-up, then constant, or down to final_rate * learning_rate by a cosine or a line over decay_steps."""
+    """Linear warm-up, then constant, or down to final_rate * learning_rate by a cosine or a line
+    over decay_steps.
+    """
     top, last = c.learning_rate, c.learning_rate * c.final_rate
     warm = optax.schedules.linear_schedule(top / max(c.warmup_steps, 1), top, c.warmup_steps)
     if c.schedule == "constant":
@@ -76,8 +83,8 @@ def learning_rate(c: LearnerConfig) -> optax.Schedule:
 def optimizer(c: LearnerConfig) -> optax.GradientTransformation:
     """AdamW; `_apply` clips its gradients.
 
-    Only the first moment may be bfloat16: the second moves by a share of 1 - b2 = 0.001 a step, which is less than half
-    of bfloat16's spacing, so it would stand still.
+    Only the first moment may be bfloat16: the second moves by a share of 1 - b2 = 0.001 a step,
+    which is less than half of bfloat16's spacing, so it would stand still.
     """
     return optax.adamw(
         learning_rate(c),
@@ -90,8 +97,11 @@ def optimizer(c: LearnerConfig) -> optax.GradientTransformation:
 
 def init_state(c: LearnerConfig, params: decoder.Params) -> TrainState:
     """Fresh moments laid out like the params, in host memory if they are to live there."""
-    counts = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))  # two: a donated buffer can be given once only
+    # two: a donated buffer can be given once only
+    counts = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
     state = sharding.commit(TrainState(params, optimizer(c).init(params), *counts), params)
     if c.offload_moments:
-        state = dataclasses.replace(state, opt_state=sharding.to_host(state.opt_state, "learner.offload_moments"))
+        state = dataclasses.replace(
+            state, opt_state=sharding.to_host(state.opt_state, "learner.offload_moments")
+        )
     return state

@@ -1,8 +1,10 @@
-"""The update: pack episodes into fixed rows, accumulate gradients over micro-batches, one optimizer step.
+"""The update: pack episodes into fixed rows, accumulate gradients over micro-batches, one optimizer
+step.
 
-Jitted programs of fixed shape, whatever was played: `accumulate` adds one micro-batch's gradient to a donated buffer,
-`apply` takes the optimizer step. A scan over micro-batches would tie the program to their number and compile
-anew when it changes; a loop on the host costs one dispatch each, hidden behind the device's work.
+Jitted programs of fixed shape, whatever was played: `accumulate` adds one micro-batch's gradient to
+a donated buffer, `apply` takes the optimizer step. A scan over micro-batches would tie the program
+to their number and compile anew when it changes; a loop on the host costs one dispatch each, hidden
+behind the device's work.
 """
 
 import dataclasses
@@ -30,12 +32,16 @@ MEMORY_REMEDY = (
 
 
 def _attention(c: LearnerConfig) -> Callable[..., jax.Array]:
-    """Of packed rows: (q, k, v, segments) -> o. The kernel is interpreted on what is no TPU, which tests ask for."""
+    """Of packed rows: (q, k, v, segments) -> o. The kernel is interpreted on what is no TPU, which
+    tests ask for.
+    """
     if c.attention == "xla":
         return attention.packed
     rows = c.rows_sharding
     platform = jax.default_backend() if rows is None else rows.mesh.devices.flat[0].platform
-    return sharding.on_own_rows_and_heads(functools.partial(attention.splash, interpret=platform != "tpu"), rows)
+    return sharding.on_own_rows_and_heads(
+        functools.partial(attention.splash, interpret=platform != "tpu"), rows
+    )
 
 
 def score(c: LearnerConfig, params: decoder.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -47,20 +53,41 @@ def score(c: LearnerConfig, params: decoder.Params, batch: Batch) -> tuple[jax.A
         return packed(q, k, v, batch.segments_BT), None
 
     def place(x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if c.rows_sharding is None else jax.lax.with_sharding_constraint(x_BTD, c.rows_sharding)
+        return (
+            x_BTD
+            if c.rows_sharding is None
+            else jax.lax.with_sharding_constraint(x_BTD, c.rows_sharding)
+        )
 
     hidden_BTD = decoder.forward(
-        c.model, params, batch.tokens_BT, batch.positions_BT, attend, dtype=c.dtype, remat=c.remat, place=place
+        c.model,
+        params,
+        batch.tokens_BT,
+        batch.positions_BT,
+        attend,
+        dtype=c.dtype,
+        remat=c.remat,
+        place=place,
     )
     weight_VD = decoder.head_weight(params)
     wanted_BT = batch.weight_BT != 0
     return token_logprobs(
-        hidden_BTD, weight_VD, batch.targets_BT, wanted_BT, c.temperature, c.logprob_chunk, c.rows_sharding
+        hidden_BTD,
+        weight_VD,
+        batch.targets_BT,
+        wanted_BT,
+        c.temperature,
+        c.logprob_chunk,
+        c.rows_sharding,
     )
 
 
 def loss(
-    c: LearnerConfig, params: decoder.Params, batch: Batch, old_logp_BT: jax.Array, ref_logp_BT: jax.Array | None
+    c: LearnerConfig,
+    params: decoder.Params,
+    batch: Batch,
+    old_logp_BT: jax.Array,
+    ref_logp_BT: jax.Array | None,
 ) -> tuple[jax.Array, objective.LossSums]:
     logp_BT, entropy_BT = score(c, params, batch)
     sums = objective.policy_loss(
@@ -92,23 +119,34 @@ class Learner:
         reference: decoder.Params | None,
         put_batch: Callable[[Batch], Batch],
     ):
-        """state: how the train state is laid out. reference: the initial model in the compute dtype, or None."""
+        """state: how the train state is laid out. reference: the initial model in the compute
+        dtype, or None.
+        """
         if reference is not None and c.offload_reference:
             reference = sharding.to_host(reference, "learner.offload_reference")
         self._config, self._reference, self._put = c, reference, put_batch
-        # Told and not left to XLA: a gradient or moment that comes out whole on every device does not fit there.
+        # Told and not left to XLA: a gradient or moment that comes out whole on every device does
+        # not fit there.
         layout = sharding.device_layout(state)
         self._score = jax.jit(lambda params, batch: score(c, params, batch)[0])
         self._accumulate = jax.jit(
-            functools.partial(_accumulate, c), donate_argnums=(0,), out_shardings=(layout.params, None)
+            functools.partial(_accumulate, c),
+            donate_argnums=(0,),
+            out_shardings=(layout.params, None),
         )
-        self._apply = jax.jit(functools.partial(_apply, c), donate_argnums=(0,), out_shardings=(layout, None))
+        self._apply = jax.jit(
+            functools.partial(_apply, c), donate_argnums=(0,), out_shardings=(layout, None)
+        )
         self._no_gradient = jax.jit(_zeros, out_shardings=(layout.params, None))
 
     def warm_up(self, params: decoder.Params) -> None:
-        """Compiles the long programs by running them on a batch without tokens; the result is dropped."""
+        """Compiles the long programs by running them on a batch without tokens; the result is
+        dropped.
+        """
         shape = (self._config.rows, self._config.row_tokens)
-        batch = self._put(Batch(*[np.zeros(shape, np.int32)] * 4, *[np.zeros(shape, np.float32)] * 3))
+        batch = self._put(
+            Batch(*[np.zeros(shape, np.int32)] * 4, *[np.zeros(shape, np.float32)] * 3)
+        )
         old, reference = self._old_logprobs(params, [[batch]]), self._reference_logprobs([[batch]])
         arguments = (params, batch, old[0][0], reference[0][0])
         jax.block_until_ready(self._accumulate(self._accumulate(None, *arguments), *arguments))
@@ -121,17 +159,23 @@ class Learner:
         order: np.random.Generator,
         mini_batches: int = 1,
     ) -> tuple[TrainState, dict[str, float]]:
-        """All optimizer steps of one role: the episodes, shuffled by `order`, in mini_batches parts."""
+        """All optimizer steps of one role: the episodes, shuffled by `order`, in mini_batches
+        parts.
+        """
         split = np.array_split(order.permutation(len(episodes)), mini_batches)
         parts = [sorted(part.tolist()) for part in split if len(part)]
-        made = [make_batches(self._config, [episodes[i] for i in part], advantage_E[part]) for part in parts]
+        made = [
+            make_batches(self._config, [episodes[i] for i in part], advantage_E[part])
+            for part in parts
+        ]
         batches = [[self._put(batch) for batch in part] for part in made]
         reference = self._reference_logprobs(batches)
         # Old log-probs belong to the policy before the first of these optimizer steps.
         old = self._old_logprobs(state.params, batches)
         reports = []
         for part in zip(batches, old, reference, strict=True):
-            total: Any = None if part[0] else self._no_gradient(state.params)  # no rows: everything was dropped
+            # no rows: everything was dropped
+            total: Any = None if part[0] else self._no_gradient(state.params)
             for batch, old_logp_BT, ref_logp_BT in zip(*part, strict=True):
                 total = self._accumulate(total, state.params, batch, old_logp_BT, ref_logp_BT)
             state, norm = self._step(state, total[0])
@@ -147,22 +191,32 @@ class Learner:
         opt_state = sharding.to_host(state.opt_state, "learner.offload_moments")
         return dataclasses.replace(state, opt_state=opt_state), norm
 
-    def _old_logprobs(self, params: decoder.Params, batches: list[list[Batch]]) -> list[list[jax.Array]]:
+    def _old_logprobs(
+        self, params: decoder.Params, batches: list[list[Batch]]
+    ) -> list[list[jax.Array]]:
         if self._config.old_logprobs == "sampler":
             return [[batch.sampler_logp_BT for batch in part] for part in batches]
         return [[self._score(params, batch) for batch in part] for part in batches]
 
     def _reference_logprobs(self, batches: list[list[Batch]]) -> list[list[jax.Array | None]]:
-        """Ahead of all gradients, so that a reference that lives on the host is on the device only here."""
+        """Ahead of all gradients, so that a reference that lives on the host is on the device only
+        here.
+        """
         if self._reference is None:
             return [[None] * len(part) for part in batches]
-        reference = sharding.to_device(self._reference) if self._config.offload_reference else self._reference
+        reference = (
+            sharding.to_device(self._reference)
+            if self._config.offload_reference
+            else self._reference
+        )
         return [[self._score(reference, batch) for batch in part] for part in batches]
 
 
 def _zeros(params: decoder.Params) -> tuple[decoder.Params, objective.LossSums]:
     """The gradient and sums of no rows at all."""
-    return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params), objective.LossSums(*jnp.zeros((6,)))
+    return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params), objective.LossSums(
+        *jnp.zeros((6,))
+    )
 
 
 def _accumulate(
@@ -173,7 +227,9 @@ def _accumulate(
     old_logp_BT: jax.Array,
     ref_logp_BT: jax.Array | None,
 ) -> tuple[decoder.Params, objective.LossSums]:
-    """The total with this micro-batch's gradient. The first has none: a program of its own, without that memory."""
+    """The total with this micro-batch's gradient. The first has none: a program of its own, without
+    that memory.
+    """
     (_, sums), grads = jax.value_and_grad(functools.partial(loss, c), has_aux=True)(
         params, batch, old_logp_BT, ref_logp_BT
     )
@@ -184,12 +240,14 @@ def _accumulate(
     return jax.tree.map(jnp.add, total[0], grads), added
 
 
-def _apply(c: LearnerConfig, state: TrainState, grads: decoder.Params) -> tuple[TrainState, jax.Array]:
-    """One optimizer step after clipping by the global norm; a gradient that is not finite changes nothing but the count
-    of bad updates.
+def _apply(
+    c: LearnerConfig, state: TrainState, grads: decoder.Params
+) -> tuple[TrainState, jax.Array]:
+    """One optimizer step after clipping by the global norm; a gradient that is not finite changes
+    nothing but the count of bad updates.
 
-    A branch, not a choice between old and new, and one factor, not a clipped copy: else XLA's CPU backend keeps twice
-    the gradients' memory in temporaries (measured; so, none).
+    A branch, not a choice between old and new, and one factor, not a clipped copy: else XLA's CPU
+    backend keeps twice the gradients' memory in temporaries (measured; so, none).
     """
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm)
@@ -200,11 +258,17 @@ def _apply(c: LearnerConfig, state: TrainState, grads: decoder.Params) -> tuple[
         return optax.apply_updates(state.params, updates), opt_state
 
     params, opt_state = jax.lax.cond(good, step, lambda: (state.params, state.opt_state))
-    return TrainState(params, opt_state, state.updates + good, jnp.where(good, 0, state.bad_updates + 1)), norm
+    return TrainState(
+        params, opt_state, state.updates + good, jnp.where(good, 0, state.bad_updates + 1)
+    ), norm
 
 
-def _report(reports: list[tuple[objective.LossSums, jax.Array]], made: list[list[Batch]]) -> dict[str, float]:
-    """Means over the sampled tokens in rows; the loss and the gradient norm are means over optimizer steps."""
+def _report(
+    reports: list[tuple[objective.LossSums, jax.Array]], made: list[list[Batch]]
+) -> dict[str, float]:
+    """Means over the sampled tokens in rows; the loss and the gradient norm are means over
+    optimizer steps.
+    """
     sums = jax.device_get([r[0] for r in reports])
     norms = np.array(jax.device_get([r[1] for r in reports]))
     segments = [batch.segments_BT for part in made for batch in part]

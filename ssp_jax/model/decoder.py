@@ -1,8 +1,10 @@
-"""The decoder of Qwen2.5, Qwen3 and Llama-3 in Flax NNX. Knows nothing of search, of meshes and of sampling.
+"""The decoder of Qwen2.5, Qwen3 and Llama-3 in Flax NNX. Knows nothing of search, of meshes and of
+sampling.
 
-The module defines names, shapes and arithmetic; `nnx.split` happens once and from there on everything passes `params`,
-one pure nested dict whose layer weights are stacked on axis 0. Training scans over that stack. The sampler keeps the
-layers as a tuple instead (`unstack`) and unrolls them: slicing a stacked weight inside a decode loop copies it on CPU.
+The module defines names, shapes and arithmetic; `nnx.split` happens once and from there on
+everything passes `params`, one pure nested dict whose layer weights are stacked on axis 0. Training
+scans over that stack. The sampler keeps the layers as a tuple instead (`unstack`) and unrolls them:
+slicing a stacked weight inside a decode loop copies it on CPU.
 """
 
 import dataclasses
@@ -19,8 +21,9 @@ from ssp_jax.model import attention
 from ssp_jax.model.linear import Linear, matmul, skinny_matmul
 
 Params = dict[str, Any]
-# What the backward pass finds again of a layer, and what it computes anew: between full (the layer's input is kept and
-# nothing else: about 4/3 of the arithmetic) and none (everything is kept), from little memory to much.
+# What the backward pass finds again of a layer, and what it computes anew: between full (the
+# layer's input is kept and nothing else: about 4/3 of the arithmetic) and none (everything is
+# kept), from little memory to much.
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
@@ -89,7 +92,9 @@ class Attention(nnx.Module):
         if c.qk_norm:  # Qwen3
             self.q_norm, self.k_norm = RMSNorm(H, c.norm_eps), RMSNorm(H, c.norm_eps)
 
-    def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any]:
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
@@ -108,7 +113,9 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer. `attend(q, k, v) -> (o, kept)` decides what is attended to and what is kept (a cache, or None)."""
+    """One layer. `attend(q, k, v) -> (o, kept)` decides what is attended to and what is kept (a
+    cache, or None).
+    """
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(c.embed_dim, c.norm_eps)
@@ -116,7 +123,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(c.embed_dim, c.norm_eps)
         self.mlp = MLP(c, rngs)
 
-    def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any]:
         out_BTD, kept = self.attention(self.attention_norm(x_BTD), rope, attend)
         x_BTD = x_BTD + out_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kept
@@ -125,7 +134,9 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         std = c.embed_dim**-0.5  # logits start with a standard deviation near 1
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim), jnp.float32))
+        self.weight = nnx.Param(
+            std * jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim), jnp.float32)
+        )
 
 
 class Decoder(nnx.Module):
@@ -180,14 +191,21 @@ def _frequencies(c: ModelConfig) -> np.ndarray:
     if s is not None:
         # Long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
         turns = s.original_max_position_embeddings * freq / (2 * np.pi)
-        smooth = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+        smooth = np.clip(
+            (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1
+        )
         freq = (1 - smooth) * freq / s.factor + smooth * freq
     return freq.astype(np.float32)
 
 
 def rotary(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, H/2], float32: bfloat16 angles are wrong beyond a few hundred positions."""
-    angle = positions_BT[:, :, None, None].astype(jnp.float32) * _frequencies(config)[None, None, None, :]
+    """cos and sin [B, T, 1, H/2], float32: bfloat16 angles are wrong beyond a few hundred
+    positions.
+    """
+    angle = (
+        positions_BT[:, :, None, None].astype(jnp.float32)
+        * _frequencies(config)[None, None, None, :]
+    )
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -213,10 +231,12 @@ def forward(
     remat: str = "none",
     place: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD,
 ) -> jax.Array:
-    """Hidden states [B, T, D] before the head, from stacked params, by a scan over layers (training and scoring).
+    """Hidden states [B, T, D] before the head, from stacked params, by a scan over layers (training
+    and scoring).
 
-    remat: a key of REMAT. place: says how hidden states are split over devices; left alone, XLA may split D as the
-    weights are, and then sends activations of all rows to all devices instead of one layer's weights.
+    remat: a key of REMAT. place: says how hidden states are split over devices; left alone, XLA may
+    split D as the weights are, and then sends activations of all rows to all devices instead of one
+    layer's weights.
     """
     rope = rotary(config, positions_BT)
 
@@ -238,12 +258,16 @@ def forward_cached(
     *,
     dtype: Any,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Hidden states [B, T, D] and new caches, from unstacked params. attend(cache, q, k, v) -> (o, new cache)."""
+    """Hidden states [B, T, D] and new caches, from unstacked params. attend(cache, q, k, v) -> (o,
+    new cache).
+    """
     rope = rotary(config, positions_BT)
     x_BTD = embed(params, tokens_BT, dtype)
     kept = []
     for weights, cache in zip(params["layers"], caches, strict=True):
-        x_BTD, new_cache = _run_block(config, weights, x_BTD, rope, functools.partial(attend, cache))
+        x_BTD, new_cache = _run_block(
+            config, weights, x_BTD, rope, functools.partial(attend, cache)
+        )
         kept.append(new_cache)
     return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps), tuple(kept)
 
@@ -264,18 +288,23 @@ def unstack(params: Params, dtype: Any) -> Params:
     """The sampler's copy: cast to the compute dtype, layers as a tuple of per-layer dicts."""
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
     num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
-    cast["layers"] = tuple(jax.tree.map(lambda x, i=i: x[i], cast["layers"]) for i in range(num_layers))
+    cast["layers"] = tuple(
+        jax.tree.map(lambda x, i=i: x[i], cast["layers"]) for i in range(num_layers)
+    )
     return cast
 
 
 def transpose_kernels(config: ModelConfig, unstacked: Params) -> Params:
     """The sampler's copy for CPUs: the axes of kernels that are contracted come last.
 
-    So Eigen reads a kernel once, in order, for all rows of a decode step, and packs the rows: half the time of x @ W
-    (8 rows, 4,864 x 896), which packs the kernel from all over the memory. Prompts take 2 % longer.
+    So Eigen reads a kernel once, in order, for all rows of a decode step, and packs the rows: half
+    the time of x @ W (8 rows, 4,864 x 896), which packs the kernel from all over the memory.
+    Prompts take 2 % longer.
     """
 
     def one(layer: Params) -> Params:
-        return nnx.to_pure_dict(nnx.state(_transpose(nnx.merge(_block_graph(config, False), layer)), nnx.Param))
+        return nnx.to_pure_dict(
+            nnx.state(_transpose(nnx.merge(_block_graph(config, False), layer)), nnx.Param)
+        )
 
     return unstacked | {"layers": tuple(one(layer) for layer in unstacked["layers"])}

@@ -1,7 +1,9 @@
-"""Model folders (on this machine, in a bucket, on the Hugging Face hub) and the safetensors files in them.
+"""Model folders (on this machine, in a bucket, on the Hugging Face hub) and the safetensors files
+in them.
 
-The file format (8-byte header length, JSON header, raw tensors) is read and written here, without the safetensors
-package: so a process can take just its own part of a tensor, from a disk or from a bucket, and cut it along any axis.
+The file format (8-byte header length, JSON header, raw tensors) is read and written here, without
+the safetensors package: so a process can take just its own part of a tensor, from a disk or from a
+bucket, and cut it along any axis.
 """
 
 import atexit
@@ -27,7 +29,11 @@ import numpy as np
 from ssp_jax.errors import InputError, first_line, shown
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 Bounds = tuple[int, int]  # first, and one past the last
 _SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # all that a model has beside its weights
 _FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]{1,255}")
@@ -77,7 +83,9 @@ class Folder:
 
 
 def find(folder: str | Path) -> Folder:
-    """The folder of a local path, of a URL that fsspec knows (gs://, s3://, ...) or of a hub name (Qwen/Qwen2.5-7B)."""
+    """The folder of a local path, of a URL that fsspec knows (gs://, s3://, ...) or of a hub name
+    (Qwen/Qwen2.5-7B).
+    """
     name = str(folder)
     if "://" in name:
         return _in_bucket(name)
@@ -91,7 +99,9 @@ def find(folder: str | Path) -> Folder:
         raise InputError(f"model folder {name[:200]} cannot be read: {error.strerror}") from None
     if _HUB_NAME.fullmatch(name):
         return Folder(name, _from_hub(name))
-    raise InputError(f"model folder {name} does not exist; expected a local folder, a URL such as gs://… or a hub name")
+    raise InputError(
+        f"model folder {name} does not exist; expected a local folder, a URL such as gs://… or a hub name"
+    )
 
 
 @functools.cache  # small files are fetched once per process
@@ -102,11 +112,14 @@ def _in_bucket(url: str) -> Folder:
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     try:
         bucket, prefix = fsspec.core.url_to_fs(url)
-        files = {Path(entry["name"]).name: entry["name"] for entry in bucket.ls(prefix, detail=True)}
+        files = {
+            Path(entry["name"]).name: entry["name"] for entry in bucket.ls(prefix, detail=True)
+        }
         for name in files:
             if name.endswith(_SMALL_FILES):
                 bucket.get_file(files[name], str(path / name))
-    except (ImportError, ValueError) as error:  # the protocol's package is missing, or nobody knows the protocol
+    # the protocol's package is missing, or nobody knows the protocol
+    except (ImportError, ValueError) as error:
         raise InputError(f"model folder {url} cannot be reached: {first_line(error)}") from None
     except FileNotFoundError:
         raise InputError(f"model folder {url} does not exist") from None
@@ -116,7 +129,8 @@ def _in_bucket(url: str) -> Folder:
 
 
 def _bucket_errors() -> tuple[type[Exception], ...]:
-    """What a store raises, such as for missing credentials: OSError, and what clients that are in use have beside it.
+    """What a store raises, such as for missing credentials: OSError, and what clients that are in
+    use have beside it.
 
     (To be asked when something was raised: only then are they loaded.)
     """
@@ -126,7 +140,11 @@ def _bucket_errors() -> tuple[type[Exception], ...]:
         "botocore.exceptions": "BotoCoreError",
         "azure.core.exceptions": "AzureError",
     }
-    return OSError, *(getattr(sys.modules[module], kind) for module, kind in kinds.items() if module in sys.modules)
+    return OSError, *(
+        getattr(sys.modules[module], kind)
+        for module, kind in kinds.items()
+        if module in sys.modules
+    )
 
 
 @functools.cache
@@ -137,7 +155,8 @@ def _from_hub(name: str) -> Path:
     wanted = ["*.safetensors", *(f"*{suffix}" for suffix in _SMALL_FILES)]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except (OSError, ValueError) as error:  # of the hub and the network, and of names that it cannot have
+    # of the hub and the network, and of names that it cannot have
+    except (OSError, ValueError) as error:
         reason = first_line(error)
         raise InputError(
             f"model {name} is neither a local folder nor to be had from the Hugging Face hub ({reason})"
@@ -148,12 +167,15 @@ def _from_hub(name: str) -> Path:
 
 
 class _LocalFile:
-    """A mapped file: only the pages that somebody looks at are read, and each is given back as soon as it is copied.
+    """A mapped file: only the pages that somebody looks at are read, and each is given back as soon
+    as it is copied.
 
-    Without giving them back they would count as memory of this process, which would then hold the model twice.
+    Without giving them back they would count as memory of this process, which would then hold the
+    model twice.
     """
 
-    chunk = 2**22  # bytes that one thread handles at a time: few calls, and little memory beside the arrays
+    # bytes that one thread handles at a time: few calls, and little memory beside the arrays
+    chunk = 2**22
 
     def __init__(self, place: str, path: Path) -> None:
         self.place, self.size = place, path.stat().st_size
@@ -171,7 +193,9 @@ class _LocalFile:
 
 
 class _BucketFile:
-    """A file that is read by ranges. A range is contiguous: what lies between the columns of a cut is read as well."""
+    """A file that is read by ranges. A range is contiguous: what lies between the columns of a cut
+    is read as well.
+    """
 
     chunk = 2**24  # a request takes tens of milliseconds, whatever it brings
 
@@ -204,7 +228,9 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, shape: Sequence[int], box: Sequence[Bounds]) -> np.ndarray:
-        """A copy of one box of the tensor, which is seen in `shape` (its own, or axes split further)."""
+        """A copy of one box of the tensor, which is seen in `shape` (its own, or axes split
+        further).
+        """
         row = math.prod(shape[1:]) * self.dtype.itemsize
         columns = tuple(slice(*bounds) for bounds in box[1:])
         with self.file.read(self.begin + box[0][0] * row, self.begin + box[0][1] * row) as raw:
@@ -224,14 +250,20 @@ def open_tensors(folder: Folder) -> dict[str, Tensor]:
     if folder.has(SINGLE_FILE):  # before an index, as transformers has it
         return _open_file(folder, SINGLE_FILE)
     if not folder.has(INDEX_FILE):
-        raise InputError(f"{folder.name} has no model weights; expected {SINGLE_FILE} or {INDEX_FILE}")
+        raise InputError(
+            f"{folder.name} has no model weights; expected {SINGLE_FILE} or {INDEX_FILE}"
+        )
     weight_map = _weight_map(folder)
     files = sorted(set(weight_map.values()))
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(files, pool.map(functools.partial(_open_file, folder), files), strict=True))
+        found = dict(
+            zip(files, pool.map(functools.partial(_open_file, folder), files), strict=True)
+        )
     for name, file in weight_map.items():
         if name not in found[file]:
-            raise InputError(f'{folder.place(file)}: tensor "{name}" is missing, though {INDEX_FILE} says it is there')
+            raise InputError(
+                f'{folder.place(file)}: tensor "{name}" is missing, though {INDEX_FILE} says it is there'
+            )
     # transformers takes every tensor of the files, listed or not: no index may hide one.
     for file, tensors in found.items():
         for name in tensors:
@@ -248,41 +280,59 @@ def _weight_map(folder: Folder) -> dict[str, str]:
     """Tensor -> file of this folder."""
     index = folder.place(INDEX_FILE)
     weight_map = folder.read_json(INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError(f'{index}: key "weight_map" is missing or does not give a file name for each tensor')
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise InputError(
+            f'{index}: key "weight_map" is missing or does not give a file name for each tensor'
+        )
     for file in sorted(set(weight_map.values())):
         if not _FILE_NAME.fullmatch(file):
-            raise InputError(f'{index}: key "weight_map" gives the file {shown(file)}; expected one of this folder')
+            raise InputError(
+                f'{index}: key "weight_map" gives the file {shown(file)}; expected one of this folder'
+            )
     return weight_map
 
 
 def _open_file(folder: Folder, name: str) -> dict[str, Tensor]:
-    """The tensors of a file, which must be exactly what follows the header: as safetensors' own reader has it."""
+    """The tensors of a file, which must be exactly what follows the header: as safetensors' own
+    reader has it.
+    """
     file = folder.open(name)
     with file.read(0, min(8, file.size)) as raw:
         start = 8 + int.from_bytes(raw.tobytes(), "little")
     if file.size < 8 or start > file.size:
-        raise InputError(f"{file.place} is truncated or not a safetensors file: it has {file.size} bytes")
+        raise InputError(
+            f"{file.place} is truncated or not a safetensors file: it has {file.size} bytes"
+        )
     header = _read_header(file, start)
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(text, str) for text in metadata.values()
+    ):
         raise InputError(f"{file.place}: __metadata__ in its header is not an object of texts")
     tensors = {key: _open_tensor(file, start, key, entry) for key, entry in header.items()}
     end = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.size)):
         if tensor.begin != end:
             what = "overlaps another tensor" if tensor.begin < end else "follows bytes of no tensor"
-            raise InputError(f"{tensor.place} {what}: it begins at byte {tensor.begin}; expected {end}")
+            raise InputError(
+                f"{tensor.place} {what}: it begins at byte {tensor.begin}; expected {end}"
+            )
         end += tensor.size
     if end != file.size:
-        raise InputError(f"{file.place} has {file.size - end} bytes after its last tensor; expected none")
+        raise InputError(
+            f"{file.place} has {file.size - end} bytes after its last tensor; expected none"
+        )
     return tensors
 
 
 def _read_header(file: Any, start: int) -> dict[str, Any]:
     if start - 8 > _MAX_HEADER_BYTES:
-        raise InputError(f"{file.place}: its header has {start - 8} bytes; expected at most {_MAX_HEADER_BYTES}")
+        raise InputError(
+            f"{file.place}: its header has {start - 8} bytes; expected at most {_MAX_HEADER_BYTES}"
+        )
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -297,7 +347,9 @@ def _read_header(file: Any, start: int) -> dict[str, Any]:
     except InputError:
         raise
     except (ValueError, RecursionError):
-        raise InputError(f"{file.place} is not a safetensors file: its header is not valid JSON") from None
+        raise InputError(
+            f"{file.place} is not a safetensors file: its header is not valid JSON"
+        ) from None
     if not isinstance(header, dict):
         raise InputError(f"{file.place} is not a safetensors file: its header is not a JSON object")
     return header
@@ -316,7 +368,9 @@ def _open_tensor(file: Any, start: int, name: str, entry: Any) -> Tensor:
         name_of_it = kind[:20] if isinstance(kind, str) else shown(kind)
         raise InputError(f"{place} has dtype {name_of_it}; expected {', '.join(DTYPES)}")
     if start + end > file.size:
-        raise InputError(f"{place} ends at byte {start + end}, but the file is truncated: it has {file.size}")
+        raise InputError(
+            f"{place} ends at byte {start + end}, but the file is truncated: it has {file.size}"
+        )
     if math.prod(shape) * DTYPES[kind].itemsize != end - begin:
         raise InputError(f"{place} of shape {shown(shape)} has {end - begin} bytes")
     return Tensor(file, name, DTYPES[kind], shape, start + begin)
@@ -324,10 +378,13 @@ def _open_tensor(file: Any, start: int, name: str, entry: Any) -> Tensor:
 
 # --- writing ---
 
-Plan = dict[str, tuple[int, dict[str, tuple[int, ...]]]]  # file -> process that writes it, shapes of its tensors
+# file -> process that writes it, shapes of its tensors
+Plan = dict[str, tuple[int, dict[str, tuple[int, ...]]]]
 
 
-def plan_files(owners: dict[str, int], shapes: dict[str, tuple[int, ...]], dtype: np.dtype, max_bytes: int) -> Plan:
+def plan_files(
+    owners: dict[str, int], shapes: dict[str, tuple[int, ...]], dtype: np.dtype, max_bytes: int
+) -> Plan:
     """Files of at most `max_bytes` (a larger tensor has its own), each with tensors of one process."""
     files: list[tuple[int, dict[str, tuple[int, ...]]]] = []
     for process in sorted(set(owners.values())):
@@ -342,12 +399,18 @@ def plan_files(owners: dict[str, int], shapes: dict[str, tuple[int, ...]], dtype
                 filled += size
     if len(files) == 1:
         return {SINGLE_FILE: files[0]}
-    return {f"model-{number:05d}-of-{len(files):05d}.safetensors": file for number, file in enumerate(files, 1)}
+    return {
+        f"model-{number:05d}-of-{len(files):05d}.safetensors": file
+        for number, file in enumerate(files, 1)
+    }
 
 
-def write_file(path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterator[np.ndarray], tag: str) -> None:
+def write_file(
+    path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterator[np.ndarray], tag: str
+) -> None:
     """One safetensors file with the next arrays; tag is their dtype, a key of DTYPES."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    # transformers refuses files without it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * DTYPES[tag].itemsize

@@ -1,7 +1,7 @@
 """Hugging Face folders → shapes, tokenizers and params. The way back is export.py.
 
-Reading fills one destination buffer per parameter and device, layer by layer, with only the bytes that this process
-needs: so a second copy of the model is never in host memory.
+Reading fills one destination buffer per parameter and device, layer by layer, with only the bytes
+that this process needs: so a second copy of the model is never in host memory.
 """
 
 import dataclasses
@@ -37,7 +37,8 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def _has_own_head(folder: Folder) -> bool:
-    """Whether the weights have a head that differs from the embedding, though config.json ties them.
+    """Whether the weights have a head that differs from the embedding, though config.json ties
+    them.
 
     Merging LoRA weights into one of the two leaves such folders. transformers then uses both.
     """
@@ -60,8 +61,9 @@ def _has_own_head(folder: Folder) -> bool:
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any]:
-    """generation_config.json, or nothing: not every model has one. As in transformers `eos_token_id` is that of
-    config.json where no generation config names one; an id or a list of ids, each of which the model has.
+    """generation_config.json, or nothing: not every model has one. As in transformers
+    `eos_token_id` is that of config.json where no generation config names one; an id or a list
+    of ids, each of which the model has.
     """
     found = hf_files.find(folder)
     file, values = "generation_config.json", {}
@@ -97,8 +99,8 @@ def load_tokenizer(folder: str | Path) -> Any:
 def check_tensors(folder: str | Path, config: ModelConfig) -> str:
     """What `load` would refuse of the files' headers, and of a row of each tensor, in an instant.
 
-    Gives a digest of these rows: training moves all tensors. A model that has diverged is NaN in all
-    rows; one that is so in few is refused when it is loaded.
+    Gives a digest of these rows: training moves all tensors. A model that has diverged is NaN in
+    all rows; one that is so in few is refused when it is loaded.
     """
     tensors = _open_tensors(hf_files.find(folder), config)
 
@@ -124,17 +126,22 @@ def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
             "it is merged into, and no such file"
         )
     tensors = hf_files.open_tensors(folder)
-    if config.tie_embeddings and HEAD in tensors:  # equal, as read_config saw, or the only one of the two
+    # equal, as read_config saw, or the only one of the two
+    if config.tie_embeddings and HEAD in tensors:
         head = tensors.pop(HEAD)
         tensors.setdefault(EMBEDDING, head)
     expected = hf_table.file_shapes(config)
     for name, shape in expected.items():
         if name not in tensors:
-            place = folder.place(hf_files.SINGLE_FILE if folder.has(hf_files.SINGLE_FILE) else hf_files.INDEX_FILE)
+            place = folder.place(
+                hf_files.SINGLE_FILE if folder.has(hf_files.SINGLE_FILE) else hf_files.INDEX_FILE
+            )
             raise InputError(f'{place}: tensor "{name}" is missing')
         if tensors[name].shape != shape:
             found = shown(tensors[name].shape)
-            raise InputError(f"{tensors[name].place} has shape {found}; config.json asks for {shape}")
+            raise InputError(
+                f"{tensors[name].place} has shape {found}; config.json asks for {shape}"
+            )
     for name in sorted(tensors.keys() - expected.keys()):
         if not name.endswith("rotary_emb.inv_freq"):  # old Llama files carry these tables
             raise InputError(f"{tensors[name].place} is not part of the model in config.json")
@@ -142,10 +149,12 @@ def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def load(folder: str | Path, config: ModelConfig, shardings: Params | None, dtype: Any) -> Params:
-    """Params of a folder. `shardings` is shaped like params, or None for all of it on the default device.
+    """Params of a folder. `shardings` is shaped like params, or None for all of it on the default
+    device.
 
-    Threads read and lay out one parameter while the one before it goes to the devices; no more of the model than these
-    two is in host memory (beside the params themselves, where the device is the host).
+    Threads read and lay out one parameter while the one before it goes to the devices; no more of
+    the model than these two is in host memory (beside the params themselves, where the device is
+    the host).
     """
     tensors = _open_tensors(hf_files.find(folder), config)
     params: Params = {}
@@ -154,9 +163,15 @@ def load(folder: str | Path, config: ModelConfig, shardings: Params | None, dtyp
         for name in hf_table.table(config):
             *parents, last = name.path.split("/")
             node = functools.reduce(lambda node, part: node.setdefault(part, {}), parents, params)
-            sharding = SingleDeviceSharding(jax.local_devices()[0]) if shardings is None else name.leaf(shardings)
+            sharding = (
+                SingleDeviceSharding(jax.local_devices()[0])
+                if shardings is None
+                else name.leaf(shardings)
+            )
             layers = [tensors[tensor] for tensor in hf_table.tensors(name, config)]
-            node[last] = _load_leaf(name, layers, hf_table.sizes(config), sharding, np.dtype(dtype), pool.map)
+            node[last] = _load_leaf(
+                name, layers, hf_table.sizes(config), sharding, np.dtype(dtype), pool.map
+            )
             jax.block_until_ready(before)
             before = node[last]
     return params
@@ -168,14 +183,18 @@ class _Part:
 
     layers: Bounds
     box: list[Bounds]
-    bits_L: np.ndarray  # a view [layers of the part, ...] of the device's array, as unsigned integers
+    # a view [layers of the part, ...] of the device's array, as unsigned integers
+    bits_L: np.ndarray
 
     def put(self, layer: int, box: list[Bounds], bits: np.ndarray) -> None:
         """Copies what this part wants of a box of a layer."""
         wanted = [(max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(self.box, box, strict=True)]
         if self.layers[0] <= layer < self.layers[1] and all(begin < end for begin, end in wanted):
             here, there = (
-                tuple(slice(begin - first, end - first) for (begin, end), (first, _) in zip(wanted, whole, strict=True))
+                tuple(
+                    slice(begin - first, end - first)
+                    for (begin, end), (first, _) in zip(wanted, whole, strict=True)
+                )
                 for whole in (self.box, box)
             )
             self.bits_L[layer - self.layers[0]][here] = bits[there]
@@ -189,7 +208,9 @@ def _load_leaf(
     dtype: np.dtype,
     parallel_map: Callable[..., Iterator[None]],
 ) -> jax.Array:
-    """One parameter. Its parts for this process's devices are buffers that are filled chunk by chunk."""
+    """One parameter. Its parts for this process's devices are buffers that are filled chunk by
+    chunk.
+    """
     shape = (*((len(layers),) if name.layered else ()), *(sizes[a] for a in name.axes))
 
     def bounds(index: Any) -> tuple[Bounds, ...]:
@@ -201,7 +222,9 @@ def _load_leaf(
     }
     parts = [_part(name, whole, x) for whole, x in arrays.items()]
     axes = range(len(name.split))
-    box = [(min(part.box[a][0] for part in parts), max(part.box[a][1] for part in parts)) for a in axes]
+    box = [
+        (min(part.box[a][0] for part in parts), max(part.box[a][1] for part in parts)) for a in axes
+    ]
     file_shape = [sizes[a] for a in name.split]
 
     def fill(job: tuple[int, Bounds]) -> None:
@@ -234,7 +257,9 @@ def _part(name: Name, whole: tuple[Bounds, ...], x: np.ndarray) -> _Part:
 
 
 def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array at an address that JAX takes as it is on a CPU, where it would copy another one."""
+    """An uninitialised array at an address that JAX takes as it is on a CPU, where it would copy
+    another one.
+    """
     size, align = math.prod(shape) * dtype.itemsize, 64
     memory = np.empty(size + align, np.uint8)
     start = -memory.ctypes.data % align
@@ -242,7 +267,9 @@ def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _bits(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """x cast to dtype, as unsigned integers: those numpy copies without holding Python's lock, bfloat16 it does not."""
+    """x cast to dtype, as unsigned integers: those numpy copies without holding Python's lock,
+    bfloat16 it does not.
+    """
     if x.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
         return x.view(np.uint16).astype(np.uint32) << 16
     return x.astype(dtype, copy=False).view(f"u{dtype.itemsize}")

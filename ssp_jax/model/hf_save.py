@@ -1,7 +1,7 @@
 """Params → Hugging Face folders. The way in is weights.py.
 
-Tensors are dealt out to the devices, and each host writes files of those that its own devices got: nothing is gathered
-on one host, and no host holds more than a few tensors at a time.
+Tensors are dealt out to the devices, and each host writes files of those that its own devices got:
+nothing is gathered on one host, and no host holds more than a few tensors at a time.
 """
 
 import dataclasses
@@ -29,10 +29,23 @@ from ssp_jax.runtime import durable, folder_swap, processes
 from ssp_jax.runtime.folder_swap import FolderSwap
 
 FOLDER = "export"  # of a workdir: where a run writes its model
-MANIFEST = "ssp_jax_export.json"  # names the files that an export wrote: a later one may replace these and no others
+# names the files that an export wrote: a later one may replace these and no others
+MANIFEST = "ssp_jax_export.json"
 COPIED = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+    ),
+    *(
+        "merges.txt",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "chat_template.json",
+        "generation_config.json",
+    ),
 )
 
 
@@ -44,14 +57,17 @@ def save(
     dtype: str = "bfloat16",
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """A complete Hugging Face folder, there whole or not at all; tokenizer and config come from `source_folder`.
+    """A complete Hugging Face folder, there whole or not at all; tokenizer and config come from
+    `source_folder`.
 
-    With several hosts all of them call this together. Each one writes files of its own, so the folder must be on a file
-    system that they share.
+    With several hosts all of them call this together. Each one writes files of its own, so the
+    folder must be on a file system that they share.
     """
     folder, source = Path(folder), hf_files.find(source_folder)
     if hf_load.read_config(source_folder) != config:
-        raise InputError(f"{source.place('config.json')} describes another model than the one to be saved")
+        raise InputError(
+            f"{source.place('config.json')} describes another model than the one to be saved"
+        )
     swap = _swap(folder)
     tag = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
     first = jax.process_index() == 0
@@ -62,7 +78,9 @@ def save(
     multihost_utils.sync_global_devices("ssp_jax: a folder to write to")
     processes.check_shared(swap.work)
     file_dtype = hf_files.DTYPES[tag]
-    plan = hf_files.plan_files(_owners(params, config), hf_table.file_shapes(config), file_dtype, max_shard_bytes)
+    plan = hf_files.plan_files(
+        _owners(params, config), hf_table.file_shapes(config), file_dtype, max_shard_bytes
+    )
     arrays = _own_tensors(params, config, file_dtype)
     for file, (owner, shapes) in plan.items():
         if owner == jax.process_index():
@@ -97,11 +115,15 @@ def _written(folder: Path) -> list[str]:
     return [MANIFEST, *map(str, files)] if isinstance(files, list) else []
 
 
-def _write_small_files(folder: Path, source: Folder, plan: hf_files.Plan, dtype: str, tied: bool) -> None:
+def _write_small_files(
+    folder: Path, source: Folder, plan: hf_files.Plan, dtype: str, tied: bool
+) -> None:
     """The index where there are several files, the config, the tokenizer."""
     if len(plan) > 1:
         itemsize = np.dtype(dtype).itemsize
-        total = sum(math.prod(shape) * itemsize for _, shapes in plan.values() for shape in shapes.values())
+        total = sum(
+            math.prod(shape) * itemsize for _, shapes in plan.values() for shape in shapes.values()
+        )
         weight_map = {tensor: file for file, (_, shapes) in plan.items() for tensor in shapes}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / hf_files.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
@@ -109,7 +131,8 @@ def _write_small_files(folder: Path, source: Folder, plan: hf_files.Plan, dtype:
     # transformers 5 writes "dtype" and 4 "torch_dtype"; both read either.
     keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
     values |= dict.fromkeys(keys, dtype)
-    if values.get("tie_word_embeddings", False) != tied:  # the source has a head of its own all the same
+    # the source has a head of its own all the same
+    if values.get("tie_word_embeddings", False) != tied:
         values["tie_word_embeddings"] = tied
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     for name in COPIED:
@@ -132,7 +155,11 @@ class _Deal:
 
     @property
     def devices(self) -> list[Any]:
-        return list(self.mesh.devices.transpose([self.mesh.axis_names.index(axis) for axis in self.order]).flat)
+        return list(
+            self.mesh.devices.transpose(
+                [self.mesh.axis_names.index(axis) for axis in self.order]
+            ).flat
+        )
 
 
 def _deal(name: Name, sharding: jax.sharding.Sharding) -> _Deal:
@@ -152,7 +179,9 @@ def _deal(name: Name, sharding: jax.sharding.Sharding) -> _Deal:
 
 
 def _owners(params: Params, config: ModelConfig) -> dict[str, int]:
-    """The process that writes each tensor. The next tensor of the table always goes to the next device."""
+    """The process that writes each tensor. The next tensor of the table always goes to the next
+    device.
+    """
     owners: dict[str, int] = {}
     for name in hf_table.table(config):
         devices = _deal(name, name.leaf(params).sharding).devices
@@ -164,8 +193,8 @@ def _owners(params: Params, config: ModelConfig) -> dict[str, int]:
 def _own_tensors(params: Params, config: ModelConfig, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The tensors of this process in the order of the table.
 
-    In each round as many layers as there are devices go each to one device. So hosts fetch and write at the same time,
-    and a device needs room for a few tensors beside params.
+    In each round as many layers as there are devices go each to one device. So hosts fetch and
+    write at the same time, and a device needs room for a few tensors beside params.
     """
     dealt = 0
     for name in hf_table.table(config):
@@ -185,16 +214,20 @@ def _own_tensors(params: Params, config: ModelConfig, dtype: np.dtype) -> Iterat
 
 @functools.cache
 def _converter(name: Name, config: ModelConfig, dtype: np.dtype, deal: _Deal) -> Any:
-    """(leaf, one layer per device) -> these layers as tensors of the file, stacked; compiled once and for all.
+    """(leaf, one layer per device) -> these layers as tensors of the file, stacked; compiled once
+    and for all.
 
-    Collectives are written out: where two mesh axes split a parameter XLA by itself gathers all layers everywhere.
+    Collectives are written out: where two mesh axes split a parameter XLA by itself gathers all
+    layers everywhere.
     """
 
     def convert(leaf: jax.Array, layers: jax.Array) -> jax.Array:
         x = leaf[layers] if name.layered else jnp.broadcast_to(leaf, (len(layers), *leaf.shape))
         x = x.astype(dtype)
         for i, axis in deal.split:
-            x = jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=i + (not name.layered), tiled=True)
+            x = jax.lax.all_to_all(
+                x, axis, split_axis=0, concat_axis=i + (not name.layered), tiled=True
+            )
         x = x.transpose(0, *name.as_in_file(range(1, x.ndim)))
         return x.reshape(-1, *name.file_shape(hf_table.sizes(config)))
 

@@ -1,4 +1,6 @@
-"""The one table of names: where a parameter of ours is in a Hugging Face model, and how its axes lie there."""
+"""The one table of names: where a parameter of ours is in a Hugging Face model, and how its axes
+lie there.
+"""
 
 import dataclasses
 import functools
@@ -11,7 +13,9 @@ from ssp_jax.model.decoder import ModelConfig, Params
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """One parameter. Axes in the letters of ssp_jax/__init__.py; the file merges the axes of a word ("NH D" is 2-D)."""
+    """One parameter. Axes in the letters of ssp_jax/__init__.py; the file merges the axes of a word
+    ("NH D" is 2-D).
+    """
 
     path: str  # in params
     tensor: str  # in the file, {} is the layer
@@ -64,19 +68,35 @@ _NAMES = (
 
 def table(config: ModelConfig) -> list[Name]:
     """The rows of the table that a model of this shape has."""
-    absent = {"bias": not config.qkv_bias, "q_norm": not config.qk_norm, "k_norm": not config.qk_norm}
+    absent = {
+        "bias": not config.qkv_bias,
+        "q_norm": not config.qk_norm,
+        "k_norm": not config.qk_norm,
+    }
     absent["head"] = config.tie_embeddings
-    return [name for name in _NAMES if not any(absent.get(part, False) for part in name.path.split("/"))]
+    return [
+        name for name in _NAMES if not any(absent.get(part, False) for part in name.path.split("/"))
+    ]
 
 
 def sizes(c: ModelConfig) -> dict[str, int]:
-    return dict(V=c.vocab_size, D=c.embed_dim, F=c.mlp_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim)
+    return dict(
+        V=c.vocab_size, D=c.embed_dim, F=c.mlp_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim
+    )
 
 
 def tensors(name: Name, config: ModelConfig) -> list[str]:
-    return [name.tensor.format(layer) for layer in range(config.num_layers)] if name.layered else [name.tensor]
+    return (
+        [name.tensor.format(layer) for layer in range(config.num_layers)]
+        if name.layered
+        else [name.tensor]
+    )
 
 
 def file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """All tensors of a model in the order in which they are written."""
-    return {tensor: name.file_shape(sizes(config)) for name in table(config) for tensor in tensors(name, config)}
+    return {
+        tensor: name.file_shape(sizes(config))
+        for name in table(config)
+        for tensor in tensors(name, config)
+    }

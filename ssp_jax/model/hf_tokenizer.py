@@ -1,4 +1,6 @@
-"""The tokenizer of a model folder, by transformers; what its files cannot mean is told by name before."""
+"""The tokenizer of a model folder, by transformers; what its files cannot mean is told by name
+before.
+"""
 
 import os
 from collections.abc import Callable
@@ -68,7 +70,9 @@ _CHECKS: dict[str, _Check] = {
 
 
 def load(folder: Folder, rows: int) -> Any:
-    """A transformers fast tokenizer, all of whose tokens have a row in the model's embedding of so many."""
+    """A transformers fast tokenizer, all of whose tokens have a row in the model's embedding of so
+    many.
+    """
     settings = _checked(folder)
     os.environ.setdefault(
         "TRANSFORMERS_VERBOSITY", "error"
@@ -78,7 +82,8 @@ def load(folder: Folder, rows: int) -> Any:
 
     try:
         with reading(folder.place(CONFIG)):
-            # Without trust_remote_code=False it asks on the terminal whether to run the folder's code.
+            # Without trust_remote_code=False it asks on the terminal whether to run the folder's
+            # code.
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder.path), local_files_only=True, trust_remote_code=False
             )

@@ -1,6 +1,5 @@
 """Published shapes of models, for planning without the weights."""
 
-
 from ssp_jax.errors import InputError
 from ssp_jax.model.decoder import ModelConfig
 
@@ -8,18 +7,25 @@ from ssp_jax.model.decoder import ModelConfig
 def _qwen25(
     layers: int, width: int, heads: int, kv_heads: int, head: int, ffn: int, vocab: int, tied: bool
 ) -> ModelConfig:
-    return ModelConfig(vocab, layers, width, heads, kv_heads, head, ffn, 1e6, tie_embeddings=tied, qkv_bias=True)
+    return ModelConfig(
+        vocab, layers, width, heads, kv_heads, head, ffn, 1e6, tie_embeddings=tied, qkv_bias=True
+    )
 
 
 def _qwen3(layers: int, width: int, heads: int, ffn: int, tied: bool) -> ModelConfig:
-    return ModelConfig(151936, layers, width, heads, 8, 128, ffn, 1e6, tie_embeddings=tied, qk_norm=True)
+    return ModelConfig(
+        151936, layers, width, heads, 8, 128, ffn, 1e6, tie_embeddings=tied, qk_norm=True
+    )
 
 
 def _llama3(layers: int, width: int, heads: int, head: int, ffn: int, tied: bool) -> ModelConfig:
-    return ModelConfig(128256, layers, width, heads, 8, head, ffn, 5e5, norm_eps=1e-5, tie_embeddings=tied)
+    return ModelConfig(
+        128256, layers, width, heads, 8, head, ffn, 5e5, norm_eps=1e-5, tie_embeddings=tied
+    )
 
 
-# From the config.json of each model on the Hugging Face hub; fine-tuned ones (-Instruct, -Coder) have the same shape.
+# From the config.json of each model on the Hugging Face hub; fine-tuned ones (-Instruct, -Coder)
+# have the same shape.
 ARCHITECTURES = {
     "Qwen2.5-0.5B": _qwen25(24, 896, 14, 2, 64, 4864, 151936, True),
     "Qwen2.5-1.5B": _qwen25(28, 1536, 12, 2, 128, 8960, 151936, True),
@@ -33,7 +39,9 @@ ARCHITECTURES = {
     "Qwen3-8B": _qwen3(36, 4096, 32, 12288, False),
     "Qwen3-14B": _qwen3(40, 5120, 40, 17408, False),
     "Qwen3-32B": _qwen3(64, 5120, 64, 25600, False),
-    "SmolLM2-135M": ModelConfig(49152, 30, 576, 9, 3, 64, 1536, 1e5, norm_eps=1e-5, tie_embeddings=True),
+    "SmolLM2-135M": ModelConfig(
+        49152, 30, 576, 9, 3, 64, 1536, 1e5, norm_eps=1e-5, tie_embeddings=True
+    ),
     "Llama-3.2-1B": _llama3(16, 2048, 32, 64, 8192, True),
     "Llama-3.2-3B": _llama3(28, 3072, 24, 128, 8192, True),
     "Llama-3.1-8B": _llama3(32, 4096, 32, 128, 14336, False),
@@ -42,7 +50,11 @@ ARCHITECTURES = {
 
 def architecture(name: str) -> ModelConfig:
     """The shape of a model by its hub name, or its folder's, where that names what it is made from."""
-    last = "-" + name.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-").replace("-coder", "") + "-"
+    last = (
+        "-"
+        + name.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-").replace("-coder", "")
+        + "-"
+    )
     found = [known for known in ARCHITECTURES if f"-{known.lower()}-" in last]
     if not found:
         raise InputError(

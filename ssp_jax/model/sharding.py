@@ -1,8 +1,9 @@
 """The mesh and one table: which axis of which parameter is split over which mesh axis.
 
-Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments. Only two loops say themselves
-what is split (`in_parts`): the sampler's, whose slots have nothing to do with each other, and that over the logits of
-packed rows, where XLA would send the head's weight around at every turn.
+Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments. Only two
+loops say themselves what is split (`in_parts`): the sampler's, whose slots have nothing to do with
+each other, and that over the logits of packed rows, where XLA would send the head's weight around
+at every turn.
 """
 
 import re
@@ -34,17 +35,23 @@ PARAM_RULES = (
     (r"mlp/down/transposed", ("fsdp", "tensor")),  # D, F
     (r"norm/scale", (None,)),
 )
-_TRANSPOSED_FROM = 256  # width; kernels of narrower models stay in a core's cache, and are faster as they are (measured)
+# width; kernels of narrower models stay in a core's cache, and are faster as they are (measured)
+_TRANSPOSED_FROM = 256
 BROKEN_SHARDY = "0.11.2"  # a version of JAX
 HOST = "pinned_host"  # JAX's name of page-locked host memory
-ROWS = P(("data", "fsdp"))  # packed rows and slots: one part per device that does not share its rows
+# packed rows and slots: one part per device that does not share its rows
+ROWS = P(("data", "fsdp"))
 
 
 def mesh_sizes(axis_sizes: dict[str, int], devices: int) -> list[int]:
-    """Config section `mesh` for this many devices, in the order of AXES; one size may be -1 and takes what is left."""
+    """Config section `mesh` for this many devices, in the order of AXES; one size may be -1 and
+    takes what is left.
+    """
     sizes = [axis_sizes[name] for name in AXES]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise InputError(f"config section mesh has sizes {sizes}; expected positive numbers and at most one -1")
+        raise InputError(
+            f"config section mesh has sizes {sizes}; expected positive numbers and at most one -1"
+        )
     known = int(np.prod([s for s in sizes if s != -1]))
     if known > devices or (-1 in sizes and devices % known):
         raise InputError(f"config section mesh asks for {sizes} but there are {devices} devices")
@@ -52,7 +59,9 @@ def mesh_sizes(axis_sizes: dict[str, int], devices: int) -> list[int]:
 
 
 def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
-    """Over these devices, or over all of the run, process by process: the neighbours of `tensor` share a host."""
+    """Over these devices, or over all of the run, process by process: the neighbours of `tensor`
+    share a host.
+    """
     if devices is None:
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     sizes = mesh_sizes(axis_sizes, len(devices))
@@ -63,18 +72,23 @@ def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> M
 
 
 def _avoid_broken_shardy() -> None:
-    """Shardy of one version of JAX ends the process (SIGSEGV) as it compiles the sampler for several devices in
-    bfloat16; the partitioner before it does not.
+    """Shardy of one version of JAX ends the process (SIGSEGV) as it compiles the sampler for
+    several devices in bfloat16; the partitioner before it does not.
     """
     if jax.__version__ == BROKEN_SHARDY and jax.config.jax_use_shardy_partitioner:  # type: ignore[attr-defined]
         jax.config.update("jax_use_shardy_partitioner", False)
-        print(f"ssp_jax: jax {BROKEN_SHARDY} on several devices: Shardy, which crashes there, is off", file=sys.stderr)
+        print(
+            f"ssp_jax: jax {BROKEN_SHARDY} on several devices: Shardy, which crashes there, is off",
+            file=sys.stderr,
+        )
 
 
 def playing_meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
-    """Where the sampler's params lie: on all devices, and of these the part of this process, where it plays alone.
+    """Where the sampler's params lie: on all devices, and of these the part of this process, where
+    it plays alone.
 
-    Every host plays on replicas of its own, split over `tensor` only; one process plays on the learner's mesh.
+    Every host plays on replicas of its own, split over `tensor` only; one process plays on the
+    learner's mesh.
     """
     if jax.process_count() == 1:
         return mesh, mesh
@@ -95,7 +109,9 @@ def playing_meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
 
 
 def local_view(tree: Any, mesh: Mesh) -> Any:
-    """The parts on this process's devices as arrays of their own, on `mesh`; each must be a whole there."""
+    """The parts on this process's devices as arrays of their own, on `mesh`; each must be a whole
+    there.
+    """
 
     def one(x: jax.Array) -> jax.Array:
         sharding = NamedSharding(mesh, x.sharding.spec)  # type: ignore[attr-defined]
@@ -106,8 +122,12 @@ def local_view(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_rows(batch: Any, sharding: NamedSharding) -> Any:
-    """Host arrays to devices; each process, which holds all of them, hands over the rows of its own devices."""
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), batch)
+    """Host arrays to devices; each process, which holds all of them, hands over the rows of its own
+    devices.
+    """
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), batch
+    )
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...]) -> P:
@@ -122,7 +142,9 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...]) 
 
 
 def param_shardings(params: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
-    """Shardings shaped like params. drop: mesh axes over which each device keeps the whole (the sampler drops fsdp)."""
+    """Shardings shaped like params. drop: mesh axes over which each device keeps the whole (the
+    sampler drops fsdp).
+    """
 
     def one(path: Any, leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
@@ -131,8 +153,11 @@ def param_shardings(params: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def sampler_copy(config: decoder.ModelConfig, mesh: Mesh, dtype: Any) -> Callable[[decoder.Params], decoder.Params]:
-    """One jitted cast and reshard: stacked params, split over fsdp, to the sampler's unstacked and whole ones.
+def sampler_copy(
+    config: decoder.ModelConfig, mesh: Mesh, dtype: Any
+) -> Callable[[decoder.Params], decoder.Params]:
+    """One jitted cast and reshard: stacked params, split over fsdp, to the sampler's unstacked and
+    whole ones.
 
     On CPUs also turned, for models wide enough.
     """
@@ -140,7 +165,11 @@ def sampler_copy(config: decoder.ModelConfig, mesh: Mesh, dtype: Any) -> Callabl
 
     def copy(params: decoder.Params) -> decoder.Params:
         copied = decoder.unstack(params, dtype)
-        return decoder.transpose_kernels(config, copied) if on_cpu and config.embed_dim >= _TRANSPOSED_FROM else copied
+        return (
+            decoder.transpose_kernels(config, copied)
+            if on_cpu and config.embed_dim >= _TRANSPOSED_FROM
+            else copied
+        )
 
     copied = jax.eval_shape(copy, decoder.abstract_params(config))
     return jax.jit(copy, out_shardings=param_shardings(copied, mesh, drop=("fsdp",)))
@@ -151,7 +180,9 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def to_host(tree: Any, key: str) -> Any:
-    """The arrays in the host memory of their devices, each part where it was; `key` is who asks for it."""
+    """The arrays in the host memory of their devices, each part where it was; `key` is who asks for
+    it.
+    """
     kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
     if HOST not in kinds:
         raise InputError(
@@ -161,9 +192,11 @@ def to_host(tree: Any, key: str) -> Any:
 
 
 def commit(tree: Any, like: Any) -> Any:
-    """Arrays where they are, scalars on all devices of `like`; from now on a program that takes them compiles once.
+    """Arrays where they are, scalars on all devices of `like`; from now on a program that takes
+    them compiles once.
 
-    (Of arrays that nobody placed JAX compiles one program, and another of those that come out of that.)
+    (Of arrays that nobody placed JAX compiles one program, and another of those that come out of
+    that.)
     """
     place = jax.tree.leaves(like)[0].sharding
     everywhere = NamedSharding(place.mesh, P()) if isinstance(place, NamedSharding) else place
@@ -191,25 +224,32 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, state)
 
 
-def on_own_rows_and_heads(run: Callable[..., Any], rows: NamedSharding | None) -> Callable[..., Any]:
-    """`run(q, k, v, segments)` on each device with its own packed rows and heads: XLA would not split a Pallas kernel.
+def on_own_rows_and_heads(
+    run: Callable[..., Any], rows: NamedSharding | None
+) -> Callable[..., Any]:
+    """`run(q, k, v, segments)` on each device with its own packed rows and heads: XLA would not
+    split a Pallas kernel.
 
-    rows: of the rows; None for a single device. `tensor` divides the key/value heads (inputs.py), so a query's head and
-    its keys are on the same device.
+    rows: of the rows; None for a single device. `tensor` divides the key/value heads (inputs.py),
+    so a query's head and its keys are on the same device.
     """
     if rows is None:
         return run
     heads = P(ROWS[0], None, "tensor")
-    return jax.shard_map(run, mesh=rows.mesh, in_specs=(heads, heads, heads, ROWS), out_specs=heads, check_vma=False)
+    return jax.shard_map(
+        run, mesh=rows.mesh, in_specs=(heads, heads, heads, ROWS), out_specs=heads, check_vma=False
+    )
 
 
 def shard_map_rows(
     run: Callable[..., Any], slots: Any, inputs: tuple[int | None, ...], out: int | tuple[int, ...]
 ) -> Callable[..., Any]:
-    """`run` on each part of slots or rows by itself: nothing is sent between parts, and nothing computed twice.
+    """`run` on each part of slots or rows by itself: nothing is sent between parts, and nothing
+    computed twice.
 
-    slots: the NamedSharding of an array of them, None for a single device. inputs, out: which axis of each argument and
-    result is split over the parts; None: each has the whole. Other axes of the mesh (`tensor`) are the compiler's.
+    slots: the NamedSharding of an array of them, None for a single device. inputs, out: which axis
+    of each argument and result is split over the parts; None: each has the whole. Other axes of the
+    mesh (`tensor`) are the compiler's.
     """
     axes = slots.spec[0] if slots is not None else ()
     if all(slots.mesh.shape[axis] == 1 for axis in axes):
@@ -222,5 +262,10 @@ def shard_map_rows(
     out_specs = tuple(spec(axis) for axis in out) if isinstance(out, tuple) else spec(out)
     # check_vma would ask for a mark on each constant that meets a part's own values.
     return jax.shard_map(
-        run, mesh=slots.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(axes), check_vma=False
+        run,
+        mesh=slots.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=frozenset(axes),
+        check_vma=False,
     )

@@ -1,10 +1,12 @@
 """Text and token ids. Which tokens steer a model, and text that must not turn into one of them.
 
-Control tokens begin and end turns and texts, such as <|im_end|>. Only a chat template writes them. Text of models,
-passages, questions and files that spells one gets the ordinary tokens of its characters: otherwise an answer could end
-its own turn and speak for somebody else. Text without such a spelling is encoded as transformers encodes it, to the id.
+Control tokens begin and end turns and texts, such as <|im_end|>. Only a chat template writes them.
+Text of models, passages, questions and files that spells one gets the ordinary tokens of its
+characters: otherwise an answer could end its own turn and speak for somebody else. Text without
+such a spelling is encoded as transformers encodes it, to the id.
 
-The tags of the game are text, whatever a tokenizer calls them: they are parsed and shown, so they are never skipped.
+The tags of the game are text, whatever a tokenizer calls them: they are parsed and shown, so they
+are never skipped.
 """
 
 import functools
@@ -36,7 +38,9 @@ def is_tag(content: str) -> bool:
 
 
 def template_of(tokenizer: Any) -> str | dict[str, str] | None:
-    """The source of its chat template; of several the default one, or all of them where none is the default."""
+    """The source of its chat template; of several the default one, or all of them where none is the
+    default.
+    """
     template = tokenizer.chat_template
     return template.get("default", template) if isinstance(template, dict) else template
 
@@ -68,12 +72,16 @@ def _spelling(controls: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def whole(text: str) -> str:
-    """Half an emoji passes a JSON parser, and no tokenizer takes it: the replacement character stands for it."""
+    """Half an emoji passes a JSON parser, and no tokenizer takes it: the replacement character
+    stands for it.
+    """
     return _SURROGATE.sub("\ufffd", text)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text that steers nothing, without the special tokens that a tokenizer puts around a text."""
+    """Ids of a text that steers nothing, without the special tokens that a tokenizer puts around a
+    text.
+    """
     text = whole(text)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     controls = control_tokens(tokenizer)
@@ -98,7 +106,9 @@ class Spelled:
         self._of_mark: dict[str, str] = {}
 
     def mark(self, value: Any) -> Any:
-        """The same text, or the same lists and dictionaries of texts, with marks for control tokens."""
+        """The same text, or the same lists and dictionaries of texts, with marks for control
+        tokens.
+        """
         if isinstance(value, str):
             return self._pattern.sub(self._new_mark, whole(value))
         if isinstance(value, list):
@@ -134,7 +144,9 @@ def new_mark(number: int) -> str:
 
 
 class _Splitter:
-    """A copy of a tokenizer in which control tokens have other names: a text that spells them is only text."""
+    """A copy of a tokenizer in which control tokens have other names: a text that spells them is
+    only text.
+    """
 
     def __init__(self, tokenizer: Any, controls: Mapping[str, int]):
         import tokenizers
@@ -177,7 +189,9 @@ class _Splitter:
         own: re.Pattern[str] | None = None,
         spelled: Mapping[str, str] | None = None,
     ) -> list[int]:
-        """own: finds the control tokens that stay ones. spelled: mark -> the text that it stands for."""
+        """own: finds the control tokens that stay ones. spelled: mark -> the text that it stands
+        for.
+        """
         if own is not None:
             text = own.sub(lambda found: self._names[found[0]], text)
         for mark, content in (spelled or {}).items():

@@ -7,8 +7,9 @@
 --shapes     no compiler: estimates from shapes alone, in a second
 --tokens     tokens of a mean episode (3000), of which the model writes --sampled (1000)
 
-For a TPU the run's programs are compiled ahead of time by the TPU's own compiler, on any CPU (pip install '.[plan]'):
-what they need is what it says. For a GPU there is no such compiler, and temporaries are estimates.
+For a TPU the run's programs are compiled ahead of time by the TPU's own compiler, on any CPU (pip
+install '.[plan]'): what they need is what it says. For a GPU there is no such compiler, and
+temporaries are estimates.
 """
 
 import copy
@@ -61,7 +62,9 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return max(self.peaks.values()) <= self.slice.device.hbm and all(p.fits for p in self.programs)
+        return max(self.peaks.values()) <= self.slice.device.hbm and all(
+            p.fits for p in self.programs
+        )
 
     @property
     def cache_budget(self) -> float:
@@ -73,24 +76,35 @@ def make_target(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compil
     host = None
     if compiled:
         mesh: Any = sharding.make_mesh(config.mesh.to_dict(), compile.make_devices(slice_))
-        # What one host runs is compiled for a slice of one host: the compiler takes four chips of a large slice for a
-        # small one, and then stumbles over their numbers.
-        host = compile.make_devices(hardware.slices_of(slice_.kind)[0]) if slice_.hosts > 1 else None
+        # What one host runs is compiled for a slice of one host: the compiler takes four chips of a
+        # large slice for a small one, and then stumbles over their numbers.
+        host = (
+            compile.make_devices(hardware.slices_of(slice_.kind)[0]) if slice_.hosts > 1 else None
+        )
     else:
-        mesh = AbstractMesh(tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES)
+        mesh = AbstractMesh(
+            tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES
+        )
     platform = "tpu" if slice_.is_tpu else "gpu"
     return Target(config, model, mesh, slice_.device.hbm, slice_.per_host, host, platform)
 
 
 def make_plan(
-    config: ConfigDict, model: ModelConfig, slice_: Slice, load: roofline.Workload, *, compiled: bool
+    config: ConfigDict,
+    model: ModelConfig,
+    slice_: Slice,
+    load: roofline.Workload,
+    *,
+    compiled: bool,
 ) -> Plan:
     target = make_target(config, model, slice_, compiled=compiled)
     kept = memory.persistent_bytes(target)
     temporaries = memory.temporaries(target, kept["parameters"])
     programs = compile.compile_all(target, _tell) if compiled else []
     for phase in {program.phase for program in programs}:
-        temporaries[phase] = max(program.temporaries for program in programs if program.phase == phase)
+        temporaries[phase] = max(
+            program.temporaries for program in programs if program.phase == phase
+        )
     return Plan(target, slice_, kept, temporaries, roofline.work(target, load), programs)
 
 
@@ -119,7 +133,8 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def _moves(target: Target, cache_room: float) -> Iterator[tuple[str, Any]]:
-    """Changes of one key that need less memory; each keeps the config valid and what it learns the same.
+    """Changes of one key that need less memory; each keeps the config valid and what it learns the
+    same.
 
     cache_room: bytes a device by which the key/value cache may grow, or must shrink.
     """
@@ -127,7 +142,10 @@ def _moves(target: Target, cache_room: float) -> Iterator[tuple[str, Any]]:
     for key, number in (("learner.rows", c.rows), ("engine.slots", e.slots)):
         if number // 2 >= target.parts and number // 2 % target.parts == 0:
             yield key, number // 2
-    room = math.floor((memory.persistent_bytes(target)["key/value cache"] + cache_room) / GIB * 100) / 100
+    room = (
+        math.floor((memory.persistent_bytes(target)["key/value cache"] + cache_room) / GIB * 100)
+        / 100
+    )
     if cache_room < 0 and room * GIB >= memory.longest_episode(target):
         yield "engine.kv_cache_gib", room
     if target.extend_rows > 1:
@@ -136,12 +154,17 @@ def _moves(target: Target, cache_room: float) -> Iterator[tuple[str, Any]]:
         yield "engine.extend_buckets", tuple(sorted(e.extend_buckets)[:-1])
     if c.logprob_chunk > 128 and c.logprob_chunk % 2 == 0:
         yield "learner.logprob_chunk", c.logprob_chunk // 2
-    if config.mesh.tensor * 2 <= model.num_kv_heads and model.num_kv_heads % (config.mesh.tensor * 2) == 0:
+    if (
+        config.mesh.tensor * 2 <= model.num_kv_heads
+        and model.num_kv_heads % (config.mesh.tensor * 2) == 0
+    ):
         yield "mesh.tensor", config.mesh.tensor * 2
     frugal = {"model.remat": "full", "learner.offload_moments": True}
     if c.kl_coef:
         frugal["learner.offload_reference"] = True
-    yield from ((key, value) for key, value in frugal.items() if flatten_config(config)[key] != value)
+    yield from (
+        (key, value) for key, value in frugal.items() if flatten_config(config)[key] != value
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +181,9 @@ class _Estimate:
         return sum(max(peak - self.hbm, 0.0) for peak in self.peaks.values())
 
 
-def _estimate(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]) -> _Estimate | None:
+def _estimate(
+    config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]
+) -> _Estimate | None:
     """None where it cannot run."""
     hbm = slice_.device.hbm
     try:
@@ -174,7 +199,8 @@ def _estimate(config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapp
 def changes_that_fit(
     config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Single changes that are enough; where there is none, the changes that together are, the most useful first.
+    """Single changes that are enough; where there is none, the changes that together are, the most
+    useful first.
 
     From estimates, times `scale`: what the compiler said of a phase over its estimate.
     """
@@ -201,14 +227,22 @@ def changes_that_fit(
     return [best[1]] if best is not None else []
 
 
-def _fitting(config: ConfigDict, model: ModelConfig, slice_: Slice, change: bool) -> dict[str, Any] | None:
-    """Values with which this config fits: rows and slots raised to the mesh's next multiple, and changes if allowed."""
+def _fitting(
+    config: ConfigDict, model: ModelConfig, slice_: Slice, change: bool
+) -> dict[str, Any] | None:
+    """Values with which this config fits: rows and slots raised to the mesh's next multiple, and
+    changes if allowed.
+    """
     try:
         data, fsdp, _ = sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)
     except InputError:
         return None
     parts, flat = data * fsdp, flatten_config(config)
-    values = {key: -(-flat[key] // parts) * parts for key in ("learner.rows", "engine.slots") if flat[key] % parts}
+    values = {
+        key: -(-flat[key] // parts) * parts
+        for key in ("learner.rows", "engine.slots")
+        if flat[key] % parts
+    }
     changed = with_values(config, values)
     estimate = _estimate(changed, model, slice_, _NO_SCALE)
     if estimate is None:
@@ -219,8 +253,12 @@ def _fitting(config: ConfigDict, model: ModelConfig, slice_: Slice, change: bool
     return values | found[0] if found else None
 
 
-def smallest(config: ConfigDict, model: ModelConfig, slices: list[Slice]) -> tuple[Slice, dict[str, Any]] | None:
-    """The first slice that fits and the values that the config needs there; with changes only where none fits as is."""
+def smallest(
+    config: ConfigDict, model: ModelConfig, slices: list[Slice]
+) -> tuple[Slice, dict[str, Any]] | None:
+    """The first slice that fits and the values that the config needs there; with changes only where
+    none fits as is.
+    """
     for change in (False, True):
         for slice_ in slices:
             values = _fitting(config, model, slice_, change)
@@ -242,7 +280,9 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     notes = {
         "parameters": "float32",
         "optimizer": "Adam's moments" + (f"{away}optimizer step" if c.offload_moments else ""),
-        "reference": f"{target.dtype}{f'{away}scores' if c.offload_reference else ''}" if c.kl_coef else "kl_coef is 0",
+        "reference": f"{target.dtype}{f'{away}scores' if c.offload_reference else ''}"
+        if c.kl_coef
+        else "kl_coef is 0",
         "sampler copy": f"{target.dtype}, while playing",
         "key/value cache": "while playing",
         "gradients": "float32, while updating",
@@ -250,7 +290,11 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     yield "kept, GiB per device"
     for name, size in plan.kept.items():
         yield f"  {name:<18}{size / GIB:8.2f}   {notes[name]}"
-    source = "from the compiler, padding and code included" if plan.programs else "estimated from shapes alone"
+    source = (
+        "from the compiler, padding and code included"
+        if plan.programs
+        else "estimated from shapes alone"
+    )
     yield f"phases, GiB per device; temporaries {source}"
     yield f"  {'':<10}{'kept':>10}{'temporaries':>14}{'peak':>9}{'of HBM':>9}"
     for phase, peak in plan.peaks.items():
@@ -260,7 +304,10 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
         yield f"  {phase:<10}{sizes}{peak / hbm:9.0%}{verdict}"
     layout, tokens = memory.cache_layout(target), target.sizes.cache_tokens
     numbers = [target.hosts * n for n in layout.rows]
-    later = "".join(f", {n} beyond {start} tokens" for n, start in zip(numbers[1:], layout.starts[1:], strict=True))
+    later = "".join(
+        f", {n} beyond {start} tokens"
+        for n, start in zip(numbers[1:], layout.starts[1:], strict=True)
+    )
     yield f"key/value cache: {numbers[0]} slots (config: {target.config.engine.slots}){later}"
     full = max(int(plan.cache_budget // memory.longest_episode(target)), 0) * target.parts
     yield f"  {plan.cache_budget / GIB:.2f} GiB per device are free for it: {full} slots of {tokens} tokens each"
@@ -289,7 +336,8 @@ def _time_lines(plan: Plan, load: roofline.Workload) -> Iterator[str]:
         if program.fits and program.phase in ("prefill", "decode"):  # the others loop over layers
             yield (
                 f"  the compiler counts for one {program.name}: {program.flops / 1e12:.3g} TFLOPs and "
-                f"{program.hbm / 1e9:.3g} GB" + (", its loop over tokens counted once" * (program.phase == "decode"))
+                f"{program.hbm / 1e9:.3g} GB"
+                + (", its loop over tokens counted once" * (program.phase == "decode"))
             )
 
 
@@ -314,11 +362,17 @@ def report(plan: Plan, load: roofline.Workload) -> Iterator[str]:
     yield "it does not fit; what would (estimates):"
     config, model = plan.target.config, plan.target.model
     estimate = memory.temporaries(plan.target, plan.kept["parameters"])
-    scale = {phase: plan.temporaries[phase] / estimate[phase] for phase in estimate} if plan.programs else _NO_SCALE
+    scale = (
+        {phase: plan.temporaries[phase] / estimate[phase] for phase in estimate}
+        if plan.programs
+        else _NO_SCALE
+    )
     changes = changes_that_fit(config, model, slice_, scale)
     for values in changes:
         yield f"  {_overrides(values)}"
-    found = smallest(config, model, [s for s in hardware.slices_of(slice_.kind) if s.chips > slice_.chips])
+    found = smallest(
+        config, model, [s for s in hardware.slices_of(slice_.kind) if s.chips > slice_.chips]
+    )
     if found:
         yield f"  --topology={found[0].name} {_overrides(found[1])}".rstrip()
     elif not changes:

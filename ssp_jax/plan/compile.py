@@ -1,4 +1,5 @@
-"""The programs of a run compiled ahead of time for a TPU slice that is not there, and what its compiler says of them.
+"""The programs of a run compiled ahead of time for a TPU slice that is not there, and what its
+compiler says of them.
 
 The PyPI package libtpu holds the whole TPU compiler and runs it on any CPU.
 """
@@ -23,7 +24,14 @@ from ssp_jax.game.roles import ROLES
 from ssp_jax.learner import batches, update
 from ssp_jax.model import sharding
 from ssp_jax.plan.hardware import Slice
-from ssp_jax.plan.memory import Target, cast, device_bytes, sampler_params, sampler_state, train_state
+from ssp_jax.plan.memory import (
+    Target,
+    cast,
+    device_bytes,
+    sampler_params,
+    sampler_state,
+    train_state,
+)
 from ssp_jax.rollout import sampler
 
 # libtpu must not look for the machine that it compiles for, and two plans may run side by side.
@@ -48,7 +56,9 @@ def make_devices(slice_: Slice) -> list[Any]:
     os.environ |= _ENVIRONMENT
     options = {"chips_per_host_bounds": (1, 1, 1)} if slice_.chips == 1 else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=slice_.name, **options).devices
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=slice_.name, **options
+        ).devices
         return sorted(found, key=lambda device: (device.process_index, device.id))
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
@@ -58,7 +68,9 @@ def make_devices(slice_: Slice) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiler says of one program, per device. FLOPs and bytes count the body of a loop once."""
+    """What the compiler says of one program, per device. FLOPs and bytes count the body of a loop
+    once.
+    """
 
     name: str
     phase: str
@@ -71,7 +83,9 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A program before compilation: arguments are shapes with shardings; `counted` output bytes are kept."""
+    """A program before compilation: arguments are shapes with shardings; `counted` output bytes are
+    kept.
+    """
 
     name: str
     phase: str
@@ -82,7 +96,9 @@ class _Source:
 
     def compile(self) -> Program:
         start = time.monotonic()
-        given = device_bytes([x for x in jax.tree.leaves(self.arguments) if isinstance(x, jax.ShapeDtypeStruct)])
+        given = device_bytes(
+            [x for x in jax.tree.leaves(self.arguments) if isinstance(x, jax.ShapeDtypeStruct)]
+        )
         try:
             compiled = self.function.lower(*self.arguments, **self.options).compile()
         except jax.errors.JaxRuntimeError as error:
@@ -104,7 +120,9 @@ class _Source:
         )
         spent = time.monotonic() - start
         beyond = needed - given - self.counted
-        return Program(self.name, self.phase, spent, beyond, cost["flops"], cost["bytes accessed"], True)
+        return Program(
+            self.name, self.phase, spent, beyond, cost["flops"], cost["bytes accessed"], True
+        )
 
 
 def _sampler_sources(target: Target) -> Iterator[_Source]:
@@ -135,12 +153,24 @@ def _sampler_sources(target: Target) -> Iterator[_Source]:
     )
     yield _Source(f"prefill of {N} x {T}", "prefill", sampler.extend, arguments, options)
 
-    states = sum(len(stop) + 1 for role in ROLES for stop in role.stops)  # of the stop automata: at most one a byte
+    # of the stop automata: at most one a byte
+    states = sum(len(stop) + 1 for role in ROLES for stop in role.stops)
     key = jax.eval_shape(lambda: jax.random.key(0))
     stops = sampler.Stops(struct(jnp.int8, states, V), struct(jnp.int8, states))
-    arguments = (m, params, state, rows_JB, struct(jnp.int32, state.layout.rows[0]), stops, struct(key.dtype))
-    options = options | {"eos": (0,), "steps": sizes.chunk}  # not in place: the prefill has the other
-    yield _Source(f"decode of {sizes.slots} slots", "decode", sampler.decode_chunk, arguments, options)
+    arguments = (
+        m,
+        params,
+        state,
+        rows_JB,
+        struct(jnp.int32, state.layout.rows[0]),
+        stops,
+        struct(key.dtype),
+    )
+    # not in place: the prefill has the other
+    options = options | {"eos": (0,), "steps": sizes.chunk}
+    yield _Source(
+        f"decode of {sizes.slots} slots", "decode", sampler.decode_chunk, arguments, options
+    )
 
 
 def _learner_sources(target: Target) -> Iterator[_Source]:
@@ -156,7 +186,10 @@ def _learner_sources(target: Target) -> Iterator[_Source]:
 
     batch = batches.Batch(*[column(jnp.int32)] * 4, *[column(jnp.float32)] * 3)
     zeros = jax.eval_shape(update._zeros, state.params)
-    total = (state.params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), zeros[1]))
+    total = (
+        state.params,
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), zeros[1]),
+    )
     layout = jax.tree.map(lambda x: x.sharding, state)
     reference_logp = None
     if c.kl_coef:
@@ -164,20 +197,28 @@ def _learner_sources(target: Target) -> Iterator[_Source]:
         score = jax.jit(lambda params, batch: update.score(c, params, batch)[0])
         yield _Source("scores of the reference", "scores", score, (reference, batch), {})
     out = (layout.params, None)
-    accumulate = jax.jit(functools.partial(update._accumulate, c), donate_argnums=(0,), out_shardings=out)
+    accumulate = jax.jit(
+        functools.partial(update._accumulate, c), donate_argnums=(0,), out_shardings=out
+    )
     arguments = (total, state.params, batch, column(jnp.float32), reference_logp)
     yield _Source(f"gradients of {c.rows} x {c.row_tokens}", "gradients", accumulate, arguments, {})
-    apply = jax.jit(functools.partial(update._apply, c), donate_argnums=(0,), out_shardings=(layout, None))
+    apply = jax.jit(
+        functools.partial(update._apply, c), donate_argnums=(0,), out_shardings=(layout, None)
+    )
     yield _Source("optimizer step", "optimizer", apply, (state, state.params), {})
 
 
 def compile_all(target: Target, tell: Callable[[str], None]) -> list[Program]:
-    """target.mesh must be of make_devices(). One after the other: each takes all cores and much memory."""
+    """target.mesh must be of make_devices(). One after the other: each takes all cores and much
+    memory.
+    """
     sources = [*_sampler_sources(target), *_learner_sources(target)]
     programs: list[Program] = []
     start = time.monotonic()
     for number, source in enumerate(sources, 1):
-        tell(f"{time.monotonic() - start:5.0f} s: compiling {source.name} ({number} of {len(sources)})")
+        tell(
+            f"{time.monotonic() - start:5.0f} s: compiling {source.name} ({number} of {len(sources)})"
+        )
         programs.append(source.compile())
     tell(f"{time.monotonic() - start:5.0f} s: compiled all")
     return programs

@@ -1,4 +1,6 @@
-"""Published numbers, for planning without the hardware and without the weights: chips, slices, model shapes."""
+"""Published numbers, for planning without the hardware and without the weights: chips, slices,
+model shapes.
+"""
 
 import dataclasses
 import math
@@ -12,7 +14,9 @@ GB = 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak rates of one chip, dense bfloat16. link: bytes/s that leave a chip over ICI or NVLink, one direction."""
+    """Peak rates of one chip, dense bfloat16. link: bytes/s that leave a chip over ICI or NVLink,
+    one direction.
+    """
 
     hbm: float  # bytes that a program may use
     flops: float  # 1/s
@@ -27,9 +31,10 @@ _2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS = ("1", "2", "4", "8", "16", "32", "64", "128")
 
-# TPUs: cloud.google.com/tpu/docs, one page per generation; their memory is what the compiler lets a program have, which
-# differs a little from the published size. GPUs: NVIDIA's data sheets of the SXM boards, L4: of the PCIe card; their
-# memory is the share of what CUDA reports that the run takes.
+# TPUs: cloud.google.com/tpu/docs, one page per generation; their memory is what the compiler lets a
+# program have, which differs a little from the published size. GPUs: NVIDIA's data sheets of the
+# SXM boards, L4: of the PCIe card; their memory is the share of what CUDA reports that the run
+# takes.
 TPUS = {
     "v5e": Chip(15.75 * GIB, 197e12, 819 * GB, 200 * GB, 4, 1, _2D),
     "v6e": Chip(31.25 * GIB, 918e12, 1638 * GB, 400 * GB, 4, 1, _2D),
@@ -76,7 +81,9 @@ class Slice:
     def device(self) -> Chip:
         """The share of one JAX device in its chip."""
         c, n = self.chip, self.chip.devices
-        return dataclasses.replace(c, hbm=c.hbm / n, flops=c.flops / n, bandwidth=c.bandwidth / n, link=c.link / n)
+        return dataclasses.replace(
+            c, hbm=c.hbm / n, flops=c.flops / n, bandwidth=c.bandwidth / n, link=c.link / n
+        )
 
 
 def parse_topology(text: str) -> Slice:
@@ -89,7 +96,9 @@ def parse_topology(text: str) -> Slice:
     sizes = [int(size) if size.isdecimal() else 0 for size in shape.split("x")]
     if chip is None or not all(sizes):
         known = [*(f"{t}:{c.slices[1]}" for t, c in TPUS.items()), *(f"gpu:{g}x8" for g in GPUS)]
-        raise InputError(f"--topology={text}: expected chips and their number, such as {', '.join(known)}")
+        raise InputError(
+            f"--topology={text}: expected chips and their number, such as {', '.join(known)}"
+        )
     example = chip.slices[1]
     if len(sizes) != len(example.split("x")):
         raise InputError(f"--topology={text}: expected a shape such as {example}")

@@ -1,7 +1,8 @@
-"""What a config keeps in memory and has to do, on each device, from shapes alone: nothing is allocated or compiled.
+"""What a config keeps in memory and has to do, on each device, from shapes alone: nothing is
+allocated or compiled.
 
-What is kept is exact, from the very shapes and shardings of a run. Temporaries are estimates (the compiler decides);
-operations and bytes are lower bounds. Letters as in ssp_jax/__init__.py.
+What is kept is exact, from the very shapes and shardings of a run. Temporaries are estimates (the
+compiler decides); operations and bytes are lower bounds. Letters as in ssp_jax/__init__.py.
 """
 
 import dataclasses
@@ -25,8 +26,9 @@ from ssp_jax.model.attention import LANES, spans, splash_keys
 from ssp_jax.rollout import kv_cache, sampler
 from ssp_jax.rollout.engine import Sizes, cache_budget, choose_layout
 
-# What lies in memory while a program runs, by phase. The sampler's copy and its keys and values are made for play and
-# gone after it; the reference scores before there are gradients. What is offloaded lies there only where it is used.
+# What lies in memory while a program runs, by phase. The sampler's copy and its keys and values are
+# made for play and gone after it; the reference scores before there are gradients. What is
+# offloaded lies there only where it is used.
 PLAY = {
     "reshard": ("parameters", "optimizer", "reference", "sampler copy"),
     "prefill": ("parameters", "optimizer", "reference", "sampler copy", "key/value cache"),
@@ -39,12 +41,15 @@ UPDATE = {
 }
 PHASES = PLAY | UPDATE
 CACHED = ("prefill", "decode")
-_USED = {"optimizer": "optimizer", "reference": "scores"}  # what may be offloaded -> the phase that needs it
+# what may be offloaded -> the phase that needs it
+_USED = {"optimizer": "optimizer", "reference": "scores"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A config for a mesh of devices; the mesh may be abstract. Each host plays alone, on its own devices."""
+    """A config for a mesh of devices; the mesh may be abstract. Each host plays alone, on its own
+    devices.
+    """
 
     config: ConfigDict
     model: decoder.ModelConfig
@@ -55,12 +60,22 @@ class Target:
     platform: str = "cpu"  # of the devices
 
     def __post_init__(self) -> None:
-        for key, number in (("learner.rows", self.config.learner.rows), ("engine.slots", self.config.engine.slots)):
+        for key, number in (
+            ("learner.rows", self.config.learner.rows),
+            ("engine.slots", self.config.engine.slots),
+        ):
             if number % self.parts:
-                raise InputError(f"config key {key} is {number}; expected a multiple of {self.parts} for this mesh")
-        for what, number in (("key/value heads", self.model.num_kv_heads), ("devices of a host", self.per_host)):
+                raise InputError(
+                    f"config key {key} is {number}; expected a multiple of {self.parts} for this mesh"
+                )
+        for what, number in (
+            ("key/value heads", self.model.num_kv_heads),
+            ("devices of a host", self.per_host),
+        ):
             if number % self.tensor:
-                raise InputError(f"config key mesh.tensor is {self.tensor}; expected a divisor of {number} {what}")
+                raise InputError(
+                    f"config key mesh.tensor is {self.tensor}; expected a divisor of {number} {what}"
+                )
 
     @property
     def parts(self) -> int:
@@ -106,14 +121,17 @@ class Target:
 
 def place(tree: Any, shardings: Any) -> Any:
     """Shapes with shardings, in place of arrays."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
 
 
 def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
 
 
-# Tracing these takes most of a plan's time, and a search for what fits asks for them again and again.
+# Tracing these takes most of a plan's time, and a search for what fits asks for them again and
+# again.
 abstract_params = functools.cache(decoder.abstract_params)
 
 
@@ -123,7 +141,9 @@ def _abstract_copy(config: decoder.ModelConfig, dtype: Any) -> decoder.Params:
 
 
 @functools.cache
-def _abstract_slots(config: decoder.ModelConfig, layout: kv_cache.Layout, dtype: Any) -> sampler.SamplerState:
+def _abstract_slots(
+    config: decoder.ModelConfig, layout: kv_cache.Layout, dtype: Any
+) -> sampler.SamplerState:
     return jax.eval_shape(functools.partial(sampler.init_state, config, layout, dtype))
 
 
@@ -137,7 +157,13 @@ def train_state(target: Target) -> TrainState:
     params = place(abstract, sharding.param_shardings(abstract, target.mesh))
     # What the optimizer does not read is made equal, so that a search over it traces once.
     c = dataclasses.replace(
-        target.learner, rows=0, row_tokens=0, logprob_chunk=0, kl_coef=0.0, remat="none", rows_sharding=None
+        target.learner,
+        rows=0,
+        row_tokens=0,
+        logprob_chunk=0,
+        kl_coef=0.0,
+        remat="none",
+        rows_sharding=None,
     )
     whole = NamedSharding(target.mesh, P())
     number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -159,11 +185,17 @@ def sampler_params(target: Target) -> decoder.Params:
 
 def longest_episode(target: Target) -> int:
     """Bytes per device of the keys and values of one slot."""
-    return -(-target.sizes.cache_tokens * kv_cache.token_bytes(target.model, target.dtype) // target.tensor)
+    return -(
+        -target.sizes.cache_tokens
+        * kv_cache.token_bytes(target.model, target.dtype)
+        // target.tensor
+    )
 
 
 def _layout(target: Target, lasting: dict[str, float]) -> kv_cache.Layout:
-    """As the engine chooses it when the sampler's copy is in memory; at least what it needs to play at all."""
+    """As the engine chooses it when the sampler's copy is in memory; at least what it needs to play
+    at all.
+    """
     shardings = functools.partial(sharding.state_shardings, mesh=target.playing)
     free = None
     if target.hbm is not None:
@@ -178,7 +210,9 @@ def cache_layout(target: Target) -> kv_cache.Layout:
     return _layout(target, _lasting(target))
 
 
-def _place_state(target: Target, layout: kv_cache.Layout, config: decoder.ModelConfig) -> sampler.SamplerState:
+def _place_state(
+    target: Target, layout: kv_cache.Layout, config: decoder.ModelConfig
+) -> sampler.SamplerState:
     state = _abstract_slots(config, layout, target.dtype)
     return place(state, sharding.state_shardings(state, target.playing))
 
@@ -189,7 +223,12 @@ def sampler_state(target: Target) -> sampler.SamplerState:
 
 def device_bytes(tree: Any) -> float:
     """Bytes of these shapes on the device that holds most."""
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+    return float(
+        sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+    )
 
 
 def _lasting(target: Target) -> dict[str, float]:
@@ -200,14 +239,19 @@ def _lasting(target: Target) -> dict[str, float]:
     return {
         "parameters": parameters,
         "optimizer": device_bytes(state.opt_state),
-        "reference": device_bytes(cast(state.params, target.dtype)) if target.config.learner.kl_coef else 0.0,
-        "sampler copy": device_bytes(copy) + (target.model.num_layers - 1) * device_bytes(copy["layers"]),
+        "reference": device_bytes(cast(state.params, target.dtype))
+        if target.config.learner.kl_coef
+        else 0.0,
+        "sampler copy": device_bytes(copy)
+        + (target.model.num_layers - 1) * device_bytes(copy["layers"]),
         "gradients": parameters,  # float32, laid out like the parameters
     }
 
 
 def _one_layer(config: decoder.ModelConfig) -> decoder.ModelConfig:
-    """The sampler's trees have leaves for each layer, all alike: tracing one is much faster than tracing all."""
+    """The sampler's trees have leaves for each layer, all alike: tracing one is much faster than
+    tracing all.
+    """
     return dataclasses.replace(config, num_layers=1)
 
 
@@ -223,7 +267,9 @@ def resident_bytes(target: Target, kept: dict[str, float], phase: str) -> float:
     """Bytes per device of what lies there while this phase runs, its own temporaries aside."""
     c = target.config.learner
     offloaded = {"optimizer": c.offload_moments, "reference": c.offload_reference}
-    away = {name for name, phase_of_use in _USED.items() if offloaded[name] and phase != phase_of_use}
+    away = {
+        name for name, phase_of_use in _USED.items() if offloaded[name] and phase != phase_of_use
+    }
     return sum(kept[name] for name in PHASES[phase] if name not in away)
 
 
@@ -235,15 +281,33 @@ def _attending(target: Target) -> tuple[float, float]:
         blocks = -(-T // splash_keys(T))
         return queries * LANES * 4, queries * m.head_dim * target.dtype.itemsize * blocks
     size = max(end - start for start, end in spans(T))
-    return 2 * queries * size * 4, 6 * queries * size * 4  # on TPU the scores of several blocks are alive
+    # on TPU the scores of several blocks are alive
+    return 2 * queries * size * 4, 6 * queries * size * 4
 
 
 def temporaries(target: Target, parameters: float) -> dict[str, float]:
-    """Estimates by phase, bytes per device. parameters: persistent_bytes()'s. Scores are float32, in play and without splash."""
-    m, c, sizes, t, item = target.model, target.config.learner, target.sizes, target.tensor, target.dtype.itemsize
-    D, L, V, N, K, H, F = m.embed_dim, m.num_layers, m.vocab_size, m.num_heads, m.num_kv_heads, m.head_dim, m.mlp_dim
+    """Estimates by phase, bytes per device. parameters: persistent_bytes()'s. Scores are float32,
+    in play and without splash.
+    """
+    m, c, sizes, t, item = (
+        target.model,
+        target.config.learner,
+        target.sizes,
+        target.tensor,
+        target.dtype.itemsize,
+    )
+    D, L, V, N, K, H, F = (
+        m.embed_dim,
+        m.num_layers,
+        m.vocab_size,
+        m.num_heads,
+        m.num_kv_heads,
+        m.head_dim,
+        m.mlp_dim,
+    )
     layer = (D * (2 * N + 2 * K) * H + 3 * D * F) / t  # parameters of a layer, gathered over fsdp
-    wide = 4 * D + ((4 * N + 4 * K) * H + 6 * F) / t  # activations of a token inside a layer and its gradient
+    # activations of a token inside a layer and its gradient
+    wide = 4 * D + ((4 * N + 4 * K) * H + 6 * F) / t
 
     held = {  # numbers that stay of a layer and token, by remat policy
         "full": D,
@@ -255,10 +319,19 @@ def temporaries(target: Target, parameters: float) -> dict[str, float]:
     def scores(rows: float, queries: int, keys: int, copies: int) -> float:
         return copies * rows * N / t * queries * keys * 4.0
 
-    slots, written, longest = target.config.engine.slots / target.parts, target.extend_rows, max(sizes.extend_buckets)
-    piece = max(end - start for start, end in zip((0, *sizes.cache_ends()), sizes.cache_ends(), strict=False))
+    slots, written, longest = (
+        target.config.engine.slots / target.parts,
+        target.extend_rows,
+        max(sizes.extend_buckets),
+    )
+    piece = max(
+        end - start
+        for start, end in zip((0, *sizes.cache_ends()), sizes.cache_ends(), strict=False)
+    )
     cache_rows = written * sizes.cache_tokens * 2 * K / t * H * item
-    prefill = written * longest * wide / 2 * item + scores(written, longest, piece, 2) + 2 * cache_rows
+    prefill = (
+        written * longest * wide / 2 * item + scores(written, longest, piece, 2) + 2 * cache_rows
+    )
     copied = slots * sizes.chunk * L * 2 * K / t * H * item  # the chunk's own keys and values
     decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
 
@@ -272,7 +345,8 @@ def temporaries(target: Target, parameters: float) -> dict[str, float]:
     found = {"reshard": 2 * L * D * F / t * item, "prefill": prefill, "decode": decode}
     if c.kl_coef or c.old_logprobs == "recompute":
         found["scores"] = forward
-    # This micro-batch's gradients exist before they are added. The optimizer step works in place, number by number.
+    # This micro-batch's gradients exist before they are added. The optimizer step works in place,
+    # number by number.
     return found | {"gradients": gradients + parameters, "optimizer": layer * 4}
 
 

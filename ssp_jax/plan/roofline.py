@@ -14,7 +14,9 @@ from ssp_jax.plan.memory import Target, abstract_params, cache_layout, persisten
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a step plays. tokens: of an episode, sampled or given; sampled: those that the model wrote."""
+    """What a step plays. tokens: of an episode, sampled or given; sampled: those that the model
+    wrote.
+    """
 
     tokens: int
     sampled: int
@@ -24,7 +26,9 @@ class Workload:
 
 def workload(config: ConfigDict, tokens: int, sampled: int) -> Workload:
     """Upper bound of the episodes in a step: every question is well-formed and verified."""
-    proposer, solver = (config.game.group_size if a == "grpo" else 1 for a in RL_PAIRS[config.game.rl_pair])
+    proposer, solver = (
+        config.game.group_size if a == "grpo" else 1 for a in RL_PAIRS[config.game.rl_pair]
+    )
     answers = config.game.answers_per_step
     proposed, solved = answers * proposer, answers * proposer * solver
     trained = {"both": proposed + solved, "solver": solved, "proposer": proposed}[config.game.train]
@@ -42,17 +46,24 @@ class Work:
     link: float = 0.0  # bytes that it receives
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        return {"FLOPs": self.flops / chip.flops, "HBM": self.hbm / chip.bandwidth, "links": self.link / chip.link}
+        return {
+            "FLOPs": self.flops / chip.flops,
+            "HBM": self.hbm / chip.bandwidth,
+            "links": self.link / chip.link,
+        }
 
 
 def work(target: Target, load: Workload) -> dict[str, Work]:
-    """Least operations and bytes of a step's phases on each device; whatever can overlap is taken to overlap."""
+    """Least operations and bytes of a step's phases on each device; whatever can overlap is taken
+    to overlap.
+    """
     m, c, item = target.model, target.config.learner, target.dtype.itemsize
     devices = target.parts * target.tensor
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(m)))
     table = m.vocab_size * m.embed_dim
     body = total - table * (1 if m.tie_embeddings else 2)  # parameters of the layers
-    attention = 2 * m.num_layers * m.num_heads * m.head_dim * load.tokens  # FLOPs a token: 4 x half the episode
+    # FLOPs a token: 4 x half the episode
+    attention = 2 * m.num_layers * m.num_heads * m.head_dim * load.tokens
     forward = 2 * (body + table) + attention
     bytes_ = persistent_bytes(target)
 
@@ -62,14 +73,29 @@ def work(target: Target, load: Workload) -> dict[str, Work]:
     layout = cache_layout(target)
     busy = target.hosts * min(layout.rows[0], layout.tokens / (load.tokens / 2))
     steps, slots = math.ceil(load.played * load.sampled / busy), busy / target.parts
-    half = slots * load.tokens / 2 * 2 * m.num_layers * m.num_kv_heads / target.tensor * m.head_dim * item
+    half = (
+        slots
+        * load.tokens
+        / 2
+        * 2
+        * m.num_layers
+        * m.num_kv_heads
+        / target.tensor
+        * m.head_dim
+        * item
+    )
     read = bytes_["sampler copy"] - (0 if m.tie_embeddings else table * item / target.tensor)
     decode = Work(flops=steps * slots * forward / target.tensor, hbm=steps * (read + half))
 
     copy = bytes_["sampler copy"]
     reshard = Work(hbm=bytes_["parameters"] + copy, link=copy * (1 - 1 / target.mesh.shape["fsdp"]))
 
-    passes = 3 + (target.config.model.remat in ("full", "attention")) + (c.kl_coef > 0) + (c.old_logprobs == "recompute")
+    passes = (
+        3
+        + (target.config.model.remat in ("full", "attention"))
+        + (c.kl_coef > 0)
+        + (c.old_logprobs == "recompute")
+    )
     tokens = load.trained * load.tokens
     batches = math.ceil(tokens / (c.rows * c.row_tokens))
     f = target.mesh.shape["fsdp"]

@@ -1,9 +1,11 @@
-"""A run folder as one HTML page, with curves and games to read, that needs no network and no other file:
+"""A run folder as one HTML page, with curves and games to read, that needs no network and no other
+file:
 
     python -m ssp_jax.report WORKDIR [--out=report.html] [--games=300]
 
-Curves are matplotlib SVGs: some 15 KB each and sharp at any size, where an embedded plotly would bring 4 MB. Of a long
-run each of their points stands for many steps, and the page says so. It may be made while the run goes on.
+Curves are matplotlib SVGs: some 15 KB each and sharp at any size, where an embedded plotly would
+bring 4 MB. Of a long run each of their points stands for many steps, and the page says so. It may
+be made while the run goes on.
 """
 
 import base64
@@ -34,7 +36,18 @@ EVALUATIONS = "eval/step_*.json"  # in a run folder
 EVALUATIONS_SHOWN = 200  # at most as points of a curve
 GAMES = 300  # shown at most, spread over the dumps of a run
 SMOOTHED_POINTS = 60  # lines of more points get a running mean over a twentieth of them
-COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#64748b", "#b91c1c", "#1e293b")
+COLORS = (
+    "#2563eb",
+    "#d97706",
+    "#059669",
+    "#db2777",
+    "#7c3aed",
+    "#0891b2",
+    "#65a30d",
+    "#64748b",
+    "#b91c1c",
+    "#1e293b",
+)
 UPDATES = ("proposer", "solver", "both")  # in the order, and so the colours, of the other charts
 
 Row = dict[str, float | None]
@@ -42,7 +55,9 @@ Row = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Chart:
-    """label -> metric; a metric that the run never wrote is left out, and so is a chart without any."""
+    """label -> metric; a metric that the run never wrote is left out, and so is a chart without
+    any.
+    """
 
     title: str
     lines: Mapping[str, str | Callable[[Row], float | None]]
@@ -62,7 +77,8 @@ def _share(part: str, whole: str) -> Callable[[Row], float | None]:
 
 
 CHARTS = (
-    Chart("Rewards", {"proposer": "reward/proposer", "solver": "reward/solver"}),  # its note: reward_note
+    # its note: reward_note
+    Chart("Rewards", {"proposer": "reward/proposer", "solver": "reward/solver"}),
     Chart(
         "Funnel, % of the questions asked",
         {
@@ -74,15 +90,26 @@ CHARTS = (
         percent=True,
     ),
     Chart("Searches of an episode", {"proposer": "proposer/searches", "solver": "solver/searches"}),
-    Chart("Tokens sampled in an episode", {"proposer": "proposer/tokens", "solver": "solver/tokens"}),
+    Chart(
+        "Tokens sampled in an episode", {"proposer": "proposer/tokens", "solver": "solver/tokens"}
+    ),
     Chart("KL to the initial model", {name: f"update/{name}/kl" for name in UPDATES}),
-    Chart("Entropy of the policy", {name: f"update/{name}/entropy" for name in UPDATES}, "Nats a token."),
-    Chart("Gradient norm", {name: f"update/{name}/grad_norm" for name in UPDATES}, "Before clipping."),
+    Chart(
+        "Entropy of the policy",
+        {name: f"update/{name}/entropy" for name in UPDATES},
+        "Nats a token.",
+    ),
+    Chart(
+        "Gradient norm", {name: f"update/{name}/grad_norm" for name in UPDATES}, "Before clipping."
+    ),
     Chart(
         "Throughput, tokens a second",
         {"sampled": "play/tokens_per_second", "trained": "update/tokens_per_second"},
     ),
-    Chart("Seconds", {"a whole step": "seconds", "playing": "play/seconds", "updating": "update/seconds"}),
+    Chart(
+        "Seconds",
+        {"a whole step": "seconds", "playing": "play/seconds", "updating": "update/seconds"},
+    ),
 )
 
 
@@ -97,9 +124,18 @@ def _written(where: object) -> Iterator[None]:
     """What is not as a run writes it is told with its place."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         found = f"{type(error).__name__}: {error}"
-        raise InputError(f"{where}: expected it as a run writes it, which it is not ({found})") from error
+        raise InputError(
+            f"{where}: expected it as a run writes it, which it is not ({found})"
+        ) from error
 
 
 @dataclass
@@ -112,19 +148,25 @@ class Steps:
     spoilt: int = 0  # lines that were passed over
 
     def add(self, row: Row, step: int, seconds: float) -> None:
-        values = {name: metric(row) if callable(metric) else row.get(metric) for name, metric in _LINES}
+        values = {
+            name: metric(row) if callable(metric) else row.get(metric) for name, metric in _LINES
+        }
         values |= {name: value for name, value in row.items() if name.startswith("fault/")}
         self.last, self.seconds = step, self.seconds + seconds
         self.curves.add(step, {name: value for name, value in values.items() if value is not None})
 
 
 def read_metrics(workdir: Path) -> Steps:
-    """None where there was only an evaluation. Lines that a crash has spoilt are passed over, if others are whole."""
+    """None where there was only an evaluation. Lines that a crash has spoilt are passed over, if
+    others are whole.
+    """
     path, found = workdir / "metrics.jsonl", Steps()
     if not path.is_file():
         if any(workdir.glob(EVALUATIONS)):
             return found
-        raise InputError(f"{workdir}: expected a run folder, found neither metrics.jsonl nor {EVALUATIONS} in it")
+        raise InputError(
+            f"{workdir}: expected a run folder, found neither metrics.jsonl nor {EVALUATIONS} in it"
+        )
     whole = 0
     for number, line in enumerate(records.read_lines(path, {}), 1):
         if line.record is None:
@@ -134,7 +176,9 @@ def read_metrics(workdir: Path) -> Steps:
             _add_row(found, line.record)
         whole += 1
     if found.spoilt and not whole:
-        raise InputError(f"{path} line 1: expected it as a run writes it, a JSON object; no line is one")
+        raise InputError(
+            f"{path} line 1: expected it as a run writes it, a JSON object; no line is one"
+        )
     return found
 
 
@@ -167,7 +211,9 @@ def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
 
 
 def shown_evaluation(document: Any) -> dict[str, Any]:
-    """What the page needs of a document that evaluate.evaluate wrote. inputs: what its episodes were played with."""
+    """What the page needs of a document that evaluate.evaluate wrote. inputs: what its episodes
+    were played with.
+    """
     columns = (*SHARES, "right_low", "right_high", *MEANS, "n")
     questions = dict(document.get("questions") or {})
     sets = {}
@@ -228,7 +274,11 @@ def shown_game(step: int, game: dict[str, Any]) -> dict[str, Any]:
     scores = [attempt["score"] for attempt in game["attempts"]]
     question = game["question"]
     outcome = game["fault"] or "unfinished"
-    said = [turn["text"] for turn in (game["proposer"] or {"turns": []})["turns"] if turn["who"] == "proposer"]
+    said = [
+        turn["text"]
+        for turn in (game["proposer"] or {"turns": []})["turns"]
+        if turn["who"] == "proposer"
+    ]
     if question is not None:
         outcome = "reused" if question["reused"] else "verified"
     episodes = [("Proposer", game["proposer"], None), ("Verifier", game["verifier"], None)]
@@ -249,17 +299,31 @@ def shown_game(step: int, game: dict[str, Any]) -> dict[str, Any]:
 
 def shown_episode(name: str, episode: dict[str, Any], score: float | None) -> dict[str, Any]:
     turns = [
-        {"found": turn["who"] == "search engine", "titles": _titles(turn["text"]), "text": turn["text"].strip()}
+        {
+            "found": turn["who"] == "search engine",
+            "titles": _titles(turn["text"]),
+            "text": turn["text"].strip(),
+        }
         for turn in episode["turns"]
     ]
     searches = sum(turn["found"] for turn in turns)
     answer = prompts.last_answer("".join(turn["text"] for turn in turns if not turn["found"])) or ""
     stop = episode["stop_reason"]
-    return {"name": name, "turns": turns, "stop": stop, "score": score, "searches": searches, "answer": answer}
+    return {
+        "name": name,
+        "turns": turns,
+        "stop": stop,
+        "score": score,
+        "searches": searches,
+        "answer": answer,
+    }
 
 
 def _titles(text: str) -> list[str]:
-    return [title.strip(' "') for title in re.findall(r"^(?:<\w+>)?Doc \d+\(Title: (.*?)\) ", text, re.MULTILINE)]
+    return [
+        title.strip(' "')
+        for title in re.findall(r"^(?:<\w+>)?Doc \d+\(Title: (.*?)\) ", text, re.MULTILINE)
+    ]
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -297,7 +361,9 @@ def _image(axes: Any) -> str:
 
 
 def _line(axes: Any, label: str, points: Sequence[Point], each: int, color: str) -> None:
-    """each: steps that a point stands for; then a band reaches from the lowest to the highest of them."""
+    """each: steps that a point stands for; then a band reaches from the lowest to the highest of
+    them.
+    """
     steps, rows, means, lows, highs = np.array(points, float).T
     if len(points) < SMOOTHED_POINTS:
         axes.plot(steps, means, color=color, label=label, marker="o", markersize=3)
@@ -326,7 +392,11 @@ def draw(chart: Chart, curves: Curves) -> str | None:
 
 def draw_faults(curves: Curves) -> str | None:
     """Why questions failed, stacked, as counts of a step."""
-    lines = {name: {p.step: p.mean for p in curves.line(name)} for name in curves.names if name.startswith("fault/")}
+    lines = {
+        name: {p.step: p.mean for p in curves.line(name)}
+        for name in curves.names
+        if name.startswith("fault/")
+    }
     lines = {name: line for name, line in lines.items() if any(line.values())}
     if not lines:
         return None
@@ -347,13 +417,30 @@ def draw_evaluations(found: Sequence[dict[str, Any]]) -> str | None:
         return None
     axes = _figure()
     for i, name in enumerate(names):
-        points = [(document["step"], document["sets"][name]) for document in found if name in document["sets"]]
+        points = [
+            (document["step"], document["sets"][name])
+            for document in found
+            if name in document["sets"]
+        ]
         values = np.array([row["right"] for _, row in points])
-        errors = np.array([[row["right"] - row["right_low"], row["right_high"] - row["right"]] for _, row in points]).T
-        style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.5, "elinewidth": 0.8}
+        errors = np.array(
+            [
+                [row["right"] - row["right_low"], row["right_high"] - row["right"]]
+                for _, row in points
+            ]
+        ).T
+        style: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 4,
+            "capsize": 3,
+            "linewidth": 1.5,
+            "elinewidth": 0.8,
+        }
         style["linestyle"] = "--" if name == AVERAGE else "-"
         steps = [step for step, _ in points]
-        axes.errorbar(steps, values, np.maximum(0, errors), label=name, color=COLORS[i % len(COLORS)], **style)
+        axes.errorbar(
+            steps, values, np.maximum(0, errors), label=name, color=COLORS[i % len(COLORS)], **style
+        )
     axes.set_ylim(0, 103)
     return _image(axes)
 
@@ -391,16 +478,27 @@ def comparable(evals: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
-def _charts(steps: Steps, evals: Sequence[dict[str, Any]], rewarded: str) -> Iterator[dict[str, str]]:
+def _charts(
+    steps: Steps, evals: Sequence[dict[str, Any]], rewarded: str
+) -> Iterator[dict[str, str]]:
     groups = comparable(evals)
     for i, documents in enumerate(groups):
         judge = documents[0]["judge"]
-        earlier = " with earlier inputs" if judge in [group[0]["judge"] for group in groups[:i]] else ""
-        title, note = f"Right answers to held-out questions by {judge}{earlier}, %", "With 95 % bootstrap intervals."
+        earlier = (
+            " with earlier inputs" if judge in [group[0]["judge"] for group in groups[:i]] else ""
+        )
+        title, note = (
+            f"Right answers to held-out questions by {judge}{earlier}, %",
+            "With 95 % bootstrap intervals.",
+        )
         if len(documents) > EVALUATIONS_SHOWN:
             note += f" {EVALUATIONS_SHOWN} of {len(documents)} evaluations."
         yield from _shown(title, note, draw_evaluations(documents))
-    each = f" A point is the mean of {steps.curves.each} steps, the band their range." if steps.curves.each > 1 else ""
+    each = (
+        f" A point is the mean of {steps.curves.each} steps, the band their range."
+        if steps.curves.each > 1
+        else ""
+    )
     for number, chart in enumerate(CHARTS):
         note = rewarded if number == 0 else chart.note
         yield from _shown(chart.title, note + each, draw(chart, steps.curves))
@@ -415,7 +513,9 @@ def _shown(title: str, note: str, image: str | None) -> Iterator[dict[str, str]]
 
 
 def _ends(evals: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Set -> its row of the first evaluation that compares with the last one, and of the last, each with its step."""
+    """Set -> its row of the first evaluation that compares with the last one, and of the last, each
+    with its step.
+    """
     rows: dict[str, list[dict[str, Any]]] = {}
     for document in next(iter(comparable(evals)), []):
         for name, row in document["sets"].items():
@@ -428,7 +528,9 @@ def page(workdir: Path, most_games: int) -> str:
     games = read_games(workdir, most_games)
     config, rewarded = read_config(workdir)
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_as_text)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_as_text
+    )
     return environment.from_string(source).render(
         name=workdir.resolve().name,
         steps=steps.last,

@@ -21,11 +21,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> None:
-    parser = Parser(prog="python -m ssp_jax.retriever", description="Build a BM25 index, or ask one.")
+    parser = Parser(
+        prog="python -m ssp_jax.retriever", description="Build a BM25 index, or ask one."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     build = verbs.add_parser("build", help="index a corpus")
-    build.add_argument("--corpus", required=True, help='jsonl or jsonl.gz of {"id", "contents"}, Search-R1\'s format')
-    build.add_argument("--out", required=True, help="folder of the index: config key retriever.index")
+    build.add_argument(
+        "--corpus",
+        required=True,
+        help='jsonl or jsonl.gz of {"id", "contents"}, Search-R1\'s format',
+    )
+    build.add_argument(
+        "--out", required=True, help="folder of the index: config key retriever.index"
+    )
     build.add_argument("--stemmer", default="english", choices=index.STEMMERS)
     build.add_argument("--stopwords", default="en", choices=index.STOPWORDS)
     build.add_argument("--k1", default=1.5, type=float)
@@ -41,7 +49,9 @@ def _run(arguments: Sequence[str] | None) -> None:
 def _build_command(args: argparse.Namespace) -> None:
     start, folder = time.monotonic(), Path(user_path(args.out, "--out")).absolute()
     corpus = user_path(args.corpus, "--corpus")
-    build_index(corpus, folder, stemmer=args.stemmer, stopwords=args.stopwords, k1=args.k1, b=args.b)
+    build_index(
+        corpus, folder, stemmer=args.stemmer, stopwords=args.stopwords, k1=args.k1, b=args.b
+    )
     size = sum(path.stat().st_size for path in folder.iterdir())
     passages = len(Retriever.load(folder, threads=1))
     cost = f"{size / 1e9:.2f} GB, built in {time.monotonic() - start:.0f} s"
@@ -54,12 +64,15 @@ def _search_command(args: argparse.Namespace) -> None:
     hits = retriever.hits([args.query], args.top_k)[0]
     for row, score in hits:
         document = retriever.document(row)
-        print(printable(f"{score:8.3f}  [{document.id}] {document.title}\n          {document.text}"))
+        print(
+            printable(f"{score:8.3f}  [{document.id}] {document.title}\n          {document.text}")
+        )
     if not hits:
         print("no passage has a word of this query")
 
 
 if __name__ == "__main__":
-    # bm25s starts JAX as it is imported, and an index needs no device: no GPU's memory is taken, no TPU is looked for.
+    # bm25s starts JAX as it is imported, and an index needs no device: no GPU's memory is taken, no
+    # TPU is looked for.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.exit(main())

@@ -1,12 +1,14 @@
-"""BM25 in bounded memory: words to postings on disk, and the kernel that finds the best rows of a query.
+"""BM25 in bounded memory: words to postings on disk, and the kernel that finds the best rows of a
+query.
 
-The result is what bm25s itself computes and stores (its "lucene" scores, float32, one column of passages per term), so
-that `bm25s.BM25.load` reads it. bm25s holds all words of a corpus while it indexes; here each block of passages is
-inverted and spilled, and the blocks are merged term range by term range (Heinz & Zobel 2003, SPIMI): memory is the
-vocabulary plus one block.
+The result is what bm25s itself computes and stores (its "lucene" scores, float32, one column of
+passages per term), so that `bm25s.BM25.load` reads it. bm25s holds all words of a corpus while it
+indexes; here each block of passages is inverted and spilled, and the blocks are merged term range
+by term range (Heinz & Zobel 2003, SPIMI): memory is the vocabulary plus one block.
 
-The search skips what cannot matter (Turtle & Flood 1995, MaxScore, term at a time): rarest words first, and once the
-words that are left could not lift an unseen passage into the top k, only passages already seen are completed.
+The search skips what cannot matter (Turtle & Flood 1995, MaxScore, term at a time): rarest words
+first, and once the words that are left could not lift an unseen passage into the top k, only
+passages already seen are completed.
 """
 
 import math
@@ -21,22 +23,25 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-DATA, ROWS, STARTS = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"  # names that bm25s looks for
+# names that bm25s looks for
+DATA, ROWS, STARTS = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
 HIGHEST = "highest.npy"  # ours: float32 [terms], the most that a term adds to any passage
 BLOCK_TOKENS = 1 << 25  # words of a block: 128 MB, and as much again for each of its two columns
 RANGE_POSTINGS = 1 << 24  # postings merged at a time: 128 MB
 KNOWN_WORDS = 1 << 22  # word forms whose stem is remembered while building, some 400 MB
 QUERY_WORDS = 1 << 20  # and while searching, some 100 MB
 
-_WORD = re.compile(r"\w\w+")  # two letters or more: finds what the token pattern of bm25s finds, \b\w\w+\b
+# two letters or more: finds what the token pattern of bm25s finds, \b\w\w+\b
+_WORD = re.compile(r"\w\w+")
 _STOP = -1
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """Numba's njit without the GIL. What it has compiled is kept on disk where it finds a place for that.
+    """Numba's njit without the GIL. What it has compiled is kept on disk where it finds a place for
+    that.
 
-    It looks at NUMBA_CACHE_DIR, this folder and the user's own; a read-only installation of a user without a home has
-    none of them, and compiles whenever it starts.
+    It looks at NUMBA_CACHE_DIR, this folder and the user's own; a read-only installation of a user
+    without a home has none of them, and compiles whenever it starts.
     """
     try:
         return njit(cache=True, nogil=True)(function)
@@ -45,7 +50,9 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 class Words(dict[str, int]):
-    """Word form -> term number, in the order of first appearance; stop words -> -1. What is looked up is learnt."""
+    """Word form -> term number, in the order of first appearance; stop words -> -1. What is looked
+    up is learnt.
+    """
 
     def __init__(self, stemmer: str, stopwords: Iterable[str]) -> None:
         super().__init__()
@@ -66,7 +73,8 @@ class Words(dict[str, int]):
 
 
 class QueryWords(dict[str, int]):
-    """Word form -> number of its term in the corpus; -1 for a stop word, and for one that the corpus lacks.
+    """Word form -> number of its term in the corpus; -1 for a stop word, and for one that the
+    corpus lacks.
 
     Threads may look up at the same time. The forms are remembered, up to QUERY_WORDS of them.
     """
@@ -102,7 +110,9 @@ def split(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Run:
-    """A spilled block: int32 files; starts [terms + 1], and rows and counts of its postings, term after term."""
+    """A spilled block: int32 files; starts [terms + 1], and rows and counts of its postings, term
+    after term.
+    """
 
     path: Path
     terms: int
@@ -112,7 +122,9 @@ class _Run:
 
 
 class Postings:
-    """Takes passages one by one, holds one block of them, and at the end writes the arrays of bm25s."""
+    """Takes passages one by one, holds one block of them, and at the end writes the arrays of
+    bm25s.
+    """
 
     def __init__(self, folder: Path, words: Words) -> None:
         self._folder, self._words = folder, words
@@ -130,7 +142,9 @@ class Postings:
     def _spill(self) -> None:
         first_row = sum(map(len, self._lengths))
         run = _Run(self._folder / f"run_{len(self._runs):05d}", len(self._words.terms))
-        starts, rows, counts, lengths = _invert(np.asarray(self._tokens), np.asarray(self._ends), run.terms)
+        starts, rows, counts, lengths = _invert(
+            np.asarray(self._tokens), np.asarray(self._ends), run.terms
+        )
         rows += np.int32(first_row)
         for part, values in ((".starts", starts), (".rows", rows), (".counts", counts)):
             values.tofile(run.path.with_suffix(part))
@@ -161,7 +175,13 @@ class Postings:
                 for run in self._runs:
                     count = min(high, run.terms) - low
                     if count > 0:
-                        self._merge(run, low, count, (heads, rows, scores), (idf[low:high], lengths, average, k1, b))
+                        self._merge(
+                            run,
+                            low,
+                            count,
+                            (heads, rows, scores),
+                            (idf[low:high], lengths, average, k1, b),
+                        )
                 highest[low:high] = np.maximum.reduceat(scores, starts[low:high] - starts[low])
                 rows_file.write(rows.data)
                 data_file.write(scores.data)
@@ -169,17 +189,31 @@ class Postings:
         np.save(target / HIGHEST, highest)
 
     @staticmethod
-    def _merge(run: _Run, low: int, count: int, out: tuple[Any, ...], weights: tuple[Any, ...]) -> None:
-        """Appends the postings of `count` terms from `low` to what earlier runs have put under their heads."""
+    def _merge(
+        run: _Run, low: int, count: int, out: tuple[Any, ...], weights: tuple[Any, ...]
+    ) -> None:
+        """Appends the postings of `count` terms from `low` to what earlier runs have put under
+        their heads.
+        """
         starts = run.read(".starts", low, count + 1)
         first, number = int(starts[0]), int(starts[-1] - starts[0])
-        _append(starts - first, run.read(".rows", first, number), run.read(".counts", first, number), *out, *weights)
+        _append(
+            starts - first,
+            run.read(".rows", first, number),
+            run.read(".counts", first, number),
+            *out,
+            *weights,
+        )
 
 
 def _idf(frequencies: np.ndarray, passages: int) -> np.ndarray:
-    """float32 [terms]: ln(1 + (N - n + 0.5) / (n + 0.5)), by math.log as in bm25s (NumPy's may round otherwise)."""
+    """float32 [terms]: ln(1 + (N - n + 0.5) / (n + 0.5)), by math.log as in bm25s (NumPy's may
+    round otherwise).
+    """
     values, inverse = np.unique(frequencies, return_inverse=True)
-    return np.array([math.log(1 + (passages - n + 0.5) / (n + 0.5)) for n in values.tolist()], np.float32)[inverse]
+    return np.array(
+        [math.log(1 + (passages - n + 0.5) / (n + 0.5)) for n in values.tolist()], np.float32
+    )[inverse]
 
 
 def _write_header(file: Any, dtype: Any, number: int) -> None:
@@ -231,13 +265,17 @@ def _invert(tokens, ends, terms):
 
 @_compiled
 def _append(starts, rows, counts, heads, out_rows, out_scores, idf, lengths, average, k1, b):
-    """Postings of one run for a range of terms, scored; the order of operations is bm25s's, so the bits are too."""
+    """Postings of one run for a range of terms, scored; the order of operations is bm25s's, so the
+    bits are too.
+    """
     for term in range(len(starts) - 1):
         head = heads[term]
         for i in range(starts[term], starts[term + 1]):
             count, length = np.float64(counts[i]), np.float64(lengths[rows[i]])
             out_rows[head] = rows[i]
-            out_scores[head] = np.float64(idf[term]) * (count / (k1 * ((1 - b) + b * length / average) + count))
+            out_scores[head] = np.float64(idf[term]) * (
+                count / (k1 * ((1 - b) + b * length / average) + count)
+            )
             head += 1
         heads[term] = head
 
@@ -263,15 +301,19 @@ def first_wrong_term(data, rows, starts, highest, passages, begin, end):
 
 
 # --- searching --------------------------------------------------------------------------------------------------------
-# Rows come as uint32, for an index that may be negative costs a comparison at each access; and where one posting in two
-# would take another way, both ways are gone at once.
+# Rows come as uint32, for an index that may be negative costs a comparison at each access; and
+# where one posting in two would take another way, both ways are gone at once.
 
 
 @_compiled
 def _offer(row, score, size, best_rows, best_scores):
-    """Puts a row with its new score into the list of the best, higher score first, then lower row; the new size."""
+    """Puts a row with its new score into the list of the best, higher score first, then lower row;
+    the new size.
+    """
     last = len(best_rows) - 1
-    if size > last and (score < best_scores[last] or (score == best_scores[last] and row > best_rows[last])):
+    if size > last and (
+        score < best_scores[last] or (score == best_scores[last] and row > best_rows[last])
+    ):
         return size
     at = 0
     while at < size and best_rows[at] != row:
@@ -279,7 +321,9 @@ def _offer(row, score, size, best_rows, best_scores):
     if at == size:  # not in the list: it takes a free place or the last one
         size = min(size + 1, len(best_rows))
         at = size - 1
-    while at > 0 and (score > best_scores[at - 1] or (score == best_scores[at - 1] and row < best_rows[at - 1])):
+    while at > 0 and (
+        score > best_scores[at - 1] or (score == best_scores[at - 1] and row < best_rows[at - 1])
+    ):
         best_rows[at], best_scores[at] = best_rows[at - 1], best_scores[at - 1]
         at -= 1
     best_rows[at], best_scores[at] = row, score
@@ -298,12 +342,18 @@ def _posting(rows, low, high, row):
 
 
 @_compiled
-def best_rows_of_all(data, rows, starts, highest, terms, ends, scores, seen, best_rows, best_scores, found):
-    """best_rows_of for many queries in one call: terms[ends[i - 1] : ends[i]] fill best_rows[i] and best_scores[i]."""
+def best_rows_of_all(
+    data, rows, starts, highest, terms, ends, scores, seen, best_rows, best_scores, found
+):
+    """best_rows_of for many queries in one call: terms[ends[i - 1] : ends[i]] fill best_rows[i] and
+    best_scores[i].
+    """
     begin = 0
     for i in range(len(ends)):
         query = terms[begin : ends[i]]
-        found[i] = best_rows_of(data, rows, starts, highest, query, scores, seen, best_rows[i], best_scores[i])
+        found[i] = best_rows_of(
+            data, rows, starts, highest, query, scores, seen, best_rows[i], best_scores[i]
+        )
         begin = ends[i]
 
 
@@ -311,10 +361,11 @@ def best_rows_of_all(data, rows, starts, highest, terms, ends, scores, seen, bes
 def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, best_scores):
     """Fills best_rows and best_scores with the top len(best_rows) of a query; how many there are.
 
-    `terms` are the query's, repeats included. `scores` (float32 [passages], all zero, and again so at the end) and
-    `seen` (uint32 [2 * passages + 1]) are scratch. Scores only grow, so the best of the partial sums is a lower bound
-    of the final k-th score; what cannot reach it is left out. `slack` covers that float32 sums depend on their order;
-    at the end the few that are left are summed in the order of the query, as bm25s does.
+    `terms` are the query's, repeats included. `scores` (float32 [passages], all zero, and again so
+    at the end) and `seen` (uint32 [2 * passages + 1]) are scratch. Scores only grow, so the best of
+    the partial sums is a lower bound of the final k-th score; what cannot reach it is left out.
+    `slack` covers that float32 sums depend on their order; at the end the few that are left are
+    summed in the order of the query, as bm25s does.
     """
     number, size = len(terms), 0
     order = np.argsort(-highest[terms])
@@ -322,10 +373,14 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
     rest = np.zeros(number + 1)  # the most that the words from here on can add
     for i in range(number - 1, -1, -1):
         rest[i] = rest[i + 1] + highest[terms[order[i]]]
-    bar, alive, i = np.float32(0), 0, 0  # the bar: the k-th best partial score; alive: passages that may pass it
-    while i < number and (size < len(best_rows) or rest[i] >= bar * slack):  # an unseen passage could still get in
+    # the bar: the k-th best partial score; alive: passages that may pass it
+    bar, alive, i = np.float32(0), 0, 0
+    # an unseen passage could still get in
+    while i < number and (size < len(best_rows) or rest[i] >= bar * slack):
         low, high = starts[terms[order[i]]], starts[terms[order[i]] + 1]
-        alive, size, bar = _add(data, rows, low, high, scores, seen, alive, size, bar, best_rows, best_scores)
+        alive, size, bar = _add(
+            data, rows, low, high, scores, seen, alive, size, bar, best_rows, best_scores
+        )
         i += 1
     while i < number:
         alive = _drop(seen, alive, scores, bar * slack - rest[i])
@@ -336,7 +391,9 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
         alive = _drop(seen, alive, scores, bar * slack)
         size = 0
         for j in range(alive):
-            size = _offer(seen[j], _sum(data, rows, starts, terms, seen[j]), size, best_rows, best_scores)
+            size = _offer(
+                seen[j], _sum(data, rows, starts, terms, seen[j]), size, best_rows, best_scores
+            )
     for j in range(alive):
         scores[seen[j]] = 0
     return size
@@ -344,7 +401,9 @@ def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, be
 
 @_compiled
 def _add(data, rows, low, high, scores, seen, num_seen, size, bar, best_rows, best_scores):
-    """Adds a word to all passages that have it; the new number of passages seen, size of the list, and bar."""
+    """Adds a word to all passages that have it; the new number of passages seen, size of the list,
+    and bar.
+    """
     last = len(best_rows) - 1
     for at in range(np.uint64(low), np.uint64(high)):
         row = rows[at]
@@ -376,7 +435,9 @@ def _drop(seen, alive, scores, least):
 
 @_compiled
 def _complete(data, rows, low, high, seen, alive, scores, bar, best_rows, best_scores):
-    """Adds a word to passages already seen: looks each up when they are few, else walks its postings. The new bar."""
+    """Adds a word to passages already seen: looks each up when they are few, else walks its
+    postings. The new bar.
+    """
     found = alive  # seen[alive:found]: its postings in passages that are alive, counted from low
     if alive * 4 * math.log2(high - low + 2.0) < high - low:
         for j in range(alive):

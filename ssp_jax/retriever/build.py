@@ -22,15 +22,19 @@ from ssp_jax.errors import InputError, printable
 from ssp_jax.retriever import bm25, index
 from ssp_jax.runtime.folder_swap import FolderSwap
 
-SMALL_PART = 1 << 14  # postings that a thread walks in a tenth of a millisecond: not worth being split further
-PARTS = 2  # of a batch for each thread, so that one that wakes late or is disturbed leaves its second to the others
+# postings that a thread walks in a tenth of a millisecond: not worth being split further
+SMALL_PART = 1 << 14
+# of a batch for each thread, so that one that wakes late or is disturbed leaves its second to the
+# others
+PARTS = 2
 PROGRESS_SECONDS = 10.0
 
 
 def import_bm25s() -> ModuleType:
     import bm25s
 
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and talks through our handlers
+    # it sets itself to DEBUG and talks through our handlers
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     return bm25s
 
 
@@ -53,7 +57,9 @@ class Progress:
 def build_index(
     corpus: str | Path, index_dir: str | Path, *, stemmer: str, stopwords: str, k1: float, b: float
 ) -> None:
-    """Index title and text of every passage. The folder appears, or replaces an older index, only once it is whole."""
+    """Index title and text of every passage. The folder appears, or replaces an older index, only
+    once it is whole.
+    """
     settings, swap = index.checked_settings(stemmer, stopwords, k1, b), _swap(index_dir)
     with _locked(swap):
         _build(Path(corpus), swap, settings)
@@ -69,7 +75,9 @@ def _swap(index_dir: str | Path) -> FolderSwap:
 
 
 def recover(index_dir: Path) -> None:
-    """Puts an index back that a killed build has left under another name, unless a living one is just at it."""
+    """Puts an index back that a killed build has left under another name, unless a living one is
+    just at it.
+    """
     swap = _swap(index_dir)
     if swap.is_interrupted:
         with contextlib.suppress(OSError), open(_lock_path(swap), "a") as lock:
@@ -91,7 +99,11 @@ def _locked(swap: FolderSwap) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"ssp_jax: waiting for the process that builds {swap.folder}", file=sys.stderr, flush=True)
+                print(
+                    f"ssp_jax: waiting for the process that builds {swap.folder}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except OSError as error:
@@ -104,13 +116,25 @@ def _write_index(corpus: Path, work: Path, settings: dict[str, Any]) -> None:
     words = bm25.Words(settings["stemmer"], stop_list)
     (work / "runs").mkdir()
     postings, progress = bm25.Postings(work / "runs", words), Progress()
-    offsets, sums = _copy(corpus, work / index.PASSAGES, stamp["size"], position, postings.add, progress)
+    offsets, sums = _copy(
+        corpus, work / index.PASSAGES, stamp["size"], position, postings.add, progress
+    )
     if not words.terms:
-        raise InputError(f"{corpus}: expected passages with words to index, found {len(offsets) - 1} passages and none")
-    # bm25s writes its parameters and vocabulary itself, and three empty arrays that are replaced below.
-    empty = import_bm25s().BM25(k1=settings["k1"], b=settings["b"], method="lucene", backend="numpy")
+        raise InputError(
+            f"{corpus}: expected passages with words to index, found {len(offsets) - 1} passages and none"
+        )
+    # bm25s writes its parameters and vocabulary itself, and three empty arrays that are replaced
+    # below.
+    empty = import_bm25s().BM25(
+        k1=settings["k1"], b=settings["b"], method="lucene", backend="numpy"
+    )
     nothing = np.zeros(0, np.float32)
-    empty.scores = {"data": nothing, "indices": nothing, "indptr": nothing, "num_docs": len(offsets) - 1}
+    empty.scores = {
+        "data": nothing,
+        "indices": nothing,
+        "indptr": nothing,
+        "num_docs": len(offsets) - 1,
+    }
     empty.vocab_dict, empty.nonoccurrence_array = words.terms, None
     empty.save(work, show_progress=False)
     np.save(work / index.OFFSETS, np.asarray(offsets, np.int64))
@@ -118,15 +142,30 @@ def _write_index(corpus: Path, work: Path, settings: dict[str, Any]) -> None:
     for share in postings.write(work, settings["k1"], settings["b"]):
         progress(lambda seconds, share=share: f"merging postings: {share:.0%}, {seconds:.0f} s")  # type: ignore[misc]
     shutil.rmtree(work / "runs")
-    source = {"size": position.bytes, "mtime_ns": stamp["mtime_ns"], "sha256": position.sha256.hexdigest()}
-    meta = {"settings": settings, "stopwords": stop_list, "corpus": source, "passages": len(offsets) - 1}
+    source = {
+        "size": position.bytes,
+        "mtime_ns": stamp["mtime_ns"],
+        "sha256": position.sha256.hexdigest(),
+    }
+    meta = {
+        "settings": settings,
+        "stopwords": stop_list,
+        "corpus": source,
+        "passages": len(offsets) - 1,
+    }
     index.write_meta(work, meta)
 
 
 def _copy(
-    corpus: Path, target: Path, size: int, position: Position, add: Callable[[str], None], progress: Progress
+    corpus: Path,
+    target: Path,
+    size: int,
+    position: Position,
+    add: Callable[[str], None],
+    progress: Progress,
 ) -> "tuple[array[int], array[int]]":
-    """Copies each passage into the index and hands its text on: the corpus is read once and never held.
+    """Copies each passage into the index and hands its text on: the corpus is read once and never
+    held.
 
     Gives where each line begins, and its CRC-32. size: of the corpus in bytes, 0 for a pipe.
     """
@@ -174,10 +213,15 @@ def ensure_index(
 ) -> None:
     """Builds the index of this corpus with these settings unless it is there.
 
-    A lock file beside the folder makes processes of one machine that start together build once. An index that is
-    already right is only read, so it may lie on a read-only disk. Without a corpus the index is taken as it is.
+    A lock file beside the folder makes processes of one machine that start together build once. An
+    index that is already right is only read, so it may lie on a read-only disk. Without a corpus
+    the index is taken as it is.
     """
-    folder, source, settings = Path(index_dir), Path(corpus), index.checked_settings(stemmer, stopwords, k1, b)
+    folder, source, settings = (
+        Path(index_dir),
+        Path(corpus),
+        index.checked_settings(stemmer, stopwords, k1, b),
+    )
     if not corpus:
         return
     if source.exists() and not source.is_file():
@@ -194,7 +238,8 @@ def ensure_index(
 
 
 def source(corpus: str | Path, index_dir: str | Path) -> str:
-    """What is searched, as a digest: the corpus, or, where none is given, what the index was built from.
+    """What is searched, as a digest: the corpus, or, where none is given, what the index was built
+    from.
 
     The corpus is read where it is not, by size and time, the one of the index.
     """
@@ -216,7 +261,9 @@ def digest_in_meta(meta: dict[str, Any]) -> str:
 
 
 def _matches(folder: Path, corpus: Path, settings: dict[str, Any]) -> bool:
-    """Size and time tell in an instant; a copied file (same size, other time) is told by its digest."""
+    """Size and time tell in an instant; a copied file (same size, other time) is told by its
+    digest.
+    """
     stamp = _stamp(corpus)
     try:
         meta = index.read_meta(folder)
@@ -224,4 +271,6 @@ def _matches(folder: Path, corpus: Path, settings: dict[str, Any]) -> bool:
         return False
     if meta["settings"] != settings or meta["corpus"]["size"] != stamp["size"]:
         return False
-    return meta["corpus"]["mtime_ns"] == stamp["mtime_ns"] or meta["corpus"]["sha256"] == _digest(corpus)
+    return meta["corpus"]["mtime_ns"] == stamp["mtime_ns"] or meta["corpus"]["sha256"] == _digest(
+        corpus
+    )

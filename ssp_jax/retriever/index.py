@@ -1,9 +1,10 @@
-"""The folder of a search index: its files, and the checks between them and the kernels that use them as addresses.
+"""The folder of a search index: its files, and the checks between them and the kernels that use
+them as addresses.
 
-meta.json is written last and has, for each file, its size and a CRC-32 of each PIECE of it. Loading compares them, and
-then checks the arrays themselves, for an index may come from a stranger: a row number is an address in memory. That
-reads all but the passages once, with all cores. Each line of the passages has a CRC-32 of its own, compared when it is
-shown.
+meta.json is written last and has, for each file, its size and a CRC-32 of each PIECE of it. Loading
+compares them, and then checks the arrays themselves, for an index may come from a stranger: a row
+number is an address in memory. That reads all but the passages once, with all cores. Each line of
+the passages has a CRC-32 of its own, compared when it is shown.
 """
 
 import itertools
@@ -23,7 +24,8 @@ from ssp_jax.errors import InputError, reading
 from ssp_jax.retriever import bm25
 from ssp_jax.runtime import folder_swap
 
-FORMAT = 3  # raise it whenever the files of an index change their meaning: old folders are then built anew
+# raise it whenever the files of an index change their meaning: old folders are then built anew
+FORMAT = 3
 PIECE = 1 << 23  # bytes of a file that one CRC-32 is of
 RANGE_POSTINGS = 1 << 20  # that a thread checks at a time
 
@@ -52,7 +54,8 @@ _META_TYPES = {
 ANEW = "delete the index to build it anew"
 
 
-Shown = Callable[[Callable[[float], str]], None]  # hears what to show of so many seconds, now and then
+# hears what to show of so many seconds, now and then
+Shown = Callable[[Callable[[float], str]], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ def checked_settings(stemmer: object, stopwords: object, k1: object, b: object) 
     if stopwords not in STOPWORDS:
         raise InputError(f"retriever: stopwords is {stopwords!r}, expected one of {STOPWORDS}")
     if not _is_number(k1) or not _is_number(b) or not 0 <= k1 < math.inf or not 0 <= b <= 1:
-        raise InputError(f"retriever: k1 is {k1} and b is {b}, expected a finite k1 >= 0 and b between 0 and 1")
+        raise InputError(
+            f"retriever: k1 is {k1} and b is {b}, expected a finite k1 >= 0 and b between 0 and 1"
+        )
     return {"stemmer": stemmer, "stopwords": stopwords, "k1": float(k1), "b": float(b)}
 
 
@@ -93,7 +98,11 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     names = sorted(path.name for path in folder.iterdir() if path.name != folder_swap.MARKER)
     files = {name: (folder / name).stat().st_size for name in names}
     with _pool() as pool:
-        sums = {name: list(pool.map(zlib.crc32, _pieces(folder / name))) for name in names if name != PASSAGES}
+        sums = {
+            name: list(pool.map(zlib.crc32, _pieces(folder / name)))
+            for name in names
+            if name != PASSAGES
+        }
     text = json.dumps(meta | {"format": FORMAT, "files": files, "sums": sums}, indent=1)
     (folder / META).write_text(text, encoding="utf-8")
 
@@ -103,7 +112,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     meta = _read_json(folder)
     fault = _fault(meta)
     if fault:
-        raise InputError(f"{folder}: expected a search index of format {FORMAT}; its {META} {fault}")
+        raise InputError(
+            f"{folder}: expected a search index of format {FORMAT}; its {META} {fault}"
+        )
     return meta
 
 
@@ -196,12 +207,15 @@ def _pieces(path: Path) -> Iterator[np.ndarray]:
     return (file[start : start + PIECE] for start in range(0, len(file), PIECE))
 
 
-def _check_sums(folder: Path, sums: dict[str, list[int]], pool: ThreadPoolExecutor, progress: Shown) -> None:
+def _check_sums(
+    folder: Path, sums: dict[str, list[int]], pool: ThreadPoolExecutor, progress: Shown
+) -> None:
     for name, expected in sums.items():
         found = pool.map(zlib.crc32, _pieces(folder / name))
         for piece, (value, right) in enumerate(itertools.zip_longest(found, expected)):
             share = piece / len(expected)
-            progress(lambda seconds, name=name, share=share: f"checking {name}: {share:.0%}, {seconds:.0f} s")  # type: ignore[misc]
+            what = f"checking {name}: {share:.0%}"
+            progress(lambda seconds, what=what: f"{what}, {seconds:.0f} s")  # type: ignore[misc]
             if value != right:
                 raise InputError(
                     f"{folder / name}: expected the bytes that were written; from byte {piece * PIECE:,} on they "
@@ -231,13 +245,19 @@ def _check_lengths(folder: Path, index: Index) -> None:
             bool((np.isfinite(index.highest) & (index.highest > 0)).all()),
             "finite scores above 0",
         ),
-        VOCABULARY: (_numbers(index.vocabulary, terms), f"words with the numbers 0 to {terms - 1}, each once"),
+        VOCABULARY: (
+            _numbers(index.vocabulary, terms),
+            f"words with the numbers 0 to {terms - 1}, each once",
+        ),
         bm25.ROWS: (len(index.rows) == postings, f"{postings} rows, one for each score"),
         bm25.STARTS: (
             _ascends(index.starts, terms, postings),
             f"{terms + 1} ascending numbers from 0 to {postings}, the number of scores",
         ),
-        LINE_SUMS: (0 < len(index.line_sums) == passages < 2**31, f"{passages} numbers, one for each passage"),
+        LINE_SUMS: (
+            0 < len(index.line_sums) == passages < 2**31,
+            f"{passages} numbers, one for each passage",
+        ),
         OFFSETS: (
             _ascends(index.offsets, passages, size),
             f"{passages + 1} ascending numbers from 0 to {size}, the bytes of {PASSAGES}",
@@ -256,24 +276,31 @@ def _numbers(vocabulary: Any, terms: int) -> bool:
 
 
 def _ascends(starts: np.ndarray, number: int, end: int) -> bool:
-    """Whether these are the starts of `number` stretches, none of them empty, and the end of the last one."""
+    """Whether these are the starts of `number` stretches, none of them empty, and the end of the
+    last one.
+    """
     if len(starts) != number + 1 or starts[0] != 0 or starts[-1] != end:
         return False
     return bool((starts[1:] > starts[:-1]).all())
 
 
 def _check_postings(folder: Path, index: Index, pool: ThreadPoolExecutor, progress: Shown) -> None:
-    """Rows are addresses in the memory of a search, and a score that is not finite wins every comparison or none."""
+    """Rows are addresses in the memory of a search, and a score that is not finite wins every
+    comparison or none.
+    """
     passages = len(index.line_sums)
     cuts = np.searchsorted(index.starts, np.arange(0, len(index.data), RANGE_POSTINGS))
     ranges = list(itertools.pairwise([*np.unique(cuts).tolist(), len(index.highest)]))
 
     def check(terms: tuple[int, int]) -> int:
-        return bm25.first_wrong_term(index.data, index.rows, index.starts, index.highest, passages, *terms)
+        return bm25.first_wrong_term(
+            index.data, index.rows, index.starts, index.highest, passages, *terms
+        )
 
     for (_, end), term in zip(ranges, pool.map(check, ranges), strict=True):
         share = end / len(index.highest)
-        progress(lambda seconds, share=share: f"checking the postings: {share:.0%}, {seconds:.0f} s")  # type: ignore[misc]
+        what = f"checking the postings: {share:.0%}"
+        progress(lambda seconds, what=what: f"{what}, {seconds:.0f} s")  # type: ignore[misc]
         if term >= 0:
             raise InputError(
                 f"{folder / bm25.ROWS} and {bm25.DATA}: expected for each word ascending rows below {passages} and "

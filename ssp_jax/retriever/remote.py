@@ -1,8 +1,10 @@
-"""Search by somebody's retrieval server, in the protocol of Search-R1: an E5 index that is already running.
+"""Search by somebody's retrieval server, in the protocol of Search-R1: an E5 index that is already
+running.
 
-POST {"queries": [text, ...], "topk": 3, "return_scores": true} to /retrieve gives
-{"result": [[{"document": {"id", "contents"}, "score": x}, ...], ...]}; servers that know no scores give the documents
-themselves, and those that ask a web search or Anserini's BM25 give documents without an id, or their contents alone.
+POST {"queries": [text, ...], "topk": 3, "return_scores": true} to /retrieve gives {"result":
+[[{"document": {"id", "contents"}, "score": x}, ...], ...]}; servers that know no scores give the
+documents themselves, and those that ask a web search or Anserini's BM25 give documents without an
+id, or their contents alone.
 """
 
 import hashlib
@@ -21,23 +23,28 @@ from ssp_jax.runtime.request import Reply, RequestError, Secrets, check_address,
 BUSY = (429, 500, 502, 503, 504)  # answers of a server that may do better in a moment
 PAUSE_SECONDS = 0.5  # doubles with each retry; the first comes at once
 LONGEST_PAUSE_SECONDS = 60.0
-PASSAGE_CHARACTERS = 1 << 20  # a longer one is no passage; a model is shown some hundreds of words of it
-BROKEN_IN_A_ROW = 100  # passages without a usable one between them: such a server gives nothing to learn from
+# a longer one is no passage; a model is shown some hundreds of words of it
+PASSAGE_CHARACTERS = 1 << 20
+# passages without a usable one between them: such a server gives nothing to learn from
+BROKEN_IN_A_ROW = 100
 
 
 class RemoteRetriever:
     """Threads may search at the same time. A server that stays away ends the run with one sentence."""
 
-    def __init__(self, url: str, probes: Sequence[str], *, top_k: int, timeout_s: float, retries: int) -> None:
+    def __init__(
+        self, url: str, probes: Sequence[str], *, top_k: int, timeout_s: float, retries: int
+    ) -> None:
         """Asks for `probes` at once, so that a wrong address is told before anything is compiled.
 
-        A server cannot be asked for a row: what it finds for the probes stands for its corpus. Only the noise documents
-        of the first round are drawn from there.
+        A server cannot be asked for a row: what it finds for the probes stands for its corpus. Only
+        the noise documents of the first round are drawn from there.
         """
         check_address("retriever.url", url)
         self._url, self._timeout_s, self._retries = url, timeout_s, retries
         self._secrets = Secrets(url)
-        self.source = masked(url)  # what stands behind an address is not known; a new key changes nothing
+        # what stands behind an address is not known; a new key changes nothing
+        self.source = masked(url)
         self._cache: Cache[tuple[Document, ...]] = Cache(CACHE_BYTES, _size)
         self.left_out = 0  # passages that could not be used
         self._broken_in_a_row = 0
@@ -45,7 +52,9 @@ class RemoteRetriever:
         self._known = list(found.values())
         if not self._known:
             broken = f" but {self.left_out} unusable ones" if self.left_out else ""
-            raise self._error(f"that finds something for {len(probes)} queries", f"no document{broken}")
+            raise self._error(
+                f"that finds something for {len(probes)} queries", f"no document{broken}"
+            )
 
     def __len__(self) -> int:
         return len(self._known)
@@ -61,17 +70,23 @@ class RemoteRetriever:
     def _ask(self, queries: list[str], top_k: int) -> list[tuple[Document, ...]]:
         reply = self._post({"queries": queries, "topk": top_k, "return_scores": True})
         if reply.status != 200:
-            raise self._error("that answers with status 200", f"{reply.status}: {reply.body[:200]!r}")
+            raise self._error(
+                "that answers with status 200", f"{reply.status}: {reply.body[:200]!r}"
+            )
         try:
             results = json.loads(reply.body)["result"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise self._error('that answers {"result": [...]}', repr(reply.body[:200])) from None
         if not isinstance(results, list) or [type(r) for r in results] != [list] * len(queries):
-            raise self._error(f"that gives a list for each of {len(queries)} queries", repr(reply.body[:200]))
+            raise self._error(
+                f"that gives a list for each of {len(queries)} queries", repr(reply.body[:200])
+            )
         return [self._usable(result[:top_k]) for result in results]
 
     def _post(self, value: Any) -> Reply:
-        """A try that fails, or that a busy server refuses, is repeated: at once, and then after pauses that double."""
+        """A try that fails, or that a busy server refuses, is repeated: at once, and then after
+        pauses that double.
+        """
         pause = 0.0
         for left in range(self._retries, -1, -1):
             try:
@@ -86,7 +101,9 @@ class RemoteRetriever:
         raise AssertionError("the last try returns or raises")
 
     def _usable(self, items: list[Any]) -> tuple[Document, ...]:
-        """The passages but for those that are empty or broken, which are counted: web pages often are."""
+        """The passages but for those that are empty or broken, which are counted: web pages often
+        are.
+        """
         found = []
         for item in items:
             try:
@@ -105,7 +122,9 @@ class RemoteRetriever:
         title, text = title_and_text(Row(masked(self._url), 1, values, "document"))
         if len(title) + len(text) > PASSAGE_CHARACTERS:
             found = f"{len(title) + len(text):,}"
-            raise self._error(f"that gives passages of at most {PASSAGE_CHARACTERS:,} characters", found)
+            raise self._error(
+                f"that gives passages of at most {PASSAGE_CHARACTERS:,} characters", found
+            )
         return Document(_name(values.get("id"), title, text), title, text)
 
     def _leave_out(self, error: InputError) -> None:

@@ -1,14 +1,16 @@
-"""Search: a BM25 index of a corpus, built once, mapped from disk, asked in batches; or somebody's retrieval server.
+"""Search: a BM25 index of a corpus, built once, mapped from disk, asked in batches; or somebody's
+retrieval server.
 
     python -m ssp_jax.retriever build --corpus=wiki-18.jsonl.gz --out=wiki-18.index
     python -m ssp_jax.retriever search --index=wiki-18.index "capital of France"
 
-An index is a folder: the arrays and vocabulary of bm25s (which loads it too), `passages.jsonl` with the corpus in row
-order, and what index.py adds to find and check them. Passages and postings stay on disk and are read through memory
-maps: only the vocabulary, and 12 bytes a passage for each thread that searches, are in host memory.
+An index is a folder: the arrays and vocabulary of bm25s (which loads it too), `passages.jsonl` with
+the corpus in row order, and what index.py adds to find and check them. Passages and postings stay
+on disk and are read through memory maps: only the vocabulary, and 12 bytes a passage for each
+thread that searches, are in host memory.
 
-bm25s is imported inside functions only, when an index is built: `import bm25s` runs a JAX op, after which
-jax.distributed.initialize() raises. Open a retriever after the distributed start.
+bm25s is imported inside functions only, when an index is built: `import bm25s` runs a JAX op, after
+which jax.distributed.initialize() raises. Open a retriever after the distributed start.
 """
 
 import itertools
@@ -28,13 +30,22 @@ import numpy as np
 from ssp_jax.data import Document, parse_document, parse_row
 from ssp_jax.errors import InputError
 from ssp_jax.retriever import bm25, index
-from ssp_jax.retriever.build import PARTS, SMALL_PART, Progress, digest_in_meta, ensure_index, recover
+from ssp_jax.retriever.build import (
+    PARTS,
+    SMALL_PART,
+    Progress,
+    digest_in_meta,
+    ensure_index,
+    recover,
+)
 from ssp_jax.retriever.index import Index
 
-CACHE_BYTES = 1 << 26  # of the queries asked last: of an index 100,000, of a server 20,000 with their passages
+# of the queries asked last: of an index 100,000, of a server 20,000 with their passages
+CACHE_BYTES = 1 << 26
 _ENTRY_BYTES = 250  # of a query in the cache, beside its text and its result
 _HIT_BYTES = 150  # of a row number and a score in Python
-# More than 1,024 words, the most clauses of Lucene; encoders behind servers read 512 tokens at most.
+# More than 1,024 words, the most clauses of Lucene; encoders behind servers read 512 tokens at
+# most.
 QUERY_CHARACTERS = 8192
 
 T = TypeVar("T")
@@ -42,7 +53,9 @@ Hits = tuple[tuple[int, float], ...]  # row and score, best first
 
 
 class Search(Protocol):
-    """What a run needs. The rows are those of the corpus, or the passages that a server gave at the start."""
+    """What a run needs. The rows are those of the corpus, or the passages that a server gave at the
+    start.
+    """
 
     source: str  # what is searched; another text means that the same query may find other passages
 
@@ -52,7 +65,8 @@ class Search(Protocol):
 
 
 def shortened(query: str) -> str:
-    """A query as it is searched: what a model writes may be long, and would cost its length in postings.
+    """A query as it is searched: what a model writes may be long, and would cost its length in
+    postings.
 
     Half of a character that was written as two is no Unicode, and no server takes it.
     """
@@ -70,8 +84,12 @@ class Cache(Generic[T]):
         self._kept: OrderedDict[tuple[str, int], T] = OrderedDict()
         self._bytes = 0
 
-    def get(self, queries: Sequence[str], top_k: int, find: Callable[[list[str], int], Iterable[T]]) -> list[T]:
-        """What `find` gives for these queries; it is asked, once for each, for those that are not here."""
+    def get(
+        self, queries: Sequence[str], top_k: int, find: Callable[[list[str], int], Iterable[T]]
+    ) -> list[T]:
+        """What `find` gives for these queries; it is asked, once for each, for those that are not
+        here.
+        """
         keys = [(query, top_k) for query in queries]
         with self._lock:
             known = {key: self._kept[key] for key in keys if key in self._kept}
@@ -97,15 +115,23 @@ class Cache(Generic[T]):
 
 
 class Retriever:
-    """A loaded index. Threads may ask at the same time; a batch is searched by `threads` threads, 0 for all cores."""
+    """A loaded index. Threads may ask at the same time; a batch is searched by `threads` threads, 0
+    for all cores.
+    """
 
     def __init__(self, folder: Path, found: Index, threads: int = 0) -> None:
         self._path = str(folder / index.PASSAGES)
         meta = found.meta
         self.source = digest_in_meta(meta)
         self._arrays = found.data, found.rows, found.starts, found.highest
-        self._offsets, self._line_sums, self._passages = found.offsets, found.line_sums, found.passages
-        self._words = bm25.QueryWords(meta["settings"]["stemmer"], meta["stopwords"], found.vocabulary)
+        self._offsets, self._line_sums, self._passages = (
+            found.offsets,
+            found.line_sums,
+            found.passages,
+        )
+        self._words = bm25.QueryWords(
+            meta["settings"]["stemmer"], meta["stopwords"], found.vocabulary
+        )
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
         self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
@@ -114,12 +140,15 @@ class Retriever:
 
     @classmethod
     def load(cls, index_dir: str | Path, threads: int = 0) -> "Retriever":
-        """Opens an index; refuses one of another format, and one whose files are not what was written."""
+        """Opens an index; refuses one of another format, and one whose files are not what was
+        written.
+        """
         folder = Path(index_dir)
         recover(folder)
         try:
             return cls(folder, index.open_index(folder, Progress()), threads)
-        except OSError as error:  # of the index, or of the folder where Numba keeps what it has compiled
+        # of the index, or of the folder where Numba keeps what it has compiled
+        except OSError as error:
             raise InputError(f"{folder}: expected an index that can be read ({error})") from None
 
     def __len__(self) -> int:
@@ -130,15 +159,21 @@ class Retriever:
             raise IndexError(f"row {row} of an index with {len(self)} passages")
         line = self._passages[self._offsets[row] : self._offsets[row + 1]].tobytes()
         if zlib.crc32(line) != self._line_sums[row]:
-            raise InputError(f"{self._path} line {row + 1}: expected the bytes that were written; {index.ANEW}")
+            raise InputError(
+                f"{self._path} line {row + 1}: expected the bytes that were written; {index.ANEW}"
+            )
         return parse_document(parse_row(self._path, row + 1, line))
 
     def _query_terms(self, query: str) -> list[int]:
         """The numbers of the query's words that the corpus has, in their order, repeats included."""
         return [number for number in map(self._words.__getitem__, bm25.split(query)) if number >= 0]
 
-    def _best(self, terms: np.ndarray, ends: np.ndarray, best: tuple[np.ndarray, ...], a: int, b: int) -> None:
-        """Fills `best` for the queries from a to b, of which query i has terms[ends[i] : ends[i + 1]]."""
+    def _best(
+        self, terms: np.ndarray, ends: np.ndarray, best: tuple[np.ndarray, ...], a: int, b: int
+    ) -> None:
+        """Fills `best` for the queries from a to b, of which query i has terms[ends[i] : ends[i +
+        1]].
+        """
         try:
             scratch = self._scratch.get_nowait()
         except queue.Empty:
@@ -148,7 +183,8 @@ class Retriever:
         self._scratch.put(scratch)
 
     def hits(self, queries: Sequence[str], top_k: int) -> list[Hits]:
-        """For each query the best top_k rows with their scores; only rows that share a word with it.
+        """For each query the best top_k rows with their scores; only rows that share a word with
+        it.
 
         Higher score first, at equal score the lower row, also where top_k cuts a tie.
         """
@@ -173,10 +209,14 @@ class Retriever:
             if not other.cancel():  # one that has not begun until now has nothing left to do
                 other.result()
         shown = zip(*(array.tolist() for array in best), strict=True)
-        return [tuple(zip(rows[:found], scores[:found], strict=True)) for rows, scores, found in shown]
+        return [
+            tuple(zip(rows[:found], scores[:found], strict=True)) for rows, scores, found in shown
+        ]
 
     def _cuts(self, terms: np.ndarray, ends: np.ndarray) -> list[int]:
-        """Where the queries are cut into parts of about as many postings, a few for each thread if they are many."""
+        """Where the queries are cut into parts of about as many postings, a few for each thread if
+        they are many.
+        """
         starts = self._arrays[2]
         postings = np.concatenate([[0], np.cumsum(starts[terms + 1] - starts[terms])])[ends]
         most = PARTS * self._threads if self._threads > 1 else 1
@@ -185,12 +225,21 @@ class Retriever:
         return [0, *sorted(set(inner.tolist()) - {0, len(ends) - 1}), len(ends) - 1]
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
-        """For each query at most top_k passages that share a word with it, best first; fewer or none if fewer match."""
+        """For each query at most top_k passages that share a word with it, best first; fewer or
+        none if fewer match.
+        """
         return [[self.document(row) for row, _ in hits] for hits in self.hits(queries, top_k)]
 
 
 def open_retriever(
-    corpus: str | Path, index_dir: str | Path, *, stemmer: str, stopwords: str, k1: float, b: float, threads: int = 0
+    corpus: str | Path,
+    index_dir: str | Path,
+    *,
+    stemmer: str,
+    stopwords: str,
+    k1: float,
+    b: float,
+    threads: int = 0,
 ) -> Retriever:
     """The index of this corpus with these settings, built first where it does not exist."""
     ensure_index(corpus, index_dir, stemmer=stemmer, stopwords=stopwords, k1=k1, b=b)

@@ -1,9 +1,11 @@
-"""The host side of generation: one pool of slots for episodes of all roles, no barriers between them.
+"""The host side of generation: one pool of slots for episodes of all roles, no barriers between
+them.
 
-One decode chunk is always in flight. While it runs the host reads the chunk before it, hands that chunk's searches to a
-thread as one batch, and prepares what comes next; results are written into the slots before the next chunk. A search's
-result is used exactly one chunk later, however fast it was: the schedule is a function of the episodes alone, so the
-same seed gives the same run, bit for bit. The engine knows nothing of the game: a `Player` says what follows a stop.
+One decode chunk is always in flight. While it runs the host reads the chunk before it, hands that
+chunk's searches to a thread as one batch, and prepares what comes next; results are written into
+the slots before the next chunk. A search's result is used exactly one chunk later, however fast it
+was: the schedule is a function of the episodes alone, so the same seed gives the same run, bit for
+bit. The engine knows nothing of the game: a `Player` says what follows a stop.
 """
 
 import dataclasses
@@ -27,7 +29,8 @@ __all__ = ["Engine", "Player", "Sizes", "Stats"]
 
 Search = Callable[[list[str]], Sequence[Any]]
 SCHEDULES = ("pipelined", "barrier")
-_FREE_SHARE = 0.8  # of measured free memory, for keys and values at most; the programs' temporaries need some too
+# of measured free memory, for keys and values at most; the programs' temporaries need some too
+_FREE_SHARE = 0.8
 _REMEDY = (
     "less of engine.slots, engine.extend_rows, the largest of engine.extend_buckets, engine.cache_tokens or "
     "engine.kv_cache_gib, or more devices for mesh.tensor"
@@ -48,14 +51,19 @@ class Sizes:
     schedule: str = "pipelined"
 
     def extend_len(self, tokens: int) -> int:
-        return next((b for b in sorted(self.extend_buckets) if tokens <= b), max(self.extend_buckets))
+        return next(
+            (b for b in sorted(self.extend_buckets) if tokens <= b), max(self.extend_buckets)
+        )
 
     def rows_per_shard(self, parts: int) -> int:
         """Rows of an extend call that each part of the slots writes."""
         return -(-self.extend_rows // parts)
 
     def cache_ends(self) -> tuple[int, ...]:
-        return (*sorted({b for b in self.cache_buckets if b < self.cache_tokens}), self.cache_tokens)
+        return (
+            *sorted({b for b in self.cache_buckets if b < self.cache_tokens}),
+            self.cache_tokens,
+        )
 
 
 def choose_layout(
@@ -65,7 +73,9 @@ def choose_layout(
     state_sharding: Callable[[sampler.SamplerState], Any] | None,
     budget: int | None,
 ) -> kv_cache.Layout:
-    """Rows of the cache's pieces for a budget in bytes a device; None: the longest episode in every slot."""
+    """Rows of the cache's pieces for a budget in bytes a device; None: the longest episode in every
+    slot.
+    """
     full = kv_cache.full_layout(sizes.cache_ends(), sizes.slots)
     parts, token_bytes = _split(config, full, dtype, state_sharding)
     if budget is None:
@@ -79,7 +89,9 @@ def _split(
     dtype: Any,
     state_sharding: Callable[[sampler.SamplerState], Any] | None,
 ) -> tuple[int, float]:
-    """Into how many parts the slots are split, and the bytes that a token of a part takes on a device of it."""
+    """Into how many parts the slots are split, and the bytes that a token of a part takes on a
+    device of it.
+    """
     token_bytes = kv_cache.token_bytes(config, dtype)
     if state_sharding is None:
         return 1, token_bytes
@@ -95,7 +107,9 @@ def cache_budget(sizes: Sizes, free: int | None) -> int | None:
     return int(sizes.kv_cache_gib * device_memory.GIB) or (free and int(_FREE_SHARE * free))
 
 
-def _too_large(sizes: Sizes, free: int, needs: dict[str, int], room: int, wanted: int, least: int) -> str:
+def _too_large(
+    sizes: Sizes, free: int, needs: dict[str, int], room: int, wanted: int, least: int
+) -> str:
     """What a device has, what the engine asks for, and what of it would fit."""
 
     def gib(size: float) -> str:
@@ -119,8 +133,9 @@ def _too_large(sizes: Sizes, free: int, needs: dict[str, int], room: int, wanted
 
 
 class Engine:
-    """`play` runs a set of players, and those they lead to, to their ends. Between calls it holds no device memory but
-    the stop tables: keys and values are made when a call starts and are gone when it ends, so the update has the room.
+    """`play` runs a set of players, and those they lead to, to their ends. Between calls it holds
+    no device memory but the stop tables: keys and values are made when a call starts and are
+    gone when it ends, so the update has the room.
     """
 
     def __init__(
@@ -135,12 +150,20 @@ class Engine:
         truncation: sampling.Truncation = sampling.ALL_TOKENS,
         free_bytes: Callable[[], int | None] = device_memory.free_bytes,
     ):
-        self._config, self._sizes, self._eos, self._dtype, self._search = config, sizes, eos, dtype, search
+        self._config, self._sizes, self._eos, self._dtype, self._search = (
+            config,
+            sizes,
+            eos,
+            dtype,
+            search,
+        )
         self._state_sharding, self._truncation = state_sharding, truncation
         self._free_bytes = free_bytes
         offsets = np.cumsum([0] + [len(a.stop_S) for a in automata[:-1]])
         self._roots = [int(o) for o in offsets]
-        scheduler = np.concatenate([a.table_SV.astype(np.int16) + o for a, o in zip(automata, offsets, strict=True)])
+        scheduler = np.concatenate(
+            [a.table_SV.astype(np.int16) + o for a, o in zip(automata, offsets, strict=True)]
+        )
         self._stops = sampler.Stops(
             jax.numpy.asarray(scheduler.astype(np.int8) if len(scheduler) <= 127 else scheduler),
             jax.numpy.asarray(np.concatenate([a.stop_S for a in automata])),
@@ -151,12 +174,18 @@ class Engine:
     def memory(self) -> str:
         """What the engine chose, for people; known from the first call on."""
         assert self._layout is not None
-        size = self._layout.tokens * kv_cache.token_bytes(self._config, self._dtype) / device_memory.GIB
+        size = (
+            self._layout.tokens
+            * kv_cache.token_bytes(self._config, self._dtype)
+            / device_memory.GIB
+        )
         pieces = zip(self._layout.rows, self._layout.starts, self._layout.ends, strict=True)
         rows = ", ".join(f"{n} of tokens {start} to {end}" for n, start, end in pieces)
         return f"{self._layout.rows[0]} slots; keys and values {size:.3g} GiB, rows: {rows}"
 
-    def warm_up(self, params: decoder.Params, key: jax.Array, stop: Callable[[], None] = lambda: None) -> None:
+    def warm_up(
+        self, params: decoder.Params, key: jax.Array, stop: Callable[[], None] = lambda: None
+    ) -> None:
         """Runs every program once on rows that write nothing; after this nothing compiles.
 
         stop: called between programs; may raise.
@@ -184,18 +213,23 @@ class Engine:
     ) -> Stats:
         """Plays all players and whatever `finished(player)` adds after each of them.
 
-        params: the sampler's unstacked copy. key: with a player's uid and a position it makes the key of a token.
+        params: the sampler's unstacked copy. key: with a player's uid and a position it makes the
+        key of a token.
         """
         start = time.monotonic()
         device, barrier = self.device(params, key), self._sizes.schedule == "barrier"
-        scheduler = Scheduler(device.layout, self._sizes.chunk, players, finished, self._submit, barrier)
+        scheduler = Scheduler(
+            device.layout, self._sizes.chunk, players, finished, self._submit, barrier
+        )
         in_flight: tuple[sampler.Chunk, dict[int, int]] | None = None
         while True:
             scheduler.take_results(lambda: progress(scheduler.stats))
             self._write(device, scheduler)
             turns, chunk = scheduler.running(), None
             if turns and not scheduler.ending(turns, in_flight[1] if in_flight else {}):
-                chunk = device.decode(scheduler.memory.rows_JB, scheduler.memory.room_B, scheduler.depth(turns))
+                chunk = device.decode(
+                    scheduler.memory.rows_JB, scheduler.memory.room_B, scheduler.depth(turns)
+                )
             if in_flight is not None:
                 scheduler.take_chunk(jax.device_get(in_flight[0]), in_flight[1])
                 scheduler.stats.seconds = time.monotonic() - start
@@ -205,7 +239,9 @@ class Engine:
                 return scheduler.stats
 
     def _submit(self, queries: list[str]) -> Future[Sequence[Any]]:
-        """Searches in a daemon thread: a run that ends does not wait for a server that keeps it waiting."""
+        """Searches in a daemon thread: a run that ends does not wait for a server that keeps it
+        waiting.
+        """
         future: Future[Sequence[Any]] = Future()
 
         def search() -> None:
@@ -218,7 +254,9 @@ class Engine:
         return future
 
     def device(self, params: decoder.Params, key: jax.Array) -> "Device":
-        """Slots on the device; the first call chooses their layout, once the sampler's params are in memory."""
+        """Slots on the device; the first call chooses their layout, once the sampler's params are
+        in memory.
+        """
         if self._layout is None:
             self._layout = self._fitting_layout(params, key)
         device = self._device(self._layout, params, key)
@@ -232,21 +270,37 @@ class Engine:
         if self._state_sharding is not None:
             shardings = self._state_sharding(state)
             state = jax.tree.map(
-                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, shardings
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                state,
+                shardings,
             )
         common: dict[str, Any] = dict(config=self._config, dtype=self._dtype, shardings=shardings)
         decode: dict[str, Any] = dict(
-            stops=self._stops, key=key, eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation
+            stops=self._stops,
+            key=key,
+            eos=self._eos,
+            steps=self._sizes.chunk,
+            truncation=self._truncation,
         )
-        return Device(layout, self._sizes.rows_per_shard(layout.parts), self._roots, params, state, common, decode)
+        return Device(
+            layout,
+            self._sizes.rows_per_shard(layout.parts),
+            self._roots,
+            params,
+            state,
+            common,
+            decode,
+        )
 
     def _layout_for(self, budget: int | None) -> kv_cache.Layout:
         return choose_layout(self._config, self._sizes, self._dtype, self._state_sharding, budget)
 
     def _fitting_layout(self, params: decoder.Params, key: jax.Array) -> kv_cache.Layout:
-        """Rows that leave room for what the programs take while they run, which their compiler knows.
+        """Rows that leave room for what the programs take while they run, which their compiler
+        knows.
 
-        Fewer rows need no more than many, so what is measured with too many rows holds for those that fit.
+        Fewer rows need no more than many, so what is measured with too many rows holds for those
+        that fit.
         """
         sizes = self._sizes
         free = self._free_bytes()
@@ -265,7 +319,9 @@ class Engine:
         return self._layout_for(room)
 
     def _write(self, device: "Device", scheduler: Scheduler) -> None:
-        """Brings every slot that is not up to date up to date: prompts, copies of prompts, observations."""
+        """Brings every slot that is not up to date up to date: prompts, copies of prompts,
+        observations.
+        """
         sizes, rows_JB = self._sizes, scheduler.memory.rows_JB
         longest = max(sizes.extend_buckets)
 
@@ -274,9 +330,10 @@ class Engine:
 
         rows = scheduler.pending_prefills()
         while rows:
-            # The cost of a call is that of its bucket and depth, full or not. So the row that needs the longest bucket
-            # takes along what fits beside it, and nothing that asks for more: a few long prompts and a few observations
-            # are two calls. A row longer than the largest bucket is written in pieces; its last piece starts the turn.
+            # The cost of a call is that of its bucket and depth, full or not. So the row that needs
+            # the longest bucket takes along what fits beside it, and nothing that asks for more: a
+            # few long prompts and a few observations are two calls. A row longer than the largest
+            # bucket is written in pieces; its last piece starts the turn.
             rows.sort(key=needs, reverse=True)
             length, depth = needs(rows[0])
             batch = device.batch(row for row in rows if needs(row)[1] <= depth)
@@ -287,7 +344,9 @@ class Engine:
         copies = scheduler.pending_prefix_copies()
         while copies:
             batch = device.batch(copies)
-            device.share(rows_JB, batch, max(1, device.layout.depth(max(row.count for row in batch))))
+            device.share(
+                rows_JB, batch, max(1, device.layout.depth(max(row.count for row in batch)))
+            )
             taken = {row.slot for row in batch}
             copies = [row for row in copies if row.slot not in taken]
 
@@ -305,20 +364,29 @@ class Device:
     for_decode: dict[str, Any]
 
     def program_bytes(self, longest: int) -> dict[str, int]:
-        """What the programs that need most take on a device while they run; `longest` is a bucket of extend."""
+        """What the programs that need most take on a device while they run; `longest` is a bucket
+        of extend.
+        """
         rows = RowAllocator(self.layout)
         depth = len(self.layout.ends)
         extend = sampler.extend.lower(**self._extend_arguments(rows.rows_JB, [], longest, depth))
-        decode = sampler.decode_chunk.lower(**self._decode_arguments(rows.rows_JB, rows.room_B, depth))
+        decode = sampler.decode_chunk.lower(
+            **self._decode_arguments(rows.rows_JB, rows.room_B, depth)
+        )
         share = sampler.copy_prefix.lower(**self._share_arguments(rows.rows_JB, [], depth))
         lowered = {"extend": extend, "decode": decode, "share": share}
-        return {name: device_memory.program_bytes(program.compile()) for name, program in lowered.items()}
+        return {
+            name: device_memory.program_bytes(program.compile())
+            for name, program in lowered.items()
+        }
 
     def decode(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> sampler.Chunk:
         self.state, chunk = sampler.decode_chunk(**self._decode_arguments(rows_JB, room_B, depth))
         return chunk
 
-    def _decode_arguments(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> dict[str, Any]:
+    def _decode_arguments(
+        self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int
+    ) -> dict[str, Any]:
         return dict(
             params=self.params,
             state=self.state,
@@ -342,7 +410,9 @@ class Device:
     def extend(self, rows_JB: np.ndarray, rows: Sequence[Row], length: int, depth: int) -> None:
         self.state = sampler.extend(**self._extend_arguments(rows_JB, rows, length, depth))
 
-    def _extend_arguments(self, rows_JB: np.ndarray, rows: Sequence[Row], length: int, depth: int) -> dict[str, Any]:
+    def _extend_arguments(
+        self, rows_JB: np.ndarray, rows: Sequence[Row], length: int, depth: int
+    ) -> dict[str, Any]:
         lines = self._lines(rows)
         tokens_NT = np.zeros((len(lines), length), np.int32)
         for tokens_T, row in zip(tokens_NT, lines, strict=True):
@@ -362,7 +432,9 @@ class Device:
     def share(self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int) -> None:
         self.state = sampler.copy_prefix(**self._share_arguments(rows_JB, rows, depth))
 
-    def _share_arguments(self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int) -> dict[str, Any]:
+    def _share_arguments(
+        self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int
+    ) -> dict[str, Any]:
         lines = self._lines(rows)
         slots = self.layout.per_shard.rows[0]
         return dict(
@@ -375,7 +447,9 @@ class Device:
         )
 
     def _lines(self, rows: Sequence[Row]) -> list[Row | None]:
-        """The rows of a call where its programs expect them: those of the first part first, None is padding."""
+        """The rows of a call where its programs expect them: those of the first part first, None is
+        padding.
+        """
         found: list[Row | None] = []
         for part in range(self.layout.parts):
             own = [row for row in rows if self.layout.part(row.slot) == part]
@@ -385,7 +459,9 @@ class Device:
     def _starts(self, lines: Sequence[Row | None]) -> sampler.TurnStarts:
         slots = self.layout.per_shard.rows[0]
 
-        def column(value: Callable[[Row], Any], padding: Any = 0, dtype: Any = np.int32) -> np.ndarray:
+        def column(
+            value: Callable[[Row], Any], padding: Any = 0, dtype: Any = np.int32
+        ) -> np.ndarray:
             return np.array([value(row) if row else padding for row in lines], dtype)
 
         return sampler.TurnStarts(

@@ -1,8 +1,10 @@
-"""Where keys and values live: cut along the positions of a slot, with memory only for the pieces that are in use.
+"""Where keys and values live: cut along the positions of a slot, with memory only for the pieces
+that are in use.
 
-The positions of a slot are cut at fixed ends, say 1024, 4096 and 12288. Every slot owns the memory of its first piece;
-of each later piece there is a smaller number of rows, and a slot takes one when its episode grows into it. So memory
-follows what episodes use, nothing is ever moved, and every program reads dense arrays: no page table to gather from.
+The positions of a slot are cut at fixed ends, say 1024, 4096 and 12288. Every slot owns the memory
+of its first piece; of each later piece there is a smaller number of rows, and a slot takes one when
+its episode grows into it. So memory follows what episodes use, nothing is ever moved, and every
+program reads dense arrays: no page table to gather from.
 """
 
 import dataclasses
@@ -21,10 +23,11 @@ _TILE = 128  # elements of a TPU tile along an array's last axis
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """ends: exclusive last position of each piece. rows: how many rows each has; rows[0] is the number of slots.
+    """ends: exclusive last position of each piece. rows: how many rows each has; rows[0] is the
+    number of slots.
 
-    parts: slots and rows are split evenly over this many parts (of a mesh), and a slot takes rows of its own part. So
-    each part plays alone.
+    parts: slots and rows are split evenly over this many parts (of a mesh), and a slot takes rows
+    of its own part. So each part plays alone.
     """
 
     ends: tuple[int, ...]
@@ -38,7 +41,10 @@ class Layout:
     @property
     def tokens(self) -> int:
         """Tokens that all rows hold together."""
-        return sum(n * (end - start) for n, start, end in zip(self.rows, self.starts, self.ends, strict=True))
+        return sum(
+            n * (end - start)
+            for n, start, end in zip(self.rows, self.starts, self.ends, strict=True)
+        )
 
     @property
     def per_shard(self) -> "Layout":
@@ -59,14 +65,19 @@ def full_layout(ends: tuple[int, ...], slots: int, parts: int = 1) -> Layout:
 
 
 def layout_for(ends: tuple[int, ...], slots: int, tokens: int, parts: int = 1) -> Layout:
-    """Rows such that all together hold at most `tokens` tokens, with at least one row of each piece in each part.
+    """Rows such that all together hold at most `tokens` tokens, with at least one row of each piece
+    in each part.
 
-    Rows fall off with the position as if the lengths of episodes were exponentially distributed, as far as memory asks
-    for it; if even one row of each later piece is too much, the slots become fewer.
+    Rows fall off with the position as if the lengths of episodes were exponentially distributed, as
+    far as memory asks for it; if even one row of each later piece is too much, the slots become
+    fewer.
     """
 
     def falling(rate: float, first: int) -> Layout:
-        each = [max(1, math.floor(first * math.exp(-rate * start / ends[-1]))) for start in (0, *ends[:-1])]
+        each = [
+            max(1, math.floor(first * math.exp(-rate * start / ends[-1])))
+            for start in (0, *ends[:-1])
+        ]
         return Layout(ends, tuple(n * parts for n in each), parts)
 
     each = slots // parts
@@ -98,7 +109,10 @@ class Cache:
 
 def init_cache(config: decoder.ModelConfig, layout: Layout, dtype: Any) -> Cache:
     K, H = config.num_kv_heads, config.head_dim
-    sizes = [(n, end - start) for n, start, end in zip(layout.rows, layout.starts, layout.ends, strict=True)]
+    sizes = [
+        (n, end - start)
+        for n, start, end in zip(layout.rows, layout.starts, layout.ends, strict=True)
+    ]
     return Cache(
         tuple(jnp.zeros((n, K, H, S), dtype) for n, S in sizes),
         tuple(jnp.zeros((n, K, S, H), dtype) for n, S in sizes),
@@ -114,8 +128,17 @@ def _pick(values: jax.Array, index: jax.Array, fill: float = 0) -> jax.Array:
     return values.at[index].get(mode="fill", fill_value=fill)
 
 
-def put(old: jax.Array, new: jax.Array, row_N: jax.Array, first_N: jax.Array, count_N: jax.Array, axis: int) -> Any:
-    """old[row_N] with the first count_N positions of new at first_N and on, as one scatter; outside is dropped."""
+def put(
+    old: jax.Array,
+    new: jax.Array,
+    row_N: jax.Array,
+    first_N: jax.Array,
+    count_N: jax.Array,
+    axis: int,
+) -> Any:
+    """old[row_N] with the first count_N positions of new at first_N and on, as one scatter; outside
+    is dropped.
+    """
     column_1T = jnp.arange(new.shape[axis])[None, :]
     place_NT = first_N[:, None] + column_1T
     size = old.shape[axis]
@@ -125,11 +148,18 @@ def put(old: jax.Array, new: jax.Array, row_N: jax.Array, first_N: jax.Array, co
 
 
 def scatter_sequential(
-    old: jax.Array, new: jax.Array, row_N: jax.Array, first_N: jax.Array, count_N: jax.Array, axis: int
+    old: jax.Array,
+    new: jax.Array,
+    row_N: jax.Array,
+    first_N: jax.Array,
+    count_N: jax.Array,
+    axis: int,
 ) -> Any:
-    """The same, one row after the other: the TPU's compiler turns a scatter's operand round and back, whole copies.
+    """The same, one row after the other: the TPU's compiler turns a scatter's operand round and
+    back, whole copies.
 
-    It does so too for a few positions of the last axis, so there whole tiles of that axis are read and written.
+    It does so too for a few positions of the last axis, so there whole tiles of that axis are read
+    and written.
     """
     size, length = old.shape[axis], new.shape[axis]
     tile = _TILE if axis == old.ndim - 1 else 1
@@ -152,8 +182,8 @@ def scatter_sequential(
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The cache of one part's slots as a program sees it. rows_JB: the row that each slot has taken of each piece after
-    the first; the number of rows where it has none.
+    """The cache of one part's slots as a program sees it. rows_JB: the row that each slot has taken
+    of each piece after the first; the number of rows where it has none.
 
     depth: how many pieces are read; no slot in play has tokens beyond them.
     """
@@ -166,18 +196,24 @@ class View:
         """For each row of a piece its slot, or the number of slots."""
         slots = self.layout.rows[0]
         none_R = jnp.full((self.layout.rows[piece],), slots, jnp.int32)
-        return none_R.at[self.rows_JB[piece - 1]].set(jnp.arange(slots, dtype=jnp.int32), mode="drop")
+        return none_R.at[self.rows_JB[piece - 1]].set(
+            jnp.arange(slots, dtype=jnp.int32), mode="drop"
+        )
 
     def _row(self, piece: int, slot_N: jax.Array) -> jax.Array:
         """Row numbers in a piece; out of range for a slot that has none, or is out of range itself."""
         if piece == 0:
             return slot_N
-        return self.rows_JB[piece - 1].at[slot_N].get(mode="fill", fill_value=self.layout.rows[piece])
+        return (
+            self.rows_JB[piece - 1].at[slot_N].get(mode="fill", fill_value=self.layout.rows[piece])
+        )
 
     def _positions(self, piece: int) -> jax.Array:
         return jnp.arange(self.layout.starts[piece], self.layout.ends[piece])
 
-    def attend_all(self, q_BTNH: jax.Array, cache: Cache, length_B: jax.Array) -> list[attention.PartialSoftmax]:
+    def attend_all(
+        self, q_BTNH: jax.Array, cache: Cache, length_B: jax.Array
+    ) -> list[attention.PartialSoftmax]:
         """Attention of every slot to the first length_B tokens of its own."""
         found = []
         for piece in range(self.depth):
@@ -201,8 +237,8 @@ class View:
     ) -> list[attention.PartialSoftmax]:
         """Attention of queries of these slots to the first length_N tokens of each.
 
-        XLA on every backend: the splash kernel knows which blocks to leave out from a mask that is fixed when it is
-        compiled, and here each row has a length of its own.
+        XLA on every backend: the splash kernel knows which blocks to leave out from a mask that is
+        fixed when it is compiled, and here each row has a length of its own.
         """
         found = []
         for piece in range(self.depth):
@@ -210,7 +246,11 @@ class View:
             position_S = self._positions(piece)
             seen = (position_S[None, :] < length_N[:, None])[:, None]
             seen = jnp.broadcast_to(seen, (*q_NTNH.shape[:2], len(position_S)))
-            found.append(attention.partial_softmax(q_NTNH, cache.k[piece][row_N], cache.v[piece][row_N], seen))
+            found.append(
+                attention.partial_softmax(
+                    q_NTNH, cache.k[piece][row_N], cache.v[piece][row_N], seen
+                )
+            )
         return found
 
     def write(
@@ -222,14 +262,25 @@ class View:
         first_N: jax.Array,
         count_N: jax.Array,
     ) -> Cache:
-        """Puts keys and values of each row's first count_N tokens at position first_N of its slot and those behind."""
+        """Puts keys and values of each row's first count_N tokens at position first_N of its slot
+        and those behind.
+        """
         new_k: list[jax.Array] = []
         new_v: list[jax.Array] = []
         for piece, start in enumerate(self.layout.starts):
             where = (self._row(piece, slot_N), first_N - start, count_N)
-            for new, old, values, axis in ((new_k, cache.k, k_NKHT, 3), (new_v, cache.v, v_NKTH, 2)):
-                at_once, in_turn = (functools.partial(f, axis=axis) for f in (put, scatter_sequential))
-                new.append(jax.lax.platform_dependent(old[piece], values, *where, tpu=in_turn, default=at_once))
+            for new, old, values, axis in (
+                (new_k, cache.k, k_NKHT, 3),
+                (new_v, cache.v, v_NKTH, 2),
+            ):
+                at_once, in_turn = (
+                    functools.partial(f, axis=axis) for f in (put, scatter_sequential)
+                )
+                new.append(
+                    jax.lax.platform_dependent(
+                        old[piece], values, *where, tpu=in_turn, default=at_once
+                    )
+                )
         return Cache(tuple(new_k), tuple(new_v))
 
     def copy(self, cache: Cache, source_N: jax.Array, slot_N: jax.Array) -> Cache:
@@ -238,6 +289,10 @@ class View:
         def one(piece: int, old: jax.Array) -> jax.Array:
             if piece >= self.depth:
                 return old
-            return old.at[self._row(piece, slot_N)].set(old[self._row(piece, source_N)], mode="drop")
+            return old.at[self._row(piece, slot_N)].set(
+                old[self._row(piece, source_N)], mode="drop"
+            )
 
-        return Cache(*(tuple(one(i, old) for i, old in enumerate(side)) for side in (cache.k, cache.v)))
+        return Cache(
+            *(tuple(one(i, old) for i, old in enumerate(side)) for side in (cache.k, cache.v))
+        )

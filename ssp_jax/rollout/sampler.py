@@ -1,8 +1,10 @@
-"""The device side of generation: one donated state, three jitted functions over it. Knows nothing of search.
+"""The device side of generation: one donated state, three jitted functions over it. Knows nothing
+of search.
 
-A slot holds an episode's keys and values for all tokens but its newest. That newest token is *pending*: it has been
-chosen but not been fed to the model. So writing a prompt or an observation (`extend`) never needs the head, and the
-decode loop is always the same: feed the pending token, sample the next.
+A slot holds an episode's keys and values for all tokens but its newest. That newest token is
+*pending*: it has been chosen but not been fed to the model. So writing a prompt or an observation
+(`extend`) never needs the head, and the decode loop is always the same: feed the pending token,
+sample the next.
 """
 
 import dataclasses
@@ -16,7 +18,8 @@ from ssp_jax.model import attention, decoder, sharding
 from ssp_jax.rollout import kv_cache
 from ssp_jax.rollout.sampling import ALL_TOKENS, Truncation, sample
 
-# Values of `stop` beside the indices of stop strings (0, 1, ...). FULL: the slot's memory ends before its limit.
+# Values of `stop` beside the indices of stop strings (0, 1, ...). FULL: the slot's memory ends
+# before its limit.
 RUNNING, EOS, LIMIT, FULL = -1, 100, 101, 102
 
 
@@ -25,7 +28,8 @@ RUNNING, EOS, LIMIT, FULL = -1, 100, 101, 102
 class SamplerState:
     """All slots: B of them."""
 
-    caches: tuple[kv_cache.Cache, ...]  # one per layer, so that an update never copies its neighbours
+    # one per layer, so that an update never copies its neighbours
+    caches: tuple[kv_cache.Cache, ...]
     token_B: jax.Array  # int32: the pending token
     length_B: jax.Array  # int32: tokens in the cache = position of the pending token
     limit_B: jax.Array  # int32: total number of tokens (cache + pending) at which the turn ends
@@ -39,11 +43,13 @@ class SamplerState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TurnStarts:
-    """Slots that begin or resume a turn. N rows, as many for each part of the layout, in the order of parts; a row
-    whose slot is out of range is padding and writes nothing.
+    """Slots that begin or resume a turn. N rows, as many for each part of the layout, in the order
+    of parts; a row whose slot is out of range is padding and writes nothing.
     """
 
-    slot_N: Any  # inside the row's part; the rest is the fields of SamplerState, for these slots; numpy or JAX arrays
+    # inside the row's part; the rest is the fields of SamplerState, for these slots; numpy or JAX
+    # arrays
+    slot_N: Any
     length_N: Any
     token_N: Any
     limit_N: Any
@@ -69,7 +75,15 @@ def init_state(config: decoder.ModelConfig, layout: kv_cache.Layout, dtype: Any)
 
     caches = tuple(kv_cache.init_cache(config, layout, dtype) for _ in range(config.num_layers))
     return SamplerState(
-        caches, full(0), full(0), full(0), full(0), full(LIMIT), full(0), jnp.zeros((layout.rows[0],)), layout
+        caches,
+        full(0),
+        full(0),
+        full(0),
+        full(0),
+        full(LIMIT),
+        full(0),
+        jnp.zeros((layout.rows[0],)),
+        layout,
     )
 
 
@@ -90,18 +104,25 @@ def _begin(state: SamplerState, s: TurnStarts) -> SamplerState:
 
 
 def _pinned(state: SamplerState, shardings: SamplerState | None) -> SamplerState:
-    """What a program gives back lies where the next one expects it: else it would be compiled a second time."""
+    """What a program gives back lies where the next one expects it: else it would be compiled a
+    second time.
+    """
     return state if shardings is None else jax.lax.with_sharding_constraint(state, shardings)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout", "dtype", "shardings"))
 def new_state(
-    config: decoder.ModelConfig, layout: kv_cache.Layout, dtype: Any, shardings: SamplerState | None = None
+    config: decoder.ModelConfig,
+    layout: kv_cache.Layout,
+    dtype: Any,
+    shardings: SamplerState | None = None,
 ) -> SamplerState:
     return _pinned(init_state(config, layout, dtype), shardings)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "depth", "dtype", "shardings"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "depth", "dtype", "shardings"), donate_argnames=("state",)
+)
 def extend(
     config: decoder.ModelConfig,
     params: decoder.Params,
@@ -117,7 +138,8 @@ def extend(
 ) -> SamplerState:
     """Feeds count_N tokens to each slot, after what its cache holds, and starts its turn.
 
-    Serves prompts (empty cache, depth 0) and observations alike. depth: pieces of the cache that these tokens look at.
+    Serves prompts (empty cache, depth 0) and observations alike. depth: pieces of the cache that
+    these tokens look at.
     """
     run: Any = functools.partial(_extend, config, depth=depth, dtype=dtype)
     run = sharding.shard_map_rows(run, shardings and shardings.token_B, (None, 0, 1, 0, 0, 0), 0)
@@ -142,13 +164,21 @@ def _extend(
     positions_NT = before_N[:, None] + jnp.arange(T)[None, :]
     causal_NTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (len(tokens_NT), T, T))
 
-    def attend(layer: kv_cache.Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, kv_cache.Cache]:
+    def attend(
+        layer: kv_cache.Cache, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, kv_cache.Cache]:
         k_NKHT, v_NKTH = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
         own = attention.partial_softmax(q, k_NKHT, v_NKTH, causal_NTT)
-        o_NTNH = attention.combine([own, *view.attend_slots(q, layer, starts.slot_N, before_N)]).astype(dtype)
-        return o_NTNH, view.write(layer, k_NKHT, v_NKTH, starts.slot_N, _after(o_NTNH, before_N), count_N)
+        o_NTNH = attention.combine(
+            [own, *view.attend_slots(q, layer, starts.slot_N, before_N)]
+        ).astype(dtype)
+        return o_NTNH, view.write(
+            layer, k_NKHT, v_NKTH, starts.slot_N, _after(o_NTNH, before_N), count_N
+        )
 
-    _, caches = decoder.forward_cached(config, params, tokens_NT, positions_NT, attend, state.caches, dtype=dtype)
+    _, caches = decoder.forward_cached(
+        config, params, tokens_NT, positions_NT, attend, state.caches, dtype=dtype
+    )
     return _begin(dataclasses.replace(state, caches=caches), starts)
 
 
@@ -162,9 +192,13 @@ def copy_prefix(
     depth: int,
     shardings: SamplerState | None = None,
 ) -> SamplerState:
-    """Starts slots from the keys and values that another slot of their part holds: a prompt is computed once there."""
+    """Starts slots from the keys and values that another slot of their part holds: a prompt is
+    computed once there.
+    """
 
-    def run(state: SamplerState, rows_JB: jax.Array, source_N: jax.Array, starts: TurnStarts) -> SamplerState:
+    def run(
+        state: SamplerState, rows_JB: jax.Array, source_N: jax.Array, starts: TurnStarts
+    ) -> SamplerState:
         view = kv_cache.View(state.layout.per_shard, rows_JB, depth)
         caches = tuple(view.copy(layer, source_N, starts.slot_N) for layer in state.caches)
         return _begin(dataclasses.replace(state, caches=caches), starts)
@@ -174,31 +208,53 @@ def copy_prefix(
 
 
 def _after(read: jax.Array, index: jax.Array) -> jax.Array:
-    """index, made to wait for `read`: a write that may come before a read of the same cache costs a copy of it."""
-    zero = jnp.minimum(jnp.isnan(read.ravel()[0]).astype(index.dtype), 0)  # an optimization_barrier is not enough
+    """index, made to wait for `read`: a write that may come before a read of the same cache costs a
+    copy of it.
+    """
+    # an optimization_barrier is not enough
+    zero = jnp.minimum(jnp.isnan(read.ravel()[0]).astype(index.dtype), 0)
     return index + zero
 
 
-def _turn_end(token_B: jax.Array, found_B: jax.Array, over_B: jax.Array, eos: tuple[int, ...]) -> jax.Array:
-    """Why a turn ends with this token, or RUNNING: a stop string counts before eos, eos before the limit."""
+def _turn_end(
+    token_B: jax.Array, found_B: jax.Array, over_B: jax.Array, eos: tuple[int, ...]
+) -> jax.Array:
+    """Why a turn ends with this token, or RUNNING: a stop string counts before eos, eos before the
+    limit.
+    """
     is_eos_B = (token_B[:, None] == jnp.array(eos, jnp.int32)[None, :]).any(-1)
     otherwise_B = jnp.where(is_eos_B, EOS, jnp.where(over_B, LIMIT, RUNNING))
     return jnp.where(found_B >= 0, found_B.astype(jnp.int32), otherwise_B)
 
 
 def _attend_step(
-    view: kv_cache.View, before_B: jax.Array, i: jax.Array, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+    view: kv_cache.View,
+    before_B: jax.Array,
+    i: jax.Array,
+    layer: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attention of step i to the cache, which ends at before_B, and to the steps of this chunk up to i."""
+    """Attention of step i to the cache, which ends at before_B, and to the steps of this chunk up
+    to i.
+    """
     old, (k_BKHC, v_BKCH) = layer
     k_BKHC = jax.lax.dynamic_update_slice_in_dim(k_BKHC, jnp.moveaxis(k, 1, 3), i, axis=3)
     v_BKCH = jax.lax.dynamic_update_slice_in_dim(v_BKCH, jnp.moveaxis(v, 1, 2), i, axis=2)
     B, _, C, _ = v_BKCH.shape
-    own = attention.partial_softmax(q, k_BKHC, v_BKCH, jnp.broadcast_to(jnp.arange(C) <= i, (B, 1, C)))
-    return attention.combine([own, *view.attend_all(q, old, before_B)]).astype(q.dtype), (k_BKHC, v_BKCH)
+    own = attention.partial_softmax(
+        q, k_BKHC, v_BKCH, jnp.broadcast_to(jnp.arange(C) <= i, (B, 1, C))
+    )
+    return attention.combine([own, *view.attend_all(q, old, before_B)]).astype(q.dtype), (
+        k_BKHC,
+        v_BKCH,
+    )
 
 
-def _stored(view: kv_cache.View, state: SamplerState, buffers: Any, count_B: jax.Array) -> tuple[kv_cache.Cache, ...]:
+def _stored(
+    view: kv_cache.View, state: SamplerState, buffers: Any, count_B: jax.Array
+) -> tuple[kv_cache.Cache, ...]:
     """The cache with the first count_B steps of a chunk behind what it held."""
     B = len(state.length_B)
     return tuple(
@@ -237,17 +293,20 @@ def decode_chunk(
     truncation: Truncation = ALL_TOKENS,
     shardings: SamplerState | None = None,
 ) -> tuple[SamplerState, Chunk]:
-    """A fixed number of decode steps over all slots; slots that stop stay as they are until they are extended.
+    """A fixed number of decode steps over all slots; slots that stop stay as they are until they
+    are extended.
 
-    room_B: how many tokens there is memory for; a slot waits when it has no more. depth: pieces of the cache that are
-    read; they stay as they are inside the loop. The chunk's own keys and values lie in a buffer of `steps` positions,
-    where all slots write at the same place, and go to the cache once, at the end. A slot that does not run computes
-    along, and nothing of it is kept.
+    room_B: how many tokens there is memory for; a slot waits when it has no more. depth: pieces of
+    the cache that are read; they stay as they are inside the loop. The chunk's own keys and values
+    lie in a buffer of `steps` positions, where all slots write at the same place, and go to the
+    cache once, at the end. A slot that does not run computes along, and nothing of it is kept.
     """
     run: Any = functools.partial(
         _decode_chunk, config, eos=eos, steps=steps, depth=depth, dtype=dtype, truncation=truncation
     )
-    run = sharding.shard_map_rows(run, shardings and shardings.token_B, (None, 0, 1, 0, None, None), (0, 1, 0))
+    run = sharding.shard_map_rows(
+        run, shardings and shardings.token_B, (None, 0, 1, 0, None, None), (0, 1, 0)
+    )
     state, of_steps, of_slots = run(params, state, rows_JB, room_B, stops, key)
     return _pinned(state, shardings), Chunk(*of_steps, *of_slots)
 
@@ -285,7 +344,9 @@ def _decode_chunk(
             dtype=dtype,
         )
         logits_BV = decoder.logits(params, hidden_BTD[:, 0])
-        next_B, logprob_B = sample(logits_BV, key, state.uid_B, length_B + 1, state.temperature_B, truncation)
+        next_B, logprob_B = sample(
+            logits_BV, key, state.uid_B, length_B + 1, state.temperature_B, truncation
+        )
         token_B = jnp.where(running_B, next_B, token_B)
         length_B = length_B + running_B
         match_B = jnp.where(running_B, stops.table_AV[match_B, token_B].astype(jnp.int32), match_B)
@@ -294,13 +355,16 @@ def _decode_chunk(
         return (buffers, token_B, length_B, match_B, stop_B), (token_B, logprob_B, running_B)
 
     K, H = config.num_kv_heads, config.head_dim
-    buffers = ((jnp.zeros((B, K, H, steps), dtype), jnp.zeros((B, K, steps, H), dtype)),) * config.num_layers
+    buffers = (
+        (jnp.zeros((B, K, H, steps), dtype), jnp.zeros((B, K, steps, H), dtype)),
+    ) * config.num_layers
     carry = (buffers, state.token_B, state.length_B, state.match_B, state.stop_B)
-    (buffers, token_B, length_B, match_B, stop_B), (tokens_CB, logprobs_CB, running_CB) = jax.lax.scan(
-        step, carry, jnp.arange(steps)
+    (buffers, token_B, length_B, match_B, stop_B), (tokens_CB, logprobs_CB, running_CB) = (
+        jax.lax.scan(step, carry, jnp.arange(steps))
     )
-    # No token is negative, but this way all reads of the cache come before the write. XLA unrolls a loop of one step,
-    # and on CPU it then copied the whole cache first, half the time of a step (an optimization_barrier does not help).
+    # No token is negative, but this way all reads of the cache come before the write. XLA unrolls a
+    # loop of one step, and on CPU it then copied the whole cache first, half the time of a step (an
+    # optimization_barrier does not help).
     count_B = jnp.where(token_B >= 0, running_CB.sum(0), 0)
     caches = _stored(view, state, buffers, count_B)
     state = dataclasses.replace(

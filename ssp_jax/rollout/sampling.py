@@ -1,4 +1,6 @@
-"""One token for each row from its logits: temperature, top-k, top-p, and a key that no schedule can change."""
+"""One token for each row from its logits: temperature, top-k, top-p, and a key that no schedule can
+change.
+"""
 
 import dataclasses
 
@@ -10,11 +12,13 @@ _BLOCK = 128  # vocabulary columns per block of the two-level draw
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-    """Tokens that may be drawn: the top_k likeliest (0: all), of these the likeliest that reach top_p together.
+    """Tokens that may be drawn: the top_k likeliest (0: all), of these the likeliest that reach
+    top_p together.
 
-    Log-probs are those of the distribution that is left, since it is the one sampled from. The trainer computes its
-    own over the whole vocabulary, which is lower by the log of the mass kept here, token by token: with a truncation
-    the ratio of the two is no longer 1 for the same weights, and the objective should recompute the old log-probs.
+    Log-probs are those of the distribution that is left, since it is the one sampled from. The
+    trainer computes its own over the whole vocabulary, which is lower by the log of the mass kept
+    here, token by token: with a truncation the ratio of the two is no longer 1 for the same
+    weights, and the objective should recompute the old log-probs.
     """
 
     top_k: int = 0
@@ -33,16 +37,19 @@ ALL_TOKENS = Truncation()
 
 
 def _keep(logits_BV: jax.Array, mass_BV: jax.Array, least: float) -> jax.Array:
-    """The largest logits whose mass reaches `least`; the border is found by halving, since sorting is slow.
+    """The largest logits whose mass reaches `least`; the border is found by halving, since sorting
+    is slow.
 
-    Float bits, with those of negative numbers turned round, are integers in the same order: 32 halvings are exact.
+    Float bits, with those of negative numbers turned round, are integers in the same order: 32
+    halvings are exact.
     """
     bits = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
     order_BV = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
     lowest, highest = (jnp.full(logits_BV.shape[:1], x, jnp.int32) for x in (-(2**31), 2**31 - 1))
 
     def halve(_: int, border: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B, high_B = border  # the mass from low_B on reaches `least`, that from high_B on does not
+        # the mass from low_B on reaches `least`, that from high_B on does not
+        low_B, high_B = border
         middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)
         enough_B = jnp.where(order_BV >= middle_B[:, None], mass_BV, 0.0).sum(-1) >= least
         return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
@@ -59,21 +66,27 @@ def sample(
     temperature_B: jax.Array,
     truncation: Truncation = ALL_TOKENS,
 ) -> tuple[jax.Array, jax.Array]:
-    """Next tokens and their log-probs. The key of a token is a function of (key, episode id, position) alone.
+    """Next tokens and their log-probs. The key of a token is a function of (key, episode id,
+    position) alone.
 
-    Drawn by the Gumbel-max trick in two levels: a block of the vocabulary, then a token inside it. Exact, with
-    V / 128 + 128 random numbers a row instead of V. Comparing perturbed log-probs (and not a random number with a
-    running sum, which is cheaper still) makes rounding matter once in a million tokens, not once in a thousand: so a
-    trajectory survives another batch size. Greedy rows take the block of the largest logit, and no noise.
+    Drawn by the Gumbel-max trick in two levels: a block of the vocabulary, then a token inside it.
+    Exact, with V / 128 + 128 random numbers a row instead of V. Comparing perturbed log-probs (and
+    not a random number with a running sum, which is cheaper still) makes rounding matter once in a
+    million tokens, not once in a thousand: so a trajectory survives another batch size. Greedy rows
+    take the block of the largest logit, and no noise.
     """
     B, V = logits_BV.shape
     hot_B = (temperature_B > 0)[:, None]
     scaled_BV = truncation.cut(logits_BV / jnp.where(hot_B, temperature_B[:, None], 1.0))
-    blocks_BXC = jnp.pad(scaled_BV, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
+    blocks_BXC = jnp.pad(scaled_BV, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(
+        B, -1, _BLOCK
+    )
     X = blocks_BXC.shape[1]
 
     def noise(uid: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, uid), position), (X + _BLOCK,))
+        return jax.random.gumbel(
+            jax.random.fold_in(jax.random.fold_in(key, uid), position), (X + _BLOCK,)
+        )
 
     noise_B = jnp.where(hot_B, jax.vmap(noise)(uid_B, position_B), 0.0)
     max_BX = jnp.max(blocks_BXC, axis=-1)

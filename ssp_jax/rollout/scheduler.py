@@ -1,8 +1,9 @@
-"""The host's books during one call of `Engine.play`: who sits where, what each slot waits for, whose memory is whose.
+"""The host's books during one call of `Engine.play`: who sits where, what each slot waits for,
+whose memory is whose.
 
-Pure bookkeeping: it computes nothing. Rows of the cache's later pieces are taken in order, first piece first, and a
-slot that finds none keeps what it has and waits. So whoever holds a row of the last piece never waits, and the game
-goes on.
+Pure bookkeeping: it computes nothing. Rows of the cache's later pieces are taken in order, first
+piece first, and a slot that finds none keeps what it has and waits. So whoever holds a row of the
+last piece never waits, and the game goes on.
 """
 
 import collections
@@ -38,7 +39,9 @@ class Player(Protocol):
         ...
 
     def end_turn(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
-        """Takes the turn's last tokens and why it stopped; returns a search query, or None when the episode ended."""
+        """Takes the turn's last tokens and why it stopped; returns a search query, or None when the
+        episode ended.
+        """
         ...
 
     def append(self, tokens: list[int], logprobs: list[float]) -> None:
@@ -68,7 +71,9 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Tokens that one slot's cache lacks: tokens[filled : filled + count], and what its next turn needs."""
+    """Tokens that one slot's cache lacks: tokens[filled : filled + count], and what its next turn
+    needs.
+    """
 
     slot: int
     tokens: list[int]
@@ -96,7 +101,8 @@ class RowAllocator:
         self._free = [[list(range(n)) for _ in range(layout.parts)] for n in self._each]
         none = np.array(self._each[1:], np.int32)[:, None]
         self.rows_JB = np.tile(none, (1, slots))
-        self.room_B = np.full((slots,), layout.ends[0], np.int32)  # tokens that a slot has memory for
+        # tokens that a slot has memory for
+        self.room_B = np.full((slots,), layout.ends[0], np.int32)
 
     def grow(self, slot: int, tokens: int) -> None:
         """Takes the rows that so many tokens need, as far as they are free."""
@@ -139,12 +145,14 @@ class Scheduler:
         self._waiting = collections.deque(players)
         self.stats.known = len(self._waiting)
         self._next_wave: list[Player] = []
-        self._active: dict[int, Player] = {}  # in the order of seating: who came first gets memory first
+        # in the order of seating: who came first gets memory first
+        self._active: dict[int, Player] = {}
         self._filled = [0] * layout.rows[0]  # tokens in the cache, as far as the host has seen
         self._turn = [0] * layout.rows[0]  # counts stops: tells a slot's old turn from its new one
         self._playing: set[int] = set()  # slots in the middle of a turn
         self._stale: list[int] = []  # seated slots whose cache lacks tokens
-        self._prompt_in: dict[int, tuple[int, ...]] = {}  # slot -> prompt that its cache begins with
+        # slot -> prompt that its cache begins with
+        self._prompt_in: dict[int, tuple[int, ...]] = {}
         self._copies: list[Row] = []
         self._search: tuple[Future[Sequence[Any]], list[int]] | None = None
 
@@ -162,12 +170,14 @@ class Scheduler:
         return {slot: self._turn[slot] for slot in sorted(self._playing)}
 
     def ending(self, turns: dict[int, int], in_flight: dict[int, int]) -> bool:
-        """Whether all these turns reach their limits in the chunk in flight, so that another one would be for nothing.
+        """Whether all these turns reach their limits in the chunk in flight, so that another one
+        would be for nothing.
 
         (One that waits for memory does not; then only the time of a chunk is lost.)
         """
         return all(
-            in_flight.get(slot) == turn and self._filled[slot] + self._chunk + 1 >= self._limit(self._active[slot])
+            in_flight.get(slot) == turn
+            and self._filled[slot] + self._chunk + 1 >= self._limit(self._active[slot])
             for slot, turn in turns.items()
         )
 
@@ -175,16 +185,22 @@ class Scheduler:
         """Takes the memory that observations and the coming chunk need, as far as it is free."""
         for slot, player in self._active.items():
             if slot in self._playing:  # the host's view is one chunk old
-                self.memory.grow(slot, min(self._filled[slot] + 2 * self._chunk, self._limit(player)))
+                self.memory.grow(
+                    slot, min(self._filled[slot] + 2 * self._chunk, self._limit(player))
+                )
             else:
                 self.memory.grow(slot, len(player.tokens) - 1)
 
     def depth(self, running: Iterable[int]) -> int:
         """Pieces of the cache that hold what these slots have when the coming chunk starts."""
-        return self._layout.depth(min(self._layout.ends[-1], max(self._filled[s] for s in running) + self._chunk))
+        return self._layout.depth(
+            min(self._layout.ends[-1], max(self._filled[s] for s in running) + self._chunk)
+        )
 
     def take_results(self, waiting: Callable[[], None]) -> None:
-        """Results of the searches handed out after the chunk before. `waiting`, which may raise, hears of each wait."""
+        """Results of the searches handed out after the chunk before. `waiting`, which may raise,
+        hears of each wait.
+        """
         if self._search is None:
             return
         future, slots = self._search
@@ -203,7 +219,12 @@ class Scheduler:
 
     def take_chunk(self, chunk: Chunk, turns: dict[int, int]) -> None:
         """New tokens and stops of a chunk; turns that ended in the chunk before are passed over."""
-        tokens_CB, logprobs_CB, count_B, stop_B = chunk.tokens_CB, chunk.logprobs_CB, chunk.count_B, chunk.stop_B
+        tokens_CB, logprobs_CB, count_B, stop_B = (
+            chunk.tokens_CB,
+            chunk.logprobs_CB,
+            chunk.count_B,
+            chunk.stop_B,
+        )
         self.stats.slot_steps += tokens_CB.size
         queries: dict[int, str] = {}
         for slot, turn in turns.items():
@@ -232,9 +253,15 @@ class Scheduler:
             self._search = (self._submit(list(queries.values())), list(queries))
 
     def pending_prefills(self) -> list[Row]:
-        """Seats waiting players and lists all rows to compute; those that can copy a prompt are kept for pending_prefix_copies."""
+        """Seats waiting players and lists all rows to compute; those that can copy a prompt are
+        kept for pending_prefix_copies.
+        """
         self._grow_seated()  # before anyone new sits down
-        ready = [slot for slot in self._stale if self.memory.room_B[slot] >= len(self._active[slot].tokens) - 1]
+        ready = [
+            slot
+            for slot in self._stale
+            if self.memory.room_B[slot] >= len(self._active[slot].tokens) - 1
+        ]
         self._stale = [slot for slot in self._stale if slot not in ready]
         rows = [self._row(slot) for slot in ready] + self._seat_waiting()
         for row in rows:
@@ -258,7 +285,8 @@ class Scheduler:
             if source < 0 or source == slot:
                 self._prompt_in[slot] = prompt
             else:
-                self._prompt_in.pop(slot, None)  # nobody may copy from a copy that is not made yet: see pending_prefix_copies
+                # nobody may copy from a copy that is not made yet: see pending_prefix_copies
+                self._prompt_in.pop(slot, None)
             if source >= 0:
                 self._copies.append(row)
                 self.stats.shared_tokens += row.count
@@ -268,14 +296,19 @@ class Scheduler:
         return rows
 
     def _place(self, prompt: tuple[int, ...], free: list[int]) -> tuple[int, int]:
-        """A free slot with memory for this prompt, and the slot of its part that holds it; -1 where there is none."""
+        """A free slot with memory for this prompt, and the slot of its part that holds it; -1 where
+        there is none.
+        """
         part = self._layout.part
         holders = [slot for slot, held in self._prompt_in.items() if held == prompt]
         near, room = {part(slot) for slot in holders}, collections.Counter(map(part, free))
-        # A free slot that holds the prompt is taken itself: another player must not overwrite it before the copy. Else
-        # one where the prompt need not be computed, or in the emptiest part: parts compute prompts side by side.
+        # A free slot that holds the prompt is taken itself: another player must not overwrite it
+        # before the copy. Else one where the prompt need not be computed, or in the emptiest part:
+        # parts compute prompts side by side.
         wanted = [slot for slot in holders if slot in free]
-        wanted = wanted or sorted(free, key=lambda slot: (part(slot) not in near, -room[part(slot)]))
+        wanted = wanted or sorted(
+            free, key=lambda slot: (part(slot) not in near, -room[part(slot)])
+        )
         slot = next((s for s in wanted if self.memory.fits(s, len(prompt) - 1)), -1)
         if slot in holders:
             return slot, slot
@@ -287,7 +320,9 @@ class Scheduler:
         return copies
 
     def _next_waiting(self) -> Player | None:
-        """The next player that has something to play; one whose prompt was refused, or cannot fit, ends at once."""
+        """The next player that has something to play; one whose prompt was refused, or cannot fit,
+        ends at once.
+        """
         while self._waiting:
             player = self._waiting.popleft()
             if not player.stop_reason and len(player.tokens) >= self._layout.ends[-1]:

@@ -1,8 +1,9 @@
 """Saving and resuming a run: everything that a bit-faithful continuation needs, in one Orbax step.
 
-A step holds `state`, the train state's arrays, and `game`, what the host knows (data position, replay pool, noise
-documents). Orbax writes under a temporary name in a background thread and renames at the end, so a step is there as a
-whole or not at all, whenever the process dies. What a disk or a bucket has done to it since is found by digests.
+A step holds `state`, the train state's arrays, and `game`, what the host knows (data position,
+replay pool, noise documents). Orbax writes under a temporary name in a background thread and
+renames at the end, so a step is there as a whole or not at all, whenever the process dies. What a
+disk or a bucket has done to it since is found by digests.
 """
 
 import contextlib
@@ -33,7 +34,8 @@ FOLDER = "checkpoints"  # of a workdir
 DAMAGED = ".damaged"  # ends the name of a step that was set aside
 # A save may take so long: 390 GB of a 32B model to one disk at 40 MB/s.
 SAVE_SECONDS = 3 * 3600
-# What Orbax, TensorStore and JSON raise for files that are not what was written (found by damaging each of them).
+# What Orbax, TensorStore and JSON raise for files that are not what was written (found by damaging
+# each of them).
 _READ_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError)
 
 
@@ -42,8 +44,9 @@ class Damaged(Exception):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax asks JAX's preemption service at each save, with the step's number. hosts.Stop asks it with the ticks of
-    a clock, which that would set back: a signal of that moment would never be heard.
+    """Orbax asks JAX's preemption service at each save, with the step's number. hosts.Stop asks it
+    with the ticks of a clock, which that would set back: a signal of that moment would never be
+    heard.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -63,7 +66,8 @@ class Restored:
 class Checkpoints:
     """workdir/checkpoints, the newest `keep` steps; a context manager.
 
-    `every` is in steps, `minutes` counts from the last save; 0 for never. All processes of a run make the same calls.
+    `every` is in steps, `minutes` counts from the last save; 0 for never. All processes of a run
+    make the same calls.
     """
 
     def __init__(
@@ -80,7 +84,8 @@ class Checkpoints:
         self._folder = Path(workdir).resolve() / FOLDER
         self._saved_at = time.monotonic()
         options = ocp.CheckpointManagerOptions(
-            # each save() is meant: with `every` as Orbax's interval it would skip the last step of a run
+            # each save() is meant: with `every` as Orbax's interval it would skip the last step of
+            # a run
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=not read_only,  # what a killed run left unfinished
@@ -92,36 +97,57 @@ class Checkpoints:
                 post_finalization_callback=self._sync,
             ),
         )
-        # On GPUs Orbax would copy the whole state to pinned memory first, of which XLA gives 64 GiB a process.
+        # On GPUs Orbax would copy the whole state to pinned memory first, of which XLA gives 64 GiB
+        # a process.
         handler = ocp.PyTreeCheckpointHandler(use_zarr3=False, enable_pinned_host_transfer=False)
-        items = ocp.handlers.create_default_handler_registry(state=handler, game=ocp.JsonCheckpointHandler())
+        items = ocp.handlers.create_default_handler_registry(
+            state=handler, game=ocp.JsonCheckpointHandler()
+        )
         self._manager = _Manager(self._folder, options=options, handler_registry=items)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if jax.process_count() == 1 or kind is None or issubclass(kind, processes.CollectiveInputError | SystemExit):
-            self.close()  # it waits for the other processes, which know nothing of an error of this one
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if (
+            jax.process_count() == 1
+            or kind is None
+            or issubclass(kind, processes.CollectiveInputError | SystemExit)
+        ):
+            # it waits for the other processes, which know nothing of an error of this one
+            self.close()
 
     def steps(self) -> list[int]:
-        """Finished steps in ascending order, as the first process sees them: the others may have an old list."""
+        """Finished steps in ascending order, as the first process sees them: the others may have an
+        old list.
+        """
         return processes.all_gather_objects(lambda: finished_steps(self._folder.parent))[0]
 
     def due(self, step: int) -> bool:
-        """Asked after each step, so that what has failed in the background is told before many more are played."""
+        """Asked after each step, so that what has failed in the background is told before many more
+        are played.
+        """
         if not self._manager.is_saving_in_progress():
             self.wait()
         if self._every > 0 and step % self._every == 0:
             return True
         if not self._minutes:
             return False
-        return processes.all_gather_objects(lambda: time.monotonic() - self._saved_at >= 60 * self._minutes)[0]
+        return processes.all_gather_objects(
+            lambda: time.monotonic() - self._saved_at >= 60 * self._minutes
+        )[0]
 
     def save(self, step: int, train_state: Any, game: Mapping[str, Any]) -> None:
-        """Returns when the arrays are copied to the host, so that the caller may donate them; writing goes on behind.
+        """Returns when the arrays are copied to the host, so that the caller may donate them;
+        writing goes on behind.
 
-        Orbax leaves a step that is already there as it is. What fails in its thread is raised by the next call here.
+        Orbax leaves a step that is already there as it is. What fails in its thread is raised by
+        the next call here.
         """
         document: dict[str, Any] = {"game": dict(game), "leaves": leaf_digests(train_state)}
         document["digest"] = _text_digest(document)
@@ -136,8 +162,9 @@ class Checkpoints:
     def restore_newest(self, abstract_train_state: Any) -> Restored | None:
         """The newest step that is what was saved, bitwise, or None where there is no step at all.
 
-        Arrays get the shardings of `abstract_train_state` (jax.ShapeDtypeStruct leaves). Damaged newer steps are set
-        aside, so that the run can write them anew. Where no step is good nothing is moved.
+        Arrays get the shardings of `abstract_train_state` (jax.ShapeDtypeStruct leaves). Damaged
+        newer steps are set aside, so that the run can write them anew. Where no step is good
+        nothing is moved.
         """
         damaged: dict[int, str] = {}
         steps = self.steps()
@@ -173,7 +200,9 @@ class Checkpoints:
         return _on_all(read)
 
     def _arrays(self, step: int, document: dict[str, Any], wanted: Any, within: str) -> Any:
-        """The part `within` of the train state ("" for all of it), like `wanted`. One array at a time."""
+        """The part `within` of the train state ("" for all of it), like `wanted`. One array at a
+        time.
+        """
         saved = document["leaves"]
         folder = self._folder / str(step) / "state"
 
@@ -202,7 +231,11 @@ class Checkpoints:
     def _sync(self) -> None:
         """Called by Orbax's thread before it renames what it has written."""
         for folder in self._folder.iterdir():
-            if folder.is_dir() and not folder.name.isdecimal() and not folder.name.endswith(DAMAGED):
+            if (
+                folder.is_dir()
+                and not folder.name.isdecimal()
+                and not folder.name.endswith(DAMAGED)
+            ):
                 durable.sync_all(folder)
 
     def wait(self) -> None:
@@ -223,11 +256,14 @@ def finished_steps(workdir: str | Path) -> list[int]:
     folder = Path(workdir) / FOLDER
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(
+        int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()
+    )
 
 
 def newest_game(workdir: str) -> tuple[int, dict[str, Any]] | None:
-    """The newest step whose `game` is what was saved, without its arrays; None where there is no step.
+    """The newest step whose `game` is what was saved, without its arrays; None where there is no
+    step.
 
     InputError where none of them is: that is told before anything slow.
     """
@@ -249,7 +285,9 @@ def _none_is_good(folder: Path, damaged: Mapping[int, str]) -> str:
 
 
 def read_document(folder: Path) -> dict[str, Any]:
-    """What `save` wrote beside the arrays: `game`, and `leaves`, the digests of the arrays. Or Damaged."""
+    """What `save` wrote beside the arrays: `game`, and `leaves`, the digests of the arrays. Or
+    Damaged.
+    """
     with _reading():
         document = ocp.JsonCheckpointHandler().restore(folder / "game")
         digest = document.pop("digest", None) if isinstance(document, dict) else None
@@ -259,13 +297,19 @@ def read_document(folder: Path) -> dict[str, Any]:
 
 
 def read_array(folder: Path, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """One array of the item `state`, on its sharding, of the dtype that it was saved in. Or Damaged.
+    """One array of the item `state`, on its sharding, of the dtype that it was saved in. Or
+    Damaged.
 
-    By TensorStore itself: Orbax reads all at once, and where one array fails the others go on and complain for long.
+    By TensorStore itself: Orbax reads all at once, and where one array fails the others go on and
+    complain for long.
     """
     spec = {
         "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": name.replace("/", ".") + "/"},
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": f"file://{folder}/",
+            "path": name.replace("/", ".") + "/",
+        },
         "fill_missing_data_reads": False,
     }
     indices = like.sharding.addressable_devices_indices_map(like.shape).values()
@@ -276,7 +320,9 @@ def read_array(folder: Path, name: str, like: jax.ShapeDtypeStruct) -> jax.Array
         # of replicas only one is read; all reads begin before the first is waited for
         reads = {_bounds(index, like.shape): store[index].read() for index in indices}
         parts = {bounds: np.asarray(read.result()) for bounds, read in reads.items()}
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: parts[_bounds(index, like.shape)])
+    return jax.make_array_from_callback(
+        like.shape, like.sharding, lambda index: parts[_bounds(index, like.shape)]
+    )
 
 
 def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
@@ -297,7 +343,9 @@ def _reading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """What does not let a step be written as OSError, in a few words: TensorStore has ValueErrors for a full disk."""
+    """What does not let a step be written as OSError, in a few words: TensorStore has ValueErrors
+    for a full disk.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
@@ -324,20 +372,25 @@ def _on_all(read: Callable[[], T]) -> T:
 
 
 def _reason(error: Exception) -> str:
-    """The end of a message that tells the whole way down to the file; without TensorStore's specifications."""
+    """The end of a message that tells the whole way down to the file; without TensorStore's
+    specifications.
+    """
     message = re.sub(r" \[\w+(\[\d+\])?='.*", "", " ".join(str(error).split()))
     return shorten(": ".join(message.split(": ")[-2:]) or type(error).__name__, 300)
 
 
 def _free_name(folder: Path) -> Path:
     """12.damaged, or 12.2.damaged where that is taken."""
-    names = (f"{folder.name}{number}{DAMAGED}" for number in ("", *(f".{n}" for n in range(2, 10_000))))
+    names = (
+        f"{folder.name}{number}{DAMAGED}" for number in ("", *(f".{n}" for n in range(2, 10_000)))
+    )
     return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------
 
-# Odd, so that a product with one of them is different for each factor (murmur3's and xxHash's constants).
+# Odd, so that a product with one of them is different for each factor (murmur3's and xxHash's
+# constants).
 _OF_POSITION = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1)
 _OF_VALUE = (0x7FEB352D, 0x846CA68B)
 
@@ -368,12 +421,16 @@ def _on_device(leaf: jax.Array) -> jax.Array:
 
 @jax.jit
 def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The digest of an array: of its bits and where each stands, whatever devices and processes hold which part.
+    """The digest of an array: of its bits and where each stands, whatever devices and processes
+    hold which part.
 
-    Two sums over elements, which each device makes of its own part at the speed of its memory. Each step from an
-    element's bits to its summand is one-to-one: a change of one element always shows, others are missed once in 2^64.
+    Two sums over elements, which each device makes of its own part at the speed of its memory. Each
+    step from an element's bits to its summand is one-to-one: a change of one element always shows,
+    others are missed once in 2^64.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(
+        jnp.uint32
+    )
     for axis, factor in zip(range(x.ndim), _OF_POSITION, strict=False):
         bits += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(factor)
     one = bits * jnp.uint32(_OF_VALUE[0])

@@ -32,7 +32,8 @@ def must_fit(what: str, remedy: str) -> Iterator[None]:
     """A device or a compiler that runs out of memory in here says so in one sentence."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter as a program is dispatched
+    # the latter as a program is dispatched
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise InputError(

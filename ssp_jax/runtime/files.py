@@ -14,7 +14,8 @@ from ssp_jax.runtime.durable import sync
 
 @contextlib.contextmanager
 def replacing(path: str | Path, name: str, *, keep: bool = False) -> Iterator[IO[str]]:
-    """A text file that takes the place of `path` when the body has ended; an error leaves `path` alone.
+    """A text file that takes the place of `path` when the body has ended; an error leaves `path`
+    alone.
 
     name: of the file in messages. keep: what an error interrupts stays beside it, and is said. A
     device or a pipe has nothing to lose and is written as it is.

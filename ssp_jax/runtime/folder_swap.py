@@ -1,7 +1,7 @@
 """A folder that appears, or takes the place of an older one, only once it is whole.
 
-`X` is written as `X.building` and renamed when all of it is on the disk; the `X` before it is `X.old` for a moment.
-A process may be killed between any two system calls:
+`X` is written as `X.building` and renamed when all of it is on the disk; the `X` before it is
+`X.old` for a moment. A process may be killed between any two system calls:
 
 | what is there             | what it means                               | what the next one does          |
 |---------------------------|---------------------------------------------|---------------------------------|
@@ -9,8 +9,9 @@ A process may be killed between any two system calls:
 | X.old and X.building      | killed between the two renames              | renames X.old back to X         |
 | X.old and X               | killed after them                           | removes X.old                   |
 
-Nothing is removed that this program did not write. X is replaced only if its owner knows every file in it; X.building
-and X.old are removed only if they are empty or hold MARKER. Everything else is refused and left as it is.
+Nothing is removed that this program did not write. X is replaced only if its owner knows every file
+in it; X.building and X.old are removed only if they are empty or hold MARKER. Everything else is
+refused and left as it is.
 """
 
 import contextlib
@@ -28,9 +29,18 @@ Owned = Callable[[Path], Iterable[str]]  # a folder -> the names in it that its 
 
 
 class FolderSwap:
-    """One folder, through a symbolic link if it is one. Callers see to it that only one process acts at a time."""
+    """One folder, through a symbolic link if it is one. Callers see to it that only one process
+    acts at a time.
+    """
 
-    def __init__(self, folder: str | Path, kind: str, owned: Owned, work: str = ".building", old: str = ".old") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        kind: str,
+        owned: Owned,
+        work: str = ".building",
+        old: str = ".old",
+    ) -> None:
         """kind: what the folder is, for messages. work, old: suffixes of the temporary names."""
         self.folder = Path(os.path.realpath(folder))
         if not self.folder.name:
@@ -60,7 +70,9 @@ class FolderSwap:
         if not self.folder.is_dir():
             raise InputError(f"{expected}; it is no folder and is left alone")
         if self.folder.is_mount():
-            raise InputError(f"{expected}; it is a mount point, which cannot be renamed: name a folder in it")
+            raise InputError(
+                f"{expected}; it is a mount point, which cannot be renamed: name a folder in it"
+            )
         names = set(os.listdir(self.folder)) - {MARKER}
         foreign = sorted(names - set(self._owned(self.folder))) if names else []
         if foreign:
@@ -69,7 +81,11 @@ class FolderSwap:
     @property
     def is_interrupted(self) -> bool:
         """Whether a swap was killed between its two renames."""
-        return not os.path.lexists(self.folder) and _is_leftover(self._old) and (self._old / MARKER).is_file()
+        return (
+            not os.path.lexists(self.folder)
+            and _is_leftover(self._old)
+            and (self._old / MARKER).is_file()
+        )
 
     def recover(self) -> None:
         """Undoes a swap that was killed between its two renames."""
@@ -79,7 +95,9 @@ class FolderSwap:
             (self.folder / MARKER).unlink()
 
     def begin(self) -> None:
-        """Makes `work`, an empty folder but for the marker; removes what was left by those that were killed."""
+        """Makes `work`, an empty folder but for the marker; removes what was left by those that
+        were killed.
+        """
         self.check()
         try:
             self.recover()
@@ -104,7 +122,9 @@ class FolderSwap:
         self.discard()
 
     def discard(self) -> None:
-        """Removes what is not needed any more. X.old is never seen in part, for it may have to be renamed back."""
+        """Removes what is not needed any more. X.old is never seen in part, for it may have to be
+        renamed back.
+        """
         self.recover()
         _remove(self.work)
         if _is_leftover(self._old):
@@ -121,12 +141,15 @@ class FolderSwap:
         except OSError as error:
             raise self.error(error) from None
         finally:
-            with contextlib.suppress(OSError):  # such as of a disk that is gone; the error before it is what counts
+            # such as of a disk that is gone; the error before it is what counts
+            with contextlib.suppress(OSError):
                 self.discard()
 
     def error(self, error: OSError) -> InputError:
         """The sentence for a disk that does not take it."""
-        return InputError(f"{self.folder}: expected a folder where {self._kind} can be written ({error})")
+        return InputError(
+            f"{self.folder}: expected a folder where {self._kind} can be written ({error})"
+        )
 
 
 def _is_leftover(path: Path) -> bool:
@@ -142,7 +165,9 @@ def _mark(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a leftover, its marker last, so that what a killed removal leaves is still known as ours."""
+    """Removes a leftover, its marker last, so that what a killed removal leaves is still known as
+    ours.
+    """
     if not _is_leftover(folder):
         return
     for entry in list(os.scandir(folder)):

@@ -26,7 +26,9 @@ def local_tasks(environment: Mapping[str, str]) -> int | None:
         return found
     if "SLURM_PROCID" not in environment:
         return None
-    of_nodes = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "")
+    of_nodes = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get(
+        "SLURM_TASKS_PER_NODE", ""
+    )
     if found := _of_node(of_nodes, _number(environment, "SLURM_NODEID") or 0):
         return found
     return _number(environment, "SLURM_NTASKS_PER_NODE")

@@ -1,8 +1,9 @@
-"""What a run shows and leaves behind: console, metrics.jsonl, TensorBoard, readable episodes, compile count.
+"""What a run shows and leaves behind: console, metrics.jsonl, TensorBoard, readable episodes,
+compile count.
 
-In a terminal a live display (the phases at work, the whole run) stays under a growing table with one row per step.
-Anywhere else there are plain lines with the time in front, and progress at most every few seconds. 100 columns suffice
-for the lines of steps.
+In a terminal a live display (the phases at work, the whole run) stays under a growing table with
+one row per step. Anywhere else there are plain lines with the time in front, and progress at most
+every few seconds. 100 columns suffice for the lines of steps.
 """
 
 import json
@@ -48,7 +49,8 @@ class Column:
 
 
 COLUMNS = (
-    # the funnel: questions asked, of these well-formed, of these verified; share of attempts that were right
+    # the funnel: questions asked, of these well-formed, of these verified; share of attempts that
+    # were right
     Column("asked", "funnel/proposed", "5.0f"),
     Column("formed", "funnel/well_formed", "6.0f"),
     Column("verif", "funnel/verified", "5.0f"),
@@ -66,10 +68,11 @@ COLUMNS = (
 
 
 def peak_memory_gib() -> float:
-    """The most that was in use so far: on the fullest device of this host, or, on CPU, of this process.
+    """The most that was in use so far: on the fullest device of this host, or, on CPU, of this
+    process.
 
-    A device tells its peak since the start, so the update's shows once it exceeds that of play. On Linux the process's
-    peak starts again with each call, and each phase has its own.
+    A device tells its peak since the start, so the update's shows once it exceeds that of play. On
+    Linux the process's peak starts again with each call, and each phase has its own.
     """
     stats = [device.memory_stats() for device in jax.local_devices()]
     if peaks := [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]:
@@ -84,7 +87,9 @@ def peak_memory_gib() -> float:
 
 
 class CompileCounter:
-    """Counts XLA compilations of this process from now on, also those that the persistent cache answers."""
+    """Counts XLA compilations of this process from now on, also those that the persistent cache
+    answers.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -105,30 +110,48 @@ class Phase:
         self._start, self._show = time.monotonic(), show
 
     def advance(self, done: float, *, total: float | None = None, **rates: float) -> None:
-        """`done` is the amount finished so far, not the increment. Cheap: call it as often as you like.
+        """`done` is the amount finished so far, not the increment. Cheap: call it as often as you
+        like.
 
-        `total` may grow on the way (a verified question brings its attempts). tokens=310.0 shows "310 tokens/s".
+        `total` may grow on the way (a verified question brings its attempts). tokens=310.0 shows
+        "310 tokens/s".
         """
         self.done, self.total = done, self.total if total is None else total
         rate = done / max(1e-9, time.monotonic() - self._start)
         parts = [f"{done:g}/{self.total:g}" if self.total else f"{done:g}"]
         parts += [f"{short_number(rate)}/s"] if done else []
         parts += [f"{short_number(value)} {name}/s" for name, value in rates.items()]
-        parts += [f"{clock((self.total - done) / rate)} left"] if done and self.total and self.total >= done else []
+        parts += (
+            [f"{clock((self.total - done) / rate)} left"]
+            if done and self.total and self.total >= done
+            else []
+        )
         self._show(" · ".join(parts))
 
 
 class Logger:
-    """The voice of a run; a context manager. `resume_step` is the step of the checkpoint, 0 for none.
+    """The voice of a run; a context manager. `resume_step` is the step of the checkpoint, 0 for
+    none.
 
-    What a killed run wrote after it is dropped from metrics.jsonl (and hidden in TensorBoard): those steps come again.
-    Of several processes one speaks; the others are `mute`: they show and write nothing.
+    What a killed run wrote after it is dropped from metrics.jsonl (and hidden in TensorBoard):
+    those steps come again. Of several processes one speaks; the others are `mute`: they show and
+    write nothing.
     """
 
     def __init__(
-        self, workdir: str, total_steps: int, tensorboard: bool, resume_step: int = 0, mute: bool = False
+        self,
+        workdir: str,
+        total_steps: int,
+        tensorboard: bool,
+        resume_step: int = 0,
+        mute: bool = False,
     ) -> None:
-        self._folder, self._total_steps, self._step, self._mute = Path(workdir), total_steps, resume_step, mute
+        self._folder, self._total_steps, self._step, self._mute = (
+            Path(workdir),
+            total_steps,
+            resume_step,
+            mute,
+        )
         rows = Path(os.devnull)
         if not mute:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -141,17 +164,24 @@ class Logger:
         # force_terminal, for rich would also take FORCE_COLOR in a CI log for a terminal
         file = self._rows if mute else sys.stdout
         # without markup and emoji, for paths and answers have brackets and colons of their own
-        self._console = Console(file=file, force_terminal=self._live, markup=False, emoji=False, highlight=False)
+        self._console = Console(
+            file=file, force_terminal=self._live, markup=False, emoji=False, highlight=False
+        )
         self._bars = _progress(self._console)
         at = f"{resume_step}/{total_steps} steps"
         shown = total_steps > 0  # an evaluation has no steps
-        self._run_bar = self._bars.add_task("run", visible=shown, total=total_steps, completed=resume_step, detail=at)
+        self._run_bar = self._bars.add_task(
+            "run", visible=shown, total=total_steps, completed=resume_step, detail=at
+        )
         self._columns: tuple[Column, ...] = ()
         self._shown_rows = 0
-        self._ends: deque[float] = deque(maxlen=11)  # when the last steps ended, so saves and evaluations count
+        # when the last steps ended, so saves and evaluations count
+        self._ends: deque[float] = deque(maxlen=11)
         self._last_line = -math.inf
         if spoilt:
-            self.say(f"{spoilt} spoilt lines of {rows} are dropped: a machine that went down leaves such")
+            self.say(
+                f"{spoilt} spoilt lines of {rows} are dropped: a machine that went down leaves such"
+            )
 
     def __enter__(self) -> Self:
         if self._live:
@@ -182,19 +212,26 @@ class Logger:
         self._step = step
         self._ends.append(time.monotonic())
         left = clock(self._seconds_left(seconds))
-        self._bars.update(self._run_bar, completed=step, detail=f"{step}/{self._total_steps} steps · {left} left")
+        self._bars.update(
+            self._run_bar, completed=step, detail=f"{step}/{self._total_steps} steps · {left} left"
+        )
         columns = tuple(c for c in COLUMNS if c in self._columns or c.metric in metrics)
         if columns != self._columns or self._shown_rows % HEADER_EVERY == 0:
             self._columns, self._shown_rows = columns, 0
             self._row("step", [(c.title, "bold") for c in columns], "s/step", "left")
         self._shown_rows += 1
-        cells = [(_format(metrics[c.metric], c.form) if c.metric in metrics else "-", c.style) for c in columns]
+        cells = [
+            (_format(metrics[c.metric], c.form) if c.metric in metrics else "-", c.style)
+            for c in columns
+        ]
         self._row(f"{step}/{self._total_steps}", cells, f"{seconds:.1f}", left)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """A row for the scores of a step, unless its last one says the same: whether it was written.
+        """A row for the scores of a step, unless its last one says the same: whether it was
+        written.
 
-        So it stands there once however often the run was killed around it, and again where a judge says otherwise.
+        So it stands there once however often the run was killed around it, and again where a judge
+        says otherwise.
         """
         row = {"step": step, **_finite(metrics)}
         before = self._evaluated.get(step, {})
@@ -205,13 +242,21 @@ class Logger:
         return True
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """metrics.jsonl and TensorBoard only. What is not finite is null in JSON, absent in TensorBoard."""
+        """metrics.jsonl and TensorBoard only. What is not finite is null in JSON, absent in
+        TensorBoard.
+        """
         finite = _finite(metrics)
         self._rows.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         self._rows.flush()
         if self._events:
-            values = [Summary.Value(tag=name, simple_value=v) for name, v in finite.items() if v is not None]
-            self._events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+            values = [
+                Summary.Value(tag=name, simple_value=v)
+                for name, v in finite.items()
+                if v is not None
+            ]
+            self._events.write_event(
+                Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+            )
             self._events.flush()
 
     def sync(self) -> None:
@@ -220,17 +265,23 @@ class Logger:
             os.fsync(self._rows.fileno())
 
     def table(self, title: str, rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
-        """The first column is text and on the left, the others are numbers and on the right; floats with 3 places."""
+        """The first column is text and on the left, the others are numbers and on the right; floats
+        with 3 places.
+        """
         style = box.SIMPLE_HEAD if self._live else box.ASCII2
         title = printable(title)
-        shown = table.Table(title=title, title_justify="left", title_style="bold", box=style, show_edge=False)
+        shown = table.Table(
+            title=title, title_justify="left", title_style="bold", box=style, show_edge=False
+        )
         for i, column in enumerate(columns):
             shown.add_column(printable(column), justify="right" if i else "left", no_wrap=True)
         for row in rows:
             cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in row)
             shown.add_row(*map(printable, cells))
         # As wide as it is: a narrow terminal breaks its lines, where rich would cut the numbers.
-        shown.width = self._console.measure(shown, options=self._console.options.update(max_width=1000)).maximum
+        shown.width = self._console.measure(
+            shown, options=self._console.options.update(max_width=1000)
+        ).maximum
         self._console.print("", shown, "", soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -259,7 +310,9 @@ class Logger:
     def _row(self, first: str, cells: Sequence[tuple[str, str]], seconds: str, left: str) -> None:
         """Each cell is as wide as its column's title and form ask for."""
         widths = [max(len(c.title), len(_format(0, c.form))) for c in self._columns]
-        middle = [(text.rjust(width), style) for (text, style), width in zip(cells, widths, strict=True)]
+        middle = [
+            (text.rjust(width), style) for (text, style), width in zip(cells, widths, strict=True)
+        ]
         first = first.rjust(len(f"{self._total_steps}") * 2 + 1)
         parts = [(first, "bold cyan"), *middle, (seconds.rjust(6), "blue"), (left.rjust(7), "dim")]
         self._line(Text(" ").join(Text(text, style) for text, style in parts))
@@ -295,8 +348,8 @@ def _of_evaluation(row: Mapping[str, Any]) -> bool:
 
 
 def _keep_steps(path: Path, last: int) -> tuple[dict[int, dict[str, Any]], int]:
-    """Drops rows after step `last` and spoilt lines: the last row of each evaluation that stays, and how many
-    were spoilt.
+    """Drops rows after step `last` and spoilt lines: the last row of each evaluation that stays,
+    and how many were spoilt.
     """
     evaluated: dict[int, dict[str, Any]] = {}
     spoilt = 0
@@ -317,8 +370,8 @@ def _keep_steps(path: Path, last: int) -> tuple[dict[int, dict[str, Any]], int]:
 def _open_events(folder: Path, resume_step: int) -> EventsWriter:
     """A file of TensorBoard that hides what earlier ones have after that step.
 
-    Written in this thread. (tensorboardX's SummaryWriter has one of its own, which a full disk ends; from then on the
-    run waits for it forever.)
+    Written in this thread. (tensorboardX's SummaryWriter has one of its own, which a full disk
+    ends; from then on the run waits for it forever.)
     """
     folder.mkdir(exist_ok=True)
     events = EventsWriter(str(folder / "events"))

@@ -1,4 +1,5 @@
-"""What a process tells its environment before JAX starts: for GPUs, for CPUs, and where there is no TPU.
+"""What a process tells its environment before JAX starts: for GPUs, for CPUs, and where there is no
+TPU.
 
 Nothing here asks JAX which device there is: asking would start the backend.
 """
@@ -13,33 +14,46 @@ from pathlib import Path
 
 from ssp_jax.runtime import launchers
 
-# JAX takes 75 % of a GPU by default. This program is alone on it; the rest is left to the driver, cuBLAS and NCCL.
+# JAX takes 75 % of a GPU by default. This program is alone on it; the rest is left to the driver,
+# cuBLAS and NCCL.
 MEMORY_FRACTION = 0.92
-# XLA ends a process at a flag that it does not know. These three are in jaxlib 0.10.2, 0.11.2 and 0.12.0.1, and in the
-# CUDA plugins (jax-cuda12-pjrt) of 0.10.2 and 0.12.0.1, as strings of their shared libraries.
+# XLA ends a process at a flag that it does not know. These three are in jaxlib 0.10.2, 0.11.2 and
+# 0.12.0.1, and in the CUDA plugins (jax-cuda12-pjrt) of 0.10.2 and 0.12.0.1, as strings of their
+# shared libraries.
 XLA_FLAGS = {
-    # Collectives run beside the matrix work of the layer before and after: what FSDP needs (JAX's performance tips).
+    # Collectives run beside the matrix work of the layer before and after: what FSDP needs (JAX's
+    # performance tips).
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
-    # Seconds until a group of GPUs that talk for the first time is complete: processes compile for unequal times, and
-    # XLA's 40 would end the run.
+    # Seconds until a group of GPUs that talk for the first time is complete: processes compile for
+    # unequal times, and XLA's 40 would end the run.
     "--xla_gpu_first_collective_call_terminate_timeout_seconds": "1800",
-    # Seconds until threads that wait for each other before a collective give up; XLA's default is never.
+    # Seconds until threads that wait for each other before a collective give up; XLA's default is
+    # never.
     "--xla_gpu_nccl_termination_timeout_seconds": "1800",
 }
-# XLA's pool of page-locked memory, for offloaded states and for what is copied to be saved. Its default of 64 GiB a
-# process is less than the train state of a 7B on one node.
+# XLA's pool of page-locked memory, for offloaded states and for what is copied to be saved. Its
+# default of 64 GiB a process is less than the train state of a 7B on one node.
 HOST_MEMORY = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 HOST_MEMORY_FRACTION = 0.85  # of the machine's memory
-_MEMORY_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+_MEMORY_NAMES = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+)
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 _DRIVER = Path("/proc/driver/nvidia/version")
 _GPUS = Path("/proc/driver/nvidia/gpus")
 # Limits of a container, of both generations of control groups.
-_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_MEMORY_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 def gpu_will_be_used(environment: Mapping[str, str], driver: Path = _DRIVER) -> bool:
-    """Whether JAX is about to take an NVIDIA GPU, without asking it: asking would start the backend."""
+    """Whether JAX is about to take an NVIDIA GPU, without asking it: asking would start the
+    backend.
+    """
     platforms = environment.get("JAX_PLATFORMS", "")
     wanted = not platforms or bool({"cuda", "gpu"} & set(platforms.split(",")))
     return wanted and driver.exists() and any(importlib.util.find_spec(name) for name in _PLUGINS)
@@ -85,9 +99,16 @@ def set_defaults(environment: MutableMapping[str, str]) -> list[str]:
 _GOOGLE = "0x1ae0"  # PCI vendor of TPU chips
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _DEVICES = Path("/dev")
-# Variables that whoever starts a program on TPUs sets. (JAX itself sets others as it is imported, wherever libtpu is.)
+# Variables that whoever starts a program on TPUs sets. (JAX itself sets others as it is imported,
+# wherever libtpu is.)
 _NAMES = (
-    *("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"),
+    *(
+        "TPU_ACCELERATOR_TYPE",
+        "TPU_NAME",
+        "TPU_WORKER_ID",
+        "TPU_WORKER_HOSTNAMES",
+        "TPU_PROCESS_ADDRESSES",
+    ),
     *("TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES", "TPU_TOPOLOGY", "MEGASCALE_NUM_SLICES"),
 )
 
@@ -96,7 +117,9 @@ def tpu_installed() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def tpu_may_be_used(environment: Mapping[str, str], pci: Path = _PCI_DEVICES, devices: Path = _DEVICES) -> bool:
+def tpu_may_be_used(
+    environment: Mapping[str, str], pci: Path = _PCI_DEVICES, devices: Path = _DEVICES
+) -> bool:
     """libtpu alone says little: whoever compiles ahead of time for TPUs has it too."""
     if not tpu_installed():
         return False
@@ -107,13 +130,20 @@ def tpu_may_be_used(environment: Mapping[str, str], pci: Path = _PCI_DEVICES, de
     return any(name in environment for name in _NAMES)
 
 
-def platforms_without(environment: Mapping[str, str], pci: Path = _PCI_DEVICES, devices: Path = _DEVICES) -> str | None:
+def platforms_without(
+    environment: Mapping[str, str], pci: Path = _PCI_DEVICES, devices: Path = _DEVICES
+) -> str | None:
     """JAX_PLATFORMS for a machine that has libtpu and no TPU, where JAX would look for one, and
     libtpu tell a page about it. None: JAX needs no word, or the user has said it, or another
     plugin may have a device.
     """
     said = environment.get("JAX_PLATFORMS") or environment.get("JAX_PLATFORM_NAME")
-    if said or not tpu_installed() or tpu_may_be_used(environment, pci, devices) or _other_plugins():
+    if (
+        said
+        or not tpu_installed()
+        or tpu_may_be_used(environment, pci, devices)
+        or _other_plugins()
+    ):
         return None
     return "cuda,cpu" if gpu_will_be_used(environment) else "cpu"
 
@@ -123,7 +153,8 @@ def _other_plugins() -> bool:
     return any("cuda" not in plugin.name for plugin in plugins)
 
 
-_HUGE_PAGES = "glibc.malloc.hugetlb"  # 1: malloc asks for transparent huge pages; in glibc from 2.35 on
+# 1: malloc asks for transparent huge pages; in glibc from 2.35 on
+_HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def cpu_will_be_used(environment: Mapping[str, str]) -> bool:
@@ -135,11 +166,13 @@ def cpu_will_be_used(environment: Mapping[str, str]) -> bool:
 
 
 def set_huge_pages(environment: MutableMapping[str, str]) -> bool:
-    """For processes that start with this environment; False where the user has said something, or has another libc.
+    """For processes that start with this environment; False where the user has said something, or
+    has another libc.
 
-    An XLA program asks for its temporaries as one block at every call, and glibc gives a block above 32 MiB back to the
-    kernel when it is free, which clears its pages for the next. Huge pages make that cheap (measured on updates of
-    1M to 0.5B parameters: 10 to 15 % of the time; keeping freed memory is as fast, and takes up to 20 % more of it).
+    An XLA program asks for its temporaries as one block at every call, and glibc gives a block
+    above 32 MiB back to the kernel when it is free, which clears its pages for the next. Huge pages
+    make that cheap (measured on updates of 1M to 0.5B parameters: 10 to 15 % of the time; keeping
+    freed memory is as fast, and takes up to 20 % more of it).
     """
     tunables = environment.get("GLIBC_TUNABLES", "")
     if platform.libc_ver()[0] != "glibc" or _HUGE_PAGES in tunables:
@@ -149,14 +182,19 @@ def set_huge_pages(environment: MutableMapping[str, str]) -> bool:
 
 
 def prepare() -> None:
-    """For the device that JAX is about to take. The first thing a program does: it may start itself once more, because
-    glibc reads its settings only when a process starts. What is set for a GPU is said on the standard error.
+    """For the device that JAX is about to take. The first thing a program does: it may start itself
+    once more, because glibc reads its settings only when a process starts. What is set for a GPU
+    is said on the standard error.
     """
     if platforms := platforms_without(os.environ):
         os.environ["JAX_PLATFORMS"] = platforms
         if "jax" in sys.modules:  # it has read its environment
             sys.modules["jax"].config.update("jax_platforms", platforms)
     if gpu_will_be_used(os.environ):
-        print("GPU: set", *set_defaults(os.environ) or ["nothing; the environment has it all"], file=sys.stderr)
+        print(
+            "GPU: set",
+            *set_defaults(os.environ) or ["nothing; the environment has it all"],
+            file=sys.stderr,
+        )
     if cpu_will_be_used(os.environ) and set_huge_pages(os.environ):
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,8 +1,9 @@
-"""Several processes that play one run: how they start, what they tell each other, and how they end together.
+"""Several processes that play one run: how they start, what they tell each other, and how they end
+together.
 
-Each process plays its own share of a step on its own devices, without any word to the others, and hands over what it
-played at the end. From then on all of them hold the same and compute the same update, each on its part of the mesh.
-On one process nothing here does anything.
+Each process plays its own share of a step on its own devices, without any word to the others, and
+hands over what it played at the end. From then on all of them hold the same and compute the same
+update, each on its part of the mesh. On one process nothing here does anything.
 """
 
 import atexit
@@ -34,17 +35,20 @@ from ssp_jax.runtime import launchers, platform, signals
 T = TypeVar("T")
 
 START_SECONDS = 600  # until all processes must have come: a cluster starts its hosts one by one
-SHARED_SECONDS = 90  # until all see a file: NFS and gcsfuse keep what they know of a folder for up to a minute
+# until all see a file: NFS and gcsfuse keep what they know of a folder for up to a minute
+SHARED_SECONDS = 90
 HEARTBEAT_SECONDS = 100  # a process that has been silent for so long counts as dead
-# A process that waits for the others ends when they have not come for so long. It may wait longer where its own part
-# took long: shares of play are alike in number of games, and not in seconds.
+# A process that waits for the others ends when they have not come for so long. It may wait longer
+# where its own part took long: shares of play are alike in number of games, and not in seconds.
 STUCK_SECONDS = 1800
 STUCK_TIMES = 3  # as long as its own part took
 _TICK_SECONDS = 0.5
-_BLOCK = 1 << 18  # bytes that a process hands over in one collective: one program, however much there is to tell
+# bytes that a process hands over in one collective: one program, however much there is to tell
+_BLOCK = 1 << 18
 _GONE = "another process of the run is gone"
 _RESUME = "the same command goes on from the last checkpoint"
-# Prints its argument when its standard input ends without a word; signals that a whole job gets are not for it.
+# Prints its argument when its standard input ends without a word; signals that a whole job gets are
+# not for it.
 _WATCHDOG = """
 import signal, sys
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -58,7 +62,9 @@ class Terminated(Exception):
 
 
 class CollectiveInputError(InputError):
-    """What one of several processes was told, raised by all of them at the same place: they can still act together."""
+    """What one of several processes was told, raised by all of them at the same place: they can
+    still act together.
+    """
 
 
 class LocalFailure(Exception):
@@ -76,11 +82,11 @@ def start(place: Place, environment: MutableMapping[str, str]) -> None:
     """Joins the other processes, if there are any; before anything touches the devices."""
     if place.processes == 1 or not (place.coordinator or detected(environment)):
         return
-    expected = (
-        "expected --coordinator=HOST:PORT, --processes=N and --process=I on each, or --processes=1 for a run on its own"
-    )
+    expected = "expected --coordinator=HOST:PORT, --processes=N and --process=I on each, or --processes=1 for a run on its own"
     own_gpus = launchers.local_gpus(environment, platform.visible_gpus(environment))
-    found = _arm_watchdog(f"the processes of this run did not find each other in {START_SECONDS} seconds; {expected}")
+    found = _arm_watchdog(
+        f"the processes of this run did not find each other in {START_SECONDS} seconds; {expected}"
+    )
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -93,47 +99,67 @@ def start(place: Place, environment: MutableMapping[str, str]) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         found()
         # Code 1 and not 2: a cluster that starts all of them again may have more luck.
-        sys.exit(f"ssp_jax: the processes of this run did not find each other ({error}); {expected}")
+        sys.exit(
+            f"ssp_jax: the processes of this run did not find each other ({error}); {expected}"
+        )
     found()
     if is_multiprocess():
         _end_at_once_on_errors()
-        # The first words between devices, before downloads and the like keep some processes longer than others:
-        # XLA gives up on devices that do not all come to their first collective.
+        # The first words between devices, before downloads and the like keep some processes longer
+        # than others: XLA gives up on devices that do not all come to their first collective.
         barrier()
 
 
 def detected(environment: MutableMapping[str, str], devices: Path = Path("/dev")) -> bool:
-    """Whether a cluster's environment says that there are more processes than this one, in a way that JAX reads too.
+    """Whether a cluster's environment says that there are more processes than this one, in a way
+    that JAX reads too.
 
-    On a Cloud TPU VM only its metadata server knows; JAX asks it, and may find that this host is the only one.
+    On a Cloud TPU VM only its metadata server knows; JAX asks it, and may find that this host is
+    the only one.
     """
 
     def many(name: str) -> bool:
         return environment.get(name, "").isdecimal() and int(environment[name]) > 1
 
-    if many("SLURM_NTASKS") and {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"} <= environment.keys():
+    if (
+        many("SLURM_NTASKS")
+        and {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"} <= environment.keys()
+    ):
         return True
     if many("OMPI_COMM_WORLD_SIZE"):
         return True
-    if any("," in environment.get(name, "") for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")):
+    if any(
+        "," in environment.get(name, "")
+        for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+    ):
         return True
     if many("MEGASCALE_NUM_SLICES"):
         return True
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        return importlib.util.find_spec("kubernetes") is not None  # what JAX asks for the other pods with
+        # what JAX asks for the other pods with
+        return importlib.util.find_spec("kubernetes") is not None
     platforms = environment.get("JAX_PLATFORMS", "tpu").split(",")
     chips = [*devices.glob("accel[0-9]*"), *devices.glob("vfio/[0-9]*")]
     alone = "TPU_SKIP_MDS_QUERY" in environment or "TPU_WORKER_HOSTNAMES" in environment
-    return "tpu" in platforms and bool(chips) and not alone and importlib.util.find_spec("libtpu") is not None
+    return (
+        "tpu" in platforms
+        and bool(chips)
+        and not alone
+        and importlib.util.find_spec("libtpu") is not None
+    )
 
 
 def is_multiprocess() -> bool:
-    """Asks no device where there is no other process, so that mistakes in the input are told before devices are up."""
+    """Asks no device where there is no other process, so that mistakes in the input are told before
+    devices are up.
+    """
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_coordinator() -> bool:
-    """Whether this is the process that writes logs, scores and everything else that is written once."""
+    """Whether this is the process that writes logs, scores and everything else that is written
+    once.
+    """
     return jax.process_index() == 0
 
 
@@ -143,8 +169,8 @@ def is_coordinator() -> bool:
 def _arm_watchdog(sentence: str) -> Callable[[], None]:
     """The sentence is printed should this process end before it calls what is returned.
 
-    JAX's runtime aborts a process whose coordinator or peer is gone, from another thread: nothing in the process itself
-    can say anything then, so a small one beside it does.
+    JAX's runtime aborts a process whose coordinator or peer is gone, from another thread: nothing
+    in the process itself can say anything then, so a small one beside it does.
     """
     command = [sys.executable, "-S", "-E", "-c", _WATCHDOG, sentence]
     mourner = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
@@ -156,13 +182,17 @@ def _arm_watchdog(sentence: str) -> Callable[[], None]:
 
 
 def _end_at_once_on_errors() -> None:
-    """An error ends this process without the wait for the others that JAX has at exit: they would wait for this one."""
+    """An error ends this process without the wait for the others that JAX has at exit: they would
+    wait for this one.
+    """
     own = f"process {jax.process_index()}"
     why = f"{own} was ended from outside, or by JAX because {_GONE} (the lines above may say which); {_RESUME}"
     disarm = _arm_watchdog(why)
     signals.before_leaving.append(disarm)
 
-    def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
+    def leave(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> NoReturn:
         if isinstance(error, LocalFailure):
             print(f"ssp_jax: {own}: {sentence(error)}", file=sys.stderr)
         elif is_peer_failure(error):
@@ -180,7 +210,9 @@ def _end_at_once_on_errors() -> None:
 
 @contextlib.contextmanager
 def watched(seconds: float | None = None) -> Iterator[None]:
-    """In here this process waits for all others: one that is alive and stuck must not hang it for ever."""
+    """In here this process waits for all others: one that is alive and stuck must not hang it for
+    ever.
+    """
     if not is_multiprocess():
         yield
         return
@@ -206,9 +238,11 @@ def watched(seconds: float | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fail_fast(workdir: str) -> Iterator[None]:
-    """Around a run: what one of several processes alone is told ends it at once, and so the others, which see it gone.
+    """Around a run: what one of several processes alone is told ends it at once, and so the others,
+    which see it gone.
 
-    A full disk, or one that is gone, is told in one sentence. Not as unusable input: the same command may do better.
+    A full disk, or one that is gone, is told in one sentence. Not as unusable input: the same
+    command may do better.
     """
     try:
         yield
@@ -233,19 +267,22 @@ def is_collective(error: InputError) -> bool:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether a collective failed because of another process: what gloo, NCCL and JAX's coordinator say then."""
+    """Whether a collective failed because of another process: what gloo, NCCL and JAX's coordinator
+    say then.
+    """
     said = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "unhealthy")
-    kinds = jax.errors.JaxRuntimeError, ValueError  # the latter where a program fails as it is dispatched
+    # the latter where a program fails as it is dispatched
+    kinds = jax.errors.JaxRuntimeError, ValueError
     return isinstance(error, kinds) and any(words in str(error) for words in said)
 
 
 class Stop:
-    """While this context is open Ctrl-C, SIGTERM and SIGHUP only set a flag; calling the object raises Terminated once
-    it is set. A second Ctrl-C leaves at once.
+    """While this context is open Ctrl-C, SIGTERM and SIGHUP only set a flag; calling the object
+    raises Terminated once it is set. A second Ctrl-C leaves at once.
 
-    With several processes JAX's preemption service has SIGTERM: whichever process gets it, all have their flag set
-    at the same tick of a clock that each keeps on its own. They leave the game then, and meet where they hand over.
-    The other two signals are passed on to it.
+    With several processes JAX's preemption service has SIGTERM: whichever process gets it, all have
+    their flag set at the same tick of a clock that each keeps on its own. They leave the game then,
+    and meet where they hand over. The other two signals are passed on to it.
     """
 
     def __enter__(self) -> "Stop":
@@ -269,7 +306,9 @@ class Stop:
         if self._first is None:
             self._first = number
             if number == signal.SIGINT:
-                signals.say("interrupted: saves as soon as the work at hand allows; Ctrl-C again leaves at once")
+                signals.say(
+                    "interrupted: saves as soon as the work at hand allows; Ctrl-C again leaves at once"
+                )
             if is_multiprocess():
                 os.kill(os.getpid(), signal.SIGTERM)
             else:
@@ -289,7 +328,8 @@ class Stop:
         for tick in itertools.count(1):
             if multihost_utils.reached_preemption_sync_point(tick):
                 self._set.set()
-            # As many ticks as time has passed, also where this thread came late: who is behind hears of it late.
+            # As many ticks as time has passed, also where this thread came late: who is behind
+            # hears of it late.
             if self._over.wait(max(0.0, start + tick * _TICK_SECONDS - time.monotonic())):
                 return
 
@@ -317,7 +357,9 @@ class Stop:
 
 
 def balance(costs: Sequence[float], processes: int) -> list[list[int]]:
-    """Who plays what, as indices: the dearest first, to and fro, so that shares are alike in number and in cost."""
+    """Who plays what, as indices: the dearest first, to and fro, so that shares are alike in number
+    and in cost.
+    """
     dearest = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     turn = [*range(processes), *reversed(range(processes))]
     return [
@@ -333,8 +375,8 @@ def local_share(costs: Sequence[float]) -> list[int]:
 def all_gather_objects(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> list[T]:
     """What `action` gives on each process, for all of them, in the order of processes.
 
-    What one of them is told (InputError, Terminated) all are told, so that they end together. `facts` must be the same
-    everywhere.
+    What one of them is told (InputError, Terminated) all are told, so that they end together.
+    `facts` must be the same everywhere.
     """
     if not is_multiprocess():
         return [action()]
@@ -351,7 +393,9 @@ def all_gather_objects(action: Callable[[], T], facts: Mapping[str, Any] | None 
     check_alike([part[0] for part in parts])
     for process, (_, of_one, _) in enumerate(parts):
         if isinstance(of_one, InputError):
-            raise CollectiveInputError(str(of_one) if process == jax.process_index() else f"process {process}: {of_one}")
+            raise CollectiveInputError(
+                str(of_one) if process == jax.process_index() else f"process {process}: {of_one}"
+            )
         if of_one is not None:
             raise of_one
     return [part[2] for part in parts]
@@ -365,7 +409,8 @@ def run_on_all(action: Callable[[], T], facts: Mapping[str, Any] | None = None) 
 
 
 def barrier() -> None:
-    """Waits for those that compile what others find in their cache, before devices talk that have not talked before.
+    """Waits for those that compile what others find in their cache, before devices talk that have
+    not talked before.
 
     (Gloo gives up after half a minute then, and after half an hour between those that have.)
     """
@@ -403,7 +448,9 @@ def check_shared(folder: Path) -> None:
 
     def look() -> None:
         if not appears(path):
-            raise InputError(f"{folder} is not the same folder on all hosts; expected one that they share")
+            raise InputError(
+                f"{folder} is not the same folder on all hosts; expected one that they share"
+            )
 
     try:
         run_on_all(look)
@@ -413,9 +460,11 @@ def check_shared(folder: Path) -> None:
 
 
 def run_on_coordinator(action: Callable[[], object]) -> None:
-    """The first process acts while the others wait, for hours if need be; its InputError is raised by all.
+    """The first process acts while the others wait, for hours if need be; its InputError is raised
+    by all.
 
-    They wait in many short collectives: a long one counts as a failed one (Gloo gives up after half an hour).
+    They wait in many short collectives: a long one counts as a failed one (Gloo gives up after half
+    an hour).
     """
     told: list[InputError] = []
 
@@ -425,7 +474,8 @@ def run_on_coordinator(action: Callable[[], object]) -> None:
         except InputError as error:
             told.append(error)
 
-    thread = threading.Thread(target=act, daemon=True)  # daemon: Ctrl-C ends the process and not only the wait
+    # daemon: Ctrl-C ends the process and not only the wait
+    thread = threading.Thread(target=act, daemon=True)
     if is_coordinator():
         thread.start()
 
@@ -449,8 +499,12 @@ def check_alike(facts: Sequence[Mapping[str, Any]]) -> None:
         for process, value in enumerate(values):
             where.setdefault(repr(value), []).append(str(process))
         if len(where) > 1:
-            differ = "; ".join(f"{value} on {', '.join(processes)}" for value, processes in where.items())
-            raise CollectiveInputError(f"the processes of this run are not alike: {name} is {differ}")
+            differ = "; ".join(
+                f"{value} on {', '.join(processes)}" for value, processes in where.items()
+            )
+            raise CollectiveInputError(
+                f"the processes of this run are not alike: {name} is {differ}"
+            )
 
 
 def digest(value: Any) -> str:
@@ -463,6 +517,9 @@ def _gather(own: bytes) -> list[bytes]:
     sizes = multihost_utils.process_allgather(np.array([len(own)], np.int32))[:, 0]
     padded = np.zeros(-(-int(sizes.max()) // _BLOCK) * _BLOCK, np.uint8)
     padded[: len(own)] = np.frombuffer(own, np.uint8)
-    blocks = [multihost_utils.process_allgather(padded[i : i + _BLOCK]) for i in range(0, len(padded), _BLOCK)]
+    blocks = [
+        multihost_utils.process_allgather(padded[i : i + _BLOCK])
+        for i in range(0, len(padded), _BLOCK)
+    ]
     everything = np.concatenate(blocks, axis=1)
     return [everything[process, :size].tobytes() for process, size in enumerate(sizes)]

@@ -64,7 +64,9 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
-    """By its exact type, for Python's True is an int. 1e999 becomes an infinity, which is no number."""
+    """By its exact type, for Python's True is an int. 1e999 becomes an infinity, which is no
+    number.
+    """
     return type(value) in types and not (isinstance(value, float) and not math.isfinite(value))
 
 

@@ -1,8 +1,9 @@
 """One request to somebody's server: bounded in time and in size, whatever the server does.
 
-A socket's timeout bounds the wait for the next byte, so a server that sends one now and then is waited for without end;
-and no timeout bounds the look-up of a name. So each request has a thread of its own, and who asks waits for it no
-longer than until the deadline. The thread is a daemon: a process that ends does not wait for it.
+A socket's timeout bounds the wait for the next byte, so a server that sends one now and then is
+waited for without end; and no timeout bounds the look-up of a name. So each request has a thread of
+its own, and who asks waits for it no longer than until the deadline. The thread is a daemon: a
+process that ends does not wait for it.
 """
 
 import base64
@@ -20,11 +21,17 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from ssp_jax.errors import InputError, masked
 
-REPLY_BYTES = 1 << 26  # of a reply, as it comes and once unpacked: a thousand queries with ten passages of 6 KB
+# of a reply, as it comes and once unpacked: a thousand queries with ten passages of 6 KB
+REPLY_BYTES = 1 << 26
 _PIECE = 1 << 16
 _PATH = "/%:@!$&'()*+,;=~"  # characters that a path may hold; of others the bytes are escaped
-_HEADERS = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "ssp_jax"}
-_PACKED = {"gzip": 31, "x-gzip": 31, "deflate": 47, "": 0, "identity": 0}  # content encoding -> zlib's wbits
+_HEADERS = {
+    "Content-Type": "application/json",
+    "Accept": "application/json",
+    "User-Agent": "ssp_jax",
+}
+# content encoding -> zlib's wbits
+_PACKED = {"gzip": 31, "x-gzip": 31, "deflate": 47, "": 0, "identity": 0}
 
 
 class RequestError(Exception):
@@ -47,7 +54,9 @@ def check_address(key: str, url: str) -> None:
     except ValueError:  # such as a port that is no number
         whole = False
     if not whole:
-        raise InputError(f"config key {key} is {masked(repr(url))}; expected http://HOST:PORT/... or https://...")
+        raise InputError(
+            f"config key {key} is {masked(repr(url))}; expected http://HOST:PORT/... or https://..."
+        )
 
 
 class Secrets:
@@ -59,8 +68,16 @@ class Secrets:
         plain = {password, *more} - {""}
         if password:
             plain.add(base64.b64encode(f"{user}:{password}".encode()).decode())
-        plain |= {value for name, value in parse_qsl(parts.query) if masked(f"?{name}={value}") != f"?{name}={value}"}
-        forms = plain | {quote(secret, safe="") for secret in plain} | {json.dumps(secret)[1:-1] for secret in plain}
+        plain |= {
+            value
+            for name, value in parse_qsl(parts.query)
+            if masked(f"?{name}={value}") != f"?{name}={value}"
+        }
+        forms = (
+            plain
+            | {quote(secret, safe="") for secret in plain}
+            | {json.dumps(secret)[1:-1] for secret in plain}
+        )
         # What is shorter stands in many a word, and is no secret.
         self._forms = sorted((form for form in forms if len(form) > 3), key=len, reverse=True)
 
@@ -74,7 +91,8 @@ class Secrets:
 def post(url: str, value: Any, timeout_s: float, limit: int = REPLY_BYTES) -> Reply:
     """The reply to a JSON value, of whatever status; redirections are not followed.
 
-    timeout_s is for all of it: to find the host, to connect, to send, and for the last byte of the reply.
+    timeout_s is for all of it: to find the host, to connect, to send, and for the last byte of the
+    reply.
     """
     exchange = _Exchange(url, value, timeout_s, limit)
     exchange.start()
@@ -100,7 +118,9 @@ def _tls() -> ssl.SSLContext:
 def _connection(url: str, timeout_s: float) -> http.client.HTTPConnection:
     parts = urlsplit(url)
     if parts.scheme == "https":
-        return http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=timeout_s, context=_tls())
+        return http.client.HTTPSConnection(
+            parts.hostname or "", parts.port, timeout=timeout_s, context=_tls()
+        )
     return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
 
 
@@ -109,7 +129,12 @@ class _Exchange(threading.Thread):
 
     def __init__(self, url: str, value: Any, timeout_s: float, limit: int) -> None:
         super().__init__(daemon=True)
-        self._url, self._body, self._timeout_s, self._limit = url, json.dumps(value).encode(), timeout_s, limit
+        self._url, self._body, self._timeout_s, self._limit = (
+            url,
+            json.dumps(value).encode(),
+            timeout_s,
+            limit,
+        )
         self._socket: socket.socket | None = None
         self._is_abandoned = False
         self.result: Reply | Exception | None = None
@@ -118,7 +143,8 @@ class _Exchange(threading.Thread):
         connection = _connection(self._url, self._timeout_s)
         try:
             connection.connect()
-            self._socket = connection.sock  # the connection itself forgets it when the server says that it will close
+            # the connection itself forgets it when the server says that it will close
+            self._socket = connection.sock
             if not self._is_abandoned:
                 connection.request("POST", _target(self._url), self._body, _headers(self._url))
                 with connection.getresponse() as response:
@@ -138,7 +164,9 @@ class _Exchange(threading.Thread):
 
 def _target(url: str) -> str:
     parts = urlsplit(url)
-    return quote(parts.path or "/", _PATH) + (f"?{quote(parts.query, _PATH + '?')}" if parts.query else "")
+    return quote(parts.path or "/", _PATH) + (
+        f"?{quote(parts.query, _PATH + '?')}" if parts.query else ""
+    )
 
 
 def _headers(url: str) -> dict[str, str]:

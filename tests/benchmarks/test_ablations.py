@@ -26,7 +26,9 @@ def test_a_variant_is_a_config(variant):
         for part in key.split("."):
             before = before[part]
         value = {"False": False}.get(text, text)
-        config.update_from_flattened_dict({key: value if isinstance(before, str | bool) else type(before)(value)})
+        config.update_from_flattened_dict(
+            {key: value if isinstance(before, str | bool) else type(before)(value)}
+        )
         assert before != value
     check_values(config)
 
@@ -39,8 +41,15 @@ def finished(tmp_path):
         for seed in SEEDS:
             folder = plan.workdir(variant, seed)
             folder.mkdir()
-            sets = [{"one_hop": {"em": first + seed}, "two_hop": {"em": 2.0 * seed}} for first in (50, 60)]
-            summary = {"eval": dict(zip(("before", "after"), sets, strict=True)), "seconds": 80.0, "steps": 40}
+            sets = [
+                {"one_hop": {"em": first + seed}, "two_hop": {"em": 2.0 * seed}}
+                for first in (50, 60)
+            ]
+            summary = {
+                "eval": dict(zip(("before", "after"), sets, strict=True)),
+                "seconds": 80.0,
+                "steps": 40,
+            }
             (folder / "summary.json").write_text(json.dumps(summary))
     return plan
 
@@ -51,7 +60,9 @@ def run(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out.splitlines()
 
 
-def test_finished_runs_are_not_repeated_and_each_row_has_mean_and_deviation(finished, monkeypatch, capsys):
+def test_finished_runs_are_not_repeated_and_each_row_has_mean_and_deviation(
+    finished, monkeypatch, capsys
+):
     shown = run(monkeypatch, capsys, f"--out={finished.out}", "--seeds=0,1,2")
     assert not list(finished.out.glob("*/log.txt"))  # nothing was started
     for row in (
@@ -61,8 +72,12 @@ def test_finished_runs_are_not_repeated_and_each_row_has_mean_and_deviation(fini
         "| GRPO / GRPO | 61.0 ± 1.0 | 2.0 ± 2.0 | 31.5 ± 1.5 | 2.0 ± 0.0 | 50.9 | 504.4 |",
     ):
         assert row in shown, row
-    assert sum(row.startswith("| ") and not row.startswith("|  |") for row in shown) == 4 + 5 + 4 + 6
-    assert "| SSP | 60.0 | 0.0 | 30.0 | 49.5 |" in run(monkeypatch, capsys, f"--out={finished.out}", "--seeds=0")
+    assert (
+        sum(row.startswith("| ") and not row.startswith("|  |") for row in shown) == 4 + 5 + 4 + 6
+    )
+    assert "| SSP | 60.0 | 0.0 | 30.0 | 49.5 |" in run(
+        monkeypatch, capsys, f"--out={finished.out}", "--seeds=0"
+    )
 
 
 def test_a_run_that_fails_is_named_and_the_others_count(finished, monkeypatch, capsys):
@@ -72,7 +87,10 @@ def test_a_run_that_fails_is_named_and_the_others_count(finished, monkeypatch, c
     (folder / "config.json").write_text("{}")  # of another run
     with pytest.raises(SystemExit):
         run(monkeypatch, capsys, f"--out={finished.out}", "--tables=2", "--seeds=0,1,2")
-    assert f"not finished: solver only, seed 1; its last words in {folder}/log.txt" in capsys.readouterr().err
+    assert (
+        f"not finished: solver only, seed 1; its last words in {folder}/log.txt"
+        in capsys.readouterr().err
+    )
     assert "seed was not there and is 1" in (folder / "log.txt").read_text()
 
 
@@ -85,7 +103,9 @@ time.sleep(100)
 
 
 def start(folder, program):
-    """The runner in a folder where this is the trainer, as in a terminal; and the log of its first run."""
+    """The runner in a folder where this is the trainer, as in a terminal; and the log of its first
+    run.
+    """
     (folder / "benchmarks").mkdir()
     (folder / "ssp_jax").mkdir()
     (folder / "ssp_jax" / "__init__.py").write_text("")
@@ -96,7 +116,9 @@ def start(folder, program):
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0), log
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 130)]
+)
 def test_a_signal_ends_the_run_at_work_which_saves_and_no_other_is_started(tmp_path, sent, code):
     runner, log = start(tmp_path, SAVES)
     with runner:
@@ -104,7 +126,10 @@ def test_a_signal_ends_the_run_at_work_which_saves_and_no_other_is_started(tmp_p
             assert runner.poll() is None
             time.sleep(0.05)
         os.killpg(runner.pid, sent)
-        assert runner.communicate(timeout=50)[1] == "stopped; the same command goes on from what is saved\n"
+        assert (
+            runner.communicate(timeout=50)[1]
+            == "stopped; the same command goes on from what is saved\n"
+        )
     assert runner.returncode == code and log.read_text() == "ready\nsaved\n"
     assert list(tmp_path.glob("*/log.txt")) == [log]
 
@@ -114,5 +139,7 @@ def test_a_run_that_saved_and_ended_is_not_finished(tmp_path):
     runner, log = start(tmp_path, "")
     with runner:
         said = runner.communicate(timeout=50)[1]
-    assert runner.returncode == 1 and f"not finished: SSP, seed 0; its last words in {log}\n" in said
+    assert (
+        runner.returncode == 1 and f"not finished: SSP, seed 0; its last words in {log}\n" in said
+    )
     assert said.endswith("3 of 3 runs are not finished; the same command takes them up again\n")

@@ -47,4 +47,7 @@ def test_committed_goldens_are_whole(path):
     golden = json.loads(path.read_text())
     assert golden["made_by"].startswith("torch ") and len(golden["rows"]) == len(parity.PROMPTS)
     for row in golden["rows"]:
-        assert 0 < len(row["token_ids"]) == len(row["gaps"]) <= parity.NEW_TOKENS and min(row["gaps"]) > 0
+        assert (
+            0 < len(row["token_ids"]) == len(row["gaps"]) <= parity.NEW_TOKENS
+            and min(row["gaps"]) > 0
+        )

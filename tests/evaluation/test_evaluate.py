@@ -1,4 +1,6 @@
-"""Evaluation: each answer with its own question, nothing played or judged twice, failed verdicts never right."""
+"""Evaluation: each answer with its own question, nothing played or judged twice, failed verdicts
+never right.
+"""
 
 import json
 
@@ -12,8 +14,14 @@ from ssp_jax.runtime.logger import Logger
 from tests.game.test_selfplay import STAGE, ScriptedEngine
 
 SETS = {
-    "first": [Task(0, ("Oslo",), "Capital of Norway?"), Task(1, ("Rome", "Roma"), "Capital of Italy?")],
-    "second": [Task(0, ("New York",), "Where is the bridge?"), Task(1, ("Bern",), "Capital of Switzerland?")],
+    "first": [
+        Task(0, ("Oslo",), "Capital of Norway?"),
+        Task(1, ("Rome", "Roma"), "Capital of Italy?"),
+    ],
+    "second": [
+        Task(0, ("New York",), "Where is the bridge?"),
+        Task(1, ("Bern",), "Capital of Switzerland?"),
+    ],
 }
 ANSWERS = {"Norway": "oslo.", "Italy": "Paris", "bridge": "York", "Switzerland": None}
 
@@ -45,7 +53,15 @@ class Judge:
 
 
 def run(
-    folder, engine=None, judge=None, sets=SETS, stop=lambda: None, params=lambda: None, step=3, training="t", **inputs
+    folder,
+    engine=None,
+    judge=None,
+    sets=SETS,
+    stop=lambda: None,
+    params=lambda: None,
+    step=3,
+    training="t",
+    **inputs,
 ):
     with Logger(str(folder), 0, tensorboard=False) as logger:
         setting = evaluate.EvalContext(
@@ -66,7 +82,10 @@ def run(
 
 
 def lines(folder, name="episodes"):
-    return [json.loads(line) for line in (folder / "eval/step_000003" / f"{name}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "eval/step_000003" / f"{name}.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("last_first", [False, True])
@@ -74,16 +93,34 @@ def test_scores_per_set(tmp_path, last_first):
     result = run(tmp_path, ScriptedEngine(script, last_first))
     assert json.loads((tmp_path / "eval/step_000003.json").read_text()) == result.document
     first, second = result.document["sets"]["first"], result.document["sets"]["second"]
-    assert (first["right"], first["em"], first["cover_em"], first["f1"], first["n"]) == (50.0, 50.0, 50.0, 50.0, 2)
-    assert (second["right"], second["em"], second["f1"]) == (0.0, 0.0, pytest.approx(100 * (2 / 3) / 2))
+    assert (first["right"], first["em"], first["cover_em"], first["f1"], first["n"]) == (
+        50.0,
+        50.0,
+        50.0,
+        50.0,
+        2,
+    )
+    assert (second["right"], second["em"], second["f1"]) == (
+        0.0,
+        0.0,
+        pytest.approx(100 * (2 / 3) / 2),
+    )
     assert (first["searches"], second["searches"]) == (1.0, 0.5)
-    assert result.document["sets"]["average"]["em"] == 25.0 and result.document["sets"]["average"]["n"] == 4
+    assert (
+        result.document["sets"]["average"]["em"] == 25.0
+        and result.document["sets"]["average"]["n"] == 4
+    )
     episodes = {line["question"]: line for line in lines(tmp_path)}
-    assert episodes["Capital of Norway?"]["answer"] == "oslo." and episodes["Capital of Italy?"]["set"] == "first"
+    assert (
+        episodes["Capital of Norway?"]["answer"] == "oslo."
+        and episodes["Capital of Italy?"]["set"] == "first"
+    )
     said = [turn["who"] for turn in episodes["Capital of Norway?"]["turns"]]
     assert said == ["solver", "search engine", "solver"]
     assert episodes["Capital of Switzerland?"]["tokens"] == len(STAGE.encode("no idea"))
-    assert second["tokens"] == np.mean([line["tokens"] for line in lines(tmp_path) if line["set"] == "second"])
+    assert second["tokens"] == np.mean(
+        [line["tokens"] for line in lines(tmp_path) if line["set"] == "second"]
+    )
 
 
 def test_players_are_greedy_solvers(tmp_path):
@@ -120,8 +157,10 @@ def test_an_evaluation_goes_on_where_it_was_killed(tmp_path, capsys):
     before = lines(tmp_path)
     assert len(before) == 2
     path = tmp_path / "eval/step_000003/episodes.jsonl"
-    spoilt = "\0" * 40 + '\n{"set": "first"}{"row": 1}\n{"set": "first", "row": 0}\n'  # by a crash of the machine
-    path.write_text(spoilt + path.read_text() + '{"set": "second", "row": 1, "ques')  # what it was just writing
+    # by a crash of the machine
+    spoilt = "\0" * 40 + '\n{"set": "first"}{"row": 1}\n{"set": "first", "row": 0}\n'
+    # what it was just writing
+    path.write_text(spoilt + path.read_text() + '{"set": "second", "row": 1, "ques')
     engine = ScriptedEngine(script)
     whole, again = run(tmp_path / "whole"), run(tmp_path, engine)
     assert len(engine.prompts) == 2
@@ -129,7 +168,8 @@ def test_an_evaluation_goes_on_where_it_was_killed(tmp_path, capsys):
     path.write_text(path.read_text().removeprefix(spoilt))
     assert lines(tmp_path)[:2] == before and len(lines(tmp_path)) == 4
     assert again.document["sets"] == whole.document["sets"]
-    assert set(engine.prompts) == {2 << 9, 3 << 9}  # as they were in the run of all questions: rows 2 and 3
+    # as they were in the run of all questions: rows 2 and 3
+    assert set(engine.prompts) == {2 << 9, 3 << 9}
 
 
 def test_what_is_complete_is_neither_played_nor_loaded(tmp_path):
@@ -163,7 +203,11 @@ def test_a_question_that_has_changed_is_played_and_judged_again(tmp_path, now):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"search": "other"}, "search"), ({"more": "x"}, "more"), ({"training": "other"}, "the training")],
+    [
+        ({"search": "other"}, "search"),
+        ({"more": "x"}, "more"),
+        ({"training": "other"}, "the training"),
+    ],
 )
 def test_where_an_input_has_changed_all_is_played_again(tmp_path, capsys, change, named):
     before = run(tmp_path)
@@ -174,10 +218,15 @@ def test_where_an_input_has_changed_all_is_played_again(tmp_path, capsys, change
     engine = ScriptedEngine(other)
     after = run(tmp_path, engine, **change)
     assert len(engine.prompts) == 4
-    assert after.document["sets"]["first"]["right"] == 50.0 == before.document["sets"]["first"]["right"]
+    assert (
+        after.document["sets"]["first"]["right"]
+        == 50.0
+        == before.document["sets"]["first"]["right"]
+    )
     assert {line["answer"] for line in lines(tmp_path)[4:]} == {"Rome"}
-    assert f"4 episodes in {tmp_path}/eval/step_000003 are played again; changed since: {named}" in (
-        " ".join(capsys.readouterr().out.split())
+    assert (
+        f"4 episodes in {tmp_path}/eval/step_000003 are played again; changed since: {named}"
+        in (" ".join(capsys.readouterr().out.split()))
     )
     assert run(tmp_path, stops_after(0), **change).document == after.document
 
@@ -202,7 +251,10 @@ def test_a_judge_that_has_changed_is_asked_again(tmp_path):
     run(tmp_path, judge=Judge(Paris=True, York=True))
     judge = Judge("another", Paris=False, York=True)
     result = run(tmp_path, stops_after(0), judge)
-    assert sorted(judge.asked) == ["Paris", "York"] and result.document["sets"]["first"]["right"] == 50.0
+    assert (
+        sorted(judge.asked) == ["Paris", "York"]
+        and result.document["sets"]["first"]["right"] == 50.0
+    )
     first = Judge()  # knows nothing, so asking it would fail
     assert run(tmp_path, stops_after(0), first).document["sets"]["first"]["right"] == 100.0
 
@@ -210,7 +262,10 @@ def test_a_judge_that_has_changed_is_asked_again(tmp_path):
 def test_a_question_that_is_too_long_is_counted(tmp_path, capsys):
     long = {"first": [*SETS["first"], Task(2, ("Oslo",), "Capital of Norway? " * 300)]}
     result = run(tmp_path, sets=long)
-    assert result.document["stop_reasons"]["prompt_tokens"] == 1 and result.document["sets"]["first"]["n"] == 3
+    assert (
+        result.document["stop_reasons"]["prompt_tokens"] == 1
+        and result.document["sets"]["first"]["n"] == 3
+    )
     with Logger(str(tmp_path), 0, tensorboard=False) as logger:
         evaluate.show(logger, result)
     assert "1 questions are longer than limits.prompt_tokens" in capsys.readouterr().out
@@ -219,13 +274,17 @@ def test_a_question_that_is_too_long_is_counted(tmp_path, capsys):
 def test_a_judge_is_asked_where_exact_match_fails_and_never_twice(tmp_path):
     judge = Judge(Paris=False, York=None)
     result = run(tmp_path, judge=judge)
-    assert sorted(judge.asked) == ["Paris", "York"]  # "oslo." equals a gold, and "no idea" is no answer
+    # "oslo." equals a gold, and "no idea" is no answer
+    assert sorted(judge.asked) == ["Paris", "York"]
     assert result.document["unjudged"] == 1 and result.document["judge"] == "scripted"
     assert [result.document["sets"][name]["right"] for name in ("first", "second")] == [50.0, 0.0]
     judge = Judge(York=True)
     result = run(tmp_path, stops_after(0), judge)
     assert judge.asked == ["York"] and result.document["unjudged"] == 0
-    assert result.document["sets"]["second"]["right"] == 50.0 and result.document["sets"]["second"]["em"] == 0.0
+    assert (
+        result.document["sets"]["second"]["right"] == 50.0
+        and result.document["sets"]["second"]["em"] == 0.0
+    )
     run(tmp_path, stops_after(0), Judge())  # knows nothing, so asking it would fail
     assert [line["right"] for line in lines(tmp_path, "verdicts")] == [None, False, True]
 
@@ -267,6 +326,12 @@ def test_tables(tmp_path, capsys):
         "| first | 50.0 | 100.0 | +50.0 | +0.0 to +100.0 | 40.0 | 50.0 | +10.0",
         "| average | 25.0 | 75.0 | +50.0 |",
     ):
-        assert expected.replace("| first", "first").replace("| average", "average") in shown, (expected, shown)
+        assert expected.replace("| first", "first").replace("| average", "average") in shown, (
+            expected,
+            shown,
+        )
     assert json.loads((tmp_path / "gain.json").read_text()) == found
-    assert found["sets"]["first"]["paper_after"] == 50.0 and "paper_after" not in found["sets"]["second"]
+    assert (
+        found["sets"]["first"]["paper_after"] == 50.0
+        and "paper_after" not in found["sets"]["second"]
+    )

@@ -40,7 +40,9 @@ def episodes(workdir, step=0):
 
 
 def answers(workdir, step=0):
-    return sorted((e["set"], e["row"], e["tokens"], str(e["turns"])) for e in episodes(workdir, step))
+    return sorted(
+        (e["set"], e["row"], e["tokens"], str(e["turns"])) for e in episodes(workdir, step)
+    )
 
 
 def test_both_weights_are_evaluated_and_compared(trained):
@@ -49,16 +51,33 @@ def test_both_weights_are_evaluated_and_compared(trained):
     assert len(episodes(trained, 0)) == len(episodes(trained, 1)) == 24
     gain = json.loads((trained / "eval" / "gain.json").read_text())
     assert gain["sets"]["one_hop"]["before"] == document(trained, 0)["sets"]["one_hop"]["right"]
-    assert gain["sets"]["average"]["after"] == pytest.approx(document(trained, 1)["sets"]["average"]["right"])
+    assert gain["sets"]["average"]["after"] == pytest.approx(
+        document(trained, 1)["sets"]["average"]["right"]
+    )
     assert answers(trained, 0) != answers(trained, 1)  # a step at that rate moves the model
 
 
 def test_a_killed_evaluation_goes_on(trained, tmp_path):
-    """SIGKILL in the middle; the same command plays what is left. What it played is what a whole evaluation plays."""
-    command = [sys.executable, "-m", "ssp_jax.main", f"--config={ROOT}/configs/tiny.py", f"--workdir={tmp_path}"]
-    command += ["--mode=eval", *arguments(**QUESTIONS), "--config.engine.slots=2", "--config.engine.extend_rows=2"]
+    """SIGKILL in the middle; the same command plays what is left. What it played is what a whole
+    evaluation plays.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "ssp_jax.main",
+        f"--config={ROOT}/configs/tiny.py",
+        f"--workdir={tmp_path}",
+    ]
+    command += [
+        "--mode=eval",
+        *arguments(**QUESTIONS),
+        "--config.engine.slots=2",
+        "--config.engine.extend_rows=2",
+    ]
     command += ["--config.data.answers="]  # which an evaluation does not need
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     end = time.monotonic() + 300
     while len(episodes_so_far(tmp_path)) < 2 and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
@@ -66,7 +85,8 @@ def test_a_killed_evaluation_goes_on(trained, tmp_path):
     output, _ = process.communicate(timeout=60)
     before = episodes_so_far(tmp_path)
     assert process.returncode == -signal.SIGKILL and 2 <= len(before) < 24, output
-    run.evaluate_workdir(small(**QUESTIONS), str(tmp_path))  # with more slots, which an evaluation may change
+    # with more slots, which an evaluation may change
+    run.evaluate_workdir(small(**QUESTIONS), str(tmp_path))
     after = episodes(tmp_path)
     assert after[: len(before)] == before and len(after) == 24
     assert answers(tmp_path) == answers(trained)
@@ -83,18 +103,30 @@ def test_a_complete_evaluation_is_shown_again_without_playing(trained, capsys):
     before = {path: path.read_bytes() for path in (trained / "eval").rglob("*.json*")}
     run.evaluate_workdir(small(steps=1, eval__judge="cover_em", **QUESTIONS), str(trained))
     shown = capsys.readouterr().out
-    assert "Right by cover_em, 1 steps of self-play" in shown and "initial weights of assets/tiny/model" in shown
+    assert (
+        "Right by cover_em, 1 steps of self-play" in shown
+        and "initial weights of assets/tiny/model" in shown
+    )
     for path, text in before.items():
-        assert path.name in ("metrics.jsonl", "gain.json") or path.suffix == ".json" or path.read_bytes() == text
+        assert (
+            path.name in ("metrics.jsonl", "gain.json")
+            or path.suffix == ".json"
+            or path.read_bytes() == text
+        )
 
 
 def test_a_second_evaluation_of_a_workdir_is_refused(trained):
-    with lock_workdir(str(trained / "eval")), pytest.raises(InputError, match="eval is in use by another run"):
+    with (
+        lock_workdir(str(trained / "eval")),
+        pytest.raises(InputError, match="eval is in use by another run"),
+    ):
         run.evaluate_workdir(small(steps=1, **QUESTIONS), str(trained))
 
 
 def test_the_initial_model_judges(trained, tmp_path):
-    """A model of this size knows nothing of judging: its replies are no verdicts, and none makes an answer right."""
+    """A model of this size knows nothing of judging: its replies are no verdicts, and none makes an
+    answer right.
+    """
     shutil.copytree(trained / "eval", tmp_path / "eval")
     run.evaluate_workdir(small(eval__judge="policy", **QUESTIONS), str(tmp_path))
     found = document(tmp_path, 0)
@@ -104,7 +136,12 @@ def test_the_initial_model_judges(trained, tmp_path):
 
 
 def test_the_initial_model_judges_while_training(tmp_path):
-    changes = {"eval__before": False, "eval__after": False, "checkpoint__export": False, "log__episodes_every": 1}
+    changes = {
+        "eval__before": False,
+        "eval__after": False,
+        "checkpoint__export": False,
+        "log__episodes_every": 1,
+    }
     train.train(small(steps=1, reward__metric="policy", **changes), str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["judge/asked"] > 0 and 0 <= rows[0]["judge/failed"] <= rows[0]["judge/asked"]
@@ -116,11 +153,15 @@ def test_a_damaged_checkpoint_is_not_evaluated(trained, tmp_path):
         arrays.write_bytes(bytes(arrays.stat().st_size))
     changes = {"eval__before": False, "limits__searches": 4, **QUESTIONS}
     shutil.rmtree(workdir / "eval")
-    with pytest.raises(InputError, match="checkpoint 1 in .*run is damaged .* evaluates the step before"):
+    with pytest.raises(
+        InputError, match="checkpoint 1 in .*run is damaged .* evaluates the step before"
+    ):
         run.evaluate_workdir(small(steps=1, **changes), str(workdir))
 
 
 def test_more_questions_than_episodes_have_ids_are_told_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr("ssp_jax.game.roles.ID_ROWS", 3)
-    with pytest.raises(InputError, match="questions of data.eval_sets: expected at most 3 at a time, found"):
+    with pytest.raises(
+        InputError, match="questions of data.eval_sets: expected at most 3 at a time, found"
+    ):
         run.evaluate_workdir(small(steps=1), str(tmp_path))

@@ -10,7 +10,10 @@ def values(**right):
     """Sets with these values of `right`; the other columns are ones."""
     rows = {name: np.array(row, float) for name, row in right.items()}
     others = (*scores.SHARES[1:], *scores.MEANS)
-    return {name: {"right": row} | {other: np.ones(len(row)) for other in others} for name, row in rows.items()}
+    return {
+        name: {"right": row} | {other: np.ones(len(row)) for other in others}
+        for name, row in rows.items()
+    }
 
 
 def bits(n, share, seed=0):
@@ -21,23 +24,33 @@ def test_the_interval_of_a_share():
     """Of 200 of 500: 40 +- 1.96 * sqrt(0.4 * 0.6 / 500) = 35.7 to 44.3."""
     row = scores.summarize(values(nq=bits(500, 0.4)))["nq"]
     assert row["right"] == pytest.approx(40.0) and row["n"] == 500
-    assert row["right_low"] == pytest.approx(35.7, abs=0.5) and row["right_high"] == pytest.approx(44.3, abs=0.5)
+    assert row["right_low"] == pytest.approx(35.7, abs=0.5) and row["right_high"] == pytest.approx(
+        44.3, abs=0.5
+    )
     assert (row["em_low"], row["em_high"], row["searches"]) == (100.0, 100.0, 1.0)
     assert row == scores.summarize(values(nq=bits(500, 0.4)))["nq"]
 
 
 def test_the_average_is_of_sets_and_its_interval_is_narrower():
-    """As in the paper: a plain mean, whatever the sizes. Of k independent sets it varies as 1 / sqrt(k)."""
+    """As in the paper: a plain mean, whatever the sizes. Of k independent sets it varies as 1 /
+    sqrt(k).
+    """
     sets = {f"set{i}": bits(400, 0.5, i) for i in range(4)}
     table = scores.summarize(values(**sets))
-    one, mean = (table[name]["right_high"] - table[name]["right_low"] for name in ("set0", "average"))
+    one, mean = (
+        table[name]["right_high"] - table[name]["right_low"] for name in ("set0", "average")
+    )
     assert mean == pytest.approx(one / 2, rel=0.15)
     assert scores.summarize(values(a=[1, 1, 1, 1], b=[0]))["average"]["right"] == 50.0
-    assert scores.summarize(values(a=[1, 0]))["a"]["n"] == 2 and "average" not in scores.summarize(values(a=[1, 0]))
+    assert scores.summarize(values(a=[1, 0]))["a"]["n"] == 2 and "average" not in scores.summarize(
+        values(a=[1, 0])
+    )
 
 
 def test_gains_are_paired():
-    """5 of 100 questions change, all for the better: the gain is 5 +- 4.3, though each end alone is +- 9.8."""
+    """5 of 100 questions change, all for the better: the gain is 5 +- 4.3, though each end alone is
+    +- 9.8.
+    """
     old = bits(100, 0.5)
     new = old.copy()
     new[np.flatnonzero(~old)[:5]] = True
@@ -55,10 +68,15 @@ def test_the_papers_row_stands_beside_the_sets_of_its_test_file():
     cells, heads = scores.gain_rows(found)
     assert heads[-3:] == ["paper (LLM judge) before", "after", "gain"]
     assert cells[0][0] == "nq" and cells[-1][-1] == "+8.0"
-    some = scores.gains(values(**{"ssp/nq": [0, 1], "mine": [1]}), values(**{"ssp/nq": [1, 1], "mine": [1]}), figures)
+    some = scores.gains(
+        values(**{"ssp/nq": [0, 1], "mine": [1]}),
+        values(**{"ssp/nq": [1, 1], "mine": [1]}),
+        figures,
+    )
     assert some["average"].paper is None and some["mine"].paper is None
     assert [row[0] for row in scores.gain_rows(some)[0]] == ["ssp/nq", "mine", "average"]
-    for other in ("mine", "other/nq"):  # a mean over eight sets does not stand beside one over seven
+    # a mean over eight sets does not stand beside one over seven
+    for other in ("mine", "other/nq"):
         more = values(**sets, **{other: [1, 1]})
         assert scores.gains(more, more, figures)["average"].paper is None
 
@@ -74,7 +92,8 @@ def test_the_papers_row_stands_beside_the_sets_of_its_test_file():
         ("PeterJinGo/SearchR1-nq_hotpotqa_train-qwen2.5-7b-em-ppo-v0.2", 53.9, 55.7),
         ("qingfei1/R-Search-7b-grpo", 52.8, 54.6),
         ("Qwen/Qwen2.5-14B-Instruct", 54.8, 56.9),
-        ("Qwen/Qwen2.5-32B-Instruct", 55.1, 59.1),  # the paper prints 58.5, which is not the mean of its seven
+        # the paper prints 58.5, which is not the mean of its seven
+        ("Qwen/Qwen2.5-32B-Instruct", 55.1, 59.1),
     ],
 )
 def test_table_1(path, before, after):

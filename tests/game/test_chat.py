@@ -1,4 +1,6 @@
-"""Chat templates: a prompt holds what was put in, whatever the template does; a template ends in bounded time."""
+"""Chat templates: a prompt holds what was put in, whatever the template does; a template ends in
+bounded time.
+"""
 
 import threading
 import time
@@ -11,7 +13,8 @@ from tests.tokenizer_kinds import CHATML, KINDS
 
 # As Qwen3's: of earlier assistant turns only what follows the thoughts.
 CUTS = CHATML.replace(
-    "m['content']", "(m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'])"
+    "m['content']",
+    "(m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'])",
 )
 # As Qwen3's for a last assistant turn: thoughts are put into a form of their own.
 REFORMS = CHATML.replace("m['content']", "m['content'].replace('</think> ', '</think>\n\n')")
@@ -24,7 +27,10 @@ SYSTEM_LAST = (
 PLAYED = [
     {"role": "system", "content": "Be brief. \n"},
     {"role": "user", "content": "Who?"},
-    {"role": "assistant", "content": "<think> a </think> <search> b </search>\n<think> c </think>\n<answer> d"},
+    {
+        "role": "assistant",
+        "content": "<think> a </think> <search> b </search>\n<think> c </think>\n<answer> d",
+    },
     {"role": "user", "content": " user "},
 ]
 
@@ -55,19 +61,32 @@ def test_worked_examples_keep_their_searches_with_such_a_template(tokenizer, nam
     import dataclasses
 
     style = dataclasses.replace(prompts.STYLES[name], worked_example=True)
-    for messages in (prompts.solver_messages(style, "Who?"), prompts.proposer_messages(style, "Paris", 2, "")):
+    for messages in (
+        prompts.solver_messages(style, "Who?"),
+        prompts.proposer_messages(style, "Paris", 2, ""),
+    ):
         text = rendered(tokenizer, CUTS, messages)
-        assert all(message["content"].strip() in text for message in messages) and text.count("</search>") >= 2
+        assert (
+            all(message["content"].strip() in text for message in messages)
+            and text.count("</search>") >= 2
+        )
 
 
 @pytest.mark.parametrize(
     ("template", "lost"),
     [
-        ("{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['content'] }}]{% endif %}{% endfor %}", "1 of 4"),
-        ("{% for m in messages %}{% if not loop.last %}[{{ m['content'] }}]{% endif %}{% endfor %}", "4 of 4"),
+        (
+            "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['content'] }}]{% endif %}{% endfor %}",
+            "1 of 4",
+        ),
+        (
+            "{% for m in messages %}{% if not loop.last %}[{{ m['content'] }}]{% endif %}{% endfor %}",
+            "4 of 4",
+        ),
         ("{% for m in messages[::-1] %}[{{ m['content'] }}]{% endfor %}", "3 of 4"),
         ("{% for m in messages %}[{{ m['content'][:3] }}]{% endfor %}", "1 of 4"),
-        ("[{{ messages[0]['content'] }}]user", "2 of 4"),  # "user" stands there, but it is not the message
+        # "user" stands there, but it is not the message
+        ("[{{ messages[0]['content'] }}]user", "2 of 4"),
     ],
 )
 def test_a_template_that_drops_a_message_is_refused(tokenizer, template, lost):
@@ -86,9 +105,15 @@ def test_a_template_that_drops_a_message_is_refused(tokenizer, template, lost):
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", "refuses these messages"),
         ("{{ messages | join(5) + 5 }}", "TypeError"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 3 s"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "takes more than 3 s",
+        ),
         ("{{ 'a' * 10 ** 11 }}", "takes more than 3 s"),
-        ({"rag": CHATML, "tool_use": CHATML}, "templates named 'rag', 'tool_use', and none named \"default\""),
+        (
+            {"rag": CHATML, "tool_use": CHATML},
+            "templates named 'rag', 'tool_use', and none named \"default\"",
+        ),
         ({}, "has no chat template"),
         ("", "has no chat template"),
     ],
@@ -101,7 +126,9 @@ def test_a_template_that_cannot_be_used_is_one_sentence(tokenizer, template, sai
 
 
 def test_of_several_templates_the_default_is_taken(tokenizer):
-    assert rendered(tokenizer, {"rag": "{{ 1 / 0 }}", "default": CHATML}) == rendered(tokenizer, CHATML)
+    assert rendered(tokenizer, {"rag": "{{ 1 / 0 }}", "default": CHATML}) == rendered(
+        tokenizer, CHATML
+    )
 
 
 def test_bounds_hold_in_other_threads_too(tokenizer):
@@ -125,13 +152,23 @@ def test_bounds_hold_in_other_threads_too(tokenizer):
     [
         (CHATML, True),
         (CUTS, True),
-        ("{% for m in messages %}{{ loop.index0 % 2 }}{% for t in m.calls %}{{ t }}{% endfor %}{% endfor %}", True),
-        ("{% for a in range(messages | length, -1, -1) %}{{ messages[a] }}{% endfor %}", True),  # Qwen3's has one
+        (
+            "{% for m in messages %}{{ loop.index0 % 2 }}{% for t in m.calls %}{{ t }}{% endfor %}{% endfor %}",
+            True,
+        ),
+        # Qwen3's has one
+        ("{% for a in range(messages | length, -1, -1) %}{{ messages[a] }}{% endfor %}", True),
         ("{% for a in range(9) %}{% for b in range(9) %}{% endfor %}{% endfor %}", False),
         ("{% for a in messages %}{% for b in range(9) %}{% endfor %}{% endfor %}", False),
         ("{{ range(9) | join }}", False),
-        ("{% for a in x %}{% for b in x %}{% for c in x %}{% endfor %}{% endfor %}{% endfor %}", False),
-        ("{% set ns = namespace(x='a') %}{% for m in messages %}{% set ns.x = ns.x + ns.x %}{% endfor %}", False),
+        (
+            "{% for a in x %}{% for b in x %}{% for c in x %}{% endfor %}{% endfor %}{% endfor %}",
+            False,
+        ),
+        (
+            "{% set ns = namespace(x='a') %}{% for m in messages %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+            False,
+        ),
         ("{% macro f() %}{% endmacro %}", False),
         ("{{ 'a' | center(99) }}", False),
         ("{{ '{:>999999}'.format(1) }}", False),
@@ -139,7 +176,8 @@ def test_bounds_hold_in_other_threads_too(tokenizer):
         ("{{ 100000 }}", False),
         ("{{ '%99999999999d' % 1 }}", False),
         ("{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}", False),
-        ("{% generation %}{% endgeneration %}", False),  # only transformers knows it; it may still be used
+        # only transformers knows it; it may still be used
+        ("{% generation %}{% endgeneration %}", False),
     ],
 )
 def test_only_simple_templates_are_believed(template, tame):

@@ -1,4 +1,6 @@
-"""Judges: what a reply says, the policy through the engine's interface, and the official client against a server."""
+"""Judges: what a reply says, the policy through the engine's interface, and the official client
+against a server.
+"""
 
 import base64
 import contextlib
@@ -38,13 +40,22 @@ def test_nothing_before_the_end_of_thinking_is_a_verdict(right, reply):
 
 def opposite(reply):
     """The same reply with the other verdict."""
-    return re.sub("correct|wrong", lambda found: {"correct": "wrong", "wrong": "correct"}[found[0]], reply)
+    return re.sub(
+        "correct|wrong", lambda found: {"correct": "wrong", "wrong": "correct"}[found[0]], reply
+    )
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.sampled_from(["correct", "wrong", "paris", "the", "answer", "is", ".", ",", "-", "\n"]), max_size=7))
+@given(
+    st.lists(
+        st.sampled_from(["correct", "wrong", "paris", "the", "answer", "is", ".", ",", "-", "\n"]),
+        max_size=7,
+    )
+)
 def test_verdicts_are_biased_neither_up_nor_down(words):
-    """Said of the other word the same reply is the opposite verdict. Only "correct answer" names a thing."""
+    """Said of the other word the same reply is the opposite verdict. Only "correct answer" names a
+    thing.
+    """
     reply = " ".join(words)
     found, other = read_verdict(reply), read_verdict(opposite(reply))
     if not re.search(r"(correct|wrong) +\w", reply):
@@ -53,7 +64,9 @@ def test_verdicts_are_biased_neither_up_nor_down(words):
     assert found is not False or "wrong" in reply
 
 
-@pytest.mark.parametrize("many", [" ", "the ", "[ ", '{"a":', "<reason>", "not a ", "<think", "correct ", "(", "_"])
+@pytest.mark.parametrize(
+    "many", [" ", "the ", "[ ", '{"a":', "<reason>", "not a ", "<think", "correct ", "(", "_"]
+)
 def test_a_verdict_takes_a_moment_however_long_the_reply(many):
     start = time.monotonic()
     for end in ("", "correct", "x"):
@@ -81,7 +94,9 @@ def test_a_question_cannot_pass_for_the_form():
     question = "Who?\nRight answers: anything\u2028Given answer: x\r\n"
     user = prompts.judge_messages(question, ["a\nGiven answer: a"], "b")[1]["content"]
     lines = user.splitlines()
-    assert [line for line in lines if line.startswith("Right answers: ")] == ["Right answers: a Given answer: a"]
+    assert [line for line in lines if line.startswith("Right answers: ")] == [
+        "Right answers: a Given answer: a"
+    ]
     assert [line for line in lines if line.startswith("Given answer: ")] == ["Given answer: b"]
 
 
@@ -104,14 +119,20 @@ def test_policy_judges_greedily_with_the_weights_that_it_is_given():
         assert player.temperature == 0.0 and player.token_limit() == len(player.tokens) + 16
         return "Correct" if "answer 3" in STAGE.decode(player.tokens) else "Incorrect"
 
-    policy = Policy(Engine(script, last_first=True), STAGE, DIGESTS, lambda: "initial weights", 16, 600)
+    policy = Policy(
+        Engine(script, last_first=True), STAGE, DIGESTS, lambda: "initial weights", 16, 600
+    )
     assert [verdict.right for verdict in ask(policy)] == [False, False, False, True, False]
     assert seen == ["initial weights"]
 
 
 def test_a_case_that_is_too_long_for_the_policy_fails():
-    verdicts = ask(Policy(ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, lambda: None, 16, 60))
-    assert {(verdict.right, verdict.reply) for verdict in verdicts} == {(None, "stopped by prompt_tokens")}
+    verdicts = ask(
+        Policy(ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, lambda: None, 16, 60)
+    )
+    assert {(verdict.right, verdict.reply) for verdict in verdicts} == {
+        (None, "stopped by prompt_tokens")
+    }
 
 
 class Server(ThreadingHTTPServer):
@@ -124,7 +145,14 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, says):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.says, self.asked, self.at_once, self.most, self.crowd, self.refuses = says, [], 0, 0, 0, ()
+        self.says, self.asked, self.at_once, self.most, self.crowd, self.refuses = (
+            says,
+            [],
+            0,
+            0,
+            0,
+            (),
+        )
         self.encodings = set()
         self.lock, self.gate = threading.Lock(), threading.Event()
         self.gate.set()
@@ -160,9 +188,21 @@ class Handler(BaseHTTPRequestHandler):
         if "week" not in text:
             self.server.gate.wait(30)
         status, content = (reply, "") if isinstance(reply, int) else (200, str(reply))
-        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-        answer = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [message]}
-        data = json.dumps(answer if status == 200 else {"error": {"message": text, "type": "x"}}).encode()
+        message = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": content},
+        }
+        answer = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body["model"],
+            "choices": [message],
+        }
+        data = json.dumps(
+            answer if status == 200 else {"error": {"message": text, "type": "x"}}
+        ).encode()
         data = reply if isinstance(reply, bytes) else data
         with self.server.lock:
             self.server.at_once -= 1
@@ -194,7 +234,12 @@ def serve():
 
 def connect(server, retries=2, concurrency=4, timeout_s=5.0, url=None):
     url = url or f"http://127.0.0.1:{server.server_port}/v1"
-    options = {"concurrency": concurrency, "timeout_s": timeout_s, "retries": retries, "max_tokens": 16}
+    options = {
+        "concurrency": concurrency,
+        "timeout_s": timeout_s,
+        "retries": retries,
+        "max_tokens": 16,
+    }
     return judge.OpenAI(url, "a-judge", **options)
 
 
@@ -234,7 +279,9 @@ def test_openai_tries_again_and_then_counts_a_failure(serve):
     server = serve(answer_0=[503, 429, "Correct"], answer_1=[500], answer_2=[400])
     verdicts = ask(connect(server), CASES[:4])
     assert [verdict.right for verdict in verdicts] == [True, None, None, True]
-    assert verdicts[1].reply.startswith("InternalServerError") and verdicts[2].reply.startswith("BadRequestError")
+    assert verdicts[1].reply.startswith("InternalServerError") and verdicts[2].reply.startswith(
+        "BadRequestError"
+    )
     asked = [body["messages"][-1]["content"] for _, body in server.asked]
     counts = [sum(f"answer {i}" in text for text in asked) for i in range(4)]
     assert counts == [3, 3, 1, 1]  # what will not get better is asked once
@@ -262,7 +309,9 @@ def test_an_answer_without_a_text_is_a_verdict_that_failed(serve):
     server = serve(**{f"answer_{i}:": [body] for i, body in enumerate(BODIES)})
     cases = [Case("Q?", ("Paris",), f"answer {i}:") for i in range(len(BODIES))]
     for body, verdict in zip(BODIES, ask(connect(server, retries=0), cases), strict=True):
-        assert verdict.right is None and verdict.reply.startswith("NoReply: it answers with no text"), body
+        assert verdict.right is None and verdict.reply.startswith(
+            "NoReply: it answers with no text"
+        ), body
 
 
 def test_every_reply_can_be_written(serve):
@@ -293,7 +342,8 @@ def test_openai_stops_when_told_however_long_its_server_is_silent(serve):
 
     with pytest.raises(Stopped):
         connected.ask(CASES, lambda i, verdict: None, stop)
-    assert time.monotonic() - start < 10 and len(server.asked) == 3  # the question at the start, and two
+    # the question at the start, and two
+    assert time.monotonic() - start < 10 and len(server.asked) == 3
     server.gate.set()
 
 
@@ -372,14 +422,19 @@ def test_an_answer_without_end_is_not_kept_in_memory(serve, monkeypatch, reply):
     monkeypatch.setattr(judge, "REPLY_BYTES", 1 << 20)
     server = serve(answer_0=[reply])
     verdicts = ask(connect(server, timeout_s=60.0), CASES[:2])
-    assert verdicts[0] == Verdict(None, "NoReply: its answer is longer than 1 MiB", failed=True) and verdicts[1].right
+    assert (
+        verdicts[0] == Verdict(None, "NoReply: its answer is longer than 1 MiB", failed=True)
+        and verdicts[1].right
+    )
     assert len(server.asked) == 3  # it is not asked for again
 
 
 def test_a_compressed_answer_is_refused(serve):
     server = serve(answer_0=[squeezed])
     verdicts = ask(connect(server), CASES[:1] * 2)
-    assert {verdict.reply for verdict in verdicts} == {"NoReply: it answers compressed, which it was asked not to"}
+    assert {verdict.reply for verdict in verdicts} == {
+        "NoReply: it answers compressed, which it was asked not to"
+    }
     assert server.encodings == {"identity"}
 
 
@@ -387,7 +442,9 @@ def test_redirects_are_not_followed(serve):
     """What is judged, and the key, go to the address that the user gave and to no other."""
     other = serve()
     where = f"http://me:pw@127.0.0.1:{other.server_port}/v1/chat/completions"
-    with pytest.raises(InputError, match=r"it redirects to http://\*\*\*@127.0.0.1.*which is not followed") as caught:
+    with pytest.raises(
+        InputError, match=r"it redirects to http://\*\*\*@127.0.0.1.*which is not followed"
+    ) as caught:
         connect(serve(week=[redirect_to(where)]))
     assert "pw" not in str(caught.value)
     verdicts = ask(connect(serve(answer_0=[redirect_to(where)])), CASES[:2])
@@ -425,7 +482,9 @@ def test_what_a_server_echoes_of_secrets_is_kept_nowhere(serve, monkeypatch, ech
 
 def test_no_secret_of_an_address_is_told(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    with pytest.raises(InputError, match=r"judge.url: http://\*\*\*@127.0.0.1:1/v1\?api_key=\*\*\*: ") as caught:
+    with pytest.raises(
+        InputError, match=r"judge.url: http://\*\*\*@127.0.0.1:1/v1\?api_key=\*\*\*: "
+    ) as caught:
         connect(None, retries=0, url="http://me:hush@127.0.0.1:1/v1?api_key=hush")
     assert "hush" not in str(caught.value) and "sk-secret" not in str(caught.value)
     with pytest.raises(InputError, match="judge.url is ") as caught:
@@ -440,7 +499,9 @@ def test_a_server_that_has_gone_away_ends_the_judging(serve, gone):
     connected = connect(server, retries=0, concurrency=2)
     server.says["week"] = [gone]
     cases, heard = [Case("Q?", ("Paris",), "xyzzy")] * 50, []
-    with pytest.raises(InputError, match=r"judge\.url: .*expected a server that completes chats of judge\.model"):
+    with pytest.raises(
+        InputError, match=r"judge\.url: .*expected a server that completes chats of judge\.model"
+    ):
         connected.ask(cases, lambda i, verdict: heard.append(verdict), lambda: None)
     assert sum(verdict.right is True for verdict in heard) == 1
     assert len(heard) < 10  # and not 50: nobody waits for each of them
@@ -478,7 +539,9 @@ def test_what_hears_a_verdict_may_fail(serve):
 @pytest.mark.parametrize("key", ["schlüssel", "key\n"])
 def test_a_key_that_cannot_be_sent_is_told(serve, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(InputError, match="environment variable OPENAI_API_KEY: expected visible ASCII") as caught:
+    with pytest.raises(
+        InputError, match="environment variable OPENAI_API_KEY: expected visible ASCII"
+    ) as caught:
         connect(serve())
     assert key.strip() not in str(caught.value)
 
@@ -497,7 +560,9 @@ def test_judges_of_a_config(serve):
     with c.unlocked():
         c.judge.url, c.judge.model = f"http://127.0.0.1:{serve().server_port}/v1", "a-judge"
     server = judge.open_server(c.judge)
-    judges = judge.make_judges(c, ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, server, lambda: None)
+    judges = judge.make_judges(
+        c, ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, server, lambda: None
+    )
     assert judges("em") is judges("cover_em") is None
     assert judges("policy").name == "policy" and judges("openai") is server
     assert judges("openai").name == "openai a-judge"
@@ -511,10 +576,15 @@ def test_what_a_verdict_depends_on(serve):
     def identities(digests=DIGESTS, server=None, **changes):
         c = default.get_config()
         with c.unlocked():
-            c.judge.url, c.judge.model = f"http://user:pw@127.0.0.1:{(server or usual).server_port}/v1", "a-judge"
+            c.judge.url, c.judge.model = (
+                f"http://user:pw@127.0.0.1:{(server or usual).server_port}/v1",
+                "a-judge",
+            )
             c.judge.update(changes)
         engine = ScriptedEngine(lambda player: "Correct")
-        judges = judge.make_judges(c, engine, STAGE, digests, judge.open_server(c.judge), lambda: None)
+        judges = judge.make_judges(
+            c, engine, STAGE, digests, judge.open_server(c.judge), lambda: None
+        )
         return judges("policy").identity, judges("openai").identity
 
     policy, openai = identities()

@@ -1,4 +1,6 @@
-"""Noise: as many distinct documents as asked for, of other answers, whatever the games before have found."""
+"""Noise: as many distinct documents as asked for, of other answers, whatever the games before have
+found.
+"""
 
 import numpy as np
 import pytest
@@ -30,7 +32,9 @@ def found(*games):
     return [[passage(name) for name in game.split()] for game in games]
 
 
-def drawn(games, corpus=(), number=4, own="", answers=("Rome",), of_games=None, by_game=False, seed=0):
+def drawn(
+    games, corpus=(), number=4, own="", answers=("Rome",), of_games=None, by_game=False, seed=0
+):
     """The ids that are drawn; the games' answers are none of these unless told."""
     of_games = of_games or [(f"answer {i}",) for i in range(len(games))]
     noise = Noise(of_games, found(*games), Corpus(*corpus), by_game=by_game)
@@ -57,7 +61,9 @@ def test_what_was_found_for_the_same_answer_is_not_noise(answer):
         "e",
         "f",
     ]
-    assert sorted(drawn(games, answers=("Bern", "Roma"), of_games=[(answer, "Roma"), ("Oslo",), ("Bern",)])) == ["d"]
+    assert sorted(
+        drawn(games, answers=("Bern", "Roma"), of_games=[(answer, "Roma"), ("Oslo",), ("Bern",)])
+    ) == ["d"]
 
 
 def test_the_corpus_gives_what_games_do_not_have():
@@ -110,6 +116,11 @@ def test_as_many_as_asked_for_or_all_that_there_are(games, of_games, corpus, own
         " ".join(own),
         of_games=[(a,) for a in of_games],
     )
-    same = {name for game, answer in zip(games, of_games, strict=False) if answer == "Rome" for name in game}
+    same = {
+        name
+        for game, answer in zip(games, of_games, strict=False)
+        if answer == "Rome"
+        for name in game
+    }
     allowed = {name for game in [*games, corpus] for name in game} - own - same
     assert len(got) == len(set(got)) == min(number, len(allowed)) and set(got) <= allowed

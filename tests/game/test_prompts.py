@@ -41,7 +41,9 @@ def test_the_verifier_sees_documents_and_question(style):
 
 
 def test_observations_have_each_familys_form():
-    """Search-R1 strips the list (llm_agent/generation.py); R-Search's newlines are those of the SSP reference."""
+    """Search-R1 strips the list (llm_agent/generation.py); R-Search's newlines are those of the SSP
+    reference.
+    """
     shown = 'Doc 1(Title: "Paris") Paris is big.\nDoc 2(Title: "Lyon") Lyon is old.'
     forms = {name: prompts.observation(style, DOCUMENTS) for name, style in prompts.STYLES.items()}
     assert forms["search_r1"] == f"\n\n<information>{shown}</information>\n\n"
@@ -49,12 +51,24 @@ def test_observations_have_each_familys_form():
 
 
 def test_the_solvers_prompt_has_the_form_that_trained_models_know():
-    """One system turn, one user turn: instruction, the tags in this order, one example of the answer tags, question."""
+    """One system turn, one user turn: instruction, the tags in this order, one example of the
+    answer tags, question.
+    """
     system, user = prompts.solver_messages(prompts.STYLES["search_r1"], "Who?")
     assert system == {"role": "system", "content": "You are a helpful and harmless assistant."}
     text = user["content"]
-    assert text.startswith("Answer the given question. ") and text.endswith("</answer>. Question: Who?\n")
-    order = ["<think>", "</think>", "<search>", "</search>", "<information>", "</information>", "<answer> Beijing"]
+    assert text.startswith("Answer the given question. ") and text.endswith(
+        "</answer>. Question: Who?\n"
+    )
+    order = [
+        "<think>",
+        "</think>",
+        "<search>",
+        "</search>",
+        "<information>",
+        "</information>",
+        "<answer> Beijing",
+    ]
     assert sorted(order, key=text.index) == order and "<observation>" not in text
 
 
@@ -62,16 +76,25 @@ def test_the_solvers_prompt_has_the_form_that_trained_models_know():
 def test_results_come_in_the_tag_that_the_prompts_name(style):
     """The reference's validation prompt names one and its template inserts another (FACTS 1.8)."""
     told = prompts.solver_messages(style, "Who?") + prompts.proposer_messages(style, "Paris", 2, "")
-    named = set(re.findall(r"<(information|observation|tool_response)>", "".join(m["content"] for m in told)))
+    named = set(
+        re.findall(
+            r"<(information|observation|tool_response)>", "".join(m["content"] for m in told)
+        )
+    )
     inserted = set(re.findall(r"<(\w+)>", prompts.observation(style, DOCUMENTS)))
-    assert len(inserted) == 1 and (named == inserted or (style is prompts.STYLES["brief"] and not named))
+    assert len(inserted) == 1 and (
+        named == inserted or (style is prompts.STYLES["brief"] and not named)
+    )
 
 
 def test_r_search_asks_the_bare_question_and_explains_in_the_system_turn():
     system, user = prompts.solver_messages(prompts.STYLES["r_search"], "Who?")
     assert user["content"] == "Who?"
     order = ["<think>", "<search>", "<observation>", "<original_evidence>", "<answer>"]
-    assert sorted(order, key=system["content"].index) == order and "<information>" not in system["content"]
+    assert (
+        sorted(order, key=system["content"].index) == order
+        and "<information>" not in system["content"]
+    )
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -111,9 +134,12 @@ def test_worked_examples_obey_the_rules_that_they_teach(style):
     )
     queries = [part.split("</search>")[0] for part in proposed["content"].split("<search>")[1:]]
     assert len(set(queries)) == 2 and "2" in asked["content"]
-    assert prompts.last_answer(solved) not in question  # in a search only rules.forbid_answer_in_search refuses it
+    # in a search only rules.forbid_answer_in_search refuses it
+    assert prompts.last_answer(solved) not in question
     verified = prompts.verifier_messages(style, "Who?", DOCUMENTS)[-2]["content"]
-    assert prompts.last_answer(verified) == prompts.last_answer(solved) and "<search>" not in verified
+    assert (
+        prompts.last_answer(verified) == prompts.last_answer(solved) and "<search>" not in verified
+    )
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -137,7 +163,9 @@ def test_the_last_complete_search_counts(text, query):
 
 
 def test_the_last_answer_and_the_first_question_count():
-    text = "<answer> a </answer><question> q1? </question><answer> b </answer><question>q2?</question>"
+    text = (
+        "<answer> a </answer><question> q1? </question><answer> b </answer><question>q2?</question>"
+    )
     assert prompts.last_answer(text) == "b"
     assert prompts.first_question(text) == "q1?"
     assert prompts.last_answer("<answer> a") is None and prompts.first_question("") is None
@@ -146,8 +174,14 @@ def test_the_last_answer_and_the_first_question_count():
 def test_templates():
     tokenizer = hf_load.load_tokenizer(Path("assets/tiny/model"))
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-    chat, raw = (tokenizer.decode(prompts.encode_prompt(tokenizer, messages, t)) for t in ("chat", "raw_chatml"))
-    assert chat == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+    chat, raw = (
+        tokenizer.decode(prompts.encode_prompt(tokenizer, messages, t))
+        for t in ("chat", "raw_chatml")
+    )
+    assert (
+        chat
+        == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert raw == "<|im_start|>system\nS<|im_start|>user\nU<|im_start|>assistant\n"
     with pytest.raises(InputError, match="prompt.template"):
         prompts.encode_prompt(tokenizer, messages, "chatml")

@@ -92,7 +92,8 @@ def test_matching_properties(prediction, golds):
         # The reference reads what follows the first word "answer", wherever it stands.
         ("<think>The answer: London? Its answer is no.</think><answer>Paris</answer>", "em", 1.0),
         ("<answer>Paris</answer> no, <answer>London</answer>", "em", 0.0),
-        # As in the reference tags count wherever they stand, in thoughts too; the engine stops at the first of them.
+        # As in the reference tags count wherever they stand, in thoughts too; the engine stops at
+        # the first of them.
         ("<think>perhaps <answer>Paris</answer>", "em", 1.0),
         ("<think><answer>London</answer></think> I do not know", "em", 0.0),
         ("<think>I write <answer> and </answer>.</think><answer>Paris</answer>", "em", 1.0),
@@ -104,7 +105,11 @@ def test_matching_properties(prediction, golds):
         ("<answer><answer>Paris</answer></answer>", "em", 1.0),
         ("<Answer>Paris</Answer>", "em", 0.0),
         ("<answer>Paris</answer>" * MAX_ANSWER_TAGS + "<answer>London</answer>", "em", 0.0),
-        ("<think>" + "<answer>" * MAX_ANSWER_TAGS + "</think><answer>Paris</answer>", "cover_em", 0.25),
+        (
+            "<think>" + "<answer>" * MAX_ANSWER_TAGS + "</think><answer>Paris</answer>",
+            "cover_em",
+            0.25,
+        ),
         ("<answer>It is Paris</answer>", "em", 0.0),
         ("<answer>It is Paris</answer>", "cover_em", 1.0),
         ("Paris", "em", 0.0),
@@ -139,18 +144,26 @@ def test_judged_answers(answer, verdict, asked, right):
         assert is_right(answer, ["Paris"], metric, verdict) is right
         text = f"<answer>{answer}</answer>" if answer is not None else "none"
         assert solver_reward(text, ["Paris"], metric, verdict) == float(right)
-    assert not needs_judge(answer, ["Paris"], "em") and not is_right("London", ["Paris"], "em", True)
+    assert not needs_judge(answer, ["Paris"], "em") and not is_right(
+        "London", ["Paris"], "em", True
+    )
 
 
 @pytest.mark.parametrize("target", ["Paris", ["Paris"]])
 def test_listed_answers_have_valid_questions(target, tmp_path):
     """The reference rejects every question whose row lists its answers, as its own data do."""
-    row = {"reward_model": {"ground_truth": {"target": target}}, "extra_info": {"question": "Capital of France?"}}
+    row = {
+        "reward_model": {"ground_truth": {"target": target}},
+        "extra_info": {"question": "Capital of France?"},
+    }
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     (task,) = load_questions(tmp_path / "rows.jsonl")
     rules = ConfigDict(RULES.to_dict() | {"min_searches": 1, "min_words": 1})
     assert question_fault(task.question, task.answers[0], ["a search"], 1, rules) is None
-    assert question_fault("Is it Paris, France?", task.answers[0], ["a search"], 1, rules) == "answer_in_question"
+    assert (
+        question_fault("Is it Paris, France?", task.answers[0], ["a search"], 1, rules)
+        == "answer_in_question"
+    )
 
 
 RULES = ConfigDict(
@@ -176,7 +189,8 @@ GOOD = "Which city hosts the Louvre?"
         ({"question": "abcd " * 21}, "too_long"),
         ({"question": "abcdefgh ijklmnop qrst"}, "too_few_words"),
         ({"question": "Which city of PARIS hosts the Louvre?"}, "answer_in_question"),
-        ({"answer": "our", "question": "Which is one of our four cities?"}, "answer_in_question"),  # a mere substring
+        # a mere substring
+        ({"answer": "our", "question": "Which is one of our four cities?"}, "answer_in_question"),
         ({"queries": ["one"]}, "too_few_searches"),
         ({"queries": ["one", "two", "one"]}, "repeated_search"),
         ({"queries": ["one", "what of paris?"]}, "answer_in_search"),
@@ -187,7 +201,12 @@ GOOD = "Which city hosts the Louvre?"
     ],
 )
 def test_question_fault(change, fault):
-    game = {"question": GOOD, "answer": "Paris", "queries": ["one", "two"], "num_documents": 3} | change
+    game = {
+        "question": GOOD,
+        "answer": "Paris",
+        "queries": ["one", "two"],
+        "num_documents": 3,
+    } | change
     assert question_fault(rules=RULES, **game) == fault
 
 
@@ -205,11 +224,15 @@ def test_every_fault_has_a_row_above_and_the_first_one_is_named():
 
 
 def test_switched_off_rules():
-    loose = ConfigDict(RULES.to_dict() | {"distinct_searches": False, "forbid_answer_in_search": False})
+    loose = ConfigDict(
+        RULES.to_dict() | {"distinct_searches": False, "forbid_answer_in_search": False}
+    )
     assert question_fault(GOOD, "Paris", ["paris", "paris"], 1, loose) is None
 
 
-SCORES_QG = np.array([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1], [0.25, 0, 0, 0.75], [0.25, 0, 0, 0]])
+SCORES_QG = np.array(
+    [[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1], [0.25, 0, 0, 0.75], [0.25, 0, 0, 0]]
+)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +249,8 @@ SCORES_QG = np.array([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1], [0
 )
 def test_proposer_rewards(name, expected_Q):
     np.testing.assert_allclose(PROPOSER_REWARDS[name](SCORES_QG), expected_Q)
-    assert PROPOSER_REWARDS[name](np.zeros((0, 4))).shape == (0,)  # a step in which no question was verified
+    # a step in which no question was verified
+    assert PROPOSER_REWARDS[name](np.zeros((0, 4))).shape == (0,)
     single_Q = PROPOSER_REWARDS[name](np.array([[0.0], [1.0]]))  # one attempt a question
     assert single_Q.shape == (2,) and np.isfinite(single_Q).all()
 
@@ -239,6 +263,9 @@ def test_every_proposer_reward_is_in_the_table():
 @given(st.integers(1, 6), st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=24))
 def test_proposer_plus_mean_solver_is_one(attempts, scores):
     scores_QG = np.array(scores * attempts).reshape(-1, attempts)
-    np.testing.assert_allclose(PROPOSER_REWARDS["one_minus_mean"](scores_QG) + scores_QG.mean(axis=1), 1.0)
+    np.testing.assert_allclose(
+        PROPOSER_REWARDS["one_minus_mean"](scores_QG) + scores_QG.mean(axis=1), 1.0
+    )
     for reward in PROPOSER_REWARDS.values():
-        assert ((reward(scores_QG) >= 0) & (reward(scores_QG) <= 1)).all()  # never negative: [P Fig. 5] collapses
+        # never negative: [P Fig. 5] collapses
+        assert ((reward(scores_QG) >= 0) & (reward(scores_QG) <= 1)).all()

@@ -1,4 +1,6 @@
-"""Episodes: scripted tokens through each role's state machine; marks, documents, and how each limit ends it."""
+"""Episodes: scripted tokens through each role's state machine; marks, documents, and how each limit
+ends it.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -43,7 +45,11 @@ def test_an_episode_of_two_turns():
     p.insert_result(FOUND)
     assert write(p, "<answer> Ulaanbaatar </answer>\n", ANSWER) is None
     e = p.episode()
-    assert (e.stop_reason, e.queries, e.documents) == ("answer", ("Mongolia capital",), tuple(FOUND))
+    assert (e.stop_reason, e.queries, e.documents) == (
+        "answer",
+        ("Mongolia capital",),
+        tuple(FOUND),
+    )
     assert e.tokens[: e.prompt_length] == prompt
     assert e.text == "<search> Mongolia capital </search><answer> Ulaanbaatar </answer>\n"
     assert len(e.tokens) == len(e.sampled) == len(e.logprobs)
@@ -58,7 +64,9 @@ def test_a_turn_may_arrive_in_pieces():
     a, b = player(), player()
     tokens = STAGE.encode("<search> Mongolia </search>")
     a.append(tokens[:2], [-0.5] * 2)
-    assert a.end_turn(tokens[2:], [-0.5] * len(tokens[2:]), SEARCH) == write(b, "<search> Mongolia </search>", SEARCH)
+    assert a.end_turn(tokens[2:], [-0.5] * len(tokens[2:]), SEARCH) == write(
+        b, "<search> Mongolia </search>", SEARCH
+    )
     assert a.episode() == b.episode()
 
 
@@ -82,7 +90,9 @@ def test_limits_bound_the_coming_turn():
 
 
 def test_a_verifier_has_a_limit_of_its_own():
-    stage = dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, verify_response_tokens=10))
+    stage = dataclasses.replace(
+        STAGE, limits=dataclasses.replace(LIMITS, verify_response_tokens=10)
+    )
     p = player(VERIFIER, stage)
     assert p.token_limit() == len(p.tokens) + 10
     p.end_turn([5] * 10, [-0.5] * 10, sampler.LIMIT)
@@ -91,7 +101,11 @@ def test_a_verifier_has_a_limit_of_its_own():
 
 
 def test_one_search_too_many_ends_it():
-    p = player(stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, searches=1, response_tokens=500)))
+    p = player(
+        stage=dataclasses.replace(
+            STAGE, limits=dataclasses.replace(LIMITS, searches=1, response_tokens=500)
+        )
+    )
     assert write(p, "<search> a </search>", SEARCH) == "a"
     p.insert_result([])
     assert write(p, "<search> b </search>", SEARCH) is None
@@ -99,7 +113,11 @@ def test_one_search_too_many_ends_it():
 
 
 def test_too_many_turns_end_it():
-    p = player(stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, turns=2, response_tokens=500)))
+    p = player(
+        stage=dataclasses.replace(
+            STAGE, limits=dataclasses.replace(LIMITS, turns=2, response_tokens=500)
+        )
+    )
     for query in "ab":
         assert not p.stop_reason
         write(p, f"<search> {query} </search>", SEARCH)
@@ -108,7 +126,9 @@ def test_too_many_turns_end_it():
 
 
 def test_a_result_that_does_not_fit_ends_it_and_is_not_appended():
-    p = player(stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, response_tokens=20)))
+    p = player(
+        stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, response_tokens=20))
+    )
     write(p, "<search> a </search>", SEARCH)
     before = len(p.tokens)
     p.insert_result(FOUND)
@@ -148,11 +168,17 @@ def test_a_long_result_is_cut_but_closed():
     assert len(tokens) == LIMITS.observation_tokens
     assert STAGE.decode(tokens).endswith("</information>\n")
     least = dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, observation_tokens=1))
-    assert STAGE.decode(least.observation(FOUND * 30)) == "</information>\n"  # not all but a few tokens
+    # not all but a few tokens
+    assert STAGE.decode(least.observation(FOUND * 30)) == "</information>\n"
 
 
 def test_episode_ids_are_unique_and_fit():
-    ids = {roles.episode_id(r, row, a) for r in roles.ROLES for row in (0, 1, 2**19 - 1) for a in (0, 511)}
+    ids = {
+        roles.episode_id(r, row, a)
+        for r in roles.ROLES
+        for row in (0, 1, 2**19 - 1)
+        for a in (0, 511)
+    }
     assert len(ids) == 6 * len(roles.ROLES) and max(ids) < 2**31
     with pytest.raises(ValueError, match="rows"):
         roles.episode_id(SOLVER, 2**19, 0)

@@ -1,4 +1,6 @@
-"""The game with a scripted policy: every outcome of a question gets its written reward, and the batch is filled."""
+"""The game with a scripted policy: every outcome of a question gets its written reward, and the
+batch is filled.
+"""
 
 import dataclasses
 import json
@@ -24,7 +26,10 @@ STAGE = roles.EpisodeContext(
     roles.Limits(200, 900, 900, 200, 5, 4, 200),
 )
 GOOD = "Which city is the capital of Mongolia?"
-TASKS = [Task(i, (answer,), searches=1 + i % 2) for i, answer in enumerate(("Ulaanbaatar", "Lhasa", "Oslo", "Rome"))]
+TASKS = [
+    Task(i, (answer,), searches=1 + i % 2)
+    for i, answer in enumerate(("Ulaanbaatar", "Lhasa", "Oslo", "Rome"))
+]
 
 
 class Corpus:
@@ -38,7 +43,9 @@ class Corpus:
 
 
 class ScriptedEngine:
-    """The engine's interface with a script in place of the model: script(player) is the text of the coming turn."""
+    """The engine's interface with a script in place of the model: script(player) is the text of the
+    coming turn.
+    """
 
     def __init__(self, script, last_first=False):
         self.script, self.last_first, self.prompts = script, last_first, {}
@@ -52,7 +59,9 @@ class ScriptedEngine:
                 text = self.script(player)
                 found = [i for i, stop in enumerate(player.role.stops) if text.endswith(stop)]
                 tokens = STAGE.encode(text)
-                query = player.end_turn(tokens, [-1.0] * len(tokens), found[0] if found else sampler.EOS)
+                query = player.end_turn(
+                    tokens, [-1.0] * len(tokens), found[0] if found else sampler.EOS
+                )
                 if query is not None:
                     player.insert_result([Document(query, f'"{query}"', "found")])
             stats.finished += 1
@@ -70,7 +79,11 @@ def script(question=GOOD, verified=True, solved=(True, False, False, False, True
     def turn(player):
         answer = answer_of(player, proposals)
         if player.role is roles.PROPOSER:
-            return f"<question> {question} </question>" if player.queries else f"<search> {answer} </search>"
+            return (
+                f"<question> {question} </question>"
+                if player.queries
+                else f"<search> {answer} </search>"
+            )
         right = verified if player.role is roles.VERIFIER else solved[player.uid & 511]
         return f"<answer> {answer if right else 'wrong'} </answer>"
 
@@ -99,7 +112,9 @@ def test_a_verified_question_is_played_and_shares_the_reward():
         assert game.proposer_reward == pytest.approx(0.6)
         assert game.proposer_reward + np.mean(game.scores) == pytest.approx(1.0)
     assert len(round_.solver.episodes) == 20 and len(round_.proposer.episodes) == 4
-    assert round_.metrics["funnel/verified"] == 4 and round_.metrics["funnel/solved"] == pytest.approx(0.4)
+    assert round_.metrics["funnel/verified"] == 4 and round_.metrics[
+        "funnel/solved"
+    ] == pytest.approx(0.4)
     assert round_.metrics["reward/proposer"] == pytest.approx(0.6)
 
 
@@ -123,10 +138,17 @@ def test_a_failed_question_is_an_outcome_with_its_own_reward(turn, fault):
 
 def test_a_verifier_without_room_for_its_documents_has_a_fault_of_its_own():
     """The question is well-formed: what is too short is limits.verify_prompt_tokens."""
-    stage = dataclasses.replace(STAGE, limits=dataclasses.replace(STAGE.limits, verify_prompt_tokens=20))
-    round_, _ = SelfPlay(config(), stage, ScriptedEngine(script()), Corpus()).play(0, TASKS, ReplayState(), None, None)
+    stage = dataclasses.replace(
+        STAGE, limits=dataclasses.replace(STAGE.limits, verify_prompt_tokens=20)
+    )
+    round_, _ = SelfPlay(config(), stage, ScriptedEngine(script()), Corpus()).play(
+        0, TASKS, ReplayState(), None, None
+    )
     assert [game.fault for game in round_.games] == ["too_long_to_verify"] * 4
-    counts = [round_.metrics[name] for name in ("fault/too_long_to_verify", "fault/unverified", "funnel/well_formed")]
+    counts = [
+        round_.metrics[name]
+        for name in ("fault/too_long_to_verify", "fault/unverified", "funnel/well_formed")
+    ]
     assert counts == [4, 0, 4]
 
 
@@ -140,7 +162,9 @@ def test_the_extremes(solved, reward):
 def test_advantages_of_the_default_pair():
     """Solver: reward minus the group's mean [P eq.4]. Proposer: its reward [P eq.5]."""
     round_, _, _ = play(script())
-    np.testing.assert_allclose(round_.solver.advantages, [0.6, -0.4, -0.4, -0.4, 0.6] * 4, atol=1e-6)
+    np.testing.assert_allclose(
+        round_.solver.advantages, [0.6, -0.4, -0.4, -0.4, 0.6] * 4, atol=1e-6
+    )
     np.testing.assert_allclose(round_.proposer.advantages, [0.6] * 4, atol=1e-6)
 
 
@@ -163,7 +187,8 @@ def test_group_sizes_follow_the_pair(pair):
         ("none", [0.6, 0.6, 0.0, 0.0]),
         ("batch_mean", [0.3, 0.3, -0.3, -0.3]),
         ("leave_one_out", [0.4, 0.4, -0.4, -0.4]),
-        ("hop_grouped", [0.7071, 0.7071, -0.7071, -0.7071]),  # searches 1 and 2 each have one good and one bad
+        # searches 1 and 2 each have one good and one bad
+        ("hop_grouped", [0.7071, 0.7071, -0.7071, -0.7071]),
     ],
 )
 def test_proposer_baselines(baseline, expected):
@@ -254,11 +279,21 @@ LONG = "Ulaanbaatar" + " and so on" * 100
 
 def test_a_given_answer_without_room_in_the_prompt_is_an_outcome_of_the_game():
     """Nobody played there, so nobody is trained on it; the others go on."""
-    round_, memory, _ = play(script(), tasks=[Task(0, (LONG,), searches=1), *TASKS[1:]], reward__invalid_question=-1.0)
+    round_, memory, _ = play(
+        script(), tasks=[Task(0, (LONG,), searches=1), *TASKS[1:]], reward__invalid_question=-1.0
+    )
     assert [game.fault for game in round_.games] == ["too_long_to_propose", "", "", ""]
     assert [game.proposer_reward for game in round_.games][0] == -1.0
-    assert len(round_.proposer.episodes) == 3 == len(round_.proposer.rewards) == len(round_.proposer.advantages)
-    assert round_.metrics["fault/too_long_to_propose"] == 1 and round_.metrics["funnel/well_formed"] == 3
+    assert (
+        len(round_.proposer.episodes)
+        == 3
+        == len(round_.proposer.rewards)
+        == len(round_.proposer.advantages)
+    )
+    assert (
+        round_.metrics["fault/too_long_to_propose"] == 1
+        and round_.metrics["funnel/well_formed"] == 3
+    )
     assert readable(round_.games[0])["proposer"] == {"turns": [], "stop_reason": "prompt_tokens"}
     assert memory.documents[0] == [] and json.dumps(memory.to_json())
 
@@ -278,7 +313,8 @@ def test_a_question_without_room_in_the_solvers_prompt_earns_nothing():
     round_, _, engine = play(script(question=GOOD + " really" * 130))
     assert [game.fault for game in round_.games] == ["too_long_to_solve"] * 4
     assert round_.proposer.rewards.tolist() == [0.0] * 4 and not round_.solver.episodes
-    assert not any(uid // roles.ID_ATTEMPTS >= 2 * roles.ID_ROWS for uid in engine.prompts)  # none was verified
+    # none was verified
+    assert not any(uid // roles.ID_ATTEMPTS >= 2 * roles.ID_ROWS for uid in engine.prompts)
 
 
 def test_without_verification_questions_go_straight_to_the_solver():
@@ -289,31 +325,47 @@ def test_without_verification_questions_go_straight_to_the_solver():
 
 def test_failed_questions_are_filled_from_the_pool_and_their_proposer_still_fails():
     pool = ReplayState(pool=[Question("Which one is it?", ("wrong",))])
-    round_, after, _ = play(script(verified=False, solved=(False,) * 5), pool, game__batch_fill="full_reuse")
+    round_, after, _ = play(
+        script(verified=False, solved=(False,) * 5), pool, game__batch_fill="full_reuse"
+    )
     for game in round_.games:
         assert game.question == Question("Which one is it?", ("wrong",), reused=True)
-        assert game.scores == [1.0] * 5 and game.proposer_reward == 0.0 and game.fault == "unverified"
+        assert (
+            game.scores == [1.0] * 5 and game.proposer_reward == 0.0 and game.fault == "unverified"
+        )
     assert after.pool == pool.pool  # reused questions are not added again
     assert round_.metrics["funnel/reused"] == 4 and round_.metrics["funnel/verified"] == 0
 
 
 @pytest.mark.parametrize(
     ("fill", "step", "size"),
-    [("full_reuse", 9, 5), ("periodic_reset", 8, 5), ("periodic_reset", 9, 0), ("dummy", 3, 0), ("resample", 3, 0)],
+    [
+        ("full_reuse", 9, 5),
+        ("periodic_reset", 8, 5),
+        ("periodic_reset", 9, 0),
+        ("dummy", 3, 0),
+        ("resample", 3, 0),
+    ],
 )
 def test_what_the_pool_keeps(fill, step, size):
-    _, after, _ = play(script(), ReplayState(pool=[Question("q?", ("a",))]), step, game__batch_fill=fill)
+    _, after, _ = play(
+        script(), ReplayState(pool=[Question("q?", ("a",))]), step, game__batch_fill=fill
+    )
     assert len(after.pool) == size
 
 
 def test_resampling_proposes_again_until_it_works_or_gives_up():
     def turn(player):
         third = player.uid & 511 >= 2
-        return script(verified=third)(player) if player.role is not roles.SOLVER else script()(player)
+        return (
+            script(verified=third)(player) if player.role is not roles.SOLVER else script()(player)
+        )
 
     round_, _, _ = play(turn, game__batch_fill="resample")
     assert [g.proposals for g in round_.games] == [3] * 4 and len(round_.solver.episodes) == 20
-    round_, _, _ = play(script(verified=False), game__batch_fill="resample", game__resample_rounds=2)
+    round_, _, _ = play(
+        script(verified=False), game__batch_fill="resample", game__resample_rounds=2
+    )
     assert [g.proposals for g in round_.games] == [3] * 4 and not round_.solver.episodes
 
 
@@ -329,7 +381,11 @@ def test_memory_and_games_survive_json():
     assert ReplayState.from_json(json.loads(json.dumps(memory.to_json()))) == memory
     shown = json.loads(json.dumps(readable(round_.games[0])))
     assert shown["question"]["text"] == GOOD and shown["answer"] == "Ulaanbaatar"
-    assert [turn["who"] for turn in shown["proposer"]["turns"]] == ["proposer", "search engine", "proposer"]
+    assert [turn["who"] for turn in shown["proposer"]["turns"]] == [
+        "proposer",
+        "search engine",
+        "proposer",
+    ]
     assert [a["score"] for a in shown["attempts"]] == [1.0, 0.0, 0.0, 0.0, 1.0]
 
 
@@ -361,21 +417,28 @@ def judged_script(verifier, solver):
 
 def play_judged(judge, turn, last_first=False, **changes):
     game = SelfPlay(
-        config(reward__metric="policy", **changes), STAGE, ScriptedEngine(turn, last_first), Corpus(), judge
+        config(reward__metric="policy", **changes),
+        STAGE,
+        ScriptedEngine(turn, last_first),
+        Corpus(),
+        judge,
     )
     return game.play(0, TASKS, ReplayState(), None, None)[0]
 
 
 @pytest.mark.parametrize("last_first", [False, True])
 def test_a_judge_hears_what_exact_match_refuses(last_first):
-    """Its word verifies a question and pays the solver; when it fails, that is counted and nothing is right."""
+    """Its word verifies a question and pays the solver; when it fails, that is counted and nothing
+    is right.
+    """
     verifier = {"Lhasa": "a capital in Tibet", "Oslo": "no idea", "Rome": "broken"}
     turn = judged_script(verifier, {"Ulaanbaatar": "the capital of Mongolia"})
     judge = Judge(right=("a capital in Tibet", "the capital of Mongolia"), fails=("broken",))
     round_ = play_judged(judge, turn, last_first)
     assert [game.fault for game in round_.games] == ["", "", "unverified", "unverified"]
     assert [game.scores for game in round_.games] == [[1.0] * 5, [1.0] * 5, [], []]
-    # Of the first question, verified by exact match, the solvers play at once: one wave for all the judge's cases.
+    # Of the first question, verified by exact match, the solvers play at once: one wave for all the
+    # judge's cases.
     assert [sorted(batch) for batch in judge.batches] == [
         ["a capital in Tibet", "broken", "no idea", *["the capital of Mongolia"] * 5]
     ]
@@ -386,7 +449,10 @@ def test_a_judge_hears_what_exact_match_refuses(last_first):
 def test_a_judge_that_says_nothing_is_heard_of():
     answers = {"Lhasa": "broken", "Oslo": "broken"}
     round_ = play_judged(Judge(fails=("broken",)), judged_script(answers, answers))
-    assert round_.metrics["judge/failed"] == round_.metrics["judge/asked"] > 0 and round_.useless_reply == "reply"
+    assert (
+        round_.metrics["judge/failed"] == round_.metrics["judge/asked"] > 0
+        and round_.useless_reply == "reply"
+    )
 
 
 def test_a_judge_is_heard_again_after_its_word_lets_a_question_pass():
@@ -409,11 +475,15 @@ def test_temperatures_reach_the_players():
 
 def test_without_a_judge_no_metric_of_one_is_written():
     round_ = play(script())[0]
-    assert not any(key.startswith("judge/") for key in round_.metrics) and round_.useless_reply is None
+    assert (
+        not any(key.startswith("judge/") for key in round_.metrics) and round_.useless_reply is None
+    )
 
 
 def test_questions_proposed_again_are_verified_too_with_noise_of_the_same_step():
-    """batch_fill=resample brings new questions while the first ones are verified; each must come to an end."""
+    """batch_fill=resample brings new questions while the first ones are verified; each must come to
+    an end.
+    """
 
     def turn(player):
         if player.role is roles.VERIFIER and (player.uid & 511) == 0:
@@ -422,4 +492,6 @@ def test_questions_proposed_again_are_verified_too_with_noise_of_the_same_step()
 
     changes = {"game__noise_source": "same_step", "game__batch_fill": "resample"}
     round_, _, _ = play(turn, **changes)
-    assert [(game.fault, game.proposals, len(game.scores)) for game in round_.games] == [("", 2, 5)] * 4
+    assert [(game.fault, game.proposals, len(game.scores)) for game in round_.games] == [
+        ("", 2, 5)
+    ] * 4

@@ -43,7 +43,9 @@ def test_clipped_surrogate_by_hand(ratio, advantage, expected):
     assert float(sums.clipped) == float(abs(expected) != pytest.approx(abs(ratio * advantage)))
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", np.exp(-0.5) + 0.5 - 1)])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", np.exp(-0.5) + 0.5 - 1)]
+)
 def test_kl_estimates_by_hand(kind, expected):
     sums = loss_of([-1.0], ref=[-1.5], advantage=0.0, kl_coef=0.1, kl_type=kind)
     np.testing.assert_allclose(sums.kl, expected, rtol=1e-6)
@@ -67,7 +69,9 @@ def test_dual_clip_by_hand(ratio, advantage, clip_dual, loss, slope):
 
     sums = total(np.log(ratio) - 1.0)
     np.testing.assert_allclose(sums.loss, loss, rtol=1e-5)
-    np.testing.assert_allclose(jax.grad(lambda x: total(x).loss)(np.log(ratio) - 1.0), slope, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: total(x).loss)(np.log(ratio) - 1.0), slope, rtol=1e-5
+    )
     assert bool(sums.clipped) == (slope == 0.0)
 
 
@@ -87,14 +91,24 @@ def test_bounded_kl_by_hand(delta, kind, bound, kl, slope):
     """delta: log reference - log policy."""
 
     def total(logp):
-        return loss_of([logp], ref=[delta - 1.0], old=[-1.0], advantage=0.0, kl_coef=1.0, kl_type=kind, kl_bound=bound)
+        return loss_of(
+            [logp],
+            ref=[delta - 1.0],
+            old=[-1.0],
+            advantage=0.0,
+            kl_coef=1.0,
+            kl_type=kind,
+            kl_bound=bound,
+        )
 
     np.testing.assert_allclose(total(-1.0).loss, kl, rtol=1e-5)
     np.testing.assert_allclose(jax.grad(lambda x: total(x).loss)(-1.0), slope, rtol=1e-5)
 
 
 def reference_token(logp, old, sampler, ref, advantage, s):
-    """Loss of one token and its slope, by cases and in float64: written from the equations, without the package."""
+    """Loss of one token and its slope, by cases and in float64: written from the equations, without
+    the package.
+    """
     inside = abs(logp - old) < 20
     ratio = np.exp(np.clip(logp - old, -20, 20))
     surrogate, slope = ratio * advantage, ratio * advantage * inside
@@ -118,16 +132,33 @@ def test_loss_and_gradient_equal_an_independent_reference(clip_dual, kl_bound):
     """400 tokens, of which 300 count, with ratios from e^-4 to e^4 and a few beyond all bounds."""
     rng, n = np.random.default_rng(0), 400
     logp = -rng.exponential(2.0, n)
-    old, sampler, ref = logp + rng.uniform(-4, 4, n), logp + rng.uniform(-3, 3, n), logp + rng.uniform(-12, 4, n)
+    old, sampler, ref = (
+        logp + rng.uniform(-4, 4, n),
+        logp + rng.uniform(-3, 3, n),
+        logp + rng.uniform(-12, 4, n),
+    )
     old[:8] += [25, -25] * 4
     ref[4:12] += [25, -45] * 4
     advantage = rng.choice([-1.3, -0.4, 0.0, 0.7, 2.0], n)
     weight = np.where(np.arange(n) < 300, rng.uniform(0.1, 1, n), 0.0)
     s = {**SETTINGS, "kl_coef": 0.3, "clip_dual": clip_dual, "kl_bound": kl_bound}
-    expected = np.array([reference_token(*token, s) for token in zip(logp, old, sampler, ref, advantage, strict=True)])
+    expected = np.array(
+        [
+            reference_token(*token, s)
+            for token in zip(logp, old, sampler, ref, advantage, strict=True)
+        ]
+    )
 
     def total(x):
-        return loss_of(x, old=old, sampler=sampler, ref=ref, advantage=jnp.asarray(advantage), weight=weight, **s).loss
+        return loss_of(
+            x,
+            old=old,
+            sampler=sampler,
+            ref=ref,
+            advantage=jnp.asarray(advantage),
+            weight=weight,
+            **s,
+        ).loss
 
     np.testing.assert_allclose(total(logp), weight @ expected[:, 0], rtol=1e-4)
     slope = jax.grad(total)(jnp.asarray(logp, jnp.float32))
@@ -135,13 +166,19 @@ def test_loss_and_gradient_equal_an_independent_reference(clip_dual, kl_bound):
 
 
 def test_kl_pulls_towards_the_reference():
-    slope = jax.grad(lambda x: loss_of([x], old=[-1.0], ref=[-2.0], advantage=0.0, kl_coef=1.0).loss)(-1.0)
+    slope = jax.grad(
+        lambda x: loss_of([x], old=[-1.0], ref=[-2.0], advantage=0.0, kl_coef=1.0).loss
+    )(-1.0)
     assert slope > 0  # likelier than in the reference: gradient descent makes it less likely
 
 
-@pytest.mark.parametrize(("sampler", "expected"), [(-1.0, -1.0), (-1.5, -np.exp(0.5)), (-9.0, -2.0)])
+@pytest.mark.parametrize(
+    ("sampler", "expected"), [(-1.0, -1.0), (-1.5, -np.exp(0.5)), (-9.0, -2.0)]
+)
 def test_truncated_importance_weight(sampler, expected):
-    np.testing.assert_allclose(loss_of([-1.0], old=[-1.0], sampler=[sampler]).loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        loss_of([-1.0], old=[-1.0], sampler=[sampler]).loss, expected, rtol=1e-6
+    )
 
 
 def test_on_policy_gradient_is_reinforce():
@@ -152,28 +189,37 @@ def test_on_policy_gradient_is_reinforce():
 
 def test_weight_zero_means_no_token_even_when_it_is_broken():
     def total(x):
-        return loss_of(jnp.array([-1.0, x]), old=[-1.0, -2.0], ref=[-1.0, -1.0], weight=[1.0, 0.0], kl_coef=1.0).loss
+        return loss_of(
+            jnp.array([-1.0, x]), old=[-1.0, -2.0], ref=[-1.0, -1.0], weight=[1.0, 0.0], kl_coef=1.0
+        ).loss
 
     assert float(total(-2.0)) == float(total(jnp.nan)) == -1.0
     assert float(jax.grad(total)(-3.0)) == float(jax.grad(total)(jnp.nan)) == 0.0
 
 
 def test_extreme_ratios_stay_finite():
-    sums = loss_of([0.0], old=[-1000.0], sampler=[-5000.0], ref=[500.0], advantage=-1.0, kl_coef=1.0)
+    sums = loss_of(
+        [0.0], old=[-1000.0], sampler=[-5000.0], ref=[500.0], advantage=-1.0, kl_coef=1.0
+    )
     assert np.isfinite(sums.loss)
 
 
 def test_gradients_match_finite_differences():
     old = np.array([-1.0, -0.7, -2.0])
     check_grads(
-        lambda x: loss_of(x, old=old, ref=old - 0.3, kl_coef=0.5).loss, (jnp.array(old + 0.05),), order=1, rtol=2e-2
+        lambda x: loss_of(x, old=old, ref=old - 0.3, kl_coef=0.5).loss,
+        (jnp.array(old + 0.05),),
+        order=1,
+        rtol=2e-2,
     )
 
 
 def test_group_of_one_keeps_its_reward():
     rewards = np.array([0.0, 0.4, 1.0])
     for std in (False, True):
-        np.testing.assert_allclose(objective.advantages(rewards, np.arange(3), std=std), rewards, rtol=1e-6)
+        np.testing.assert_allclose(
+            objective.advantages(rewards, np.arange(3), std=std), rewards, rtol=1e-6
+        )
 
 
 def test_equal_group_has_no_advantage():
@@ -184,16 +230,22 @@ def test_equal_group_has_no_advantage():
 
 def test_grpo_by_hand():
     rewards, groups = np.array([1.0, 0.0, 0.0, 1.0, 1.0]), np.array([7, 7, 7, 2, 2])
-    np.testing.assert_allclose(objective.advantages(rewards, groups), [2 / 3, -1 / 3, -1 / 3, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        objective.advantages(rewards, groups), [2 / 3, -1 / 3, -1 / 3, 0, 0], atol=1e-6
+    )
     std = np.array([1.0, 0.0, 0.0]).std(ddof=1)
     expected = np.array([2 / 3, -1 / 3, -1 / 3, 0, 0]) / (std + 1e-6)
-    np.testing.assert_allclose(objective.advantages(rewards, groups, std=True), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        objective.advantages(rewards, groups, std=True), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_leave_one_out_is_reward_minus_mean_of_the_others():
     rewards = np.array([1.0, 0.0, 0.5])
     expected = [1.0 - 0.25, 0.0 - 0.75, 0.5 - 0.5]
-    np.testing.assert_allclose(objective.advantages(rewards, np.zeros(3), leave_one_out=True), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        objective.advantages(rewards, np.zeros(3), leave_one_out=True), expected, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,7 +263,10 @@ def test_sequence_weights_by_hand(aggregation, expected, total):
     assert (weight * lengths).sum() == pytest.approx(total)
 
 
-HIDDEN, WEIGHT = jax.random.normal(jax.random.key(0), (2, 8, 5)), jax.random.normal(jax.random.key(1), (11, 5))
+HIDDEN, WEIGHT = (
+    jax.random.normal(jax.random.key(0), (2, 8, 5)),
+    jax.random.normal(jax.random.key(1), (11, 5)),
+)
 TARGETS = jax.random.randint(jax.random.key(2), (2, 8), 0, 11)
 ALL = jnp.ones((2, 8), bool)
 
@@ -224,7 +279,9 @@ def plain(hidden, weight, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
 def test_token_logprobs_equal_plain_log_softmax_where_wanted(chunk, temperature, share):
-    """Values and gradients; what is not wanted is 0 and gets no gradient, also from a slope that is not 0."""
+    """Values and gradients; what is not wanted is 0 and gets no gradient, also from a slope that is
+    not 0.
+    """
     wanted = jnp.asarray(np.random.default_rng(0).random((2, 8)) < share)
     slope = jnp.linspace(-1, 2, 16).reshape(2, 8)
 
@@ -233,16 +290,24 @@ def test_token_logprobs_equal_plain_log_softmax_where_wanted(chunk, temperature,
         return (slope * logp).sum(), logp
 
     def expected(hidden, weight):
-        logp = jnp.take_along_axis(plain(hidden, weight, temperature), TARGETS[..., None], -1)[..., 0] * wanted
+        logp = (
+            jnp.take_along_axis(plain(hidden, weight, temperature), TARGETS[..., None], -1)[..., 0]
+            * wanted
+        )
         return (slope * logp).sum(), logp
 
-    got, want = (jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(HIDDEN, WEIGHT) for f in (chunked, expected))
+    got, want = (
+        jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(HIDDEN, WEIGHT)
+        for f in (chunked, expected)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
 def test_gradient_of_a_float32_weight_is_not_rounded_to_the_compute_dtype():
     def total(weight):
-        return logprobs.token_logprobs(HIDDEN.astype(jnp.bfloat16), weight, TARGETS, ALL, 1.0, 2)[0].sum()
+        return logprobs.token_logprobs(HIDDEN.astype(jnp.bfloat16), weight, TARGETS, ALL, 1.0, 2)[
+            0
+        ].sum()
 
     slope = jax.grad(total)(WEIGHT)
     assert slope.dtype == jnp.float32 and (slope != slope.astype(jnp.bfloat16)).any()
@@ -267,12 +332,16 @@ def test_no_array_of_all_logits_exists():
 
 def test_entropy_by_hand():
     hidden, weight = jnp.ones((1, 2, 1)), jnp.log(jnp.array([[0.5], [0.25], [0.25]]))
-    _, entropy = logprobs.token_logprobs(hidden, weight, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), 1.0, 2)
+    _, entropy = logprobs.token_logprobs(
+        hidden, weight, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), 1.0, 2
+    )
     np.testing.assert_allclose(entropy, 1.5 * np.log(2), rtol=1e-6)
 
 
 def test_reinforce_by_hand():
-    """-1/2 sum_i 1/n_i sum_t A_i log p_it: two episodes of 1 and 2 tokens, rewards 1 and 0.5, on policy."""
+    """-1/2 sum_i 1/n_i sum_t A_i log p_it: two episodes of 1 and 2 tokens, rewards 1 and 0.5, on
+    policy.
+    """
     advantages = objective.advantages(np.array([1.0, 0.5]), np.arange(2))
     weights = objective.sequence_weight(np.array([1, 2]), "sequence_mean", 1)
     logp = jnp.array([[-1.0, -2.0, -3.0]])

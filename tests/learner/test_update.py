@@ -1,4 +1,6 @@
-"""Learner: packing, micro-batching and sharding never change the update; broken updates are skipped."""
+"""Learner: packing, micro-batching and sharding never change the update; broken updates are
+skipped.
+"""
 
 import dataclasses
 import functools
@@ -64,7 +66,11 @@ def make_episodes(lengths, seed=0):
     for n in lengths:
         sampled = [False] * 3 + [bool(x) for x in rng.random(n - 3) < 0.7]
         made.append(
-            Played(rng.integers(0, 61, n).tolist(), sampled, np.where(sampled, -rng.random(n) * 5, 0.0).tolist())
+            Played(
+                rng.integers(0, 61, n).tolist(),
+                sampled,
+                np.where(sampled, -rng.random(n) * 5, 0.0).tolist(),
+            )
         )
     return made
 
@@ -109,7 +115,9 @@ def a_percent_more_in_half(grad, key):
 
 
 def test_updates_are_compared_as_loosely_as_rounding_needs_and_no_looser():
-    """A test of these tests: noise of rounding size passes, whatever the CPU; small mistakes do not."""
+    """A test of these tests: noise of rounding size passes, whatever the CPU; small mistakes do
+    not.
+    """
     exact = step_with(lambda grad, key: grad)
     assert_same_update(exact, step_with(with_noise(NOISE)), BASE)
     assert_same_update(exact, step_with(with_noise(-NOISE)), BASE)
@@ -125,7 +133,9 @@ def test_updates_are_compared_as_loosely_as_rounding_needs_and_no_looser():
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
-@pytest.mark.parametrize("changes", [{"rows": 1}, {"rows": 2, "row_tokens": 48}, {"row_tokens": 128, "rows": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"rows": 1}, {"rows": 2, "row_tokens": 48}, {"row_tokens": 128, "rows": 1}]
+)
 def test_packing_and_micro_batches_do_not_change_loss_and_gradient(aggregation, changes):
     base = dataclasses.replace(BASE, aggregation=aggregation)
     expected, got = gradient(base), gradient(dataclasses.replace(base, **changes))
@@ -134,14 +144,18 @@ def test_packing_and_micro_batches_do_not_change_loss_and_gradient(aggregation, 
 
 
 def test_sequence_mean_is_the_mean_over_episodes_alone():
-    """Loss and gradient, to the rounding of float32; also of what is nothing but a prompt, or one token."""
+    """Loss and gradient, to the rounding of float32; also of what is nothing but a prompt, or one
+    token.
+    """
     odd = [Played([5], [False], [0.0]), Played([7, 7], [False, False], [0.0, 0.0])]
     episodes, advantages = [*EPISODES, *odd], np.append(ADVANTAGES, [1, 1]).astype(np.float32)
     grads, sums = gradient(BASE, episodes, advantages)
     alone = [gradient(BASE, [e], advantages[i : i + 1]) for i, e in enumerate(episodes)]
     np.testing.assert_allclose(sums.loss, np.mean([one[1].loss for one in alone]), rtol=1e-5)
     mean = jax.tree.map(lambda *x: sum(x) / len(x), *[one[0] for one in alone])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, mean)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, mean
+    )
 
 
 def test_gradient_reaches_sampled_tokens_only():
@@ -150,7 +164,9 @@ def test_gradient_reaches_sampled_tokens_only():
     logits = jax.random.normal(jax.random.key(1), (4, 64, 61))
 
     def loss(logits):
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_BT[..., None], -1)[..., 0]
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_BT[..., None], -1)[
+            ..., 0
+        ]
         fixed = jax.lax.stop_gradient(logp)
         settings = dict(clip_low=0.2, clip_high=0.3, kl_coef=0.1, kl_type="k3", importance_cap=2.0)
         return objective.policy_loss(
@@ -197,7 +213,8 @@ def test_an_episode_longer_than_a_row_is_an_input_error():
         pack([33], 32)
 
 
-REFUSED = Played([5] * 40, [False] * 40, [0.0] * 40)  # a prompt beyond its limit, and longer than a row
+# a prompt beyond its limit, and longer than a row
+REFUSED = Played([5] * 40, [False] * 40, [0.0] * 40)
 
 
 def test_an_episode_in_which_nothing_was_sampled_is_not_packed():
@@ -213,7 +230,9 @@ def test_an_episode_in_which_nothing_was_sampled_is_not_packed():
 def test_an_update_takes_refused_episodes():
     """Also where nothing else is in a mini-batch, and where nothing else was played at all."""
     c = dataclasses.replace(BASE, old_logprobs="recompute")
-    state, report = update(c, episodes=[REFUSED, EPISODES[0]], advantages=ADVANTAGES[:2], mini_batches=2)
+    state, report = update(
+        c, episodes=[REFUSED, EPISODES[0]], advantages=ADVANTAGES[:2], mini_batches=2
+    )
     assert int(state.updates) == 2 and report["tokens"] == len(EPISODES[0].tokens)
     state, report = update(c, episodes=[REFUSED], advantages=ADVANTAGES[:1])
     assert int(state.updates) == 1 and report["tokens"] == 0 == report["grad_norm"]
@@ -221,7 +240,9 @@ def test_an_update_takes_refused_episodes():
 
 
 def test_one_broken_token_does_not_take_the_gradient():
-    """One that is 10^6 times likelier than when sampled, with a negative advantage; or far from the reference."""
+    """One that is 10^6 times likelier than when sampled, with a negative advantage; or far from the
+    reference.
+    """
     (batch,) = make_batches(BASE, EPISODES, ADVANTAGES)
     row, column = np.argwhere((batch.weight_BT != 0) & (batch.advantage_BT < 0))[0]
     reference = np.asarray(score(BASE, PARAMS, batch)[0])
@@ -232,7 +253,8 @@ def test_one_broken_token_does_not_take_the_gradient():
     for sampler, ref in ((unlikely, reference), (batch.sampler_logp_BT, far)):
         broken = dataclasses.replace(batch, sampler_logp_BT=sampler)
         norms = [
-            optax.tree.norm(ACCUMULATE(c, _zeros(PARAMS), PARAMS, broken, sampler, ref)[0]) for c in (off, on)
+            optax.tree.norm(ACCUMULATE(c, _zeros(PARAMS), PARAMS, broken, sampler, ref)[0])
+            for c in (off, on)
         ]
         assert norms[0] > 1e3 * norms[1]
 
@@ -255,7 +277,9 @@ def single_device():
 
 
 # As many key/value heads as devices: train refuses a mesh.tensor that does not divide them.
-SPLIT = dataclasses.replace(BASE, model=dataclasses.replace(MODEL, num_heads=8, num_kv_heads=8, head_dim=4))
+SPLIT = dataclasses.replace(
+    BASE, model=dataclasses.replace(MODEL, num_heads=8, num_kv_heads=8, head_dim=4)
+)
 SPLIT_PARAMS = decoder.init_params(SPLIT.model, jax.random.key(0))
 
 
@@ -270,14 +294,19 @@ FACTORS_OF_8 = [x for x in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(
 
 QUICK_FACTORS = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))  # each axis alone, and all of them
 SHARDED = [
-    *(pytest.param(x, "xla", marks=() if x in QUICK_FACTORS else pytest.mark.slow) for x in FACTORS_OF_8),
+    *(
+        pytest.param(x, "xla", marks=() if x in QUICK_FACTORS else pytest.mark.slow)
+        for x in FACTORS_OF_8
+    ),
     ((2, 2, 2), "splash"),
 ]
 
 
 @pytest.mark.parametrize(("axes", "attention"), SHARDED)
 def test_sharded_update_equals_single_device(axes, attention):
-    """Every factorisation of 8; the vocabulary of 61 does not divide and stays whole. The kernel is interpreted."""
+    """Every factorisation of 8; the vocabulary of 61 does not divide and stays whole. The kernel is
+    interpreted.
+    """
     expected, reported = unsplit()
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))
     laid_out = sharding.param_shardings(SPLIT_PARAMS, mesh)
@@ -290,17 +319,23 @@ def test_sharded_update_equals_single_device(axes, attention):
     assert report == pytest.approx(reported, rel=1e-3, abs=1e-5)
     adam = state.opt_state[0]
     for tree in (state.params, adam.mu, adam.nu):
-        jax.tree.map(lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)), tree, laid_out)
+        jax.tree.map(
+            lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)), tree, laid_out
+        )
 
 
 def test_a_split_vocabulary_is_not_gathered():
-    """Over `tensor` each device keeps the logits of its own part of the vocabulary, forward and backward; and of these
-    words the weight is sent around and its gradient added up once, not for every chunk."""
+    """Over `tensor` each device keeps the logits of its own part of the vocabulary, forward and
+    backward; and of these words the weight is sent around and its gradient added up once, not
+    for every chunk.
+    """
     config = dataclasses.replace(MODEL, vocab_size=80)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     params = decoder.abstract_params(config)
     placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, sharding.param_shardings(params, mesh)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        params,
+        sharding.param_shardings(params, mesh),
     )
     (batch,) = make_batches(BASE, EPISODES, ADVANTAGES)
     rows = sharding.rows_sharding(mesh)
@@ -321,7 +356,9 @@ def test_dropping_what_has_no_advantage_changes_rows_and_nothing_else(aggregatio
     advantages = np.array([0, 0, 0, 0, 1, -1, 0, 0.5], np.float32)
     # One optimizer step: a second one would start from weights that rounding has moved.
     (expected, full), (state, report) = (
-        update(dataclasses.replace(c, drop_no_advantage=drop), advantages=advantages, mini_batches=1)
+        update(
+            dataclasses.replace(c, drop_no_advantage=drop), advantages=advantages, mini_batches=1
+        )
         for drop in (False, True)
     )
     assert_same_update(expected, state, BASE)
@@ -341,9 +378,15 @@ def test_schedules_by_hand():
     """4 steps from 1/4 to 1; then 10 steps down to 0.2: the middle of both ways is 0.6."""
     assert rates() == [0.25, 0.625, 1.0, 1.0, 1.0, 1.0]
     down = dict(decay_steps=10, final_rate=0.2)
-    assert rates(schedule="linear", **down) == rates(schedule="cosine", **down) == [0.25, 0.625, 1.0, 0.6, 0.2, 0.2]
+    assert (
+        rates(schedule="linear", **down)
+        == rates(schedule="cosine", **down)
+        == [0.25, 0.625, 1.0, 0.6, 0.2, 0.2]
+    )
     quarter = [
-        float(learning_rate(dataclasses.replace(BASE, learning_rate=1.0, schedule=s, **down))(1 + 2.5))
+        float(
+            learning_rate(dataclasses.replace(BASE, learning_rate=1.0, schedule=s, **down))(1 + 2.5)
+        )
         for s in ("linear", "cosine")
     ]
     np.testing.assert_allclose(quarter, [0.8, 0.2 + 0.8 * (1 + np.cos(np.pi / 4)) / 2], rtol=1e-5)
@@ -357,7 +400,12 @@ def test_momentum_in_bfloat16_keeps_the_second_moment_in_float32():
     expected, _ = single_device()
     # A first step moves by the sign of the moment, which bfloat16 keeps, where it is no rounding.
     far = jax.tree.map(lambda mu: np.abs(mu) > 0.1 * FAR_ABOVE, expected.opt_state[0].mu)
-    jax.tree.map(lambda x, y, f: np.testing.assert_allclose(x[f], y[f], atol=1e-3), expected.params, state.params, far)
+    jax.tree.map(
+        lambda x, y, f: np.testing.assert_allclose(x[f], y[f], atol=1e-3),
+        expected.params,
+        state.params,
+        far,
+    )
 
 
 def test_offloaded_moments_and_reference_change_nothing_but_where_they_are():
@@ -367,7 +415,10 @@ def test_offloaded_moments_and_reference_change_nothing_but_where_they_are():
     jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
     assert report == reported
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state)}
-    assert kinds == {sharding.HOST} and jax.tree.leaves(state.params)[0].sharding.memory_kind != sharding.HOST
+    assert (
+        kinds == {sharding.HOST}
+        and jax.tree.leaves(state.params)[0].sharding.memory_kind != sharding.HOST
+    )
 
 
 def test_compiles_do_not_grow_with_content():
@@ -390,7 +441,9 @@ def test_mini_batches_take_one_optimizer_step_each():
 
 
 def test_mini_batches_share_the_old_policy():
-    """The one before the first optimizer step: at the second, ratios differ from 1, and narrow bounds clip them."""
+    """The one before the first optimizer step: at the second, ratios differ from 1, and narrow
+    bounds clip them.
+    """
     c = dataclasses.replace(BASE, old_logprobs="recompute", clip_low=1e-3, clip_high=1e-3)
     assert update(c, mini_batches=2)[1]["clip_fraction"] > 0
 
@@ -415,23 +468,32 @@ def test_old_logprobs_from_the_sampler_or_computed():
     _, report = update(BASE, episodes=exact, mini_batches=2)
     assert report["logprob_gap_max"] < 1e-5  # that of the first optimizer step
     off, report = update(recompute)
-    assert report["logprob_gap"] > 0.1 and report["clip_fraction"] == 0  # the ratio to the recomputed policy is 1
-    assert any((x != y).any() for x, y in zip(jax.tree.leaves(off.params), jax.tree.leaves(b.params), strict=True))
+    # the ratio to the recomputed policy is 1
+    assert report["logprob_gap"] > 0.1 and report["clip_fraction"] == 0
+    assert any(
+        (x != y).any()
+        for x, y in zip(jax.tree.leaves(off.params), jax.tree.leaves(b.params), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("most", "factor"), [(1.0, 0.1), (20.0, 1.0)])
 def test_gradients_are_clipped_by_their_global_norm(most, factor):
-    """A norm of 10; the first step's moments are 1 - b1 of the clipped gradient and 1 - b2 of its square, and the step
-    is the learning rate times its sign, and the weight decay."""
+    """A norm of 10; the first step's moments are 1 - b1 of the clipped gradient and 1 - b2 of its
+    square, and the step is the learning rate times its sign, and the weight decay.
+    """
     c = dataclasses.replace(BASE, max_grad_norm=most, weight_decay=0.5)
     count = sum(x.size for x in jax.tree.leaves(PARAMS))
     grads = jax.tree.map(lambda x: jnp.full_like(x, 10 / np.sqrt(count)), PARAMS)
     state, norm = jax.jit(_apply, static_argnums=0)(c, init_state(c, PARAMS), grads)
     np.testing.assert_allclose(norm, 10.0, rtol=1e-5)
     expected = jax.tree.map(lambda g: (1 - BASE.adam_b1) * factor * g, grads)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.opt_state[0].mu, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.opt_state[0].mu, expected
+    )
     expected = jax.tree.map(lambda g: (1 - BASE.adam_b2) * np.square(factor * g), grads)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.opt_state[0].nu, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.opt_state[0].nu, expected
+    )
     expected = jax.tree.map(lambda x: x - BASE.learning_rate * (1 + 0.5 * x), PARAMS)
     close(state.params, expected)
 
@@ -440,20 +502,28 @@ def test_what_a_step_replaces_is_given_back():
     one, state = make_learner(BASE)
     (batch,) = make_batches(BASE, EPISODES, ADVANTAGES)
     first = one._accumulate(None, state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT)
-    total = one._accumulate(first, state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT)
+    total = one._accumulate(
+        first, state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT
+    )
     one._apply(state, total[0])
     for replaced in (first[0], state.params, state.opt_state[0].mu, state.opt_state[0].nu):
         assert all(x.is_deleted() for x in jax.tree.leaves(replaced))
 
 
 def test_the_optimizer_step_needs_no_memory_of_its_own():
-    """Less than a tenth of the gradients, in temporaries: a clipped copy or second moments would be one of each."""
+    """Less than a tenth of the gradients, in temporaries: a clipped copy or second moments would be
+    one of each.
+    """
     c = dataclasses.replace(BASE, model=dataclasses.replace(MODEL, vocab_size=2048, mlp_dim=512))
     params = decoder.abstract_params(c.model)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(params, jax.eval_shape(optimizer(c).init, params), count, count)
-    compiled = jax.jit(functools.partial(_apply, c), donate_argnums=0).lower(state, params).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * sum(x.size for x in jax.tree.leaves(params))
+    compiled = (
+        jax.jit(functools.partial(_apply, c), donate_argnums=0).lower(state, params).compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * sum(
+        x.size for x in jax.tree.leaves(params)
+    )
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
@@ -467,9 +537,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
 
 
 def test_the_reference_model_holds_the_policy():
-    """With no reward at all the first step moves nothing (the policy is the reference); later ones are pulled back."""
+    """With no reward at all the first step moves nothing (the policy is the reference); later ones
+    are pulled back.
+    """
     _, report = update(BASE, advantages=np.zeros(8, np.float32))
-    assert report["kl"] == pytest.approx(0, abs=1e-6) and report["grad_norm"] == pytest.approx(0, abs=1e-5)
+    assert report["kl"] == pytest.approx(0, abs=1e-6) and report["grad_norm"] == pytest.approx(
+        0, abs=1e-5
+    )
 
 
 def test_rewarded_tokens_become_likelier():

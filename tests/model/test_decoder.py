@@ -1,4 +1,6 @@
-"""Model: causal, equal in all its forms, and the same logits as Hugging Face's code (tests/goldens, float32)."""
+"""Model: causal, equal in all its forms, and the same logits as Hugging Face's code (tests/goldens,
+float32).
+"""
 
 import json
 import shutil
@@ -45,7 +47,10 @@ SAME_MODELS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 10000.0}),
     ("llama3", {"rope_parameters": OTHER, "rope_scaling": LLAMA3}),
     ("llama3", {"rope_parameters": OTHER, "rope_scaling": LLAMA3, "rope_theta": 9.0}),
-    ("llama3", {"rope_parameters": OTHER, "rope_scaling": BARE | {LENGTH: 16}, "rope_theta": 100.0}),
+    (
+        "llama3",
+        {"rope_parameters": OTHER, "rope_scaling": BARE | {LENGTH: 16}, "rope_theta": 100.0},
+    ),
     ("llama3", {"rope_parameters": BARE, "rope_theta": 100.0, "max_position_embeddings": 16}),
     ("llama3", {"rope_parameters": LLAMA3 | {LENGTH: 99}, LENGTH: 16}),
 ]
@@ -64,7 +69,9 @@ def test_other_configs_of_the_same_model_equal_huggingface(tmp_path, name, chang
 
 @pytest.mark.parametrize("name", NAMES)
 def test_right_padding_and_packing_give_huggingfaces_logits(name):
-    """Row 0: the short prompt, then padding; row 1: the short one packed before the beginning of the long one."""
+    """Row 0: the short prompt, then padding; row 1: the short one packed before the beginning of
+    the long one.
+    """
     config, params, numbers = golden(name)
     short, long = numbers["short_tokens"], numbers["long_tokens"]
     n, m = len(short), len(long) - len(short)
@@ -77,7 +84,8 @@ def test_right_padding_and_packing_give_huggingfaces_logits(name):
     np.testing.assert_allclose(got_BTV[1, n:], numbers["long_logits"][:m], atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2_untied", "llama3_tied"])  # all features once: it compiles for long
+# all features once: it compiles for long
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_untied", "llama3_tied"])
 def test_cached_decoding_gives_huggingfaces_tokens(name):
     """Through the sampler, greedily: a prompt, then one token after the other."""
     config, params, numbers = golden(name)
@@ -98,14 +106,25 @@ def test_cached_decoding_gives_huggingfaces_tokens(name):
         dtype=jnp.float32,
     )
     stops, room = sampler.Stops(no_stop.table_SV, no_stop.stop_S), np.array([48], np.int32)
-    key, options = jax.random.key(0), dict(eos=(config.vocab_size,), depth=1, dtype=jnp.float32)  # eos never comes
-    _, chunk = sampler.decode_chunk(config, params, state, rows, room, stops, key, steps=len(expected), **options)
+    # eos never comes
+    key, options = jax.random.key(0), dict(eos=(config.vocab_size,), depth=1, dtype=jnp.float32)
+    _, chunk = sampler.decode_chunk(
+        config, params, state, rows, room, stops, key, steps=len(expected), **options
+    )
     np.testing.assert_array_equal(chunk.tokens_CB[:, 0], expected)
     np.testing.assert_allclose(chunk.logprobs_CB[:, 0], numbers["greedy_logprobs"], atol=2e-4)
 
 
 def random_model(**changes):
-    shape = dict(vocab_size=61, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+    shape = dict(
+        vocab_size=61,
+        num_layers=2,
+        embed_dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=48,
+    )
     config = decoder.ModelConfig(**(shape | changes))
     params = decoder.init_params(config, jax.random.key(0))
     return config, params, jax.random.randint(jax.random.key(1), (2, 12), 0, config.vocab_size)
@@ -139,15 +158,21 @@ def test_packed_segments_equal_rows_of_their_own():
     segments = jnp.array([[1] * 5 + [2] * 7] * 2)
     positions = jnp.array([[*range(5), *range(7)]])
     packed = full_logits(config, params, tokens_BT, segments, positions)
-    np.testing.assert_allclose(packed[:, :5], full_logits(config, params, tokens_BT[:, :5]), atol=1e-4)
-    np.testing.assert_allclose(packed[:, 5:], full_logits(config, params, tokens_BT[:, 5:]), atol=1e-4)
+    np.testing.assert_allclose(
+        packed[:, :5], full_logits(config, params, tokens_BT[:, :5]), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        packed[:, 5:], full_logits(config, params, tokens_BT[:, 5:]), atol=1e-4
+    )
 
 
 def test_right_padding_changes_nothing():
     config, params, tokens_BT = random_model(qk_norm=True)
     segments = jnp.array([[1] * 9 + [0] * 3] * 2)
     padded = full_logits(config, params, tokens_BT, segments)
-    np.testing.assert_allclose(padded[:, :9], full_logits(config, params, tokens_BT[:, :9]), atol=1e-4)
+    np.testing.assert_allclose(
+        padded[:, :9], full_logits(config, params, tokens_BT[:, :9]), atol=1e-4
+    )
     assert jnp.isfinite(padded).all()
 
 
@@ -160,14 +185,21 @@ def test_remat_changes_no_gradient_but_what_is_kept():
     expected, temporaries = slope("none")(params), {}
     for remat in decoder.REMAT:
         got, compiled = slope(remat)(params), slope(remat).lower(params).compile()
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), got, expected)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), got, expected
+        )
         temporaries[remat] = compiled.memory_analysis().temp_size_in_bytes
-    assert temporaries["full"] <= temporaries["attention"] < temporaries["dots"] < temporaries["none"], temporaries
+    assert (
+        temporaries["full"] <= temporaries["attention"] < temporaries["dots"] < temporaries["none"]
+    ), temporaries
 
 
 def test_gradient_of_a_kernel_comes_in_its_own_dtype():
     """Float32 master weights under bfloat16 compute: the product is not rounded on the way."""
-    kernel, x = jax.random.normal(jax.random.key(0), (3, 4, 5)), jax.random.normal(jax.random.key(1), (2, 6, 3, 4))
+    kernel, x = (
+        jax.random.normal(jax.random.key(0), (3, 4, 5)),
+        jax.random.normal(jax.random.key(1), (2, 6, 3, 4)),
+    )
     x = x.astype(jnp.bfloat16)
     got = jax.grad(lambda w: (linear.contract(2, x, w).astype(jnp.float32) ** 2).sum())(kernel)
     assert got.dtype == jnp.float32 and (got != got.astype(jnp.bfloat16)).any()
@@ -190,10 +222,18 @@ def test_unstacked_layers_give_the_same_hidden_states(copies, is_transposed):
     if is_transposed:
         unstacked = decoder.transpose_kernels(config, unstacked)
     hidden, _ = decoder.forward_cached(
-        config, unstacked, tokens_BT, positions, attend, (None,) * config.num_layers, dtype=jnp.float32
+        config,
+        unstacked,
+        tokens_BT,
+        positions,
+        attend,
+        (None,) * config.num_layers,
+        dtype=jnp.float32,
     )
     expected = full_logits(config, params, tokens_BT)
-    np.testing.assert_allclose(jax.vmap(decoder.logits, in_axes=(None, 0))(unstacked, hidden), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.vmap(decoder.logits, in_axes=(None, 0))(unstacked, hidden), expected, atol=1e-4
+    )
 
 
 def test_tied_and_untied_heads():
@@ -206,4 +246,6 @@ def test_tied_and_untied_heads():
 def test_abstract_params_are_the_params():
     config, params, _ = random_model(qkv_bias=True, qk_norm=True)
     like = decoder.abstract_params(config)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), like) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), like) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), params
+    )

@@ -1,4 +1,6 @@
-"""config.json: each key, in both of its versions, means what it means to transformers, or is refused."""
+"""config.json: each key, in both of its versions, means what it means to transformers, or is
+refused.
+"""
 
 import itertools
 import json
@@ -26,7 +28,9 @@ LLAMA3 = dict(
     **dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=2.0),
     original_max_position_embeddings=16,
 )
-WITHOUT_LENGTH = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+WITHOUT_LENGTH = {
+    key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"
+}
 ABSENT = object()
 
 
@@ -47,28 +51,61 @@ def reference(kind: str, **values: Any) -> Any:
 
 def test_config_of_transformers_5():
     assert hf_load.read_config(GOLDENS / "llama3") == ModelConfig(
-        **dict(vocab_size=128, num_layers=3, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=96),
+        **dict(
+            vocab_size=128,
+            num_layers=3,
+            embed_dim=64,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            mlp_dim=96,
+        ),
         **dict(rope_theta=100.0, rope_scaling=RopeScaling(8.0, 1.0, 2.0, 16), norm_eps=1e-6),
     )
     qwen2, qwen3 = (hf_load.read_config(GOLDENS / name) for name in ("qwen2", "qwen3"))
-    assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.tie_embeddings, qwen2.head_dim) == (True, False, True, 16)
-    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.tie_embeddings, qwen3.head_dim) == (False, True, False, 20)
+    assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.tie_embeddings, qwen2.head_dim) == (
+        True,
+        False,
+        True,
+        16,
+    )
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.tie_embeddings, qwen3.head_dim) == (
+        False,
+        True,
+        False,
+        20,
+    )
 
 
 @pytest.mark.parametrize("kind", ["rope_type", "type"])
 def test_config_of_transformers_4(folder, kind):
-    edit_config(folder, rope_parameters=..., rope_theta=1e6, rope_scaling=None, tie_word_embeddings=...)
+    edit_config(
+        folder, rope_parameters=..., rope_theta=1e6, rope_scaling=None, tie_word_embeddings=...
+    )
     config = hf_load.read_config(folder)
     assert (config.rope_theta, config.rope_scaling, config.tie_embeddings) == (1e6, None, False)
-    factors = dict(factor=8, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    factors = dict(
+        factor=8, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
     edit_config(folder, rope_scaling={kind: "llama3", **factors})
     assert hf_load.read_config(folder).rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
 
 
-PARAMETERS = [ABSENT, None, {}, {"rope_type": "default"}, {"rope_theta": 7.0}, {**LLAMA3, "rope_theta": 7.0}]
+PARAMETERS = [
+    ABSENT,
+    None,
+    {},
+    {"rope_type": "default"},
+    {"rope_theta": 7.0},
+    {**LLAMA3, "rope_theta": 7.0},
+]
 SCALINGS = [
     *(ABSENT, None, {}, {"type": "default"}, {"rope_type": "default", "rope_theta": 3.0}),
-    *(LLAMA3, {**WITHOUT_LENGTH, "rope_theta": 3.0}, {**LLAMA3, "rope_type": "default", "type": "llama3"}),
+    *(
+        LLAMA3,
+        {**WITHOUT_LENGTH, "rope_theta": 3.0},
+        {**LLAMA3, "rope_type": "default", "type": "llama3"},
+    ),
     *({"type": "yarn", "factor": 4.0}, {"rope_type": "linear", "factor": 2.0}),
 ]
 
@@ -77,7 +114,9 @@ SCALINGS = [
 def test_rotary_positions_are_those_of_transformers(tmp_path, kind):
     """All combinations of where transformers 4 and 5 write theta and the scaling."""
     read_ones = 0
-    for parameters, scaling, theta, length in itertools.product(PARAMETERS, SCALINGS, (ABSENT, 5.0), (ABSENT, 24)):
+    for parameters, scaling, theta, length in itertools.product(
+        PARAMETERS, SCALINGS, (ABSENT, 5.0), (ABSENT, 24)
+    ):
         values = dict(rope_parameters=parameters, rope_scaling=scaling, rope_theta=theta)
         values["original_max_position_embeddings"] = length
         expected = reference(kind, **values).rope_parameters
@@ -144,7 +183,9 @@ def test_keys_that_change_nothing(tmp_path):
 def test_the_largest_numbers_are_those_of_larger_models_than_there_are(tmp_path):
     """Llama-3.1-405B, with Qwen's vocabulary and twice the layers."""
     large = dict(
-        **dict(vocab_size=151936, hidden_size=16384, intermediate_size=53248, num_hidden_layers=252),
+        **dict(
+            vocab_size=151936, hidden_size=16384, intermediate_size=53248, num_hidden_layers=252
+        ),
         **dict(num_attention_heads=128, num_key_value_heads=8),
     )
     assert read(tmp_path, "llama", **large).head_dim == 128

@@ -1,4 +1,6 @@
-"""Folders: a model in a bucket or in the hub's local copy loads as from a disk; what is not to be had says so."""
+"""Folders: a model in a bucket or in the hub's local copy loads as from a disk; what is not to be
+had says so.
+"""
 
 import shutil
 import sys
@@ -31,29 +33,40 @@ def bucket():
 def test_a_bucket_gives_what_the_disk_gives(name, bucket, tmp_path):
     """In several files, whole and cut along the columns of the files."""
     config, whole = hf_load.read_config(GOLDENS / name), load(GOLDENS / name)
-    hf_save.save(whole, config, tmp_path / "saved", GOLDENS / name, "float32", max_shard_bytes=50_000)
+    hf_save.save(
+        whole, config, tmp_path / "saved", GOLDENS / name, "float32", max_shard_bytes=50_000
+    )
     bucket.put(str(tmp_path / "saved"), f"/saved_{name}", recursive=True)
     url = f"memory://saved_{name}"
     assert hf_load.read_config(url) == config
     assert hf_load.read_generation_config(url) == hf_load.read_generation_config(GOLDENS / name)
     assert_same(load(url), whole)
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
-    shardings = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "x")), whole)
+    shardings = jax.tree.map(
+        lambda x: NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "x")), whole
+    )
     assert_same(hf_load.load(url, config, shardings, jnp.float32), whole)
 
 
 def test_bad_buckets(bucket):
     bucket.put(str(GOLDENS / "qwen2"), "/models/qwen2", recursive=True)
     bucket.rm("/models/qwen2/model.safetensors")
-    with pytest.raises(InputError, match="memory://models/qwen2 has no model weights; expected model.safetensors or"):
+    with pytest.raises(
+        InputError,
+        match="memory://models/qwen2 has no model weights; expected model.safetensors or",
+    ):
         load("memory://models/qwen2")
-    with pytest.raises(InputError, match="memory://models/qwen2/tokenizer_config.json does not exist"):
+    with pytest.raises(
+        InputError, match="memory://models/qwen2/tokenizer_config.json does not exist"
+    ):
         hf_load.load_tokenizer("memory://models/qwen2")
     with pytest.raises(InputError, match="model folder memory://nowhere does not exist"):
         hf_load.read_config("memory://nowhere")
     with pytest.raises(InputError, match="model folder gs://b/model cannot be reached: .*gcsfs"):
         hf_load.read_config("gs://b/model")
-    with pytest.raises(InputError, match="model folder zz://b/model cannot be reached: Protocol not known: zz"):
+    with pytest.raises(
+        InputError, match="model folder zz://b/model cannot be reached: Protocol not known: zz"
+    ):
         hf_load.read_config("zz://b/model")
 
 
@@ -66,9 +79,13 @@ def test_a_store_that_wants_credentials(bucket, monkeypatch):
     def refuse(*_, **__):
         raise BotoCoreError("Unable to locate credentials.\nRead the manual.")
 
-    monkeypatch.setitem(sys.modules, "botocore.exceptions", types.SimpleNamespace(BotoCoreError=BotoCoreError))
+    monkeypatch.setitem(
+        sys.modules, "botocore.exceptions", types.SimpleNamespace(BotoCoreError=BotoCoreError)
+    )
     monkeypatch.setattr(type(bucket), "ls", refuse)
-    with pytest.raises(InputError, match=r"model folder memory://a/b cannot be read: Unable to locate credentials$"):
+    with pytest.raises(
+        InputError, match=r"model folder memory://a/b cannot be read: Unable to locate credentials$"
+    ):
         hf_load.read_config("memory://a/b")
 
 
@@ -77,7 +94,8 @@ def test_hub_names(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        InputError, match="model Org/Tiny-1.0 is neither a local folder nor to be had from the Hugging"
+        InputError,
+        match="model Org/Tiny-1.0 is neither a local folder nor to be had from the Hugging",
     ) as e:
         hf_load.read_config("Org/Tiny-1.0")
     assert "\n" not in str(e.value)

@@ -37,9 +37,13 @@ def test_generation_config(folder):
 
 def test_missing_folder_and_missing_config(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(InputError, match="config.json does not exist; expected a Hugging Face folder"):
+    with pytest.raises(
+        InputError, match="config.json does not exist; expected a Hugging Face folder"
+    ):
         hf_load.read_config(folder)
-    with pytest.raises(InputError, match="model folder nowhere does not exist; expected a local folder, a URL"):
+    with pytest.raises(
+        InputError, match="model folder nowhere does not exist; expected a local folder, a URL"
+    ):
         hf_load.read_config("nowhere")
 
 
@@ -59,7 +63,11 @@ def test_the_digest_tells_weights_apart(folder):
         return hf_load.check_tensors(folder, hf_load.read_config(folder))
 
     as_it_was, tensors = digest(), safetensors.numpy.load_file(folder / "model.safetensors")
-    assert digest() == as_it_was == hf_load.check_tensors(GOLDENS / "qwen2", hf_load.read_config(folder))
+    assert (
+        digest()
+        == as_it_was
+        == hf_load.check_tensors(GOLDENS / "qwen2", hf_load.read_config(folder))
+    )
     for name in tensors:
         edit_tensors(folder, **{name: np.nextafter(tensors[name], np.inf)})
         assert digest() != as_it_was, name
@@ -69,12 +77,17 @@ def test_the_digest_tells_weights_apart(folder):
 
 def test_tensor_of_another_shape(folder):
     edit_tensors(folder, **{NORM: np.ones(65, np.float32)})
-    bad_weights(folder, f'model.safetensors: tensor "{NORM}" has shape (65,); config.json asks for (64,)')
+    bad_weights(
+        folder, f'model.safetensors: tensor "{NORM}" has shape (65,); config.json asks for (64,)'
+    )
 
 
 def test_more_embedding_rows_than_the_config_says(folder):
     edit_config(folder, vocab_size=120)
-    bad_weights(folder, 'tensor "model.embed_tokens.weight" has shape (128, 64); config.json asks for (120, 64)')
+    bad_weights(
+        folder,
+        'tensor "model.embed_tokens.weight" has shape (128, 64); config.json asks for (120, 64)',
+    )
 
 
 def test_truncated_file(folder):
@@ -92,7 +105,10 @@ def test_known_extra_tensors_are_passed_over(folder):
     """Rotary tables of old Llama files, and the embedding again as the head of a tied model."""
     expected = load(folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    rotary = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones([8] * n, np.float32) for n in (0, 1)}
+    rotary = {
+        f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones([8] * n, np.float32)
+        for n in (0, 1)
+    }
     edit_tensors(folder, **{HEAD: tensors[EMBEDDING]}, **rotary)
     config = hf_load.read_config(folder)
     assert config.tie_embeddings
@@ -137,7 +153,9 @@ def test_weights_that_are_not_finite(folder, value, dtype, loaded):
     load(folder, loaded)
     x[63] = value
     edit_tensors(folder, **{NORM: x})
-    with pytest.raises(InputError, match=f'model.safetensors: tensor "{NORM}" has values that are not finite'):
+    with pytest.raises(
+        InputError, match=f'model.safetensors: tensor "{NORM}" has values that are not finite'
+    ):
         load(folder, loaded)
 
 
@@ -145,21 +163,29 @@ def test_weights_that_are_not_finite(folder, value, dtype, loaded):
 def test_half_precision_is_read(folder, dtype):
     x = np.linspace(-2, 2, 64).astype(dtype)
     edit_tensors(folder, **{NORM: x})
-    np.testing.assert_array_equal(load(folder)["layers"]["attention_norm"]["scale"][1], x.astype(np.float32))
+    np.testing.assert_array_equal(
+        load(folder)["layers"]["attention_norm"]["scale"][1], x.astype(np.float32)
+    )
 
 
 def test_no_weights_at_all(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    bad_weights(folder, "has no model weights; expected model.safetensors or model.safetensors.index.json")
+    bad_weights(
+        folder, "has no model weights; expected model.safetensors or model.safetensors.index.json"
+    )
 
 
 def test_bad_indices(folder):
-    """A tensor that the index forgets, one that its file does not have, no index at all, a missing file."""
+    """A tensor that the index forgets, one that its file does not have, no index at all, a missing
+    file.
+    """
     parts = folder / "model.safetensors.index.json"
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     files = {name: f"part{'embed' in name}.safetensors" for name in tensors}
     for file in set(files.values()):
-        safetensors.numpy.save_file({n: x for n, x in tensors.items() if files[n] == file}, folder / file)
+        safetensors.numpy.save_file(
+            {n: x for n, x in tensors.items() if files[n] == file}, folder / file
+        )
     parts.write_text(json.dumps({"weight_map": files}))
     expected = load(folder)
     (folder / "model.safetensors").unlink()
@@ -168,25 +194,39 @@ def test_bad_indices(folder):
     parts.write_text(json.dumps({"weight_map": {n: f for n, f in files.items() if n != NORM}}))
     bad_weights(folder, f'model.safetensors.index.json: tensor "{NORM}" is missing')
     parts.write_text(json.dumps({"weight_map": files | {NORM: "partTrue.safetensors"}}))
-    bad_weights(folder, f'partTrue.safetensors: tensor "{NORM}" is missing, though model.safetensors.index.json says')
+    bad_weights(
+        folder,
+        f'partTrue.safetensors: tensor "{NORM}" is missing, though model.safetensors.index.json says',
+    )
     for damaged in ({}, {"weight_map": {NORM: 1}}):
         parts.write_text(json.dumps(damaged))
-        bad_weights(folder, 'model.safetensors.index.json: key "weight_map" is missing or does not give a file name')
+        bad_weights(
+            folder,
+            'model.safetensors.index.json: key "weight_map" is missing or does not give a file name',
+        )
     parts.write_text(json.dumps({"weight_map": files}))
     (folder / "partFalse.safetensors").unlink()
     bad_weights(folder, "partFalse.safetensors does not exist; it should hold model weights")
 
 
 def test_tokenizer_that_does_not_fit_the_model(folder):
-    """transformers would give an unknown eos token a new id; a row that the model lacks would be read as its last."""
+    """transformers would give an unknown eos token a new id; a row that the model lacks would be
+    read as its last.
+    """
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b").save_pretrained(folder)
     assert hf_load.load_tokenizer(folder).eos_token_id == 1
     edit_config(folder, vocab_size=1)
-    with pytest.raises(InputError, match='tokenizer.json: token "b" has id 1; the model has 1 rows'):
+    with pytest.raises(
+        InputError, match='tokenizer.json: token "b" has id 1; the model has 1 rows'
+    ):
         hf_load.load_tokenizer(folder)
     edit_config(folder, vocab_size=128)
-    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "<|im_end|>"}
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {
+        "eos_token": "<|im_end|>"
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r'tokenizer.json lacks the token "<\|im_end\|>", its eos_token'):
+    with pytest.raises(
+        InputError, match=r'tokenizer.json lacks the token "<\|im_end\|>", its eos_token'
+    ):
         hf_load.load_tokenizer(folder)

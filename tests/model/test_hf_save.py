@@ -1,4 +1,6 @@
-"""Export: what is written is what Hugging Face's own library sees, to the bit, by one process or by several."""
+"""Export: what is written is what Hugging Face's own library sees, to the bit, by one process or by
+several.
+"""
 
 import json
 import os
@@ -37,7 +39,11 @@ def test_load_save_load_is_exact_in_bfloat16(name, tmp_path):
 def test_saved_file_is_the_one_that_was_loaded(name, tmp_path):
     """Names, shapes and values, read by Hugging Face's own library."""
     hf_save.save(
-        load(GOLDENS / name), hf_load.read_config(GOLDENS / name), tmp_path / "saved", GOLDENS / name, "float32"
+        load(GOLDENS / name),
+        hf_load.read_config(GOLDENS / name),
+        tmp_path / "saved",
+        GOLDENS / name,
+        "float32",
     )
     original = safetensors.numpy.load_file(GOLDENS / name / "model.safetensors")
     written = safetensors.numpy.load_file(tmp_path / "saved/model.safetensors")
@@ -53,12 +59,15 @@ def test_saved_file_is_the_one_that_was_loaded(name, tmp_path):
 def test_many_files_with_an_index(tmp_path):
     config, params = hf_load.read_config(GOLDENS / "qwen3"), load(GOLDENS / "qwen3")
     limit = 40_000
-    hf_save.save(params, config, tmp_path / "saved", GOLDENS / "qwen3", "float32", max_shard_bytes=limit)
+    hf_save.save(
+        params, config, tmp_path / "saved", GOLDENS / "qwen3", "float32", max_shard_bytes=limit
+    )
     files = sorted((tmp_path / "saved").glob("model-*.safetensors"))
     assert len(files) > 5 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     sizes = [sum(x.nbytes for x in safetensors.numpy.load_file(file).values()) for file in files]
     assert max(sizes) <= limit
-    assert all(size + following > limit for size, following in zip(sizes, sizes[1:], strict=False))  # well filled
+    # well filled
+    assert all(size + following > limit for size, following in zip(sizes, sizes[1:], strict=False))
     index = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes)
     names = {file.name: set(safetensors.numpy.load_file(file)) for file in files}
@@ -68,9 +77,17 @@ def test_many_files_with_an_index(tmp_path):
 
 
 def test_shards_hold_the_same_values(tmp_path):
-    """Every axis of every parameter is cut in turn, layers and heads' insides too, over 8 devices; then saved again."""
+    """Every axis of every parameter is cut in turn, layers and heads' insides too, over 8 devices;
+    then saved again.
+    """
     source = Path(shutil.copytree(GOLDENS / "qwen2", tmp_path / "source"))
-    edit_config(source, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False)
+    edit_config(
+        source,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    )
     config = hf_load.read_config(source)
     whole = init_params(config, jax.random.key(0))
     hf_save.save(whole, config, tmp_path / "saved", source, "float32")
@@ -97,7 +114,9 @@ def test_shards_hold_the_same_values(tmp_path):
 
 
 def test_a_head_of_its_own_is_kept(tmp_path):
-    """The source's config.json ties the head, its weights do not: nobody who reads the export may tie it again."""
+    """The source's config.json ties the head, its weights do not: nobody who reads the export may
+    tie it again.
+    """
     source = Path(shutil.copytree(GOLDENS / "qwen2_untied", tmp_path / "source"))
     edit_config(source, tie_word_embeddings=True)
     config, params = hf_load.read_config(source), load(source)
@@ -127,7 +146,8 @@ def test_folder_has_config_and_tokenizer(folder, tmp_path):
     values = json.loads((saved / "config.json").read_text())
     assert values.pop("dtype") == "bfloat16" and "torch_dtype" not in values
     assert values | {"dtype": "float32"} == json.loads((folder / "config.json").read_text())
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["saved"]  # nothing unfinished is left
+    # nothing unfinished is left
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["saved"]
 
 
 def test_dtype_is_written_under_the_key_that_the_source_has(folder, tmp_path):
@@ -158,7 +178,11 @@ def test_a_foreign_folder_is_not_replaced(folder, tmp_path):
     (tmp_path / "saved3.unfinished").mkdir()
     (tmp_path / "saved3.unfinished" / "notes.txt").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for name, said in (("saved", "notes.txt"), ("saved2", "config.json"), ("saved3", "saved3.unfinished: expected no")):
+    for name, said in (
+        ("saved", "notes.txt"),
+        ("saved2", "config.json"),
+        ("saved3", "saved3.unfinished: expected no"),
+    ):
         with pytest.raises(InputError, match=said):
             hf_save.save(params, config, tmp_path / name, folder)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -174,7 +198,9 @@ def test_an_export_whose_manifest_is_damaged_is_not_replaced(folder, tmp_path, m
 
 def test_source_of_another_shape(folder, tmp_path):
     with pytest.raises(InputError, match="config.json describes another model"):
-        hf_save.save(load(folder), hf_load.read_config(folder), tmp_path / "saved", GOLDENS / "qwen3")
+        hf_save.save(
+            load(folder), hf_load.read_config(folder), tmp_path / "saved", GOLDENS / "qwen3"
+        )
 
 
 # --- several processes ---
@@ -218,7 +244,9 @@ hf_save.save(params, config, out, source, max_shard_bytes=60_000)
 
 
 def test_two_processes_read_their_own_bytes_and_write_their_own_files(folder, tmp_path):
-    """Two processes of four devices each, on the meshes of a run; each one's files have permissions of their own."""
+    """Two processes of four devices each, on the meshes of a run; each one's files have permissions
+    of their own.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -241,5 +269,10 @@ def test_two_processes_read_their_own_bytes_and_write_their_own_files(folder, tm
     assert {file.name for file in files} == set(
         json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].values()
     )
-    written = [sum(f.stat().st_size for f in files if f.stat().st_mode & 0o777 == 0o666 & ~int(m, 8)) for m in masks]
-    assert min(written) > 0.3 * sum(written) and sum(written) == sum(file.stat().st_size for file in files)
+    written = [
+        sum(f.stat().st_size for f in files if f.stat().st_mode & 0o777 == 0o666 & ~int(m, 8))
+        for m in masks
+    ]
+    assert min(written) > 0.3 * sum(written) and sum(written) == sum(
+        file.stat().st_size for file in files
+    )

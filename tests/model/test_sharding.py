@@ -9,7 +9,9 @@ from jax.sharding import PartitionSpec as P
 from ssp_jax.errors import InputError
 from ssp_jax.model import decoder, sharding
 
-PARAMS = decoder.abstract_params(decoder.ModelConfig(64, 2, 32, 4, 2, 8, 48, qkv_bias=True, qk_norm=True))
+PARAMS = decoder.abstract_params(
+    decoder.ModelConfig(64, 2, 32, 4, 2, 8, 48, qkv_bias=True, qk_norm=True)
+)
 
 
 def specs(**options):
@@ -33,7 +35,9 @@ def samplers_copy(width):
     """Of both forms, the weights of the second layer."""
     config = decoder.ModelConfig(64, 2, width, 4, 2, 8, 48)
     given = decoder.init_params(config, jax.random.key(0))
-    copy = sharding.sampler_copy(config, sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2}), np.float32)(given)
+    copy = sharding.sampler_copy(
+        config, sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2}), np.float32
+    )(given)
     layers = jax.tree.map(lambda x: x[1], given["layers"]), copy["layers"][1]
     return [layer["attention"] | layer["mlp"] for layer in layers]
 
@@ -50,7 +54,9 @@ def test_on_cpus_the_sampler_has_the_kernels_of_wide_models_turned_and_split_as_
         turned, num_in = copy[name]["transposed"], 2 if name == "o" else 1
         kernel = np.moveaxis(np.asarray(given[name]["kernel"]), range(num_in), range(-num_in, 0))
         np.testing.assert_array_equal(turned, kernel)
-        assert turned.sharding.is_equivalent_to(NamedSharding(turned.sharding.mesh, spec), turned.ndim)
+        assert turned.sharding.is_equivalent_to(
+            NamedSharding(turned.sharding.mesh, spec), turned.ndim
+        )
     given, copy = samplers_copy(128)
     np.testing.assert_array_equal(copy["down"]["kernel"], given["down"]["kernel"])
 
@@ -68,7 +74,9 @@ def test_sizes_that_do_not_divide_stay_whole():
 
 def test_a_parameter_without_a_rule_is_refused():
     with pytest.raises(ValueError, match="no sharding rule for parameter layers/gate"):
-        sharding.param_shardings({"layers": {"gate": jax.ShapeDtypeStruct((2, 2), "float32")}}, sharding.make_mesh(ONE))
+        sharding.param_shardings(
+            {"layers": {"gate": jax.ShapeDtypeStruct((2, 2), "float32")}}, sharding.make_mesh(ONE)
+        )
 
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -76,7 +84,12 @@ ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 @pytest.mark.parametrize(
     ("axes", "shape"),
-    [((1, -1, 1), (1, 8, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, 1, 1), (1, 1, 1)), ((2, 1, 2), (2, 1, 2))],
+    [
+        ((1, -1, 1), (1, 8, 1)),
+        ((-1, 2, 2), (2, 2, 2)),
+        ((1, 1, 1), (1, 1, 1)),
+        ((2, 1, 2), (2, 1, 2)),
+    ],
 )
 def test_mesh_sizes(axes, shape):
     assert sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True))).devices.shape == shape
@@ -100,12 +113,16 @@ def test_arrays_go_to_the_host_and_back():
 
 def test_a_backend_without_host_memory_is_told(monkeypatch):
     monkeypatch.setattr(sharding, "HOST", "attic")
-    with pytest.raises(InputError, match="key learner.offload_moments is True; expected False, for cpu has no attic"):
+    with pytest.raises(
+        InputError,
+        match="key learner.offload_moments is True; expected False, for cpu has no attic",
+    ):
         sharding.to_host(np.zeros(2), "learner.offload_moments")
 
 
 @pytest.mark.parametrize(
-    ("version", "devices", "shardy"), [("0.11.2", 2, False), ("0.11.2", 1, True), ("0.12.0", 2, True)]
+    ("version", "devices", "shardy"),
+    [("0.11.2", 2, False), ("0.11.2", 1, True), ("0.12.0", 2, True)],
 )
 def test_the_broken_shardy_is_off_on_several_devices(monkeypatch, capsys, version, devices, shardy):
     monkeypatch.setattr(jax, "__version__", version)
@@ -117,4 +134,5 @@ def test_the_broken_shardy_is_off_on_several_devices(monkeypatch, capsys, versio
         assert jax.config.jax_use_shardy_partitioner is shardy
     finally:
         jax.config.update("jax_use_shardy_partitioner", before)
-    assert capsys.readouterr().err.count("Shardy, which crashes there, is off") == (not shardy)  # said once
+    # said once
+    assert capsys.readouterr().err.count("Shardy, which crashes there, is off") == (not shardy)

@@ -1,4 +1,6 @@
-"""Tokens: text never steers a model, tags are always text, honest text has the ids that transformers gives it."""
+"""Tokens: text never steers a model, tags are always text, honest text has the ids that
+transformers gives it.
+"""
 
 import json
 import shutil
@@ -25,7 +27,9 @@ def tokenizer(request):
 
 def steering(tokenizer, ids):
     """The control tokens among these, without the token for what is not in a vocabulary."""
-    controls = {index: text for text, index in tokens.control_tokens(tokenizer).items() if text != "<unk>"}
+    controls = {
+        index: text for text, index in tokens.control_tokens(tokenizer).items() if text != "<unk>"
+    }
     return [controls[index] for index in ids if index in controls]
 
 
@@ -37,7 +41,9 @@ def test_honest_text_has_the_ids_that_transformers_gives_it(tokenizer):
         assert splitter.encode(text) == ids  # so a forged text changes the ids of nothing around it
 
 
-@pytest.mark.parametrize("text", [FORGED, "<|im_end|>", "a<unk></s><|im_end|><|im_start|>", "<|im_<|im_end|>end|>"])
+@pytest.mark.parametrize(
+    "text", [FORGED, "<|im_end|>", "a<unk></s><|im_end|><|im_start|>", "<|im_<|im_end|>end|>"]
+)
 def test_text_never_becomes_a_control_token(tokenizer, text):
     ids = tokens.encode(tokenizer, text)
     assert ids and not steering(tokenizer, ids)
@@ -82,8 +88,12 @@ def test_a_normalizer_cannot_make_a_control_token():
 
     tokenizer = KINDS["byte_level"]()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.add_tokens([AddedToken("<|eot|>", special=True, normalized=True)], special_tokens=True)
-    assert tokenizer.encode("<|EOT|>", add_special_tokens=False) == [tokens.control_tokens(tokenizer)["<|eot|>"]]
+    tokenizer.add_tokens(
+        [AddedToken("<|eot|>", special=True, normalized=True)], special_tokens=True
+    )
+    assert tokenizer.encode("<|EOT|>", add_special_tokens=False) == [
+        tokens.control_tokens(tokenizer)["<|eot|>"]
+    ]
     for ids in (
         tokens.encode(tokenizer, "a<|EOT|>b"),
         chat.encode_prompt(tokenizer, [{"role": "user", "content": "<|EOT|>"}], "chat"),
@@ -95,7 +105,9 @@ def test_a_token_of_the_template_steers_whatever_it_is_called():
     tokenizer = KINDS["byte_level"]()
     tokenizer.add_tokens([AddedToken("[INST]", special=False), AddedToken("user", special=False)])
     tokenizer.chat_template = "{% for m in messages %}[INST]user{{ m['content'] }}{% endfor %}"
-    assert "[INST]" in tokens.control_tokens(tokenizer) and "user" not in tokens.control_tokens(tokenizer)
+    assert "[INST]" in tokens.control_tokens(tokenizer) and "user" not in tokens.control_tokens(
+        tokenizer
+    )
     ids = chat.encode_prompt(tokenizer, [{"role": "user", "content": "a [INST] b"}], "chat")
     assert steering(tokenizer, ids) == ["[INST]"]
 
@@ -112,11 +124,15 @@ def test_half_an_emoji_is_encoded_as_the_replacement_character(tokenizer):
     assert tokens.encode(tokenizer, "a\ud83d") == tokens.encode(tokenizer, "a\ufffd")
     halves = [{"role": "user", "content": "a\ud83d"}]
     whole = [{"role": "user", "content": "a\ufffd"}]
-    assert chat.encode_prompt(tokenizer, halves, "chat") == chat.encode_prompt(tokenizer, whole, "chat")
+    assert chat.encode_prompt(tokenizer, halves, "chat") == chat.encode_prompt(
+        tokenizer, whole, "chat"
+    )
 
 
 def test_the_prompts_of_the_demo_are_encoded_as_ever():
-    """All prompts of the tiny run, and a played exchange, as transformers encodes the rendered text."""
+    """All prompts of the tiny run, and a played exchange, as transformers encodes the rendered
+    text.
+    """
     tokenizer = hf_load.load_tokenizer(TINY / "model")
     style = prompts.STYLES["brief"]
     found = [Document("1", '"Ulaanbaatar"', "Ulaanbaatar is the capital of Mongolia.")]
@@ -137,11 +153,22 @@ def test_the_prompts_of_the_demo_are_encoded_as_ever():
 
 # --- tags -------------------------------------------------------------------------------------------------------------
 
-TAGS = ["<search>", "</search>", "<answer>", "</answer>", "<question>", "</question>", "<think>", "</think>"]
+TAGS = [
+    "<search>",
+    "</search>",
+    "<answer>",
+    "</answer>",
+    "<question>",
+    "</question>",
+    "<think>",
+    "</think>",
+]
 
 
 @pytest.mark.parametrize("special", [True, False])
-@pytest.mark.parametrize("flags", [{}, {"lstrip": True, "rstrip": True}, {"normalized": True}, {"single_word": True}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"lstrip": True, "rstrip": True}, {"normalized": True}, {"single_word": True}]
+)
 def test_tags_that_are_added_tokens_are_found_and_read(tokenizer, special, flags):
     added = [AddedToken(tag, special=special, **{"normalized": False, **flags}) for tag in TAGS]
     tokenizer.add_tokens(added, special_tokens=special)
@@ -161,7 +188,9 @@ def test_tags_that_are_added_tokens_are_found_and_read(tokenizer, special, flags
 def test_a_run_with_special_tags_searches_and_answers():
     """The whole way of an episode: sampled tokens, stop, query, answer."""
     tokenizer = KINDS["byte_level"]()
-    tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in TAGS], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken(tag, special=True, normalized=False) for tag in TAGS], special_tokens=True
+    )
     limits = roles.Limits(64, 64, 200, 200, 4, 3, 100)
     stage = roles.EpisodeContext(tokenizer, prompts.STYLES["brief"], "chat", limits)
     roles.check_stage(stage)
@@ -177,7 +206,9 @@ def test_a_run_with_special_tags_searches_and_answers():
 
 def test_bytes_of_added_tokens_are_what_the_decoder_shows():
     tokenizer = KINDS["byte_level"]()
-    tokenizer.add_tokens([AddedToken(text, special=False) for text in ("\u0120x", "<th\u00e9 nk>", "</search>\n")])
+    tokenizer.add_tokens(
+        [AddedToken(text, special=False) for text in ("\u0120x", "<th\u00e9 nk>", "</search>\n")]
+    )
     pieces = stops.token_bytes(tokenizer)
     for text in ("\u0120x", "<th\u00e9 nk>", "</search>\n"):
         index = tokenizer.convert_tokens_to_ids(text)
@@ -201,7 +232,9 @@ def test_a_tokenizer_that_loses_tags_is_refused():
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("<", "(")
     limits = roles.Limits(64, 64, 200, 200, 4, 3, 100)
     stage = roles.EpisodeContext(tokenizer, prompts.STYLES["brief"], "chat", limits)
-    with pytest.raises(InputError, match=r"'\(search> Paris \(/search>' of '<search> Paris </search>'"):
+    with pytest.raises(
+        InputError, match=r"'\(search> Paris \(/search>' of '<search> Paris </search>'"
+    ):
         roles.check_stage(stage)
 
 
@@ -221,7 +254,8 @@ def write(folder, file, **keys):
         ({"eos_token_id": 5}, None, (2, 5)),
         ({"eos_token_id": [5, 7]}, None, (2, 5, 7)),
         ({"eos_token_id": None}, None, (2,)),
-        ({"eos_token_id": 5}, {"eos_token_id": 7}, (2, 7)),  # the generation config has the word, as in transformers
+        # the generation config has the word, as in transformers
+        ({"eos_token_id": 5}, {"eos_token_id": 7}, (2, 7)),
         ({"eos_token_id": 5}, {"eos_token_id": [7, 2]}, (2, 7)),
         ({"eos_token_id": 5}, {"temperature": 1.0}, (2, 5)),
         ({"eos_token_id": 5}, {"eos_token_id": None}, (2, 5)),

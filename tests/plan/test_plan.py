@@ -33,19 +33,25 @@ COUNTS = {
 
 
 def config(**values: Any) -> ConfigDict:
-    return plan.with_values(default.get_config(), {key.replace("__", "."): value for key, value in values.items()})
+    return plan.with_values(
+        default.get_config(), {key.replace("__", "."): value for key, value in values.items()}
+    )
 
 
 def target(model_config: decoder.ModelConfig, devices: int = 8, **values: Any) -> memory.Target:
     c = config(**values)
     return memory.Target(
-        c, model_config, AbstractMesh(tuple(sharding.mesh_sizes(c.mesh.to_dict(), devices)), sharding.AXES)
+        c,
+        model_config,
+        AbstractMesh(tuple(sharding.mesh_sizes(c.mesh.to_dict(), devices)), sharding.AXES),
     )
 
 
 @pytest.mark.parametrize(("name", "count"), COUNTS.items())
 def test_published_shapes_have_the_published_number_of_parameters(name: str, count: int) -> None:
-    shapes = jax.tree.leaves(decoder.abstract_params(presets.architecture(f"someone/{name}-Instruct")))
+    shapes = jax.tree.leaves(
+        decoder.abstract_params(presets.architecture(f"someone/{name}-Instruct"))
+    )
     assert sum(math.prod(x.shape) for x in shapes) == count
 
 
@@ -59,7 +65,12 @@ def test_a_model_folder_is_read_and_an_unknown_name_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("text", "chips", "devices", "hosts"),
-    [("v5p:2x2x2", 8, 8, 2), ("v6e:4x4", 16, 16, 4), ("tpu7x:2x2x1", 4, 8, 1), ("gpu:h100x8", 8, 8, 1)],
+    [
+        ("v5p:2x2x2", 8, 8, 2),
+        ("v6e:4x4", 16, 16, 4),
+        ("tpu7x:2x2x1", 4, 8, 1),
+        ("gpu:h100x8", 8, 8, 1),
+    ],
 )
 def test_topologies(text: str, chips: int, devices: int, hosts: int) -> None:
     slice_ = hardware.parse_topology(text)
@@ -67,7 +78,9 @@ def test_topologies(text: str, chips: int, devices: int, hosts: int) -> None:
     assert slice_.device.hbm * slice_.devices == slice_.chip.hbm * slice_.chips
 
 
-@pytest.mark.parametrize("text", ["v9:2x2", "v5p:2x2", "v5p:2x2x0", "gpu:h100", "gpu:v5px8", "v5p", "gpu:h100x2x2"])
+@pytest.mark.parametrize(
+    "text", ["v9:2x2", "v5p:2x2", "v5p:2x2x0", "gpu:h100", "gpu:v5px8", "v5p", "gpu:h100x2x2"]
+)
 def test_a_wrong_topology_is_one_sentence(text: str) -> None:
     with pytest.raises(InputError, match=f"--topology={text}: expected"):
         hardware.parse_topology(text)
@@ -78,7 +91,8 @@ def test_what_is_kept_is_what_a_run_allocates() -> None:
     c = config(engine__cache_tokens=64, engine__slots=8, mesh__tensor=2, model__path="x")
     s = memory.Target(c, SMALL, assemble.make_mesh(c))
     zeros = jax.tree.map(
-        lambda x: jax.device_put(jax.numpy.zeros(x.shape, x.dtype), x.sharding), memory.train_state(s)
+        lambda x: jax.device_put(jax.numpy.zeros(x.shape, x.dtype), x.sharding),
+        memory.train_state(s),
     )
 
     def on_one_device(tree: Any) -> int:
@@ -87,12 +101,14 @@ def test_what_is_kept_is_what_a_run_allocates() -> None:
     kept = memory.persistent_bytes(s)
     assert kept["parameters"] == on_one_device(zeros.params) == kept["gradients"]
     assert kept["optimizer"] == on_one_device(zeros.opt_state) > 1.99 * kept["parameters"]
-    # Two key/value heads over tensor=2, eight slots over fsdp=4; bfloat16; the small int columns come on top.
+    # Two key/value heads over tensor=2, eight slots over fsdp=4; bfloat16; the small int columns
+    # come on top.
     cache = 2 * SMALL.num_layers * (8 // 4) * (2 // 2) * 64 * SMALL.head_dim * 2
     assert cache < kept["key/value cache"] < 1.01 * cache
     assert kept["reference"] == kept["parameters"] / 2
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.abstract_params(SMALL)))
-    assert total * 2 / 2 < kept["sampler copy"] < total * 2  # whole over fsdp, most of it split over tensor
+    # whole over fsdp, most of it split over tensor
+    assert total * 2 / 2 < kept["sampler copy"] < total * 2
     assert memory.persistent_bytes(target(SMALL, learner__kl_coef=0.0))["reference"] == 0
 
 
@@ -105,7 +121,8 @@ def test_the_7b_arithmetic_by_hand() -> None:
     load = roofline.workload(s.config, 3000, 1000)
     assert (load.played, load.trained) == (256 + 256 + 1280, 256 + 1280)
     work = roofline.work(s, load)
-    # Forward, backward twice, once more for remat, the reference: 5 x 2 FLOPs a parameter and token, and attention.
+    # Forward, backward twice, once more for remat, the reference: 5 x 2 FLOPs a parameter and
+    # token, and attention.
     weights_only = 10 * (COUNTS["Qwen2.5-7B"] - 152064 * 3584) * load.trained * 3000 / 8
     assert weights_only < work["update"].flops < 1.1 * weights_only
     assert work["decode"].hbm > 1792 * 1000 / 64 * 13e9
@@ -119,38 +136,55 @@ def test_workload_follows_the_roles() -> None:
 
 
 def small_plan(hbm: float, **values: Any) -> plan.Plan:
-    c = config(engine__cache_tokens=512, engine__extend_buckets=(64,), engine__cache_buckets=(256,), **values)
+    c = config(
+        engine__cache_tokens=512,
+        engine__extend_buckets=(64,),
+        engine__cache_buckets=(256,),
+        **values,
+    )
     slice_ = hardware.parse_topology("v5p:2x2x1")
     slice_ = dataclasses.replace(slice_, chip=dataclasses.replace(slice_.chip, hbm=hbm))
     return plan.make_plan(c, SMALL, slice_, roofline.workload(c, 300, 100), compiled=False)
 
 
 def test_the_cache_of_a_plan_is_the_one_that_the_engine_makes() -> None:
-    """From the memory that is free once the sampler's copy is there, up to the longest episode in every slot."""
+    """From the memory that is free once the sampler's copy is there, up to the longest episode in
+    every slot.
+    """
     values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 4, "engine__slots": 1024}
     whole = small_plan(GIB, **values)
     assert memory.cache_layout(whole.target).rows == (1024, 1024)
-    present = sum(whole.kept[name] for name in ("parameters", "optimizer", "reference", "sampler copy"))
+    present = sum(
+        whole.kept[name] for name in ("parameters", "optimizer", "reference", "sampler copy")
+    )
     hbm = present + whole.kept["key/value cache"]  # 0.8 of what is free is not enough
     p = small_plan(hbm, **values)
     expected = engine.cache_budget(p.target.sizes, int(hbm - present))
     layout = memory.cache_layout(p.target)
     assert layout.rows[0] > layout.rows[1] and expected is not None
     assert 0.99 * expected < p.kept["key/value cache"] < 1.01 * expected
-    assert small_plan(hbm, **values, engine__kv_cache_gib=0.01).kept["key/value cache"] < 0.0101 * GIB
-    assert memory.cache_layout(small_plan(present / 2, **values).target).rows == (4, 4)  # the least it can play with
+    assert (
+        small_plan(hbm, **values, engine__kv_cache_gib=0.01).kept["key/value cache"] < 0.0101 * GIB
+    )
+    # the least it can play with
+    assert memory.cache_layout(small_plan(present / 2, **values).target).rows == (4, 4)
 
 
 def test_what_the_cache_may_take_is_what_play_leaves() -> None:
     p = small_plan(GIB, learner__row_tokens=512, learner__rows=4, engine__slots=16)
     room = GIB - max(p.peaks["prefill"], p.peaks["decode"])
     assert p.fits and p.cache_budget == room + p.kept["key/value cache"]
-    slots = 4 * math.floor(p.cache_budget / (512 * 1024))  # two layers, two heads of 64, keys and values, bfloat16
-    assert f" {slots} slots of 512 tokens" in "\n".join(plan.report(p, roofline.workload(config(), 300, 100)))
+    # two layers, two heads of 64, keys and values, bfloat16
+    slots = 4 * math.floor(p.cache_budget / (512 * 1024))
+    assert f" {slots} slots of 512 tokens" in "\n".join(
+        plan.report(p, roofline.workload(config(), 300, 100))
+    )
 
 
 def test_play_and_update_do_not_keep_what_the_other_needs() -> None:
-    """As train.py does it: the copy and the cache are gone before the update, and gradients before play."""
+    """As train.py does it: the copy and the cache are gone before the update, and gradients before
+    play.
+    """
     p = small_plan(GIB, learner__row_tokens=512, learner__rows=4, engine__slots=16)
     sizes = {name: 2.0**i for i, name in enumerate(p.kept)}
     peaks = memory.peaks(p.target, sizes, dict.fromkeys(memory.PHASES, 0.0))
@@ -179,7 +213,10 @@ def test_what_is_offloaded_is_there_only_where_it_is_used() -> None:
     assert saved.pop("scores") == moments and saved.pop("optimizer") == reference
     assert set(saved.values()) == {moments + reference}
     text = "\n".join(plan.report(away, roofline.workload(config(), 300, 100)))
-    assert "in host memory but for the optimizer step" in text and "in host memory but for the scores" in text
+    assert (
+        "in host memory but for the optimizer step" in text
+        and "in host memory but for the scores" in text
+    )
 
 
 def fixed(found: list[dict[str, Any]], key: str) -> Any:
@@ -193,7 +230,9 @@ def test_changes_make_it_fit() -> None:
     text = "\n".join(plan.report(p, roofline.workload(p.target.config, 300, 100)))
     assert not p.fits and "does not fit" in text and "--config.learner.rows=32" in text
     assert small_plan(need * 0.9, **values | {"learner__rows": 32}).fits
-    assert "it fits" in "\n".join(plan.report(small_plan(need * 1.1, **values), roofline.workload(config(), 300, 100)))
+    assert "it fits" in "\n".join(
+        plan.report(small_plan(need * 1.1, **values), roofline.workload(config(), 300, 100))
+    )
 
 
 def test_a_smaller_cache_or_offloading_is_offered_where_it_is_enough() -> None:
@@ -203,25 +242,38 @@ def test_a_smaller_cache_or_offloading_is_offered_where_it_is_enough() -> None:
     assert p.kept["key/value cache"] > 0.2 * GIB
     tight = small_plan(max(p.peaks.values()) - 0.01 * GIB, **values)
     assert not tight.fits
-    found = plan.changes_that_fit(tight.target.config, SMALL, tight.slice, dict.fromkeys(memory.PHASES, 1.0))
+    found = plan.changes_that_fit(
+        tight.target.config, SMALL, tight.slice, dict.fromkeys(memory.PHASES, 1.0)
+    )
     smaller = fixed(found, "engine.kv_cache_gib")
-    assert smaller and small_plan(tight.slice.device.hbm, **values | {"engine__kv_cache_gib": smaller}).fits
+    assert (
+        smaller
+        and small_plan(tight.slice.device.hbm, **values | {"engine__kv_cache_gib": smaller}).fits
+    )
     tight = small_plan(max(p.peaks.values()) - p.kept["optimizer"] / 2, **values)
-    found = plan.changes_that_fit(tight.target.config, SMALL, tight.slice, dict.fromkeys(memory.PHASES, 1.0))
+    found = plan.changes_that_fit(
+        tight.target.config, SMALL, tight.slice, dict.fromkeys(memory.PHASES, 1.0)
+    )
     assert fixed(found, "learner.offload_moments") is True
 
 
 def test_several_changes_where_one_is_not_enough() -> None:
     values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 64, "engine__slots": 16}
     p = small_plan(small_plan(GIB, **values).peaks["gradients"] * 0.3, **values)
-    (found,) = plan.changes_that_fit(p.target.config, SMALL, p.slice, dict.fromkeys(memory.PHASES, 1.0))
+    (found,) = plan.changes_that_fit(
+        p.target.config, SMALL, p.slice, dict.fromkeys(memory.PHASES, 1.0)
+    )
     assert found["learner.rows"] <= 16
 
 
 def test_the_smallest_slice_gets_rows_and_slots_that_divide() -> None:
     c = config(engine__cache_tokens=512, learner__rows=6, engine__slots=6, learner__row_tokens=512)
     found = plan.smallest(c, SMALL, hardware.slices_of("v5e"))
-    assert found is not None and found[0].name == "v5e:2x2" and found[1] == {"learner.rows": 8, "engine.slots": 8}
+    assert (
+        found is not None
+        and found[0].name == "v5e:2x2"
+        and found[1] == {"learner.rows": 8, "engine.slots": 8}
+    )
 
 
 def test_without_a_compiler_the_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +292,9 @@ def test_without_a_compiler_the_table_says_so(capsys: pytest.CaptureFixture[str]
     assert "v5p:2x2x1" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not compile.available(), reason="libtpu is not installed: pip install '.[plan]'")
+@pytest.mark.skipif(
+    not compile.available(), reason="libtpu is not installed: pip install '.[plan]'"
+)
 def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
     small = {"engine__slots": 4, "engine__chunk": 2, "engine__extend_rows": 4, "learner__rows": 4}
     c = config(
@@ -252,7 +306,10 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
         learner__logprob_chunk=128,
         mesh__tensor=2,
     )
-    slice_, many_heads = hardware.parse_topology("v5p:2x2x1"), dataclasses.replace(SMALL, num_heads=16)
+    slice_, many_heads = (
+        hardware.parse_topology("v5p:2x2x1"),
+        dataclasses.replace(SMALL, num_heads=16),
+    )
     p = plan.make_plan(c, many_heads, slice_, roofline.workload(c, 300, 100), compiled=True)
     assert [program.phase for program in p.programs] == [
         "prefill",
@@ -272,18 +329,27 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
     assert "compiled by libtpu" in text and "attention of the update: splash" in text
 
 
-@pytest.mark.skipif(not compile.available(), reason="libtpu is not installed: pip install '.[plan]'")
+@pytest.mark.skipif(
+    not compile.available(), reason="libtpu is not installed: pip install '.[plan]'"
+)
 def test_what_a_host_runs_compiles_where_its_chips_are_not_numbered_in_a_row() -> None:
-    c = config(engine__slots=64, engine__chunk=1, engine__cache_tokens=64, learner__rows=64, mesh__tensor=4)
+    c = config(
+        engine__slots=64, engine__chunk=1, engine__cache_tokens=64, learner__rows=64, mesh__tensor=4
+    )
     s = plan.make_target(
-        c, dataclasses.replace(SMALL, num_kv_heads=4), hardware.parse_topology("v6e:8x8"), compiled=True
+        c,
+        dataclasses.replace(SMALL, num_kv_heads=4),
+        hardware.parse_topology("v6e:8x8"),
+        compiled=True,
     )
     assert [device.id for device in s.mesh.devices.ravel()[:4]] == [0, 1, 8, 9]
     assert s.playing.shape == {"data": 1, "fsdp": 1, "tensor": 4}
     assert all(source.compile().fits for source in compile._sampler_sources(s))
 
 
-@pytest.mark.skipif(not compile.available(), reason="libtpu is not installed: pip install '.[plan]'")
+@pytest.mark.skipif(
+    not compile.available(), reason="libtpu is not installed: pip install '.[plan]'"
+)
 def test_a_program_that_the_compiler_gives_up_on_is_reported() -> None:
     c = config(engine__slots=4, engine__chunk=1, engine__cache_tokens=10**8, learner__rows=4)
     slice_ = hardware.parse_topology("v5e:2x2")

@@ -16,26 +16,34 @@ def episode(*turns, stop="answer"):
     return {"turns": [{"who": who, "text": text} for who, text in turns], "stop_reason": stop}
 
 
-def game(question="Which city?", fault="", reused=False, scores=(1.0, 0.0), said="<think> so </think>"):
+def game(
+    question="Which city?", fault="", reused=False, scores=(1.0, 0.0), said="<think> so </think>"
+):
     found = (
         "search engine",
         '\n<information>Doc 1(Title: "Paris") A city.\nDoc 2(Title: "Rome") Another.\n</information>\n',
     )
     asked = {"text": question, "answers": ["Paris", "City of Light"], "reused": reused}
     attempts = [
-        episode(("solver", "<search> a </search>"), found, ("solver", f"<answer> x{i} </answer>")) for i in range(2)
+        episode(("solver", "<search> a </search>"), found, ("solver", f"<answer> x{i} </answer>"))
+        for i in range(2)
     ]
     return {
         "answer": "Paris",
         "requested_searches": 2,
         "proposer": episode(
-            ("proposer", said), found, ("proposer", f"<question> {question} </question>"), stop="question"
+            ("proposer", said),
+            found,
+            ("proposer", f"<question> {question} </question>"),
+            stop="question",
         ),
         "documents": [],
         "fault": fault,
         "question": None if fault else asked,
         "verifier": episode(("verifier", "<answer> Paris </answer>")),
-        "attempts": [] if fault else [a | {"score": s} for a, s in zip(attempts, scores, strict=True)],
+        "attempts": []
+        if fault
+        else [a | {"score": s} for a, s in zip(attempts, scores, strict=True)],
         "proposer_reward": 0.5,
     }
 
@@ -43,10 +51,25 @@ def game(question="Which city?", fault="", reused=False, scores=(1.0, 0.0), said
 def run_folder(folder, steps=3, games=(), judges=("policy", "policy")):
     rows = []
     for step in range(1, steps + 1):
-        rows.append({"step": step, "time": 2.0, "seconds": 60.0, "reward/solver": 0.1 * step, "reward/proposer": None})
-        rows[-1] |= {"funnel/proposed": 20.0, "funnel/well_formed": 10.0, "fault/too_short": 2.0, "fault/empty": 0.0}
+        rows.append(
+            {
+                "step": step,
+                "time": 2.0,
+                "seconds": 60.0,
+                "reward/solver": 0.1 * step,
+                "reward/proposer": None,
+            }
+        )
+        rows[-1] |= {
+            "funnel/proposed": 20.0,
+            "funnel/well_formed": 10.0,
+            "fault/too_short": 2.0,
+            "fault/empty": 0.0,
+        }
     rows.append({"step": steps, "time": 2.0, "eval/paper/nq/right": 45.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "hal')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "hal'
+    )
     (folder / "eval").mkdir()
     for step, right, judge in zip((0, steps), (20.0, 45.0), judges, strict=True):
         row = {name: 30.0 for name in (*SHARES, *MEANS)} | {
@@ -55,7 +78,11 @@ def run_folder(folder, steps=3, games=(), judges=("policy", "policy")):
             "right_high": 54.8,
             "n": 100,
         }
-        document = {"step": step, "judge": judge, "sets": {"paper/nq": row, "average": row | {"right": right + 1}}}
+        document = {
+            "step": step,
+            "judge": judge,
+            "sets": {"paper/nq": row, "average": row | {"right": right + 1}},
+        }
         (folder / "eval" / f"step_{step:06d}.json").write_text(json.dumps(document))
     (folder / "episodes").mkdir()
     for step, records in games:
@@ -100,7 +127,9 @@ def test_page(tmp_path, capsys):
     assert report.main([str(run_folder(tmp_path, games=[(2, records)]))]) == 0
     assert "report.html" in capsys.readouterr().out
     page = Page((tmp_path / "report.html").read_text())
-    assert page.sources and all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert page.sources and all(
+        source.startswith("data:image/svg+xml;base64,") for source in page.sources
+    )
     text = " ".join(" ".join(page.words).split())
     for expected in (
         "paper/nq 20.0 13 to 55 45.0 13 to 55 +25.0 30.0 30.0 30.0 30.0 30 100",
@@ -118,7 +147,9 @@ def test_page(tmp_path, capsys):
 
 
 def charts_of(folder):
-    charts = report._charts(report.read_metrics(folder), report.read_evaluations(folder), "what is paid")
+    charts = report._charts(
+        report.read_metrics(folder), report.read_evaluations(folder), "what is paid"
+    )
     return {chart["title"]: chart for chart in charts}
 
 
@@ -133,29 +164,42 @@ def test_curves(tmp_path):
         "Seconds",
     ]  # of KL and the rest the run wrote nothing
     texts = {title: _svg(chart["image"]) for title, chart in drawn.items()}
-    assert ">solver<" in texts["Rewards"] and ">proposer<" not in texts["Rewards"]  # null at each step
-    assert ">too short<" in texts["Questions that failed, by reason"] and ">empty<" not in "".join(texts.values())
+    # null at each step
+    assert ">solver<" in texts["Rewards"] and ">proposer<" not in texts["Rewards"]
+    assert ">too short<" in texts["Questions that failed, by reason"] and ">empty<" not in "".join(
+        texts.values()
+    )
     assert ">paper/nq<" in texts["Right answers to held-out questions by policy, %"]
 
 
 def test_evaluations_of_two_judges_are_not_compared(tmp_path):
     """Each has a curve, the last one first, and the table is the last one's."""
     titles = list(charts_of(run_folder(tmp_path, judges=("em", "policy"))))
-    assert [title.split(" by ")[1] for title in titles[:2]] == ["policy, %", "em, %"] and titles[2] == "Rewards"
+    assert [title.split(" by ")[1] for title in titles[:2]] == ["policy, %", "em, %"] and titles[
+        2
+    ] == "Rewards"
     first, last = report._ends(report.read_evaluations(tmp_path))["paper/nq"]
     assert first["right"] == last["right"] == 45.0
 
 
 def test_what_the_reward_is_stands_in_the_config(tmp_path):
-    values = {"reward.proposer": "azr", "reward.metric": "cover_em", "reward.invalid_question": -1.0}
+    values = {
+        "reward.proposer": "azr",
+        "reward.metric": "cover_em",
+        "reward.invalid_question": -1.0,
+    }
     note = report.reward_note(json.dumps(values))
     assert note.startswith("Proposer, azr: The harder the better, as long as somebody solves it")
-    assert note.endswith("A question that fails: -1. Solver: share of attempts that are right by cover_em.")
+    assert note.endswith(
+        "A question that fails: -1. Solver: share of attempts that are right by cover_em."
+    )
     assert report.reward_note("{}") == ""
 
 
 def test_a_run_that_goes_on_is_shown_with_what_is_whole(tmp_path):
-    """Files end in the middle of a line, of a letter, or are empty; a fault that came up later has its place."""
+    """Files end in the middle of a line, of a letter, or are empty; a fault that came up later has
+    its place.
+    """
     run_folder(tmp_path, games=[(2, [game(), game()])])
     row = {"step": 4, "time": 2.0, "seconds": 60.0, "fault/too_long_to_verify": 2.0}
     lines = (tmp_path / "metrics.jsonl").read_text().rpartition("\n")[0]
@@ -167,9 +211,16 @@ def test_a_run_that_goes_on_is_shown_with_what_is_whole(tmp_path):
     for name in ("step_000004.json", "step_000005.json"):
         (tmp_path / "eval" / name).write_text('{"step": 4, "jud' if "4" in name else "")
     steps = report.read_metrics(tmp_path)
-    assert [point.step for point in steps.curves.line("Seconds: a whole step")] == [1, 2, 3, 4] and not steps.spoilt
+    assert [point.step for point in steps.curves.line("Seconds: a whole step")] == [
+        1,
+        2,
+        3,
+        4,
+    ] and not steps.spoilt
     assert report.read_games(tmp_path, 9).total == 2 and len(report.read_evaluations(tmp_path)) == 2
-    assert ">too long to verify<" in _svg(charts_of(tmp_path)["Questions that failed, by reason"]["image"])
+    assert ">too long to verify<" in _svg(
+        charts_of(tmp_path)["Questions that failed, by reason"]["image"]
+    )
     assert "4 steps, 4.0 minutes" in report.page(tmp_path, 9)
 
 
@@ -189,17 +240,23 @@ def test_long_runs_are_smoothed_and_games_sampled(tmp_path):
     run_folder(tmp_path, steps=80, games=[(step, [game()] * 7) for step in range(10, 90, 10)])
     games = report.read_games(tmp_path, 16)
     assert games.total == 56
-    assert [g["step"] for g in games.shown] == [step for step in range(10, 90, 10) for _ in range(2)]
+    assert [g["step"] for g in games.shown] == [
+        step for step in range(10, 90, 10) for _ in range(2)
+    ]
     games = report.read_games(tmp_path, 3)
-    assert [g["step"] for g in games.shown] == [10, 50, 80] and games.total == 56  # first and last, and between
+    # first and last, and between
+    assert [g["step"] for g in games.shown] == [10, 50, 80] and games.total == 56
     flat = [Point(step, 1, 5.0, 5.0, 5.0) for step in range(80)]
     axes = report._figure()
     report._line(axes, "x", flat, 1, "blue")
-    assert len(axes.lines) == 2 and set(axes.lines[1].get_ydata().round(9)) == {5.0}  # ends included
+    # ends included
+    assert len(axes.lines) == 2 and set(axes.lines[1].get_ydata().round(9)) == {5.0}
 
 
 def test_intervals_stand_around_their_points(tmp_path):
-    """Error bars: the first is from 12.6 to 54.8, the last a quarter as long, and its lower end is higher."""
+    """Error bars: the first is from 12.6 to 54.8, the last a quarter as long, and its lower end is
+    higher.
+    """
     run_folder(tmp_path)
     found = report.read_evaluations(tmp_path)
     found[1]["sets"]["paper/nq"] |= {"right_low": 40.0, "right_high": 50.55}
@@ -215,7 +272,9 @@ def words_of(folder):
 
 
 def test_a_gain_is_of_two_evaluations_of_the_same_questions(tmp_path):
-    """One alone is shown once; where the number of questions has changed both numbers are shown, and no gain."""
+    """One alone is shown once; where the number of questions has changed both numbers are shown,
+    and no gain.
+    """
     first = run_folder(tmp_path) / "eval" / "step_000000.json"
     document = json.loads(first.read_text())
     document["sets"]["paper/nq"]["n"] = 50
@@ -251,7 +310,9 @@ def test_spoilt_lines_are_passed_over_and_counted(tmp_path):
     for name in ("metrics.jsonl", "episodes/step_000002.jsonl"):
         path = tmp_path / name
         lines = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(lines[0] + b"\0" * 20 + b"\n\n" + lines[0].strip() + lines[1] + b"".join(lines[1:]))
+        path.write_bytes(
+            lines[0] + b"\0" * 20 + b"\n\n" + lines[0].strip() + lines[1] + b"".join(lines[1:])
+        )
     assert report.read_metrics(tmp_path).spoilt == report.read_games(tmp_path, 9).spoilt == 3
     text = words_of(tmp_path)
     assert "6 spoilt lines of metrics.jsonl and episodes/ are passed over" in text
@@ -277,13 +338,21 @@ def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
             values = {name: (step % 100) / 100 for name in names}
             file.write(json.dumps({"step": step, "time": 0.0, "seconds": 1.0} | values) + "\n")
     (tmp_path / "eval").mkdir()
-    row = {name: 30.0 for name in (*SHARES, *MEANS)} | {"right": 20.0, "right_low": 10.0, "right_high": 30.0, "n": 9}
+    row = {name: 30.0 for name in (*SHARES, *MEANS)} | {
+        "right": 20.0,
+        "right_low": 10.0,
+        "right_high": 30.0,
+        "n": 9,
+    }
     for step in range(0, 1025, 5):
         document = {"step": step, "judge": "em", "sets": {"nq": row}}
         (tmp_path / "eval" / f"step_{step:06d}.json").write_text(json.dumps(document))
     page = report.page(tmp_path, 9)
     assert len(page) < 600_000 and "6000 steps, 100.0 minutes" in page
-    assert "A point is the mean of 8 steps, the band their range." in page and "Mean of 8 steps." in page
+    assert (
+        "A point is the mean of 8 steps, the band their range." in page
+        and "Mean of 8 steps." in page
+    )
     assert "200 of 205 evaluations." in page
     line = report.read_metrics(tmp_path).curves.line("Rewards: solver")
     assert len(line) == 750 and {min(p.low for p in line), max(p.high for p in line)} == {0.0, 0.99}
@@ -296,12 +365,18 @@ def test_a_curve_holds_all_values_in_few_points(number):
     for i, value in enumerate(values):
         curves.add(i, {"x": value} | ({"late": 1.0} if i == number - 1 else {}))
     line = curves.line("x")
-    assert len(line) <= 8 and curves.each * (len(line) - 1) < max(number, 1) <= curves.each * max(len(line), 1)
+    assert len(line) <= 8 and curves.each * (len(line) - 1) < max(number, 1) <= curves.each * max(
+        len(line), 1
+    )
     assert sum(point.rows for point in line) == number
     assert sum(point.rows * point.mean for point in line) == pytest.approx(sum(values))
     for i, point in enumerate(line):
         own = values[i * curves.each : (i + 1) * curves.each]
-        assert (point.low, point.high, point.mean) == (min(own), max(own), pytest.approx(sum(own) / len(own)))
+        assert (point.low, point.high, point.mean) == (
+            min(own),
+            max(own),
+            pytest.approx(sum(own) / len(own)),
+        )
         assert point.step == i * curves.each + (len(own) - 1) / 2
     assert [point.rows for point in curves.line("late")] == ([1] if number else [])
     assert curves.names == (["x", "late"] if number else []) and curves.line("none") == []
@@ -323,10 +398,14 @@ def test_evaluations_of_other_inputs_are_not_compared(tmp_path):
 def test_a_gain_needs_the_same_questions_and_not_only_as_many(tmp_path):
     run_folder(tmp_path)
     for path, questions in zip(sorted((tmp_path / "eval").iterdir()), ("one", "two"), strict=True):
-        document = json.loads(path.read_text()) | {"questions": {"paper/nq": questions, "average": "same"}}
+        document = json.loads(path.read_text()) | {
+            "questions": {"paper/nq": questions, "average": "same"}
+        }
         path.write_text(json.dumps(document))
     text = words_of(tmp_path)
-    assert "paper/nq 20.0 13 to 55 45.0 13 to 55 30.0 30.0 30.0 30.0 30 100, then others, 100" in text
+    assert (
+        "paper/nq 20.0 13 to 55 45.0 13 to 55 30.0 30.0 30.0 30.0 30 100, then others, 100" in text
+    )
     assert "average 21.0 13 to 55 46.0 13 to 55 +25.0" in text
 
 

@@ -1,4 +1,6 @@
-"""The index is bm25s's own, bit for bit, however small the blocks; the pruned search equals adding everything up."""
+"""The index is bm25s's own, bit for bit, however small the blocks; the pruned search equals adding
+everything up.
+"""
 
 import random
 from pathlib import Path
@@ -18,14 +20,19 @@ SETTINGS = {"stemmer": "english", "stopwords": "en", "k1": 1.2, "b": 0.7}
 def columns(data, rows, starts, vocabulary):
     """word -> its postings, as bytes."""
     ends = {word: (starts[term], starts[term + 1]) for word, term in vocabulary.items()}
-    return {word: (rows[low:high].tobytes(), data[low:high].tobytes()) for word, (low, high) in ends.items()}
+    return {
+        word: (rows[low:high].tobytes(), data[low:high].tobytes())
+        for word, (low, high) in ends.items()
+    }
 
 
 def loaded_by_bm25s(folder):
     import bm25s
 
     index = bm25s.BM25.load(folder, show_progress=False)
-    return index, columns(*(index.scores[name] for name in ("data", "indices", "indptr")), index.vocab_dict)
+    return index, columns(
+        *(index.scores[name] for name in ("data", "indices", "indptr")), index.vocab_dict
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +42,25 @@ def reference():
     import Stemmer
 
     texts = [f"{document.title}\n{document.text}" for document in iterate_corpus(CORPUS)]
-    tokens = bm25s.tokenize(texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), show_progress=False)
+    tokens = bm25s.tokenize(
+        texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), show_progress=False
+    )
     index = bm25s.BM25(k1=SETTINGS["k1"], b=SETTINGS["b"], method="lucene")
     index.index(tokens, create_empty_token=False, show_progress=False)
     return index
 
 
 def test_index_is_that_of_bm25s_bit_for_bit(tmp_path, reference, monkeypatch):
-    expected = columns(*(reference.scores[name] for name in ("data", "indices", "indptr")), reference.vocab_dict)
+    expected = columns(
+        *(reference.scores[name] for name in ("data", "indices", "indptr")), reference.vocab_dict
+    )
     build_index(CORPUS, tmp_path / "one", **SETTINGS)
     index, found = loaded_by_bm25s(tmp_path / "one")
     assert index.scores["num_docs"] == reference.scores["num_docs"] and found == expected
     for name, value in (("BLOCK_TOKENS", 1000), ("RANGE_POSTINGS", 300), ("KNOWN_WORDS", 50)):
         monkeypatch.setattr(bm25, name, value)
-    build_index(CORPUS, tmp_path / "many", **SETTINGS)  # many blocks and ranges, and words forgotten in between
+    # many blocks and ranges, and words forgotten in between
+    build_index(CORPUS, tmp_path / "many", **SETTINGS)
     for path in (tmp_path / "one").iterdir():
         if path.name != "meta.json":
             assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes(), path.name
@@ -68,9 +80,14 @@ def test_results_are_those_of_bm25s(tmp_path, reference):
 
 
 def random_postings(rng, passages, frequencies):
-    """Arrays in which each term has as many postings as `frequencies` says; few distinct scores: some tie."""
+    """Arrays in which each term has as many postings as `frequencies` says; few distinct scores:
+    some tie.
+    """
     rows = [np.sort(rng.choice(passages, n, replace=False)).astype(np.uint32) for n in frequencies]
-    data = [(rng.integers(1, 6, n) * np.log(1 + passages / n) / 7).astype(np.float32) for n in frequencies]
+    data = [
+        (rng.integers(1, 6, n) * np.log(1 + passages / n) / 7).astype(np.float32)
+        for n in frequencies
+    ]
     starts = np.concatenate([[0], np.cumsum(frequencies)]).astype(np.int64)
     highest = np.array([column.max() for column in data], np.float32)
     return np.concatenate(data), np.concatenate(rows), starts, highest
@@ -85,7 +102,9 @@ def added_up(data, rows, starts, terms, passages):
 
 @pytest.mark.parametrize("top_k", [1, 3, 40])
 def test_pruned_search_equals_adding_everything_up(top_k):
-    """Frequencies from 1 to all passages: rare words make the search look frequent ones up, or walk them."""
+    """Frequencies from 1 to all passages: rare words make the search look frequent ones up, or walk
+    them.
+    """
     rng, passages = np.random.default_rng(top_k), 20_000
     frequencies = [1, 1, 2, 3, 5, 10, 30, 100, 300, 1000, 3000, 5000, 10_000, 19_999, 20_000]
     arrays = random_postings(rng, passages, frequencies)

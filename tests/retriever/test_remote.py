@@ -1,4 +1,6 @@
-"""Search-R1's /retrieve protocol against a real local server: both answer forms, failures that pass and that stay."""
+"""Search-R1's /retrieve protocol against a real local server: both answer forms, failures that pass
+and that stay.
+"""
 
 import contextlib
 import gzip
@@ -26,7 +28,9 @@ ROME = {"id": 8, "contents": '"Rome"\nAnother.'}
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with `replies`, in turn, then with Paris and Rome for each query; remembers what it was asked."""
+    """Answers with `replies`, in turn, then with Paris and Rome for each query; remembers what it
+    was asked.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -41,8 +45,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, asked))
-        status, body = self.server.replies.pop(0) if self.server.replies else (200, self.found(asked))
-        pause = {"slow": 0.5, "trickle": 0.01}.get(status, 0)  # before the reply, or before each byte of it
+        status, body = (
+            self.server.replies.pop(0) if self.server.replies else (200, self.found(asked))
+        )
+        # before the reply, or before each byte of it
+        pause = {"slow": 0.5, "trickle": 0.01}.get(status, 0)
         whole = status != "trickle"
         status = 200 if pause else status
         payload = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -77,17 +84,22 @@ def server(monkeypatch):
 
 
 def opened(server, **changes):
-    return RemoteRetriever(server.url, ["probe"], **{"top_k": 3, "timeout_s": 5.0, "retries": 2} | changes)
+    return RemoteRetriever(
+        server.url, ["probe"], **{"top_k": 3, "timeout_s": 5.0, "retries": 2} | changes
+    )
 
 
 def test_search(server):
     retriever = opened(server)
     paris, rome = Document("7", '"Paris"', "A city."), Document("8", '"Rome"', "Another.")
-    assert [retriever.document(row) for row in range(len(retriever))] == [paris, rome]  # what the probe has found
+    # what the probe has found
+    assert [retriever.document(row) for row in range(len(retriever))] == [paris, rome]
     assert retriever.search(["a", "b", "a"], 2) == [[paris, rome]] * 3
     assert retriever.search(["c", "b"], 2) == [[paris, rome]] * 2
     sent = [(["probe"], 3), (["a", "b"], 2), (["c"], 2)]  # each query once
-    assert server.asked == [("/retrieve", {"queries": q, "topk": k, "return_scores": True}) for q, k in sent]
+    assert server.asked == [
+        ("/retrieve", {"queries": q, "topk": k, "return_scores": True}) for q, k in sent
+    ]
     server.with_scores = False  # the other form of the answer, and more than was asked for
     assert retriever.search(["d"], 1) == [[paris]]
 
@@ -98,16 +110,22 @@ PARIS_ID = Document(remote._name(None, '"Paris"', "A city."), '"Paris"', "A city
 @pytest.mark.parametrize(
     ("item", "found"),
     [
-        ({"document": {"contents": '"Paris"\nA city.'}, "score": 3.5}, PARIS_ID),  # Search-R1's web searches
-        ({"title": "Paris", "text": "A city.", "contents": '"Paris"\nA city.'}, PARIS_ID),  # its BM25, no scores
+        # Search-R1's web searches
+        ({"document": {"contents": '"Paris"\nA city.'}, "score": 3.5}, PARIS_ID),
+        # its BM25, no scores
+        ({"title": "Paris", "text": "A city.", "contents": '"Paris"\nA city.'}, PARIS_ID),
         ({"document": {"id": None, "contents": '"Paris"\nA city.'}}, PARIS_ID),
         ({"document": {"id": "", "contents": '"Paris"\nA city.'}}, PARIS_ID),
         ({"document": {"id": [7], "contents": '"Paris"\nA city.'}}, PARIS_ID),
         ({"document": {"id": "\ud800", "contents": '"Paris"\nA city.'}}, PARIS_ID),
         ('"Paris"\nA city.', PARIS_ID),  # the contents alone
         ({"document": '"Paris"\nA city.', "score": 1}, PARIS_ID),
-        ({"document": {"id": 7, "title": "Paris", "text": "A city."}}, Document("7", "Paris", "A city.")),
-        ({"id": "7", "contents": '"Paris"'}, Document("7", '"Paris"', "")),  # one line, as Search-R1's client has it
+        (
+            {"document": {"id": 7, "title": "Paris", "text": "A city."}},
+            Document("7", "Paris", "A city."),
+        ),
+        # one line, as Search-R1's client has it
+        ({"id": "7", "contents": '"Paris"'}, Document("7", '"Paris"', "")),
     ],
 )
 def test_forms_of_a_document(server, item, found):
@@ -116,7 +134,16 @@ def test_forms_of_a_document(server, item, found):
     assert retriever.search(["a"], 1) == [[found]]
 
 
-BROKEN = [None, 3, [], {}, {"document": {"id": "1"}}, {"id": "1", "contents": " \n"}, {"contents": "\ud800"}, ""]
+BROKEN = [
+    None,
+    3,
+    [],
+    {},
+    {"document": {"id": "1"}},
+    {"id": "1", "contents": " \n"},
+    {"contents": "\ud800"},
+    "",
+]
 
 
 def test_a_broken_passage_among_good_ones_is_left_out_and_counted(server, capsys):
@@ -129,7 +156,9 @@ def test_a_broken_passage_among_good_ones_is_left_out_and_counted(server, capsys
     assert len(said) == 1 and re.match(
         "search: 1 unusable passages left out so far; the last: .*gives documents", said[0]
     )
-    server.replies = [(200, {"result": [[{"contents": "word " * 300_000}, {"contents": ""}, ROME]]})]
+    server.replies = [
+        (200, {"result": [[{"contents": "word " * 300_000}, {"contents": ""}, ROME]]})
+    ]
     assert [len(found) for found in retriever.search(["long"], 3)] == [1]
     assert "search: 10 unusable passages" in capsys.readouterr().err
 
@@ -149,7 +178,10 @@ def test_long_queries_are_cut(server):
     retriever = opened(server)
     retriever.search(["moon \ud800" + "a" * 10**7], 1)
     assert server.asked[-1][1]["queries"] == ["moon ?" + "a" * (QUERY_CHARACTERS - 6)]
-    assert len(retriever.search(["moon \ud800" + "a" * 10**6], 1)[0]) == 1 and len(server.asked) == 2  # the same one
+    # the same one
+    assert (
+        len(retriever.search(["moon \ud800" + "a" * 10**6], 1)[0]) == 1 and len(server.asked) == 2
+    )
 
 
 def test_the_deadline_is_of_each_try_as_a_whole(server):
@@ -157,7 +189,9 @@ def test_the_deadline_is_of_each_try_as_a_whole(server):
     retriever = opened(server, timeout_s=0.2, retries=1)
     server.replies = [("trickle", b"a" * 10_000)] * 2
     began = time.monotonic()
-    with pytest.raises(InputError, match=r"retriever\.url.*that answers, found no whole reply in 0\.2 seconds"):
+    with pytest.raises(
+        InputError, match=r"retriever\.url.*that answers, found no whole reply in 0\.2 seconds"
+    ):
         retriever.search(["a"], 3)
     assert time.monotonic() - began < 5 and len(server.asked) == 3
     server.replies = [("trickle", b"a" * 10_000)]
@@ -179,12 +213,18 @@ def test_secrets_of_the_address_are_not_told(server, capsys):
     url = server.url.replace("http://", "http://me:hunter2@") + "?api_key=hunter3"
     retriever = RemoteRetriever(url, ["probe"], top_k=3, timeout_s=5.0, retries=0)
     assert "hunter" not in retriever.source
-    for reply in ((404, b"no api_key=hunter3, me:hunter2"), (200, b"?"), (200, {"result": [["", "hunter3"]]})):
+    for reply in (
+        (404, b"no api_key=hunter3, me:hunter2"),
+        (200, b"?"),
+        (200, {"result": [["", "hunter3"]]}),
+    ):
         server.replies = [reply]
         try:
             retriever.search([str(reply)], 3)
         except InputError as error:
-            assert "hunter" not in str(error) and url.partition("@")[2].partition("?")[0] in str(error)
+            assert "hunter" not in str(error) and url.partition("@")[2].partition("?")[0] in str(
+                error
+            )
     assert "hunter" not in capsys.readouterr().err
     server.shutdown()
     server.server_close()
@@ -239,7 +279,9 @@ def test_no_server(server):
     retriever = opened(server, retries=1)
     server.shutdown()
     server.server_close()
-    with pytest.raises(InputError, match=r"retriever\.url.*expected a search server that answers.*refused"):
+    with pytest.raises(
+        InputError, match=r"retriever\.url.*expected a search server that answers.*refused"
+    ):
         retriever.search(["a"], 3)
 
 
@@ -250,11 +292,27 @@ def test_a_server_that_is_lost_costs_no_finished_step(server, tmp_path, capsys):
             return {"detail": "out of order"} if stepped else super().found(asked)
 
     server.RequestHandlerClass = Failing
-    changes = {"eval__before": False, "eval__after": False, "checkpoint__export": False, "checkpoint__every": 0}
-    changes |= {"engine__cache_buckets": (), "engine__extend_buckets": (448,), "limits__searches": 1, "mesh__fsdp": 1}
-    changes |= {"game__answers_per_step": 2, "engine__slots": 4, "learner__rows": 1, "log__tensorboard": False}
+    changes = {
+        "eval__before": False,
+        "eval__after": False,
+        "checkpoint__export": False,
+        "checkpoint__every": 0,
+    }
+    changes |= {
+        "engine__cache_buckets": (),
+        "engine__extend_buckets": (448,),
+        "limits__searches": 1,
+        "mesh__fsdp": 1,
+    }
+    changes |= {
+        "game__answers_per_step": 2,
+        "engine__slots": 4,
+        "learner__rows": 1,
+        "log__tensorboard": False,
+    }
     config = small(steps=2, retriever__kind="http", retriever__url=server.url, **changes)
-    with pytest.raises(SystemExit, match=r"^ssp_jax: .*retriever\.url.*out of order"):  # as text: code 1
+    # as text: code 1
+    with pytest.raises(SystemExit, match=r"^ssp_jax: .*retriever\.url.*out of order"):
         train.train(config, str(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
     assert "saved step 1; the same command goes on from there" in capsys.readouterr().out
@@ -268,5 +326,7 @@ def test_a_run_opens_it(server):
         check_values(config)
     config.retriever.url = server.url
     check_values(config)  # needs no corpus
-    search = assemble.open_search(config.retriever, "unused", [Task(0, ("Paris",)), Task(1, ("Rome",))])
+    search = assemble.open_search(
+        config.retriever, "unused", [Task(0, ("Paris",)), Task(1, ("Rome",))]
+    )
     assert len(search) == 2 and server.asked[0][1]["queries"] == ["Paris", "Rome"]

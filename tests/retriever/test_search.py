@@ -1,4 +1,6 @@
-"""Ranking equals a BM25 written out by hand; ties, unknown words, and damaged or foreign index folders."""
+"""Ranking equals a BM25 written out by hand; ties, unknown words, and damaged or foreign index
+folders.
+"""
 
 import fcntl
 import gzip
@@ -36,7 +38,9 @@ WORDS = [f"w{i:02d}" for i in range(40)]
 
 
 def corpus_of(folder: Path, texts: list[str], name: str = "corpus.jsonl") -> Path:
-    rows = [{"id": f"p{i}", "contents": f'"{text.split()[0]}"\n{text}'} for i, text in enumerate(texts)]
+    rows = [
+        {"id": f"p{i}", "contents": f'"{text.split()[0]}"\n{text}'} for i, text in enumerate(texts)
+    ]
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / name
 
@@ -44,11 +48,16 @@ def corpus_of(folder: Path, texts: list[str], name: str = "corpus.jsonl") -> Pat
 def random_texts(number: int, seed: int = 0) -> list[str]:
     """Few words and few lengths, so that scores tie often."""
     rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, weights=range(1, 41), k=rng.choice([3, 8, 20]))) for _ in range(number)]
+    return [
+        " ".join(rng.choices(WORDS, weights=range(1, 41), k=rng.choice([3, 8, 20])))
+        for _ in range(number)
+    ]
 
 
 def brute_force(texts: list[str], query: str, k1: float, b: float) -> list[float]:
-    """Lucene's BM25: idf = ln(1 + (N - n + 0.5) / (n + 0.5)), tf / (tf + k1 (1 - b + b length / mean length))."""
+    """Lucene's BM25: idf = ln(1 + (N - n + 0.5) / (n + 0.5)), tf / (tf + k1 (1 - b + b length /
+    mean length)).
+    """
     docs = [re.findall(r"\w\w+", text.lower()) for text in texts]
     mean = sum(map(len, docs)) / len(docs)
     scores = [0.0] * len(docs)
@@ -73,17 +82,30 @@ def test_equals_brute_force(tmp_path):
     for query in [*random_texts(20, seed=1), "W01 w01 unknown w02", "w39"]:
         expected = brute_force(indexed, query, PLAIN["k1"], PLAIN["b"])
         hits = retriever.hits([query], 120)[0]
-        np.testing.assert_allclose([score for _, score in hits], [expected[row] for row, _ in hits], rtol=1e-5)
+        np.testing.assert_allclose(
+            [score for _, score in hits], [expected[row] for row, _ in hits], rtol=1e-5
+        )
         assert {row for row, _ in hits} == {row for row, score in enumerate(expected) if score > 0}
-        rounded = [round(score, 4) for score in expected]  # what differs only by float32 rounding is a tie
+        # what differs only by float32 rounding is a tie
+        rounded = [round(score, 4) for score in expected]
         best = sorted(range(120), key=lambda row: (-rounded[row], row))
         for top_k in (1, 3, 10):
             found = [int(name[1:]) for name in ids(retriever, query, top_k)]
-            assert [rounded[row] for row in found] == [rounded[row] for row in best[:top_k] if rounded[row] > 0]
+            assert [rounded[row] for row in found] == [
+                rounded[row] for row in best[:top_k] if rounded[row] > 0
+            ]
 
 
 def test_ties_go_to_the_lower_row_wherever_they_are_cut(tmp_path):
-    texts = ["moon sun", "river lake", "moon sun", "moon moon moon sun", "river lake", "moon sun", "moon sun"]
+    texts = [
+        "moon sun",
+        "river lake",
+        "moon sun",
+        "moon moon moon sun",
+        "river lake",
+        "moon sun",
+        "moon sun",
+    ]
     retriever = open_retriever(corpus_of(tmp_path, texts), tmp_path / "index", **PLAIN)
     order = ["p3", "p0", "p2", "p5", "p6"]
     for top_k in range(1, 6):
@@ -112,11 +134,16 @@ def test_stemmer_and_stopwords(tmp_path):
 
 
 def test_documents_and_cache(tmp_path):
-    rows = [{"id": "a", "contents": '"Zürich"\n Stadt\nder  Schweiz \n'}, {"id": 5, "contents": "Bern\nHauptstadt"}]
+    rows = [
+        {"id": "a", "contents": '"Zürich"\n Stadt\nder  Schweiz \n'},
+        {"id": 5, "contents": "Bern\nHauptstadt"},
+    ]
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     retriever = open_retriever(tmp_path / "c.jsonl", tmp_path / "index", **PLAIN)
     zurich = Document("a", '"Zürich"', " Stadt\nder  Schweiz \n")
-    assert retriever.document(0) == zurich and retriever.document(1) == Document("5", "Bern", "Hauptstadt")
+    assert retriever.document(0) == zurich and retriever.document(1) == Document(
+        "5", "Bern", "Hauptstadt"
+    )
     for row in (-1, 2):
         with pytest.raises(IndexError):
             retriever.document(row)
@@ -137,9 +164,15 @@ def test_the_cache_forgets_what_was_asked_longest_ago(monkeypatch):
         return [f"{query}{top_k}" for query in queries]
 
     assert cache.get(["a", "b", "a"], 3, find) == ["a3", "b3", "a3"]
-    assert cache.get(["a"], 3, find) + cache.get(["c"], 3, find) == ["a3", "c3"]  # now a is younger than b
+    # now a is younger than b
+    assert cache.get(["a"], 3, find) + cache.get(["c"], 3, find) == ["a3", "c3"]
     assert cache.get(["a", "c"], 3, find) == ["a3", "c3"] and asked == ["ab", "c"]
-    assert cache.get(["b"], 3, find) + cache.get(["b"], 1, find) == ["b3", "b1"] and asked == ["ab", "c", "b", "b"]
+    assert cache.get(["b"], 3, find) + cache.get(["b"], 1, find) == ["b3", "b1"] and asked == [
+        "ab",
+        "c",
+        "b",
+        "b",
+    ]
 
 
 def test_the_cache_counts_bytes(tmp_path):
@@ -153,7 +186,9 @@ def test_the_cache_counts_bytes(tmp_path):
 
     for top_k, fits in ((40_000, True), (99_000, True), (100_000, False)):
         sizes.clear()
-        assert cache.get(["moon"], top_k, find) == cache.get(["moon"], top_k, find) == [bytes(top_k)]
+        assert (
+            cache.get(["moon"], top_k, find) == cache.get(["moon"], top_k, find) == [bytes(top_k)]
+        )
         assert len(sizes) == 2 - fits and cache._bytes <= 100_000
     sizes.clear()
     long = "moon " * 20_000
@@ -163,12 +198,16 @@ def test_the_cache_counts_bytes(tmp_path):
 
 def test_a_query_of_any_length_is_searched_in_no_time(tmp_path):
     """Its beginning is what is searched, and what the cache keeps."""
-    retriever = open_retriever(corpus_of(tmp_path, [*random_texts(200), "sun"]), tmp_path / "index", **PLAIN)
+    retriever = open_retriever(
+        corpus_of(tmp_path, [*random_texts(200), "sun"]), tmp_path / "index", **PLAIN
+    )
     beginning = " ".join(random_texts(400, seed=3))
     assert len(beginning) > search.QUERY_CHARACTERS
     began = time.monotonic()
     found = retriever.hits([beginning + " sun" * 2_500_000, beginning + " moon"], 3)
-    assert time.monotonic() - began < 1 and found[0] == found[1] and len(retriever._cache._kept) == 1
+    assert (
+        time.monotonic() - began < 1 and found[0] == found[1] and len(retriever._cache._kept) == 1
+    )
     assert found[0] == retriever.hits([beginning[: search.QUERY_CHARACTERS]], 3)[0]
 
 
@@ -187,7 +226,8 @@ def test_a_large_batch_is_searched_in_parts_by_several_threads(tmp_path, monkeyp
     open_retriever(corpus, tmp_path / "index", **PLAIN)
     alone = Retriever.load(tmp_path / "index", threads=1).hits(queries, 3)
     monkeypatch.setattr("ssp_jax.retriever.search.SMALL_PART", 1)
-    monkeypatch.setattr("ssp_jax.retriever.bm25.QUERY_WORDS", 3)  # of which most are forgotten on the way
+    # of which most are forgotten on the way
+    monkeypatch.setattr("ssp_jax.retriever.bm25.QUERY_WORDS", 3)
     several, parts, search = Retriever.load(tmp_path / "index", threads=3), [], Retriever._best
 
     def watched(self, terms, ends, best, first, last):
@@ -197,13 +237,19 @@ def test_a_large_batch_is_searched_in_parts_by_several_threads(tmp_path, monkeyp
     monkeypatch.setattr(Retriever, "_best", watched)
     assert several.hits(queries, 3) == alone and len({hits for hits in alone}) > 20
     cuts = sorted(parts)
-    assert len(cuts) == 3 * PARTS and [last for _, last in cuts] == [first for first, _ in cuts[1:]] + [50]
+    assert len(cuts) == 3 * PARTS and [last for _, last in cuts] == [
+        first for first, _ in cuts[1:]
+    ] + [50]
     assert 0 < len(several._words) <= 3
 
 
 def test_threads_that_do_not_come_are_not_waited_for(tmp_path, monkeypatch):
     """As on a machine whose cores are all at work: the caller searches every part itself."""
-    corpus, queries, gate = corpus_of(tmp_path, random_texts(200)), random_texts(50, seed=2), threading.Event()
+    corpus, queries, gate = (
+        corpus_of(tmp_path, random_texts(200)),
+        random_texts(50, seed=2),
+        threading.Event(),
+    )
     alone = open_retriever(corpus, tmp_path / "index", **PLAIN, threads=1).hits(queries, 3)
     monkeypatch.setattr("ssp_jax.retriever.search.SMALL_PART", 1)
     several = Retriever.load(tmp_path / "index", threads=3)
@@ -223,12 +269,15 @@ def test_built_once_then_loaded(tmp_path):
     assert sorted(path.name for path in index.parent.iterdir()) == ["index", "index.lock"]
     (index.parent / "index.lock").unlink()
     open_retriever(corpus, index, **PLAIN)
-    assert not (index.parent / "index.lock").exists()  # a right index is only read, also from a read-only disk
+    # a right index is only read, also from a read-only disk
+    assert not (index.parent / "index.lock").exists()
 
 
 @pytest.mark.parametrize("what, builds", [(open_retriever, 1), (build_index, 2)])
 def test_who_comes_at_the_same_time_waits(tmp_path, monkeypatch, capsys, what, builds):
-    """A run finds what another has built; `build` builds anew, and neither into what the other writes."""
+    """A run finds what another has built; `build` builds anew, and neither into what the other
+    writes.
+    """
     corpus, index = corpus_of(tmp_path, random_texts(30)), tmp_path / "index"
     written: list[Path] = []
     write = index_files.write_meta
@@ -251,7 +300,11 @@ def test_who_comes_at_the_same_time_waits(tmp_path, monkeypatch, capsys, what, b
         for other in both:
             other.result(timeout=60)
     assert len(written) == builds and len(Retriever.load(index)) == 30
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index", "index.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "corpus.jsonl",
+        "index",
+        "index.lock",
+    ]
 
 
 def test_rebuilt_when_corpus_settings_or_format_differ(tmp_path):
@@ -269,7 +322,11 @@ def test_rebuilt_when_corpus_settings_or_format_differ(tmp_path):
     with pytest.raises(InputError, match="format"):
         Retriever.load(index)
     assert len(open_retriever(corpus, index, **ENGLISH)) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index", "index.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "corpus.jsonl",
+        "index",
+        "index.lock",
+    ]
 
 
 FILES = [*index_files._ARRAYS, "passages.jsonl", "vocab.index.json", "params.index.json"]
@@ -291,7 +348,9 @@ def copied(built: Path, folder: Path) -> Path:
 def test_truncated_or_missing_file_is_refused(built, tmp_path, name):
     index = copied(built, tmp_path)
     (index / name).write_bytes((index / name).read_bytes()[:-7])
-    with pytest.raises(InputError, match=rf"{name}: expected \d+ bytes, found \d+ bytes; delete the index"):
+    with pytest.raises(
+        InputError, match=rf"{name}: expected \d+ bytes, found \d+ bytes; delete the index"
+    ):
         Retriever.load(index)
     with pytest.raises(InputError, match=name):
         open_retriever(built.parent / "corpus.jsonl", index, **PLAIN)
@@ -310,10 +369,14 @@ def test_bytes_that_are_not_those_written_are_refused(built, tmp_path, name, mon
         changed = bytearray(original)
         changed[at] ^= 1 << rng.randrange(8)
         (index / name).write_bytes(changed)
-        with pytest.raises(InputError, match=f"{name}: expected the bytes that were written; from byte 0 on they"):
+        with pytest.raises(
+            InputError, match=f"{name}: expected the bytes that were written; from byte 0 on they"
+        ):
             Retriever.load(index)
     (index / name).write_bytes(bytes(len(original)))
-    with pytest.raises(InputError, match=f"{name}: expected the bytes.*delete the index to build it anew"):
+    with pytest.raises(
+        InputError, match=f"{name}: expected the bytes.*delete the index to build it anew"
+    ):
         Retriever.load(index)
 
 
@@ -324,7 +387,9 @@ def test_each_piece_of_a_file_is_compared(built, tmp_path, monkeypatch):
     raw = bytearray(path.read_bytes())
     raw[64 * 3 + 5] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(InputError, match=r"data\.csc\.index\.npy: expected the bytes.*from byte 192 on"):
+    with pytest.raises(
+        InputError, match=r"data\.csc\.index\.npy: expected the bytes.*from byte 192 on"
+    ):
         Retriever.load(tmp_path / "index")
 
 
@@ -335,7 +400,9 @@ def test_a_passage_that_is_not_as_written_is_refused_when_it_is_shown(built, tmp
     (index / "passages.jsonl").write_bytes(raw)
     retriever = Retriever.load(index)
     assert retriever.document(0).id == "p0" and retriever.document(2).id == "p2"
-    with pytest.raises(InputError, match=r"passages\.jsonl line 2: expected the bytes that were written"):
+    with pytest.raises(
+        InputError, match=r"passages\.jsonl line 2: expected the bytes that were written"
+    ):
         retriever.document(1)
 
 
@@ -367,44 +434,91 @@ def raw(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 DATA, ROWS, STARTS = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
-HIGHEST, OFFSETS, SUMS, WORDS_FILE = "highest.npy", "offsets.npy", "line_sums.npy", "vocab.index.json"
+HIGHEST, OFFSETS, SUMS, WORDS_FILE = (
+    "highest.npy",
+    "offsets.npy",
+    "line_sums.npy",
+    "vocab.index.json",
+)
 HOSTILE = {
     "a row beyond the passages": (put(ROWS, -1, 30), "ascending rows below 30"),
     "a row far away": (put(ROWS, 0, 2**31 - 1), "ascending rows"),
     "a negative row": (put(ROWS, 0, -1), "ascending rows"),
     "a row twice": (changed(ROWS, lambda a: np.repeat(a[::2], 2)[: len(a)]), "ascending rows"),
-    "rows as int64": (changed(ROWS, lambda a: a.astype(np.int64)), f"{ROWS}: expected an array of int32"),
-    "rows in two axes": (changed(ROWS, lambda a: a[:, None]), f"{ROWS}.*one axis, found int32 with 2"),
-    "rows of the other byte order": (changed(ROWS, lambda a: a.astype(">i4")), f"{ROWS}: expected an array of int32"),
-    "rows too few": (changed(ROWS, lambda a: a[:-1]), f"{ROWS}: expected \\d+ rows, one for each score"),
+    "rows as int64": (
+        changed(ROWS, lambda a: a.astype(np.int64)),
+        f"{ROWS}: expected an array of int32",
+    ),
+    "rows in two axes": (
+        changed(ROWS, lambda a: a[:, None]),
+        f"{ROWS}.*one axis, found int32 with 2",
+    ),
+    "rows of the other byte order": (
+        changed(ROWS, lambda a: a.astype(">i4")),
+        f"{ROWS}: expected an array of int32",
+    ),
+    "rows too few": (
+        changed(ROWS, lambda a: a[:-1]),
+        f"{ROWS}: expected \\d+ rows, one for each score",
+    ),
     "a score of NaN": (put(DATA, 5, math.nan), "scores above 0"),
     "an endless score": (put(DATA, 5, math.inf), "scores above 0"),
     "a negative score": (put(DATA, 5, -1), "scores above 0"),
     "a score above the highest": (put(DATA, 5, 99), "up to that in highest.npy"),
-    "scores as float64": (changed(DATA, lambda a: a.astype(np.float64)), f"{DATA}: expected an array of float32"),
+    "scores as float64": (
+        changed(DATA, lambda a: a.astype(np.float64)),
+        f"{DATA}: expected an array of float32",
+    ),
     "scores as objects": (changed(DATA, lambda a: a.astype(object)), f"{DATA} cannot be read"),
-    "scores as text": (changed(DATA, lambda a: a.astype("U9")), f"{DATA}: expected an array of float32"),
+    "scores as text": (
+        changed(DATA, lambda a: a.astype("U9")),
+        f"{DATA}: expected an array of float32",
+    ),
     "no array": (raw(DATA, b"PK\x03\x04" + bytes(200)), f"{DATA} cannot be read"),
-    "a header that is no dict": (raw(DATA, b"\x93NUMPY\x01\x00\x10\x00((((((((((((((({{"), f"{DATA} cannot be read"),
+    "a header that is no dict": (
+        raw(DATA, b"\x93NUMPY\x01\x00\x10\x00((((((((((((((({{"),
+        f"{DATA} cannot be read",
+    ),
     "a start beyond the end": (put(STARTS, 3, 2**40), f"{STARTS}: expected \\d+ ascending"),
     "a negative start": (put(STARTS, 3, -5), f"{STARTS}: expected"),
     "starts too few": (changed(STARTS, lambda a: a[:-1]), f"{STARTS}: expected"),
     "an end too large": (put(STARTS, -1, 2**40), f"{STARTS}: expected"),
     "a first start that is not 0": (put(STARTS, 0, 1), f"{STARTS}: expected"),
-    "a word without postings": (changed(STARTS, lambda a: np.r_[a[:2], a[1], a[3:]]), f"{STARTS}: expected"),
+    "a word without postings": (
+        changed(STARTS, lambda a: np.r_[a[:2], a[1], a[3:]]),
+        f"{STARTS}: expected",
+    ),
     "a highest score of NaN": (put(HIGHEST, 0, math.nan), f"{HIGHEST}: expected finite scores"),
     "highest scores too few": (changed(HIGHEST, lambda a: a[:-1]), f"{WORDS_FILE}|{STARTS}"),
-    "an offset beyond the file": (put(OFFSETS, 7, 2**50), f"{OFFSETS}: expected 31 ascending numbers"),
+    "an offset beyond the file": (
+        put(OFFSETS, 7, 2**50),
+        f"{OFFSETS}: expected 31 ascending numbers",
+    ),
     "an offset before the one before": (put(OFFSETS, 7, 1), f"{OFFSETS}: expected"),
     "an end beyond the file": (put(OFFSETS, -1, 2**50), f"{OFFSETS}: expected"),
     "sums too few": (changed(SUMS, lambda a: a[:-1]), f"{SUMS}: expected 30 numbers"),
     "words as a list": (words(list), f"{WORDS_FILE}: expected words"),
-    "a word of another's number": (words(lambda v: dict.fromkeys(v, 1) | {"w39": 0}), f"{WORDS_FILE}: expected words"),
-    "a word of number 1.0": (words(lambda v: {w: n or 0.0 for w, n in v.items()}), f"{WORDS_FILE}: expected words"),
-    "a word of number true": (words(lambda v: {w: n == 1 or n for w, n in v.items()}), f"{WORDS_FILE}: expected words"),
-    "a huge number": (words(lambda v: {w: n or 10**30 for w, n in v.items()}), f"{WORDS_FILE}: expected words"),
+    "a word of another's number": (
+        words(lambda v: dict.fromkeys(v, 1) | {"w39": 0}),
+        f"{WORDS_FILE}: expected words",
+    ),
+    "a word of number 1.0": (
+        words(lambda v: {w: n or 0.0 for w, n in v.items()}),
+        f"{WORDS_FILE}: expected words",
+    ),
+    "a word of number true": (
+        words(lambda v: {w: n == 1 or n for w, n in v.items()}),
+        f"{WORDS_FILE}: expected words",
+    ),
+    "a huge number": (
+        words(lambda v: {w: n or 10**30 for w, n in v.items()}),
+        f"{WORDS_FILE}: expected words",
+    ),
     "a word too many": (words(lambda v: v | {"more": len(v)}), f"{WORDS_FILE}: expected words"),
-    "a word too few": (words(lambda v: dict(list(v.items())[:-1])), f"{WORDS_FILE}: expected words"),
+    "a word too few": (
+        words(lambda v: dict(list(v.items())[:-1])),
+        f"{WORDS_FILE}: expected words",
+    ),
     "words that nest deeply": (raw(WORDS_FILE, b"[" * 99_999), f"{WORDS_FILE} cannot be read"),
 }
 
@@ -426,9 +540,26 @@ def test_an_index_of_a_stranger_is_checked_before_its_numbers_are_addresses(buil
 @pytest.mark.parametrize(
     "key, value",
     [
-        *(("format", 2), ("format", "3"), ("format", None), ("settings", None), ("settings", {"k1": 1.5})),
-        *(("settings", PLAIN | {"k1": "1.5"}), ("settings", PLAIN | {"stemmer": "klingon"}), ("stopwords", [1])),
-        *(("corpus", {}), ("passages", "30"), ("passages", True), ("files", {}), ("files", {"../x": 1}), ("sums", {})),
+        *(
+            ("format", 2),
+            ("format", "3"),
+            ("format", None),
+            ("settings", None),
+            ("settings", {"k1": 1.5}),
+        ),
+        *(
+            ("settings", PLAIN | {"k1": "1.5"}),
+            ("settings", PLAIN | {"stemmer": "klingon"}),
+            ("stopwords", [1]),
+        ),
+        *(
+            ("corpus", {}),
+            ("passages", "30"),
+            ("passages", True),
+            ("files", {}),
+            ("files", {"../x": 1}),
+            ("sums", {}),
+        ),
         ("sums", dict.fromkeys(FILES, ["x"])),
     ],
 )
@@ -436,7 +567,9 @@ def test_a_damaged_meta_is_refused(built, tmp_path, key, value):
     index = copied(built, tmp_path)
     meta = json.loads((index / "meta.json").read_text())
     (index / "meta.json").write_text(json.dumps(meta | {key: value}))
-    with pytest.raises(InputError, match="index: expected a search index of format 3; its meta.json"):
+    with pytest.raises(
+        InputError, match="index: expected a search index of format 3; its meta.json"
+    ):
         Retriever.load(index)
 
 
@@ -448,7 +581,11 @@ def test_failed_build_leaves_the_old_index(tmp_path):
     with pytest.raises(InputError, match="line 4"):
         build_index(corpus, index, **PLAIN)
     assert len(Retriever.load(index)) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index", "index.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "corpus.jsonl",
+        "index",
+        "index.lock",
+    ]
 
 
 def test_killed_build_is_repeated(tmp_path):
@@ -461,7 +598,11 @@ def test_killed_build_is_repeated(tmp_path):
     shutil.rmtree(index)
     assert len(Retriever.load(index)) == 3 and not (tmp_path / "index.old").exists()
     assert len(open_retriever(corpus, index, **ENGLISH)) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index", "index.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "corpus.jsonl",
+        "index",
+        "index.lock",
+    ]
 
 
 def test_an_empty_folder_is_taken(tmp_path):
@@ -472,7 +613,14 @@ def test_an_empty_folder_is_taken(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"stemmer": "klingon"}, {"stopwords": "xx"}, {"k1": -1.0}, {"k1": math.inf}, {"b": 1.5}, {"b": float("nan")}],
+    [
+        {"stemmer": "klingon"},
+        {"stopwords": "xx"},
+        {"k1": -1.0},
+        {"k1": math.inf},
+        {"b": 1.5},
+        {"b": float("nan")},
+    ],
 )
 def test_wrong_settings(tmp_path, change):
     with pytest.raises(InputError, match=next(iter(change))):
@@ -482,7 +630,9 @@ def test_wrong_settings(tmp_path, change):
 def test_import_touches_neither_bm25s_nor_jax():
     """`import bm25s` runs a JAX op, after which jax.distributed.initialize() raises."""
     code = "import sys, ssp_jax.retriever; print({'bm25s', 'Stemmer', 'jax'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "set()"
 
 
@@ -500,7 +650,9 @@ def test_a_corpus_from_a_pipe(tmp_path):
         open_retriever(pipe, tmp_path / "index", **PLAIN)
 
 
-@pytest.mark.parametrize("pack", [lambda raw: raw, gzip.compress, lambda raw: gzip.compress(raw) * 2 + bytes(512)])
+@pytest.mark.parametrize(
+    "pack", [lambda raw: raw, gzip.compress, lambda raw: gzip.compress(raw) * 2 + bytes(512)]
+)
 def test_the_digest_is_of_the_file_as_it_lies_on_disk(tmp_path, pack):
     raw = pack(corpus_of(tmp_path, random_texts(3000)).read_bytes())
     path = tmp_path / ("c.jsonl" if raw[:1] == b"{" else "c.jsonl.gz")
@@ -521,12 +673,19 @@ print(kernel(*arrays, np.array([0, 1, 2]), np.ones(2, "f4"), 2, 0, 2))
 
 
 def test_an_installation_that_cannot_be_written_compiles_each_time(tmp_path):
-    """Numba has no place for what it compiles, neither in the package nor in a home. (Root may write everywhere.)"""
+    """Numba has no place for what it compiles, neither in the package nor in a home. (Root may
+    write everywhere.)
+    """
     source = Path(command.__file__).parents[1]
     package = shutil.copytree(source, tmp_path / "ssp_jax", ignore=lambda *_: ["__pycache__"])
     (package / "retriever/__pycache__").write_text("no folder")
     nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "PYTHONPATH": str(tmp_path)}
-    run: dict[str, Any] = {"env": os.environ | nowhere, "cwd": tmp_path, "capture_output": True, "text": True}
+    run: dict[str, Any] = {
+        "env": os.environ | nowhere,
+        "cwd": tmp_path,
+        "capture_output": True,
+        "text": True,
+    }
     done = subprocess.run([sys.executable, "-c", READ_ONLY], timeout=300, **run)
     assert done.stdout == f"{package}/retriever/bm25.py True\n-1\n", done.stderr
 
@@ -547,9 +706,14 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert f"{index}: 3,000 passages, 0.00 GB, built in " in said.out
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert command.main(["build", f"--corpus={corpus}", "--out=."]) == 0 and "here: 3,000" in capsys.readouterr().out
+    assert (
+        command.main(["build", f"--corpus={corpus}", "--out=."]) == 0
+        and "here: 3,000" in capsys.readouterr().out
+    )
     lines = said.err.splitlines()
-    reading = [int(line.split("(")[1].split("%")[0]) for line in lines if "reading corpus.jsonl: " in line]
+    reading = [
+        int(line.split("(")[1].split("%")[0]) for line in lines if "reading corpus.jsonl: " in line
+    ]
     assert len(reading) == 3000 and reading == sorted(reading) and reading[0] < 50 < reading[-1]
     merged = [line for line in lines if "merging" in line]
     assert merged[-1].startswith("ssp_jax: merging postings: 100%")

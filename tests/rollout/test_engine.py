@@ -30,7 +30,9 @@ PARAMS = decoder.unstack(decoder.init_params(CONFIG, jax.random.key(0)), jnp.flo
 KEY = jax.random.key(7)
 LIMITS = roles.Limits(64, 200, 120, 12, 4, 3, 60)
 STAGE = roles.EpisodeContext(TOKENIZER, STYLES["brief"], "chat", LIMITS)
-SIZES = Sizes(slots=8, chunk=4, cache_tokens=256, cache_buckets=(64,), extend_buckets=(16, 64), extend_rows=4)
+SIZES = Sizes(
+    slots=8, chunk=4, cache_tokens=256, cache_buckets=(64,), extend_buckets=(16, 64), extend_rows=4
+)
 FEW = dataclasses.replace(SIZES, cache_buckets=(), extend_buckets=(64,))  # 4 programs and not 10
 
 
@@ -39,7 +41,9 @@ def search(queries):
 
 
 class Searcher(roles.EpisodePlayer):
-    """Ends its first turns with a search, as if the model had written one: a random model never does."""
+    """Ends its first turns with a search, as if the model had written one: a random model never
+    does.
+    """
 
     def end_turn(self, tokens, logprobs, stop):
         if stop != sampler.FULL and len(self.queries) < 2:
@@ -52,7 +56,9 @@ class Searcher(roles.EpisodePlayer):
 
 def make_engine(sizes, config=CONFIG, search=search, **options):
     automata = roles.role_automata(TOKENIZER, config.vocab_size)
-    return engine.Engine(config, sizes, automata, (TOKENIZER.eos_token_id,), jnp.float32, search, **options)
+    return engine.Engine(
+        config, sizes, automata, (TOKENIZER.eos_token_id,), jnp.float32, search, **options
+    )
 
 
 def make_players(kind=Searcher, groups=4, attempts=3, temperature=1.0):
@@ -76,7 +82,9 @@ def play(sizes, players=None, **options):
         ended[player.uid] = player.episode()
         return []
 
-    stats = make_engine(sizes, **options).play(PARAMS, KEY, make_players() if players is None else players, finished)
+    stats = make_engine(sizes, **options).play(
+        PARAMS, KEY, make_players() if players is None else players, finished
+    )
     return ended, stats
 
 
@@ -95,7 +103,13 @@ def expected():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"slots": 1}, {"slots": 3, "chunk": 5}, {"slots": 16, "extend_rows": 1}, {"extend_buckets": (8,)}]
+    "changes",
+    [
+        {"slots": 1},
+        {"slots": 3, "chunk": 5},
+        {"slots": 16, "extend_rows": 1},
+        {"extend_buckets": (8,)},
+    ],
 )
 def test_episodes_do_not_depend_on_the_schedule(expected, changes):
     same(expected, play(dataclasses.replace(SIZES, **changes))[0])
@@ -105,7 +119,9 @@ def test_episodes_do_not_depend_on_the_schedule(expected, changes):
 def test_4_16_and_64_slots_play_the_same_tokens(temperature):
     """Greedy, and sampled with the same keys, in float32."""
     played = [
-        play(dataclasses.replace(FEW, slots=slots), make_players(groups=6, temperature=temperature))[0]
+        play(
+            dataclasses.replace(FEW, slots=slots), make_players(groups=6, temperature=temperature)
+        )[0]
         for slots in (4, 16, 64)
     ]
     same(played[0], played[1])
@@ -131,7 +147,8 @@ def test_both_schedules_play_the_same_episodes(expected, schedule):
         ended[player.uid] = player.episode()
         return follow(player)
 
-    # One slot: pipelined or not, a queue. The second of the first wave comes before all followers in both.
+    # One slot: pipelined or not, a queue. The second of the first wave comes before all followers
+    # in both.
     make_engine(dataclasses.replace(SIZES, schedule=schedule)).play(PARAMS, KEY, first, finished)
     same({uid: expected[uid] for uid in ended}, ended)
     assert len(ended) == 6
@@ -144,14 +161,18 @@ def test_barriers_wait_for_the_whole_wave():
     orders = {}
     for schedule in engine.SCHEDULES:
         long = make_players(groups=1, attempts=1)[0]
-        short, follower = (roles.EpisodePlayer(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902))
+        short, follower = (
+            roles.EpisodePlayer(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)
+        )
         orders[schedule] = order = []
 
         def finished(player, order=order, short=short, follower=follower):
             order.append(player.uid)
             return [follower] if player is short else []
 
-        make_engine(dataclasses.replace(SIZES, schedule=schedule)).play(PARAMS, KEY, [long, short], finished)
+        make_engine(dataclasses.replace(SIZES, schedule=schedule)).play(
+            PARAMS, KEY, [long, short], finished
+        )
     assert orders == {"pipelined": [901, 902, 0], "barrier": [901, 0, 902]}
 
 
@@ -168,7 +189,9 @@ TWO_LATER_ROWS = pytest.param(8 * 48 + 4 * 48 + 2 * 160, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("tokens", [ONE_LATER_ROW, TWO_LATER_ROWS, LESS_THAN_ALL_SLOTS])
 def test_little_memory_only_makes_episodes_wait(expected, tokens):
-    """Down to a single row of the later pieces, or less than all slots: the same episodes, and no deadlock."""
+    """Down to a single row of the later pieces, or less than all slots: the same episodes, and no
+    deadlock.
+    """
     ended, stats = play(memory_for(tokens))
     same(expected, ended)
     assert stats.known == stats.finished == len(expected)
@@ -213,7 +236,9 @@ def layout_of(one):
 
 
 def test_keys_and_values_take_what_the_programs_leave():
-    """On a device that has just too little for all rows there are fewer, and they fit beside the temporaries."""
+    """On a device that has just too little for all rows there are fewer, and they fit beside the
+    temporaries.
+    """
     enough = int((ALL_KV_BYTES + needed()) / (1 - device_memory.RESERVE)) + 2
     free = enough - (ALL_KV_BYTES >> 2)
     assert layout_of(with_free(max(enough, 2 * ALL_KV_BYTES))).rows == (8, 8)
@@ -225,7 +250,9 @@ def test_keys_and_values_take_what_the_programs_leave():
 
 def test_a_budget_of_the_user_that_does_not_fit_is_told_with_one_that_does():
     free = int((ALL_KV_BYTES / 2 + needed()) / (1 - device_memory.RESERVE))
-    with pytest.raises(InputError, match="does not fit into a device's memory: .* or 0, which takes what is") as told:
+    with pytest.raises(
+        InputError, match="does not fit into a device's memory: .* or 0, which takes what is"
+    ) as told:
         layout_of(with_free(free, kv_cache_gib=1.0))
     fits = float(re.search(r"kv_cache_gib=(\S+) or 0", str(told.value))[1])
     taken = layout_of(with_free(free, kv_cache_gib=fits)).tokens * FLAT_TOKEN
@@ -235,7 +262,9 @@ def test_a_budget_of_the_user_that_does_not_fit_is_told_with_one_that_does():
 def test_programs_that_do_not_fit_are_told_with_what_would():
     changes = {"extend_buckets": (16, 256), "extend_rows": 8}
     free = needed(**changes) // 2 + ALL_KV_BYTES // 4
-    with pytest.raises(InputError, match="extend takes .* expected engine.extend_rows=[1-9] instead of 8") as told:
+    with pytest.raises(
+        InputError, match="extend takes .* expected engine.extend_rows=[1-9] instead of 8"
+    ) as told:
         layout_of(with_free(free, **changes))
     rows = int(re.search(r"extend_rows=(\d)", str(told.value))[1])
     layout_of(with_free(free, **changes | {"extend_rows": rows}))
@@ -244,7 +273,9 @@ def test_programs_that_do_not_fit_are_told_with_what_would():
 def test_an_allocation_that_fails_is_one_sentence():
     """More than a process can address."""
     sizes = dataclasses.replace(SIZES, slots=1 << 12, cache_tokens=1 << 30, cache_buckets=())
-    with pytest.raises(InputError, match="^the engine does not fit into a device's memory .*less of engine.slots"):
+    with pytest.raises(
+        InputError, match="^the engine does not fit into a device's memory .*less of engine.slots"
+    ):
         make_engine(sizes).warm_up(PARAMS, KEY)
 
 
@@ -283,7 +314,11 @@ def test_a_search_that_finds_nothing_is_told_and_play_goes_on():
     for episode in ended.values():
         assert [text for who, text in episode.turns if who == "search engine"] == [told] * 2
         assert episode.turns[-1][0] == "solver" and not episode.documents
-        read = [token for token, sampled in zip(episode.tokens, episode.sampled, strict=True) if not sampled]
+        read = [
+            token
+            for token, sampled in zip(episode.tokens, episode.sampled, strict=True)
+            if not sampled
+        ]
         assert STAGE.decode(read).count(told) == 2
 
 
@@ -304,7 +339,9 @@ def test_a_search_that_does_not_come_back_does_not_keep_a_signal_from_being_hear
 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        make_engine(SIZES, search=never).play(PARAMS, KEY, make_players(groups=1, attempts=1), progress=signalled)
+        make_engine(SIZES, search=never).play(
+            PARAMS, KEY, make_players(groups=1, attempts=1), progress=signalled
+        )
     assert time.monotonic() - began < 30
     gate.set()
     with pytest.raises(ValueError, match="no server"):
@@ -355,9 +392,12 @@ def test_a_refused_prompt_ends_without_playing():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_nothing_compiles_after_warm_up(devices):
-    """Over runs of varied lengths, with little memory; on a mesh too, where what a program gives back must lie as the
-    next one expects it."""
-    mesh = sharding.make_mesh({"data": devices // 4 or 1, "fsdp": devices // 4 or 1, "tensor": devices // 4 or 1})
+    """Over runs of varied lengths, with little memory; on a mesh too, where what a program gives
+    back must lie as the next one expects it.
+    """
+    mesh = sharding.make_mesh(
+        {"data": devices // 4 or 1, "fsdp": devices // 4 or 1, "tensor": devices // 4 or 1}
+    )
     params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh, drop=("fsdp",)))
     gib = memory_for(900).kv_cache_gib / (4 if devices > 1 else 1)
     sizes = dataclasses.replace(SIZES, kv_cache_gib=gib)
@@ -370,7 +410,9 @@ def test_nothing_compiles_after_warm_up(devices):
 
 
 def test_no_chunk_is_decoded_when_all_turns_reach_their_limits_in_the_one_before():
-    players = [roles.EpisodePlayer(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)]
+    players = [
+        roles.EpisodePlayer(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)
+    ]
     ended, stats = play(SIZES, players)
     assert [episode.num_sampled for episode in ended.values()] == [LIMITS.turn_tokens] * 2
     assert stats.slot_steps == LIMITS.turn_tokens * SIZES.slots  # 12 steps: three chunks of 4
@@ -401,7 +443,9 @@ def test_eight_devices_play_the_same_episodes(expected):
 
 def test_different_prompts_go_to_different_parts_in_one_call():
     layout = kv_cache.full_layout((256,), 8, parts=4)
-    scheduler = Scheduler(layout, 4, make_players(attempts=1), lambda player: (), lambda queries: None, False)
+    scheduler = Scheduler(
+        layout, 4, make_players(attempts=1), lambda player: (), lambda queries: None, False
+    )
     rows = scheduler.pending_prefills()
     assert {layout.part(row.slot) for row in rows} == {0, 1, 2, 3}
     assert engine.Device(layout, 1, [], {}, None, {}, {}).batch([*rows, *rows]) == rows
@@ -409,7 +453,9 @@ def test_different_prompts_go_to_different_parts_in_one_call():
 
 @pytest.mark.parametrize("groups,attempts", [(4, 2), (2, 3)])
 def test_parts_share_prompts_inside_themselves(expected, groups, attempts):
-    """Four parts of two slots: a group's second attempt copies the first one's prompt, a third computes it again."""
+    """Four parts of two slots: a group's second attempt copies the first one's prompt, a third
+    computes it again.
+    """
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1})
     params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh, drop=("fsdp",)))
     many = make_engine(FEW, state_sharding=lambda state: sharding.state_shardings(state, mesh))

@@ -1,4 +1,6 @@
-"""Cache: what a budget buys. What the pieces hold is tested where they are used, in test_sampler and test_engine."""
+"""Cache: what a budget buys. What the pieces hold is tested where they are used, in test_sampler
+and test_engine.
+"""
 
 import itertools
 
@@ -28,12 +30,15 @@ def test_a_layout_keeps_to_its_budget(parts, each, tokens):
     if tokens >= parts * each * 12288:
         assert layout == full_layout(ENDS, each * parts, parts)
     elif layout.rows[0] == each * parts:
-        # No rows are left unbought that a flatter fall would have given: three quarters of the budget are used.
+        # No rows are left unbought that a flatter fall would have given: three quarters of the
+        # budget are used.
         assert layout.tokens > 0.5 * tokens or layout.rows[0] == layout.rows[1]
 
 
 def test_seven_billion_parameters_on_one_device():
-    """24 GiB at 56 KiB a token: every slot starts, and 25 of them may be in the last piece, 27 times more than none."""
+    """24 GiB at 56 KiB a token: every slot starts, and 25 of them may be in the last piece, 27
+    times more than none.
+    """
     layout = layout_for(ENDS, 64, 24 * 2**20 // 56)
     assert layout.rows[0] == 64 and 50 <= layout.rows[1] <= 60 and 24 <= layout.rows[2] <= 30
     assert full_layout(ENDS, 64).tokens > 1.7 * layout.tokens
@@ -41,14 +46,18 @@ def test_seven_billion_parameters_on_one_device():
 
 def test_less_memory_than_slots_makes_fewer_slots():
     assert layout_for(ENDS, 64, 12288 + 10 * 1024).rows == (11, 1, 1)
-    with pytest.raises(InputError, match="kv_cache_gib has room for 12287 tokens; expected at least 12288"):
+    with pytest.raises(
+        InputError, match="kv_cache_gib has room for 12287 tokens; expected at least 12288"
+    ):
         layout_for(ENDS, 64, 12287)
 
 
 @settings(deadline=None)  # a busy machine is no failure
 @given(st.data())
 def test_no_row_ever_has_two_owners(data):
-    """Slots that grow and leave in any order; memory is exactly what was promised, and all comes back."""
+    """Slots that grow and leave in any order; memory is exactly what was promised, and all comes
+    back.
+    """
     layout = layout_for((4, 8, 16), 4, 60, parts=2)
     memory = RowAllocator(layout)
     for _ in range(30):
@@ -75,7 +84,9 @@ def test_no_row_ever_has_two_owners(data):
 
 @pytest.mark.parametrize("axis,size,length", [(3, 300, 7), (3, 384, 150), (2, 40, 7), (2, 6, 9)])
 def test_both_ways_to_write_put_the_same_tokens_where_they_belong(axis, size, length):
-    """Before, inside, across and behind a piece and the tiles of its last axis; a row out of range is padding."""
+    """Before, inside, across and behind a piece and the tiles of its last axis; a row out of range
+    is padding.
+    """
     shape = [5, 2, 3, 3]
     shape[axis] = size
     old = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
@@ -90,5 +101,7 @@ def test_both_ways_to_write_put_the_same_tokens_where_they_belong(axis, size, le
                 if rows[n] < 5 and 0 <= places[n] + i < size:
                     expected[rows[n], places[n] + i] = values[i]
         for way in WAYS:
-            got = way(*map(jnp.asarray, (old, new)), *map(jnp.array, (rows, places, counts)), axis=axis)
+            got = way(
+                *map(jnp.asarray, (old, new)), *map(jnp.array, (rows, places, counts)), axis=axis
+            )
             np.testing.assert_array_equal(np.moveaxis(np.asarray(got), axis, 1), expected)

@@ -1,4 +1,6 @@
-"""The sampler's compiled programs: no copies of the cache, no rows computed twice, nothing sent between parts."""
+"""The sampler's compiled programs: no copies of the cache, no rows computed twice, nothing sent
+between parts.
+"""
 
 import importlib.util
 import json
@@ -18,8 +20,18 @@ CONFIG = decoder.ModelConfig(64, 2, 32, 4, 2, 8, 48)
 DEEP = decoder.ModelConfig(64, 5, 32, 4, 2, 8, 48)
 
 
-def compiled(axes, config=CONFIG, ends=(16, 48), rows=(8, 8), written=(8, 16), dtype="float32", devices=None, steps=8):
-    """Each program for a mesh that is split so, and the bytes of keys and values on one of its devices.
+def compiled(
+    axes,
+    config=CONFIG,
+    ends=(16, 48),
+    rows=(8, 8),
+    written=(8, 16),
+    dtype="float32",
+    devices=None,
+    steps=8,
+):
+    """Each program for a mesh that is split so, and the bytes of keys and values on one of its
+    devices.
 
     written: rows and tokens of each in a call of extend.
     """
@@ -29,8 +41,12 @@ def compiled(axes, config=CONFIG, ends=(16, 48), rows=(8, 8), written=(8, 16), d
     def numbers(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
-    state = jax.eval_shape(lambda: sampler.init_state(config, kv_cache.Layout(ends, rows, axes[0] * axes[1]), dtype))
-    params = jax.eval_shape(lambda: decoder.unstack(decoder.init_params(config, jax.random.key(0)), dtype))
+    state = jax.eval_shape(
+        lambda: sampler.init_state(config, kv_cache.Layout(ends, rows, axes[0] * axes[1]), dtype)
+    )
+    params = jax.eval_shape(
+        lambda: decoder.unstack(decoder.init_params(config, jax.random.key(0)), dtype)
+    )
     shardings = sharding.state_shardings(state, mesh)
     params = memory.place(params, sharding.param_shardings(params, mesh, drop=("fsdp",)))
     state, rows_JB, slots = memory.place(state, shardings), numbers(1, rows[0]), numbers(rows[0])
@@ -40,19 +56,37 @@ def compiled(axes, config=CONFIG, ends=(16, 48), rows=(8, 8), written=(8, 16), d
     key = numbers(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
     tokens_NT, common = numbers(*written), dict(depth=2, shardings=shardings)
     lowered = {
-        "extend": sampler.extend.lower(config, params, state, rows_JB, begun, tokens_NT, some, dtype=dtype, **common),
+        "extend": sampler.extend.lower(
+            config, params, state, rows_JB, begun, tokens_NT, some, dtype=dtype, **common
+        ),
         "share": sampler.copy_prefix.lower(state, rows_JB, some, begun, **common),
         "decode": sampler.decode_chunk.lower(
-            config, params, state, rows_JB, slots, stops, key, eos=(1,), steps=steps, dtype=dtype, **common
+            config,
+            params,
+            state,
+            rows_JB,
+            slots,
+            stops,
+            key,
+            eos=(1,),
+            steps=steps,
+            dtype=dtype,
+            **common,
         ),
     }
-    return {name: program.compile() for name, program in lowered.items()}, memory.device_bytes(state.caches)
+    return {name: program.compile() for name, program in lowered.items()}, memory.device_bytes(
+        state.caches
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 8])
 def test_the_cache_is_not_copied(steps):
-    """Temporaries are about what one of many layers has: a chunk reads the cache where it is, and writes into it."""
-    programs, size = compiled((1, 1, 1), DEEP, ends=(256, 1024), rows=(64, 16), written=(4, 16), steps=steps)
+    """Temporaries are about what one of many layers has: a chunk reads the cache where it is, and
+    writes into it.
+    """
+    programs, size = compiled(
+        (1, 1, 1), DEEP, ends=(256, 1024), rows=(64, 16), written=(4, 16), steps=steps
+    )
     for name in ("extend", "decode"):
         assert programs[name].memory_analysis().temp_size_in_bytes < 0.3 * size, name
 
@@ -64,7 +98,9 @@ def test_bfloat16_programs_of_two_devices_compile_and_send_nothing():
 
 
 def test_each_part_of_a_mesh_computes_its_own_rows_and_sends_nothing():
-    """On 8 devices each computes an eighth, and with `tensor` nothing goes beyond the two that share heads."""
+    """On 8 devices each computes an eighth, and with `tensor` nothing goes beyond the two that
+    share heads.
+    """
     one, parts, mixed = (compiled(axes)[0] for axes in ((1, 1, 1), (4, 2, 1), (2, 2, 2)))
     for name, program in one.items():
         flops = program.cost_analysis()["flops"]
@@ -97,7 +133,10 @@ print(json.dumps({name: program.memory_analysis().temp_size_in_bytes / size for 
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs `pip install libtpu`: compiles for TPU")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs `pip install libtpu`: compiles for TPU",
+)
 @pytest.mark.parametrize("axes", [(2, 2, 1), (1, 1, 4)])
 def test_on_tpu_the_cache_is_not_copied_either(axes):
     command = [sys.executable, "-c", TPU, json.dumps(axes)]

@@ -17,22 +17,28 @@ from ssp_jax.train import make_learner_config
 V, SLOTS, CACHE = 64, 4, 48
 CONFIG = decoder.ModelConfig(V, 2, 32, 4, 2, 8, 48, qkv_bias=True)
 PARAMS = decoder.init_params(CONFIG, jax.random.key(0))
-SETTINGS = dataclasses.replace(make_learner_config(default.get_config(), CONFIG), dtype=jnp.float32, logprob_chunk=8)
+SETTINGS = dataclasses.replace(
+    make_learner_config(default.get_config(), CONFIG), dtype=jnp.float32, logprob_chunk=8
+)
 UNSTACKED = decoder.unstack(PARAMS, jnp.float32)
 KEY = jax.random.key(3)
 EOS = 63
-# Token i < 60 is the letter chr(48 + i); 60 is "</", 61 "s>": the stop "</s>" takes two tokens or four.
+# Token i < 60 is the letter chr(48 + i); 60 is "</", 61 "s>": the stop "</s>" takes two tokens or
+# four.
 PIECES = [bytes([48 + i]) for i in range(60)] + [b"</", b"s>!", b"", b""]
 AUTOMATON = build_automaton(["</s>"], PIECES, V)
 STOPS = sampler.Stops(jnp.asarray(AUTOMATON.table_SV), jnp.asarray(AUTOMATON.stop_S))
-# Two pieces: every slot has memory for 16 tokens, and the second row of the rest belongs to slot 0, and so on.
+# Two pieces: every slot has memory for 16 tokens, and the second row of the rest belongs to slot 0,
+# and so on.
 LAYOUT = kv_cache.Layout((16, CACHE), (SLOTS, SLOTS))
 ROWS = np.array([[1, 0, 3, 2]], np.int32)
 ROOM = np.full((SLOTS,), CACHE, np.int32)
 
 
 def starts(rows):
-    """rows: (slot, total length, pending token, limit, uid, temperature), padded to SLOTS rows that write nothing."""
+    """rows: (slot, total length, pending token, limit, uid, temperature), padded to SLOTS rows that
+    write nothing.
+    """
     rows = [*rows, *[(SLOTS, 0, 0, 0, 0, 0.0)] * (SLOTS - len(rows))]
     slot, length, token, limit, uid, temperature = zip(*rows, strict=True)
     ints = [jnp.array(x, jnp.int32) for x in (slot, length, token, limit, [0] * SLOTS, uid)]
@@ -44,7 +50,9 @@ def extend(state, rows, tokens, counts):
     tokens_NT, count_N = np.zeros((SLOTS, 8), np.int32), np.zeros((SLOTS,), np.int32)
     for i, (row, count) in enumerate(zip(tokens, counts, strict=True)):
         tokens_NT[i, : len(row)], count_N[i] = row, count
-    return sampler.extend(CONFIG, UNSTACKED, state, ROWS, starts(rows), tokens_NT, count_N, depth=2, dtype=jnp.float32)
+    return sampler.extend(
+        CONFIG, UNSTACKED, state, ROWS, starts(rows), tokens_NT, count_N, depth=2, dtype=jnp.float32
+    )
 
 
 def decode(state, steps=6, depth=2, params=UNSTACKED, room=ROOM, truncation=sampling.ALL_TOKENS):
@@ -70,7 +78,10 @@ def fresh():
 
 def generate(prompts, temperature=1.0, steps=6, uids=(10, 11, 12, 13), slots=None, limit=CACHE):
     slots = range(len(prompts)) if slots is None else slots
-    rows = [(s, len(p) - 1, p[-1], limit, u, temperature) for s, p, u in zip(slots, prompts, uids, strict=False)]
+    rows = [
+        (s, len(p) - 1, p[-1], limit, u, temperature)
+        for s, p, u in zip(slots, prompts, uids, strict=False)
+    ]
     state = extend(fresh(), rows, [p[:-1] for p in prompts], [len(p) - 1 for p in prompts])
     return decode(state, steps)
 
@@ -86,7 +97,9 @@ def test_recorded_logprobs_equal_the_trainers(temperature):
         new = np.asarray(chunk.tokens_CB[:n, slot]).tolist()
         tokens = jnp.array([prompt + new + [0] * (16 - len(prompt) - n)])
         ones = jnp.ones_like(tokens)
-        batch = batches.Batch(tokens, jnp.roll(tokens, -1, 1), jnp.arange(16)[None], ones, ones, ones, ones)
+        batch = batches.Batch(
+            tokens, jnp.roll(tokens, -1, 1), jnp.arange(16)[None], ones, ones, ones, ones
+        )
         settings = dataclasses.replace(SETTINGS, temperature=temperature)
         logp = update.score(settings, PARAMS, batch)[0][0, len(prompt) - 1 : len(prompt) - 1 + n]
         np.testing.assert_allclose(chunk.logprobs_CB[:n, slot], logp, atol=1e-5)
@@ -116,14 +129,18 @@ def test_two_short_chunks_equal_a_long_one():
     state, first = generate(PROMPTS, steps=3)
     _, second = decode(state, steps=3)
     _, whole = generate(PROMPTS, steps=6)
-    np.testing.assert_array_equal(jnp.concatenate([first.tokens_CB, second.tokens_CB]), whole.tokens_CB)
+    np.testing.assert_array_equal(
+        jnp.concatenate([first.tokens_CB, second.tokens_CB]), whole.tokens_CB
+    )
 
 
 def test_extend_then_decode_equals_one_long_prompt():
     long = PROMPTS[2] + [20, 21, 22]
     _, expected = generate([long], uids=(9,))
     state = extend(fresh(), [(0, 3, long[3], CACHE, 9, 1.0)], [long[:3]], [3])
-    state = extend(state, [(0, len(long) - 1, long[-1], CACHE, 9, 1.0)], [long[3:-1]], [len(long) - 4])
+    state = extend(
+        state, [(0, len(long) - 1, long[-1], CACHE, 9, 1.0)], [long[3:-1]], [len(long) - 4]
+    )
     _, got = decode(state)
     np.testing.assert_array_equal(got.tokens_CB[:, 0], expected.tokens_CB[:, 0])
     np.testing.assert_allclose(got.logprobs_CB[:, 0], expected.logprobs_CB[:, 0], atol=1e-5)
@@ -134,7 +151,11 @@ def test_shared_prompt_equals_own_prompt():
     prompt = PROMPTS[0]
     state = extend(fresh(), [(0, 3, prompt[-1], CACHE, 1, 1.0)], [prompt[:-1]], [3])
     state = sampler.copy_prefix(
-        state, ROWS, jnp.zeros(SLOTS, jnp.int32), starts([(1, 3, prompt[-1], CACHE, 2, 1.0)]), depth=2
+        state,
+        ROWS,
+        jnp.zeros(SLOTS, jnp.int32),
+        starts([(1, 3, prompt[-1], CACHE, 2, 1.0)]),
+        depth=2,
     )
     _, got = decode(state)
     np.testing.assert_array_equal(got.tokens_CB[:, :2], expected.tokens_CB[:, :2])
@@ -157,7 +178,9 @@ def written(prompts, layout=LAYOUT, rows=ROWS, temperature=1.0):
         heads = [p[: min(start + 8, len(p) - 1)] for p in prompts]
         counts = [max(0, len(head) - start) for head in heads]
         begun = [
-            (slot, start + n, p[start + n], CACHE, 10 + slot, temperature) if n else (SLOTS, 0, 0, 0, 0, 0.0)
+            (slot, start + n, p[start + n], CACHE, 10 + slot, temperature)
+            if n
+            else (SLOTS, 0, 0, 0, 0, 0.0)
             for slot, (p, n) in enumerate(zip(prompts, counts, strict=True))
         ]
         tokens = np.zeros((SLOTS, 8), np.int32)
@@ -165,7 +188,15 @@ def written(prompts, layout=LAYOUT, rows=ROWS, temperature=1.0):
             tokens[i, :n] = head[start:]
         count_N = np.pad(np.array(counts, np.int32), (0, SLOTS - len(counts)))
         state = sampler.extend(
-            CONFIG, UNSTACKED, state, rows, starts(begun), tokens, count_N, depth=len(layout.ends), dtype=jnp.float32
+            CONFIG,
+            UNSTACKED,
+            state,
+            rows,
+            starts(begun),
+            tokens,
+            count_N,
+            depth=len(layout.ends),
+            dtype=jnp.float32,
         )
     return state
 
@@ -178,7 +209,15 @@ def test_an_episode_that_crosses_pieces_equals_one_in_a_single_piece(length):
     no_rows = np.zeros((0, SLOTS), np.int32)
     options = dict(eos=(EOS,), steps=6, dtype=jnp.float32)
     _, expected = sampler.decode_chunk(
-        CONFIG, UNSTACKED, written(prompts, single, no_rows), no_rows, ROOM, STOPS, KEY, depth=1, **options
+        CONFIG,
+        UNSTACKED,
+        written(prompts, single, no_rows),
+        no_rows,
+        ROOM,
+        STOPS,
+        KEY,
+        depth=1,
+        **options,
     )
     state, first = decode(written(prompts), steps=3)
     _, second = decode(state, steps=3)
@@ -188,7 +227,9 @@ def test_an_episode_that_crosses_pieces_equals_one_in_a_single_piece(length):
 
 
 def test_a_slot_without_room_waits_and_goes_on():
-    """Memory for 6 tokens, then for all: the same tokens as without waiting, and the neighbours do not notice."""
+    """Memory for 6 tokens, then for all: the same tokens as without waiting, and the neighbours do
+    not notice.
+    """
     _, expected = generate(PROMPTS)
     state, _ = generate(PROMPTS, steps=1)
     little = np.array([6, CACHE, 6, CACHE], np.int32)
@@ -216,14 +257,19 @@ def forced(tokens):
     for axis, (last, following) in enumerate(tokens.items()):
         embed[last, axis], head[following, axis] = 1.0, 100.0
     ones = jnp.ones((32,))
-    made = {"embed": {"weight": jnp.array(embed)}, "head": {"weight": jnp.array(head)}, "final_norm": {"scale": ones}}
+    made = {
+        "embed": {"weight": jnp.array(embed)},
+        "head": {"weight": jnp.array(head)},
+        "final_norm": {"scale": ones},
+    }
     return zeros | made
 
 
 @pytest.mark.parametrize(
     ("script", "limit", "count", "stop"),
     [
-        ({1: 60, 60: 61, 61: 2}, CACHE, 2, 0),  # "</" + "s>!": found although the tag's last token carries more
+        # "</" + "s>!": found although the tag's last token carries more
+        ({1: 60, 60: 61, 61: 2}, CACHE, 2, 0),
         ({1: 12, 12: 60, 60: 61}, CACHE, 3, 0),
         ({1: 2, 2: EOS}, CACHE, 2, sampler.EOS),
         ({1: 2, 2: 1}, 5, 4, sampler.LIMIT),  # total of 5 tokens with the prompt's one
@@ -271,7 +317,8 @@ def test_draw_follows_the_probabilities_in_and_across_blocks():
         (sampling.Truncation(top_p=0.5), [2]),
         (sampling.Truncation(top_p=0.7), [2, 150]),  # 0.6 is too little, 0.85 is enough
         (sampling.Truncation(top_p=0.96), [2, 150, 0, 299]),
-        (sampling.Truncation(top_k=2, top_p=0.71), [2, 150]),  # 0.6 of the 0.85 that top_k leaves is 0.706
+        # 0.6 of the 0.85 that top_k leaves is 0.706
+        (sampling.Truncation(top_k=2, top_p=0.71), [2, 150]),
         (sampling.Truncation(top_k=2, top_p=0.7), [2]),
     ],
 )

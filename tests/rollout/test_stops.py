@@ -1,4 +1,6 @@
-"""Stops: whatever the tokenisation, the table finds exactly what a search in the bytes of the text finds."""
+"""Stops: whatever the tokenisation, the table finds exactly what a search in the bytes of the text
+finds.
+"""
 
 import time
 
@@ -31,7 +33,11 @@ def search(stops: list[str], texts: list[bytes]) -> list[int]:
     found, text, now = [], b"", NO_STOP
     for piece in texts:
         text += piece
-        ends = [(text.find(s.encode()) + len(s.encode()), i) for i, s in enumerate(stops) if s.encode() in text]
+        ends = [
+            (text.find(s.encode()) + len(s.encode()), i)
+            for i, s in enumerate(stops)
+            if s.encode() in text
+        ]
         if now == NO_STOP and ends:
             now = min(ends)[1]
         found.append(now)
@@ -45,9 +51,14 @@ def pieces(*texts: str) -> tuple[list[bytes], list[int]]:
 
 ALPHABET = "</sé>"
 STOP_SETS = st.lists(st.text(ALPHABET, min_size=1, max_size=6), min_size=1, max_size=4, unique=True)
-# Tokens are any bytes of the alphabet, so that they cut characters and stop strings anywhere; some have none.
+# Tokens are any bytes of the alphabet, so that they cut characters and stop strings anywhere; some
+# have none.
 VOCABULARIES = st.lists(st.binary(max_size=5), min_size=1, max_size=4).map(
-    lambda extra: [*(ALPHABET.encode()[i : i + 1] for i in range(len(ALPHABET.encode()))), b"", *extra]
+    lambda extra: [
+        *(ALPHABET.encode()[i : i + 1] for i in range(len(ALPHABET.encode()))),
+        b"",
+        *extra,
+    ]
 )
 
 
@@ -79,11 +90,14 @@ def test_equals_a_search_in_the_text(data, stops, vocabulary):
 )
 def test_every_tokenisation_is_found(texts):
     vocabulary, tokens = pieces(*texts)
-    assert run(build_automaton(STOPS, vocabulary, len(vocabulary)), tokens) == [NO_STOP] * (len(texts) - 1) + [0]
+    assert run(build_automaton(STOPS, vocabulary, len(vocabulary)), tokens) == [NO_STOP] * (
+        len(texts) - 1
+    ) + [0]
 
 
 @pytest.mark.parametrize(
-    "texts", [["</search", " >"], ["< /search>"], ["<search>"], ["</sear", "x", "ch>"], ["</Search>"]]
+    "texts",
+    [["</search", " >"], ["< /search>"], ["<search>"], ["</sear", "x", "ch>"], ["</Search>"]],
 )
 def test_near_misses_are_not_found(texts):
     vocabulary, tokens = pieces(*texts)
@@ -112,13 +126,21 @@ def test_special_token_and_padding_row_are_not_in_the_text():
 def test_stop_inside_another():
     """`ab` ends before `abc` and together with `xab`: of those two the one listed first is found."""
     vocabulary, _ = pieces("a", "b", "c", "x")
-    assert run(build_automaton(["abc", "ab", "xab"], vocabulary, 4), [3, 0, 1, 2]) == [NO_STOP, NO_STOP, 1, 1]
+    assert run(build_automaton(["abc", "ab", "xab"], vocabulary, 4), [3, 0, 1, 2]) == [
+        NO_STOP,
+        NO_STOP,
+        1,
+        1,
+    ]
     assert run(build_automaton(["xab", "ab"], vocabulary, 4), [3, 0, 1]) == [NO_STOP, NO_STOP, 0]
 
 
 def test_more_than_127_states_take_two_bytes():
     vocabulary, tokens = pieces("a" * 150, "b")
-    small, large = build_automaton(["ab"], vocabulary, 2), build_automaton(["a" * 150 + "b"], vocabulary, 2)
+    small, large = (
+        build_automaton(["ab"], vocabulary, 2),
+        build_automaton(["a" * 150 + "b"], vocabulary, 2),
+    )
     assert (small.table_SV.dtype, large.table_SV.dtype) == (np.dtype(np.int8), np.dtype(np.int16))
     assert run(large, tokens) == [NO_STOP, 0]
 
@@ -159,7 +181,9 @@ def byte_level() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator([TEXT] * 9, trainer)
     tokenizer.add_special_tokens(["<|im_end|>"])
     tokenizer.add_tokens([AddedToken("<thé nk>", special=False)])
@@ -168,12 +192,21 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 def sentencepiece() -> PreTrainedTokenizerFast:
     """As Llama 2 has it: ▁ for a space, <0xNN> for what the vocabulary lacks."""
-    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"Woistz<>/s終", "▁i", "▁ist"]
+    words = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"Woistz<>/s終",
+        "▁i",
+        "▁ist",
+    ]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*words, "st"]))}
     merges = [("▁", "i"), ("s", "t"), ("▁i", "st")]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.add_special_tokens(["<unk>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
@@ -189,27 +222,37 @@ def test_token_bytes_spell_the_text(make):
 
 
 REAL = {make.__name__: make() for make in (byte_level, sentencepiece)}
-TEXTS = st.lists(st.sampled_from([*STOPS, "</", "</sear", "ch>", "<", "/search>", "終", "ü🙂", " ", "ist"]), max_size=8)
+TEXTS = st.lists(
+    st.sampled_from([*STOPS, "</", "</sear", "ch>", "<", "/search>", "終", "ü🙂", " ", "ist"]),
+    max_size=8,
+)
 
 
 @pytest.mark.parametrize("name", REAL)
 @given(parts=TEXTS, data=st.data())
 @settings(deadline=None, max_examples=40)
 def test_random_tokenisations_of_real_tokenizers(name, parts, data):
-    """Any cut of a text into tokens, through characters and stops too, with special ones and such as the tokenizer
-    lacks between them: found as soon as the text, as players of the game have it, has a stop.
+    """Any cut of a text into tokens, through characters and stops too, with special ones and such
+    as the tokenizer lacks between them: found as soon as the text, as players of the game have
+    it, has a stop.
     """
     tokenizer, text = REAL[name], "".join(parts)
     special = next(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     padding = len(tokenizer)
     bytes_of, rest, ids = [*token_bytes(tokenizer), b""], text.encode(), []
     while rest:
-        ids.append(data.draw(st.sampled_from([i for i, b in enumerate(bytes_of) if b and rest.startswith(b)])))
+        ids.append(
+            data.draw(
+                st.sampled_from([i for i, b in enumerate(bytes_of) if b and rest.startswith(b)])
+            )
+        )
         rest = rest[len(bytes_of[ids[-1]]) :]
         ids += data.draw(st.sampled_from([[], [special], [padding, special]]))
     found = run(build_automaton(STOPS, bytes_of, len(bytes_of)), ids)
     assert found == search(STOPS, [bytes_of[i] for i in ids])
-    decoded = EpisodeContext(tokenizer, prompts.STYLES["brief"], "chat", Limits(9, 9, 9, 9, 9, 9, 9)).decode(ids)
+    decoded = EpisodeContext(
+        tokenizer, prompts.STYLES["brief"], "chat", Limits(9, 9, 9, 9, 9, 9, 9)
+    ).decode(ids)
     assert (NO_STOP not in found[-1:] and bool(ids)) == any(stop in decoded for stop in STOPS)
 
 
@@ -227,6 +270,8 @@ def test_every_byte_has_its_token():
 
 
 def test_unknown_kind_of_tokenizer():
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    )
     with pytest.raises(InputError, match="expected ByteLevel"):
         token_bytes(tokenizer)

@@ -24,7 +24,11 @@ from ssp_jax.runtime.checkpoint import Checkpoints, leaf_digests
 from ssp_jax.workdir import check_workdir, keep_config, lock_workdir
 from tests.conftest import files_of_at_most
 
-GAME = {"position": 7, "pool": [{"question": "Où est São Paulo?", "answers": ["Brazil"], "uid": None}], "rate": 0.1}
+GAME = {
+    "position": 7,
+    "pool": [{"question": "Où est São Paulo?", "answers": ["Brazil"], "uid": None}],
+    "rate": 0.1,
+}
 
 
 def train_state(seed: int) -> dict[str, Any]:
@@ -32,8 +36,16 @@ def train_state(seed: int) -> dict[str, Any]:
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
     kernel_key, moment_key = jax.random.split(jax.random.key(seed))
     return {
-        "params": {"kernel": jax.device_put(jax.random.normal(kernel_key, (48, 66)), _on(mesh, "fsdp", "tensor"))},
-        "adam": [jax.device_put(jax.random.normal(moment_key, (16, 3), jnp.bfloat16), _on(mesh, ("fsdp", "tensor")))],
+        "params": {
+            "kernel": jax.device_put(
+                jax.random.normal(kernel_key, (48, 66)), _on(mesh, "fsdp", "tensor")
+            )
+        },
+        "adam": [
+            jax.device_put(
+                jax.random.normal(moment_key, (16, 3), jnp.bfloat16), _on(mesh, ("fsdp", "tensor"))
+            )
+        ],
         "step": jax.device_put(jnp.int32(seed), _on(mesh)),
     }
 
@@ -43,12 +55,18 @@ def _on(mesh: jax.sharding.Mesh, *axes: Any) -> NamedSharding:
 
 
 def abstract(state: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
 
 
 def assert_bitwise(one: Any, other: Any) -> None:
     def same(a: jax.Array, b: jax.Array) -> bool:
-        return a.dtype == b.dtype and a.shape == b.shape and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        )
 
     assert jax.tree.all(jax.tree.map(same, one, other))  # raises where the structures differ
 
@@ -74,7 +92,9 @@ def test_restores_bitwise_on_other_shardings(tmp_path: Path) -> None:
         "adam": [_on(mesh, None, "tensor")],
         "step": _on(mesh),
     }
-    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, moved)
+    wanted = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, moved
+    )
     with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
         checkpoints.save(1, state, GAME)
         checkpoints.wait()
@@ -123,7 +143,9 @@ for step in range(1, 1000):
 
 @pytest.mark.parametrize("seconds", [0.0, 0.15, 0.5])
 def test_kill_9_leaves_only_whole_steps(tmp_path: Path, seconds: float) -> None:
-    child = subprocess.Popen([sys.executable, "-c", ENDLESS_SAVING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS_SAVING, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     begun = 0
     while begun < 3:
@@ -135,8 +157,14 @@ def test_kill_9_leaves_only_whole_steps(tmp_path: Path, seconds: float) -> None:
     child.wait()
     child.stdout.close()
     left = set(os.listdir(tmp_path / "checkpoints"))
-    assert seconds > 0 or any(not name.isdigit() for name in left), f"killed too late to catch it writing: {left}"
-    like = {"weight": jax.ShapeDtypeStruct((16, 2**20), jnp.float32, sharding=_on(jax.make_mesh((8,), ("x",)), "x"))}
+    assert seconds > 0 or any(not name.isdigit() for name in left), (
+        f"killed too late to catch it writing: {left}"
+    )
+    like = {
+        "weight": jax.ShapeDtypeStruct(
+            (16, 2**20), jnp.float32, sharding=_on(jax.make_mesh((8,), ("x",)), "x")
+        )
+    }
     with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
         step = checkpoints.steps()[-1]
         assert step is not None and step >= 2
@@ -148,15 +176,20 @@ def test_kill_9_leaves_only_whole_steps(tmp_path: Path, seconds: float) -> None:
     assert str(step + 1) in os.listdir(tmp_path / "checkpoints")
 
 
-def test_a_full_disk_is_told_in_a_line_after_the_next_step_and_costs_no_older_one(tmp_path: Path) -> None:
+def test_a_full_disk_is_told_in_a_line_after_the_next_step_and_costs_no_older_one(
+    tmp_path: Path,
+) -> None:
     state = {"weight": jax.random.normal(jax.random.key(0), (2**18,))}
     with Checkpoints(str(tmp_path), every=10, keep=2) as checkpoints:
         checkpoints.save(10, state, GAME)
         checkpoints.wait()
-        told = pytest.raises(OSError, match=r"^a checkpoint cannot be written \(.*File too large.*\)$")
+        told = pytest.raises(
+            OSError, match=r"^a checkpoint cannot be written \(.*File too large.*\)$"
+        )
         with told, files_of_at_most(2**17):
             checkpoints.save(20, state, GAME)
-            for _ in range(600):  # it is written in the background, while steps are played that are not saved
+            # it is written in the background, while steps are played that are not saved
+            for _ in range(600):
                 assert not checkpoints.due(21)
                 time.sleep(0.1)
     with Checkpoints(str(tmp_path), every=10, keep=2) as checkpoints:
@@ -204,7 +237,10 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "the game empty": ("game/metadata", lambda path: path.write_text("")),
     "the game is a list": ("game/metadata", lambda path: path.write_text("[]")),
     "the game nested": ("game/metadata", lambda path: path.write_text("[" * 100_000)),
-    "a rename that a preemption ended": ("*", lambda path: None if path.name == "game" else remove(path)),
+    "a rename that a preemption ended": (
+        "*",
+        lambda path: None if path.name == "game" else remove(path),
+    ),
     "all of it": ("", lambda path: [remove(inner) for inner in path.iterdir()]),
 }
 
@@ -231,7 +267,11 @@ def test_a_damaged_step_is_set_aside_for_the_one_before(tmp_path: Path, damage: 
         again = checkpoints.restore_newest(abstract(state))
         assert again is not None and (again.step, again.damaged) == (2, {})
         assert_bitwise(again.state, train_state(5))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "2.damaged"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "1",
+        "2",
+        "2.damaged",
+    ]
 
 
 def test_where_no_step_is_good_that_is_told_and_nothing_is_moved(tmp_path: Path) -> None:
@@ -251,12 +291,18 @@ def test_a_digest_is_of_values_and_places_and_not_of_shardings(dtype: Any) -> No
     values = np.arange(8 * 6).reshape(8, 6).astype(dtype)
 
     def digest(x: np.ndarray, *axes: Any, mesh: Any = (4, 2)) -> str:
-        devices = jax.make_mesh(mesh, ("fsdp", "tensor"), devices=jax.devices()[: mesh[0] * mesh[1]])
+        devices = jax.make_mesh(
+            mesh, ("fsdp", "tensor"), devices=jax.devices()[: mesh[0] * mesh[1]]
+        )
         return leaf_digests({"x": jax.device_put(x, _on(devices, *axes))})["x"]
 
     whole = digest(values)
     assert whole == digest(values, "fsdp", "tensor") == digest(values, None, "tensor")
-    assert whole == digest(values, ("fsdp", "tensor"), mesh=(2, 1)) == digest(values, None, "fsdp", mesh=(3, 1))
+    assert (
+        whole
+        == digest(values, ("fsdp", "tensor"), mesh=(2, 1))
+        == digest(values, None, "fsdp", mesh=(3, 1))
+    )
     bits = values.view(f"u{values.itemsize}")
     for place in ((0, 0), (3, 1), (7, 5)):
         for bit in (0, 8 * values.itemsize - 1):
@@ -264,12 +310,15 @@ def test_a_digest_is_of_values_and_places_and_not_of_shardings(dtype: Any) -> No
             changed[place] ^= np.array(1 << bit, bits.dtype)
             assert digest(changed.view(values.dtype)) != whole
     signs = bits.copy()
-    signs[:2] ^= np.array(1 << (8 * values.itemsize - 1), bits.dtype)  # changes whose plain sum is zero
+    # changes whose plain sum is zero
+    signs[:2] ^= np.array(1 << (8 * values.itemsize - 1), bits.dtype)
     assert digest(signs.view(values.dtype)) != whole
     assert digest(np.roll(values, 1, axis=0)) != whole and digest(values[:, ::-1].copy()) != whole
 
 
-def test_a_save_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[str] = []
     fsync = os.fsync
 
@@ -283,7 +332,10 @@ def test_a_save_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
     names = [Path(path).relative_to(tmp_path / "checkpoints") for path in synced]
     assert all(name.parts[0].startswith("1.orbax-checkpoint-tmp") for name in names)
     below = {str(Path(*name.parts[1:])) for name in names}
-    written = {path.relative_to(tmp_path / "checkpoints" / "1") for path in (tmp_path / "checkpoints/1").rglob("*")}
+    written = {
+        path.relative_to(tmp_path / "checkpoints" / "1")
+        for path in (tmp_path / "checkpoints/1").rglob("*")
+    }
     assert {str(path) for path in written if path.name != "commit_success.txt"} <= below
 
 
@@ -335,13 +387,18 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def test_several_processes_fall_back_together_to_the_step_that_the_first_one_sees(tmp_path: Path) -> None:
+def test_several_processes_fall_back_together_to_the_step_that_the_first_one_sees(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "0").mkdir()
     (tmp_path / "1").mkdir()
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-c", TOGETHER, str(tmp_path), f"127.0.0.1:{free_port()}"]
     pipe = subprocess.PIPE
-    started = [subprocess.Popen([*command, i], env=environment, stdout=pipe, stderr=pipe, text=True) for i in "01"]
+    started = [
+        subprocess.Popen([*command, i], env=environment, stdout=pipe, stderr=pipe, text=True)
+        for i in "01"
+    ]
     said = [process.communicate(timeout=600) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     values = np.arange(4096, dtype=np.float32).reshape(64, 64) + 1
@@ -349,7 +406,9 @@ def test_several_processes_fall_back_together_to_the_step_that_the_first_one_see
     for output, _ in said:
         lines = output.splitlines()
         assert lines[-1] == restored
-        assert sum(f"{tmp_path}/1 is not the same folder on all hosts" in line for line in lines) == 1
+        assert (
+            sum(f"{tmp_path}/1 is not the same folder on all hosts" in line for line in lines) == 1
+        )
     names = ["1", "2", "2.damaged", "3.damaged"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
     assert not list(tmp_path.glob("**/.shared_*"))
@@ -358,7 +417,9 @@ def test_several_processes_fall_back_together_to_the_step_that_the_first_one_see
 def test_a_gpu_saves_without_pinned_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of which XLA gives a process 64 GiB, and Orbax by itself would take a copy of the whole state."""
+    """Of which XLA gives a process 64 GiB, and Orbax by itself would take a copy of the whole
+    state.
+    """
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with caplog.at_level("INFO", logger="absl"), Checkpoints(str(tmp_path), every=1, keep=2):
         pass
@@ -381,7 +442,11 @@ def test_minutes_count_from_the_last_save(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_workdir_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     for _ in range(2):
-        with lock_workdir(str(tmp_path)), pytest.raises(InputError, match="in use by another run"), lock_workdir(str(tmp_path)):
+        with (
+            lock_workdir(str(tmp_path)),
+            pytest.raises(InputError, match="in use by another run"),
+            lock_workdir(str(tmp_path)),
+        ):
             pass
     assert not list(tmp_path.iterdir())
 
@@ -436,10 +501,13 @@ def test_a_config_on_disk_holds_no_secrets_and_still_tells_another_config(tmp_pa
     assert "hush" not in kept and json.loads(kept)["model.path"] == "https://***@host/model"
     check_workdir(str(tmp_path), config("hush"))
     check_workdir(str(tmp_path), config("another-password"))
-    with pytest.raises(InputError, match="model.path was .*@host/model. and is .*@other/model") as caught:
+    with pytest.raises(
+        InputError, match="model.path was .*@host/model. and is .*@other/model"
+    ) as caught:
         check_workdir(str(tmp_path), config("hush", "other"))
     assert "hush" not in str(caught.value)
-    (tmp_path / "config.json").write_text(kept.replace("***", "hush"))  # as an earlier version wrote it
+    # as an earlier version wrote it
+    (tmp_path / "config.json").write_text(kept.replace("***", "hush"))
     check_workdir(str(tmp_path), config("hush"))
 
 

@@ -74,5 +74,8 @@ def test_a_device_is_written_as_it_is(tmp_path):
 @pytest.mark.parametrize("make", ["folder", "nowhere"])
 def test_what_cannot_be_written_is_told_at_once(tmp_path, make):
     path = tmp_path if make == "folder" else tmp_path / "nowhere" / "out"
-    with pytest.raises(InputError, match="--out: expected a file that can be written"), replacing(path, "--out"):
+    with (
+        pytest.raises(InputError, match="--out: expected a file that can be written"),
+        replacing(path, "--out"),
+    ):
         raise AssertionError("the body must not begin")

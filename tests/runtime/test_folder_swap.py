@@ -1,4 +1,6 @@
-"""Folders that are replaced as a whole: a kill at any system call loses nothing; nobody else's files are touched."""
+"""Folders that are replaced as a whole: a kill at any system call loses nothing; nobody else's
+files are touched.
+"""
 
 import json
 import subprocess
@@ -33,10 +35,15 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-# For n = 0, 1, 2, ...: a child that dies before the n-th call that changes the disk, and then one that is let live.
+# For n = 0, 1, 2, ...: a child that dies before the n-th call that changes the disk, and then one
+# that is let live.
 KILLS = """
 import json, os, sys
 from pathlib import Path
@@ -91,12 +98,16 @@ def test_a_kill_before_any_system_call_loses_nothing_and_leaves_nothing(tmp_path
 
 
 def test_through_a_symbolic_link(tmp_path):
-    """The link stays, and what it names is replaced where it lies; a link to nowhere names the place for it."""
+    """The link stays, and what it names is replaced where it lies; a link to nowhere names the
+    place for it.
+    """
     (tmp_path / "disk").mkdir()
     (tmp_path / "X").symlink_to(tmp_path / "disk" / "far")
     for text in ("first", "second"):
         replace(tmp_path / "X", text)
-        assert (tmp_path / "X").is_symlink() and content(tmp_path / "disk" / "far") == dict.fromkeys(NAMES, text)
+        assert (tmp_path / "X").is_symlink() and content(
+            tmp_path / "disk" / "far"
+        ) == dict.fromkeys(NAMES, text)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["X", "a", "b", "disk", "far"]
 
 
@@ -105,7 +116,9 @@ def test_files_that_are_links_lose_only_the_links(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "X" / "a").symlink_to(tmp_path / "precious")
     replace(tmp_path / "X", "new")
-    assert (tmp_path / "precious").read_text() == "mine" and content(tmp_path / "X") == dict.fromkeys(NAMES, "new")
+    assert (tmp_path / "precious").read_text() == "mine" and content(
+        tmp_path / "X"
+    ) == dict.fromkeys(NAMES, "new")
 
 
 def foreign_file(folder):
@@ -165,7 +178,10 @@ def test_what_is_not_ours_is_refused_and_left_as_it_is(tmp_path, damage):
 
 def test_what_comes_while_it_is_written_is_not_replaced_either(tmp_path):
     replace(tmp_path / "X", "old")
-    with pytest.raises(InputError, match="found 'notes.txt'"), make(tmp_path / "X").building() as work:
+    with (
+        pytest.raises(InputError, match="found 'notes.txt'"),
+        make(tmp_path / "X").building() as work,
+    ):
         write(work, "new")
         (tmp_path / "X" / "notes.txt").write_text("mine")
     assert content(tmp_path / "X") == {"a": "old", "b": "old", "notes.txt": "mine"}
@@ -185,7 +201,10 @@ def test_the_root_and_a_mount_point_are_refused(tmp_path, monkeypatch):
 def test_an_error_leaves_the_old_folder_alone(tmp_path):
     replace(tmp_path / "X", "old")
     for error in (KeyboardInterrupt, OSError("disk full"), InputError("line 4")):
-        with pytest.raises((KeyboardInterrupt, InputError)), make(tmp_path / "X").building() as work:
+        with (
+            pytest.raises((KeyboardInterrupt, InputError)),
+            make(tmp_path / "X").building() as work,
+        ):
             write(work, "half")
             raise error
         assert content(tmp_path / "X") == dict.fromkeys(NAMES, "old")

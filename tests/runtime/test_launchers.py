@@ -30,7 +30,9 @@ def open_mpi(tasks: int, local: int = 0) -> dict[str, str]:
         (open_mpi(4) | slurm("1"), 4),  # mpirun in an allocation of Slurm
     ],
 )
-def test_processes_of_a_machine_are_counted(environment: dict[str, str], expected: int | None) -> None:
+def test_processes_of_a_machine_are_counted(
+    environment: dict[str, str], expected: int | None
+) -> None:
     assert launchers.local_tasks(environment) == expected
 
 

@@ -50,12 +50,21 @@ def test_resuming_drops_rows_that_come_again_and_a_torn_line(tmp_path: Path) -> 
         file.write('{"step": 5, "ti')
     with Logger(str(tmp_path), 9, tensorboard=False, resume_step=3) as logger:
         logger.record(4, {"x": 40.0})
-    assert [(r["step"], r["x"]) for r in rows(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
-    with Logger(str(tmp_path), 9, tensorboard=False):  # killed before its first checkpoint; evaluation 0 is kept
+    assert [(r["step"], r["x"]) for r in rows(tmp_path)] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+    ]
+    # killed before its first checkpoint; evaluation 0 is kept
+    with Logger(str(tmp_path), 9, tensorboard=False):
         assert [r["step"] for r in rows(tmp_path)] == [0]
 
 
-def test_spoilt_lines_are_dropped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_spoilt_lines_are_dropped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As a machine that went down leaves them; each start would end there."""
     with Logger(str(tmp_path), 9, tensorboard=False) as logger:
         logger.evaluation(0, {"eval/nq/right": 20.0})
@@ -63,8 +72,17 @@ def test_spoilt_lines_are_dropped_and_counted(tmp_path: Path, capsys: pytest.Cap
         logger.record(2, {"x": 2})
     path = tmp_path / "metrics.jsonl"
     first, second, third = path.read_bytes().splitlines(keepends=True)
-    spoilt = [b"\0" * 30 + b"\n", b"\n", first.strip() + second, b'{"x": 1}\n', b'{"step": "a"}\n', b"\xff\xfe\n"]
-    path.write_bytes(first + spoilt[0] + spoilt[1] + second + b"".join(spoilt[2:]) + third + b'{"step": 3, "ti')
+    spoilt = [
+        b"\0" * 30 + b"\n",
+        b"\n",
+        first.strip() + second,
+        b'{"x": 1}\n',
+        b'{"step": "a"}\n',
+        b"\xff\xfe\n",
+    ]
+    path.write_bytes(
+        first + spoilt[0] + spoilt[1] + second + b"".join(spoilt[2:]) + third + b'{"step": 3, "ti'
+    )
     for dropped in (6, 0):
         with Logger(str(tmp_path), 9, tensorboard=False, resume_step=2) as logger:
             assert not logger.evaluation(0, {"eval/nq/right": 20.0})
@@ -80,7 +98,8 @@ def test_an_evaluation_has_one_row_however_often_the_run_is_killed(tmp_path: Pat
         logger.step(3, STEP, 1.5)
         logger.step(4, STEP, 1.5)
         assert logger.evaluation(4, after)
-    for _ in range(2):  # killed before step 4 is saved: its row goes, and comes back with what is on disk
+    # killed before step 4 is saved: its row goes, and comes back with what is on disk
+    for _ in range(2):
         with Logger(str(tmp_path), 9, tensorboard=False, resume_step=3) as logger:
             assert not logger.evaluation(0, before)
             logger.step(4, STEP, 1.5)
@@ -88,13 +107,17 @@ def test_an_evaluation_has_one_row_however_often_the_run_is_killed(tmp_path: Pat
     with Logger(str(tmp_path), 9, tensorboard=False, resume_step=4) as logger:
         assert not logger.evaluation(4, after)
         assert logger.evaluation(4, after | {"eval/nq/right": 40.0})  # verdicts that had failed
-    found = [(row["step"], row["eval/nq/right"]) for row in rows(tmp_path) if "eval/nq/right" in row]
+    found = [
+        (row["step"], row["eval/nq/right"]) for row in rows(tmp_path) if "eval/nq/right" in row
+    ]
     assert found == [(0, 20), (4, 30), (4, 40)]
 
 
 def test_tensorboard_file_grows_with_each_step(tmp_path: Path) -> None:
     def size() -> int:
-        return sum(path.stat().st_size for path in (tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+        return sum(
+            path.stat().st_size for path in (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+        )
 
     with Logger(str(tmp_path), 9, tensorboard=True):
         pass
@@ -116,15 +139,23 @@ with Logger(sys.argv[1], 9, tensorboard=True) as logger, files_of_at_most(4096):
 """
 
 
-def test_a_disk_that_is_full_for_tensorboard_ends_the_run_and_does_not_hang_it(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_for_tensorboard_ends_the_run_and_does_not_hang_it(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/null")  # which is never full
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("OSError: "), done.stderr
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("OSError: "), (
+        done.stderr
+    )
 
 
-def test_plain_output_is_dated_lines_that_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    everything = {c.metric: 0.25 for c in metrics.COLUMNS if not c.metric.startswith("update/both/")}
+def test_plain_output_is_dated_lines_that_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = {
+        c.metric: 0.25 for c in metrics.COLUMNS if not c.metric.startswith("update/both/")
+    }
     with Logger(str(tmp_path), 200, tensorboard=False) as logger:
         logger.say("a [bold] folder")
         logger.step(1, everything, 12.3)
@@ -138,15 +169,24 @@ def test_plain_output_is_dated_lines_that_fit(tmp_path: Path, capsys: pytest.Cap
     titles = [c.title for c in metrics.COLUMNS if c.metric in everything]
     assert header == ["step", *titles, "s/step", "left"] and len(set(titles)) == len(titles)
     shown = dict(zip(header, second, strict=True))
-    assert (shown["step"], shown["solved"], shown["tokens"], shown["tok/s"]) == ("2/200", "100.0%", "8192", "98.8k")
-    assert [len(line) for line in lines[1:]] == [len(lines[1])] * 3  # columns stand below each other
+    assert (shown["step"], shown["solved"], shown["tokens"], shown["tok/s"]) == (
+        "2/200",
+        "100.0%",
+        "8192",
+        "98.8k",
+    )
+    # columns stand below each other
+    assert [len(line) for line in lines[1:]] == [len(lines[1])] * 3
     assert first[-1] == clock(199 * 12.3)
 
 
-def test_console_shows_only_metrics_that_the_run_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_shows_only_metrics_that_the_run_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Logger(str(tmp_path), 3, tensorboard=False) as logger:
         logger.step(1, {"reward/solver": 0.5}, 1.0)
-        logger.step(2, {"reward/solver": float("nan"), "update/both/kl": 0.1}, 1.0)  # its first update
+        # its first update
+        logger.step(2, {"reward/solver": float("nan"), "update/both/kl": 0.1}, 1.0)
         logger.step(3, {"reward/solver": 0.5}, 1.0)
     lines = [line.split()[1:-2] for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == [["step", "solvR"], ["1/3", "0.50"]]
@@ -164,7 +204,9 @@ def test_plain_progress_is_told_now_and_then(
         monkeypatch.setattr(metrics, "PLAIN_SECONDS", 0.0)
         with logger.phase("playing", 100) as phase:
             phase.advance(50, total=200, tokens=1234.0)
-    assert re.search(r"playing 50/200 · \S+/s · 1.2k tokens/s · 0:00 left\n", capsys.readouterr().out)
+    assert re.search(
+        r"playing 50/200 · \S+/s · 1.2k tokens/s · 0:00 left\n", capsys.readouterr().out
+    )
 
 
 def test_table_is_plain_text_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,17 +250,23 @@ logger.step(1, {"reward/solver": 0.5}, 1.0)"""
 
 
 def test_no_number_of_a_table_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Seven sets with a judge are wider than 100 columns: whole in a file, and for a terminal, which breaks lines."""
+    """Seven sets with a judge are wider than 100 columns: whole in a file, and for a terminal,
+    which breaks lines.
+    """
     row = {f"{share}{end}": 44.6 for share in scores.SHARES for end in ("", "_low", "_high")}
     row |= {"searches": 2.1, "tokens": 8120.0, "n": 3125}
-    table = scores.rows({f"ssp/{name}": row for name in (*paper_table.SETS, scores.AVERAGE)}, "policy")
+    table = scores.rows(
+        {f"ssp/{name}": row for name in (*paper_table.SETS, scores.AVERAGE)}, "policy"
+    )
     with Logger(str(tmp_path), 2, tensorboard=False) as logger:
         logger.table("Held-out questions", *table)
     live = in_a_terminal(f"logger.table('Held-out questions', *{table!r})", tmp_path, 60)
     for shown in (capsys.readouterr().out, live):
         lines = [line.replace("|", " ") for line in shown.splitlines()]
         for cells in table[0]:
-            assert sum(line.split() == " ".join(map(str, cells)).split() for line in lines) == 1, shown
+            assert sum(line.split() == " ".join(map(str, cells)).split() for line in lines) == 1, (
+                shown
+            )
 
 
 def test_episodes_can_be_read(tmp_path: Path) -> None:
@@ -226,7 +274,10 @@ def test_episodes_can_be_read(tmp_path: Path) -> None:
     with Logger(str(tmp_path), 2, tensorboard=False) as logger:
         logger.episodes(10, [record, record])
     text = (tmp_path / "episodes" / "step_000010.jsonl").read_text(encoding="utf-8")
-    assert [json.loads(line) for line in text.splitlines()] == [record, record] and "São Paulo" in text
+    assert [json.loads(line) for line in text.splitlines()] == [
+        record,
+        record,
+    ] and "São Paulo" in text
 
 
 def test_compile_counter_counts_compilations_only() -> None:
@@ -242,7 +293,8 @@ def test_compile_counter_counts_compilations_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.345, "0.34"), (12.34, "12.3"), (310, "310"), (4200, "4.2k"), (1.26e6, "1.3M"), (0, "0.00")]
+    ("value", "text"),
+    [(0.345, "0.34"), (12.34, "12.3"), (310, "310"), (4200, "4.2k"), (1.26e6, "1.3M"), (0, "0.00")],
 )
 def test_short_number(value: float, text: str) -> None:
     assert short_number(value) == text
@@ -253,7 +305,9 @@ def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak starts again on Linux alone")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the peak starts again on Linux alone"
+)
 def test_the_peak_of_memory_is_that_since_the_last_call() -> None:
     metrics.peak_memory_gib()
     block = bytearray(2**28)  # a quarter of a GiB, written to, comes and goes

@@ -23,16 +23,22 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 
 
 def started(**environment: str) -> Any:
-    """Arguments and the environment that the process began with, which is what the C library has read."""
+    """Arguments and the environment that the process began with, which is what the C library has
+    read.
+    """
     command = [sys.executable, "-W", "error", "-c", SAYS, "a b", "--c"]
-    process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    )
     said = process.communicate(timeout=60)[0]
     return json.loads(said)
 
 
 def test_a_run_on_the_cpu_starts_itself_once_more_with_huge_pages() -> None:
     arguments, environment = started(JAX_PLATFORMS="cpu", GLIBC_TUNABLES="")
-    assert arguments == ["-c", "a b", "--c"] and "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in environment
+    assert (
+        arguments == ["-c", "a b", "--c"] and "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in environment
+    )
 
 
 def test_a_run_elsewhere_is_left_alone() -> None:
@@ -51,8 +57,11 @@ print(jax.devices()[0].platform)
 
 
 @pytest.mark.parametrize("imported", ["", "jax"])
-@pytest.mark.parametrize("tunables", ["", "glibc.malloc.hugetlb=1"])  # it starts itself once more, or does not
-@pytest.mark.skipif(not tpu_installed() or tpu_may_be_used({}), reason="libtpu is not installed, or a TPU is there")
+# it starts itself once more, or does not
+@pytest.mark.parametrize("tunables", ["", "glibc.malloc.hugetlb=1"])
+@pytest.mark.skipif(
+    not tpu_installed() or tpu_may_be_used({}), reason="libtpu is not installed, or a TPU is there"
+)
 def test_a_run_starts_quietly_where_libtpu_is_and_no_tpu(imported: str, tunables: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     environment |= {"GLIBC_TUNABLES": tunables, "XLA_FLAGS": ""}
@@ -62,8 +71,19 @@ def test_a_run_starts_quietly_where_libtpu_is_and_no_tpu(imported: str, tunables
 
 
 def test_an_index_is_built_quietly_and_takes_no_device(tmp_path: Path) -> None:
-    (tmp_path / "corpus.jsonl").write_text('{"id": "0", "contents": "Paris\\nThe capital of France"}\n')
+    (tmp_path / "corpus.jsonl").write_text(
+        '{"id": "0", "contents": "Paris\\nThe capital of France"}\n'
+    )
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    command = [sys.executable, "-m", "ssp_jax.retriever", "build", "--corpus=corpus.jsonl", "--out=index"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "ssp_jax.retriever",
+        "build",
+        "--corpus=corpus.jsonl",
+        "--out=index",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert (done.returncode, done.stderr) == (0, "") and "1 passages" in done.stdout

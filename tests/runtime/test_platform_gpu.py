@@ -15,7 +15,9 @@ def test_all_defaults_are_set_and_told() -> None:
     told = " ".join(platform.set_defaults(environment))
     assert all(name in told for name in NAMES)
     assert environment["XLA_CLIENT_MEM_FRACTION"] == str(platform.MEMORY_FRACTION)
-    assert environment["XLA_FLAGS"] == " ".join(f"{name}={value}" for name, value in platform.XLA_FLAGS.items())
+    assert environment["XLA_FLAGS"] == " ".join(
+        f"{name}={value}" for name, value in platform.XLA_FLAGS.items()
+    )
 
 
 def test_what_the_user_has_set_stays() -> None:
@@ -32,11 +34,16 @@ def test_what_the_user_has_set_stays() -> None:
 def test_other_flags_of_the_user_are_kept() -> None:
     environment = {"XLA_FLAGS": "--xla_dump_to=x"}
     platform.set_defaults(environment)
-    assert environment["XLA_FLAGS"].split() == ["--xla_dump_to=x", *(f"{n}={v}" for n, v in platform.XLA_FLAGS.items())]
+    assert environment["XLA_FLAGS"].split() == [
+        "--xla_dump_to=x",
+        *(f"{n}={v}" for n, v in platform.XLA_FLAGS.items()),
+    ]
 
 
 @pytest.mark.parametrize(("processes", "share"), [(1, 0.85), (2, 0.425)])
-def test_page_locked_memory_is_bounded_by_what_the_machine_has(processes: int, share: float) -> None:
+def test_page_locked_memory_is_bounded_by_what_the_machine_has(
+    processes: int, share: float
+) -> None:
     environment = {"OMPI_COMM_WORLD_LOCAL_SIZE": str(processes)}
     platform.set_defaults(environment)
     gib = platform.host_memory() / 2**30
@@ -51,7 +58,9 @@ def test_a_container_has_the_memory_of_its_limit(tmp_path: Path) -> None:
         assert platform.host_memory([limit, tmp_path / "missing"]) == expected
 
 
-@pytest.mark.parametrize(("said", "expected"), [("0,1,2", 3), ("", 0), ("-1", 0), ("GPU-8a,GPU-9b", 2), ("0,-1,2", 1)])
+@pytest.mark.parametrize(
+    ("said", "expected"), [("0,1,2", 3), ("", 0), ("-1", 0), ("GPU-8a,GPU-9b", 2), ("0,-1,2", 1)]
+)
 def test_visible_gpus_are_counted_as_cuda_does(said: str, expected: int) -> None:
     assert platform.visible_gpus({"CUDA_VISIBLE_DEVICES": said}) == expected
 
@@ -59,7 +68,10 @@ def test_visible_gpus_are_counted_as_cuda_does(said: str, expected: int) -> None
 def test_without_a_choice_all_gpus_of_the_driver_are_visible(tmp_path: Path) -> None:
     for address in ("0000:00:05.0", "0000:00:06.0"):
         (tmp_path / address).mkdir()
-    assert (platform.visible_gpus({}, tmp_path), platform.visible_gpus({}, tmp_path / "missing")) == (2, 0)
+    assert (
+        platform.visible_gpus({}, tmp_path),
+        platform.visible_gpus({}, tmp_path / "missing"),
+    ) == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +86,12 @@ def test_without_a_choice_all_gpus_of_the_driver_are_visible(tmp_path: Path) -> 
     ],
 )
 def test_a_gpu_is_expected_where_jax_would_take_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platforms: str, driver: bool, plugin: bool, expected: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    platforms: str,
+    driver: bool,
+    plugin: bool,
+    expected: bool,
 ) -> None:
     if driver:
         (tmp_path / "version").touch()
@@ -91,5 +108,7 @@ def test_jax_knows_every_flag() -> None:
     flags = " ".join(f"{name}={value}" for name, value in platform.XLA_FLAGS.items())
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     for given, expected in ((flags, True), ("--xla_gpu_no_such_flag=true", False)):
-        done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": given}, capture_output=True, timeout=300)
+        done = subprocess.run(
+            command, env=os.environ | {"XLA_FLAGS": given}, capture_output=True, timeout=300
+        )
         assert (done.returncode == 0) is expected, done.stderr

@@ -51,7 +51,9 @@ def test_jax_does_not_look_for_a_tpu_where_none_can_be(
 def test_devices_of_other_plugins_are_not_hidden(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plugin: str, expected: str | None
 ) -> None:
-    installed = [platform.importlib.metadata.EntryPoint(plugin, f"jax_plugins.{plugin}", "jax_plugins")]
+    installed = [
+        platform.importlib.metadata.EntryPoint(plugin, f"jax_plugins.{plugin}", "jax_plugins")
+    ]
     monkeypatch.setattr(platform.importlib.metadata, "entry_points", lambda group: installed)
     monkeypatch.setattr(platform, "tpu_installed", lambda: True)
     monkeypatch.setattr(platform, "gpu_will_be_used", lambda environment: False)

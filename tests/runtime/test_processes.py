@@ -22,7 +22,8 @@ from ssp_jax.model import hf_load
 from ssp_jax.runtime.processes import HEARTBEAT_SECONDS, balance, check_alike, detected, fail_fast
 from tests.conftest import ROOT
 
-SECONDS = 600  # for whatever is waited for: these tests also pass on a machine that has much else to do
+# for whatever is waited for: these tests also pass on a machine that has much else to do
+SECONDS = 600
 SMALL = {
     "steps": 2,
     "game.answers_per_step": 6,
@@ -62,7 +63,9 @@ def test_shares_are_a_partition_alike_in_number_and_cost(number: int, processes:
 def test_what_differs_between_processes_is_named() -> None:
     check_alike([{"the step": 3, "seed": 0}] * 3)
     with pytest.raises(InputError, match="not alike: the step is 3 on 0, 2; 4 on 1"):
-        check_alike([{"seed": 0, "the step": 3}, {"seed": 0, "the step": 4}, {"seed": 0, "the step": 3}])
+        check_alike(
+            [{"seed": 0, "the step": 3}, {"seed": 0, "the step": 4}, {"seed": 0, "the step": 3}]
+        )
     with pytest.raises(InputError, match="seed is 0 on 0; None on 1"):
         check_alike([{"seed": 0}, {}])
 
@@ -85,13 +88,25 @@ GPU_POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
         (GPU_POD, False),  # without the package that JAX asks Kubernetes with
     ],
 )
-def test_clusters_are_seen_in_the_environment(tmp_path: Path, environment: dict[str, str], expected: bool) -> None:
+def test_clusters_are_seen_in_the_environment(
+    tmp_path: Path, environment: dict[str, str], expected: bool
+) -> None:
     assert detected(environment, tmp_path) is expected
 
 
 def test_place_is_taken_from_the_command_line() -> None:
-    given = ["main.py", "--config=a.py", "--coordinator=host0:1234", "--processes=2", "--process=1", "--config.seed=1"]
-    assert take_place(given) == (["main.py", "--config=a.py", "--config.seed=1"], Place("host0:1234", 2, 1))
+    given = [
+        "main.py",
+        "--config=a.py",
+        "--coordinator=host0:1234",
+        "--processes=2",
+        "--process=1",
+        "--config.seed=1",
+    ]
+    assert take_place(given) == (
+        ["main.py", "--config=a.py", "--config.seed=1"],
+        Place("host0:1234", 2, 1),
+    )
     assert take_place(["main.py", "--processes=1"]) == (["main.py"], Place(processes=1))
     assert take_place(["main.py"]) == (["main.py"], Place())
 
@@ -123,20 +138,47 @@ class Run:
     """The processes of a run, each with this many devices; what they print is in files."""
 
     def __init__(
-        self, workdir: Path, processes: int, devices: int, logs: Path, seeds: tuple[int, ...] = (), **changes: Any
+        self,
+        workdir: Path,
+        processes: int,
+        devices: int,
+        logs: Path,
+        seeds: tuple[int, ...] = (),
+        **changes: Any,
     ) -> None:
         port = free_port()
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, "-m", "ssp_jax.main", f"--config={ROOT}/configs/tiny.py", f"--workdir={workdir}"]
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "ssp_jax.main",
+            f"--config={ROOT}/configs/tiny.py",
+            f"--workdir={workdir}",
+        ]
         logs.mkdir(parents=True)
-        self.workdir, self.outputs = workdir, [logs / f"{process}.log" for process in range(processes)]
+        self.workdir, self.outputs = (
+            workdir,
+            [logs / f"{process}.log" for process in range(processes)],
+        )
         self.processes = []
         for process, output in enumerate(self.outputs):
-            place = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={process}"]
+            place = [
+                f"--coordinator=127.0.0.1:{port}",
+                f"--processes={processes}",
+                f"--process={process}",
+            ]
             values = settings(**changes) | ({"seed": seeds[process]} if seeds else {})
-            given = [*command, *(place if processes > 1 else []), *(f"--config.{k}={v}" for k, v in values.items())]
+            given = [
+                *command,
+                *(place if processes > 1 else []),
+                *(f"--config.{k}={v}" for k, v in values.items()),
+            ]
             with output.open("w") as file:
-                started = subprocess.Popen(given, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                started = subprocess.Popen(
+                    given, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+                )
             self.processes.append(started)
 
     def codes(self) -> list[int]:
@@ -152,7 +194,9 @@ class Run:
 
     def until_step(self, step: int) -> None:
         path = self.workdir / "metrics.jsonl"
-        self.until(lambda: path.exists() and any(row["step"] >= step for row in rows_of(self.workdir)))
+        self.until(
+            lambda: path.exists() and any(row["step"] >= step for row in rows_of(self.workdir))
+        )
 
     def said(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in self.outputs)
@@ -183,7 +227,10 @@ def assert_same_run(a: Path, b: Path) -> None:
     for name in games:
         assert (a / "episodes" / name).read_text() == (b / "episodes" / name).read_text()
     exact = ("funnel/", "fault/", "reward/", "solver/", "proposer/", "play/episodes", "eval/")
-    one, other = ([{k: v for k, v in row.items() if k.startswith(exact)} for row in rows_of(run)] for run in (a, b))
+    one, other = (
+        [{k: v for k, v in row.items() if k.startswith(exact)} for row in rows_of(run)]
+        for run in (a, b)
+    )
     assert one == other
     one, other = (json.loads((run / "summary.json").read_text())["eval"] for run in (a, b))
     assert one == other
@@ -205,10 +252,17 @@ def assert_lost(run: Run, victim: int) -> None:
             assert code == -signal.SIGKILL, run.said()
         else:
             assert code not in (0, 2), run.said()
-            end = time.monotonic() + 60  # where JAX has ended the process another one says so, a moment later
-            while f"ssp_jax: process {process}" not in output.read_text() and time.monotonic() < end:
+            # where JAX has ended the process another one says so, a moment later
+            end = time.monotonic() + 60
+            while (
+                f"ssp_jax: process {process}" not in output.read_text() and time.monotonic() < end
+            ):
                 time.sleep(0.1)
-            said = [line for line in output.read_text().splitlines() if line.startswith(f"ssp_jax: process {process}")]
+            said = [
+                line
+                for line in output.read_text().splitlines()
+                if line.startswith(f"ssp_jax: process {process}")
+            ]
             assert len(said) == 1 and "another process of the run is gone" in said[0], run.said()
 
 
@@ -220,10 +274,15 @@ def test_a_process_that_stays_alone_says_so() -> None:
     for process in (0, 1):
         place = repr(f"127.0.0.1:{free_port()}"), process
         done = subprocess.run(
-            [sys.executable, "-c", code.format(*place)], capture_output=True, text=True, timeout=SECONDS
+            [sys.executable, "-c", code.format(*place)],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
         )
         assert done.returncode not in (0, 2)
-        assert "ssp_jax: the processes of this run did not find each other in 3 seconds" in done.stderr
+        assert (
+            "ssp_jax: the processes of this run did not find each other in 3 seconds" in done.stderr
+        )
 
 
 OPEN_SEARCH = """
@@ -251,8 +310,12 @@ def test_the_first_of_several_processes_builds_the_index(tmp_path: Path, broken:
     (tmp_path / "corpus.jsonl").write_text("".join(lines) + ("{\n" if broken else ""))
     command = [sys.executable, "-c", OPEN_SEARCH, str(tmp_path / "corpus.jsonl"), str(tmp_path)]
     command.append(f"127.0.0.1:{free_port()}")
-    started = [subprocess.Popen([*command, i], cwd=ROOT, stdout=subprocess.PIPE, text=True) for i in "01"]
-    said = [json.loads(process.communicate(timeout=SECONDS)[0].splitlines()[-1]) for process in started]
+    started = [
+        subprocess.Popen([*command, i], cwd=ROOT, stdout=subprocess.PIPE, text=True) for i in "01"
+    ]
+    said = [
+        json.loads(process.communicate(timeout=SECONDS)[0].splitlines()[-1]) for process in started
+    ]
     if broken:
         assert "corpus.jsonl line 51" in said[0] and said[1] == f"process 0: {said[0]}"
     else:
@@ -288,10 +351,17 @@ def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-c", TOLD_ALONE, f"127.0.0.1:{free_port()}"]
     began, pipe = time.monotonic(), subprocess.PIPE
-    started = [subprocess.Popen([*command, i, error], cwd=ROOT, env=environment, stderr=pipe, text=True) for i in "01"]
+    started = [
+        subprocess.Popen([*command, i, error], cwd=ROOT, env=environment, stderr=pipe, text=True)
+        for i in "01"
+    ]
     other, told = (process.communicate(timeout=SECONDS)[1] for process in started)
-    assert started[1].returncode == code and told.splitlines()[-1] == f"ssp_jax: process 1: {sentence}", told
-    assert started[0].returncode not in (0, 2) and "another process of the run is gone" in other, other
+    assert (
+        started[1].returncode == code and told.splitlines()[-1] == f"ssp_jax: process 1: {sentence}"
+    ), told
+    assert started[0].returncode not in (0, 2) and "another process of the run is gone" in other, (
+        other
+    )
     assert time.monotonic() - began < HEARTBEAT_SECONDS + 60
 
 
@@ -315,10 +385,13 @@ def test_a_process_that_is_alive_and_stuck_does_not_hang_the_others(stuck: str) 
     command = [sys.executable, "-c", STUCK, f"127.0.0.1:{free_port()}"]
     pipe = subprocess.PIPE
     started = [
-        subprocess.Popen([*command, i, stuck], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+        subprocess.Popen(
+            [*command, i, stuck], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
+        )
         for i in "01"
     ]
-    assert started[1].stdout is not None and started[1].stdout.readline()  # it is where it will be stuck
+    # it is where it will be stuck
+    assert started[1].stdout is not None and started[1].stdout.readline()
     began = time.monotonic()
     said = started[0].communicate(timeout=SECONDS)[1]
     took = time.monotonic() - began
@@ -326,7 +399,10 @@ def test_a_process_that_is_alive_and_stuck_does_not_hang_the_others(stuck: str) 
     started[1].communicate(timeout=SECONDS)
     assert started[0].returncode == 1 and took < 30, said
     lines = [line for line in said.splitlines() if line.startswith("ssp_jax:")]
-    assert len(lines) == 1 and "process 0 ends because another process of the run has not come for 3 seconds" in said
+    assert (
+        len(lines) == 1
+        and "process 0 ends because another process of the run has not come for 3 seconds" in said
+    )
 
 
 UNDER_SLURM = """
@@ -366,7 +442,9 @@ def test_one_process_a_node_has_all_gpus_under_slurm() -> None:
 
 
 @pytest.mark.slow  # minutes, but CI runs it
-def test_a_run_of_two_processes_is_the_run_of_one_that_ends_it_after_a_sudden_death(tmp_path: Path) -> None:
+def test_a_run_of_two_processes_is_the_run_of_one_that_ends_it_after_a_sudden_death(
+    tmp_path: Path,
+) -> None:
     mesh = {"mesh__data": 2, "mesh__fsdp": 2}
     here(tmp_path / "one", **mesh)
     run = Run(tmp_path / "two", 2, 2, tmp_path / "logs", **mesh)
@@ -383,14 +461,28 @@ def test_a_run_of_two_processes_is_the_run_of_one_that_ends_it_after_a_sudden_de
 
 @pytest.mark.slow
 def test_any_number_of_processes_plays_the_same_run(tmp_path: Path) -> None:
-    """8 devices as 1 x 8, 2 x 4 and 4 x 2 (processes x devices), three steps; without and with tensor parallelism."""
-    changes: dict[str, Any] = {"steps": 3, "learner__rows": 8, "game__answers_per_step": 12, "engine__slots": 16}
+    """8 devices as 1 x 8, 2 x 4 and 4 x 2 (processes x devices), three steps; without and with
+    tensor parallelism.
+    """
+    changes: dict[str, Any] = {
+        "steps": 3,
+        "learner__rows": 8,
+        "game__answers_per_step": 12,
+        "engine__slots": 16,
+    }
     for tensor in (1, 2):
         mesh = {"mesh__data": 2, "mesh__fsdp": -1, "mesh__tensor": tensor, "eval__after": True}
         runs = []
         for processes in (1, 2, 4):
             name = f"{processes}_{tensor}"
-            run = Run(tmp_path / name, processes, 8 // processes, tmp_path / f"{name}.logs", **changes, **mesh)
+            run = Run(
+                tmp_path / name,
+                processes,
+                8 // processes,
+                tmp_path / f"{name}.logs",
+                **changes,
+                **mesh,
+            )
             assert run.codes() == [0] * processes, run.said()
             runs.append(run.workdir)
         assert_same_run(runs[0], runs[1])
@@ -399,7 +491,8 @@ def test_any_number_of_processes_plays_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_at_one_process_saves_once_for_all_and_four_go_on(tmp_path: Path) -> None:
-    changes = {"steps": 4, "mesh__data": 2, "mesh__fsdp": 2}  # JAX takes a second or two to tell all of a signal
+    # JAX takes a second or two to tell all of a signal
+    changes = {"steps": 4, "mesh__data": 2, "mesh__fsdp": 2}
     here(tmp_path / "one", **changes)
     run = Run(tmp_path / "many", 2, 2, tmp_path / "two", **changes)
     run.until_step(1)
@@ -426,7 +519,8 @@ def test_processes_with_different_configs_do_not_begin(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", 2, 1, tmp_path / "logs", mesh__data=2, mesh__fsdp=1, seeds=(0, 1))
     assert run.codes() == [2, 2], run.said()
     assert run.said().count("not alike: config key seed is 0 on 0; 1 on 1") == 2
-    assert not (tmp_path / "run" / "index").exists()  # which the two might have built with different settings
+    # which the two might have built with different settings
+    assert not (tmp_path / "run" / "index").exists()
 
 
 LATE = """
@@ -450,7 +544,10 @@ def test_a_process_that_compiles_for_long_is_waited_for(tmp_path: Path) -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-c", LATE, f"127.0.0.1:{free_port()}"]
     started = [
-        subprocess.Popen([*command, i], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for i in "01"
+        subprocess.Popen(
+            [*command, i], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for i in "01"
     ]
     said = [process.communicate(timeout=SECONDS)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], said

@@ -1,4 +1,6 @@
-"""Lines that a run has written: what a kill or a crash of the machine leaves is passed over, and nothing else."""
+"""Lines that a run has written: what a kill or a crash of the machine leaves is passed over, and
+nothing else.
+"""
 
 import json
 
@@ -16,7 +18,10 @@ def read(path, text):
 
 
 def test_whole_lines_come_with_where_the_next_one_begins(tmp_path):
-    first, second = json.dumps(GOOD | {"text": "São"}, ensure_ascii=False) + "\n", json.dumps(GOOD) + "\r\n"
+    first, second = (
+        json.dumps(GOOD | {"text": "São"}, ensure_ascii=False) + "\n",
+        json.dumps(GOOD) + "\r\n",
+    )
     found = read(tmp_path / "x", first + second + '{"step": 3, "val')
     assert [line.record for line in found] == [GOOD | {"text": "São"}, GOOD]
     assert [line.raw for line in found] == [first.encode(), second.encode()]

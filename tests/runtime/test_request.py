@@ -1,4 +1,6 @@
-"""One request: whatever a server sends, and however slowly, it ends in time, within bounds, with a reason."""
+"""One request: whatever a server sends, and however slowly, it ends in time, within bounds, with a
+reason.
+"""
 
 import gzip
 import socket
@@ -85,14 +87,19 @@ def test_what_is_sent():
     listener = socket.create_server(("127.0.0.1", 0))
     with listener:
         port = listener.getsockname()[1]
-        asked = threading.Thread(target=lambda: suppressed(f"http://me:pass%20word@127.0.0.1:{port}/a b/ü?q=é&k=1"))
+        asked = threading.Thread(
+            target=lambda: suppressed(f"http://me:pass%20word@127.0.0.1:{port}/a b/ü?q=é&k=1")
+        )
         asked.start()
         connection, _ = listener.accept()
         with connection:
             sent = read(connection)
         asked.join()
     head, _, body = sent.partition(b"\r\n\r\n")
-    assert head.startswith(b"POST /a%20b/%C3%BC?q=%C3%A9&k=1 HTTP/1.1\r\n") and body == b'{"a": "\\ud800"}'
+    assert (
+        head.startswith(b"POST /a%20b/%C3%BC?q=%C3%A9&k=1 HTTP/1.1\r\n")
+        and body == b'{"a": "\\ud800"}'
+    )
     assert b"Authorization: Basic bWU6cGFzcyB3b3Jk" in head and b"pass%20word" not in head
 
 
@@ -110,7 +117,9 @@ def suppressed(url: str) -> None:
         trickles(OK + b"Content-Length: 100000\r\n\r\n", b"a"),
         trickles(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
         trickles(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n"),
-        trickles(OK + b"Content-Encoding: gzip\r\n\r\n" + packed(b"")[:10], bytes.fromhex("000000ffff")),
+        trickles(
+            OK + b"Content-Encoding: gzip\r\n\r\n" + packed(b"")[:10], bytes.fromhex("000000ffff")
+        ),
         trickles(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
         lambda connection: connection.recv(1),
     ],
@@ -118,7 +127,9 @@ def suppressed(url: str) -> None:
 def test_the_deadline_is_of_the_whole_request(answer):
     with serving(answer) as url:
         began = time.monotonic()
-        with pytest.raises(RequestError, match=r"no whole reply in 0\.2 seconds|more than 100 headers"):
+        with pytest.raises(
+            RequestError, match=r"no whole reply in 0\.2 seconds|more than 100 headers"
+        ):
             post(url, {}, 0.2)
         assert time.monotonic() - began < 2
 
@@ -127,8 +138,14 @@ def test_the_deadline_is_of_the_whole_request(answer):
     ("raw", "said"),
     [
         (OK + b"\r\n" + bytes(LIMIT + 1), "a reply of more than 1,048,576 bytes"),
-        (OK + b"Content-Encoding: gzip\r\n\r\n" + packed(bytes(1 << 27)), "more than 1,048,576 bytes"),
-        (OK + b"Content-Encoding: gzip\r\n\r\n" + packed(b"{}")[:-4], "a reply in gzip that is cut off"),
+        (
+            OK + b"Content-Encoding: gzip\r\n\r\n" + packed(bytes(1 << 27)),
+            "more than 1,048,576 bytes",
+        ),
+        (
+            OK + b"Content-Encoding: gzip\r\n\r\n" + packed(b"{}")[:-4],
+            "a reply in gzip that is cut off",
+        ),
         (OK + b"Content-Encoding: gzip\r\n\r\nno gzip", "header check"),
         (OK + b"Content-Encoding: br\r\n\r\n{}", "content encoding 'br'"),
         (OK + b"Content-Length: 20\r\n\r\n{}", "IncompleteRead"),
@@ -162,7 +179,11 @@ def test_a_reply_of_just_the_limit_is_taken():
 
 
 def test_a_redirection_is_not_followed():
-    with serving(sends(b"HTTP/1.1 307 Elsewhere\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")) as url:
+    with serving(
+        sends(
+            b"HTTP/1.1 307 Elsewhere\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+        )
+    ) as url:
         assert post(url, {}, 10.0) == Reply(307, b"")
 
 
@@ -202,7 +223,8 @@ def test_a_wrong_address_is_told_without_its_secrets():
 
 
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:8000/retrieve", "HTTPS://host", "http://[::1]:80/v1", "http://bücher.de"]
+    "url",
+    ["http://127.0.0.1:8000/retrieve", "HTTPS://host", "http://[::1]:80/v1", "http://bücher.de"],
 )
 def test_whole_addresses(url):
     check_address("retriever.url", url)

@@ -122,7 +122,11 @@ sys.exit(stop.code)
 
 @pytest.mark.parametrize(
     ("number", "code", "cause"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 0, "terminated"), (signal.SIGHUP, 0, "terminated")],
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 0, "terminated"),
+        (signal.SIGHUP, 0, "terminated"),
+    ],
 )
 def test_a_signal_ends_a_run_where_it_can_be_saved(number: int, code: int, cause: str) -> None:
     process = start(SAVES)
