@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     c.game.answers_per_step = 256  # given answers a step [P T4]
     # rollouts per question (or answer) of a role trained with GRPO; others play 1 [P T4]
     c.game.group_size = 5
-    # proposer_solver algorithm, a row of [P T6]; see config.RL_PAIRS
+    # proposer_solver algorithm, a row of [P T6]; see rules.RL_PAIRS
     c.game.rl_pair = "reinforce_grpo"
     c.game.train = "both"  # both | solver | proposer: which roles are updated [P T2]
     c.game.verify = True  # a question must be answered from its proposer's documents first [P s3.3]

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, get_args
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
 from ssp_jax.errors import InputError
-from ssp_jax.game import prompts, rewards
+from ssp_jax.game import prompts, rewards, rules
 
 # of the repository, or where `pip install .` has put configs/
 ROOT = Path(default.__file__).parent.parent
@@ -324,21 +324,6 @@ def _one_line(error: BaseException) -> str:
     return shorten(str(error), 200)
 
 
-# proposer_solver pairs of [P Table 6] -> (proposer, solver). grpo plays a group and centres on it;
-# reinforce plays one and centres on nothing; reinforcepp (REINFORCE++, arXiv 2501.03262) normalises
-# over the whole batch.
-RL_PAIRS = {
-    "reinforce_grpo": ("reinforce", "grpo"),
-    "reinforce_reinforce": ("reinforce", "reinforce"),
-    "reinforcepp_grpo": ("reinforcepp", "grpo"),
-    "grpo_reinforce": ("grpo", "reinforce"),
-    "grpo_reinforcepp": ("grpo", "reinforcepp"),
-    "grpo_grpo": ("grpo", "grpo"),
-}
-
-# Of one role in a step; an episode's id (episodes.episode_id) has bits for so many.
-ID_ROWS, ID_ATTEMPTS = 1 << 19, 1 << 9
-
 # Keys whose value is one of a few names.
 CHOICES: dict[str, Iterable[str]] = {
     "model.dtype": ("bfloat16", "float32"),
@@ -346,18 +331,18 @@ CHOICES: dict[str, Iterable[str]] = {
     "model.attention": ("auto", "xla"),
     "prompt.style": prompts.STYLES,
     "prompt.template": ("chat", "raw_chatml"),
-    "game.rl_pair": RL_PAIRS,
+    "game.rl_pair": rules.RL_PAIRS,
     "retriever.kind": ("bm25", "http"),
     "game.train": ("both", "solver", "proposer"),
-    "game.noise_unit": ("passage", "trajectory"),
-    "game.noise_source": ("previous_step", "same_step"),
-    "game.batch_fill": ("dummy", "resample", "full_reuse", "periodic_reset"),
+    "game.noise_unit": get_args(rules.NoiseUnit),
+    "game.noise_source": get_args(rules.NoiseSource),
+    "game.batch_fill": get_args(rules.BatchFill),
     "reward.metric": rewards.METRIC_NAMES,
     "eval.judge": rewards.METRIC_NAMES,
     "reward.proposer": rewards.PROPOSER_REWARDS,
     "engine.schedule": ("pipelined", "barrier"),
     "learner.kl_type": ("k1", "k2", "k3"),
-    "learner.proposer_baseline": ("none", "batch_mean", "leave_one_out", "hop_grouped"),
+    "learner.proposer_baseline": get_args(rules.ProposerBaseline),
     "learner.aggregation": ("sequence_mean", "token_mean", "constant"),
     "learner.schedule": ("constant", "cosine", "linear"),
     "learner.momentum_dtype": ("float32", "bfloat16"),
@@ -402,7 +387,7 @@ class Range:
 _INT32 = (1 << 31) - 1  # of JAX's arrays and counters
 _WHOLE = Range(0, _INT32)
 _COUNT = Range(0, _INT32, above=True)
-_ROWS = Range(0, ID_ROWS, above=True)
+_ROWS = Range(0, rules.ID_ROWS, above=True)
 _TOKENS = Range(0, 1 << 24, above=True)  # float32 has each position up to there
 _FACTOR = Range(0, 1e6)
 _SECONDS = Range(0, 86_400, above=True)  # sockets know no longer ones than some weeks
@@ -425,10 +410,10 @@ BOUNDS: dict[str, Range] = {
     "retriever.k1": Range(0, 1000),
     "retriever.b": Range(0, 1),
     "game.answers_per_step": _ROWS,
-    "game.group_size": Range(0, ID_ATTEMPTS, above=True),
+    "game.group_size": Range(0, rules.ID_ATTEMPTS, above=True),
     "game.noise_documents": Range(0, 10_000),
     "game.reset_interval": _COUNT,
-    "game.resample_rounds": Range(0, ID_ATTEMPTS - 1, above=True),
+    "game.resample_rounds": Range(0, rules.ID_ATTEMPTS - 1, above=True),
     "rules.min_searches": _WHOLE,
     "rules.min_chars": _WHOLE,
     "rules.max_chars": _COUNT,
@@ -577,24 +562,25 @@ def _check_sizes(config: ConfigDict, values: dict[str, Any]) -> None:
 
 def _check_ids(config: ConfigDict) -> None:
     """What a step plays must have room in the ids of its episodes."""
-    game, groups = config.game, RL_PAIRS[config.game.rl_pair]
-    proposals, attempts = (game.group_size if algorithm == "grpo" else 1 for algorithm in groups)
+    game = config.game
+    proposals, attempts = rules.group_sizes(game.rl_pair, game.group_size)
     played = game.answers_per_step * proposals * attempts  # a judge may be asked about each of them
-    if played > ID_ROWS:
+    if played > rules.ID_ROWS:
         raise InputError(
             f"config key game.answers_per_step is {game.answers_per_step}, which with game.group_size makes {played} "
-            f"attempts a step; expected at most {ID_ROWS}"
+            f"attempts a step; expected at most {rules.ID_ROWS}"
         )
 
 
 def _check_rules(config: ConfigDict) -> None:
     """Rules that no question can keep would make a run of nothing but refused questions."""
-    rules, limits = config.rules, config.limits
+    asked = config.rules
+    limits = config.limits
     for key, value, most, of in (
-        ("min_chars", rules.min_chars, rules.max_chars, "rules.max_chars"),
-        ("min_words", rules.min_words, (rules.max_chars + 1) // 2, "the words of rules.max_chars"),
-        ("min_searches", rules.min_searches, limits.searches, "limits.searches"),
-        ("min_searches", rules.min_searches, limits.turns - 1, "limits.turns - 1"),
+        ("min_chars", asked.min_chars, asked.max_chars, "rules.max_chars"),
+        ("min_words", asked.min_words, (asked.max_chars + 1) // 2, "the words of rules.max_chars"),
+        ("min_searches", asked.min_searches, limits.searches, "limits.searches"),
+        ("min_searches", asked.min_searches, limits.turns - 1, "limits.turns - 1"),
     ):
         if value > most:
             raise InputError(f"config key rules.{key} is {value}; expected at most {most}, {of}")

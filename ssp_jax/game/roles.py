@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssp_jax.config import ID_ATTEMPTS, ID_ROWS
 from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.game import chat, prompts
+from ssp_jax.game.rules import ID_ATTEMPTS, ID_ROWS
 from ssp_jax.model import decoder
 from ssp_jax.model import tokens as tokens
 from ssp_jax.rollout import sampler, sampling

@@ -1,7 +1,30 @@
-"""The rules: which questions are well-formed, and what each fault is called."""
+"""The rules: who plays how often, which questions are well-formed, and what each fault is called."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
+
+# Pairs of algorithms [P Table 6]: proposer_solver -> (proposer, solver). grpo plays a group and
+# centres on it; reinforce plays one and centres on nothing; reinforcepp (REINFORCE++, arXiv
+# 2501.03262) normalises over the whole batch.
+RL_PAIRS = {
+    "reinforce_grpo": ("reinforce", "grpo"),
+    "reinforce_reinforce": ("reinforce", "reinforce"),
+    "reinforcepp_grpo": ("reinforcepp", "grpo"),
+    "grpo_reinforce": ("grpo", "reinforce"),
+    "grpo_reinforcepp": ("grpo", "reinforcepp"),
+    "grpo_grpo": ("grpo", "grpo"),
+}
+
+# Values of config keys; configs/default.py says what each means.
+NoiseUnit = Literal["passage", "trajectory"]
+NoiseSource = Literal["previous_step", "same_step"]
+BatchFill = Literal["dummy", "resample", "full_reuse", "periodic_reset"]
+ProposerBaseline = Literal["none", "batch_mean", "leave_one_out", "hop_grouped"]
+
+# The most rows and attempts of one role in a step: an episode's id (roles.episode_id) has bits for
+# so many.
+ID_ROWS = 1 << 19
+ID_ATTEMPTS = 1 << 9
 
 MAX_ANSWER_TAGS = 10  # more opening or closing tags than this cost three quarters of the reward [C]
 
@@ -37,6 +60,15 @@ VERIFICATION_FAULTS = ("unverified", "too_long_to_verify")
 # limits.prompt_tokens leaves no room for the given answer, or for the question.
 PROMPT_FAULTS = ("too_long_to_propose", "too_long_to_solve")
 FAULTS = (*QUESTION_FAULTS, *PROMPT_FAULTS, *VERIFICATION_FAULTS)
+
+
+def group_sizes(rl_pair: str, group_size: int) -> tuple[int, int]:
+    """Proposals for each given answer, and attempts at each question [P T4].
+
+    A role that is trained with GRPO plays group_size of them, any other role plays one.
+    """
+    proposer, solver = (group_size if name == "grpo" else 1 for name in RL_PAIRS[rl_pair])
+    return proposer, solver
 
 
 def question_fault(

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax.config import RL_PAIRS
 from ssp_jax.data import Document, Task
 from ssp_jax.game import prompts, roles, rules
 from ssp_jax.game.judge import Case, Judge, Verdict
@@ -130,9 +129,9 @@ class SelfPlay:
     ):
         self._config, self._stage, self._engine, self._retriever = config, stage, engine, retriever
         self._judge = judge
-        self._pair = RL_PAIRS[config.game.rl_pair]
-        self._proposals = config.game.group_size if self._pair[0] == "grpo" else 1
-        self._attempts = config.game.group_size if self._pair[1] == "grpo" else 1
+        self._pair = rules.RL_PAIRS[config.game.rl_pair]
+        sizes = rules.group_sizes(config.game.rl_pair, config.game.group_size)
+        self._proposals, self._attempts = sizes
 
     def play(
         self,

@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ssp_jax import train
-from ssp_jax.config import RL_PAIRS
+from ssp_jax.game import rules
 from ssp_jax.plan.hardware import Chip
 from ssp_jax.plan.memory import Target, abstract_params, cache_layout, persistent_bytes
 
@@ -26,9 +26,7 @@ class Workload:
 
 def workload(config: ConfigDict, tokens: int, sampled: int) -> Workload:
     """Upper bound of the episodes in a step: every question is well-formed and verified."""
-    proposer, solver = (
-        config.game.group_size if a == "grpo" else 1 for a in RL_PAIRS[config.game.rl_pair]
-    )
+    proposer, solver = rules.group_sizes(config.game.rl_pair, config.game.group_size)
     answers = config.game.answers_per_step
     proposed, solved = answers * proposer, answers * proposer * solver
     trained = {"both": proposed + solved, "solver": solved, "proposer": proposed}[config.game.train]

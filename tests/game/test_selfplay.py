@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from configs import default
-from ssp_jax.config import RL_PAIRS
 from ssp_jax.data import Document, Task
-from ssp_jax.game import prompts, roles
+from ssp_jax.game import prompts, roles, rules
 from ssp_jax.game.judge import Verdict
+from ssp_jax.game.rules import RL_PAIRS
 from ssp_jax.game.selfplay import Question, ReplayState, SelfPlay, readable
 from ssp_jax.model import hf_load
 from ssp_jax.rollout import sampler
@@ -314,7 +314,7 @@ def test_a_question_without_room_in_the_solvers_prompt_earns_nothing():
     assert [game.fault for game in round_.games] == ["too_long_to_solve"] * 4
     assert round_.proposer.rewards.tolist() == [0.0] * 4 and not round_.solver.episodes
     # none was verified
-    assert not any(uid // roles.ID_ATTEMPTS >= 2 * roles.ID_ROWS for uid in engine.prompts)
+    assert not any(uid // rules.ID_ATTEMPTS >= 2 * rules.ID_ROWS for uid in engine.prompts)
 
 
 def test_without_verification_questions_go_straight_to_the_solver():
