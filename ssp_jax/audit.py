@@ -18,10 +18,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ssp_jax.config import user_path
 from ssp_jax.data import Task, load_answers, load_question_sets
-from ssp_jax.errors import Parser, exit_code, printable
+from ssp_jax.errors import printable
 from ssp_jax.game.rewards import comparable, normalize_answer
+from ssp_jax.runtime.command import Parser, run_command, user_path
 
 EXAMPLES = 3
 
@@ -112,7 +112,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_code(lambda: _run(arguments))
+    return run_command(_run, arguments)
 
 
 def _run(arguments: Sequence[str] | None) -> None:

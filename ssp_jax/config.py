@@ -7,7 +7,6 @@ owns every key. `--config.SECTION.KEY=VALUE` overrides one key, through ml_colle
 
 import dataclasses
 import math
-import os
 import re
 import runpy
 import traceback
@@ -15,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, get_args
 
 from absl import flags
@@ -24,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import default
 from ssp_jax.errors import InputError
 from ssp_jax.game import prompts, rewards, rules
+from ssp_jax.runtime.command import one_line, parse_known_flags, user_path
 
 # of the repository, or where `pip install .` has put configs/
 ROOT = Path(default.__file__).parent.parent
@@ -92,11 +91,7 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     flags.DEFINE_string("config", None, "config file", flag_values=values)
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
     flags.DEFINE_enum("mode", MODES[0], MODES, "what to do", flag_values=values)
-    values.set_gnu_getopt(True)
-    try:
-        rest = values(argv, known_only=True)
-    except flags.Error as error:
-        raise InputError(_one_line(error)) from None
+    rest = parse_known_flags(values, argv)
     if not values.config:
         raise InputError(
             "flag --config is missing; expected a config file, such as --config=configs/tiny.py"
@@ -110,57 +105,6 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     config = load_config(path)
     _override(config, rest)
     return CommandLine(config, workdir or str(Path("runs") / path.stem), values.mode)
-
-
-def user_path(text: str, name: str) -> str:
-    """A path as a user gives it. Shells leave the `~` of `--workdir=~/x` alone.
-
-    name: of the flag or key.
-    """
-    path = os.path.expanduser(text)
-    if path.startswith("~"):
-        expected = f"expected a folder of a known user, or ./{text} for one of that name"
-        raise InputError(f"{name}={text}: {expected}")
-    return path
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where this process stands among those of the run; nothing is given where a cluster's
-    environment tells it.
-    """
-
-    coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None
-    process: int | None = None
-
-
-def take_place(argv: list[str]) -> tuple[list[str], Place]:
-    """`--coordinator=HOST:PORT --processes=N --process=I`, all or none of them, or `--processes=1`;
-    and the rest.
-    """
-    values = flags.FlagValues()
-    flags.DEFINE_string("coordinator", None, "address of process 0", flag_values=values)
-    flags.DEFINE_integer("processes", None, "of the run", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("process", None, "this one", lower_bound=0, flag_values=values)
-    values.set_gnu_getopt(True)
-    try:
-        rest = values(argv, known_only=True)
-    except flags.Error as error:
-        raise InputError(_one_line(error)) from None
-    place = Place(values.coordinator, values.processes, values.process)
-    if place in (Place(), Place(processes=1)):
-        return rest, place
-    if place.coordinator is None or place.processes is None or place.process is None:
-        raise InputError(
-            "expected --coordinator=HOST:PORT, --processes=N and --process=I together, or none of them"
-        )
-    if not re.fullmatch(r"\S+:\d+", place.coordinator) or place.process >= place.processes:
-        raise InputError(
-            f"--coordinator={place.coordinator} --processes={place.processes} --process={place.process}: expected "
-            "HOST:PORT of process 0, and for each process its own number from 0 to N - 1"
-        )
-    return rest, place
 
 
 def load_config(path: Path) -> ConfigDict:
@@ -222,7 +166,7 @@ def _override(config: ConfigDict, rest: list[str]) -> None:
     except (flags.Error, TypeError, ValueError) as error:
         found = re.search(r"flag --config\.([\w.]+)=(.*?): ", str(error), flags=re.DOTALL)
         raise InputError(
-            _wrong_type(found[1], found[2], known) if found else _one_line(error)
+            _wrong_type(found[1], found[2], known) if found else one_line(error)
         ) from None
     if stray:
         raise InputError(f"unexpected argument {stray[0]!r}; write overrides as --config.KEY=VALUE")
@@ -306,7 +250,7 @@ def _file_error(path: Path, error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     if isinstance(error, SyntaxError) or not frames:
         line = getattr(error, "lineno", None)
-        what = "it has no get_config()" if str(error) == "'get_config'" else _one_line(error)
+        what = "it has no get_config()" if str(error) == "'get_config'" else one_line(error)
         return f"{path}{f' line {line}' if line else ''}: {what}"
     where, known = f"{path} line {frames[-1].lineno}", default_values()
     assigned = re.match(r"\w+\.([\w.]+)\s*=\s*(.*?)\s*(?:#.*)?$", frames[-1].line or "")
@@ -317,11 +261,7 @@ def _file_error(path: Path, error: BaseException) -> str:
         return f"{where}: key {assigned[1]} must be {kind}, such as {known[assigned[1]]!r}, and not {assigned[2]}"
     if unknown := re.search(r'Key "([\w.]+)" does not exist', str(error)):
         return f"{where}: {_no_key(unknown[1], known)}"
-    return f"{where}: {type(error).__name__}: {_one_line(error)}"
-
-
-def _one_line(error: BaseException) -> str:
-    return shorten(str(error), 200)
+    return f"{where}: {type(error).__name__}: {one_line(error)}"
 
 
 # Keys whose value is one of a few names.

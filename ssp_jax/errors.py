@@ -1,15 +1,11 @@
-"""What a command says when it cannot go on: one sentence on stderr, and an exit code."""
+"""Bad input, and foreign text in messages: one sentence that a terminal can show."""
 
-import argparse
 import contextlib
 import json
 import re
 import reprlib
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
-
-from ssp_jax.runtime import signals
+from collections.abc import Iterator
+from typing import Any
 
 # Characters that act instead of being shown: control characters but newline and tab, those that
 # turn the direction of writing or break a line, half surrogates, and invisible tags.
@@ -92,23 +88,3 @@ def reading(place: str) -> Iterator[None]:
             raise
         kind = "" if type(error) is Exception else f"{type(error).__name__}: "
         raise InputError(f"{place} cannot be read: {kind}{first_line(error)}") from None
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes in flags are InputErrors, like all other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists the flags of {self.prog}")
-
-
-def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Runs a command. 0 or what it returns; 2 for bad input, said in one sentence; 130 for Ctrl-C."""
-    try:
-        with signals.interruptible():
-            return run() or 0
-    except InputError as error:
-        print(f"ssp_jax: {sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"ssp_jax: {interrupted}", file=sys.stderr)
-        return signals.INTERRUPTED

@@ -38,9 +38,9 @@ import jax.numpy as jnp
 from absl import flags
 from rich.console import Console
 
-from ssp_jax.config import BOUNDS, user_path
+from ssp_jax.config import BOUNDS
 from ssp_jax.data import Row, read_rows
-from ssp_jax.errors import InputError, exit_code, json_line, printable
+from ssp_jax.errors import InputError, json_line, printable
 from ssp_jax.game import prompts, roles
 from ssp_jax.game.roles import (
     ASSISTANT,
@@ -58,7 +58,8 @@ from ssp_jax.model.tokens import decode
 from ssp_jax.retriever.search import Retriever
 from ssp_jax.rollout.engine import Engine, Search, Sizes, Stats
 from ssp_jax.rollout.stops import token_bytes
-from ssp_jax.runtime import device_memory, files, platform
+from ssp_jax.runtime import command, device_memory, files, platform
+from ssp_jax.runtime.command import user_path
 from ssp_jax.runtime.logger import PLAIN_SECONDS, Phase
 
 CPU_CACHE_BYTES = 2 << 30  # keys and values of all slots on a CPU; accelerators say what they have
@@ -488,7 +489,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
     try:
         stray = f(argv)[1:]
     except flags.Error as error:
-        raise InputError(" ".join(str(error).split())) from None
+        raise InputError(command.one_line(error)) from None
     if stray:
         raise InputError(f"unexpected argument {stray[0]!r}; write flags as --NAME=VALUE")
     if not f.model:
@@ -503,10 +504,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__.strip())
-        return 0
-    return exit_code(lambda: _run(argv))
+    return command.run_command(_run, argv, help=__doc__)
 
 
 def _run(argv: list[str]) -> None:

@@ -17,33 +17,29 @@ import sys
 
 from absl import logging
 
-from ssp_jax.config import parse_command_line, take_place
-from ssp_jax.errors import exit_code
-from ssp_jax.runtime import platform, signals
+from ssp_jax.config import parse_command_line
+from ssp_jax.runtime import command, launchers, platform, signals
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__.strip())
-        return 0
-    # Orbax tells each of its steps through absl, and traces of what fails, which it also raises.
+    # Orbax logs each of its steps through absl, and traces of what fails, which it also raises.
     logging.set_verbosity(logging.FATAL)
     interrupted = "interrupted; the same command goes on from what is saved"
-    return exit_code(lambda: _run(argv), interrupted)
+    return command.run_command(_run, argv, help=__doc__, interrupted=interrupted)
 
 
 def _run(argv: list[str]) -> None:
-    rest, place = take_place(argv)
-    command = parse_command_line(rest)
-    # Here, so that mistakes above are told before the seconds that JAX takes to load.
+    rest, spec = launchers.parse_process_flags(argv)
+    given = parse_command_line(rest)
+    # Imported here, so that mistakes above are reported before the seconds that JAX takes to load.
     from ssp_jax import train
     from ssp_jax.evaluation.run import evaluate_workdir
     from ssp_jax.runtime import processes
 
-    processes.start(place, os.environ)
-    run = evaluate_workdir if command.mode == "eval" else train.train
-    with processes.fail_fast(command.workdir):
-        run(command.config, command.workdir)
+    processes.start(spec, os.environ)
+    run = evaluate_workdir if given.mode == "eval" else train.train
+    with processes.fail_fast(given.workdir):
+        run(given.config, given.workdir)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from ssp_jax.config import BOUNDS, Range, check_numbers, flatten_config, parse_command_line
-from ssp_jax.errors import InputError, exit_code, printable
+from ssp_jax.errors import InputError, printable
 from ssp_jax.model import hf_load, presets, sharding
 from ssp_jax.model.decoder import ModelConfig
 from ssp_jax.plan import compile, hardware, memory, roofline
 from ssp_jax.plan.hardware import GIB, Slice
 from ssp_jax.plan.memory import Target
 from ssp_jax.plan.roofline import Work
+from ssp_jax.runtime.command import parse_known_flags, run_command
 
 _NO_SCALE = dict.fromkeys(memory.PHASES, 1.0)
 
@@ -391,11 +392,8 @@ def smallest_slices(config: ConfigDict, model: ModelConfig) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print((__doc__ or "").strip())
-        return 0
     jax.config.update("jax_platforms", "cpu")  # the machine that plans is not the one that runs
-    return exit_code(lambda: _run(argv))
+    return run_command(_run, argv, help=__doc__ or "")
 
 
 def _run(argv: list[str]) -> int:
@@ -424,11 +422,7 @@ def _parse(argv: list[str]) -> tuple[Any, list[str]]:
     flags.DEFINE_bool("shapes", False, "do not compile", flag_values=values)
     flags.DEFINE_integer("tokens", 3000, "of a mean episode", flag_values=values)
     flags.DEFINE_integer("sampled", 1000, "of these, written by the model", flag_values=values)
-    values.set_gnu_getopt(True)
-    try:
-        rest = values(argv, known_only=True)
-    except flags.Error as error:
-        raise InputError(" ".join(str(error).split())) from None
+    rest = parse_known_flags(values, argv)
     BOUNDS["engine.cache_tokens"].check("flag --tokens", values.tokens)
     Range(0, values.tokens, above=True).check("flag --sampled", values.sampled)
     return values, rest

@@ -24,12 +24,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from ssp_jax.config import user_path
-from ssp_jax.errors import InputError, Parser, exit_code, masked, printable
+from ssp_jax.errors import InputError, masked, printable
 from ssp_jax.evaluation.scores import AVERAGE, MEANS, SHARES
 from ssp_jax.game import prompts, rewards
 from ssp_jax.report.curves import Curves, Point
 from ssp_jax.runtime import records
+from ssp_jax.runtime.command import Parser, run_command, user_path
 from ssp_jax.runtime.files import replacing
 
 EVALUATIONS = "eval/step_*.json"  # in a run folder
@@ -553,7 +553,7 @@ def _as_text(value: Any) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_code(lambda: _run(arguments))
+    return run_command(_run, arguments)
 
 
 def _run(arguments: Sequence[str] | None) -> None:

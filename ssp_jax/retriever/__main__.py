@@ -7,17 +7,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssp_jax.config import BOUNDS, user_path
-from ssp_jax.errors import Parser, exit_code, printable
+from ssp_jax.config import BOUNDS
+from ssp_jax.errors import printable
 from ssp_jax.retriever import index
 from ssp_jax.retriever.build import build_index
 from ssp_jax.retriever.search import Retriever
+from ssp_jax.runtime.command import Parser, run_command, user_path
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_code(lambda: _run(arguments))
+    return run_command(_run, arguments)
 
 
 def _run(arguments: Sequence[str] | None) -> None:

@@ -1,9 +1,52 @@
-"""What Slurm and Open MPI say of the processes of a machine, in their environment variables."""
+"""Which process of a run this is: by its flags, or by the variables of Slurm and Open MPI.
+
+Imports no JAX, so that a mistaken flag is reported at once.
+"""
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+from absl import flags
 
 from ssp_jax.errors import InputError
+from ssp_jax.runtime.command import parse_known_flags
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """This process among those of the run, by its flags. None: the cluster's environment says."""
+
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None
+    process: int | None = None
+
+
+def parse_process_flags(argv: list[str]) -> tuple[list[str], ProcessSpec]:
+    """Returns argv without the flags of processes, and what they say.
+
+    `--coordinator=HOST:PORT --processes=N --process=I`, all or none of them, or `--processes=1`.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("coordinator", None, "address of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "of the run", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, "this one", lower_bound=0, flag_values=values)
+    rest = parse_known_flags(values, argv)
+    spec = ProcessSpec(values.coordinator, values.processes, values.process)
+    if spec in (ProcessSpec(), ProcessSpec(processes=1)):
+        return rest, spec
+    if spec.coordinator is None or spec.processes is None or spec.process is None:
+        raise InputError(
+            "expected --coordinator=HOST:PORT, --processes=N and --process=I together, or none of "
+            "them"
+        )
+    if not re.fullmatch(r"\S+:\d+", spec.coordinator) or spec.process >= spec.processes:
+        raise InputError(
+            f"--coordinator={spec.coordinator} --processes={spec.processes} "
+            f"--process={spec.process}: expected HOST:PORT of process 0, and for each process its "
+            "own number from 0 to N - 1"
+        )
+    return rest, spec
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

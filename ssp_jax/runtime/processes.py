@@ -28,9 +28,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ssp_jax.config import Place
 from ssp_jax.errors import InputError, sentence
 from ssp_jax.runtime import launchers, platform, signals
+from ssp_jax.runtime.launchers import ProcessSpec
 
 T = TypeVar("T")
 
@@ -78,9 +78,9 @@ class LocalFailure(Exception):
 # --- start ------------------------------------------------------------------------------------------------------------
 
 
-def start(place: Place, environment: MutableMapping[str, str]) -> None:
+def start(spec: ProcessSpec, environment: MutableMapping[str, str]) -> None:
     """Joins the other processes, if there are any; before anything touches the devices."""
-    if place.processes == 1 or not (place.coordinator or detected(environment)):
+    if spec.processes == 1 or not (spec.coordinator or detected(environment)):
         return
     expected = "expected --coordinator=HOST:PORT, --processes=N and --process=I on each, or --processes=1 for a run on its own"
     own_gpus = launchers.local_gpus(environment, platform.visible_gpus(environment))
@@ -89,9 +89,9 @@ def start(place: Place, environment: MutableMapping[str, str]) -> None:
     )
     try:
         jax.distributed.initialize(
-            place.coordinator,
-            place.processes,
-            place.process,
+            spec.coordinator,
+            spec.processes,
+            spec.process,
             own_gpus,
             initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,

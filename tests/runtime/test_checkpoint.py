@@ -346,9 +346,9 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ssp_jax.runtime import checkpoint
 from ssp_jax.runtime import processes
-from ssp_jax.config import Place
+from ssp_jax.runtime.launchers import ProcessSpec
 workdir, coordinator, process = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-processes.start(Place(coordinator, 2, process), {})
+processes.start(ProcessSpec(coordinator, 2, process), {})
 processes.run_on_all(lambda: None)
 processes.check_shared(workdir)
 processes.SHARED_SECONDS = 2

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from ssp_jax import train
-from ssp_jax.config import Place, load_config, take_place
+from ssp_jax.config import load_config
 from ssp_jax.errors import InputError
 from ssp_jax.model import hf_load
+from ssp_jax.runtime.launchers import ProcessSpec, parse_process_flags
 from ssp_jax.runtime.processes import HEARTBEAT_SECONDS, balance, check_alike, detected, fail_fast
 from tests.conftest import ROOT
 
@@ -103,12 +104,15 @@ def test_place_is_taken_from_the_command_line() -> None:
         "--process=1",
         "--config.seed=1",
     ]
-    assert take_place(given) == (
+    assert parse_process_flags(given) == (
         ["main.py", "--config=a.py", "--config.seed=1"],
-        Place("host0:1234", 2, 1),
+        ProcessSpec("host0:1234", 2, 1),
     )
-    assert take_place(["main.py", "--processes=1"]) == (["main.py"], Place(processes=1))
-    assert take_place(["main.py"]) == (["main.py"], Place())
+    assert parse_process_flags(["main.py", "--processes=1"]) == (
+        ["main.py"],
+        ProcessSpec(processes=1),
+    )
+    assert parse_process_flags(["main.py"]) == (["main.py"], ProcessSpec())
 
 
 DISK_FULL = 'OSError(28, "No space left on device", "x")'
@@ -268,8 +272,8 @@ def assert_lost(run: Run, victim: int) -> None:
 
 def test_a_process_that_stays_alone_says_so() -> None:
     code = (
-        "from ssp_jax import config\nfrom ssp_jax.runtime import processes\n"
-        "processes.START_SECONDS = 3\nprocesses.start(config.Place({}, 2, {}), {{}})"
+        "from ssp_jax.runtime import launchers, processes\n"
+        "processes.START_SECONDS = 3\nprocesses.start(launchers.ProcessSpec({}, 2, {}), {{}})"
     )
     for process in (0, 1):
         place = repr(f"127.0.0.1:{free_port()}"), process
@@ -289,11 +293,12 @@ OPEN_SEARCH = """
 import fcntl, json, sys, time
 from ssp_jax.runtime import processes
 from ssp_jax import assemble
-from ssp_jax.config import Place, load_config
+from ssp_jax.config import load_config
+from ssp_jax.runtime.launchers import ProcessSpec
 from ssp_jax.errors import InputError
 fcntl.flock = lambda *_: None  # what it does between hosts, on gcsfuse and on many an NFS
 corpus, workdir, coordinator, process = sys.argv[1:]
-processes.start(Place(coordinator, 2, int(process)), {})
+processes.start(ProcessSpec(coordinator, 2, int(process)), {})
 config = load_config("configs/tiny.py").copy_and_resolve_references().retriever
 config.corpus = corpus
 try:
@@ -326,9 +331,9 @@ def test_the_first_of_several_processes_builds_the_index(tmp_path: Path, broken:
 TOLD_ALONE = """
 import sys
 from ssp_jax.runtime import processes
-from ssp_jax.config import Place
+from ssp_jax.runtime.launchers import ProcessSpec
 from ssp_jax.errors import InputError
-processes.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
+processes.start(ProcessSpec(sys.argv[1], 2, int(sys.argv[2])), {})
 processes.run_on_all(lambda: None)
 with processes.fail_fast("runs/a"):
     if sys.argv[2] == "1":
@@ -368,8 +373,8 @@ def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(
 STUCK = """
 import os, signal, sys, time
 from ssp_jax.runtime import processes
-from ssp_jax.config import Place
-processes.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
+from ssp_jax.runtime.launchers import ProcessSpec
+processes.start(ProcessSpec(sys.argv[1], 2, int(sys.argv[2])), {})
 processes.STUCK_SECONDS = 3
 if sys.argv[2] == "1":
     print(os.getpid(), flush=True)
@@ -408,8 +413,8 @@ def test_a_process_that_is_alive_and_stuck_does_not_hang_the_others(stuck: str) 
 UNDER_SLURM = """
 import os, jax
 from ssp_jax.runtime import processes
-from ssp_jax.config import Place
-processes.start(Place(), os.environ)
+from ssp_jax.runtime.launchers import ProcessSpec
+processes.start(ProcessSpec(), os.environ)
 print()
 print(jax.process_count(), jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value)
 """
@@ -528,8 +533,8 @@ import sys, time
 import jax, numpy as np
 from ssp_jax.runtime import processes
 from ssp_jax.model import sharding
-from ssp_jax.config import Place
-processes.start(Place(sys.argv[1], 2, int(sys.argv[2])), {})
+from ssp_jax.runtime.launchers import ProcessSpec
+processes.start(ProcessSpec(sys.argv[1], 2, int(sys.argv[2])), {})
 processes.run_on_all(lambda: None)
 mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
 rows = sharding.put_rows(np.ones((4, 4), np.float32), sharding.rows_sharding(mesh))

@@ -12,7 +12,7 @@ import pytest
 SECONDS = 60  # for whatever is waited for: this machine may have much else to do
 COMMAND = """
 import atexit, hashlib, os, signal, sys, threading, time
-from ssp_jax import errors
+from ssp_jax.runtime import command
 
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
@@ -54,7 +54,7 @@ def run():
     del library
     time.sleep(5)
 
-sys.exit(errors.exit_code(run))
+sys.exit(command.exit_code(run))
 """
 
 
@@ -71,7 +71,7 @@ def run():
         ready()
         time.sleep(50)
 
-sys.exit(errors.exit_code(run))
+sys.exit(command.exit_code(run))
 """
 
 
@@ -83,7 +83,7 @@ def test_the_second_ctrl_c_leaves_at_once() -> None:
     assert ended(process) == (130, "ssp_jax: interrupted again: leaves at once\n")
 
 
-@pytest.mark.parametrize("around", ["errors.exit_code(wait)", "with_stop()"])
+@pytest.mark.parametrize("around", ["command.exit_code(wait)", "with_stop()"])
 def test_the_second_ctrl_c_leaves_at_once_also_while_a_library_computes(around: str) -> None:
     code = """
 def wait():
