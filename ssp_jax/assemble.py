@@ -1,18 +1,21 @@
-"""What a run checks and reads before anything is compiled: files, search, mesh. What takes long
-comes last.
+"""Builds the parts of a run from its config. Below this module only typed sections are read.
 
-All processes of a run do it together: what one of them is told all are told, and they must be about
-to do the same.
+First the inputs, before anything is compiled: files, search, mesh; what takes long comes last. All
+processes of a run read them together: an error of one is raised by all, and they must be about to
+do the same.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssp_jax import data, stamps
@@ -20,13 +23,30 @@ from ssp_jax.config import check_values, flatten_config
 from ssp_jax.data import Task
 from ssp_jax.errors import InputError
 from ssp_jax.evaluation import scores
+from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.game import judge, prompts, roles
-from ssp_jax.model import decoder, hf_load, hf_save, sharding
+from ssp_jax.game.selfplay import ReplayState, SelfPlay
+from ssp_jax.learner.state import LearnerConfig, TrainState, init_state
+from ssp_jax.learner.update import MEMORY_REMEDY, Learner
+from ssp_jax.model import attention, decoder, hf_load, hf_save, sharding
+from ssp_jax.model.decoder import Params
 from ssp_jax.retriever.build import ensure_index
 from ssp_jax.retriever.remote import RemoteRetriever
 from ssp_jax.retriever.search import Search, open_retriever
-from ssp_jax.runtime import processes
-from ssp_jax.workdir import check_unchanged, check_workdir
+from ssp_jax.rollout.engine import Engine, Sizes
+from ssp_jax.rollout.engine import Search as SearchFn
+from ssp_jax.rollout.sampling import ALL_TOKENS, Truncation
+from ssp_jax.runtime import device_memory, processes
+from ssp_jax.runtime.checkpoint import Checkpoints
+from ssp_jax.runtime.logger import CompileCounter, Logger
+from ssp_jax.workdir import (
+    check_unchanged,
+    check_workdir,
+    keep_compiled,
+    keep_config,
+    lock_workdir,
+    trained_with,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,24 +211,6 @@ def _settings(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def evaluation_inputs(config: ConfigDict, inputs: Inputs) -> dict[str, str]:
-    """Of the digests, those that an evaluation's episodes depend on, and one of the config keys
-    that they do.
-    """
-    sampling = config.sampling
-    settings = {
-        "limits": config.limits.to_dict(),
-        "retriever.top_k": config.retriever.top_k,
-        "model.dtype": config.model.dtype,
-        "sampling": (sampling.eval_temperature, sampling.top_k, sampling.top_p),
-        "seed": config.seed,
-    }
-    # of a question each episode knows the words itself
-    unasked = ("data.answers", "data.eval_sets")
-    found = {name: digest for name, digest in inputs.digests.items() if name not in unasked}
-    return found | {"the settings": processes.digest(settings)}
-
-
 def check_same_inputs(inputs: Inputs, more: dict[str, Any]) -> None:
     """Nothing begins before all processes have been found to be about to do the same."""
     if not processes.is_multiprocess():
@@ -217,6 +219,9 @@ def check_same_inputs(inputs: Inputs, more: dict[str, Any]) -> None:
     processes.all_gather_objects(
         lambda: None, facts | {"the number of passages": len(inputs.retriever)} | more
     )
+
+
+# --- typed sections of the config -----------------------------------------------------------------
 
 
 def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
@@ -246,3 +251,286 @@ def make_stage(config: ConfigDict, tokenizer: Any) -> roles.EpisodeContext:
             "tokens of the tags around a result"
         )
     return stage
+
+
+def make_sizes(config: ConfigDict, hosts: int) -> Sizes:
+    """Of the engine of one host; the config's slots are those of all hosts."""
+    return Sizes(**{**config.engine, "slots": config.engine.slots // hosts})
+
+
+def make_learner_config(
+    config: ConfigDict, model_config: decoder.ModelConfig, mesh: Any = None, platform: str = "cpu"
+) -> LearnerConfig:
+    """mesh: None for a single device; it may be abstract, so `platform` says what its devices are."""
+    names = {f.name for f in dataclasses.fields(LearnerConfig)}
+    return LearnerConfig(
+        model=model_config,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        temperature=config.sampling.temperature,
+        response_tokens=config.limits.response_tokens,
+        rows_sharding=None if mesh is None else sharding.rows_sharding(mesh),
+        attention=attention.select_kernel(config.model.attention, platform),
+        **{name: value for name, value in config.learner.items() if name in names},
+    )
+
+
+def updates(config: ConfigDict) -> dict[str, int]:
+    """The updates of a step in order, and the optimizer steps of each; "both" is one for both
+    roles.
+    """
+    c = config.learner
+    steps = {"solver": c.solver_mini_batches, "proposer": c.proposer_mini_batches}
+    if config.game.train != "both":
+        return {config.game.train: steps[config.game.train]}
+    if c.update_order == "combined":
+        return {"both": max(steps.values())}
+    return dict(reversed(steps.items())) if c.update_order == "proposer_first" else steps
+
+
+# --- parts that a run and an evaluation share -----------------------------------------------------
+
+
+def make_engine(
+    config: decoder.ModelConfig,
+    tokenizer: Any,
+    eos: tuple[int, ...],
+    sizes: Sizes,
+    dtype: Any,
+    search: SearchFn,
+    mesh: jax.sharding.Mesh,
+    truncation: Truncation = ALL_TOKENS,
+) -> Engine:
+    """The engine that plays all roles, on the devices of `mesh`."""
+    automata = roles.role_automata(tokenizer, config.vocab_size)
+    shardings = functools.partial(sharding.state_shardings, mesh=mesh)
+    return Engine(config, sizes, automata, eos, dtype, search, shardings, truncation)
+
+
+def run_engine(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> Engine:
+    """The engine of a run. mesh: of the learner; each process plays on its own part of it."""
+    _, own = sharding.playing_meshes(mesh)
+    return make_engine(
+        inputs.model_config,
+        inputs.tokenizer,
+        inputs.eos,
+        make_sizes(config, jax.process_count()),
+        jnp.dtype(config.model.dtype),
+        functools.partial(inputs.retriever.search, top_k=config.retriever.top_k),
+        own,
+        Truncation(config.sampling.top_k, config.sampling.top_p),
+    )
+
+
+def sampler_copy(
+    config: ConfigDict, model_config: decoder.ModelConfig, mesh: jax.sharding.Mesh
+) -> Callable[[Params], Params]:
+    """Returns a function from params on the learner's mesh to what this process plays with.
+
+    All processes must call that function together.
+    """
+    everywhere, own = sharding.playing_meshes(mesh)
+    copy = sharding.sampler_copy(model_config, everywhere, jnp.dtype(config.model.dtype))
+    if not processes.is_multiprocess():
+        return copy
+    return lambda params: sharding.local_view(copy(params), own)
+
+
+def load_initial(
+    config: ConfigDict, model_config: decoder.ModelConfig, mesh: jax.sharding.Mesh
+) -> Params:
+    """The sampler's copy of the weights that the run starts from, read anew."""
+    shardings = sharding.param_shardings(decoder.abstract_params(model_config), mesh)
+    dtype = jnp.dtype(config.model.dtype)
+    stacked = hf_load.load(config.model.path, model_config, shardings, dtype)
+    return sampler_copy(config, model_config, mesh)(stacked)
+
+
+def evaluation_inputs(config: ConfigDict, inputs: Inputs) -> dict[str, str]:
+    """Of the digests, those that an evaluation's episodes depend on, and one of the config keys
+    that they do.
+    """
+    sampling = config.sampling
+    settings = {
+        "limits": config.limits.to_dict(),
+        "retriever.top_k": config.retriever.top_k,
+        "model.dtype": config.model.dtype,
+        "sampling": (sampling.eval_temperature, sampling.top_k, sampling.top_p),
+        "seed": config.seed,
+    }
+    # of a question each episode knows the words itself
+    unasked = ("data.answers", "data.eval_sets")
+    found = {name: digest for name, digest in inputs.digests.items() if name not in unasked}
+    return found | {"the settings": processes.digest(settings)}
+
+
+def make_eval_context(
+    config: ConfigDict,
+    workdir: Path,
+    inputs: Inputs,
+    engine: Engine,
+    judges: Callable[[str], judge.Judge | None],
+    logger: Logger,
+    stop: Callable[[], None],
+) -> EvalContext:
+    """What the evaluations of a run share. stop: called often; may raise."""
+
+    def training() -> str:
+        return trained_with(str(workdir)) if processes.is_coordinator() else ""
+
+    metric = config.eval.judge
+    return EvalContext(
+        folder=workdir / "eval",
+        inputs=evaluation_inputs(config, inputs),
+        training=processes.all_gather_objects(training)[0],
+        sets=inputs.eval_sets,
+        engine=engine,
+        stage=inputs.stage,
+        key=jax.random.key(config.seed),
+        temperature=config.sampling.eval_temperature,
+        metric=metric,
+        judge=judges(metric),
+        logger=logger,
+        stop=stop,
+    )
+
+
+# --- a run of self-play ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """The parts of a run. What changes from step to step is in Progress."""
+
+    config: ConfigDict
+    workdir: Path
+    inputs: Inputs
+    mesh: jax.sharding.Mesh
+    key: jax.Array  # of random numbers
+    attention: str  # of the update, in the words of attention.select_kernel
+    learner: Learner
+    engine: Engine
+    game: SelfPlay
+    judges: Callable[[str], judge.Judge | None]  # by metric
+    checkpoints: Checkpoints
+    logger: Logger
+    compiles: CompileCounter
+    stop: processes.Stop
+    to_sampler: Callable[[Params], Params]  # all processes call it together
+    initial: Callable[[], Params]  # gives the sampler's copy of the initial weights
+
+    def tasks(self, step: int) -> list[Task]:
+        """The given answers of a step."""
+        tasks = self.inputs.tasks
+        number = self.config.game.answers_per_step
+        rows = data.batch_indices(len(tasks), number, self.config.seed, step)
+        return [tasks[row] for row in rows]
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has after its newest finished step: what a checkpoint holds."""
+
+    step: int
+    state: TrainState
+    replay: ReplayState
+    seconds: float  # that all steps took
+    damaged: dict[int, str]  # step -> reason, of checkpoints that were set aside at the start
+
+
+@contextlib.contextmanager
+def training_run(config: ConfigDict, workdir: str) -> Iterator[tuple[TrainingRun, Progress]]:
+    """The parts of a run in its locked workdir, and how far it is; all is closed at the end.
+
+    In the context a signal only sets run.stop, so that what is being saved gets onto the disk.
+    """
+    keep_compiled(workdir)
+    with lock_workdir(workdir):
+        inputs = read_inputs(config, workdir)
+        mesh = make_mesh(config)
+        # After the inputs: a mistyped path must not become the workdir's config.
+        keep_config(workdir, config)
+        processes.check_shared(Path(workdir))
+        run, progress = _make_run(config, workdir, inputs, mesh)
+        facts = {
+            "the newest checkpoint": progress.step,
+            "the memory": processes.digest(progress.replay),
+        }
+        check_same_inputs(inputs, facts)
+        with run.stop, run.logger, run.checkpoints:
+            yield run, progress
+
+
+def _make_run(
+    config: ConfigDict, workdir: str, inputs: Inputs, mesh: jax.sharding.Mesh
+) -> tuple[TrainingRun, Progress]:
+    compiles = CompileCounter()
+    c = config.checkpoint
+    checkpoints = Checkpoints(workdir, c.every, c.keep, minutes=c.minutes)
+
+    model = inputs.model_config
+    learner_config = make_learner_config(config, model, mesh, mesh.devices.flat[0].platform)
+    load = functools.partial(load_initial, config, model, mesh)
+    with device_memory.must_fit("the train state", MEMORY_REMEDY):
+        learner, state = _make_learner(config, learner_config, mesh)
+        progress = _restore(checkpoints, state)
+        del state  # another one where a checkpoint was found
+        # While it judges what is trained, the initial model is in memory beside the player, and
+        # the slots leave it room.
+        judging = load() if config.reward.metric == "policy" else None
+
+    def initial() -> Params:
+        return judging or load()
+
+    engine = run_engine(config, inputs, mesh)
+    judges = judge.make_judges(config, engine, inputs.stage, inputs.digests, inputs.server, initial)
+    reward_judge = judges(config.reward.metric)
+    game = SelfPlay(config, inputs.stage, engine, inputs.retriever, reward_judge)
+    mute = not processes.is_coordinator()
+    logger = Logger(workdir, config.steps, config.log.tensorboard, progress.step, mute=mute)
+    run = TrainingRun(
+        config=config,
+        workdir=Path(workdir),
+        inputs=inputs,
+        mesh=mesh,
+        key=jax.random.key(config.seed),
+        attention=learner_config.attention,
+        learner=learner,
+        engine=engine,
+        game=game,
+        judges=judges,
+        checkpoints=checkpoints,
+        logger=logger,
+        compiles=compiles,
+        stop=processes.Stop(),
+        to_sampler=sampler_copy(config, model, mesh),
+        initial=initial,
+    )
+    return run, progress
+
+
+def _make_learner(
+    config: ConfigDict, c: LearnerConfig, mesh: jax.sharding.Mesh
+) -> tuple[Learner, TrainState]:
+    """The learner, and its state before the first step."""
+    shardings = sharding.param_shardings(decoder.abstract_params(c.model), mesh)
+    initial = hf_load.load(config.model.path, c.model, shardings, jnp.float32)
+    cast = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p), out_shardings=shardings)
+    reference = cast(initial) if c.kl_coef else None
+    state = init_state(c, initial)
+    rows = sharding.rows_sharding(mesh)
+    learner = Learner(c, state, reference, lambda batch: sharding.put_rows(batch, rows))
+    return learner, state
+
+
+def _restore(checkpoints: Checkpoints, state: TrainState) -> Progress:
+    """How far the newest checkpoint is; `state` at step 0 where there is none."""
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    restored = checkpoints.restore_newest(like)
+    if restored is None:
+        return Progress(0, state, ReplayState(), 0.0, {})
+    replay = ReplayState.from_json(restored.game["memory"])
+    seconds = restored.game["seconds"]
+    return Progress(restored.step, restored.state, replay, seconds, restored.damaged)

@@ -38,6 +38,7 @@ import jax.numpy as jnp
 from absl import flags
 from rich.console import Console
 
+from ssp_jax import assemble
 from ssp_jax.config import BOUNDS
 from ssp_jax.data import Row, read_rows
 from ssp_jax.errors import InputError, json_line, printable
@@ -151,8 +152,7 @@ def _room(m: Model, stage: EpisodeContext, longest: int) -> int:
 
 
 def make_engine(m: Model, sizes: Sizes, search: Search) -> Engine:
-    shardings = functools.partial(sharding.state_shardings, mesh=m.mesh)
-    return roles.make_engine(m.config, m.tokenizer, m.eos, sizes, m.dtype, search, shardings)
+    return assemble.make_engine(m.config, m.tokenizer, m.eos, sizes, m.dtype, search, m.mesh)
 
 
 def no_search(queries: list[str]) -> Sequence[Any]:

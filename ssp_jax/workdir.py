@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from ssp_jax.config import flatten_config
@@ -65,6 +66,27 @@ def lock_workdir(workdir: str) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+def keep_compiled(workdir: str) -> None:
+    """A run that is resumed finds its programs in the workdir; a folder of the user's own choice
+    stays.
+
+    (Of several processes JAX lets only the first one write. On GPUs all find their programs; on
+    TPUs the others compile those of play anew, which know their devices by name.)
+    """
+    options: Any = jax.config  # which makes its attributes at import, unseen by a type checker
+    if options.jax_compilation_cache_dir is None:
+        options.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
+    # Programs that compile in less than a second are many, and are kept too.
+    options.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    options.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # The folder of XLA's own caches would be a part of each program's key: none would be found in a
+    # workdir that was moved or copied. They hold what autotuning on GPUs found, which is in the
+    # programs too.
+    options.update("jax_persistent_cache_enable_xla_caches", "")
+    # so would be the paths of source files
+    options.update("jax_compilation_cache_include_metadata_in_key", False)
 
 
 # --- config -----------------------------------------------------------------------------------------------------------
@@ -126,16 +148,21 @@ def _not_a_config(path: Path, reason: str) -> InputError:
 
 
 def keep_config(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
-    """Writes config.json, with the new values of keys that may change; an evaluation leaves the
-    file of a run alone.
+    """Writes config.json, with the new values of keys that may change. The coordinator does.
+
+    An evaluation leaves the file of a run alone.
     """
-    path = Path(workdir) / CONFIG_FILE
-    if evaluating and path.exists():
-        return
-    try:
-        records.write_document(path, as_read(config))
-    except OSError as error:
-        raise InputError(f"workdir {workdir} cannot be used: {error}") from error
+
+    def write() -> None:
+        path = Path(workdir) / CONFIG_FILE
+        if not processes.is_coordinator() or (evaluating and path.exists()):
+            return
+        try:
+            records.write_document(path, as_read(config))
+        except OSError as error:
+            raise InputError(f"workdir {workdir} cannot be used: {error}") from error
+
+    processes.run_on_all(write)
 
 
 def trained_with(workdir: str) -> str:

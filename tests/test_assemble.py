@@ -6,8 +6,7 @@ import shutil
 import pytest
 import safetensors.numpy
 
-from ssp_jax import train
-from ssp_jax.assemble import evaluation_inputs, read_inputs
+from ssp_jax.assemble import evaluation_inputs, make_eval_context, read_inputs
 from ssp_jax.workdir import keep_config
 from tests.conftest import ROOT
 from tests.model_folders import edit_config, edit_tensors
@@ -128,7 +127,7 @@ def test_an_evaluation_is_told_what_it_depends_on(files, tmp_path):
         )
         inputs = read_inputs(config, str(copy / "run"), evaluating=True)
         keep_config(str(copy / "run"), config)
-        return train.make_setting(
+        return make_eval_context(
             config, copy / "run", inputs, None, lambda metric: None, None, lambda: None
         )
 

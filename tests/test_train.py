@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from configs import default
+from ssp_jax import assemble, data, train
 from ssp_jax import config as configuration
-from ssp_jax import data, train
 from ssp_jax.config import load_config
 from ssp_jax.model import hf_load
 from ssp_jax.runtime.checkpoint import Checkpoints
+from ssp_jax.workdir import keep_compiled
 from tests.model_folders import edit_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -78,11 +79,11 @@ def rows_of(workdir):
 
 def test_compiled_programs_stay_in_the_workdir_unless_the_user_has_a_folder(tmp_path):
     users = jax.config.jax_compilation_cache_dir
-    train.keep_compiled(str(tmp_path))
+    keep_compiled(str(tmp_path))
     assert jax.config.jax_compilation_cache_dir == users != ""
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        train.keep_compiled(str(tmp_path))
+        keep_compiled(str(tmp_path))
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
     finally:
         jax.config.update("jax_compilation_cache_dir", users)
@@ -91,8 +92,8 @@ def test_compiled_programs_stay_in_the_workdir_unless_the_user_has_a_folder(tmp_
 COMPILES = """
 import sys
 import jax
-from ssp_jax import train
-train.keep_compiled(sys.argv[1])
+from ssp_jax.workdir import keep_compiled
+keep_compiled(sys.argv[1])
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
 jax.jit(lambda x: x + 1)(jax.numpy.arange(3))
@@ -324,7 +325,7 @@ def test_update_orders(tmp_path, order):
 def test_updates_of_a_step_and_their_optimizer_steps(order, trained, expected):
     config = default.get_config()
     config.learner.update_order, config.game.train = order, trained
-    assert list(train.updates(config).items()) == expected
+    assert list(assemble.updates(config).items()) == expected
 
 
 def test_roles_that_are_not_trained_do_not_move(tmp_path):

@@ -1,48 +1,67 @@
-"""The question sets alone, as a run of its own (main --mode=eval): the initial weights, and those
-of the workdir.
+"""The question sets alone, as a run of its own (main --mode=eval).
+
+Played are the initial weights and those of the workdir's newest checkpoint.
 """
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ssp_jax import train
-from ssp_jax.assemble import check_same_inputs, make_mesh, read_inputs
+from ssp_jax import assemble
 from ssp_jax.evaluation import evaluate, paper_table
+from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.game import judge
 from ssp_jax.model import decoder, sharding
+from ssp_jax.model.decoder import Params
 from ssp_jax.runtime import device_memory, processes
 from ssp_jax.runtime.checkpoint import Checkpoints, Damaged
 from ssp_jax.runtime.logger import Logger
-from ssp_jax.workdir import keep_config, lock_workdir
+from ssp_jax.workdir import keep_compiled, keep_config, lock_workdir
+
+LoadParams = Callable[[], Params]  # gives the sampler's copy of weights
 
 
 def evaluate_workdir(config: ConfigDict, workdir: str) -> None:
-    """Plays, judges and scores whatever of it is not in the workdir yet; shows the tables; compares
-    before and after.
+    """Plays, judges and scores what is not in the workdir yet; shows and compares the tables.
 
     The weights of model.path are the ones before. Those of the newest checkpoint, where there is
     one, are the ones after; then eval.before says whether the former are played at all.
     """
-    train.keep_compiled(workdir)
-    inputs = read_inputs(config, workdir, evaluating=True)
-    processes.run_on_all(
-        lambda: (
-            keep_config(workdir, config, evaluating=True) if processes.is_coordinator() else None
-        )
-    )
-    mesh = make_mesh(config)
-    engine = train.make_engine(config, inputs, mesh)
+    with _evaluation_run(config, workdir) as (context, weights):
+        names = " and ".join(name for name, _ in weights.values())
+        context.logger.say(f"evaluating {names}; jax {jax.__version__}")
+        results = [
+            evaluate.evaluate(context, step, name, functools.partial(_warmed, context, load))
+            for step, (name, load) in weights.items()
+        ]
+        for result in results:
+            evaluate.show(context.logger, result)
+        if len(results) == 2:
+            figures = paper_table.table_1(config.model.path)
+            before, after = results
+            evaluate.compare(context.logger, context.folder, before, after, figures)
 
-    def initial() -> decoder.Params:
-        return train.load_initial(config, inputs.model_config, mesh)
 
+@contextlib.contextmanager
+def _evaluation_run(
+    config: ConfigDict, workdir: str
+) -> Iterator[tuple[EvalContext, dict[int, tuple[str, LoadParams]]]]:
+    """The context of the evaluations, and by step the weights to evaluate, with their names.
+
+    A signal ends it between decode chunks.
+    """
+    keep_compiled(workdir)
+    inputs = assemble.read_inputs(config, workdir, evaluating=True)
+    keep_config(workdir, config, evaluating=True)
+    mesh = assemble.make_mesh(config)
+    engine = assemble.run_engine(config, inputs, mesh)
+    initial = functools.partial(assemble.load_initial, config, inputs.model_config, mesh)
     judges = judge.make_judges(config, engine, inputs.stage, inputs.digests, inputs.server, initial)
     folder = Path(workdir) / "eval"
     folder.mkdir(exist_ok=True)
@@ -53,43 +72,32 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> None:
         Logger(str(folder), 0, tensorboard=False, mute=not processes.is_coordinator()) as logger,
         Checkpoints(workdir, every=0, keep=0, read_only=True) as checkpoints,
     ):
-        setting = train.make_setting(config, Path(workdir), inputs, engine, judges, logger, stop)
+        context = assemble.make_eval_context(
+            config, Path(workdir), inputs, engine, judges, logger, stop
+        )
         newest = next(reversed(checkpoints.steps()), None)
-        check_same_inputs(inputs, {"the newest checkpoint": newest})
-        asked: dict[int, tuple[str, Callable[[], Any]]] = {}
+        assemble.check_same_inputs(inputs, {"the newest checkpoint": newest})
+        weights: dict[int, tuple[str, LoadParams]] = {}
         if config.eval.before or not newest:
-            asked[0] = f"initial weights of {config.model.path}", initial
+            weights[0] = f"initial weights of {config.model.path}", initial
         if newest:
             restore = _restorer(config, workdir, inputs.model_config, mesh, checkpoints, newest)
-            asked[newest] = f"checkpoint of step {newest} in {workdir}", restore
-        logger.say(
-            f"evaluating {' and '.join(name for name, _ in asked.values())}; jax {jax.__version__}"
-        )
+            weights[newest] = f"checkpoint of step {newest} in {workdir}", restore
         try:
-            results = [
-                evaluate.evaluate(setting, step, name, functools.partial(_warmed, setting, load))
-                for step, (name, load) in asked.items()
-            ]
+            yield context, weights
         except processes.Terminated:
             logger.say(
                 f"{stop.cause}: all that has ended is on disk; the same command goes on from there"
             )
             sys.exit(stop.code)
-        for result in results:
-            evaluate.show(logger, result)
-        if len(results) == 2:
-            before, after = results
-            evaluate.compare(
-                logger, setting.folder, before, after, paper_table.table_1(config.model.path)
-            )
 
 
-def _warmed(setting: evaluate.EvalContext, load: Callable[[], decoder.Params]) -> decoder.Params:
+def _warmed(context: EvalContext, load: LoadParams) -> Params:
     """The weights, once all programs are compiled: that takes long, and is not play."""
     with device_memory.must_fit("the model", "more devices for mesh.tensor or a smaller model"):
         params = load()
-    with setting.logger.phase("compiling"):
-        processes.run_on_all(lambda: setting.engine.warm_up(params, setting.key, setting.stop))
+    with context.logger.phase("compiling"):
+        processes.run_on_all(lambda: context.engine.warm_up(params, context.key, context.stop))
     return params
 
 
@@ -100,24 +108,25 @@ def _restorer(
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
     step: int,
-) -> Callable[[], decoder.Params]:
+) -> LoadParams:
     """Gives the sampler's copy of a checkpoint's weights; the optimizer's state stays on disk."""
     dtype = jnp.dtype(config.model.dtype)
 
-    def restore() -> decoder.Params:
+    def restore() -> Params:
         abstract = decoder.abstract_params(model_config)
+        shardings = sharding.param_shardings(abstract, mesh)
         like = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place),
             abstract,
-            sharding.param_shardings(abstract, mesh),
+            shardings,
         )
         try:
             params = checkpoints.restore_params(step, like)
         except Damaged as error:
             raise processes.CollectiveInputError(
-                f"checkpoint {step} in {workdir} is damaged ({error}); without that folder the same command evaluates "
-                "the step before"
+                f"checkpoint {step} in {workdir} is damaged ({error}); without that folder the "
+                "same command evaluates the step before"
             ) from None
-        return train.sampler_copy(config, model_config, mesh)(params)
+        return assemble.sampler_copy(config, model_config, mesh)(params)
 
     return restore

@@ -6,7 +6,7 @@ decoded for parsing and for people.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,8 @@ from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.game import chat, prompts
 from ssp_jax.game.rules import ID_ATTEMPTS, ID_ROWS
-from ssp_jax.model import decoder
 from ssp_jax.model import tokens as tokens
-from ssp_jax.rollout import sampler, sampling
-from ssp_jax.rollout.engine import Engine, Search, Sizes
+from ssp_jax.rollout import sampler
 from ssp_jax.rollout.stops import Automaton, build_automaton, token_bytes
 
 
@@ -62,21 +60,6 @@ def role_automata(tokenizer: Any, vocab_size: int) -> list[Automaton]:
     """One stop automaton per role, in the order of their codes."""
     pieces = token_bytes(tokenizer)
     return [build_automaton(role.stops, pieces, vocab_size) for role in ROLES]
-
-
-def make_engine(
-    config: decoder.ModelConfig,
-    tokenizer: Any,
-    eos: tuple[int, ...],
-    sizes: Sizes,
-    dtype: Any,
-    search: Search,
-    state_sharding: Callable[[sampler.SamplerState], Any],
-    truncation: sampling.Truncation = sampling.ALL_TOKENS,
-) -> Engine:
-    """The engine that plays all roles: training, evaluation and generate.py share it."""
-    automata = role_automata(tokenizer, config.vocab_size)
-    return Engine(config, sizes, automata, eos, dtype, search, state_sharding, truncation)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from ssp_jax import train
+from ssp_jax import assemble
 from ssp_jax.errors import InputError
 from ssp_jax.learner.state import LearnerConfig, TrainState, optimizer
 from ssp_jax.model import decoder, sharding
@@ -103,7 +103,7 @@ class Target:
     @property
     def sizes(self) -> Sizes:
         """Of one host."""
-        return Sizes(**{**self.config.engine, "slots": self.config.engine.slots // self.hosts})
+        return assemble.make_sizes(self.config, self.hosts)
 
     @property
     def extend_rows(self) -> int:
@@ -112,7 +112,7 @@ class Target:
 
     @property
     def learner(self) -> LearnerConfig:
-        return train.make_learner_config(self.config, self.model, self.mesh, self.platform)
+        return assemble.make_learner_config(self.config, self.model, self.mesh, self.platform)
 
     @property
     def dtype(self) -> Any:

@@ -6,7 +6,7 @@ import math
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax import train
+from ssp_jax import assemble
 from ssp_jax.game import rules
 from ssp_jax.plan.hardware import Chip
 from ssp_jax.plan.memory import Target, abstract_params, cache_layout, persistent_bytes
@@ -98,7 +98,7 @@ def work(target: Target, load: Workload) -> dict[str, Work]:
     batches = math.ceil(tokens / (c.rows * c.row_tokens))
     f = target.mesh.shape["fsdp"]
     gathered = (passes - 2) * item + 4  # of a parameter: weights in each forward, gradients once
-    optimizer_steps = sum(train.updates(target.config).values())
+    optimizer_steps = sum(assemble.updates(target.config).values())
     update = Work(
         flops=tokens * passes * forward / devices,
         hbm=7 * bytes_["parameters"] * optimizer_steps + 3 * batches * bytes_["parameters"],
