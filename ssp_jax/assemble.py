@@ -66,11 +66,10 @@ class Inputs:
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """What the files say, and what is searched: a short digest of each, under a name for
-        people.
+        """Short digests of what the files say and of what is searched, by names for people.
 
-        The processes of a run compare these, and a repeated evaluation. A resumed run compares
-        files (stamps.py), before the index is built: it names the one that has changed.
+        The processes of a run compare these, and so does a repeated evaluation. A resumed run
+        compares files (stamps.py), before the index is built: it names the one that has changed.
         """
         backend = self.tokenizer.backend_tokenizer.to_str()
         tokenizer = (
@@ -80,7 +79,7 @@ class Inputs:
             self.eos,
         )
         asked = prompts.solver_messages(self.stage.style, "Who?")  # worked example included
-        found = {
+        values = {
             "data.answers": self.tasks,
             "data.eval_sets": self.eval_sets,
             "the model's shape": self.model_config,
@@ -88,30 +87,24 @@ class Inputs:
             "the prompts": (self.stage.style, self.stage.template, asked),
             "the search": self.retriever.source,
         }
-        return {name: processes.digest(value) for name, value in found.items()} | {
-            "the weights": self.weights
-        }
+        digests = {name: processes.digest(value) for name, value in values.items()}
+        return digests | {"the weights": self.weights}
 
 
 def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -> Inputs:
-    """Checks and reads it all, the processes together. Last the search index, which may be built,
-    for hours, and then takes the place of the one before: a command that is refused must not
-    come so far.
+    """Checks and reads all inputs, on all processes together. Raises InputError.
+
+    The search index comes last: it may be built, for hours, and then takes the place of the one
+    before. A command that is refused must not come so far.
     """
 
     def of_search() -> dict[str, str]:
-        return stamps.of_search(config.retriever, index_folder(config.retriever, workdir))
+        c = config.retriever
+        return {} if c.kind == "http" else stamps.of_index(c.corpus, index_folder(c, workdir))
 
     def files() -> dict[str, Any]:
         check_values(config, evaluating=evaluating)
-        if evaluating and not config.data.eval_sets:
-            raise InputError(
-                "config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE"
-            )
-        if scores.AVERAGE in config.data.eval_sets:
-            raise InputError(
-                f"config key data.eval_sets.{scores.AVERAGE}: expected a name that no other row has"
-            )
+        _check_eval_sets(config, evaluating)
         check_workdir(workdir, config, evaluating=evaluating)
         if config.checkpoint.export and not evaluating:
             hf_save.check_place(Path(workdir) / hf_save.FOLDER)
@@ -130,6 +123,18 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
     if not evaluating:
         found["stamps"] |= of_search()
     return Inputs(**found, server=server, retriever=search)
+
+
+def _check_eval_sets(config: ConfigDict, evaluating: bool) -> None:
+    names = config.data.eval_sets
+    if evaluating and not names:
+        raise InputError(
+            "config section data.eval_sets is empty; expected --config.data.eval_sets.NAME=FILE"
+        )
+    if scores.AVERAGE in names:
+        raise InputError(
+            f"config key data.eval_sets.{scores.AVERAGE}: expected a name that no other row has"
+        )
 
 
 def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
@@ -158,13 +163,16 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "stage": stage,
         "eos": roles.eos_tokens(tokenizer, hf_load.read_generation_config(config.model.path)),
-        "stamps": {} if evaluating else weight_files | stamps.of_files(config),
+        "stamps": {}
+        if evaluating
+        else weight_files | stamps.of_files(config.model.path, config.data.answers),
     }
 
 
 def _open_judge(config: ConfigDict, found: dict[str, Any], evaluating: bool) -> judge.OpenAI | None:
-    """What would keep a judge from judging is told now."""
-    c, kinds = config.eval, set()
+    """The server that judges, if there is one. Raises InputError where a judge could not judge."""
+    c = config.eval
+    kinds = set()
     if evaluating or (found["eval_sets"] and (c.before or c.every or c.after)):
         kinds.add(c.judge)
     if not evaluating:
@@ -175,13 +183,15 @@ def _open_judge(config: ConfigDict, found: dict[str, Any], evaluating: bool) -> 
 
 
 def index_folder(c: ConfigDict, workdir: str) -> str:
-    """Of section retriever."""
+    """The folder of the search index. c: section retriever."""
     return c.index or str(Path(workdir) / "index")
 
 
 def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
-    """Of several processes the first one builds a missing index: a lock file tells nothing to
-    another host.
+    """Opens the search of section retriever on all processes; builds a missing index.
+
+    The coordinator builds: a file lock does not keep another host out. tasks: of the run, which a
+    search server is tried with.
     """
     if c.kind == "http":
         probes = [task.question or task.answers[0] for task in tasks[:64]]
@@ -199,7 +209,7 @@ def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
 
 
 def _settings(config: ConfigDict) -> dict[str, Any]:
-    """What must be the same on all processes before any of them does anything."""
+    """Facts that must be the same on all processes before any of them does anything."""
     if not processes.is_multiprocess():
         return {}
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
@@ -212,7 +222,7 @@ def _settings(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_same_inputs(inputs: Inputs, more: dict[str, Any]) -> None:
-    """Nothing begins before all processes have been found to be about to do the same."""
+    """Raises InputError unless all processes are about to do the same. more: further facts."""
     if not processes.is_multiprocess():
         return
     facts = {f"{name} (a digest)": digest for name, digest in inputs.digests.items()}
@@ -347,9 +357,7 @@ def load_initial(
 
 
 def evaluation_inputs(config: ConfigDict, inputs: Inputs) -> dict[str, str]:
-    """Of the digests, those that an evaluation's episodes depend on, and one of the config keys
-    that they do.
-    """
+    """Digests of the inputs and config keys that an evaluation's episodes depend on."""
     sampling = config.sampling
     settings = {
         "limits": config.limits.to_dict(),
@@ -358,10 +366,10 @@ def evaluation_inputs(config: ConfigDict, inputs: Inputs) -> dict[str, str]:
         "sampling": (sampling.eval_temperature, sampling.top_k, sampling.top_p),
         "seed": config.seed,
     }
-    # of a question each episode knows the words itself
-    unasked = ("data.answers", "data.eval_sets")
-    found = {name: digest for name, digest in inputs.digests.items() if name not in unasked}
-    return found | {"the settings": processes.digest(settings)}
+    # An episode's line has its question itself.
+    without = ("data.answers", "data.eval_sets")
+    digests = {name: digest for name, digest in inputs.digests.items() if name not in without}
+    return digests | {"the settings": processes.digest(settings)}
 
 
 def make_eval_context(

@@ -1,5 +1,4 @@
-"""The command line and config files: keys and types are checked before any JAX work; one sentence
-for each mistake.
+"""The command line and config files, checked before any JAX work; one sentence for each mistake.
 
 A config file is Python with `get_config() -> ConfigDict`; it starts from configs/default.py, which
 owns every key. `--config.SECTION.KEY=VALUE` overrides one key, through ml_collections.config_flags.
@@ -27,21 +26,22 @@ from ssp_jax.runtime.command import one_line, parse_known_flags, user_path
 # of the repository, or where `pip install .` has put configs/
 ROOT = Path(default.__file__).parent.parent
 FREE_SECTION = "data.eval_sets"  # its keys are names of the user's own choice, its values files
-# and those of FREE_SECTION
+# Keys of paths, besides those of FREE_SECTION.
 PATHS = ("model.path", "data.answers", "retriever.corpus", "retriever.index")
 # What a file of assignments can do wrong; anything else is a defect and keeps its traceback.
 _FILE_ERRORS = (
-    *(
-        SyntaxError,
-        ImportError,
-        NameError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        OSError,
-    ),
-    *(ArithmeticError, AssertionError, RuntimeError, MemoryError),
+    SyntaxError,
+    ImportError,
+    NameError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    OSError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
 )
 
 
@@ -49,11 +49,10 @@ def flatten_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{"learner.rows": 8, ...}; an empty section leaves nothing."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= (
-            flatten_config(value, f"{prefix}{key}.")
-            if isinstance(value, ConfigDict)
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, ConfigDict):
+            flat |= flatten_config(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -64,13 +63,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
         return SequenceMatcher(None, a, b).ratio()
 
     def likeness(candidate: str) -> float:
-        (section, _, last), (their_section, _, their_last) = (
-            name.rpartition("."),
-            candidate.rpartition("."),
-        )
-        return alike(name, candidate) + max(
-            alike(last, their_last), alike(section, their_section) if section else 0
-        )
+        section, _, last = name.rpartition(".")
+        their_section, _, their_last = candidate.rpartition(".")
+        of_sections = alike(section, their_section) if section else 0
+        return alike(name, candidate) + max(alike(last, their_last), of_sections)
 
     return max(names, key=likeness)
 
@@ -86,7 +82,10 @@ class CommandLine:
 
 
 def parse_command_line(argv: list[str]) -> CommandLine:
-    """`--config=FILE [--workdir=FOLDER] [--mode=MODE] [--config.KEY=VALUE ...]` (argv[0]: program)."""
+    """Parses `--config=FILE [--workdir=FOLDER] [--mode=MODE] [--config.KEY=VALUE ...]`.
+
+    argv[0] is the program. Raises InputError.
+    """
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "config file", flag_values=values)
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
@@ -98,7 +97,8 @@ def parse_command_line(argv: list[str]) -> CommandLine:
         )
     if "://" in (values.workdir or ""):
         raise InputError(
-            f"--workdir={values.workdir} is a URL; expected a folder (gcsfuse makes one of a bucket)"
+            f"--workdir={values.workdir} is a URL; expected a folder (gcsfuse makes one of a "
+            "bucket)"
         )
     workdir = user_path(values.workdir or "", "--workdir")
     path = _find(user_path(values.config, "--config"))
@@ -108,14 +108,15 @@ def parse_command_line(argv: list[str]) -> CommandLine:
 
 
 def load_config(path: Path) -> ConfigDict:
-    """Run a config file and hold its result against configs/default.py; locked."""
+    """Runs a config file, checks its result against configs/default.py, and locks it."""
     try:
         config = runpy.run_path(str(path))["get_config"]()
     except _FILE_ERRORS as error:
         raise InputError(_file_error(path, error)) from error
     if not isinstance(config, ConfigDict):
         raise InputError(
-            f"{path}: get_config() gives {type(config).__name__}; expected an ml_collections ConfigDict"
+            f"{path}: get_config() gives {type(config).__name__}; expected an ml_collections "
+            "ConfigDict"
         )
     _check(config, str(path))
     _expand_paths(config)
@@ -144,13 +145,16 @@ def _find(name: str) -> Path:
 
 
 def _override(config: ConfigDict, rest: list[str]) -> None:
-    """Apply `--config.KEY=VALUE` arguments in place; rest[0] is the program."""
+    """Applies `--config.KEY=VALUE` arguments in place; rest[0] is the program."""
     overridden = _set_names(config, rest)
     known = default_values() | flatten_config(config)
     for argument in rest[1:]:
-        if not (flag := re.match(r"--?([^=]+)", argument)):
+        flag = re.match(r"--?([^=]+)", argument)
+        if flag is None:
             continue  # the value of `--config.KEY VALUE`, or a stray word: found below
-        name = flag[1].removeprefix("no") if flag[1].startswith("noconfig.") else flag[1]
+        name = flag[1]
+        if name.startswith("noconfig."):
+            name = name.removeprefix("no")
         key = name.removeprefix("config.")
         if not name.startswith("config."):
             expected = nearest(name, ["config", "workdir", "mode", *(f"config.{k}" for k in known)])
@@ -165,9 +169,8 @@ def _override(config: ConfigDict, rest: list[str]) -> None:
         stray = values(rest)[1:]
     except (flags.Error, TypeError, ValueError) as error:
         found = re.search(r"flag --config\.([\w.]+)=(.*?): ", str(error), flags=re.DOTALL)
-        raise InputError(
-            _wrong_type(found[1], found[2], known) if found else one_line(error)
-        ) from None
+        reason = _wrong_type(found[1], found[2], known) if found else one_line(error)
+        raise InputError(reason) from None
     if stray:
         raise InputError(f"unexpected argument {stray[0]!r}; write overrides as --config.KEY=VALUE")
     _check(config, "--config." + ", --config.".join(sorted(overridden)))
@@ -175,16 +178,15 @@ def _override(config: ConfigDict, rest: list[str]) -> None:
 
 
 def _set_names(config: ConfigDict, rest: list[str]) -> set[str]:
-    """Takes `--config.data.eval_sets.NAME=FILE` out of `rest` and into the config; the keys.
+    """Moves `--config.data.eval_sets.NAME=FILE` from `rest` into the config; returns the keys.
 
     config_flags reads a key as Python, where 2wikimultihopqa is no name.
     """
     found: dict[str, str] = {}
+    pattern = rf"--?config\.({re.escape(FREE_SECTION)}\.[^=]*)(?:=(.*))?"
     at = 1
     while at < len(rest):
-        flag = re.fullmatch(
-            rf"--?config\.({re.escape(FREE_SECTION)}\.[^=]*)(?:=(.*))?", rest[at], re.DOTALL
-        )
+        flag = re.fullmatch(pattern, rest[at], re.DOTALL)
         if flag is None:
             at += 1
             continue
@@ -200,7 +202,7 @@ def _set_names(config: ConfigDict, rest: list[str]) -> set[str]:
 
 
 def _check_name(where: str, key: str) -> None:
-    """Of an evaluation set: what files, metrics and tables can show, and flags can say."""
+    """Checks the name of an evaluation set: files, metrics, tables and flags have to show it."""
     name = key.removeprefix(f"{FREE_SECTION}.")
     if not re.fullmatch(r"[\w-]+", name):
         raise InputError(
@@ -213,8 +215,12 @@ def default_values() -> dict[str, Any]:
 
 
 def _check(config: ConfigDict, where: str) -> None:
-    """Exactly the keys of the default, each with its type; the elements of tuples too."""
-    expected, found = default_values(), flatten_config(config)
+    """Raises InputError unless the keys are those of the default, each with its type.
+
+    The elements of tuples are checked too.
+    """
+    expected = default_values()
+    found = flatten_config(config)
     for key, value in found.items():
         if key.startswith(f"{FREE_SECTION}."):
             expected[key] = ""
@@ -223,12 +229,13 @@ def _check(config: ConfigDict, where: str) -> None:
             raise InputError(f"{where}: {_no_key(key, expected)}")
         same = type(value) is type(expected[key])
         if same and isinstance(value, tuple):
-            same = {type(v) for v in value} <= {type(v) for v in expected[key]}
+            same = set(map(type, value)) <= set(map(type, expected[key]))
         if not same:
             raise InputError(f"{where}: {_wrong_type(key, value, expected)}")
     if missing := sorted(expected.keys() - found.keys()):
         raise InputError(
-            f"{where}: key {missing[0]} is missing; start from configs/default.py, which has every key"
+            f"{where}: key {missing[0]} is missing; start from configs/default.py, which has every "
+            "key"
         )
 
 
@@ -239,7 +246,8 @@ def _no_key(key: str, known: dict[str, Any]) -> str:
 
 
 def _wrong_type(key: str, value: Any, known: dict[str, Any]) -> str:
-    kind, example = type(known[key]).__name__, known[key]
+    example = known[key]
+    kind = type(example).__name__
     if isinstance(example, tuple):
         kind = f"tuple of {type(example[0]).__name__}"
     return f"key {key} must be {kind}, such as {example!r}, and not {value!r}"
@@ -250,15 +258,19 @@ def _file_error(path: Path, error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     if isinstance(error, SyntaxError) or not frames:
         line = getattr(error, "lineno", None)
+        where = f"{path} line {line}" if line else str(path)
         what = "it has no get_config()" if str(error) == "'get_config'" else one_line(error)
-        return f"{path}{f' line {line}' if line else ''}: {what}"
-    where, known = f"{path} line {frames[-1].lineno}", default_values()
+        return f"{where}: {what}"
+
+    where = f"{path} line {frames[-1].lineno}"
+    known = default_values()
     assigned = re.match(r"\w+\.([\w.]+)\s*=\s*(.*?)\s*(?:#.*)?$", frames[-1].line or "")
     if assigned and assigned[1] not in known:
         return f"{where}: {_no_key(assigned[1], known)}"
     if assigned and isinstance(error, TypeError | ValueError):
-        kind = type(known[assigned[1]]).__name__
-        return f"{where}: key {assigned[1]} must be {kind}, such as {known[assigned[1]]!r}, and not {assigned[2]}"
+        key = assigned[1]
+        kind = type(known[key]).__name__
+        return f"{where}: key {key} must be {kind}, such as {known[key]!r}, and not {assigned[2]}"
     if unknown := re.search(r'Key "([\w.]+)" does not exist', str(error)):
         return f"{where}: {_no_key(unknown[1], known)}"
     return f"{where}: {type(error).__name__}: {one_line(error)}"
@@ -313,10 +325,9 @@ class Range:
             expected = f"{'less than' if self.below else 'at most'} {self.high:.15g}"
         else:
             return
-        whole = isinstance(value, int)
-        shown = (
-            f"a number of {int(value).bit_length()} bits" if whole and abs(value) > 1e30 else value
-        )
+        shown: object = value
+        if isinstance(value, int) and abs(value) > 1e30:
+            shown = f"a number of {value.bit_length()} bits"
         raise InputError(f"{what} is {shown}; expected {expected}")
 
     def _least(self) -> str:
@@ -413,13 +424,13 @@ BOUNDS: dict[str, Range] = {
 
 
 def check_values(config: ConfigDict, *, evaluating: bool = False) -> None:
-    """Values that cannot work, alone or together; each is told before any file is read."""
+    """Raises InputError for values that cannot work, alone or together. Reads no file."""
     check_numbers(config)
     _check_given(flatten_config(config), evaluating)
 
 
 def check_numbers(config: ConfigDict) -> None:
-    """What needs no file: names, numbers, and numbers that must hold each other."""
+    """Raises InputError for names and numbers that cannot work, alone or together."""
     values = flatten_config(config)
     for key, names in CHOICES.items():
         if values[key] not in names:
@@ -435,10 +446,9 @@ def check_numbers(config: ConfigDict) -> None:
 
 
 def _check_given(values: dict[str, Any], evaluating: bool) -> None:
-    """What a run with these choices cannot do without."""
-    needed = {"model.path": "a path"} | {
-        key: "a path" for key in values if key.startswith("data.eval_sets.")
-    }
+    """Raises InputError where a key is empty that a run with these choices needs."""
+    sets = (key for key in values if key.startswith(f"{FREE_SECTION}."))
+    needed = dict.fromkeys(["model.path", *sets], "a path")
     if not evaluating:
         needed["data.answers"] = "a path"
     if values["retriever.kind"] == "http":
@@ -448,72 +458,78 @@ def _check_given(values: dict[str, Any], evaluating: bool) -> None:
     elif not values["retriever.index"]:
         needed["retriever.corpus"] = "a path"
     if "openai" in (values["reward.metric"], values["eval.judge"]):
-        needed |= {
-            "judge.url": "an address such as http://127.0.0.1:8000/v1",
-            "judge.model": "its name on that server",
-        }
+        needed["judge.url"] = "an address such as http://127.0.0.1:8000/v1"
+        needed["judge.model"] = "its name on that server"
     for key, expected in needed.items():
         if not values[key]:
             raise InputError(f"config key {key} is empty; expected {expected}")
 
 
+def longest_episode(config: ConfigDict) -> int:
+    """Tokens of the longest episode that is trained on."""
+    return int(config.limits.prompt_tokens + config.limits.response_tokens)
+
+
 def _check_sizes(config: ConfigDict, values: dict[str, Any]) -> None:
-    """Lengths that must hold each other."""
+    """Raises InputError for lengths that do not hold what they must hold."""
     limits = config.limits
-    played = limits.prompt_tokens + limits.response_tokens
+    trained = longest_episode(config)
+    verified = limits.verify_prompt_tokens + min(limits.verify_response_tokens, limits.turn_tokens)
     needs = {
-        "learner.row_tokens": (played, "limits.prompt_tokens + limits.response_tokens"),
+        "learner.row_tokens": (trained, "limits.prompt_tokens + limits.response_tokens"),
         "engine.cache_tokens": (
-            max(
-                played,
-                limits.verify_prompt_tokens
-                + min(limits.verify_response_tokens, limits.turn_tokens),
-            ),
-            "limits.prompt_tokens + limits.response_tokens, and for limits.verify_prompt_tokens with the smaller of "
-            "limits.verify_response_tokens and limits.turn_tokens",
+            max(trained, verified),
+            "limits.prompt_tokens + limits.response_tokens, and for limits.verify_prompt_tokens "
+            "with the smaller of limits.verify_response_tokens and limits.turn_tokens",
         ),
     }
-    for key, (least, why) in needs.items():
-        if values[key] < least:
+    for key, (minimum, why) in needs.items():
+        if values[key] < minimum:
             raise InputError(
-                f"config key {key} is {values[key]}; expected at least {least}, for {why}"
+                f"config key {key} is {values[key]}; expected at least {minimum}, for {why}"
             )
     _check_ids(config)
-    if not config.engine.extend_buckets:
-        raise InputError("config key engine.extend_buckets is empty; expected at least one length")
-    longest = max(config.engine.extend_buckets)
-    if longest > config.engine.cache_tokens:
+    _check_engine(config)
+    c = config.learner
+    if c.row_tokens % c.logprob_chunk:
         raise InputError(
-            f"config key engine.extend_buckets has {longest}; expected at most engine.cache_tokens = "
-            f"{config.engine.cache_tokens}"
+            f"config key learner.row_tokens is {c.row_tokens}; expected a multiple of "
+            f"learner.logprob_chunk = {c.logprob_chunk}"
+        )
+
+
+def _check_engine(config: ConfigDict) -> None:
+    cache_tokens = config.engine.cache_tokens
+    buckets = config.engine.extend_buckets
+    if not buckets:
+        raise InputError("config key engine.extend_buckets is empty; expected at least one length")
+    if max(buckets) > cache_tokens:
+        raise InputError(
+            f"config key engine.extend_buckets has {max(buckets)}; expected at most "
+            f"engine.cache_tokens = {cache_tokens}"
         )
     judged = "policy" in (config.reward.metric, config.eval.judge)
-    if judged and config.judge.max_tokens >= config.engine.cache_tokens:
+    if judged and config.judge.max_tokens >= cache_tokens:
         raise InputError(
-            f"config key judge.max_tokens is {config.judge.max_tokens}; expected less than engine.cache_tokens = "
-            f"{config.engine.cache_tokens}, which must hold what is judged too"
-        )
-    if config.learner.row_tokens % config.learner.logprob_chunk:
-        raise InputError(
-            f"config key learner.row_tokens is {config.learner.row_tokens}; "
-            f"expected a multiple of learner.logprob_chunk = {config.learner.logprob_chunk}"
+            f"config key judge.max_tokens is {config.judge.max_tokens}; expected less than "
+            f"engine.cache_tokens = {cache_tokens}, which must hold what is judged too"
         )
 
 
 def _check_ids(config: ConfigDict) -> None:
-    """What a step plays must have room in the ids of its episodes."""
+    """Raises InputError where the ids of episodes have no room for what a step plays."""
     game = config.game
     proposals, attempts = rules.group_sizes(game.rl_pair, game.group_size)
     played = game.answers_per_step * proposals * attempts  # a judge may be asked about each of them
     if played > rules.ID_ROWS:
         raise InputError(
-            f"config key game.answers_per_step is {game.answers_per_step}, which with game.group_size makes {played} "
-            f"attempts a step; expected at most {rules.ID_ROWS}"
+            f"config key game.answers_per_step is {game.answers_per_step}, which with "
+            f"game.group_size makes {played} attempts a step; expected at most {rules.ID_ROWS}"
         )
 
 
 def _check_rules(config: ConfigDict) -> None:
-    """Rules that no question can keep would make a run of nothing but refused questions."""
+    """Raises InputError for rules that no question can keep: all would be refused."""
     asked = config.rules
     limits = config.limits
     for key, value, most, of in (
@@ -528,12 +544,11 @@ def _check_rules(config: ConfigDict) -> None:
 
 def advice(config: ConfigDict) -> list[str]:
     """Sentences for the start of a run on choices that work but are seldom meant."""
-    found = []
-    if (
-        config.sampling.top_k or config.sampling.top_p < 1
-    ) and config.learner.old_logprobs == "sampler":
-        found.append(
-            "sampling.top_k and top_p leave tokens out that the trainer counts, so ratios to the sampler's log-probs "
-            "are too small and clipped for nothing; learner.old_logprobs=recompute corrects it"
-        )
-    return found
+    truncated = config.sampling.top_k or config.sampling.top_p < 1
+    if truncated and config.learner.old_logprobs == "sampler":
+        return [
+            "sampling.top_k and top_p leave tokens out that the trainer counts, so ratios to the "
+            "sampler's log-probs are too small and clipped for nothing; "
+            "learner.old_logprobs=recompute corrects it"
+        ]
+    return []

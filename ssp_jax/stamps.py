@@ -1,31 +1,29 @@
-"""What a run depends on beside its config: a digest of each file, kept with every checkpoint.
+"""A digest of each file that a run depends on, kept with every checkpoint.
 
 A resumed run compares them: other answers, another corpus or other initial weights (the reference
-model, the policy judge) would make it another run without a word. Question sets are not among them:
-they train nothing, and an evaluation plays anew what has changed in them. A search server
-(retriever.url) cannot be asked for one.
+model, the policy judge) would silently make it another run. Question sets are not among them: they
+train nothing, and an evaluation plays again what has changed in them. A search server
+(retriever.url) has no digest.
 """
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from ssp_jax.errors import InputError, masked
 from ssp_jax.model import hf_files, hf_save
 from ssp_jax.model.hf_files import Folder
 from ssp_jax.retriever import build
 
-# Larger files of weights are read in so many blocks, evenly spread: training moves all weights, and
-# 15 GB are read in a second or two. Up to WHOLE bytes a file is read as a whole.
+# Of a larger file of weights so many blocks are read, evenly spread: training moves all weights,
+# and 15 GB take a second or two. Up to WHOLE bytes a file is read as a whole.
 WHOLE = 2**28
 BLOCK = 2**20
 BLOCKS = 128
 
 
 def of_weights(path: str) -> dict[str, str]:
-    """Of the model folder's weights, by name."""
+    """Digests of the files of the model folder's weights, by name."""
     model = hf_files.find(path)
     names = _weight_files(model)
     with ThreadPoolExecutor() as pool:
@@ -33,22 +31,20 @@ def of_weights(path: str) -> dict[str, str]:
     return {masked(model.place(name)): digest for name, digest in zip(names, digests, strict=True)}
 
 
-def of_files(config: ConfigDict) -> dict[str, str]:
-    """Of the answers and the model folder's other files, by name."""
-    model = hf_files.find(config.model.path)
+def of_files(model_path: str, answers: str) -> dict[str, str]:
+    """Digests of the file of answers and of the model folder's other files, by name."""
+    model = hf_files.find(model_path)
     stamps = {}
     for name in ("config.json", *hf_save.COPIED):
         if (model.path / name).is_file():
             stamps[model.place(name)] = _of_file(model.path / name)
-    stamps[config.data.answers] = _of_file(Path(config.data.answers))
+    stamps[answers] = _of_file(Path(answers))
     return {masked(name): digest for name, digest in stamps.items()}
 
 
-def of_search(config: ConfigDict, index: str) -> dict[str, str]:
-    """Of the corpus, or of the index where no corpus is given. `config`: section retriever."""
-    if config.kind == "http":
-        return {}
-    return {str(config.corpus or index): build.source(config.corpus, index)}
+def of_index(corpus: str, index: str) -> dict[str, str]:
+    """Digest of the corpus, or of the index where `corpus` is empty, by name."""
+    return {corpus or index: build.source(corpus, index)}
 
 
 def _weight_files(model: Folder) -> list[str]:

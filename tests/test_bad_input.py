@@ -2105,8 +2105,9 @@ def with_config(content: bytes) -> Callable[[Path, ConfigDict], Any]:
 
 def with_step(run: Path, config: ConfigDict) -> None:
     """One checkpoint, and nothing else."""
-    files = stamps.of_weights(config.model.path) | stamps.of_files(config)
-    files |= stamps.of_search(config.retriever, config.retriever.index)
+    files = stamps.of_weights(config.model.path)
+    files |= stamps.of_files(config.model.path, config.data.answers)
+    files |= stamps.of_index(config.retriever.corpus, config.retriever.index)
     game = {
         "memory": ReplayState().to_json(),
         "seconds": 1.0,

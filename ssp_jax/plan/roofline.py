@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ssp_jax import assemble
+from ssp_jax.config import longest_episode
 from ssp_jax.game import rules
 from ssp_jax.plan.hardware import Chip
 from ssp_jax.plan.memory import Target, abstract_params, cache_layout, persistent_bytes
@@ -30,7 +31,7 @@ def workload(config: ConfigDict, tokens: int, sampled: int) -> Workload:
     answers = config.game.answers_per_step
     proposed, solved = answers * proposer, answers * proposer * solver
     trained = {"both": proposed + solved, "solver": solved, "proposer": proposed}[config.game.train]
-    longest = config.limits.prompt_tokens + config.limits.response_tokens
+    longest = longest_episode(config)
     tokens, sampled = min(tokens, longest), min(sampled, tokens, config.limits.response_tokens)
     return Workload(tokens, sampled, proposed * (2 if config.game.verify else 1) + solved, trained)
 
