@@ -150,7 +150,8 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
         )
     sets = data.load_question_sets(config.data.eval_sets)
     sets = {
-        name: data.sample(questions, config.eval.max_questions) for name, questions in sets.items()
+        name: data.subsample(questions, config.eval.max_questions)
+        for name, questions in sets.items()
     }
     roles.check_rows("questions of data.eval_sets", sum(map(len, sets.values())))
     rows = hf_load.check_tensors(config.model.path, model_config)

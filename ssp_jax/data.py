@@ -1,4 +1,4 @@
-"""Records and files: given answers, question sets, corpora; and the order in which rows are played.
+"""Files of given answers, question sets and corpora; and the order in which tasks are played.
 
 Every reader streams, opens `.gz` and `.parquet` files by their name, and checks each line: the
 first wrong one raises InputError with file, line number, field and what was expected. The formats
@@ -33,12 +33,22 @@ SHOWN_CHARS = 60  # of a value in a message
 PIECE_BYTES = 1 << 16  # that are read at a time
 LINE_BYTES = 1 << 26  # of a line; a longer one is another kind of file, such as one JSON array
 GOLD_COLUMNS = ("golden_answers", "possible_answers")  # of FlashRAG, of PopQA
-_COLUMNS = frozenset(  # of a parquet file: what other ones hold may have no form in Python
-    ("ground_truth", "search_turns", "sys_question_example", "question", *GOLD_COLUMNS)
-    + ("data_source", "prompt", "reward_model", "extra_info")
+# Columns of a parquet file that are read; others may hold what has no form in Python.
+_COLUMNS = frozenset(
+    (
+        "ground_truth",
+        "search_turns",
+        "sys_question_example",
+        "question",
+        *GOLD_COLUMNS,
+        "data_source",
+        "prompt",
+        "reward_model",
+        "extra_info",
+    )
 )
 _MARK = "Question: "  # before the question in the prompts of Search-R1, ZeroSearch and SSP
-_OTHER_FILES = {  # by their first bytes
+_OTHER_FILES = {  # kinds, by their first bytes
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
     b"\x1f\x8b": "a gzip file, whose name must end in .gz",
@@ -51,9 +61,7 @@ _OTHER_FILES = {  # by their first bytes
 
 @dataclass(frozen=True)
 class Document:
-    """One passage. `title` is the first line of a corpus entry as it stands, with its quotes, as
-    Search-R1 shows it.
-    """
+    """One passage. `title` is the first line of a corpus entry, with its quotes, as in Search-R1."""
 
     id: str
     title: str
@@ -62,9 +70,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Task:
-    """One row of a file. For the proposer answers[0] is the given answer; a question set has
-    question and answers.
-    """
+    """A given answer for the proposer (answers[0]), or a question of a question set."""
 
     uid: int  # row number in the file, from 0
     answers: tuple[str, ...]
@@ -76,7 +82,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """A parsed line that remembers where it stands, so that each check can name the place."""
+    """A parsed line of a file, or row of a table, with its place for the messages of checks."""
 
     path: str
     line: int
@@ -89,7 +95,7 @@ class Row:
         )
 
     def text(self, field: str, value: object) -> str:
-        """The value, stripped, when it is text with at least one visible character."""
+        """The value, stripped. Raises InputError unless it is text with a visible character."""
         if not isinstance(value, str) or not _visible(self.unicode(field, value)):
             raise self.error(field, f"non-empty text, found {_shown(value)}")
         if "\0" in value:  # nothing that is asked or answered has one
@@ -97,7 +103,7 @@ class Row:
         return value.strip()
 
     def unicode(self, field: str, value: str) -> str:
-        """The text as it is. A lone surrogate passes the JSON parser and breaks tokenizers later."""
+        """The text as it is. Raises InputError for a lone surrogate, which breaks tokenizers."""
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -114,10 +120,10 @@ class Row:
         return self.unicode(field, value)
 
     def texts(self, field: str, value: object) -> tuple[str, ...]:
-        """A non-empty list of texts; one bare text counts as a list of one.
+        """A list of texts, which is not empty; one bare text counts as a list of one.
 
-        A text that is itself a list, as PopQA keeps its answers, counts as that list: nothing would
-        ever equal it as it stands.
+        A text that is itself a list, as PopQA keeps its answers, counts as that list: as it stands
+        no answer would ever equal it.
         """
         values = value.tolist() if isinstance(value, np.ndarray) else value
         if isinstance(values, str):
@@ -132,7 +138,7 @@ class Row:
         return tuple(found)
 
     def one(self, field: str, value: object) -> str:
-        """One text that is no list of several, written as text."""
+        """One text. Raises InputError where it is a list of several, written as text."""
         text = self.text(field, value)
         if self._listed(field, text) is not None:
             raise self.error(field, f"one text, found a list of them: {_shown(text)}")
@@ -158,7 +164,7 @@ def _shown(value: object) -> str:
 
 
 def _visible(text: str) -> bool:
-    """Whether a reader sees anything: not only spaces, controls and characters of no width."""
+    """True where a reader sees anything: not only spaces, controls, characters of no width."""
     return any(unicodedata.category(character)[0] not in "CZ" for character in text)
 
 
@@ -179,8 +185,8 @@ _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 def written_list(text: str) -> list[Any] | None:
     """The items of a text that is a list in JSON's, Python's or NumPy's form; None for other text.
 
-    ValueError, which says what was found, for one that begins as a list and is none. A single
-    number in brackets may be either and is left alone.
+    Raises ValueError, which says what was found, for a text that begins as a list and is none. A
+    single number in brackets may be either: None.
     """
     array = _ARRAY.fullmatch(text)
     inner = array[1].strip() if array else text
@@ -253,12 +259,13 @@ class _Followed(io.RawIOBase):
 def _lines(
     path: str | Path, position: Position | None = None
 ) -> Generator[tuple[int, bytes], None, None]:
-    """The lines of a file, or of a file in a .gz, that are not blank, with their numbers from 1.
+    """The lines of a file, gzipped or not, that are not blank, with their numbers from 1.
 
     Lines end with LF, CR LF or CR. A byte order mark before one, as in files that were joined, is
-    no part of it.
+    dropped.
     """
-    name, number = str(path), 0
+    name = str(path)
+    number = 0
     try:
         with open(name, "rb") as raw, _unpacked(name, raw, position or Position()) as file:
             while piece := file.readline(LINE_BYTES + 1):
@@ -347,11 +354,10 @@ def _not_empty(path: str | Path, tasks: list[Task]) -> list[Task]:
 
 
 def load_answers(path: str | Path) -> list[Task]:
-    """The proposer's answers: SSP's training rows (ground_truth, search_turns, optional
-    sys_question_example).
+    """The proposer's answers: rows of SSP's training file.
 
-    A .txt or .txt.gz file has one answer a line; its answers are asked for with PLAIN_SEARCHES
-    searches.
+    Their fields are ground_truth, search_turns and, optional, sys_question_example. A .txt or
+    .txt.gz file has one answer a line; its answers request PLAIN_SEARCHES searches.
     """
     if not str(path).removesuffix(".gz").endswith(".txt"):
         return _all_tasks(path, _answer_task)
@@ -359,7 +365,7 @@ def load_answers(path: str | Path) -> list[Task]:
     with contextlib.closing(_lines(path)) as lines:
         for number, line in lines:
             row = Row(str(path), number, {})
-            text = line.decode("utf-8", "surrogateescape")  # broken UTF-8 is told as such
+            text = line.decode("utf-8", "surrogateescape")  # broken UTF-8 is reported as such
             answer = row.one("answer", text)
             tasks.append(Task(len(tasks), (answer,), searches=PLAIN_SEARCHES))
     return _not_empty(path, tasks)
@@ -376,14 +382,12 @@ def _answer_task(uid: int, row: Row) -> Task:
 
 
 def load_questions(path: str | Path) -> list[Task]:
-    """A question set: lines of FlashRAG or PopQA, or rows of SSP, veRL or Search-R1 (reward_model)."""
+    """A question set of FlashRAG or PopQA, or of SSP, veRL or Search-R1 (with reward_model)."""
     return _all_tasks(path, _question_task)
 
 
 def load_question_sets(files: Mapping[str, str]) -> dict[str, list[Task]]:
-    """Name -> questions. A file that mixes sources, as SSP's test file does, gives a set
-    NAME/SOURCE for each.
-    """
+    """Name -> questions. A file of several sources, as SSP's, gives a set NAME/SOURCE for each."""
     sets: dict[str, list[Task]] = {}
     for name, path in sorted(files.items()):
         tasks = load_questions(path)
@@ -394,14 +398,14 @@ def load_question_sets(files: Mapping[str, str]) -> dict[str, list[Task]]:
     return sets
 
 
-def sample(questions: Sequence[Task], most: int) -> list[Task]:
-    """`most` of the questions in their order, 0 for all; the same ones in each run, and more of
-    them hold fewer.
+def subsample(questions: Sequence[Task], limit: int) -> list[Task]:
+    """At most `limit` of the questions in their order, 0 for all.
 
-    Chance draws them: files are often sorted by kind.
+    They are drawn at random, for files are often sorted by kind; each run draws the same ones, and
+    a larger limit adds to those of a smaller one.
     """
     drawn = np.random.Generator(np.random.Philox(len(questions))).permutation(len(questions))
-    return [questions[i] for i in sorted(drawn[: most or None].tolist())]
+    return [questions[i] for i in sorted(drawn[: limit or None].tolist())]
 
 
 def _question_task(uid: int, row: Row) -> Task:
@@ -418,9 +422,11 @@ def _question_task(uid: int, row: Row) -> Task:
     rewarded = row.values["reward_model"]
     if not isinstance(rewarded, dict):
         raise row.error("reward_model", f"an object with a ground_truth, found {_shown(rewarded)}")
-    field, target = "reward_model.ground_truth", rewarded.get("ground_truth")
+    field = "reward_model.ground_truth"
+    target = rewarded.get("ground_truth")
     if isinstance(target, dict):  # of SSP and Search-R1; veRL's own rows have texts here
-        field, target = f"{field}.target", target.get("target")
+        field = f"{field}.target"
+        target = target.get("target")
     return Task(uid, row.texts(field, target), _verl_question(row), source=source)
 
 
@@ -440,11 +446,12 @@ def _verl_question(row: Row) -> str:
 
 
 def _content(row: Row, content: object) -> str:
-    """Of a turn: text, or a list of parts that are all text."""
+    """The text of a turn's content: a text, or a list of parts that are all text."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     whole = ""
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        text = part.get("text") if is_text else None
         if not isinstance(text, str):
             raise row.error("prompt", f"a user turn of text, found {_shown(content)}")
         whole += text
@@ -452,9 +459,9 @@ def _content(row: Row, content: object) -> str:
 
 
 def _asked(row: Row, content: str) -> str:
-    """What follows the first mark, for the question may have the mark's words in itself.
+    """The text after the first mark, for a question may contain the mark's words itself.
 
-    Refused where a later mark can be another question, as in a prompt with examples.
+    Raises InputError where a later mark can be another question, as in a prompt with examples.
     """
     _, mark, question = content.partition(_MARK)
     if not mark:
@@ -485,7 +492,7 @@ def parse_document(row: Row) -> Document:
 
 
 def title_and_text(row: Row) -> tuple[str, str]:
-    """Of {"contents": "\\"Title\\"\\ntext"}, as in Search-R1, or {"title", "text"}, as in FlashRAG.
+    """From {"contents": "\\"Title\\"\\ntext"}, as in Search-R1, or {"title", "text"}, as in FlashRAG.
 
     Contents of one line are a title alone, as they are to Search-R1's own client.
     """
@@ -501,17 +508,16 @@ def title_and_text(row: Row) -> tuple[str, str]:
 
 
 def batch_indices(num_rows: int, batch: int, seed: int, step: int) -> list[int]:
-    """The rows of one step, a pure function of (seed, step), so that a resumed run needs only its
-    step.
+    """The rows of a file that a step plays: a pure function of (seed, step).
 
-    Steps take consecutive pieces of an endless stream of permutations, one per epoch and each drawn
-    from (seed, epoch): every row is played once before any is played twice, also where a batch
-    crosses an epoch or exceeds the file.
+    So a resumed run needs only its step. Steps take consecutive pieces of an endless stream of
+    permutations, one per epoch and each drawn from (seed, epoch): every row is played once before
+    any is played twice, also where a batch crosses an epoch or exceeds the file.
     """
     positions = range(step * batch, (step + 1) * batch)
     epochs = range(positions.start // num_rows, (positions.stop - 1) // num_rows + 1)
-    orders = {
-        e: np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, e)))) for e in epochs
-    }
-    permutations = {e: rng.permutation(num_rows) for e, rng in orders.items()}
+    permutations = {}
+    for epoch in epochs:
+        bits = np.random.Philox(np.random.SeedSequence((seed, epoch)))
+        permutations[epoch] = np.random.Generator(bits).permutation(num_rows)
     return [int(permutations[p // num_rows][p % num_rows]) for p in positions]

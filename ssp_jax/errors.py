@@ -21,13 +21,11 @@ _SECRET_PARAMETER = re.compile(
 
 
 class InputError(ValueError):
-    """The user gave something unusable. The message is one sentence: what, where, what was
-    expected.
-    """
+    """Unusable input of the user. The message is one sentence: what, where, what was expected."""
 
 
 def printable(text: str) -> str:
-    """Foreign text for a terminal or a log: what would act on a terminal is shown as an escape.
+    """Foreign text for a terminal or a log: characters that act on a terminal become escapes.
 
     Newlines and tabs stay. Models, passages, servers and file names can hold anything.
     """
@@ -35,9 +33,7 @@ def printable(text: str) -> str:
 
 
 def json_line(value: Any) -> str:
-    """JSON on one line, in which what would act on a terminal is escaped, and so reads as what it
-    is.
-    """
+    """JSON on one line, with characters that act on a terminal as escapes."""
     return _UNPRINTABLE.sub(_json_escape, json.dumps(value, ensure_ascii=False))
 
 
@@ -46,9 +42,7 @@ def _json_escape(found: re.Match[str]) -> str:
 
 
 def masked(text: str) -> str:
-    """The text without the secrets of the URLs in it: user and password, and parameters such as
-    api_key.
-    """
+    """The text without secrets of URLs: user and password, and parameters such as api_key."""
     return _SECRET_PARAMETER.sub(r"\1***", _USER_INFO.sub(r"\1***@", text))
 
 
@@ -72,11 +66,11 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reading(place: str) -> Iterator[None]:
-    """A library reads the user's file `place`: whatever it raises becomes one sentence naming it.
+    """Turns whatever a library raises while it reads a file into an InputError that names `place`.
 
     Only for calls of libraries on files of the user. Their parsers raise everything: ValueError,
-    TypeError, KeyError, RecursionError, and tokenizers (in Rust) a bare Exception, so the net is
-    as wide as that and is spread here only.
+    TypeError, KeyError, RecursionError, and tokenizers (in Rust) a bare Exception. So the net is as
+    wide as that, and is spread here only.
     """
     try:
         yield

@@ -1,15 +1,16 @@
 """Run or resume self-play:
 
-    python -m ssp_jax.main --config=configs/tiny.py [--workdir=runs/tiny] [--mode=eval] [--config.KEY=VALUE ...]
+    python -m ssp_jax.main --config=configs/tiny.py [--workdir=runs/tiny] [--mode=eval]
+                           [--config.KEY=VALUE ...]
                            [--coordinator=HOST:PORT --processes=N --process=I]
 
---config is a file in the form of configs/default.py, which lists every KEY. The same command in the same workdir goes
-on where it stopped. --mode=eval plays the question sets alone: with the model's own weights, and
-with those of the workdir's newest checkpoint. On several hosts the same command runs on each, with
-a workdir that all see; Slurm, Open MPI, GKE and Cloud TPU tell who is who, elsewhere the last three
-flags do (process 0 is at HOST; --processes=1 asks nobody). Exit codes: 0 done, or saved after
-SIGTERM or SIGHUP; 2 unusable input, told in one sentence; 130 Ctrl-C, which saves too (the second
-one leaves at once); else 1 or a signal's.
+--config is a file in the form of configs/default.py, which lists every KEY. The same command in the
+same workdir goes on where it stopped. --mode=eval plays the question sets alone: with the model's
+own weights, and with those of the workdir's newest checkpoint. On several hosts the same command
+runs on each, with a workdir that all see. Slurm, Open MPI, GKE and Cloud TPU number the processes;
+elsewhere the last three flags do (process 0 is at HOST; --processes=1 asks nobody). Exit codes: 0
+done, or saved after SIGTERM or SIGHUP; 2 unusable input, reported in one sentence; 130 Ctrl-C,
+which saves too (the second one leaves at once); else 1 or a signal's.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A workdir belongs to one run at a time, to one config, and to the files that the run began with."""
+"""A workdir belongs to one run at a time, to one config, and to the files that its run read."""
 
 import contextlib
 import fcntl
@@ -20,8 +20,15 @@ CONFIG_FILE = "config.json"  # of a workdir
 # Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where
 # servers are.
 MAY_CHANGE = (
-    *("steps", "eval.", "judge.", "checkpoint.", "log."),
-    *("retriever.url", "retriever.timeout_s", "retriever.retries", "retriever.threads"),
+    "steps",
+    "eval.",
+    "judge.",
+    "checkpoint.",
+    "log.",
+    "retriever.url",
+    "retriever.timeout_s",
+    "retriever.retries",
+    "retriever.threads",
 )
 # What an evaluation may change besides: model, prompts, limits, search and sampling are those of
 # the run.
@@ -39,8 +46,7 @@ EVALUATION_MAY_CHANGE = (
 
 @contextlib.contextmanager
 def lock_workdir(workdir: str) -> Iterator[None]:
-    """The workdir, for one run on this machine at a time: a second one would write into the same
-    files.
+    """Locks the workdir. A second run on this machine gets InputError: both would write its files.
 
     The lock is one of the folder itself, and ends with the process, however that ends.
     """
@@ -69,11 +75,11 @@ def lock_workdir(workdir: str) -> Iterator[None]:
 
 
 def keep_compiled(workdir: str) -> None:
-    """A run that is resumed finds its programs in the workdir; a folder of the user's own choice
-    stays.
+    """Keeps compiled programs in the workdir, unless the user has chosen another folder.
 
-    (Of several processes JAX lets only the first one write. On GPUs all find their programs; on
-    TPUs the others compile those of play anew, which know their devices by name.)
+    A resumed run finds them there. Of several processes JAX lets only the first one write: on GPUs
+    all find their programs; on TPUs the others compile those of play again, which know their
+    devices by name.
     """
     options: Any = jax.config  # which makes its attributes at import, unseen by a type checker
     if options.jax_compilation_cache_dir is None:
@@ -85,18 +91,17 @@ def keep_compiled(workdir: str) -> None:
     # workdir that was moved or copied. They hold what autotuning on GPUs found, which is in the
     # programs too.
     options.update("jax_persistent_cache_enable_xla_caches", "")
-    # so would be the paths of source files
+    # So would the paths of source files.
     options.update("jax_compilation_cache_include_metadata_in_key", False)
 
 
-# --- config -----------------------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
-    """A workdir belongs to one config: what a run left in config.json must agree, but for the keys
-    of MAY_CHANGE.
+    """Raises InputError where config.json differs in another key than those of MAY_CHANGE.
 
-    An evaluation is freer, and so is a run where only evaluations were. Nothing is written: a
+    An evaluation may change more, and so may a run where only evaluations were. Writes nothing: a
     command that is refused here leaves the run in the workdir as it is.
     """
     now = as_read(config)
@@ -115,18 +120,15 @@ def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False)
         if now.get(key) != before.get(key) and not key.startswith(free)
     )
     if changed:
-        keys = ", ".join(
-            f"{key} was {_show(before, key)} and is {_show(now, key)}" for key in changed
-        )
+        changes = [f"{key} was {_show(before, key)} and is {_show(now, key)}" for key in changed]
         raise InputError(
-            f"workdir {workdir} holds a run of another config: {keys}; take another --workdir"
+            f"workdir {workdir} holds a run of another config: {', '.join(changes)}; take another "
+            "--workdir"
         )
 
 
 def _config_before(workdir: str) -> dict[str, Any] | None:
-    """The config of the run in the workdir: of config.json, or, where that has been deleted, of the
-    newest step.
-    """
+    """The config of the run in the workdir: of config.json, or without that of the newest step."""
     path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         newest = checkpoint.newest_game(workdir)
@@ -168,18 +170,17 @@ def keep_config(workdir: str, config: ConfigDict, *, evaluating: bool = False) -
 def trained_with(workdir: str) -> str:
     """A digest of the keys in config.json that the weights of a step depend on."""
     values = json.loads((Path(workdir) / CONFIG_FILE).read_text(encoding="utf-8"))
-    return processes.digest(
-        {key: value for key, value in sorted(values.items()) if not key.startswith(MAY_CHANGE)}
-    )
+    fixed = {key: values[key] for key in sorted(values) if not key.startswith(MAY_CHANGE)}
+    return processes.digest(fixed)
 
 
 def as_read(config: ConfigDict) -> dict[str, Any]:
-    """The keys as they come back from a file: tuples are lists, and the secrets of URLs are masked."""
+    """The keys as a file has them: tuples are lists, and the secrets of URLs are masked."""
     return _without_secrets(json.loads(json.dumps(flatten_config(config))))
 
 
 def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    """A config.json may be shown to anybody. Who has another password goes on with the same run."""
+    """A config.json may be shown to anybody. Another password does not make another run."""
     return {
         key: masked(value) if isinstance(value, str) else value for key, value in values.items()
     }
@@ -189,12 +190,13 @@ def _show(values: dict[str, Any], key: str) -> str:
     return json.dumps(values[key]) if key in values else "not there"
 
 
-# --- files that a run depends on --------------------------------------------------------------------------------------
+# --- files that a run depends on ------------------------------------------------------------------
 
 
 def check_unchanged(workdir: str, stamps: Callable[[], Mapping[str, str]]) -> None:
-    """The files that a run depends on are those of its newest step. `stamps`: a digest of each, by
-    name.
+    """Raises InputError where a file that the run depends on is not that of its newest step.
+
+    stamps: gives a digest of each file, by name.
     """
     newest = checkpoint.newest_game(workdir)
     if newest is None:
@@ -203,10 +205,14 @@ def check_unchanged(workdir: str, stamps: Callable[[], Mapping[str, str]]) -> No
     before: Mapping[str, str] = game["stamps"]
     now = stamps()
     for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            how = (
-                "is gone" if name not in now else "is new" if name not in before else "has changed"
-            )
-            raise InputError(
-                f"{name} {how} since step {step} of {workdir}; expected it as it was, or another --workdir"
-            )
+        if before.get(name) == now.get(name):
+            continue
+        change = "has changed"
+        if name not in now:
+            change = "is gone"
+        elif name not in before:
+            change = "is new"
+        raise InputError(
+            f"{name} {change} since step {step} of {workdir}; expected it as it was, or another "
+            "--workdir"
+        )

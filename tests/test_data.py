@@ -24,7 +24,7 @@ from ssp_jax.data import (
     load_answers,
     load_question_sets,
     load_questions,
-    sample,
+    subsample,
     title_and_text,
     written_list,
 )
@@ -372,14 +372,14 @@ def test_mixed_sources_become_sets(tmp_path):
 
 def test_a_sample_keeps_order_grows_and_is_of_all_parts():
     tasks = [Task(i, ("x",), "?") for i in range(1000)]
-    rows = {most: [task.uid for task in sample(tasks, most)] for most in (10, 300, 1000, 5000)}
+    rows = {most: [task.uid for task in subsample(tasks, most)] for most in (10, 300, 1000, 5000)}
     assert (
         rows[300] == sorted(set(rows[300]))
         and len(rows[300]) == 300
         and set(rows[10]) < set(rows[300])
     )
     assert sum(row < 500 for row in rows[300]) == pytest.approx(150, abs=40)
-    assert sample(tasks, 0) == tasks and rows[1000] == rows[5000] == list(range(1000))
+    assert subsample(tasks, 0) == tasks and rows[1000] == rows[5000] == list(range(1000))
 
 
 @pytest.mark.parametrize(
