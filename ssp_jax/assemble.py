@@ -143,11 +143,8 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     tokenizer = hf_load.load_tokenizer(config.model.path)
     stage = make_stage(config, tokenizer)
     roles.check_stage(stage)
-    kv_heads = model_config.num_kv_heads
-    if config.mesh.tensor > 0 and kv_heads % config.mesh.tensor:
-        raise InputError(
-            f"config key mesh.tensor is {config.mesh.tensor}; expected a divisor of {kv_heads} key/value heads"
-        )
+    if config.mesh.tensor > 0:  # not -1, which takes what is left
+        sharding.check_kv_heads(model_config.num_kv_heads, config.mesh.tensor)
     sets = data.load_question_sets(config.data.eval_sets)
     sets = {
         name: data.subsample(questions, config.eval.max_questions)
@@ -239,15 +236,7 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     """The mesh of the config; what is split over it must divide."""
     mesh = sharding.make_mesh(config.mesh.to_dict())
     sharding.playing_meshes(mesh)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for key, number in (
-        ("learner.rows", config.learner.rows),
-        ("engine.slots", config.engine.slots),
-    ):
-        if number % parts:
-            raise InputError(
-                f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = {parts}"
-            )
+    sharding.check_rows(mesh, learner_rows=config.learner.rows, slots=config.engine.slots)
     return mesh
 
 

@@ -114,7 +114,11 @@ def devices_per_copy(kv_heads: int, devices: int, size: int, limit: int | None) 
     """The fewest devices, of `limit` bytes each, that hold `size` bytes of weights twice, as
     loading needs.
     """
-    numbers = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and devices % n == 0]
+    numbers = [
+        n
+        for n in range(1, kv_heads + 1)
+        if sharding.tensor_divides(kv_heads, n) and devices % n == 0
+    ]
     return next((n for n in numbers if limit is None or 2 * size <= n * limit), numbers[-1])
 
 
@@ -122,7 +126,7 @@ def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bo
     """Engine sizes that hold these prompts with `room` tokens after each; nothing is left for the
     user to choose.
     """
-    c, parts = m.config, m.mesh.shape["data"]
+    c, parts = m.config, sharding.row_shards(m.mesh)
     longest = max(prompt_lengths)
     cache = -(-(longest + room) // 128) * 128
     slot_bytes = 2 * c.num_layers * c.num_kv_heads * c.head_dim * cache * m.dtype.itemsize

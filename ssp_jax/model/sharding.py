@@ -6,6 +6,7 @@ each other, and that over the logits of packed rows, where XLA would send the he
 at every turn.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssp_jax.errors import InputError
@@ -58,6 +59,11 @@ def mesh_sizes(axis_sizes: dict[str, int], devices: int) -> list[int]:
     return [devices // known if s == -1 else s for s in sizes]
 
 
+def abstract_mesh(axis_sizes: dict[str, int], devices: int) -> AbstractMesh:
+    """The mesh of this many devices that are not there."""
+    return AbstractMesh(tuple(mesh_sizes(axis_sizes, devices)), AXES)
+
+
 def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
     """Over these devices, or over all of the run, process by process: the neighbours of `tensor`
     share a host.
@@ -83,29 +89,73 @@ def _avoid_broken_shardy() -> None:
         )
 
 
-def playing_meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
-    """Where the sampler's params lie: on all devices, and of these the part of this process, where
-    it plays alone.
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Shards of packed rows and of slots: devices that share no rows."""
+    return math.prod(mesh.shape[axis] for axis in ROWS[0])
 
-    Every host plays on replicas of its own, split over `tensor` only; one process plays on the
-    learner's mesh.
+
+def check_rows(mesh: Mesh | AbstractMesh, *, learner_rows: int, slots: int) -> None:
+    """Raises InputError where rows or slots do not divide over the mesh."""
+    shards = row_shards(mesh)
+    for key, number in (("learner.rows", learner_rows), ("engine.slots", slots)):
+        if number % shards:
+            raise InputError(
+                f"config key {key} is {number}; expected a multiple of mesh.data * mesh.fsdp = "
+                f"{shards}"
+            )
+
+
+def tensor_divides(kv_heads: int, tensor: int) -> bool:
+    """True where each device of `tensor` has as many key/value heads, and the queries of these."""
+    return kv_heads % tensor == 0
+
+
+def check_kv_heads(kv_heads: int, tensor: int) -> None:
+    """Raises InputError where the key/value heads do not divide over `tensor`."""
+    if not tensor_divides(kv_heads, tensor):
+        raise InputError(
+            f"config key mesh.tensor is {tensor}; expected a divisor of {kv_heads} key/value heads"
+        )
+
+
+def playing_sizes(devices: int, tensor: int) -> tuple[int, int, int]:
+    """Axis sizes of a mesh on which hosts play: replicas of the model, split over `tensor` only."""
+    return (devices // tensor, 1, tensor)
+
+
+def check_host_devices(per_host: int, tensor: int) -> None:
+    """Raises InputError where a replica would span two hosts."""
+    if per_host % tensor:
+        raise InputError(
+            f"config key mesh.tensor is {tensor}; expected a divisor of the {per_host} devices of "
+            "a process, for each process plays on its own"
+        )
+
+
+def playing_mesh(devices: Any, tensor: int) -> Mesh:
+    """The playing mesh of these devices, a list or array in the order of the learner's mesh."""
+    array = np.asarray(devices)
+    return Mesh(array.reshape(playing_sizes(array.size, tensor)), AXES)
+
+
+def playing_meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
+    """The sampler's mesh over all devices, and its part on this process, which plays there alone.
+
+    A single process plays on the learner's mesh. Of several, each plays on replicas of its own.
     """
     if jax.process_count() == 1:
         return mesh, mesh
-    per_host, tensor = jax.local_device_count(), mesh.shape["tensor"]
     if mesh.size != jax.device_count():
         raise InputError(
-            f"config section mesh takes {mesh.size} of {jax.device_count()} devices; expected all of them with several "
-            "processes, such as -1 for one axis"
+            f"config section mesh takes {mesh.size} of {jax.device_count()} devices; expected all "
+            "of them with several processes, such as -1 for one axis"
         )
-    if per_host % tensor:
-        raise InputError(
-            f"config key mesh.tensor is {tensor}; expected a divisor of the {per_host} devices of a process, for each "
-            "process plays on its own"
-        )
-    replicas = Mesh(mesh.devices.reshape(-1, 1, tensor), AXES)
-    begin, count = jax.process_index() * (per_host // tensor), per_host // tensor
-    return replicas, Mesh(replicas.devices[begin : begin + count], AXES)
+    per_host = jax.local_device_count()
+    tensor = mesh.shape["tensor"]
+    check_host_devices(per_host, tensor)
+    devices = mesh.devices.ravel()
+    begin = jax.process_index() * per_host
+    return playing_mesh(devices, tensor), playing_mesh(devices[begin : begin + per_host], tensor)
 
 
 def local_view(tree: Any, mesh: Mesh) -> Any:
@@ -217,8 +267,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """The sampler's state: slots over data and fsdp, key/value heads over tensor."""
 
     def one(leaf: Any) -> NamedSharding:
-        heads = leaf.shape[1] if leaf.ndim == 4 else 0
-        split = heads and heads % mesh.shape["tensor"] == 0
+        split = leaf.ndim == 4 and tensor_divides(leaf.shape[1], mesh.shape["tensor"])
         return NamedSharding(mesh, P(ROWS[0], "tensor") if split else ROWS)
 
     return jax.tree.map(one, state)

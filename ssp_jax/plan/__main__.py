@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from ssp_jax.config import BOUNDS, Range, check_numbers, flatten_config, parse_command_line
@@ -83,9 +82,7 @@ def make_target(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compil
             compile.make_devices(hardware.slices_of(slice_.kind)[0]) if slice_.hosts > 1 else None
         )
     else:
-        mesh = AbstractMesh(
-            tuple(sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)), sharding.AXES
-        )
+        mesh = sharding.abstract_mesh(config.mesh.to_dict(), slice_.devices)
     platform = "tpu" if slice_.is_tpu else "gpu"
     return Target(config, model, mesh, slice_.device.hbm, slice_.per_host, host, platform)
 
@@ -155,10 +152,7 @@ def _moves(target: Target, cache_room: float) -> Iterator[tuple[str, Any]]:
         yield "engine.extend_buckets", tuple(sorted(e.extend_buckets)[:-1])
     if c.logprob_chunk > 128 and c.logprob_chunk % 2 == 0:
         yield "learner.logprob_chunk", c.logprob_chunk // 2
-    if (
-        config.mesh.tensor * 2 <= model.num_kv_heads
-        and model.num_kv_heads % (config.mesh.tensor * 2) == 0
-    ):
+    if sharding.tensor_divides(model.num_kv_heads, config.mesh.tensor * 2):
         yield "mesh.tensor", config.mesh.tensor * 2
     frugal = {"model.remat": "full", "learner.offload_moments": True}
     if c.kl_coef:
@@ -235,14 +229,15 @@ def _fitting(
     changes if allowed.
     """
     try:
-        data, fsdp, _ = sharding.mesh_sizes(config.mesh.to_dict(), slice_.devices)
+        mesh = sharding.abstract_mesh(config.mesh.to_dict(), slice_.devices)
     except InputError:
         return None
-    parts, flat = data * fsdp, flatten_config(config)
+    shards = sharding.row_shards(mesh)
+    flat = flatten_config(config)
     values = {
-        key: -(-flat[key] // parts) * parts
+        key: -(-flat[key] // shards) * shards
         for key in ("learner.rows", "engine.slots")
-        if flat[key] % parts
+        if flat[key] % shards
     }
     changed = with_values(config, values)
     estimate = _estimate(changed, model, slice_, _NO_SCALE)

@@ -12,14 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from ssp_jax import assemble
-from ssp_jax.errors import InputError
 from ssp_jax.learner.state import LearnerConfig, TrainState, optimizer
 from ssp_jax.model import decoder, sharding
 from ssp_jax.model.attention import LANES, spans, splash_keys
@@ -60,26 +58,17 @@ class Target:
     platform: str = "cpu"  # of the devices
 
     def __post_init__(self) -> None:
-        for key, number in (
-            ("learner.rows", self.config.learner.rows),
-            ("engine.slots", self.config.engine.slots),
-        ):
-            if number % self.parts:
-                raise InputError(
-                    f"config key {key} is {number}; expected a multiple of {self.parts} for this mesh"
-                )
-        for what, number in (
-            ("key/value heads", self.model.num_kv_heads),
-            ("devices of a host", self.per_host),
-        ):
-            if number % self.tensor:
-                raise InputError(
-                    f"config key mesh.tensor is {self.tensor}; expected a divisor of {number} {what}"
-                )
+        sharding.check_rows(
+            self.mesh,
+            learner_rows=self.config.learner.rows,
+            slots=self.config.engine.slots,
+        )
+        sharding.check_kv_heads(self.model.num_kv_heads, self.tensor)
+        sharding.check_host_devices(self.per_host, self.tensor)
 
     @property
     def parts(self) -> int:
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return sharding.row_shards(self.mesh)
 
     @property
     def tensor(self) -> int:
@@ -94,11 +83,11 @@ class Target:
         """The mesh of one host: replicas, split over `tensor` only."""
         if self.hosts == 1:
             return self.mesh
-        shape = (self.per_host // self.tensor, 1, self.tensor)
         if isinstance(self.mesh, AbstractMesh):
-            return AbstractMesh(shape, sharding.AXES)
-        devices = np.array(self.host or self.mesh.devices.ravel()[: self.per_host])
-        return Mesh(devices.reshape(shape), sharding.AXES)
+            sizes = sharding.playing_sizes(self.per_host, self.tensor)
+            return AbstractMesh(sizes, sharding.AXES)
+        devices = self.host or self.mesh.devices.ravel()[: self.per_host]
+        return sharding.playing_mesh(devices, self.tensor)
 
     @property
     def sizes(self) -> Sizes:

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from configs import default
@@ -43,7 +42,7 @@ def target(model_config: decoder.ModelConfig, devices: int = 8, **values: Any) -
     return memory.Target(
         c,
         model_config,
-        AbstractMesh(tuple(sharding.mesh_sizes(c.mesh.to_dict(), devices)), sharding.AXES),
+        sharding.abstract_mesh(c.mesh.to_dict(), devices),
     )
 
 
