@@ -32,14 +32,13 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, from anywhere
 
-from ssp_jax.prompts import format_documents
-from ssp_jax.rewards import normalize_answer
-
 from assets.tiny import script, warm_start, worlds
 from assets.tiny.facts import real_world
 from assets.tiny.script import Goal
 from assets.tiny.worlds import Country, Passage, Question, World
-from ssp_jax import export
+from ssp_jax.game.prompts import format_documents
+from ssp_jax.game.rewards import normalize_answer
+from ssp_jax.model import hf_save
 
 SEED = 0
 SELF_PLAY_SHARE = 0.6  # of the countries; the rest is held out for the question sets
@@ -262,7 +261,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     report(data, tokenizer)
     (out / "model" / "config.json").write_text(json.dumps(warm_start.hf_config(), indent=2) + "\n")
-    export.save(
+    hf_save.save(
         warm_start.warm_start(tokenizer, SEED), warm_start.CONFIG, out / "model", out / "model"
     )
 

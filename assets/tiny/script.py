@@ -15,7 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ssp_jax.prompts import (
+from assets.tiny import worlds
+from assets.tiny.facts import real_words
+from assets.tiny.worlds import Country, Passage, Question, World
+from ssp_jax.data import Document
+from ssp_jax.game.prompts import (
     STYLES,
     encode_prompt,
     observation,
@@ -23,13 +27,9 @@ from ssp_jax.prompts import (
     solver_messages,
     verifier_messages,
 )
-from ssp_jax.rewards import exact_match
-
-from assets.tiny import worlds
-from assets.tiny.facts import real_words
-from assets.tiny.worlds import Country, Passage, Question, World
-from ssp_jax.data import Document
-from ssp_jax.retriever import Retriever, build_index
+from ssp_jax.game.rewards import exact_match
+from ssp_jax.retriever.build import build_index
+from ssp_jax.retriever.search import Retriever
 
 STYLE = STYLES["brief"]
 TOP_K = 3

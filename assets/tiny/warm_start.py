@@ -17,9 +17,12 @@ import numpy as np
 import optax
 
 from assets.tiny import script
-from ssp_jax import learner, model
+from ssp_jax.learner import state
+from ssp_jax.learner.batches import Batch, make_batches
+from ssp_jax.learner.update import score
+from ssp_jax.model import decoder
 
-CONFIG = model.ModelConfig(
+CONFIG = decoder.ModelConfig(
     vocab_size=2048,
     num_layers=4,
     embed_dim=128,
@@ -47,7 +50,7 @@ class Shown:
     logprobs: Sequence[float]
 
 
-def initial_params(seed: int) -> model.Params:
+def initial_params(seed: int) -> decoder.Params:
     """Random weights, but for one circuit: look up what followed the last time that this token was
     seen.
 
@@ -58,7 +61,7 @@ def initial_params(seed: int) -> model.Params:
     sum of cos(w * (t - s - 1)). It writes that token into a subspace; head 0 of layer 1 compares
     the current token with it, on the slow frequencies alone, and copies what it finds.
     """
-    params = model.init_params(CONFIG, jax.random.key(seed))
+    params = decoder.init_params(CONFIG, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     D, H = CONFIG.embed_dim, CONFIG.head_dim
     frequency = CONFIG.rope_theta ** (-np.arange(0, H, 2) / H)
@@ -87,7 +90,7 @@ def initial_params(seed: int) -> model.Params:
     return params
 
 
-def repeats(rng: np.random.Generator) -> Iterator[learner.Batch]:
+def repeats(rng: np.random.Generator) -> Iterator[Batch]:
     """Rows that repeat a random string of tokens, without end: nothing but copying can be learnt
     from them.
     """
@@ -106,20 +109,20 @@ def repeats(rng: np.random.Generator) -> Iterator[learner.Batch]:
             tokens[row] = np.resize(rng.integers(3, CONFIG.vocab_size, period), COPY_TOKENS + 1)
             weight[row, period:] = 1.0
         zeros = np.zeros_like(weight)
-        yield learner.Batch(
+        yield Batch(
             tokens[:, :-1], tokens[:, 1:], positions, ones, weight / weight.sum(), zeros, zeros
         )
 
 
 def batches(
     episodes: Sequence[Shown], settings: Any, rng: np.random.Generator
-) -> Iterator[learner.Batch]:
+) -> Iterator[Batch]:
     """Packed rows in random order, without end. Weights make the loss a mean over tokens."""
     while True:
         order = rng.permutation(len(episodes))
         for start in range(0, len(order), 2000):
             part = [episodes[i] for i in order[start : start + 2000]]
-            packed = learner.make_batches(settings, part, np.ones(len(part), np.float32))
+            packed = make_batches(settings, part, np.ones(len(part), np.float32))
             # the last one is not full
             rows = jax.tree.map(lambda *parts: np.concatenate(parts), *packed[:-1])
             # Packing goes from long episodes to short ones; a model that follows this order learns
@@ -137,12 +140,12 @@ def batches(
 
 
 def train(
-    params: model.Params,
-    settings: learner.LearnerConfig,
-    source: Iterator[learner.Batch],
+    params: decoder.Params,
+    settings: state.LearnerConfig,
+    source: Iterator[Batch],
     steps: int,
     name: str,
-) -> model.Params:
+) -> decoder.Params:
     """Supervised steps; prints the loss of the model's own tokens."""
     rate = optax.schedules.warmup_cosine_decay_schedule(
         0.0, LEARNING_RATE, 100, steps, LEARNING_RATE / 10
@@ -152,9 +155,9 @@ def train(
     )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: model.Params, opt_state: Any, batch: learner.Batch) -> Any:
-        def loss(params: model.Params) -> Any:
-            logp_BT = learner.score(settings, params, batch)[0]
+    def update(params: decoder.Params, opt_state: Any, batch: Batch) -> Any:
+        def loss(params: decoder.Params) -> Any:
+            logp_BT = score(settings, params, batch)[0]
             own_BT = batch.weight_BT == batch.weight_BT.max()
             return -(batch.weight_BT * logp_BT).sum(), -(own_BT * logp_BT).sum() / own_BT.sum()
 
@@ -175,9 +178,9 @@ def train(
     return params
 
 
-def settings(rows: int, row_tokens: int) -> learner.LearnerConfig:
+def settings(rows: int, row_tokens: int) -> state.LearnerConfig:
     """What packing and scoring need; the policy-loss fields play no part here."""
-    return learner.LearnerConfig(
+    return state.LearnerConfig(
         model=CONFIG,
         dtype=jnp.float32,
         remat="full",
@@ -201,7 +204,7 @@ def settings(rows: int, row_tokens: int) -> learner.LearnerConfig:
     )
 
 
-def warm_start(tokenizer: Any, seed: int) -> model.Params:
+def warm_start(tokenizer: Any, seed: int) -> decoder.Params:
     """First copying, then scripted episodes of all roles."""
     params, rng = initial_params(seed), np.random.default_rng(seed)
     params = train(params, settings(COPY_ROWS, COPY_TOKENS), repeats(rng), COPY_STEPS, "copying")
