@@ -114,9 +114,7 @@ def repeats(rng: np.random.Generator) -> Iterator[Batch]:
         )
 
 
-def batches(
-    episodes: Sequence[Shown], settings: Any, rng: np.random.Generator
-) -> Iterator[Batch]:
+def batches(episodes: Sequence[Shown], settings: Any, rng: np.random.Generator) -> Iterator[Batch]:
     """Packed rows in random order, without end. Weights make the loss a mean over tokens."""
     while True:
         order = rng.permutation(len(episodes))

@@ -219,7 +219,7 @@ def test_table_is_plain_text_elsewhere(tmp_path: Path, capsys: pytest.CaptureFix
 
 def in_a_terminal(script: str, workdir: Path, columns: int, steps: int = 4) -> str:
     """What a script with a `logger` shows in a terminal of this width."""
-    start = "import sys, time; from ssp_jax.metrics import Logger\n"
+    start = "import sys, time; from ssp_jax.runtime.logger import Logger\n"
     start += f"with Logger(sys.argv[1], {steps}, False) as logger:\n    "
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns)}

@@ -12,7 +12,7 @@ import pytest
 SECONDS = 60  # for whatever is waited for: this machine may have much else to do
 COMMAND = """
 import atexit, hashlib, os, signal, sys, threading, time
-from ssp_jax.runtime import command
+from ssp_jax.runtime import command, signals
 
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
