@@ -52,7 +52,7 @@ from ssp_jax.retriever.search import (
 from ssp_jax.rollout import engine, sampler
 from ssp_jax.rollout.scheduler import (
     Player,
-    Row,
+    PendingWrite,
     Stats,  # noqa: E402
 )
 from ssp_jax.runtime import platform
@@ -96,7 +96,7 @@ class StaticLoop(engine.Engine):
         slots, none = device.layout.rows[0], np.zeros((0, device.layout.rows[0]), np.int32)
         room_B = np.full((slots,), device.layout.ends[-1], np.int32)
         rows = [
-            Row(
+            PendingWrite(
                 i,
                 p.tokens,
                 0,

@@ -57,7 +57,8 @@ from ssp_jax.game.roles import (
 from ssp_jax.model import decoder, hf_load, sharding
 from ssp_jax.model.tokens import decode
 from ssp_jax.retriever.search import Retriever
-from ssp_jax.rollout.engine import Engine, Search, Sizes, Stats
+from ssp_jax.rollout import kv_cache
+from ssp_jax.rollout.engine import Engine, SearchFn, Sizes, Stats
 from ssp_jax.rollout.stops import token_bytes
 from ssp_jax.runtime import command, device_memory, files, platform
 from ssp_jax.runtime.command import user_path
@@ -126,10 +127,10 @@ def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bo
     """Engine sizes that hold these prompts with `room` tokens after each; nothing is left for the
     user to choose.
     """
-    c, parts = m.config, sharding.row_shards(m.mesh)
+    parts = sharding.row_shards(m.mesh)
     longest = max(prompt_lengths)
     cache = -(-(longest + room) // 128) * 128
-    slot_bytes = 2 * c.num_layers * c.num_kv_heads * c.head_dim * cache * m.dtype.itemsize
+    slot_bytes = cache * kv_cache.token_bytes(m.config, m.dtype)
     limit = _device_bytes()
     # A third of what the weights leave: a decode chunk may hold a second copy of the cache.
     used = sum(leaf.nbytes for leaf in jax.tree.leaves(m.params)) // m.mesh.shape["tensor"]
@@ -155,7 +156,7 @@ def _room(m: Model, stage: EpisodeContext, longest: int) -> int:
     return max(1, min(stage.limits.response_tokens, m.context - longest))
 
 
-def make_engine(m: Model, sizes: Sizes, search: Search) -> Engine:
+def make_engine(m: Model, sizes: Sizes, search: SearchFn) -> Engine:
     return assemble.make_engine(m.config, m.tokenizer, m.eos, sizes, m.dtype, search, m.mesh)
 
 
@@ -170,7 +171,7 @@ def play(
     prompt_tokens: Sequence[list[int]],
     temperature: float = 0.0,
     seed: int = 0,
-    search: Search = no_search,
+    search: SearchFn = no_search,
     take: Callable[[int, Episode], None] = lambda row, episode: None,
     progress: Callable[[Stats], None] = lambda stats: None,
 ) -> list[Episode]:
@@ -330,7 +331,7 @@ class _Progress:
         self._live, self._last, self._ended = sys.stderr.isatty(), time.monotonic(), False
 
     def __call__(self, stats: Stats) -> None:
-        self._phase.advance(stats.finished, tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
+        self._phase.advance(stats.finished, tokens=stats.tokens_per_second)
 
     def _show(self, detail: str) -> None:
         if self._ended:  # chunks that were already in flight
@@ -469,7 +470,7 @@ def _load(f: Any) -> Model:
         return load_model(f.model, f.dtype)
 
 
-def _search(f: Any) -> Search:
+def _search(f: Any) -> SearchFn:
     if not f.index:
         return no_search
     return functools.partial(Retriever.load(f.index).search, top_k=f.top_k)

@@ -153,8 +153,7 @@ def _warm_up(run: TrainingRun, now: Progress) -> None:
 def _show_play(phase: Phase, stop: Stop, stats: Stats) -> None:
     """Called between decode chunks. Raises Terminated after a signal."""
     stop()
-    rate = stats.sampled_tokens / max(stats.seconds, 1e-9)
-    phase.advance(stats.finished, total=stats.known, tokens=rate)
+    phase.advance(stats.finished, total=stats.known, tokens=stats.tokens_per_second)
 
 
 def _trainings(config: ConfigDict, played: Round) -> Iterator[tuple[str, Training]]:

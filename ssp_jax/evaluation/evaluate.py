@@ -200,7 +200,7 @@ def _play(
 
         def progress(stats: Stats) -> None:
             setting.stop()
-            phase.advance(len(played), tokens=stats.sampled_tokens / max(stats.seconds, 1e-9))
+            phase.advance(len(played), tokens=stats.tokens_per_second)
 
         setting.engine.play(params, setting.key, players, finished, progress)
     return played

@@ -485,7 +485,7 @@ def _metrics(games: list[Game], stats: Stats) -> dict[str, float]:
         "proposer/length": _mean(len(e.tokens) for e in proposers),
         "play/seconds": stats.seconds,
         "play/episodes": float(stats.finished),
-        "play/tokens_per_second": stats.sampled_tokens / max(stats.seconds, 1e-9),
+        "play/tokens_per_second": stats.tokens_per_second,
         "play/written_tokens_per_second": stats.written_tokens / max(stats.seconds, 1e-9),
         "play/occupancy": stats.busy_steps / max(stats.slot_steps, 1),
         # of slots that waited for memory

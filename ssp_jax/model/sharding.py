@@ -291,14 +291,14 @@ def on_own_rows_and_heads(
 
 
 def shard_map_rows(
-    run: Callable[..., Any], slots: Any, inputs: tuple[int | None, ...], out: int | tuple[int, ...]
+    run: Callable[..., Any], slots: Any, inputs: tuple[int | None, ...], out: Any
 ) -> Callable[..., Any]:
     """`run` on each part of slots or rows by itself: nothing is sent between parts, and nothing
     computed twice.
 
     slots: the NamedSharding of an array of them, None for a single device. inputs, out: which axis
-    of each argument and result is split over the parts; None: each has the whole. Other axes of the
-    mesh (`tensor`) are the compiler's.
+    of each argument and result is split over the parts (out: a tree of them, None only in inputs);
+    None: each has the whole. Other axes of the mesh (`tensor`) are the compiler's.
     """
     axes = slots.spec[0] if slots is not None else ()
     if all(slots.mesh.shape[axis] == 1 for axis in axes):
@@ -308,7 +308,7 @@ def shard_map_rows(
         return P() if axis is None else P(*[None] * axis, axes)
 
     in_specs = tuple(spec(axis) for axis in inputs)
-    out_specs = tuple(spec(axis) for axis in out) if isinstance(out, tuple) else spec(out)
+    out_specs = jax.tree.map(spec, out)
     # check_vma would ask for a mark on each constant that meets a part's own values.
     return jax.shard_map(
         run,

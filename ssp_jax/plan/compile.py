@@ -127,38 +127,42 @@ class _Source:
 
 def _sampler_sources(target: Target) -> Iterator[_Source]:
     """The largest prefill and the longest decode chunk, of one host."""
-    m, sizes, V = target.model, target.sizes, target.model.vocab_size
+    sizes = target.sizes
+    V = target.model.vocab_size
     whole = NamedSharding(target.playing, P())
 
     def struct(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
     params, state = sampler_params(target), sampler_state(target)
-    N = target.extend_rows * state.layout.parts
+    M = target.extend_rows * state.layout.shards
     T = max(b for b in sizes.extend_buckets if b <= sizes.cache_tokens)
-    starts = {field.name: struct(jnp.int32, N) for field in dataclasses.fields(sampler.TurnStarts)}
-    starts["temperature_N"] = struct(jnp.float32, N)
+    starts = {field.name: struct(jnp.int32, M) for field in dataclasses.fields(sampler.TurnStarts)}
+    starts["temperature_M"] = struct(jnp.float32, M)
     pieces = len(state.layout.ends)
     rows_JB = struct(jnp.int32, pieces - 1, state.layout.rows[0])
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    options: dict[str, Any] = {"depth": pieces, "dtype": target.dtype, "shardings": shardings}
+    options: dict[str, Any] = {
+        "config": target.model,
+        "depth": pieces,
+        "dtype": target.dtype,
+        "shardings": shardings,
+    }
     arguments: tuple[Any, ...] = (
-        m,
         params,
         state,
         rows_JB,
         sampler.TurnStarts(**starts),
-        struct(jnp.int32, N, T),
-        struct(jnp.int32, N),
+        struct(jnp.int32, M, T),
+        struct(jnp.int32, M),
     )
-    yield _Source(f"prefill of {N} x {T}", "prefill", sampler.extend, arguments, options)
+    yield _Source(f"prefill of {M} x {T}", "prefill", sampler.extend, arguments, options)
 
     # of the stop automata: at most one a byte
     states = sum(len(stop) + 1 for role in ROLES for stop in role.stops)
     key = jax.eval_shape(lambda: jax.random.key(0))
     stops = sampler.Stops(struct(jnp.int8, states, V), struct(jnp.int8, states))
     arguments = (
-        m,
         params,
         state,
         rows_JB,

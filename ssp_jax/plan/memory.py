@@ -317,11 +317,12 @@ def temporaries(target: Target, parameters: float) -> dict[str, float]:
         end - start
         for start, end in zip((0, *sizes.cache_ends()), sizes.cache_ends(), strict=False)
     )
-    cache_rows = written * sizes.cache_tokens * 2 * K / t * H * item
+    layer_token = kv_cache.token_bytes(_one_layer(m), target.dtype) / t
+    cache_rows = written * sizes.cache_tokens * layer_token
     prefill = (
         written * longest * wide / 2 * item + scores(written, longest, piece, 2) + 2 * cache_rows
     )
-    copied = slots * sizes.chunk * L * 2 * K / t * H * item  # the chunk's own keys and values
+    copied = slots * sizes.chunk * L * layer_token  # the chunk's own keys and values
     decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
 
     rows, T = c.rows / target.parts, c.row_tokens

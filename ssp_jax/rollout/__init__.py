@@ -1,3 +1,4 @@
-"""Tokens, fast: the slot engine, the compiled sampler, the key-value cache, exact stops. Knows
-nothing of search.
+"""Tokens, fast: the slot engine, the compiled sampler, the key-value cache, exact stops.
+
+It knows nothing of search.
 """

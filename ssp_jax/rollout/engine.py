@@ -1,11 +1,10 @@
-"""The host side of generation: one pool of slots for episodes of all roles, no barriers between
-them.
+"""The host side of generation: one pool of slots for episodes of all roles, and no barriers.
 
 One decode chunk is always in flight. While it runs the host reads the chunk before it, hands that
-chunk's searches to a thread as one batch, and prepares what comes next; results are written into
-the slots before the next chunk. A search's result is used exactly one chunk later, however fast it
-was: the schedule is a function of the episodes alone, so the same seed gives the same run, bit for
-bit. The engine knows nothing of the game: a `Player` says what follows a stop.
+chunk's searches to a thread as one batch, and prepares the next chunk; results are written into
+the slots before that chunk starts. A search's result is used exactly one chunk later, however fast
+it was: the schedule is a function of the episodes alone, so the same seed gives the same run, bit
+for bit. The engine knows nothing of the game: a `Player` says what follows a stop.
 """
 
 import dataclasses
@@ -16,24 +15,26 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ssp_jax.errors import InputError
 from ssp_jax.model import decoder
 from ssp_jax.rollout import kv_cache, sampler, sampling
-from ssp_jax.rollout.scheduler import Player, Row, RowAllocator, Scheduler, Stats
+from ssp_jax.rollout.scheduler import PendingWrite, Player, RowAllocator, Scheduler, Stats
 from ssp_jax.rollout.stops import Automaton
 from ssp_jax.runtime import device_memory
 
 __all__ = ["Engine", "Player", "Sizes", "Stats"]
 
-Search = Callable[[list[str]], Sequence[Any]]
+SearchFn = Callable[[list[str]], Sequence[Any]]
+StateSharding = Callable[[sampler.SamplerState], Any]
 SCHEDULES = ("pipelined", "barrier")
-# of measured free memory, for keys and values at most; the programs' temporaries need some too
+# The most that keys and values take of measured free memory: programs' temporaries need some too.
 _FREE_SHARE = 0.8
 _REMEDY = (
-    "less of engine.slots, engine.extend_rows, the largest of engine.extend_buckets, engine.cache_tokens or "
-    "engine.kv_cache_gib, or more devices for mesh.tensor"
+    "less of engine.slots, engine.extend_rows, the largest of engine.extend_buckets, "
+    "engine.cache_tokens or engine.kv_cache_gib, or more devices for mesh.tensor"
 )
 
 
@@ -51,66 +52,71 @@ class Sizes:
     schedule: str = "pipelined"
 
     def extend_len(self, tokens: int) -> int:
-        return next(
-            (b for b in sorted(self.extend_buckets) if tokens <= b), max(self.extend_buckets)
-        )
+        """The smallest bucket that holds so many tokens, else the largest bucket."""
+        fitting = [bucket for bucket in self.extend_buckets if tokens <= bucket]
+        return min(fitting, default=max(self.extend_buckets))
 
-    def rows_per_shard(self, parts: int) -> int:
-        """Rows of an extend call that each part of the slots writes."""
-        return -(-self.extend_rows // parts)
+    def rows_per_shard(self, shards: int) -> int:
+        """Rows of an extend call that each shard of the slots writes."""
+        return -(-self.extend_rows // shards)
 
     def cache_ends(self) -> tuple[int, ...]:
-        return (
-            *sorted({b for b in self.cache_buckets if b < self.cache_tokens}),
-            self.cache_tokens,
-        )
+        """Exclusive last position of each piece of the cache."""
+        inner = {bucket for bucket in self.cache_buckets if bucket < self.cache_tokens}
+        return (*sorted(inner), self.cache_tokens)
 
 
 def choose_layout(
     config: decoder.ModelConfig,
     sizes: Sizes,
     dtype: Any,
-    state_sharding: Callable[[sampler.SamplerState], Any] | None,
+    state_sharding: StateSharding | None,
     budget: int | None,
 ) -> kv_cache.Layout:
-    """Rows of the cache's pieces for a budget in bytes a device; None: the longest episode in every
-    slot.
+    """Rows of the cache's pieces for a budget in bytes a device.
+
+    Without a budget (None) every slot has memory for the longest episode.
     """
     full = kv_cache.full_layout(sizes.cache_ends(), sizes.slots)
-    parts, token_bytes = _split(config, full, dtype, state_sharding)
+    shards, token_bytes = _shards(config, full, dtype, state_sharding)
     if budget is None:
-        return dataclasses.replace(full, parts=parts)
-    return kv_cache.layout_for(full.ends, sizes.slots, int(parts * budget / token_bytes), parts)
+        return dataclasses.replace(full, shards=shards)
+    return kv_cache.layout_for(full.ends, sizes.slots, int(shards * budget / token_bytes), shards)
 
 
-def _split(
+def _shards(
     config: decoder.ModelConfig,
     layout: kv_cache.Layout,
     dtype: Any,
-    state_sharding: Callable[[sampler.SamplerState], Any] | None,
+    state_sharding: StateSharding | None,
 ) -> tuple[int, float]:
-    """Into how many parts the slots are split, and the bytes that a token of a part takes on a
-    device of it.
-    """
+    """The number of shards of the slots, and the bytes of a token on each device of its shard."""
     token_bytes = kv_cache.token_bytes(config, dtype)
     if state_sharding is None:
         return 1, token_bytes
     layer = dataclasses.replace(config, num_layers=1)  # all are alike
     state = jax.eval_shape(lambda: sampler.init_state(layer, layout, dtype))
-    shape = state.caches[0].k[0].shape
-    shard = state_sharding(state).caches[0].k[0].shard_shape(shape)
-    return shape[0] // shard[0], token_bytes * shard[1] / shape[1]
+    slots, heads, *_ = state.caches[0].k[0].shape
+    sharding = state_sharding(state).caches[0].k[0]
+    own_slots, own_heads, *_ = sharding.shard_shape(state.caches[0].k[0].shape)
+    return slots // own_slots, token_bytes * own_heads / heads
 
 
 def cache_budget(sizes: Sizes, free: int | None) -> int | None:
-    """Bytes a device for keys and values where so many are free; None where nobody knows."""
-    return int(sizes.kv_cache_gib * device_memory.GIB) or (free and int(_FREE_SHARE * free))
+    """Bytes a device for keys and values, of `free` ones; None where the device does not say."""
+    if asked := int(sizes.kv_cache_gib * device_memory.GIB):
+        return asked
+    return free and int(_FREE_SHARE * free)
 
 
 def _too_large(
-    sizes: Sizes, free: int, needs: dict[str, int], room: int, wanted: int, least: int
+    sizes: Sizes, free: int, needs: dict[str, int], room: int, wanted: int, minimum: int
 ) -> str:
-    """What a device has, what the engine asks for, and what of it would fit."""
+    """What a device has, what the engine asks for, and what of it would fit. All in bytes.
+
+    needs: of each program while it runs. room: left for keys and values. wanted: keys and values of
+    the layout. minimum: keys and values of one longest episode.
+    """
 
     def gib(size: float) -> str:
         return f"{size / device_memory.GIB:.3g} GiB"
@@ -118,24 +124,41 @@ def _too_large(
     program = max(needs, key=lambda name: needs[name])
     key = "slots" if program == "decode" else "extend_rows"
     value = getattr(sizes, key)
-    if room >= least:
+    if room >= minimum:
         fits_gib = 0.99 * room / device_memory.GIB  # less by more than what three digits round
         advice = f"engine.kv_cache_gib={fits_gib:.3g} or 0, which takes what is left"
     else:
         # Temporaries grow with the rows of a call.
-        fits = int(value * ((1 - device_memory.RESERVE) * free - least) / needs[program])
+        fits = int(value * ((1 - device_memory.RESERVE) * free - minimum) / needs[program])
         advice = f"engine.{key}={fits} instead of {value}" if fits > 0 else _REMEDY
-    asked = wanted if sizes.kv_cache_gib else least
+    asked = wanted if sizes.kv_cache_gib else minimum
     return (
-        f"config section engine does not fit into a device's memory: {gib(free)} are free, {program} takes "
-        f"{gib(needs[program])} while it runs, and keys and values {gib(asked)}; expected {advice}"
+        "config section engine does not fit into a device's memory: "
+        f"{gib(free)} are free, {program} takes {gib(needs[program])} while it runs, "
+        f"and keys and values {gib(asked)}; expected {advice}"
     )
 
 
+def _join(automata: Sequence[Automaton]) -> tuple[sampler.Stops, list[int]]:
+    """One table of all automata's states on the device, and the root state of each automaton."""
+    sizes = [len(automaton.stop_A) for automaton in automata]
+    roots = [sum(sizes[:i]) for i in range(len(sizes))]
+    tables = [
+        automaton.table_AV.astype(np.int16) + root
+        for automaton, root in zip(automata, roots, strict=True)
+    ]
+    table_AV = np.concatenate(tables)
+    if len(table_AV) <= 127:
+        table_AV = table_AV.astype(np.int8)
+    found_A = np.concatenate([automaton.stop_A for automaton in automata])
+    return sampler.Stops(jnp.asarray(table_AV), jnp.asarray(found_A)), roots
+
+
 class Engine:
-    """`play` runs a set of players, and those they lead to, to their ends. Between calls it holds
-    no device memory but the stop tables: keys and values are made when a call starts and are
-    gone when it ends, so the update has the room.
+    """Plays episodes to their ends, in slots of fixed shapes.
+
+    Between calls of `play` it holds no device memory but the stop tables: keys and values are made
+    when a call starts and are gone when it ends, so the update has the room.
     """
 
     def __init__(
@@ -145,43 +168,31 @@ class Engine:
         automata: Sequence[Automaton],
         eos: tuple[int, ...],
         dtype: Any,
-        search: Search,
-        state_sharding: Callable[[sampler.SamplerState], Any] | None = None,
+        search: SearchFn,
+        state_sharding: StateSharding | None = None,
         truncation: sampling.Truncation = sampling.ALL_TOKENS,
         free_bytes: Callable[[], int | None] = device_memory.free_bytes,
     ):
-        self._config, self._sizes, self._eos, self._dtype, self._search = (
-            config,
-            sizes,
-            eos,
-            dtype,
-            search,
-        )
-        self._state_sharding, self._truncation = state_sharding, truncation
+        self._config = config
+        self._sizes = sizes
+        self._eos = eos
+        self._dtype = dtype
+        self._search = search
+        self._state_sharding = state_sharding
+        self._truncation = truncation
         self._free_bytes = free_bytes
-        offsets = np.cumsum([0] + [len(a.stop_S) for a in automata[:-1]])
-        self._roots = [int(o) for o in offsets]
-        scheduler = np.concatenate(
-            [a.table_SV.astype(np.int16) + o for a, o in zip(automata, offsets, strict=True)]
-        )
-        self._stops = sampler.Stops(
-            jax.numpy.asarray(scheduler.astype(np.int8) if len(scheduler) <= 127 else scheduler),
-            jax.numpy.asarray(np.concatenate([a.stop_S for a in automata])),
-        )
-        self._layout: kv_cache.Layout | None = None
+        self._stops, self._roots = _join(automata)
+        self._layout: kv_cache.Layout | None = None  # chosen by the first call of `device`
 
     @property
     def memory(self) -> str:
-        """What the engine chose, for people; known from the first call on."""
-        assert self._layout is not None
-        size = (
-            self._layout.tokens
-            * kv_cache.token_bytes(self._config, self._dtype)
-            / device_memory.GIB
-        )
-        pieces = zip(self._layout.rows, self._layout.starts, self._layout.ends, strict=True)
+        """The layout of the cache, for people; known from the first call on."""
+        layout = self._layout
+        assert layout is not None
+        size = layout.tokens * kv_cache.token_bytes(self._config, self._dtype) / device_memory.GIB
+        pieces = zip(layout.rows, layout.starts, layout.ends, strict=True)
         rows = ", ".join(f"{n} of tokens {start} to {end}" for n, start, end in pieces)
-        return f"{self._layout.rows[0]} slots; keys and values {size:.3g} GiB, rows: {rows}"
+        return f"{layout.rows[0]} slots; keys and values {size:.3g} GiB, rows: {rows}"
 
     def warm_up(
         self, params: decoder.Params, key: jax.Array, stop: Callable[[], None] = lambda: None
@@ -192,15 +203,15 @@ class Engine:
         """
         with device_memory.must_fit("the engine", _REMEDY):
             device = self.device(params, key)
-            rows = RowAllocator(device.layout)
+            memory = RowAllocator(device.layout)
             for depth in range(len(device.layout.ends) + 1):
                 for length in sorted(set(self._sizes.extend_buckets)):
                     stop()
-                    device.extend(rows.rows_JB, [], length, depth)
+                    device.extend(memory.rows_JB, [], length, depth)
                 if depth:
                     stop()
-                    device.share(rows.rows_JB, [], depth)
-                    device.decode(rows.rows_JB, rows.room_B, depth)
+                    device.copy_prefix(memory.rows_JB, [], depth)
+                    device.decode(memory.rows_JB, memory.room_B, depth)
             jax.block_until_ready(device.state)  # what fails on the device, fails here
 
     def play(
@@ -214,34 +225,46 @@ class Engine:
         """Plays all players and whatever `finished(player)` adds after each of them.
 
         params: the sampler's unstacked copy. key: with a player's uid and a position it makes the
-        key of a token.
+        key of a token. progress: called after each chunk and while a search is waited for; may
+        raise.
         """
         start = time.monotonic()
-        device, barrier = self.device(params, key), self._sizes.schedule == "barrier"
+        device = self.device(params, key)
+        barrier = self._sizes.schedule == "barrier"
         scheduler = Scheduler(
             device.layout, self._sizes.chunk, players, finished, self._submit, barrier
         )
-        in_flight: tuple[sampler.Chunk, dict[int, int]] | None = None
+        stats = scheduler.stats
+        in_flight: sampler.Chunk | None = None
+        in_flight_turns: dict[int, int] = {}
         while True:
-            scheduler.take_results(lambda: progress(scheduler.stats))
-            self._write(device, scheduler)
-            turns, chunk = scheduler.running(), None
-            if turns and not scheduler.ending(turns, in_flight[1] if in_flight else {}):
-                chunk = device.decode(
-                    scheduler.memory.rows_JB, scheduler.memory.room_B, scheduler.depth(turns)
-                )
+            # Results of the searches that the chunk before last asked for go to their players.
+            scheduler.take_results(lambda: progress(stats))
+
+            # Slots take what their caches lack: new prompts, copies of prompts, observations.
+            self._write_prompts(device, scheduler)
+            self._copy_prompts(device, scheduler)
+
+            # The next chunk starts behind the one in flight, unless no turn would go on in it.
+            turns = scheduler.running()
+            chunk = None
+            if turns and not scheduler.ending(turns, in_flight_turns):
+                depth = scheduler.depth(turns)
+                chunk = device.decode(scheduler.memory.rows_JB, scheduler.memory.room_B, depth)
+
+            # The host reads the chunk before it, and hands out its searches.
             if in_flight is not None:
-                scheduler.take_chunk(jax.device_get(in_flight[0]), in_flight[1])
-                scheduler.stats.seconds = time.monotonic() - start
-                progress(scheduler.stats)
-            in_flight = (chunk, turns) if chunk is not None else None
+                scheduler.take_chunk(jax.device_get(in_flight), in_flight_turns)
+                stats.seconds = time.monotonic() - start
+                progress(stats)
+
+            in_flight = chunk
+            in_flight_turns = turns if chunk is not None else {}
             if in_flight is None and scheduler.is_done():
-                return scheduler.stats
+                return stats
 
     def _submit(self, queries: list[str]) -> Future[Sequence[Any]]:
-        """Searches in a daemon thread: a run that ends does not wait for a server that keeps it
-        waiting.
-        """
+        """Searches in a daemon thread: a run that ends does not wait for a server that hangs."""
         future: Future[Sequence[Any]] = Future()
 
         def search() -> None:
@@ -254,50 +277,54 @@ class Engine:
         return future
 
     def device(self, params: decoder.Params, key: jax.Array) -> "Device":
-        """Slots on the device; the first call chooses their layout, once the sampler's params are
-        in memory.
+        """Slots on the device. The sampler's params must be in memory: the first call measures what
+        they leave, and chooses the layout of the cache.
         """
         if self._layout is None:
             self._layout = self._fitting_layout(params, key)
-        device = self._device(self._layout, params, key)
-        device.state = sampler.new_state(layout=device.layout, **device.common)
-        return device
+        shapes, shardings = self._shapes(self._layout)
+        state = sampler.new_state(self._config, shapes.layout, self._dtype, shardings)
+        return self._device(state, shardings, params, key)
 
-    def _device(self, layout: kv_cache.Layout, params: decoder.Params, key: jax.Array) -> "Device":
-        """With the shapes of its state alone: enough to compile programs, and no memory is taken."""
-        state = jax.eval_shape(lambda: sampler.init_state(self._config, layout, self._dtype))
-        shardings = None
-        if self._state_sharding is not None:
-            shardings = self._state_sharding(state)
-            state = jax.tree.map(
-                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                state,
-                shardings,
-            )
-        common: dict[str, Any] = dict(config=self._config, dtype=self._dtype, shardings=shardings)
-        decode: dict[str, Any] = dict(
-            stops=self._stops,
-            key=key,
-            eos=self._eos,
-            steps=self._sizes.chunk,
-            truncation=self._truncation,
-        )
+    def _shapes(
+        self, layout: kv_cache.Layout
+    ) -> tuple[sampler.SamplerState, sampler.SamplerState | None]:
+        """The state's shapes, which take no memory, and its shardings."""
+        shapes = jax.eval_shape(lambda: sampler.init_state(self._config, layout, self._dtype))
+        if self._state_sharding is None:
+            return shapes, None
+        shardings = self._state_sharding(shapes)
+
+        def place(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(place, shapes, shardings), shardings
+
+    def _device(
+        self,
+        state: sampler.SamplerState,
+        shardings: sampler.SamplerState | None,
+        params: decoder.Params,
+        key: jax.Array,
+    ) -> "Device":
+        options = dict(config=self._config, dtype=self._dtype, shardings=shardings)
+        chunk = dict(eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation)
         return Device(
-            layout,
-            self._sizes.rows_per_shard(layout.parts),
-            self._roots,
-            params,
-            state,
-            common,
-            decode,
+            rows_per_shard=self._sizes.rows_per_shard(state.layout.shards),
+            stops=self._stops,
+            roots=self._roots,
+            params=params,
+            key=key,
+            state=state,
+            options=options,
+            decode_options=options | chunk,
         )
 
     def _layout_for(self, budget: int | None) -> kv_cache.Layout:
         return choose_layout(self._config, self._sizes, self._dtype, self._state_sharding, budget)
 
     def _fitting_layout(self, params: decoder.Params, key: jax.Array) -> kv_cache.Layout:
-        """Rows that leave room for what the programs take while they run, which their compiler
-        knows.
+        """Rows that leave room for the temporaries of the programs, which their compiler knows.
 
         Fewer rows need no more than many, so what is measured with too many rows holds for those
         that fit.
@@ -307,169 +334,188 @@ class Engine:
         layout = self._layout_for(cache_budget(sizes, free))
         if free is None:
             return layout
-        needs = self._device(layout, params, key).program_bytes(max(sizes.extend_buckets))
+
+        # The programs are compiled for shapes: no memory is taken.
+        device = self._device(*self._shapes(layout), params, key)
+        needs = device.program_bytes(max(sizes.extend_buckets))
         room = int((1 - device_memory.RESERVE) * free) - max(needs.values())
-        parts, token_bytes = _split(self._config, layout, self._dtype, self._state_sharding)
-        wanted = layout.tokens * token_bytes / parts
+
+        shards, token_bytes = _shards(self._config, layout, self._dtype, self._state_sharding)
+        wanted = layout.tokens * token_bytes / shards
         if wanted <= room:
             return layout
-        least = sizes.cache_tokens * token_bytes
-        if sizes.kv_cache_gib or room < least:
-            raise InputError(_too_large(sizes, free, needs, room, int(wanted), int(least)))
+        minimum = sizes.cache_tokens * token_bytes
+        if sizes.kv_cache_gib or room < minimum:
+            raise InputError(_too_large(sizes, free, needs, room, int(wanted), int(minimum)))
         return self._layout_for(room)
 
-    def _write(self, device: "Device", scheduler: Scheduler) -> None:
-        """Brings every slot that is not up to date up to date: prompts, copies of prompts,
-        observations.
+    def _write_prompts(self, device: "Device", scheduler: Scheduler) -> None:
+        """Writes the prompts and observations that the slots' caches lack.
+
+        The cost of a call is that of its bucket and depth, full or not. So the write that needs the
+        longest bucket takes along what fits beside it, and nothing that asks for more: a few long
+        prompts and a few observations are two calls. A write longer than the largest bucket goes in
+        pieces; its last piece starts the turn.
         """
-        sizes, rows_JB = self._sizes, scheduler.memory.rows_JB
+        sizes = self._sizes
         longest = max(sizes.extend_buckets)
 
-        def needs(row: Row) -> tuple[int, int]:
-            return sizes.extend_len(row.count), device.layout.depth(row.filled)
+        def needs(write: PendingWrite) -> tuple[int, int]:
+            return sizes.extend_len(write.count), device.layout.depth(write.filled)
 
-        rows = scheduler.pending_prefills()
-        while rows:
-            # The cost of a call is that of its bucket and depth, full or not. So the row that needs
-            # the longest bucket takes along what fits beside it, and nothing that asks for more: a
-            # few long prompts and a few observations are two calls. A row longer than the largest
-            # bucket is written in pieces; its last piece starts the turn.
-            rows.sort(key=needs, reverse=True)
-            length, depth = needs(rows[0])
-            batch = device.batch(row for row in rows if needs(row)[1] <= depth)
-            device.extend(rows_JB, [row.first(longest) for row in batch], length, depth)
-            taken = {row.slot for row in batch}
-            rows = [row for row in rows if row.slot not in taken]
-            rows += [row.after(longest) for row in batch if row.count > longest]
-        copies = scheduler.pending_prefix_copies()
-        while copies:
-            batch = device.batch(copies)
-            device.share(
-                rows_JB, batch, max(1, device.layout.depth(max(row.count for row in batch)))
-            )
-            taken = {row.slot for row in batch}
-            copies = [row for row in copies if row.slot not in taken]
+        pending = scheduler.pending_prefills()
+        while pending:
+            pending.sort(key=needs, reverse=True)
+            length, depth = needs(pending[0])
+            batch = device.batch(write for write in pending if needs(write)[1] <= depth)
+            pieces = [write.first(longest) for write in batch]
+            device.extend(scheduler.memory.rows_JB, pieces, length, depth)
+            pending = _without(batch, pending)
+            pending += [write.after(longest) for write in batch if write.count > longest]
+
+    def _copy_prompts(self, device: "Device", scheduler: Scheduler) -> None:
+        """Copies prompts to the slots that share them with another slot."""
+        pending = scheduler.pending_prefix_copies()
+        while pending:
+            batch = device.batch(pending)
+            longest = max(write.count for write in batch)
+            depth = max(1, device.layout.depth(longest))
+            device.copy_prefix(scheduler.memory.rows_JB, batch, depth)
+            pending = _without(batch, pending)
+
+
+def _without(done: list[PendingWrite], pending: list[PendingWrite]) -> list[PendingWrite]:
+    """The writes for other slots than those that are done."""
+    slots = {write.slot for write in done}
+    return [write for write in pending if write.slot not in slots]
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a program: its arrays, its static options
 
 
 @dataclasses.dataclass
 class Device:
-    """The sampler's programs over one state, fed with the host's rows."""
+    """The sampler's programs over one state, fed with the host's pending writes."""
 
-    layout: kv_cache.Layout
-    rows_per_shard: int  # in a call of extend or share
-    roots: list[int]
+    rows_per_shard: int  # in a call of extend or copy_prefix
+    stops: sampler.Stops
+    roots: list[int]  # of each automaton in `stops`
     params: decoder.Params
+    key: jax.Array
     state: sampler.SamplerState
-    common: dict[str, Any]  # what programs share
-    for_decode: dict[str, Any]
+    options: dict[str, Any]  # static ones of extend
+    decode_options: dict[str, Any]
+
+    @property
+    def layout(self) -> kv_cache.Layout:
+        return self.state.layout
 
     def program_bytes(self, longest: int) -> dict[str, int]:
-        """What the programs that need most take on a device while they run; `longest` is a bucket
-        of extend.
+        """Bytes that the programs which need most take on a device while they run.
+
+        longest: a bucket of extend.
         """
-        rows = RowAllocator(self.layout)
+        memory = RowAllocator(self.layout)
         depth = len(self.layout.ends)
-        extend = sampler.extend.lower(**self._extend_arguments(rows.rows_JB, [], longest, depth))
-        decode = sampler.decode_chunk.lower(
-            **self._decode_arguments(rows.rows_JB, rows.room_B, depth)
-        )
-        share = sampler.copy_prefix.lower(**self._share_arguments(rows.rows_JB, [], depth))
-        lowered = {"extend": extend, "decode": decode, "share": share}
+        extend = self._extend_arguments(memory.rows_JB, [], longest, depth)
+        decode = self._decode_arguments(memory.rows_JB, memory.room_B, depth)
+        copy = self._copy_arguments(memory.rows_JB, [], depth)
+
+        def needs(program: Any, arguments: Arguments) -> int:
+            arrays, options = arguments
+            return device_memory.program_bytes(program.lower(*arrays, **options).compile())
+
         return {
-            name: device_memory.program_bytes(program.compile())
-            for name, program in lowered.items()
+            "extend": needs(sampler.extend, extend),
+            "decode": needs(sampler.decode_chunk, decode),
+            "share": needs(sampler.copy_prefix, copy),
         }
 
     def decode(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> sampler.Chunk:
-        self.state, chunk = sampler.decode_chunk(**self._decode_arguments(rows_JB, room_B, depth))
+        arrays, options = self._decode_arguments(rows_JB, room_B, depth)
+        self.state, chunk = sampler.decode_chunk(*arrays, **options)
         return chunk
 
-    def _decode_arguments(
-        self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int
-    ) -> dict[str, Any]:
-        return dict(
-            params=self.params,
-            state=self.state,
-            rows_JB=rows_JB.copy(),  # the host goes on writing into its own
-            room_B=room_B.copy(),
-            depth=depth,
-            **self.for_decode,
-            **self.common,
-        )
+    def _decode_arguments(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> Arguments:
+        # copies: the host goes on writing into its own
+        own = (rows_JB.copy(), room_B.copy())
+        arrays = (self.params, self.state, *own, self.stops, self.key)
+        return arrays, self.decode_options | {"depth": depth}
 
-    def batch(self, rows: Iterable[Row]) -> list[Row]:
-        """The first of these rows that go in one call."""
-        found, taken = [], [0] * self.layout.parts
-        for row in rows:
-            part = self.layout.part(row.slot)
-            if taken[part] < self.rows_per_shard:
-                taken[part] += 1
-                found.append(row)
+    def batch(self, writes: Iterable[PendingWrite]) -> list[PendingWrite]:
+        """The first of these writes that go in one call."""
+        found = []
+        taken = [0] * self.layout.shards
+        for write in writes:
+            shard = self.layout.shard_of(write.slot)
+            if taken[shard] < self.rows_per_shard:
+                taken[shard] += 1
+                found.append(write)
         return found
 
-    def extend(self, rows_JB: np.ndarray, rows: Sequence[Row], length: int, depth: int) -> None:
-        self.state = sampler.extend(**self._extend_arguments(rows_JB, rows, length, depth))
+    def extend(
+        self, rows_JB: np.ndarray, writes: Sequence[PendingWrite], length: int, depth: int
+    ) -> None:
+        arrays, options = self._extend_arguments(rows_JB, writes, length, depth)
+        self.state = sampler.extend(*arrays, **options)
 
     def _extend_arguments(
-        self, rows_JB: np.ndarray, rows: Sequence[Row], length: int, depth: int
-    ) -> dict[str, Any]:
-        lines = self._lines(rows)
-        tokens_NT = np.zeros((len(lines), length), np.int32)
-        for tokens_T, row in zip(tokens_NT, lines, strict=True):
-            if row is not None:
-                tokens_T[: row.count] = row.tokens[row.filled : row.filled + row.count]
-        return dict(
-            params=self.params,
-            state=self.state,
-            rows_JB=rows_JB.copy(),
-            starts=self._starts(lines),
-            tokens_NT=tokens_NT,
-            count_N=np.array([row.count if row else 0 for row in lines], np.int32),
-            depth=depth,
-            **self.common,
-        )
+        self, rows_JB: np.ndarray, writes: Sequence[PendingWrite], length: int, depth: int
+    ) -> Arguments:
+        rows = self._call_rows(writes)
+        tokens_MT = np.zeros((len(rows), length), np.int32)
+        count_M = np.zeros((len(rows),), np.int32)
+        for m, write in enumerate(rows):
+            if write is not None:
+                count_M[m] = write.count
+                new = write.tokens[write.filled : write.filled + write.count]
+                tokens_MT[m, : write.count] = new
+        starts = self._starts(rows)
+        arrays = (self.params, self.state, rows_JB.copy(), starts, tokens_MT, count_M)
+        return arrays, self.options | {"depth": depth}
 
-    def share(self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int) -> None:
-        self.state = sampler.copy_prefix(**self._share_arguments(rows_JB, rows, depth))
+    def copy_prefix(self, rows_JB: np.ndarray, writes: Sequence[PendingWrite], depth: int) -> None:
+        arrays, options = self._copy_arguments(rows_JB, writes, depth)
+        self.state = sampler.copy_prefix(*arrays, **options)
 
-    def _share_arguments(
-        self, rows_JB: np.ndarray, rows: Sequence[Row], depth: int
-    ) -> dict[str, Any]:
-        lines = self._lines(rows)
+    def _copy_arguments(
+        self, rows_JB: np.ndarray, writes: Sequence[PendingWrite], depth: int
+    ) -> Arguments:
+        rows = self._call_rows(writes)
         slots = self.layout.per_shard.rows[0]
-        return dict(
-            state=self.state,
-            rows_JB=rows_JB.copy(),
-            source_N=np.array([row.source % slots if row else 0 for row in lines], np.int32),
-            starts=self._starts(lines),
-            depth=depth,
-            shardings=self.common["shardings"],
-        )
+        source_M = np.array([write.source % slots if write else 0 for write in rows], np.int32)
+        arrays = (self.state, rows_JB.copy(), source_M, self._starts(rows))
+        return arrays, {"depth": depth, "shardings": self.options["shardings"]}
 
-    def _lines(self, rows: Sequence[Row]) -> list[Row | None]:
-        """The rows of a call where its programs expect them: those of the first part first, None is
-        padding.
-        """
-        found: list[Row | None] = []
-        for part in range(self.layout.parts):
-            own = [row for row in rows if self.layout.part(row.slot) == part]
-            found += [*own, *[None] * (self.rows_per_shard - len(own))]
-        return found
+    def _call_rows(self, writes: Sequence[PendingWrite]) -> list[PendingWrite | None]:
+        """The rows of a call, those of the first shard first; None is padding."""
+        rows: list[PendingWrite | None] = []
+        for shard in range(self.layout.shards):
+            own = [write for write in writes if self.layout.shard_of(write.slot) == shard]
+            padding = self.rows_per_shard - len(own)
+            rows += [*own, *[None] * padding]
+        return rows
 
-    def _starts(self, lines: Sequence[Row | None]) -> sampler.TurnStarts:
+    def _starts(self, rows: Sequence[PendingWrite | None]) -> sampler.TurnStarts:
+        M = len(rows)
         slots = self.layout.per_shard.rows[0]
-
-        def column(
-            value: Callable[[Row], Any], padding: Any = 0, dtype: Any = np.int32
-        ) -> np.ndarray:
-            return np.array([value(row) if row else padding for row in lines], dtype)
-
-        return sampler.TurnStarts(
-            slot_N=column(lambda row: row.slot % slots, slots),
-            length_N=column(lambda row: row.filled + row.count),
-            token_N=column(lambda row: row.tokens[row.filled + row.count]),
-            limit_N=column(lambda row: row.limit),
-            match_N=column(lambda row: self.roots[row.stop_automaton]),
-            uid_N=column(lambda row: row.uid),
-            temperature_N=column(lambda row: row.temperature, 0.0, np.float32),
+        starts = sampler.TurnStarts(
+            slot_M=np.full((M,), slots, np.int32),  # out of range: padding
+            length_M=np.zeros((M,), np.int32),
+            token_M=np.zeros((M,), np.int32),
+            limit_M=np.zeros((M,), np.int32),
+            match_M=np.zeros((M,), np.int32),
+            uid_M=np.zeros((M,), np.int32),
+            temperature_M=np.zeros((M,), np.float32),
         )
+        for m, write in enumerate(rows):
+            if write is not None:
+                length = write.filled + write.count
+                starts.slot_M[m] = write.slot % slots
+                starts.length_M[m] = length
+                starts.token_M[m] = write.tokens[length]
+                starts.limit_M[m] = write.limit
+                starts.match_M[m] = self.roots[write.stop_automaton]
+                starts.uid_M[m] = write.uid
+                starts.temperature_M[m] = write.temperature
+        return starts

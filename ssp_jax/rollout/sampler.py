@@ -1,5 +1,4 @@
-"""The device side of generation: one donated state, three jitted functions over it. Knows nothing
-of search.
+"""The device side of generation: one donated state and three jitted programs over it.
 
 A slot holds an episode's keys and values for all tokens but its newest. That newest token is
 *pending*: it has been chosen but not been fed to the model. So writing a prompt or an observation
@@ -9,7 +8,8 @@ sample the next.
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class SamplerState:
     """All slots: B of them."""
 
     # one per layer, so that an update never copies its neighbours
-    caches: tuple[kv_cache.Cache, ...]
+    caches: tuple[kv_cache.KVCache, ...]
     token_B: jax.Array  # int32: the pending token
     length_B: jax.Array  # int32: tokens in the cache = position of the pending token
     limit_B: jax.Array  # int32: total number of tokens (cache + pending) at which the turn ends
@@ -43,71 +43,67 @@ class SamplerState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TurnStarts:
-    """Slots that begin or resume a turn. N rows, as many for each part of the layout, in the order
-    of parts; a row whose slot is out of range is padding and writes nothing.
+    """Slots that begin or resume a turn: M rows, as many for each shard, in the order of shards.
+
+    NumPy or JAX arrays. slot_M counts inside the row's shard; a row whose slot is out of range is
+    padding and writes nothing. The other fields are those of SamplerState, for these slots.
     """
 
-    # inside the row's part; the rest is the fields of SamplerState, for these slots; numpy or JAX
-    # arrays
-    slot_N: Any
-    length_N: Any
-    token_N: Any
-    limit_N: Any
-    match_N: Any
-    uid_N: Any
-    temperature_N: Any
+    slot_M: Any
+    length_M: Any
+    token_M: Any
+    limit_M: Any
+    match_M: Any
+    uid_M: Any
+    temperature_M: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What one decode chunk produced, for the host. C steps."""
+    """The tokens of one decode chunk of C steps, for the host."""
 
-    tokens_CB: jax.Array
-    logprobs_CB: jax.Array  # log-probs of the sampled distribution, temperature inside
-    count_B: jax.Array  # leading rows that are this slot's new tokens
-    stop_B: jax.Array
+    tokens_CB: Any  # int32
+    logprobs_CB: Any  # float32, of the sampled distribution, temperature inside
+    count_B: Any  # int32: the first count_B steps are this slot's new tokens
+    stop_B: Any  # int32, as in SamplerState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stops:
+    """The stop automaton on the device. NumPy or JAX arrays."""
+
+    table_AV: Any
+    found_A: Any
 
 
 def init_state(config: decoder.ModelConfig, layout: kv_cache.Layout, dtype: Any) -> SamplerState:
-    def full(value: int) -> jax.Array:
-        return jnp.full((layout.rows[0],), value, jnp.int32)
-
+    """The state before any turn: no slot runs."""
     caches = tuple(kv_cache.init_cache(config, layout, dtype) for _ in range(config.num_layers))
+    slots = (layout.rows[0],)
+
+    def full(value: int) -> jax.Array:
+        return jnp.full(slots, value, jnp.int32)
+
     return SamplerState(
-        caches,
-        full(0),
-        full(0),
-        full(0),
-        full(0),
-        full(LIMIT),
-        full(0),
-        jnp.zeros((layout.rows[0],)),
-        layout,
-    )
-
-
-def _begin(state: SamplerState, s: TurnStarts) -> SamplerState:
-    def put(old: jax.Array, new: jax.Array | int) -> jax.Array:
-        return old.at[s.slot_N].set(new, mode="drop")
-
-    return dataclasses.replace(
-        state,
-        token_B=put(state.token_B, s.token_N),
-        length_B=put(state.length_B, s.length_N),
-        limit_B=put(state.limit_B, s.limit_N),
-        match_B=put(state.match_B, s.match_N),
-        stop_B=put(state.stop_B, RUNNING),
-        uid_B=put(state.uid_B, s.uid_N),
-        temperature_B=put(state.temperature_B, s.temperature_N),
+        caches=caches,
+        token_B=full(0),
+        length_B=full(0),
+        limit_B=full(0),
+        match_B=full(0),
+        stop_B=full(LIMIT),
+        uid_B=full(0),
+        temperature_B=jnp.zeros(slots),
+        layout=layout,
     )
 
 
 def _pinned(state: SamplerState, shardings: SamplerState | None) -> SamplerState:
-    """What a program gives back lies where the next one expects it: else it would be compiled a
-    second time.
-    """
-    return state if shardings is None else jax.lax.with_sharding_constraint(state, shardings)
+    """The state where the next program expects it, or that would be compiled a second time."""
+    if shardings is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, shardings)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout", "dtype", "shardings"))
@@ -120,111 +116,244 @@ def new_state(
     return _pinned(init_state(config, layout, dtype), shardings)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "depth", "dtype", "shardings"), donate_argnames=("state",)
-)
+_STATIC = ("config", "eos", "steps", "depth", "dtype", "truncation", "shardings")
+_CHUNK_AXES = Chunk(tokens_CB=1, logprobs_CB=1, count_B=0, stop_B=0)  # of the slots
+
+
+def _program(out: Any = 0, **split: int | None) -> Callable[[Callable[..., Any]], Any]:
+    """Makes one jitted program over all slots from a function of the slots of one shard.
+
+    The program takes its arrays by position and everything that is static by name; it takes
+    `shardings` (those of the state, None for a single device) beside what the function takes.
+    split, out: the axis of each array and result that is split over shards; None: each shard has
+    the whole. The state is donated.
+    """
+
+    def decorate(run: Callable[..., Any]) -> Any:
+        def program(
+            *arrays: Any, shardings: SamplerState | None = None, **static: Any
+        ) -> SamplerState | tuple[SamplerState, Chunk]:
+            own: Any = functools.partial(run, **static)
+            slots = shardings and shardings.token_B
+            own = sharding.shard_map_rows(own, slots, tuple(split.values()), out)
+            result = own(*arrays)
+            if isinstance(result, SamplerState):
+                return _pinned(result, shardings)
+            state, chunk = result
+            return _pinned(state, shardings), chunk
+
+        program.__name__ = run.__name__
+        program.__doc__ = run.__doc__
+        return jax.jit(program, static_argnames=_STATIC, donate_argnums=[*split].index("state"))
+
+    return decorate
+
+
+@_program(params=None, state=0, rows_JB=1, starts=0, tokens_MT=0, count_M=0)
 def extend(
-    config: decoder.ModelConfig,
     params: decoder.Params,
     state: SamplerState,
     rows_JB: jax.Array,
     starts: TurnStarts,
-    tokens_NT: jax.Array,
-    count_N: jax.Array,
+    tokens_MT: jax.Array,
+    count_M: jax.Array,
     *,
+    config: decoder.ModelConfig,
     depth: int,
     dtype: Any,
-    shardings: SamplerState | None = None,
 ) -> SamplerState:
-    """Feeds count_N tokens to each slot, after what its cache holds, and starts its turn.
+    """Feeds count_M tokens to each slot, after what its cache holds, and starts its turn.
 
     Serves prompts (empty cache, depth 0) and observations alike. depth: pieces of the cache that
     these tokens look at.
     """
-    run: Any = functools.partial(_extend, config, depth=depth, dtype=dtype)
-    run = sharding.shard_map_rows(run, shardings and shardings.token_B, (None, 0, 1, 0, 0, 0), 0)
-    return _pinned(run(params, state, rows_JB, starts, tokens_NT, count_N), shardings)
-
-
-def _extend(
-    config: decoder.ModelConfig,
-    params: decoder.Params,
-    state: SamplerState,
-    rows_JB: jax.Array,
-    starts: TurnStarts,
-    tokens_NT: jax.Array,
-    count_N: jax.Array,
-    *,
-    depth: int,
-    dtype: Any,
-) -> SamplerState:
-    T = tokens_NT.shape[1]
+    T = tokens_MT.shape[1]
     view = kv_cache.View(state.layout.per_shard, rows_JB, depth)
-    before_N = starts.length_N - count_N
-    positions_NT = before_N[:, None] + jnp.arange(T)[None, :]
-    causal_NTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (len(tokens_NT), T, T))
+    before_M = starts.length_M - count_M
+    positions_MT = before_M[:, None] + jnp.arange(T)[None, :]
+    causal_TT = jnp.tril(jnp.ones((T, T), bool))
+    causal_MTT = jnp.broadcast_to(causal_TT, (len(tokens_MT), T, T))
 
     def attend(
-        layer: kv_cache.Cache, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, kv_cache.Cache]:
-        k_NKHT, v_NKTH = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
-        own = attention.partial_softmax(q, k_NKHT, v_NKTH, causal_NTT)
-        o_NTNH = attention.combine(
-            [own, *view.attend_slots(q, layer, starts.slot_N, before_N)]
-        ).astype(dtype)
-        return o_NTNH, view.write(
-            layer, k_NKHT, v_NKTH, starts.slot_N, _after(o_NTNH, before_N), count_N
-        )
+        layer: kv_cache.KVCache, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, kv_cache.KVCache]:
+        k_MKHT = jnp.moveaxis(k, 1, 3)
+        v_MKTH = jnp.moveaxis(v, 1, 2)
+        own = attention.partial_softmax(q, k_MKHT, v_MKTH, causal_MTT)
+        earlier = view.attend_slots(q, layer, starts.slot_M, before_M)
+        o_MTNH = attention.combine([own, *earlier]).astype(dtype)
+        first_M = _after(o_MTNH, before_M)
+        return o_MTNH, view.write(layer, k_MKHT, v_MKTH, starts.slot_M, first_M, count_M)
 
     _, caches = decoder.forward_cached(
-        config, params, tokens_NT, positions_NT, attend, state.caches, dtype=dtype
+        config, params, tokens_MT, positions_MT, attend, state.caches, dtype=dtype
     )
-    return _begin(dataclasses.replace(state, caches=caches), starts)
+    return _begin(state, caches, starts)
 
 
-@functools.partial(jax.jit, static_argnames=("depth", "shardings"), donate_argnames=("state",))
+@_program(state=0, rows_JB=1, source_M=0, starts=0)
 def copy_prefix(
     state: SamplerState,
     rows_JB: jax.Array,
-    source_N: jax.Array,
+    source_M: jax.Array,
     starts: TurnStarts,
     *,
     depth: int,
-    shardings: SamplerState | None = None,
 ) -> SamplerState:
-    """Starts slots from the keys and values that another slot of their part holds: a prompt is
-    computed once there.
+    """Starts slots from the keys and values of other slots of their shard: source_M, int32.
+
+    A prompt that several episodes share is computed once in a shard.
     """
+    view = kv_cache.View(state.layout.per_shard, rows_JB, depth)
+    caches = tuple(view.copy(layer, source_M, starts.slot_M) for layer in state.caches)
+    return _begin(state, caches, starts)
 
-    def run(
-        state: SamplerState, rows_JB: jax.Array, source_N: jax.Array, starts: TurnStarts
-    ) -> SamplerState:
-        view = kv_cache.View(state.layout.per_shard, rows_JB, depth)
-        caches = tuple(view.copy(layer, source_N, starts.slot_N) for layer in state.caches)
-        return _begin(dataclasses.replace(state, caches=caches), starts)
 
-    run = sharding.shard_map_rows(run, shardings and shardings.token_B, (0, 1, 0, 0), 0)
-    return _pinned(run(state, rows_JB, source_N, starts), shardings)
+def _begin(
+    state: SamplerState, caches: tuple[kv_cache.KVCache, ...], starts: TurnStarts
+) -> SamplerState:
+    """The state with these caches, and with these turns started."""
+
+    def put(old: jax.Array, new: jax.Array | int) -> jax.Array:
+        return old.at[starts.slot_M].set(new, mode="drop")
+
+    return dataclasses.replace(
+        state,
+        caches=caches,
+        token_B=put(state.token_B, starts.token_M),
+        length_B=put(state.length_B, starts.length_M),
+        limit_B=put(state.limit_B, starts.limit_M),
+        match_B=put(state.match_B, starts.match_M),
+        stop_B=put(state.stop_B, RUNNING),
+        uid_B=put(state.uid_B, starts.uid_M),
+        temperature_B=put(state.temperature_B, starts.temperature_M),
+    )
 
 
 def _after(read: jax.Array, index: jax.Array) -> jax.Array:
-    """index, made to wait for `read`: a write that may come before a read of the same cache costs a
-    copy of it.
+    """`index`, which waits for `read`.
+
+    A write that may come before a read of the same cache costs a copy of it, and an
+    optimization_barrier does not prevent that.
     """
-    # an optimization_barrier is not enough
-    zero = jnp.minimum(jnp.isnan(read.ravel()[0]).astype(index.dtype), 0)
+    is_nan = jnp.isnan(read.ravel()[0])
+    zero = jnp.minimum(is_nan.astype(index.dtype), 0)
     return index + zero
 
 
-def _turn_end(
-    token_B: jax.Array, found_B: jax.Array, over_B: jax.Array, eos: tuple[int, ...]
-) -> jax.Array:
-    """Why a turn ends with this token, or RUNNING: a stop string counts before eos, eos before the
-    limit.
+class _Turns(NamedTuple):
+    """Fields of SamplerState that a decode step changes."""
+
+    token_B: jax.Array
+    length_B: jax.Array
+    match_B: jax.Array
+    stop_B: jax.Array
+
+
+@_program(out=(0, _CHUNK_AXES), params=None, state=0, rows_JB=1, room_B=0, stops=None, key=None)
+def decode_chunk(
+    params: decoder.Params,
+    state: SamplerState,
+    rows_JB: jax.Array,
+    room_B: jax.Array,
+    stops: Stops,
+    key: jax.Array,
+    *,
+    config: decoder.ModelConfig,
+    eos: tuple[int, ...],
+    steps: int,
+    depth: int,
+    dtype: Any,
+    truncation: Truncation = ALL_TOKENS,
+) -> tuple[SamplerState, Chunk]:
+    """Decodes `steps` tokens in every slot; a slot that stops stays as it is until it is extended.
+
+    room_B: how many tokens there is memory for; a slot waits when it has no more. depth: pieces of
+    the cache that are read; they stay as they are inside the loop. The chunk's own keys and values
+    lie in a buffer of `steps` positions, where all slots write at the same place, and go to the
+    cache once, at the end. A slot that does not run computes along, and nothing of it is kept.
     """
+    B = len(state.token_B)
+    view = kv_cache.View(state.layout.per_shard, rows_JB, depth)
+
+    def step(carry: tuple[Any, _Turns], i: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
+        buffers, turns = carry
+        running_B = (turns.stop_B == RUNNING) & (turns.length_B < room_B)
+
+        # The pending tokens go through the model.
+        layers = tuple(zip(state.caches, buffers, strict=True))
+        attend = functools.partial(_attend_step, view, state.length_B, i)
+        tokens_B1 = turns.token_B[:, None]
+        positions_B1 = turns.length_B[:, None]
+        hidden_B1D, buffers = decoder.forward_cached(
+            config, params, tokens_B1, positions_B1, attend, layers, dtype=dtype
+        )
+
+        # The next tokens are drawn, and may end the turns.
+        logits_BV = decoder.logits(params, hidden_B1D[:, 0])
+        next_B, logprob_B = sample(
+            logits_BV, key, state.uid_B, turns.length_B + 1, state.temperature_B, truncation
+        )
+        turns = _advance(turns, running_B, next_B, state.limit_B, stops, eos)
+        return (buffers, turns), (turns.token_B, logprob_B, running_B)
+
+    # All steps, which read the cache and write into the buffers.
+    buffers = (_buffers(config, B, steps, dtype),) * config.num_layers
+    turns = _Turns(state.token_B, state.length_B, state.match_B, state.stop_B)
+    end, (tokens_CB, logprobs_CB, running_CB) = jax.lax.scan(
+        step, (buffers, turns), jnp.arange(steps)
+    )
+    buffers, turns = end
+
+    # The cache takes the buffers' first count_B steps behind what it held. No token is negative,
+    # but this way all reads of the cache come before the write. XLA unrolls a loop of one step, and
+    # on CPU it then copied the whole cache first, half the time of a step (an optimization_barrier
+    # does not help).
+    count_B = jnp.where(turns.token_B >= 0, running_CB.sum(0), 0)
+    written = zip(state.caches, buffers, strict=True)
+    caches = tuple(
+        view.write(layer, *buffer, jnp.arange(B), state.length_B, count_B)
+        for layer, buffer in written
+    )
+    state = dataclasses.replace(state, caches=caches, **turns._asdict())
+    return state, Chunk(tokens_CB, logprobs_CB, count_B, turns.stop_B)
+
+
+def _buffers(
+    config: decoder.ModelConfig, slots: int, steps: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Zeros for a chunk's keys [B, K, H, C] and values [B, K, C, H] in one layer."""
+    K = config.num_kv_heads
+    H = config.head_dim
+    k_BKHC = jnp.zeros((slots, K, H, steps), dtype)
+    v_BKCH = jnp.zeros((slots, K, steps, H), dtype)
+    return k_BKHC, v_BKCH
+
+
+def _advance(
+    turns: _Turns,
+    running_B: jax.Array,
+    next_B: jax.Array,
+    limit_B: jax.Array,
+    stops: Stops,
+    eos: tuple[int, ...],
+) -> _Turns:
+    """The turns after their next tokens; a slot that does not run keeps what it has.
+
+    A stop string counts before eos, eos before the limit.
+    """
+    token_B = jnp.where(running_B, next_B, turns.token_B)
+    length_B = turns.length_B + running_B
+    after_B = stops.table_AV[turns.match_B, token_B].astype(jnp.int32)
+    match_B = jnp.where(running_B, after_B, turns.match_B)
+
+    found_B = stops.found_A[match_B]
     is_eos_B = (token_B[:, None] == jnp.array(eos, jnp.int32)[None, :]).any(-1)
-    otherwise_B = jnp.where(is_eos_B, EOS, jnp.where(over_B, LIMIT, RUNNING))
-    return jnp.where(found_B >= 0, found_B.astype(jnp.int32), otherwise_B)
+    is_full_B = length_B + 1 >= limit_B
+    otherwise_B = jnp.where(is_eos_B, EOS, jnp.where(is_full_B, LIMIT, RUNNING))
+    now_B = jnp.where(found_B >= 0, found_B.astype(jnp.int32), otherwise_B)
+    stop_B = jnp.where(running_B, now_B, turns.stop_B)
+    return _Turns(token_B, length_B, match_B, stop_B)
 
 
 def _attend_step(
@@ -236,138 +365,13 @@ def _attend_step(
     k: jax.Array,
     v: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attention of step i to the cache, which ends at before_B, and to the steps of this chunk up
-    to i.
-    """
-    old, (k_BKHC, v_BKCH) = layer
+    """Attention of step i to the cache, which ends at before_B, and to steps up to i."""
+    cache, (k_BKHC, v_BKCH) = layer
     k_BKHC = jax.lax.dynamic_update_slice_in_dim(k_BKHC, jnp.moveaxis(k, 1, 3), i, axis=3)
     v_BKCH = jax.lax.dynamic_update_slice_in_dim(v_BKCH, jnp.moveaxis(v, 1, 2), i, axis=2)
     B, _, C, _ = v_BKCH.shape
-    own = attention.partial_softmax(
-        q, k_BKHC, v_BKCH, jnp.broadcast_to(jnp.arange(C) <= i, (B, 1, C))
-    )
-    return attention.combine([own, *view.attend_all(q, old, before_B)]).astype(q.dtype), (
-        k_BKHC,
-        v_BKCH,
-    )
-
-
-def _stored(
-    view: kv_cache.View, state: SamplerState, buffers: Any, count_B: jax.Array
-) -> tuple[kv_cache.Cache, ...]:
-    """The cache with the first count_B steps of a chunk behind what it held."""
-    B = len(state.length_B)
-    return tuple(
-        view.write(old, k, v, jnp.arange(B), state.length_B, count_B)
-        for old, (k, v) in zip(state.caches, buffers, strict=True)
-    )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stops:
-    """The stop automaton on the device."""
-
-    table_AV: Any  # NumPy or JAX arrays
-    found_A: Any
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "eos", "steps", "depth", "dtype", "truncation", "shardings"),
-    donate_argnames=("state",),
-)
-def decode_chunk(
-    config: decoder.ModelConfig,
-    params: decoder.Params,
-    state: SamplerState,
-    rows_JB: jax.Array,
-    room_B: jax.Array,
-    stops: Stops,
-    key: jax.Array,
-    *,
-    eos: tuple[int, ...],
-    steps: int,
-    depth: int,
-    dtype: Any,
-    truncation: Truncation = ALL_TOKENS,
-    shardings: SamplerState | None = None,
-) -> tuple[SamplerState, Chunk]:
-    """A fixed number of decode steps over all slots; slots that stop stay as they are until they
-    are extended.
-
-    room_B: how many tokens there is memory for; a slot waits when it has no more. depth: pieces of
-    the cache that are read; they stay as they are inside the loop. The chunk's own keys and values
-    lie in a buffer of `steps` positions, where all slots write at the same place, and go to the
-    cache once, at the end. A slot that does not run computes along, and nothing of it is kept.
-    """
-    run: Any = functools.partial(
-        _decode_chunk, config, eos=eos, steps=steps, depth=depth, dtype=dtype, truncation=truncation
-    )
-    run = sharding.shard_map_rows(
-        run, shardings and shardings.token_B, (None, 0, 1, 0, None, None), (0, 1, 0)
-    )
-    state, of_steps, of_slots = run(params, state, rows_JB, room_B, stops, key)
-    return _pinned(state, shardings), Chunk(*of_steps, *of_slots)
-
-
-def _decode_chunk(
-    config: decoder.ModelConfig,
-    params: decoder.Params,
-    state: SamplerState,
-    rows_JB: jax.Array,
-    room_B: jax.Array,
-    stops: Stops,
-    key: jax.Array,
-    *,
-    eos: tuple[int, ...],
-    steps: int,
-    depth: int,
-    dtype: Any,
-    truncation: Truncation,
-) -> tuple[SamplerState, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """The new state; then Chunk's fields, first those that have a step's axis in front."""
-    B = state.token_B.shape[0]
-    view = kv_cache.View(state.layout.per_shard, rows_JB, depth)
-
-    def step(carry: tuple[Any, ...], i: jax.Array) -> tuple[tuple[Any, ...], tuple[jax.Array, ...]]:
-        buffers, token_B, length_B, match_B, stop_B = carry
-        running_B = (stop_B == RUNNING) & (length_B < room_B)
-        layers = tuple(zip(state.caches, buffers, strict=True))
-        hidden_BTD, buffers = decoder.forward_cached(
-            config,
-            params,
-            token_B[:, None],
-            length_B[:, None],
-            functools.partial(_attend_step, view, state.length_B, i),
-            layers,
-            dtype=dtype,
-        )
-        logits_BV = decoder.logits(params, hidden_BTD[:, 0])
-        next_B, logprob_B = sample(
-            logits_BV, key, state.uid_B, length_B + 1, state.temperature_B, truncation
-        )
-        token_B = jnp.where(running_B, next_B, token_B)
-        length_B = length_B + running_B
-        match_B = jnp.where(running_B, stops.table_AV[match_B, token_B].astype(jnp.int32), match_B)
-        now_B = _turn_end(token_B, stops.found_A[match_B], length_B + 1 >= state.limit_B, eos)
-        stop_B = jnp.where(running_B, now_B, stop_B)
-        return (buffers, token_B, length_B, match_B, stop_B), (token_B, logprob_B, running_B)
-
-    K, H = config.num_kv_heads, config.head_dim
-    buffers = (
-        (jnp.zeros((B, K, H, steps), dtype), jnp.zeros((B, K, steps, H), dtype)),
-    ) * config.num_layers
-    carry = (buffers, state.token_B, state.length_B, state.match_B, state.stop_B)
-    (buffers, token_B, length_B, match_B, stop_B), (tokens_CB, logprobs_CB, running_CB) = (
-        jax.lax.scan(step, carry, jnp.arange(steps))
-    )
-    # No token is negative, but this way all reads of the cache come before the write. XLA unrolls a
-    # loop of one step, and on CPU it then copied the whole cache first, half the time of a step (an
-    # optimization_barrier does not help).
-    count_B = jnp.where(token_B >= 0, running_CB.sum(0), 0)
-    caches = _stored(view, state, buffers, count_B)
-    state = dataclasses.replace(
-        state, caches=caches, token_B=token_B, length_B=length_B, match_B=match_B, stop_B=stop_B
-    )
-    return state, (tokens_CB, logprobs_CB), (count_B, stop_B)
+    seen_BTC = jnp.broadcast_to(jnp.arange(C) <= i, (B, 1, C))
+    own = attention.partial_softmax(q, k_BKHC, v_BKCH, seen_BTC)
+    earlier = view.attend_all(q, cache, before_B)
+    o_BTNH = attention.combine([own, *earlier]).astype(q.dtype)
+    return o_BTNH, (k_BKHC, v_BKCH)

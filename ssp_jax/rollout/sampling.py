@@ -1,6 +1,4 @@
-"""One token for each row from its logits: temperature, top-k, top-p, and a key that no schedule can
-change.
-"""
+"""One token for each row from its logits: temperature, top-k, top-p, and a key of its own."""
 
 import dataclasses
 
@@ -36,25 +34,27 @@ class Truncation:
 ALL_TOKENS = Truncation()
 
 
-def _keep(logits_BV: jax.Array, mass_BV: jax.Array, least: float) -> jax.Array:
-    """The largest logits whose mass reaches `least`; the border is found by halving, since sorting
-    is slow.
+def _keep(logits_BV: jax.Array, mass_BV: jax.Array, minimum: float) -> jax.Array:
+    """The largest logits whose mass reaches `minimum`, -inf for the others.
 
-    Float bits, with those of negative numbers turned round, are integers in the same order: 32
-    halvings are exact.
+    The border is found by halving, since sorting is slow. Float bits, with those of negative
+    numbers inverted, are integers in the same order: 32 halvings are exact.
     """
     bits = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
     order_BV = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-    lowest, highest = (jnp.full(logits_BV.shape[:1], x, jnp.int32) for x in (-(2**31), 2**31 - 1))
+    rows = logits_BV.shape[:1]
 
     def halve(_: int, border: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # the mass from low_B on reaches `least`, that from high_B on does not
+        # The mass from low_B on reaches `minimum`, that from high_B on does not.
         low_B, high_B = border
         middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)
-        enough_B = jnp.where(order_BV >= middle_B[:, None], mass_BV, 0.0).sum(-1) >= least
+        mass_B = jnp.where(order_BV >= middle_B[:, None], mass_BV, 0.0).sum(-1)
+        enough_B = mass_B >= minimum
         return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
-    border_B, _ = jax.lax.fori_loop(0, 32, halve, (lowest, highest))
+    lowest_B = jnp.full(rows, -(2**31), jnp.int32)
+    highest_B = jnp.full(rows, 2**31 - 1, jnp.int32)
+    border_B, _ = jax.lax.fori_loop(0, 32, halve, (lowest_B, highest_B))
     return jnp.where(order_BV >= border_B[:, None], logits_BV, -jnp.inf)
 
 
@@ -66,8 +66,9 @@ def sample(
     temperature_B: jax.Array,
     truncation: Truncation = ALL_TOKENS,
 ) -> tuple[jax.Array, jax.Array]:
-    """Next tokens and their log-probs. The key of a token is a function of (key, episode id,
-    position) alone.
+    """Next tokens (int32) and their log-probs (float32), both [B].
+
+    The key of a token is a function of (key, episode id, position) alone. Temperature 0 is greedy.
 
     Drawn by the Gumbel-max trick in two levels: a block of the vocabulary, then a token inside it.
     Exact, with V / 128 + 128 random numbers a row instead of V. Comparing perturbed log-probs (and
@@ -76,26 +77,33 @@ def sample(
     take the block of the largest logit, and no noise.
     """
     B, V = logits_BV.shape
-    hot_B = (temperature_B > 0)[:, None]
-    scaled_BV = truncation.cut(logits_BV / jnp.where(hot_B, temperature_B[:, None], 1.0))
-    blocks_BXC = jnp.pad(scaled_BV, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(
-        B, -1, _BLOCK
-    )
-    X = blocks_BXC.shape[1]
+    is_sampled_B1 = (temperature_B > 0)[:, None]
+    divisor_B1 = jnp.where(is_sampled_B1, temperature_B[:, None], 1.0)
+    scaled_BV = truncation.cut(logits_BV / divisor_B1)
+    padding = ((0, 0), (0, -V % _BLOCK))
+    padded_BV = jnp.pad(scaled_BV, padding, constant_values=-jnp.inf)
+    blocks_BUW = padded_BV.reshape(B, -1, _BLOCK)
+    U = blocks_BUW.shape[1]
 
     def noise(uid: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.gumbel(
-            jax.random.fold_in(jax.random.fold_in(key, uid), position), (X + _BLOCK,)
-        )
+        token_key = jax.random.fold_in(jax.random.fold_in(key, uid), position)
+        return jax.random.gumbel(token_key, (U + _BLOCK,))
 
-    noise_B = jnp.where(hot_B, jax.vmap(noise)(uid_B, position_B), 0.0)
-    max_BX = jnp.max(blocks_BXC, axis=-1)
-    max_B1 = jnp.max(max_BX, axis=-1, keepdims=True)
-    mass_BX = jnp.sum(jnp.exp(blocks_BXC - max_B1[..., None]), axis=-1)
-    total_B1 = max_B1 + jnp.log(mass_BX.sum(-1, keepdims=True))
-    level_BX = jnp.where(hot_B, max_B1 + jnp.log(mass_BX) - total_B1, max_BX)
-    block_B1 = jnp.argmax(level_BX + noise_B[:, :X], axis=-1, keepdims=True)
-    logp_BC = jnp.take_along_axis(blocks_BXC, block_B1[..., None], axis=1)[:, 0] - total_B1
-    inside_B1 = jnp.argmax(logp_BC + noise_B[:, X:], axis=-1, keepdims=True)
-    token_B1 = block_B1 * _BLOCK + inside_B1
-    return token_B1[:, 0].astype(jnp.int32), jnp.take_along_axis(logp_BC, inside_B1, axis=-1)[:, 0]
+    # Numbers for the blocks, then for the tokens inside one.
+    noise_B = jnp.where(is_sampled_B1, jax.vmap(noise)(uid_B, position_B), 0.0)
+
+    # The block: by its log-prob, or by its largest logit.
+    max_BU = jnp.max(blocks_BUW, axis=-1)
+    max_B1 = jnp.max(max_BU, axis=-1, keepdims=True)
+    mass_BU = jnp.sum(jnp.exp(blocks_BUW - max_B1[..., None]), axis=-1)
+    total_B1 = max_B1 + jnp.log(mass_BU.sum(-1, keepdims=True))
+    level_BU = jnp.where(is_sampled_B1, max_B1 + jnp.log(mass_BU) - total_B1, max_BU)
+    block_B1 = jnp.argmax(level_BU + noise_B[:, :U], axis=-1, keepdims=True)
+
+    # The token inside it.
+    block_BW = jnp.take_along_axis(blocks_BUW, block_B1[..., None], axis=1)[:, 0]
+    logp_BW = block_BW - total_B1
+    column_B1 = jnp.argmax(logp_BW + noise_B[:, U:], axis=-1, keepdims=True)
+    token_B1 = block_B1 * _BLOCK + column_B1
+    logp_B1 = jnp.take_along_axis(logp_BW, column_B1, axis=-1)
+    return token_B1[:, 0].astype(jnp.int32), logp_B1[:, 0]

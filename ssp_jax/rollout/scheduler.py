@@ -1,5 +1,4 @@
-"""The host's books during one call of `Engine.play`: who sits where, what each slot waits for,
-whose memory is whose.
+"""The host's books during one call of `Engine.play`: players, their slots, and the slots' memory.
 
 Pure bookkeeping: it computes nothing. Rows of the cache's later pieces are taken in order, first
 piece first, and a slot that finds none keeps what it has and waits. So whoever holds a row of the
@@ -31,7 +30,7 @@ class Player(Protocol):
 
     @property
     def stop_automaton(self) -> int:
-        """Which of the engine's automata this player listens to."""
+        """Index of the engine's automaton that finds this player's stop strings."""
         ...
 
     def token_limit(self) -> int:
@@ -39,8 +38,9 @@ class Player(Protocol):
         ...
 
     def end_turn(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
-        """Takes the turn's last tokens and why it stopped; returns a search query, or None when the
-        episode ended.
+        """Takes the turn's last tokens and why it stopped (a value of SamplerState.stop_B).
+
+        Returns a search query, or None when the episode ended.
         """
         ...
 
@@ -55,24 +55,29 @@ class Player(Protocol):
 
 @dataclasses.dataclass
 class Stats:
-    """What a call of `play` cost. occupancy = busy_steps / slot_steps."""
+    """The cost of a call of `play`."""
 
     seconds: float = 0.0
     sampled_tokens: int = 0
     written_tokens: int = 0  # prompt and observation tokens computed
     shared_tokens: int = 0  # prompt tokens copied from another slot instead
     searches: int = 0
-    busy_steps: int = 0
-    slot_steps: int = 0
+    busy_steps: int = 0  # of slots, in which a token was sampled
+    slot_steps: int = 0  # of all slots
     known: int = 0  # players so far; one that finishes may bring more
     finished: int = 0
     stalled_steps: int = 0  # steps that slots in play waited for memory
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.sampled_tokens / max(self.seconds, 1e-9)
+
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """Tokens that one slot's cache lacks: tokens[filled : filled + count], and what its next turn
-    needs.
+class PendingWrite:
+    """Tokens that one slot's cache lacks, and what its next turn needs.
+
+    The tokens are tokens[filled : filled + count].
     """
 
     slot: int
@@ -85,50 +90,61 @@ class Row:
     temperature: float
     source: int = -1  # the slot to copy from, for shared prompts
 
-    def first(self, longest: int) -> "Row":
+    def first(self, longest: int) -> "PendingWrite":
         return dataclasses.replace(self, count=min(self.count, longest))
 
-    def after(self, longest: int) -> "Row":
+    def after(self, longest: int) -> "PendingWrite":
         return dataclasses.replace(self, filled=self.filled + longest, count=self.count - longest)
 
 
 class RowAllocator:
-    """Which rows of the cache's pieces belong to which slot."""
+    """Which rows of the cache's pieces belong to which slot.
+
+    rows_JB, int32: the row inside its shard that each slot has taken of each later piece; the
+    number of rows where it has none. room_B, int32: tokens that a slot has memory for.
+    """
 
     def __init__(self, layout: Layout):
         self._layout = layout
-        slots, self._each = layout.rows[0], [n // layout.parts for n in layout.rows]
-        self._free = [[list(range(n)) for _ in range(layout.parts)] for n in self._each]
-        none = np.array(self._each[1:], np.int32)[:, None]
-        self.rows_JB = np.tile(none, (1, slots))
-        # tokens that a slot has memory for
+        slots = layout.rows[0]
+        self._rows = layout.per_shard.rows  # of each piece in a shard
+        self._free = [[list(range(n)) for _ in range(layout.shards)] for n in self._rows]
+        none_J1 = np.array(self._rows[1:], np.int32)[:, None]
+        self.rows_JB = np.tile(none_J1, (1, slots))
         self.room_B = np.full((slots,), layout.ends[0], np.int32)
 
     def grow(self, slot: int, tokens: int) -> None:
         """Takes the rows that so many tokens need, as far as they are free."""
-        part = self._layout.part(slot)
-        for piece in range(self._layout.depth(int(self.room_B[slot])), self._layout.depth(tokens)):
-            if not self._free[piece][part]:
+        shard = self._layout.shard_of(slot)
+        for piece in range(self._pieces(slot), self._layout.depth(tokens)):
+            if not self._free[piece][shard]:
                 return
-            self.rows_JB[piece - 1, slot] = self._free[piece][part].pop()
+            self.rows_JB[piece - 1, slot] = self._free[piece][shard].pop()
             self.room_B[slot] = self._layout.ends[piece]
 
     def fits(self, slot: int, tokens: int) -> bool:
         """Whether a slot that holds nothing could grow to so many tokens."""
-        part = self._layout.part(slot)
-        return all(self._free[piece][part] for piece in range(1, self._layout.depth(tokens)))
+        shard = self._layout.shard_of(slot)
+        return all(self._free[piece][shard] for piece in range(1, self._layout.depth(tokens)))
 
     def release(self, slot: int) -> None:
         """Gives back all but the first piece, which is the slot's own."""
-        part = self._layout.part(slot)
-        for piece in range(1, self._layout.depth(int(self.room_B[slot]))):
-            self._free[piece][part].append(int(self.rows_JB[piece - 1, slot]))
-            self.rows_JB[piece - 1, slot] = self._each[piece]
+        shard = self._layout.shard_of(slot)
+        for piece in range(1, self._pieces(slot)):
+            self._free[piece][shard].append(int(self.rows_JB[piece - 1, slot]))
+            self.rows_JB[piece - 1, slot] = self._rows[piece]
         self.room_B[slot] = self._layout.ends[0]
+
+    def _pieces(self, slot: int) -> int:
+        """How many pieces the slot has memory of."""
+        return self._layout.depth(int(self.room_B[slot]))
 
 
 class Scheduler:
-    """Who sits where. barrier: players that follow from others wait until all of those have ended."""
+    """Which player has which slot, and what each slot waits for.
+
+    barrier: players that follow from others wait until all of those have ended.
+    """
 
     def __init__(
         self,
@@ -139,25 +155,28 @@ class Scheduler:
         submit: Callable[[list[str]], Future[Sequence[Any]]],
         barrier: bool,
     ):
-        self.stats, self.memory = Stats(), RowAllocator(layout)
-        self._layout, self._chunk, self._finished, self._submit = layout, chunk, finished, submit
+        self._layout = layout
+        self._chunk = chunk
+        self._finished = finished
+        self._submit = submit
         self._barrier = barrier
         self._waiting = collections.deque(players)
-        self.stats.known = len(self._waiting)
         self._next_wave: list[Player] = []
-        # in the order of seating: who came first gets memory first
+        self.stats = Stats(known=len(self._waiting))
+        self.memory = RowAllocator(layout)
+        # in the order of arrival: who came first gets memory first
         self._active: dict[int, Player] = {}
         self._filled = [0] * layout.rows[0]  # tokens in the cache, as far as the host has seen
         self._turn = [0] * layout.rows[0]  # counts stops: tells a slot's old turn from its new one
         self._playing: set[int] = set()  # slots in the middle of a turn
-        self._stale: list[int] = []  # seated slots whose cache lacks tokens
+        self._stale: list[int] = []  # active slots whose cache lacks tokens
         # slot -> prompt that its cache begins with
         self._prompt_in: dict[int, tuple[int, ...]] = {}
-        self._copies: list[Row] = []
+        self._copies: list[PendingWrite] = []
         self._search: tuple[Future[Sequence[Any]], list[int]] | None = None
 
     def is_done(self) -> bool:
-        """Nothing is left to play; with barriers, what followed from one wave is the next."""
+        """Whether nothing is left to play; with barriers, the followers of a wave are the next."""
         if self._waiting or self._playing or self._stale or self._search:
             return False
         self._waiting.extend(self._next_wave)
@@ -166,40 +185,41 @@ class Scheduler:
 
     def running(self) -> dict[int, int]:
         """Slots of the coming chunk and their turns."""
-        self._grow_seated()
+        self._grow_active()
         return {slot: self._turn[slot] for slot in sorted(self._playing)}
 
     def ending(self, turns: dict[int, int], in_flight: dict[int, int]) -> bool:
-        """Whether all these turns reach their limits in the chunk in flight, so that another one
-        would be for nothing.
+        """Whether all these turns reach their limits in the chunk in flight.
 
-        (One that waits for memory does not; then only the time of a chunk is lost.)
+        Another one would be for nothing then. (A turn that waits for memory does not reach its
+        limit; then only the time of a chunk is lost.)
         """
-        return all(
-            in_flight.get(slot) == turn
-            and self._filled[slot] + self._chunk + 1 >= self._limit(self._active[slot])
-            for slot, turn in turns.items()
-        )
 
-    def _grow_seated(self) -> None:
+        def ends(slot: int, turn: int) -> bool:
+            tokens = self._filled[slot] + self._chunk + 1
+            return in_flight.get(slot) == turn and tokens >= self._limit(self._active[slot])
+
+        return all(ends(slot, turn) for slot, turn in turns.items())
+
+    def _grow_active(self) -> None:
         """Takes the memory that observations and the coming chunk need, as far as it is free."""
         for slot, player in self._active.items():
-            if slot in self._playing:  # the host's view is one chunk old
-                self.memory.grow(
-                    slot, min(self._filled[slot] + 2 * self._chunk, self._limit(player))
-                )
+            if slot in self._playing:
+                # The host's view is one chunk old.
+                coming = self._filled[slot] + 2 * self._chunk
+                self.memory.grow(slot, min(coming, self._limit(player)))
             else:
                 self.memory.grow(slot, len(player.tokens) - 1)
 
     def depth(self, running: Iterable[int]) -> int:
         """Pieces of the cache that hold what these slots have when the coming chunk starts."""
-        return self._layout.depth(
-            min(self._layout.ends[-1], max(self._filled[s] for s in running) + self._chunk)
-        )
+        longest = max(self._filled[slot] for slot in running) + self._chunk
+        return self._layout.depth(min(self._layout.ends[-1], longest))
 
     def take_results(self, waiting: Callable[[], None]) -> None:
-        """Results of the searches handed out after the chunk before. `waiting`, which may raise,
-        hears of each wait.
+        """Gives the results of the searches that the last chunk asked for to their players.
+
+        waiting: called while the search lasts; may raise.
         """
         if self._search is None:
             return
@@ -210,35 +230,41 @@ class Scheduler:
         for slot, result in zip(slots, future.result(), strict=True):
             player = self._active[slot]
             player.insert_result(result)
-            if not player.stop_reason and len(player.tokens) >= self._layout.ends[-1]:
-                player.end_turn([], [], FULL)
+            self._end_if_full(player)
             if player.stop_reason:
                 self._finish(slot)
             else:
                 self._stale.append(slot)
 
     def take_chunk(self, chunk: Chunk, turns: dict[int, int]) -> None:
-        """New tokens and stops of a chunk; turns that ended in the chunk before are passed over."""
-        tokens_CB, logprobs_CB, count_B, stop_B = (
-            chunk.tokens_CB,
-            chunk.logprobs_CB,
-            chunk.count_B,
-            chunk.stop_B,
-        )
-        self.stats.slot_steps += tokens_CB.size
+        """Gives the new tokens and stops of a chunk to their players; starts their searches.
+
+        Turns that ended in the chunk before are passed over.
+        """
+        steps = len(chunk.tokens_CB)
+        self.stats.slot_steps += chunk.tokens_CB.size
         queries: dict[int, str] = {}
         for slot, turn in turns.items():
             if self._turn[slot] != turn:
                 continue
-            player, count, stop = self._active[slot], int(count_B[slot]), int(stop_B[slot])
-            tokens, logprobs = tokens_CB[:count, slot].tolist(), logprobs_CB[:count, slot].tolist()
+
+            # The slot's new tokens.
+            player = self._active[slot]
+            count = int(chunk.count_B[slot])
+            tokens = chunk.tokens_CB[:count, slot].tolist()
+            logprobs = chunk.logprobs_CB[:count, slot].tolist()
             self._filled[slot] += count
             self.stats.busy_steps += count
             self.stats.sampled_tokens += count
+
+            # The turn goes on.
+            stop = int(chunk.stop_B[slot])
             if stop == RUNNING:
-                self.stats.stalled_steps += len(tokens_CB) - count
+                self.stats.stalled_steps += steps - count
                 player.append(tokens, logprobs)
                 continue
+
+            # The turn has ended, by a search or with the episode.
             self._turn[slot] += 1
             self._playing.discard(slot)
             if stop == LIMIT and player.token_limit() > self._limit(player):
@@ -252,24 +278,25 @@ class Scheduler:
             self.stats.searches += len(queries)
             self._search = (self._submit(list(queries.values())), list(queries))
 
-    def pending_prefills(self) -> list[Row]:
-        """Seats waiting players and lists all rows to compute; those that can copy a prompt are
-        kept for pending_prefix_copies.
-        """
-        self._grow_seated()  # before anyone new sits down
-        ready = [
-            slot
-            for slot in self._stale
-            if self.memory.room_B[slot] >= len(self._active[slot].tokens) - 1
-        ]
-        self._stale = [slot for slot in self._stale if slot not in ready]
-        rows = [self._row(slot) for slot in ready] + self._seat_waiting()
-        for row in rows:
-            self.stats.written_tokens += row.count
-        return rows
+    def pending_prefills(self) -> list[PendingWrite]:
+        """Gives free slots to waiting players, and lists all tokens to compute.
 
-    def _seat_waiting(self) -> list[Row]:
-        rows = []
+        Those that can copy a prompt are kept for pending_prefix_copies.
+        """
+        self._grow_active()  # before any new player gets a slot
+        ready = [slot for slot in self._stale if self._has_room(slot)]
+        self._stale = [slot for slot in self._stale if slot not in ready]
+        writes = [self._start_turn(slot) for slot in ready]
+        writes += self._seat_waiting()
+        self.stats.written_tokens += sum(write.count for write in writes)
+        return writes
+
+    def _has_room(self, slot: int) -> bool:
+        return bool(self.memory.room_B[slot] >= len(self._active[slot].tokens) - 1)
+
+    def _seat_waiting(self) -> list[PendingWrite]:
+        """Gives free slots to waiting players; returns the prompts to compute."""
+        writes = []
         free = [slot for slot in range(self._layout.rows[0]) if slot not in self._active]
         passed: list[Player] = []  # no memory for them now; shorter ones may go ahead
         while free and (player := self._next_waiting()) is not None:
@@ -280,78 +307,94 @@ class Scheduler:
                 continue
             free.remove(slot)
             self.memory.grow(slot, len(prompt) - 1)
-            self._active[slot], self._filled[slot] = player, 0
-            row = dataclasses.replace(self._row(slot), source=source)
-            if source < 0 or source == slot:
+            self._active[slot] = player
+            self._filled[slot] = 0
+            write = self._start_turn(slot, source)
+            if source < 0:
                 self._prompt_in[slot] = prompt
-            else:
-                # nobody may copy from a copy that is not made yet: see pending_prefix_copies
+                writes.append(write)
+                continue
+            if source != slot:
+                # No other may copy from a copy that is not made yet: see pending_prefix_copies.
                 self._prompt_in.pop(slot, None)
-            if source >= 0:
-                self._copies.append(row)
-                self.stats.shared_tokens += row.count
-            else:
-                rows.append(row)
+            self._copies.append(write)
+            self.stats.shared_tokens += write.count
         self._waiting.extendleft(reversed(passed))
-        return rows
+        return writes
 
     def _place(self, prompt: tuple[int, ...], free: list[int]) -> tuple[int, int]:
-        """A free slot with memory for this prompt, and the slot of its part that holds it; -1 where
-        there is none.
+        """A free slot with memory for this prompt, and the slot of its shard that holds it.
+
+        -1 where there is none.
         """
-        part = self._layout.part
+        shard_of = self._layout.shard_of
         holders = [slot for slot, held in self._prompt_in.items() if held == prompt]
-        near, room = {part(slot) for slot in holders}, collections.Counter(map(part, free))
+        near = {shard_of(slot) for slot in holders}
+        room = collections.Counter(shard_of(slot) for slot in free)
+
+        def preference(slot: int) -> tuple[bool, int]:
+            # A slot where the prompt need not be computed, else one in the emptiest shard: shards
+            # compute prompts side by side.
+            return shard_of(slot) not in near, -room[shard_of(slot)]
+
         # A free slot that holds the prompt is taken itself: another player must not overwrite it
-        # before the copy. Else one where the prompt need not be computed, or in the emptiest part:
-        # parts compute prompts side by side.
-        wanted = [slot for slot in holders if slot in free]
-        wanted = wanted or sorted(
-            free, key=lambda slot: (part(slot) not in near, -room[part(slot)])
-        )
+        # before the copy.
+        wanted = [slot for slot in holders if slot in free] or sorted(free, key=preference)
         slot = next((s for s in wanted if self.memory.fits(s, len(prompt) - 1)), -1)
         if slot in holders:
             return slot, slot
-        return slot, next((s for s in holders if part(s) == part(slot)), -1)
+        source = next((s for s in holders if shard_of(s) == shard_of(slot)), -1)
+        return slot, source
 
-    def pending_prefix_copies(self) -> list[Row]:
-        copies, self._copies = self._copies, []
-        self._prompt_in |= {row.slot: tuple(row.tokens) for row in copies}
+    def pending_prefix_copies(self) -> list[PendingWrite]:
+        """Prompts to copy from another slot; after this their slots hold them too."""
+        copies = self._copies
+        self._copies = []
+        self._prompt_in |= {write.slot: tuple(write.tokens) for write in copies}
         return copies
 
     def _next_waiting(self) -> Player | None:
-        """The next player that has something to play; one whose prompt was refused, or cannot fit,
-        ends at once.
+        """The next player that has something to play.
+
+        One whose prompt was refused, or cannot fit, ends at once.
         """
         while self._waiting:
             player = self._waiting.popleft()
-            if not player.stop_reason and len(player.tokens) >= self._layout.ends[-1]:
-                player.end_turn([], [], FULL)
+            self._end_if_full(player)
             if not player.stop_reason:
                 return player
             self._end(player)
         return None
 
+    def _end_if_full(self, player: Player) -> None:
+        """Ends a player in play for whose next token there is no memory."""
+        if not player.stop_reason and len(player.tokens) >= self._layout.ends[-1]:
+            player.end_turn([], [], FULL)
+
     def _limit(self, player: Player) -> int:
         return min(player.token_limit(), self._layout.ends[-1])
 
-    def _row(self, slot: int) -> Row:
-        player, filled = self._active[slot], self._filled[slot]
+    def _start_turn(self, slot: int, source: int = -1) -> PendingWrite:
+        """Starts a turn in a slot; returns what its cache lacks."""
+        player = self._active[slot]
+        filled = self._filled[slot]
         count = len(player.tokens) - 1 - filled
         self._filled[slot] += count
         self._playing.add(slot)
-        return Row(
-            slot,
-            list(player.tokens),
-            filled,
-            count,
-            self._limit(player),
-            player.stop_automaton,
-            player.uid,
-            player.temperature,
+        return PendingWrite(
+            slot=slot,
+            tokens=list(player.tokens),
+            filled=filled,
+            count=count,
+            limit=self._limit(player),
+            stop_automaton=player.stop_automaton,
+            uid=player.uid,
+            temperature=player.temperature,
+            source=source,
         )
 
     def _finish(self, slot: int) -> None:
+        """Ends the player of a slot, which gives back its memory."""
         player = self._active.pop(slot)
         self.memory.release(slot)
         if len(self._prompt_in.get(slot, ())) > self._layout.ends[0]:
@@ -359,7 +402,9 @@ class Scheduler:
         self._end(player)
 
     def _end(self, player: Player) -> None:
+        """Counts a player that has ended, and takes up the players that follow from it."""
         followers = list(self._finished(player))
         self.stats.finished += 1
         self.stats.known += len(followers)
-        (self._next_wave if self._barrier else self._waiting).extend(followers)
+        following = self._next_wave if self._barrier else self._waiting
+        following.extend(followers)

@@ -1,4 +1,4 @@
-"""Stop strings → token automaton: stops found exactly, on device, one table lookup a token.
+"""Stop strings to a token automaton: stops found exactly, on device, one table lookup a token.
 
 A stop string has many tokenisations, and the token that completes it may carry more bytes
 (`>\\n\\n`), so token ids cannot be compared. Instead an Aho-Corasick automaton over *bytes* is
@@ -23,13 +23,10 @@ _BYTES = 256
 
 @dataclass(frozen=True)
 class Automaton:
-    """Rows are states. Stop states absorb: once a stop is found, the state stays until someone sets
-    it to ROOT.
-    """
+    """A states over V tokens. A stop state absorbs: the state stays until it is set to ROOT."""
 
-    # int8 or int16: the state after reading a token; here S counts states, not cache positions
-    table_SV: np.ndarray
-    stop_S: np.ndarray  # int8: index of the stop string that this state has found, or NO_STOP
+    table_AV: np.ndarray  # int8 or int16: the state after reading a token
+    stop_A: np.ndarray  # int8: index of the stop string that this state has found, or NO_STOP
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
@@ -50,15 +47,17 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    """What the tokenizer's own decoder does: GPT-2's byte alphabet (True) or sentencepiece's ▁ and
-    <0xNN> (False).
+    """Whether the tokenizer decodes GPT-2's byte alphabet; else sentencepiece's ▁ and <0xNN>.
+
+    Raises InputError for any other decoder, and for a tokenizer that is not a fast one.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"tokenizer {tokenizer.name_or_path!r} has no tokenizer.json; expected a fast tokenizer"
         )
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
-    kinds = {part["type"] for part in [decoder, *decoder.get("decoders", [])] if part}
+    decoders = [decoder, *decoder.get("decoders", [])]
+    kinds = {entry["type"] for entry in decoders if entry}
     if "ByteLevel" in kinds:
         return True
     if kinds & {"ByteFallback", "Metaspace"}:
@@ -70,12 +69,16 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's: printable Latin-1 characters stand for themselves, the other bytes follow from
-    U+0100 on, in order.
+    """GPT-2's: printable Latin-1 characters stand for themselves.
+
+    The other bytes follow from U+0100 on, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(_BYTES) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(_BYTES + i): b for i, b in enumerate(others)}
+    alphabet = {chr(byte): byte for byte in printable}
+    for i, byte in enumerate(others):
+        alphabet[chr(_BYTES + i)] = byte
+    return alphabet
 
 
 _ALPHABET = _byte_alphabet()
@@ -84,7 +87,7 @@ _ALPHABET = _byte_alphabet()
 def _byte_level(text: str) -> bytes:
     if all(character in _ALPHABET for character in text):
         return bytes(_ALPHABET[character] for character in text)
-    # what the tokenizer's own decoder does with a token that is not in its alphabet
+    # The tokenizer's own decoder does the same with a token that is not in its alphabet.
     return text.encode()
 
 
@@ -97,8 +100,9 @@ def _sentencepiece(text: str) -> bytes:
 def build_automaton(
     stop_strings: Sequence[str], token_bytes: Sequence[bytes], vocab_size: int
 ) -> Automaton:
-    """The table of `vocab_size` columns (the rows of the embedding, which may exceed the
-    tokenizer's ids).
+    """The automaton of these stop strings, for an embedding of vocab_size rows.
+
+    token_bytes: of each id of the tokenizer; there may be fewer than vocab_size.
 
     The stop string completed first in the text wins; where two end at the same byte, the one listed
     first. A token without bytes (special, or a padding row of the embedding) leaves the state as it
@@ -109,54 +113,58 @@ def build_automaton(
         raise ValueError(f"stop strings must be distinct and not empty, got {list(stop_strings)}")
     if len(token_bytes) > vocab_size:
         raise InputError(
-            f"the tokenizer has {len(token_bytes)} tokens but the model only {vocab_size} embedding rows"
+            f"the tokenizer has {len(token_bytes)} tokens but the model only {vocab_size} "
+            "embedding rows"
         )
-    next_SB, stop_S = _byte_automaton([stop.encode() for stop in stop_strings])
-    dtype = np.int8 if len(stop_S) <= np.iinfo(np.int8).max else np.int16
-    states_S1 = np.arange(len(stop_S), dtype=dtype)[:, None]
-    # right for tokens without bytes; the others follow
-    table_SV = np.repeat(states_S1, vocab_size, axis=1)
+    next_A256, stop_A = _byte_automaton([stop.encode() for stop in stop_strings])
+    dtype = np.int8 if len(stop_A) <= np.iinfo(np.int8).max else np.int16
+    states_A1 = np.arange(len(stop_A), dtype=dtype)[:, None]
 
-    # All tokens advance by one byte together, longest first, so that those still reading are a
-    # prefix.
+    # A token without bytes keeps the state; the columns of the others follow.
+    table_AV = np.repeat(states_A1, vocab_size, axis=1)
+
+    # Longest first, so that the tokens that have a byte at a position are the first ones.
     lengths = np.array([len(text) for text in token_bytes], np.int64)
     longest_first = np.argsort(-lengths, kind="stable")
-    starts, lengths = (np.cumsum(lengths) - lengths)[longest_first], lengths[longest_first]
+    starts = (np.cumsum(lengths) - lengths)[longest_first]
+    lengths = lengths[longest_first]
     text = np.frombuffer(b"".join(token_bytes), np.uint8)
+
+    # All tokens advance by one byte together.
     reading = int(np.count_nonzero(lengths))
-    state_SV = np.repeat(states_S1, reading, axis=1)
+    state_AV = np.repeat(states_A1, reading, axis=1)
     for position in range(int(lengths.max(initial=0))):
         n = int(np.count_nonzero(lengths > position))
-        state_SV[:, :n] = next_SB[state_SV[:, :n], text[starts[:n] + position]]
-    table_SV[:, longest_first[:reading]] = state_SV
-    return Automaton(table_SV, stop_S)
+        byte_V = text[starts[:n] + position]
+        state_AV[:, :n] = next_A256[state_AV[:, :n], byte_V]
+    table_AV[:, longest_first[:reading]] = state_AV
+    return Automaton(table_AV, stop_A)
 
 
 def _byte_automaton(stops: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Aho-Corasick (1975) with absorbing stop states: next_SB [S, 256] and stop_S [S].
+    """Aho-Corasick (1975) with absorbing stop states: next_A256 (int16) and stop_A (int8).
 
     States are the proper prefixes of the stop strings in breadth-first order, ROOT first, then one
     stop state each. A prefix that already contains a stop is never reached: the automaton is in
     that stop's state by then.
     """
-    prefixes = sorted(
-        {stop[:n] for stop in stops for n in range(len(stop))} | {b""}, key=lambda p: (len(p), p)
-    )
-    prefixes = [p for p in prefixes if not any(stop in p for stop in stops)]
+    proper = {stop[:n] for stop in stops for n in range(len(stop))} | {b""}
+    reached = [prefix for prefix in proper if not any(stop in prefix for stop in stops)]
+    prefixes = sorted(reached, key=lambda prefix: (len(prefix), prefix))
     state_of = {prefix: state for state, prefix in enumerate(prefixes)}
-    stop_S = np.array([NO_STOP] * len(prefixes) + list(range(len(stops))), np.int8)
-    next_SB = np.zeros((len(stop_S), _BYTES), np.int16)
+    stop_A = np.array([NO_STOP] * len(prefixes) + list(range(len(stops))), np.int8)
+    next_A256 = np.zeros((len(stop_A), _BYTES), np.int16)
     for prefix, state in state_of.items():
         for byte in range(_BYTES):
             read = prefix + bytes([byte])
             found = [i for i, stop in enumerate(stops) if read.endswith(stop)]
-            # Not a stop: the longest suffix that is a prefix of some stop; b"" always is one.
+            if found:
+                next_A256[state, byte] = len(prefixes) + found[0]
+                continue
+            # The longest suffix that is a prefix of some stop; b"" always is one.
             suffixes = (read[n:] for n in range(len(read) + 1))
-            next_SB[state, byte] = (
-                len(prefixes) + found[0]
-                if found
-                else next(state_of[s] for s in suffixes if s in state_of)
-            )
+            longest = next(suffix for suffix in suffixes if suffix in state_of)
+            next_A256[state, byte] = state_of[longest]
     for i in range(len(stops)):
-        next_SB[len(prefixes) + i] = len(prefixes) + i
-    return next_SB, stop_S
+        next_A256[len(prefixes) + i] = len(prefixes) + i
+    return next_A256, stop_A

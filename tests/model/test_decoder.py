@@ -95,21 +95,24 @@ def test_cached_decoding_gives_huggingfaces_tokens(name):
     start = [np.array([x], np.int32) for x in (0, len(prompt) - 1, prompt[-1], 100, 0, 0)]
     rows = np.zeros((0, 1), np.int32)  # the cache is one piece: no row of a later one
     state = sampler.extend(
-        config,
         params,
         sampler.new_state(config, kv_cache.full_layout((48,), 1), jnp.float32),
         rows,
         sampler.TurnStarts(*start, np.zeros((1,), np.float32)),
         prompt[None, :-1],
         np.array([len(prompt) - 1], np.int32),
+        config=config,
         depth=1,
         dtype=jnp.float32,
     )
-    stops, room = sampler.Stops(no_stop.table_SV, no_stop.stop_S), np.array([48], np.int32)
+    stops, room = sampler.Stops(no_stop.table_AV, no_stop.stop_A), np.array([48], np.int32)
     # eos never comes
-    key, options = jax.random.key(0), dict(eos=(config.vocab_size,), depth=1, dtype=jnp.float32)
+    key, options = (
+        jax.random.key(0),
+        dict(config=config, eos=(config.vocab_size,), depth=1, dtype=jnp.float32),
+    )
     _, chunk = sampler.decode_chunk(
-        config, params, state, rows, room, stops, key, steps=len(expected), **options
+        params, state, rows, room, stops, key, steps=len(expected), **options
     )
     np.testing.assert_array_equal(chunk.tokens_CB[:, 0], expected)
     np.testing.assert_allclose(chunk.logprobs_CB[:, 0], numbers["greedy_logprobs"], atol=2e-4)

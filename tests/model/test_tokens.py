@@ -179,8 +179,8 @@ def test_tags_that_are_added_tokens_are_found_and_read(tokenizer, special, flags
     automaton = stops.build_automaton(["</search>", "</answer>"], pieces, len(tokenizer))
     state = stops.ROOT
     for index in ids:
-        state = automaton.table_SV[state, index]
-    assert automaton.stop_S[state] == 0
+        state = automaton.table_AV[state, index]
+    assert automaton.stop_A[state] == 0
     assert stops.token_bytes(tokenizer)[tokenizer.eos_token_id] == b""
     assert tokens.decode(tokenizer, [*ids, tokenizer.eos_token_id]) == tokens.decode(tokenizer, ids)
 

@@ -19,7 +19,7 @@ from ssp_jax.game.prompts import STYLES
 from ssp_jax.model import decoder, hf_load, sharding
 from ssp_jax.rollout import engine, kv_cache, sampler
 from ssp_jax.rollout.engine import Sizes
-from ssp_jax.rollout.scheduler import Scheduler
+from ssp_jax.rollout.scheduler import Scheduler, Stats
 from ssp_jax.runtime import device_memory
 from ssp_jax.runtime.logger import CompileCounter
 
@@ -33,7 +33,8 @@ STAGE = roles.EpisodeContext(TOKENIZER, STYLES["brief"], "chat", LIMITS)
 SIZES = Sizes(
     slots=8, chunk=4, cache_tokens=256, cache_buckets=(64,), extend_buckets=(16, 64), extend_rows=4
 )
-FEW = dataclasses.replace(SIZES, cache_buckets=(), extend_buckets=(64,))  # 4 programs and not 10
+# 4 programs to compile and not 10: one piece of the cache, one bucket.
+FEW = dataclasses.replace(SIZES, cache_buckets=(), extend_buckets=(64,))
 
 
 def search(queries):
@@ -103,16 +104,16 @@ def expected():
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "sizes,changes",
     [
-        {"slots": 1},
-        {"slots": 3, "chunk": 5},
-        {"slots": 16, "extend_rows": 1},
-        {"extend_buckets": (8,)},
+        (FEW, {"slots": 1}),
+        (FEW, {"slots": 3, "chunk": 5}),
+        (FEW, {"slots": 16, "extend_rows": 1}),
+        (SIZES, {"extend_buckets": (8,)}),
     ],
 )
-def test_episodes_do_not_depend_on_the_schedule(expected, changes):
-    same(expected, play(dataclasses.replace(SIZES, **changes))[0])
+def test_episodes_do_not_depend_on_the_schedule(expected, sizes, changes):
+    same(expected, play(dataclasses.replace(sizes, **changes))[0])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -157,7 +158,7 @@ def test_both_schedules_play_the_same_episodes(expected, schedule):
 
 
 def test_barriers_wait_for_the_whole_wave():
-    """A short player's follower starts at once in a pipeline, and after the long one with barriers."""
+    """A short player's follower starts at once in a pipeline; with barriers, after the long one."""
     orders = {}
     for schedule in engine.SCHEDULES:
         long = make_players(groups=1, attempts=1)[0]
@@ -176,31 +177,78 @@ def test_barriers_wait_for_the_whole_wave():
     assert orders == {"pipelined": [901, 902, 0], "barrier": [901, 0, 902]}
 
 
-def memory_for(tokens):
-    """Sizes with three pieces and a budget of so many tokens."""
-    gib = tokens * kv_cache.token_bytes(CONFIG, jnp.float32) / 2**30
-    return dataclasses.replace(FEW, cache_buckets=(48, 96), kv_cache_gib=gib)
+TOKEN_BYTES = kv_cache.token_bytes(CONFIG, jnp.float32)
 
 
-ONE_LATER_ROW = 8 * 48 + 2 * 48 + 160
-LESS_THAN_ALL_SLOTS = 2 * 48 + 48 + 160
-TWO_LATER_ROWS = pytest.param(8 * 48 + 4 * 48 + 2 * 160, marks=pytest.mark.slow)
+def memory_for(tokens, cache_buckets=(48, 96)):
+    """Sizes with three pieces, or others, and a budget of so many tokens."""
+    gib = tokens * TOKEN_BYTES / 2**30
+    return dataclasses.replace(FEW, cache_buckets=cache_buckets, kv_cache_gib=gib)
 
 
-@pytest.mark.parametrize("tokens", [ONE_LATER_ROW, TWO_LATER_ROWS, LESS_THAN_ALL_SLOTS])
-def test_little_memory_only_makes_episodes_wait(expected, tokens):
-    """Down to a single row of the later pieces, or less than all slots: the same episodes, and no
+def on_mesh(sizes, **axes):
+    """An engine on a mesh of these axes, and params that lie there."""
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | axes)
+    one = make_engine(sizes, state_sharding=lambda state: sharding.state_shardings(state, mesh))
+    return one, jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh, drop=("fsdp",)))
+
+
+# Three pieces; then two, which are fewer programs.
+ONE_LATER_ROW = memory_for(8 * 48 + 2 * 48 + 160)
+TWO_LATER_ROWS = memory_for(8 * 48 + 4 * 48 + 2 * 160)
+FEWER_SLOTS = memory_for(2 * 64 + 192, cache_buckets=(64,))
+
+
+@dataclasses.dataclass
+class Played:
+    ended: dict
+    stats: Stats
+    compiled: int = 0  # programs, after the warm-up
+
+
+def warm_play(sizes, **axes):
+    """Two runs of varied lengths on a mesh, after a warm-up; what the second one played."""
+    one, params = on_mesh(sizes, **axes)
+    one.warm_up(params, KEY)
+    counter = CompileCounter()
+    one.play(params, KEY, make_players(groups=1))
+    ended = {}
+
+    def finished(player):
+        ended[player.uid] = player.episode()
+        return []
+
+    stats = one.play(params, KEY, make_players(), finished)
+    return Played(ended, stats, counter.count)
+
+
+@pytest.fixture(scope="module")
+def one_later_row():
+    return warm_play(ONE_LATER_ROW)
+
+
+@pytest.fixture(scope="module")
+def eight_devices():
+    """Each of four shards has one row of the later piece for its two slots."""
+    tokens = 8 * 64 + 4 * 192
+    return warm_play(memory_for(tokens / 8, cache_buckets=(64,)), data=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    "sizes", [ONE_LATER_ROW, pytest.param(TWO_LATER_ROWS, marks=pytest.mark.slow), FEWER_SLOTS]
+)
+def test_little_memory_only_makes_episodes_wait(expected, one_later_row, sizes):
+    """Down to a single row of the last piece, or less than all slots: the same episodes, and no
     deadlock.
     """
-    ended, stats = play(memory_for(tokens))
-    same(expected, ended)
-    assert stats.known == stats.finished == len(expected)
+    played = one_later_row if sizes is ONE_LATER_ROW else Played(*play(sizes))
+    same(expected, played.ended)
+    assert played.stats.known == played.stats.finished == len(expected)
 
 
-def test_memory_that_is_short_is_waited_for():
+def test_memory_that_is_short_is_waited_for(one_later_row):
     _, rich = play(SIZES)
-    _, poor = play(memory_for(8 * 48 + 2 * 48 + 160))
-    assert rich.stalled_steps == 0 < poor.stalled_steps
+    assert rich.stalled_steps == 0 < one_later_row.stats.stalled_steps
 
 
 def test_what_the_engine_chose_is_told_and_fits():
@@ -212,27 +260,24 @@ def test_what_the_engine_chose_is_told_and_fits():
     assert layout.rows[0] == 8 and layout.tokens <= 1000
 
 
-FLAT = dataclasses.replace(CONFIG, num_layers=1)  # compiles in less time
-FLAT_PARAMS = decoder.unstack(decoder.init_params(FLAT, jax.random.key(0)), jnp.float32)
-FLAT_TOKEN = kv_cache.token_bytes(FLAT, jnp.float32)
-ALL_KV_BYTES = 8 * 256 * FLAT_TOKEN  # the longest episode in every slot
+ALL_KV_BYTES = 8 * 256 * TOKEN_BYTES  # the longest episode in every slot
 
 
 def with_free(free, **changes):
     """An engine on a device with so many bytes free."""
-    return make_engine(dataclasses.replace(SIZES, **changes), FLAT, free_bytes=lambda: free)
+    return make_engine(dataclasses.replace(SIZES, **changes), free_bytes=lambda: free)
 
 
 @functools.cache
 def needed(**changes):
-    """What its programs take beside keys and values."""
+    """Bytes that its programs take beside keys and values."""
     one = with_free(None, **changes)
-    device = one.device(FLAT_PARAMS, KEY)
+    device = one.device(PARAMS, KEY)
     return max(device.program_bytes(max(one._sizes.extend_buckets)).values())
 
 
 def layout_of(one):
-    return one.device(FLAT_PARAMS, KEY).layout
+    return one.device(PARAMS, KEY).layout
 
 
 def test_keys_and_values_take_what_the_programs_leave():
@@ -243,7 +288,7 @@ def test_keys_and_values_take_what_the_programs_leave():
     free = enough - (ALL_KV_BYTES >> 2)
     assert layout_of(with_free(max(enough, 2 * ALL_KV_BYTES))).rows == (8, 8)
     layout = layout_of(with_free(free))
-    taken = layout.tokens * FLAT_TOKEN
+    taken = layout.tokens * TOKEN_BYTES
     assert layout.rows[0] == 8 and layout.rows[1] < 8
     assert 0.6 * ALL_KV_BYTES < taken <= (1 - device_memory.RESERVE) * free - needed()
 
@@ -255,7 +300,7 @@ def test_a_budget_of_the_user_that_does_not_fit_is_told_with_one_that_does():
     ) as told:
         layout_of(with_free(free, kv_cache_gib=1.0))
     fits = float(re.search(r"kv_cache_gib=(\S+) or 0", str(told.value))[1])
-    taken = layout_of(with_free(free, kv_cache_gib=fits)).tokens * FLAT_TOKEN
+    taken = layout_of(with_free(free, kv_cache_gib=fits)).tokens * TOKEN_BYTES
     assert 0.7 * ALL_KV_BYTES / 2 < taken <= ALL_KV_BYTES / 2
 
 
@@ -391,22 +436,12 @@ def test_a_refused_prompt_ends_without_playing():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_nothing_compiles_after_warm_up(devices):
+def test_nothing_compiles_after_warm_up(devices, request):
     """Over runs of varied lengths, with little memory; on a mesh too, where what a program gives
     back must lie as the next one expects it.
     """
-    mesh = sharding.make_mesh(
-        {"data": devices // 4 or 1, "fsdp": devices // 4 or 1, "tensor": devices // 4 or 1}
-    )
-    params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh, drop=("fsdp",)))
-    gib = memory_for(900).kv_cache_gib / (4 if devices > 1 else 1)
-    sizes = dataclasses.replace(SIZES, kv_cache_gib=gib)
-    one = make_engine(sizes, state_sharding=lambda state: sharding.state_shardings(state, mesh))
-    one.warm_up(params, KEY)
-    counter = CompileCounter()
-    for groups in (1, 5):
-        one.play(params, KEY, make_players(groups=groups))
-    assert counter.count == 0
+    fixture = {1: "one_later_row", 8: "eight_devices"}[devices]
+    assert request.getfixturevalue(fixture).compiled == 0
 
 
 def test_no_chunk_is_decoded_when_all_turns_reach_their_limits_in_the_one_before():
@@ -425,30 +460,20 @@ def test_counts_add_up(expected):
     assert stats.slot_steps >= stats.busy_steps
 
 
-def test_eight_devices_play_the_same_episodes(expected):
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh, drop=("fsdp",)))
-    ended = {}
-
-    def finished(player):
-        ended[player.uid] = player.episode()
-        return []
-
-    # Each of four parts has one row of the later pieces for its two slots.
-    sizes = dataclasses.replace(memory_for(1300), kv_cache_gib=memory_for(1300).kv_cache_gib / 8)
-    many = make_engine(sizes, state_sharding=lambda state: sharding.state_shardings(state, mesh))
-    many.play(params, KEY, make_players(), finished)
-    same(expected, ended)
+def test_eight_devices_play_the_same_episodes(expected, eight_devices):
+    same(expected, eight_devices.ended)
 
 
 def test_different_prompts_go_to_different_parts_in_one_call():
-    layout = kv_cache.full_layout((256,), 8, parts=4)
+    layout = kv_cache.full_layout((256,), 8, shards=4)
     scheduler = Scheduler(
         layout, 4, make_players(attempts=1), lambda player: (), lambda queries: None, False
     )
-    rows = scheduler.pending_prefills()
-    assert {layout.part(row.slot) for row in rows} == {0, 1, 2, 3}
-    assert engine.Device(layout, 1, [], {}, None, {}, {}).batch([*rows, *rows]) == rows
+    writes = scheduler.pending_prefills()
+    assert {layout.shard_of(write.slot) for write in writes} == {0, 1, 2, 3}
+    state = jax.eval_shape(lambda: sampler.init_state(CONFIG, layout, jnp.float32))
+    device = engine.Device(1, None, [], PARAMS, KEY, state, {}, {})
+    assert device.batch([*writes, *writes]) == writes
 
 
 @pytest.mark.parametrize("groups,attempts", [(4, 2), (2, 3)])
@@ -456,9 +481,7 @@ def test_parts_share_prompts_inside_themselves(expected, groups, attempts):
     """Four parts of two slots: a group's second attempt copies the first one's prompt, a third
     computes it again.
     """
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1})
-    params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh, drop=("fsdp",)))
-    many = make_engine(FEW, state_sharding=lambda state: sharding.state_shardings(state, mesh))
+    many, params = on_mesh(FEW, data=2, fsdp=2)
     players, ended = make_players(groups=groups, attempts=attempts), {}
     prompts = [player.prompt_length - 1 for player in players[::attempts]]
 

@@ -58,7 +58,7 @@ def test_no_row_ever_has_two_owners(data):
     """Slots that grow and leave in any order; memory is exactly what was promised, and all comes
     back.
     """
-    layout = layout_for((4, 8, 16), 4, 60, parts=2)
+    layout = layout_for((4, 8, 16), 4, 60, shards=2)
     memory = RowAllocator(layout)
     for _ in range(30):
         slot = data.draw(st.integers(0, 3))

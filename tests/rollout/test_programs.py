@@ -29,11 +29,12 @@ def compiled(
     dtype="float32",
     devices=None,
     steps=8,
+    names=("extend", "share", "decode"),
 ):
     """Each program for a mesh that is split so, and the bytes of keys and values on one of its
     devices.
 
-    written: rows and tokens of each in a call of extend.
+    written: rows and tokens of each in a call of extend. names: the programs to compile.
     """
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)), devices)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -54,29 +55,22 @@ def compiled(
     begun = sampler.TurnStarts(*[some] * 6, numbers(written[0], dtype=jnp.float32))
     stops = sampler.Stops(numbers(9, config.vocab_size, dtype=jnp.int8), numbers(9, dtype=jnp.int8))
     key = numbers(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    tokens_NT, common = numbers(*written), dict(depth=2, shardings=shardings)
-    lowered = {
-        "extend": sampler.extend.lower(
-            config, params, state, rows_JB, begun, tokens_NT, some, dtype=dtype, **common
-        ),
-        "share": sampler.copy_prefix.lower(state, rows_JB, some, begun, **common),
-        "decode": sampler.decode_chunk.lower(
-            config,
-            params,
-            state,
-            rows_JB,
-            slots,
-            stops,
-            key,
-            eos=(1,),
-            steps=steps,
-            dtype=dtype,
-            **common,
-        ),
+    tokens_MT = numbers(*written)
+    common = dict(depth=2, shardings=shardings)
+    model = dict(config=config, dtype=dtype)
+    chunk = dict(eos=(1,), steps=steps)
+    extended = (params, state, rows_JB, begun, tokens_MT, some)
+    decoded = (params, state, rows_JB, slots, stops, key)
+    lower = {
+        "extend": lambda: sampler.extend.lower(*extended, **model, **common),
+        "share": lambda: sampler.copy_prefix.lower(state, rows_JB, some, begun, **common),
+        "decode": lambda: sampler.decode_chunk.lower(*decoded, **model, **chunk, **common),
     }
-    return {name: program.compile() for name, program in lowered.items()}, memory.device_bytes(
-        state.caches
-    )
+    programs = {name: lower[name]().compile() for name in names}
+    return programs, memory.device_bytes(state.caches)
+
+
+IN_PLACE = ("extend", "decode")  # programs that must write into the cache where it is
 
 
 @pytest.mark.parametrize("steps", [1, 8])
@@ -84,10 +78,9 @@ def test_the_cache_is_not_copied(steps):
     """Temporaries are about what one of many layers has: a chunk reads the cache where it is, and
     writes into it.
     """
-    programs, size = compiled(
-        (1, 1, 1), DEEP, ends=(256, 1024), rows=(64, 16), written=(4, 16), steps=steps
-    )
-    for name in ("extend", "decode"):
+    sizes = dict(ends=(256, 1024), rows=(64, 16), written=(4, 16))
+    programs, size = compiled((1, 1, 1), DEEP, **sizes, steps=steps, names=IN_PLACE)
+    for name in IN_PLACE:
         assert programs[name].memory_analysis().temp_size_in_bytes < 0.3 * size, name
 
 
@@ -118,18 +111,22 @@ TPU = """
 import json, re, sys
 from ssp_jax.model import decoder
 from ssp_jax.plan import compile, hardware
-from tests.rollout.test_programs import compiled
+from tests.rollout.test_programs import IN_PLACE, compiled
 
 data, fsdp, tensor = axes = json.loads(sys.argv[1])
-config, parts = decoder.ModelConfig(2048, 2, 256, 8, 4, 128, 512), data * fsdp
+shards = data * fsdp
+config = decoder.ModelConfig(2048, 2, 256, 8, 4, 128, 512)
+sizes = dict(ends=(512, 2048), rows=(32, 16), written=(2 * shards, 128), dtype="bfloat16")
 devices = compile.make_devices(hardware.parse_topology("v5e:2x2"))
-programs, size = compiled(axes, config, (512, 2048), (32, 16), (2 * parts, 128), "bfloat16", devices)
-of_a_device = [sorted((rows // parts, 4 // tensor, 128, length)) for rows, length in ((32, 512), (16, 1536))]
-for name in ("extend", "decode"):
-    for line in programs[name].as_text().splitlines():
+programs, size = compiled(axes, config, **sizes, devices=devices, names=IN_PLACE)
+pieces = ((32, 512), (16, 1536))
+of_a_device = [sorted((rows // shards, 4 // tensor, 128, length)) for rows, length in pieces]
+for name, program in programs.items():
+    for line in program.as_text().splitlines():
         made = re.search(r"= bf16\\[([\\d,]+)\\].* (copy|transpose|scatter)\\(", line)
         assert not made or sorted(map(int, made[1].split(","))) not in of_a_device, (name, line)
-print(json.dumps({name: program.memory_analysis().temp_size_in_bytes / size for name, program in programs.items()}))
+temporaries = [program.memory_analysis().temp_size_in_bytes for program in programs.values()]
+print(json.dumps(max(temporaries) / size))
 """
 
 
@@ -137,10 +134,16 @@ print(json.dumps({name: program.memory_analysis().temp_size_in_bytes / size for 
     importlib.util.find_spec("libtpu") is None,
     reason="needs `pip install libtpu`: compiles for TPU",
 )
-@pytest.mark.parametrize("axes", [(2, 2, 1), (1, 1, 4)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (1, 2, 2),  # slots and heads are split
+        pytest.param((2, 2, 1), marks=pytest.mark.slow),
+        pytest.param((1, 1, 4), marks=pytest.mark.slow),
+    ],
+)
 def test_on_tpu_the_cache_is_not_copied_either(axes):
     command = [sys.executable, "-c", TPU, json.dumps(axes)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    share = json.loads(done.stdout)
-    assert max(share["extend"], share["decode"]) < 0.3, share
+    assert json.loads(done.stdout) < 0.3

@@ -27,7 +27,7 @@ EOS = 63
 # four.
 PIECES = [bytes([48 + i]) for i in range(60)] + [b"</", b"s>!", b"", b""]
 AUTOMATON = build_automaton(["</s>"], PIECES, V)
-STOPS = sampler.Stops(jnp.asarray(AUTOMATON.table_SV), jnp.asarray(AUTOMATON.stop_S))
+STOPS = sampler.Stops(jnp.asarray(AUTOMATON.table_AV), jnp.asarray(AUTOMATON.stop_A))
 # Two pieces: every slot has memory for 16 tokens, and the second row of the rest belongs to slot 0,
 # and so on.
 LAYOUT = kv_cache.Layout((16, CACHE), (SLOTS, SLOTS))
@@ -47,17 +47,24 @@ def starts(rows):
 
 def extend(state, rows, tokens, counts):
     """One shape for all tests: SLOTS rows of 8 tokens."""
-    tokens_NT, count_N = np.zeros((SLOTS, 8), np.int32), np.zeros((SLOTS,), np.int32)
+    tokens_MT, count_M = np.zeros((SLOTS, 8), np.int32), np.zeros((SLOTS,), np.int32)
     for i, (row, count) in enumerate(zip(tokens, counts, strict=True)):
-        tokens_NT[i, : len(row)], count_N[i] = row, count
+        tokens_MT[i, : len(row)], count_M[i] = row, count
     return sampler.extend(
-        CONFIG, UNSTACKED, state, ROWS, starts(rows), tokens_NT, count_N, depth=2, dtype=jnp.float32
+        UNSTACKED,
+        state,
+        ROWS,
+        starts(rows),
+        tokens_MT,
+        count_M,
+        config=CONFIG,
+        depth=2,
+        dtype=jnp.float32,
     )
 
 
 def decode(state, steps=6, depth=2, params=UNSTACKED, room=ROOM, truncation=sampling.ALL_TOKENS):
     return sampler.decode_chunk(
-        CONFIG,
         params,
         state,
         ROWS,
@@ -69,6 +76,7 @@ def decode(state, steps=6, depth=2, params=UNSTACKED, room=ROOM, truncation=samp
         depth=depth,
         dtype=jnp.float32,
         truncation=truncation,
+        config=CONFIG,
     )
 
 
@@ -186,15 +194,15 @@ def written(prompts, layout=LAYOUT, rows=ROWS, temperature=1.0):
         tokens = np.zeros((SLOTS, 8), np.int32)
         for i, (head, n) in enumerate(zip(heads, counts, strict=True)):
             tokens[i, :n] = head[start:]
-        count_N = np.pad(np.array(counts, np.int32), (0, SLOTS - len(counts)))
+        count_M = np.pad(np.array(counts, np.int32), (0, SLOTS - len(counts)))
         state = sampler.extend(
-            CONFIG,
             UNSTACKED,
             state,
             rows,
             starts(begun),
             tokens,
-            count_N,
+            count_M,
+            config=CONFIG,
             depth=len(layout.ends),
             dtype=jnp.float32,
         )
@@ -207,9 +215,8 @@ def test_an_episode_that_crosses_pieces_equals_one_in_a_single_piece(length):
     prompts = [long_prompt(length), long_prompt(12, seed=1), long_prompt(20, seed=2)]
     single = kv_cache.full_layout((CACHE,), SLOTS)
     no_rows = np.zeros((0, SLOTS), np.int32)
-    options = dict(eos=(EOS,), steps=6, dtype=jnp.float32)
+    options = dict(config=CONFIG, eos=(EOS,), steps=6, dtype=jnp.float32)
     _, expected = sampler.decode_chunk(
-        CONFIG,
         UNSTACKED,
         written(prompts, single, no_rows),
         no_rows,

@@ -23,8 +23,8 @@ def run(automaton: Automaton, tokens: list[int]) -> list[int]:
     """What a decode loop does: one lookup a token; the stop seen after each of them."""
     state, found = ROOT, []
     for token in tokens:
-        state = automaton.table_SV[state, token]
-        found.append(int(automaton.stop_S[state]))
+        state = automaton.table_AV[state, token]
+        found.append(int(automaton.stop_A[state]))
     return found
 
 
@@ -141,7 +141,7 @@ def test_more_than_127_states_take_two_bytes():
         build_automaton(["ab"], vocabulary, 2),
         build_automaton(["a" * 150 + "b"], vocabulary, 2),
     )
-    assert (small.table_SV.dtype, large.table_SV.dtype) == (np.dtype(np.int8), np.dtype(np.int16))
+    assert (small.table_AV.dtype, large.table_AV.dtype) == (np.dtype(np.int8), np.dtype(np.int16))
     assert run(large, tokens) == [NO_STOP, 0]
 
 
@@ -169,7 +169,7 @@ def test_qwen_sized_table_is_built_quickly():
     start = time.perf_counter()
     automaton = build_automaton(STOPS, vocabulary, vocab_size=151_936)
     assert time.perf_counter() - start < 3
-    assert automaton.table_SV.shape == (23 + 3, 151_936) and automaton.table_SV.dtype == np.int8
+    assert automaton.table_AV.shape == (23 + 3, 151_936) and automaton.table_AV.dtype == np.int8
 
 
 # --- token_bytes: the bytes of the ids, put together, are the bytes of the text ---
