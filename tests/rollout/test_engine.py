@@ -326,12 +326,12 @@ def test_an_allocation_that_fails_is_one_sentence():
 
 def test_an_episode_longer_than_the_memory_ends_with_its_own_reason(expected):
     """cache_tokens below what the limits allow: by a turn, by an observation, and by a prompt."""
-    ended, _ = play(dataclasses.replace(SIZES, cache_tokens=70), make_players(attempts=1))
+    ended, _ = play(dataclasses.replace(FEW, cache_tokens=70), make_players(attempts=1))
     assert {e.stop_reason for e in ended.values()} == {"cache_tokens"}
     for uid, episode in ended.items():
         assert np.flatnonzero(episode.sampled)[-1] < 70
         assert episode.tokens == expected[uid].tokens[: len(episode.tokens)]
-    ended, _ = play(dataclasses.replace(SIZES, cache_tokens=5), make_players(attempts=1))
+    ended, _ = play(dataclasses.replace(FEW, cache_tokens=5), make_players(attempts=1))
     assert {(e.stop_reason, e.num_sampled) for e in ended.values()} == {("cache_tokens", 0)}
 
 

@@ -16,6 +16,7 @@ from ssp_jax.model import decoder, sharding
 from ssp_jax.plan import memory
 from ssp_jax.rollout import kv_cache, sampler
 
+pytestmark = pytest.mark.usefixtures("quick_compile")  # LLVM knows nothing of copies and shards
 CONFIG = decoder.ModelConfig(64, 2, 32, 4, 2, 8, 48)
 DEEP = decoder.ModelConfig(64, 5, 32, 4, 2, 8, 48)
 

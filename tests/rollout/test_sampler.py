@@ -14,6 +14,7 @@ from ssp_jax.rollout import kv_cache, sampler, sampling
 from ssp_jax.rollout.stops import build_automaton
 from ssp_jax.train import make_learner_config
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 V, SLOTS, CACHE = 64, 4, 48
 CONFIG = decoder.ModelConfig(V, 2, 32, 4, 2, 8, 48, qkv_bias=True)
 PARAMS = decoder.init_params(CONFIG, jax.random.key(0))

@@ -124,7 +124,7 @@ def test_special_token_and_padding_row_are_not_in_the_text():
 
 
 def test_stop_inside_another():
-    """`ab` ends before `abc` and together with `xab`: of those two the one listed first is found."""
+    """`ab` ends before `abc` and together with `xab`: the one listed first is found."""
     vocabulary, _ = pieces("a", "b", "c", "x")
     assert run(build_automaton(["abc", "ab", "xab"], vocabulary, 4), [3, 0, 1, 2]) == [
         NO_STOP,
