@@ -81,7 +81,8 @@ def choose_layout(
     shards, token_bytes = _shards(config, full, dtype, state_sharding)
     if budget is None:
         return dataclasses.replace(full, shards=shards)
-    return kv_cache.layout_for(full.ends, sizes.slots, int(shards * budget / token_bytes), shards)
+    tokens = int(shards * budget / token_bytes)
+    return kv_cache.layout_for(full.ends, sizes.slots, tokens, shards)
 
 
 def _shards(
@@ -96,9 +97,10 @@ def _shards(
         return 1, token_bytes
     layer = dataclasses.replace(config, num_layers=1)  # all are alike
     state = jax.eval_shape(lambda: sampler.init_state(layer, layout, dtype))
-    slots, heads, *_ = state.caches[0].k[0].shape
+    shape = state.caches[0].k[0].shape
     sharding = state_sharding(state).caches[0].k[0]
-    own_slots, own_heads, *_ = sharding.shard_shape(state.caches[0].k[0].shape)
+    slots, heads, *_ = shape
+    own_slots, own_heads, *_ = sharding.shard_shape(shape)
     return slots // own_slots, token_bytes * own_heads / heads
 
 
@@ -129,7 +131,8 @@ def _too_large(
         advice = f"engine.kv_cache_gib={fits_gib:.3g} or 0, which takes what is left"
     else:
         # Temporaries grow with the rows of a call.
-        fits = int(value * ((1 - device_memory.RESERVE) * free - minimum) / needs[program])
+        left = (1 - device_memory.RESERVE) * free - minimum
+        fits = int(value * left / needs[program])
         advice = f"engine.{key}={fits} instead of {value}" if fits > 0 else _REMEDY
     asked = wanted if sizes.kv_cache_gib else minimum
     return (
@@ -143,10 +146,10 @@ def _join(automata: Sequence[Automaton]) -> tuple[sampler.Stops, list[int]]:
     """One table of all automata's states on the device, and the root state of each automaton."""
     sizes = [len(automaton.stop_A) for automaton in automata]
     roots = [sum(sizes[:i]) for i in range(len(sizes))]
-    tables = [
-        automaton.table_AV.astype(np.int16) + root
-        for automaton, root in zip(automata, roots, strict=True)
-    ]
+    tables = []
+    for automaton, root in zip(automata, roots, strict=True):
+        states_AV = automaton.table_AV.astype(np.int16)
+        tables.append(states_AV + root)
     table_AV = np.concatenate(tables)
     if len(table_AV) <= 127:
         table_AV = table_AV.astype(np.int8)
@@ -189,7 +192,8 @@ class Engine:
         """The layout of the cache, for people; known from the first call on."""
         layout = self._layout
         assert layout is not None
-        size = layout.tokens * kv_cache.token_bytes(self._config, self._dtype) / device_memory.GIB
+        token_bytes = kv_cache.token_bytes(self._config, self._dtype)
+        size = layout.tokens * token_bytes / device_memory.GIB
         pieces = zip(layout.rows, layout.starts, layout.ends, strict=True)
         rows = ", ".join(f"{n} of tokens {start} to {end}" for n, start, end in pieces)
         return f"{layout.rows[0]} slots; keys and values {size:.3g} GiB, rows: {rows}"
@@ -367,7 +371,8 @@ class Engine:
         while pending:
             pending.sort(key=needs, reverse=True)
             length, depth = needs(pending[0])
-            batch = device.batch(write for write in pending if needs(write)[1] <= depth)
+            beside = [write for write in pending if needs(write)[1] <= depth]
+            batch = device.batch(beside)
             pieces = [write.first(longest) for write in batch]
             device.extend(scheduler.memory.rows_JB, pieces, length, depth)
             pending = _without(batch, pending)
@@ -483,7 +488,8 @@ class Device:
     ) -> Arguments:
         rows = self._call_rows(writes)
         slots = self.layout.per_shard.rows[0]
-        source_M = np.array([write.source % slots if write else 0 for write in rows], np.int32)
+        sources = [write.source % slots if write else 0 for write in rows]
+        source_M = np.array(sources, np.int32)
         arrays = (self.state, rows_JB.copy(), source_M, self._starts(rows))
         return arrays, {"depth": depth, "shardings": self.options["shardings"]}
 
@@ -497,16 +503,19 @@ class Device:
         return rows
 
     def _starts(self, rows: Sequence[PendingWrite | None]) -> sampler.TurnStarts:
-        M = len(rows)
         slots = self.layout.per_shard.rows[0]
+
+        def column(value: float, dtype: Any = np.int32) -> np.ndarray:
+            return np.full((len(rows),), value, dtype)
+
         starts = sampler.TurnStarts(
-            slot_M=np.full((M,), slots, np.int32),  # out of range: padding
-            length_M=np.zeros((M,), np.int32),
-            token_M=np.zeros((M,), np.int32),
-            limit_M=np.zeros((M,), np.int32),
-            match_M=np.zeros((M,), np.int32),
-            uid_M=np.zeros((M,), np.int32),
-            temperature_M=np.zeros((M,), np.float32),
+            slot_M=column(slots),  # out of range: padding
+            length_M=column(0),
+            token_M=column(0),
+            limit_M=column(0),
+            match_M=column(0),
+            uid_M=column(0),
+            temperature_M=column(0.0, np.float32),
         )
         for m, write in enumerate(rows):
             if write is not None:

@@ -176,7 +176,8 @@ def scatter_sequential(
 
     def one(m: jax.Array, old: jax.Array) -> jax.Array:
         # The window of whole tiles around the new positions, and which of it is written.
-        start = jnp.clip(first_M[m] // tile * tile, 0, size - width)
+        tile_start = first_M[m] // tile * tile
+        start = jnp.clip(tile_start, 0, size - width)
         source_W = start - first_M[m] + jnp.arange(width)  # positions in `new`
         in_range = row_M[m] < old.shape[0]
         is_written_W = (source_W >= 0) & (source_W < count_M[m]) & in_range
@@ -225,7 +226,9 @@ class View:
 
     def _seen(self, piece: int, length: jax.Array) -> jax.Array:
         """[rows, 1, S]: whether a position of a piece is among the first `length` of its row."""
-        position_S = jnp.arange(self.layout.starts[piece], self.layout.ends[piece])
+        start = self.layout.starts[piece]
+        end = self.layout.ends[piece]
+        position_S = jnp.arange(start, end)
         return (position_S[None, :] < length[:, None])[:, None]
 
     def attend_all(
@@ -261,7 +264,8 @@ class View:
             k = cache.k[piece][row_M]
             v = cache.v[piece][row_M]
             seen = self._seen(piece, length_M)
-            seen_MTS = jnp.broadcast_to(seen, (*q_MTNH.shape[:2], seen.shape[-1]))
+            M, T = q_MTNH.shape[:2]
+            seen_MTS = jnp.broadcast_to(seen, (M, T, seen.shape[-1]))
             found.append(attention.partial_softmax(q_MTNH, k, v, seen_MTS))
         return found
 

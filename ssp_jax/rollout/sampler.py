@@ -291,8 +291,9 @@ def decode_chunk(
 
         # The next tokens are drawn, and may end the turns.
         logits_BV = decoder.logits(params, hidden_B1D[:, 0])
+        position_B = turns.length_B + 1
         next_B, logprob_B = sample(
-            logits_BV, key, state.uid_B, turns.length_B + 1, state.temperature_B, truncation
+            logits_BV, key, state.uid_B, position_B, state.temperature_B, truncation
         )
         turns = _advance(turns, running_B, next_B, state.limit_B, stops, eos)
         return (buffers, turns), (turns.token_B, logprob_B, running_B)
@@ -300,20 +301,19 @@ def decode_chunk(
     # All steps, which read the cache and write into the buffers.
     buffers = (_buffers(config, B, steps, dtype),) * config.num_layers
     turns = _Turns(state.token_B, state.length_B, state.match_B, state.stop_B)
-    end, (tokens_CB, logprobs_CB, running_CB) = jax.lax.scan(
-        step, (buffers, turns), jnp.arange(steps)
-    )
+    end, sampled = jax.lax.scan(step, (buffers, turns), jnp.arange(steps))
     buffers, turns = end
+    tokens_CB, logprobs_CB, running_CB = sampled
 
     # The cache takes the buffers' first count_B steps behind what it held. No token is negative,
     # but this way all reads of the cache come before the write. XLA unrolls a loop of one step, and
     # on CPU it then copied the whole cache first, half the time of a step (an optimization_barrier
     # does not help).
     count_B = jnp.where(turns.token_B >= 0, running_CB.sum(0), 0)
-    written = zip(state.caches, buffers, strict=True)
+    slot_B = jnp.arange(B)
     caches = tuple(
-        view.write(layer, *buffer, jnp.arange(B), state.length_B, count_B)
-        for layer, buffer in written
+        view.write(layer, *buffer, slot_B, state.length_B, count_B)
+        for layer, buffer in zip(state.caches, buffers, strict=True)
     )
     state = dataclasses.replace(state, caches=caches, **turns._asdict())
     return state, Chunk(tokens_CB, logprobs_CB, count_B, turns.stop_B)

@@ -119,19 +119,22 @@ class RowAllocator:
         for piece in range(self._pieces(slot), self._layout.depth(tokens)):
             if not self._free[piece][shard]:
                 return
-            self.rows_JB[piece - 1, slot] = self._free[piece][shard].pop()
+            row = self._free[piece][shard].pop()
+            self.rows_JB[piece - 1, slot] = row
             self.room_B[slot] = self._layout.ends[piece]
 
     def fits(self, slot: int, tokens: int) -> bool:
         """Whether a slot that holds nothing could grow to so many tokens."""
         shard = self._layout.shard_of(slot)
-        return all(self._free[piece][shard] for piece in range(1, self._layout.depth(tokens)))
+        later_pieces = range(1, self._layout.depth(tokens))
+        return all(self._free[piece][shard] for piece in later_pieces)
 
     def release(self, slot: int) -> None:
         """Gives back all but the first piece, which is the slot's own."""
         shard = self._layout.shard_of(slot)
         for piece in range(1, self._pieces(slot)):
-            self._free[piece][shard].append(int(self.rows_JB[piece - 1, slot]))
+            row = int(self.rows_JB[piece - 1, slot])
+            self._free[piece][shard].append(row)
             self.rows_JB[piece - 1, slot] = self._rows[piece]
         self.room_B[slot] = self._layout.ends[0]
 
@@ -197,7 +200,8 @@ class Scheduler:
 
         def ends(slot: int, turn: int) -> bool:
             tokens = self._filled[slot] + self._chunk + 1
-            return in_flight.get(slot) == turn and tokens >= self._limit(self._active[slot])
+            limit = self._limit(self._active[slot])
+            return in_flight.get(slot) == turn and tokens >= limit
 
         return all(ends(slot, turn) for slot, turn in turns.items())
 
@@ -292,7 +296,8 @@ class Scheduler:
         return writes
 
     def _has_room(self, slot: int) -> bool:
-        return bool(self.memory.room_B[slot] >= len(self._active[slot].tokens) - 1)
+        cached = len(self._active[slot].tokens) - 1
+        return cached <= int(self.memory.room_B[slot])
 
     def _seat_waiting(self) -> list[PendingWrite]:
         """Gives free slots to waiting players; returns the prompts to compute."""
@@ -339,12 +344,14 @@ class Scheduler:
 
         # A free slot that holds the prompt is taken itself: another player must not overwrite it
         # before the copy.
-        wanted = [slot for slot in holders if slot in free] or sorted(free, key=preference)
-        slot = next((s for s in wanted if self.memory.fits(s, len(prompt) - 1)), -1)
+        free_holders = [slot for slot in holders if slot in free]
+        wanted = free_holders or sorted(free, key=preference)
+        fitting = (slot for slot in wanted if self.memory.fits(slot, len(prompt) - 1))
+        slot = next(fitting, -1)
         if slot in holders:
             return slot, slot
-        source = next((s for s in holders if shard_of(s) == shard_of(slot)), -1)
-        return slot, source
+        sources = (holder for holder in holders if shard_of(holder) == shard_of(slot))
+        return slot, next(sources, -1)
 
     def pending_prefix_copies(self) -> list[PendingWrite]:
         """Prompts to copy from another slot; after this their slots hold them too."""

@@ -136,7 +136,8 @@ def build_automaton(
     for position in range(int(lengths.max(initial=0))):
         n = int(np.count_nonzero(lengths > position))
         byte_V = text[starts[:n] + position]
-        state_AV[:, :n] = next_A256[state_AV[:, :n], byte_V]
+        before_AV = state_AV[:, :n]
+        state_AV[:, :n] = next_A256[before_AV, byte_V]
     table_AV[:, longest_first[:reading]] = state_AV
     return Automaton(table_AV, stop_A)
 
@@ -149,17 +150,18 @@ def _byte_automaton(stops: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     that stop's state by then.
     """
     proper = {stop[:n] for stop in stops for n in range(len(stop))} | {b""}
-    reached = [prefix for prefix in proper if not any(stop in prefix for stop in stops)]
-    prefixes = sorted(reached, key=lambda prefix: (len(prefix), prefix))
+    prefixes = [prefix for prefix in proper if not any(stop in prefix for stop in stops)]
+    prefixes.sort(key=lambda prefix: (len(prefix), prefix))
     state_of = {prefix: state for state, prefix in enumerate(prefixes)}
-    stop_A = np.array([NO_STOP] * len(prefixes) + list(range(len(stops))), np.int8)
+    found = [NO_STOP] * len(prefixes) + list(range(len(stops)))
+    stop_A = np.array(found, np.int8)
     next_A256 = np.zeros((len(stop_A), _BYTES), np.int16)
     for prefix, state in state_of.items():
         for byte in range(_BYTES):
             read = prefix + bytes([byte])
-            found = [i for i, stop in enumerate(stops) if read.endswith(stop)]
-            if found:
-                next_A256[state, byte] = len(prefixes) + found[0]
+            ended = [i for i, stop in enumerate(stops) if read.endswith(stop)]
+            if ended:
+                next_A256[state, byte] = len(prefixes) + ended[0]
                 continue
             # The longest suffix that is a prefix of some stop; b"" always is one.
             suffixes = (read[n:] for n in range(len(read) + 1))
