@@ -242,7 +242,7 @@ class Engine:
         in_flight: sampler.Chunk | None = None
         in_flight_turns: dict[int, int] = {}
         while True:
-            # Results of the searches that the chunk before last asked for go to their players.
+            # The searches of the chunk read last have run beside the one in flight.
             scheduler.take_results(lambda: progress(stats))
 
             # Slots take what their caches lack: new prompts, copies of prompts, observations.
@@ -281,8 +281,10 @@ class Engine:
         return future
 
     def device(self, params: decoder.Params, key: jax.Array) -> "Device":
-        """Slots on the device. The sampler's params must be in memory: the first call measures what
-        they leave, and chooses the layout of the cache.
+        """Slots on the device, none of them running.
+
+        The sampler's params must be in memory: the first call measures what they leave, and chooses
+        the layout of the cache.
         """
         if self._layout is None:
             self._layout = self._fitting_layout(params, key)
