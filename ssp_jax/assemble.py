@@ -33,8 +33,7 @@ from ssp_jax.model.decoder import Params
 from ssp_jax.retriever.build import ensure_index
 from ssp_jax.retriever.remote import RemoteRetriever
 from ssp_jax.retriever.search import Search, open_retriever
-from ssp_jax.rollout.engine import Engine, Sizes
-from ssp_jax.rollout.engine import Search as SearchFn
+from ssp_jax.rollout.engine import Engine, SearchFn, Sizes
 from ssp_jax.rollout.sampling import ALL_TOKENS, Truncation
 from ssp_jax.runtime import device_memory, processes
 from ssp_jax.runtime.checkpoint import Checkpoints
