@@ -51,8 +51,8 @@ from ssp_jax.retriever.search import (
 )
 from ssp_jax.rollout import engine, sampler
 from ssp_jax.rollout.scheduler import (
-    Player,
     PendingWrite,
+    Player,
     Stats,  # noqa: E402
 )
 from ssp_jax.runtime import platform
