@@ -71,7 +71,7 @@ AT = {  # where a kill is aimed -> what is then in the workdir
 ANYWHERE = "anywhere"
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -147,7 +147,7 @@ def steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-# --- what a run leaves, for comparison --------------------------------------------------------------------------------
+# --- what a run leaves, for comparison ------------------------------------------------------------
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -184,7 +184,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
 
 
-# --- harm -------------------------------------------------------------------------------------------------------------
+# --- harm -----------------------------------------------------------------------------------------
 
 
 def flip_a_bit(path: Path, chance: random.Random) -> None:
@@ -237,7 +237,7 @@ def harm(workdir: Path, chance: random.Random, harmed: set[int]) -> str:
     return name
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 @dataclass

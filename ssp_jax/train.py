@@ -28,7 +28,7 @@ from ssp_jax.model import hf_save
 from ssp_jax.rollout.engine import Stats
 from ssp_jax.runtime import device_memory, processes, records
 from ssp_jax.runtime.checkpoint import leaf_digests
-from ssp_jax.runtime.logger import Phase, peak_memory_gib
+from ssp_jax.runtime.logger import Phase, pop_peak_memory_gib
 from ssp_jax.runtime.processes import Stop, Terminated
 from ssp_jax.workdir import as_read
 
@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             # Update: the solver, then the proposer, or as learner.update_order has it.
             with run.logger.phase("updating"), processes.watched():
                 start_of_update = time.monotonic()
-                metrics = played.metrics | {"memory/play_gib": peak_memory_gib()}
+                metrics = played.metrics | {"memory/play_gib": pop_peak_memory_gib()}
                 for number, (role, training) in enumerate(_trainings(config, played)):
                     now.state, report = run.learner.update(
                         now.state,
@@ -202,7 +202,7 @@ def _add_report(
 
 def _add_cost(metrics: dict[str, float], seconds: float) -> None:
     """Adds what all updates of a step cost."""
-    metrics["memory/update_gib"] = peak_memory_gib()
+    metrics["memory/update_gib"] = pop_peak_memory_gib()
     metrics["update/seconds"] = seconds
     metrics["update/tokens_per_second"] = metrics.get("update/tokens", 0.0) / seconds
 

@@ -1,14 +1,15 @@
 """Saving and resuming a run: everything that a bit-faithful continuation needs, in one Orbax step.
 
-A step holds `state`, the train state's arrays, and `game`, what the host knows (data position,
-replay pool, noise documents). Orbax writes under a temporary name in a background thread and
-renames at the end, so a step is there as a whole or not at all, whenever the process dies. What a
-disk or a bucket has done to it since is found by digests.
+A step holds `state`, the train state's arrays, and `game`, the host's side (data position, replay
+pool, noise documents). Orbax writes under a temporary name in a background thread and renames at
+the end, so a step exists as a whole or not at all, whenever the process dies. Digests find damage
+that a disk or a bucket has done since.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import time
@@ -32,21 +33,21 @@ T = TypeVar("T")
 
 FOLDER = "checkpoints"  # of a workdir
 DAMAGED = ".damaged"  # ends the name of a step that was set aside
-# A save may take so long: 390 GB of a 32B model to one disk at 40 MB/s.
+# Timeout of a save: 390 GB of a 32B model to one disk at 40 MB/s.
 SAVE_SECONDS = 3 * 3600
-# What Orbax, TensorStore and JSON raise for files that are not what was written (found by damaging
-# each of them).
+# Raised by Orbax, TensorStore and JSON for damaged files (found by damaging each of them).
 _READ_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError)
 
 
 class Damaged(Exception):
-    """A step is not what was saved. The message says what of it."""
+    """A step is not what was saved. The message says which file or array of it."""
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax asks JAX's preemption service at each save, with the step's number. hosts.Stop asks it
-    with the ticks of a clock, which that would set back: a signal of that moment would never be
-    heard.
+    """Orbax's manager without its question to JAX's preemption service.
+
+    At each save Orbax asks with the number of the step. processes.Stop asks with the ticks of a
+    clock, which that would set back: a signal that arrives then would be lost.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -55,7 +56,7 @@ class _Manager(ocp.CheckpointManager):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A step as it was saved. `damaged` are newer ones that could not be read, and why."""
+    """A step as it was saved. damaged: newer steps that could not be read -> the reason."""
 
     step: int
     state: Any
@@ -66,7 +67,7 @@ class Restored:
 class Checkpoints:
     """workdir/checkpoints, the newest `keep` steps; a context manager.
 
-    `every` is in steps, `minutes` counts from the last save; 0 for never. All processes of a run
+    every: steps between saves. minutes: since the last save. 0 for never. All processes of a run
     make the same calls.
     """
 
@@ -114,23 +115,22 @@ class Checkpoints:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if (
-            jax.process_count() == 1
-            or kind is None
-            or issubclass(kind, processes.CollectiveInputError | SystemExit)
-        ):
-            # it waits for the other processes, which know nothing of an error of this one
+        # close() waits for the other processes, which know nothing of an error of this one alone.
+        collective = kind is None or issubclass(kind, processes.CollectiveInputError | SystemExit)
+        if collective or jax.process_count() == 1:
             self.close()
 
     def steps(self) -> list[int]:
-        """Finished steps in ascending order, as the first process sees them: the others may have an
-        old list.
+        """Finished steps in ascending order, as the coordinator sees them.
+
+        The list of another process may be old.
         """
         return processes.all_gather_objects(lambda: finished_steps(self._folder.parent))[0]
 
     def due(self, step: int) -> bool:
-        """Asked after each step, so that what has failed in the background is told before many more
-        are played.
+        """Whether to save now.
+
+        Call it after each step: it also raises what has failed in the background.
         """
         if not self._manager.is_saving_in_progress():
             self.wait()
@@ -138,16 +138,17 @@ class Checkpoints:
             return True
         if not self._minutes:
             return False
-        return processes.all_gather_objects(
-            lambda: time.monotonic() - self._saved_at >= 60 * self._minutes
-        )[0]
+
+        def is_late() -> bool:
+            return time.monotonic() - self._saved_at >= 60 * self._minutes
+
+        return processes.all_gather_objects(is_late)[0]
 
     def save(self, step: int, train_state: Any, game: Mapping[str, Any]) -> None:
-        """Returns when the arrays are copied to the host, so that the caller may donate them;
-        writing goes on behind.
+        """Returns when the arrays are copied to the host, so that the caller may donate them.
 
-        Orbax leaves a step that is already there as it is. What fails in its thread is raised by
-        the next call here.
+        A background thread writes them; an error there is raised by the next call here. Orbax does
+        not overwrite a step that exists.
         """
         document: dict[str, Any] = {"game": dict(game), "leaves": leaf_digests(train_state)}
         document["digest"] = _text_digest(document)
@@ -160,11 +161,11 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def restore_newest(self, abstract_train_state: Any) -> Restored | None:
-        """The newest step that is what was saved, bitwise, or None where there is no step at all.
+        """The newest undamaged step, bitwise as saved, or None where there is no step at all.
 
         Arrays get the shardings of `abstract_train_state` (jax.ShapeDtypeStruct leaves). Damaged
-        newer steps are set aside, so that the run can write them anew. Where no step is good
-        nothing is moved.
+        newer steps are renamed, so that the run can write them anew. Where all steps are damaged
+        nothing is renamed, and CollectiveInputError is raised.
         """
         damaged: dict[int, str] = {}
         steps = self.steps()
@@ -181,12 +182,13 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, abstract_train_state: Any) -> tuple[Any, dict[str, Any]]:
-        """One step, or Damaged."""
+        """Train state and game of one step. Raises Damaged."""
         document = self._document(step)
-        return self._arrays(step, document, abstract_train_state, ""), document["game"]
+        state = self._arrays(step, document, abstract_train_state, "")
+        return state, document["game"]
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """The weights alone, cast to the dtypes that are asked for; or Damaged."""
+        """The weights alone, cast to the dtypes of `abstract_params`. Raises Damaged."""
         return self._arrays(step, self._document(step), abstract_params, "params")
 
     def _document(self, step: int) -> dict[str, Any]:
@@ -200,72 +202,72 @@ class Checkpoints:
         return _on_all(read)
 
     def _arrays(self, step: int, document: dict[str, Any], wanted: Any, within: str) -> Any:
-        """The part `within` of the train state ("" for all of it), like `wanted`. One array at a
-        time.
+        """The subtree `within` of the train state ("" for all of it), one array at a time.
+
+        wanted: its shapes, dtypes and shardings.
         """
         saved = document["leaves"]
         folder = self._folder / str(step) / "state"
 
         def one(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
             name = "/".join(filter(None, (within, _name(path))))
-            found = _on_all(lambda: read_array(folder, name, like))
-            if _digest(found) != saved.get(name):
+            array = _on_all(lambda: read_array(folder, name, like))
+            if _digest(array) != saved.get(name):
                 raise Damaged(f"{name} is not what was saved")
-            return found if found.dtype == like.dtype else found.astype(like.dtype)
+            return array if array.dtype == like.dtype else array.astype(like.dtype)
 
         return jax.tree_util.tree_map_with_path(one, wanted)
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Renames them, so that nothing is lost and nothing is in the way of steps to come."""
+        """Renames damaged steps: nothing is lost, and their names are free again."""
+        if not steps:
+            return
 
         def rename() -> None:
+            if not processes.is_coordinator():
+                return
             for step in steps:
                 folder = self._folder / str(step)
                 folder.rename(_free_name(folder))
             durable.sync(self._folder)
 
-        if steps:
-            processes.run_on_all(lambda: rename() if processes.is_coordinator() else None)
-            self._manager.reload()
+        processes.run_on_all(rename)
+        self._manager.reload()
 
     def _sync(self) -> None:
-        """Called by Orbax's thread before it renames what it has written."""
+        """Flushes unfinished steps; Orbax's thread calls it before it renames one."""
         for folder in self._folder.iterdir():
-            if (
-                folder.is_dir()
-                and not folder.name.isdecimal()
-                and not folder.name.endswith(DAMAGED)
-            ):
+            is_final = folder.name.isdecimal() or folder.name.endswith(DAMAGED)
+            if folder.is_dir() and not is_final:
                 durable.sync_all(folder)
 
     def wait(self) -> None:
-        """Until what was saved is on disk."""
+        """Returns when the last save is on disk."""
         with _writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
+        """Waits for the last save, and for the other processes."""
         with _writing():
             self._manager.close()
 
 
-# --- files of a step --------------------------------------------------------------------------------------------------
+# --- files of a step ------------------------------------------------------------------------------
 
 
 def finished_steps(workdir: str | Path) -> list[int]:
-    """In ascending order."""
+    """Steps that have a checkpoint, in ascending order."""
     folder = Path(workdir) / FOLDER
     if not folder.is_dir():
         return []
-    return sorted(
-        int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()
-    )
+    paths = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return sorted(int(path.name) for path in paths)
 
 
 def newest_game(workdir: str) -> tuple[int, dict[str, Any]] | None:
-    """The newest step whose `game` is what was saved, without its arrays; None where there is no
-    step.
+    """Number and `game` of the newest step whose `game` is undamaged; None where there is no step.
 
-    InputError where none of them is: that is told before anything slow.
+    It reads no arrays, so that an InputError, where all are damaged, comes before slow work.
     """
     folder = Path(workdir).resolve() / FOLDER
     damaged: dict[int, str] = {}
@@ -281,13 +283,14 @@ def newest_game(workdir: str) -> tuple[int, dict[str, Any]] | None:
 
 def _none_is_good(folder: Path, damaged: Mapping[int, str]) -> str:
     reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-    return f"no checkpoint in {folder} can be read ({reasons}); without that folder the same command starts anew"
+    return (
+        f"no checkpoint in {folder} can be read ({reasons}); "
+        "without that folder the same command starts anew"
+    )
 
 
 def read_document(folder: Path) -> dict[str, Any]:
-    """What `save` wrote beside the arrays: `game`, and `leaves`, the digests of the arrays. Or
-    Damaged.
-    """
+    """`game`, and `leaves`, the digests of the arrays, of one step's folder. Raises Damaged."""
     with _reading():
         document = ocp.JsonCheckpointHandler().restore(folder / "game")
         digest = document.pop("digest", None) if isinstance(document, dict) else None
@@ -297,11 +300,10 @@ def read_document(folder: Path) -> dict[str, Any]:
 
 
 def read_array(folder: Path, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """One array of the item `state`, on its sharding, of the dtype that it was saved in. Or
-    Damaged.
+    """One array of the item `state`, sharded as `like`, of the dtype that was saved.
 
-    By TensorStore itself: Orbax reads all at once, and where one array fails the others go on and
-    complain for long.
+    It uses TensorStore: Orbax reads all arrays at once, and where one fails the others go on and
+    report errors for long. Raises Damaged.
     """
     spec = {
         "driver": "zarr",
@@ -317,22 +319,22 @@ def read_array(folder: Path, name: str, like: jax.ShapeDtypeStruct) -> jax.Array
         store = tensorstore.open(spec, read=True).result()
         if store.shape != like.shape:
             raise ValueError(f"{name} has shape {store.shape}; expected {like.shape}")
-        # of replicas only one is read; all reads begin before the first is waited for
+        # Of replicas only one is read; all reads begin before the first is waited for.
         reads = {_bounds(index, like.shape): store[index].read() for index in indices}
-        parts = {bounds: np.asarray(read.result()) for bounds, read in reads.items()}
+        shards = {bounds: np.asarray(read.result()) for bounds, read in reads.items()}
     return jax.make_array_from_callback(
-        like.shape, like.sharding, lambda index: parts[_bounds(index, like.shape)]
+        like.shape, like.sharding, lambda index: shards[_bounds(index, like.shape)]
     )
 
 
 def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
-    """Slices as what can be a key."""
-    return tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+    """The slices of an index as a key of a dict."""
+    return tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
 
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """What the files of a step do to their readers, as Damaged."""
+    """Turns errors of reading a step's files into Damaged."""
     try:
         yield
     except _READ_ERRORS as error:
@@ -343,8 +345,9 @@ def _reading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """What does not let a step be written as OSError, in a few words: TensorStore has ValueErrors
-    for a full disk.
+    """Turns errors of writing a step into a short OSError.
+
+    TensorStore raises ValueError for a full disk.
     """
     try:
         yield
@@ -355,12 +358,12 @@ def _writing() -> Iterator[None]:
 
 
 def _on_all(read: Callable[[], T]) -> T:
-    """What `read` gives on this process. Where one process finds damage, all raise Damaged."""
-    found: list[T] = []
+    """The result of `read` on this process. Where one process finds damage, all raise Damaged."""
+    results: list[T] = []
 
     def act() -> str:
         try:
-            found.append(read())
+            results.append(read())
         except Damaged as error:
             return str(error) or "it cannot be read"
         return ""
@@ -368,29 +371,29 @@ def _on_all(read: Callable[[], T]) -> T:
     for process, reason in enumerate(processes.all_gather_objects(act)):
         if reason:
             raise Damaged(f"process {process}: {reason}" if processes.is_multiprocess() else reason)
-    return found[0]
+    return results[0]
 
 
 def _reason(error: Exception) -> str:
-    """The end of a message that tells the whole way down to the file; without TensorStore's
-    specifications.
-    """
+    """The last two clauses of a message, without TensorStore's specifications."""
     message = re.sub(r" \[\w+(\[\d+\])?='.*", "", " ".join(str(error).split()))
-    return shorten(": ".join(message.split(": ")[-2:]) or type(error).__name__, 300)
+    clauses = message.split(": ")
+    return shorten(": ".join(clauses[-2:]) or type(error).__name__, 300)
 
 
 def _free_name(folder: Path) -> Path:
     """12.damaged, or 12.2.damaged where that is taken."""
-    names = (
-        f"{folder.name}{number}{DAMAGED}" for number in ("", *(f".{n}" for n in range(2, 10_000)))
-    )
-    return next(path for path in map(folder.with_name, names) if not path.exists())
+    path = folder.with_name(f"{folder.name}{DAMAGED}")
+    for number in itertools.count(2):
+        if not path.exists():
+            break
+        path = folder.with_name(f"{folder.name}.{number}{DAMAGED}")
+    return path
 
 
-# --- digests ----------------------------------------------------------------------------------------------------------
+# --- digests --------------------------------------------------------------------------------------
 
-# Odd, so that a product with one of them is different for each factor (murmur3's and xxHash's
-# constants).
+# Odd, so that multiplying by one of them is one-to-one (constants of murmur3 and xxHash).
 _OF_POSITION = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1)
 _OF_VALUE = (0x7FEB352D, 0x846CA68B)
 
@@ -399,18 +402,19 @@ def leaf_digests(tree: Any) -> dict[str, str]:
     """A digest of each array, by name. All processes call this together."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = {_name(path): _sums(_on_device(leaf)) for path, leaf in leaves}
-    return {name: _shown(pair) for name, pair in jax.device_get(sums).items()}
+    return {name: _hex(pair) for name, pair in jax.device_get(sums).items()}
 
 
 def _digest(x: jax.Array) -> str:
-    return _shown(jax.device_get(_sums(_on_device(x))))
+    return _hex(jax.device_get(_sums(_on_device(x))))
 
 
-def _shown(sums: tuple[Any, Any]) -> str:
-    return "".join(f"{int(part):08x}" for part in sums)
+def _hex(sums: tuple[Any, Any]) -> str:
+    return "".join(f"{int(number):08x}" for number in sums)
 
 
 def _name(path: Any) -> str:
+    """The path of a leaf in its tree: params/layers/q_kernel."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -421,18 +425,17 @@ def _on_device(leaf: jax.Array) -> jax.Array:
 
 @jax.jit
 def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The digest of an array: of its bits and where each stands, whatever devices and processes
-    hold which part.
+    """The digest of an array: two uint32 sums over the bits and the position of each element.
 
-    Two sums over elements, which each device makes of its own part at the speed of its memory. Each
-    step from an element's bits to its summand is one-to-one: a change of one element always shows,
-    others are missed once in 2^64.
+    They do not depend on how the array is sharded: each device sums its own shard at the speed of
+    its memory. Each step from an element's bits to its summand is one-to-one: a change of one
+    element always shows, others are missed once in 2^64.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(
-        jnp.uint32
-    )
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     for axis, factor in zip(range(x.ndim), _OF_POSITION, strict=False):
-        bits += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(factor)
+        positions = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        bits += positions * jnp.uint32(factor)
     one = bits * jnp.uint32(_OF_VALUE[0])
     one ^= one >> 15
     two = one * jnp.uint32(_OF_VALUE[1])

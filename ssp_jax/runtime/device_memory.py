@@ -1,4 +1,4 @@
-"""Memory of devices: what is free, and one sentence where something does not fit."""
+"""Memory of devices: how much is free, and one sentence where something does not fit."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,20 +19,20 @@ def free_bytes() -> int | None:
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:
-    """What a program takes on a device beside its arguments, while it runs."""
+    """Bytes on a device that a program takes beside its arguments, while it runs."""
     found = compiled.memory_analysis()
     if found is None:  # a backend that does not know
         return 0
-    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
-    return int(found.temp_size_in_bytes + max(0, fresh))
+    new_outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(found.temp_size_in_bytes + max(0, new_outputs))
 
 
 @contextlib.contextmanager
 def must_fit(what: str, remedy: str) -> Iterator[None]:
-    """A device or a compiler that runs out of memory in here says so in one sentence."""
+    """InputError in one sentence where a device or a compiler runs out of memory in the body."""
     try:
         yield
-    # the latter as a program is dispatched
+    # ValueError: as a program is dispatched.
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -1,10 +1,10 @@
-"""What is written is on the disk, and stays there when the machine goes down."""
+"""Flushing to disk, so that files survive a machine that goes down."""
 
 import errno
 import os
 from pathlib import Path
 
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # what file systems say that cannot flush a folder
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that cannot flush a folder
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A file of the user is replaced as a whole, when what takes its place is complete."""
+"""Replacing a file of the user as a whole, once the new content is complete."""
 
 import contextlib
 import itertools
@@ -14,13 +14,13 @@ from ssp_jax.runtime.durable import sync
 
 @contextlib.contextmanager
 def replacing(path: str | Path, name: str, *, keep: bool = False) -> Iterator[IO[str]]:
-    """A text file that takes the place of `path` when the body has ended; an error leaves `path`
-    alone.
+    """A text file that replaces `path` when the body ends; an error leaves `path` as it was.
 
-    name: of the file in messages. keep: what an error interrupts stays beside it, and is said. A
-    device or a pipe has nothing to lose and is written as it is.
+    name: of the file in messages. keep: after an error the unfinished file stays beside it, and a
+    message says where. A device or a pipe is written directly. Raises InputError where `path`
+    cannot be written.
     """
-    target = Path(path).resolve()  # what a link points to is replaced, not the link
+    target = Path(path).resolve()  # the target of a link is replaced, not the link
     if target.exists() and not target.is_file() and not target.is_dir():
         with open(target, "w", encoding="utf-8") as device:
             yield device
@@ -45,16 +45,16 @@ def replacing(path: str | Path, name: str, *, keep: bool = False) -> Iterator[IO
 
 
 def _open_beside(target: Path, name: str) -> tuple[Path, IO[str]]:
+    """A new file beside `target`, under a name of this process."""
     if target.is_dir() or (target.exists() and not os.access(target, os.W_OK)):
         raise InputError(f"{name}: expected a file that can be written")
     for number in itertools.count():
         fresh = target.with_name(f"{target.name}.{os.getpid()}-{number}.unfinished")
         try:
             return fresh, open(fresh, "x", encoding="utf-8")
-        except FileExistsError:  # somebody's own, whatever it is
+        except FileExistsError:  # somebody else's
             continue
         except OSError as error:
-            raise InputError(
-                f"{name}: expected a file that can be written ({error.strerror})"
-            ) from None
+            expected = f"{name}: expected a file that can be written"
+            raise InputError(f"{expected} ({error.strerror})") from None
     raise AssertionError("an endless count has ended")

@@ -1,13 +1,14 @@
-"""A folder that appears, or takes the place of an older one, only once it is whole.
+"""Writing a folder so that it appears, or replaces an older one, only once it is complete.
 
-`X` is written as `X.building` and renamed when all of it is on the disk; the `X` before it is
-`X.old` for a moment. A process may be killed between any two system calls:
+`X` is written as `X.building` and renamed when all of it is on the disk; the older `X` is `X.old`
+for a moment. A process may be killed between any two system calls. The next one then finds:
 
-| what is there             | what it means                               | what the next one does          |
-|---------------------------|---------------------------------------------|---------------------------------|
-| X.building (and X or not) | half written, or an old X that is being removed | removes it                  |
-| X.old and X.building      | killed between the two renames              | renames X.old back to X         |
-| X.old and X               | killed after them                           | removes X.old                   |
+| folders                   | meaning                                   | what it does            |
+|---------------------------|-------------------------------------------|-------------------------|
+| X.building, with or       | half written, or an old X that was being  | removes X.building      |
+| without X                 | removed                                   |                         |
+| X.old and X.building      | killed between the two renames            | renames X.old back to X |
+| X.old and X               | killed after them                         | removes X.old           |
 
 Nothing is removed that this program did not write. X is replaced only if its owner knows every file
 in it; X.building and X.old are removed only if they are empty or hold MARKER. Everything else is
@@ -29,8 +30,9 @@ Owned = Callable[[Path], Iterable[str]]  # a folder -> the names in it that its 
 
 
 class FolderSwap:
-    """One folder, through a symbolic link if it is one. Callers see to it that only one process
-    acts at a time.
+    """The swap of one folder; a symbolic link is followed.
+
+    Callers make sure that only one process acts at a time.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class FolderSwap:
         work: str = ".building",
         old: str = ".old",
     ) -> None:
-        """kind: what the folder is, for messages. work, old: suffixes of the temporary names."""
+        """kind: of the folder, for messages. work, old: suffixes of the temporary names."""
         self.folder = Path(os.path.realpath(folder))
         if not self.folder.name:
             raise InputError(f"{folder} is {self.folder}; expected a folder that can be replaced")
@@ -51,14 +53,14 @@ class FolderSwap:
         self._owned = owned
 
     def check(self) -> None:
-        """InputError unless nothing of the user's stands in the way."""
+        """InputError if a file or folder of the user is in the way."""
         try:
             self._check_target()
             for leftover in (self.work, self._old):
                 if os.path.lexists(leftover) and not _is_leftover(leftover):
                     raise InputError(
-                        f"{leftover}: expected no such file or folder while {self.folder.name} is written; "
-                        "it is not ours and is left alone"
+                        f"{leftover}: expected no such file or folder while {self.folder.name} "
+                        "is written; it is not ours and is left alone"
                     )
         except OSError as error:
             raise self.error(error) from None
@@ -66,13 +68,15 @@ class FolderSwap:
     def _check_target(self) -> None:
         if not os.path.lexists(self.folder):
             return
-        expected = f"{self.folder}: expected no such folder, or {self._kind} that ssp_jax wrote and nothing else"
+        expected = (
+            f"{self.folder}: expected no such folder, or {self._kind} that ssp_jax wrote "
+            "and nothing else"
+        )
         if not self.folder.is_dir():
             raise InputError(f"{expected}; it is no folder and is left alone")
         if self.folder.is_mount():
-            raise InputError(
-                f"{expected}; it is a mount point, which cannot be renamed: name a folder in it"
-            )
+            remedy = "it is a mount point, which cannot be renamed: name a folder in it"
+            raise InputError(f"{expected}; {remedy}")
         names = set(os.listdir(self.folder)) - {MARKER}
         foreign = sorted(names - set(self._owned(self.folder))) if names else []
         if foreign:
@@ -81,11 +85,9 @@ class FolderSwap:
     @property
     def is_interrupted(self) -> bool:
         """Whether a swap was killed between its two renames."""
-        return (
-            not os.path.lexists(self.folder)
-            and _is_leftover(self._old)
-            and (self._old / MARKER).is_file()
-        )
+        if os.path.lexists(self.folder):
+            return False
+        return _is_leftover(self._old) and (self._old / MARKER).is_file()
 
     def recover(self) -> None:
         """Undoes a swap that was killed between its two renames."""
@@ -95,9 +97,7 @@ class FolderSwap:
             (self.folder / MARKER).unlink()
 
     def begin(self) -> None:
-        """Makes `work`, an empty folder but for the marker; removes what was left by those that
-        were killed.
-        """
+        """Removes leftovers of killed processes, and makes `work`: empty but for the marker."""
         self.check()
         try:
             self.recover()
@@ -122,8 +122,9 @@ class FolderSwap:
         self.discard()
 
     def discard(self) -> None:
-        """Removes what is not needed any more. X.old is never seen in part, for it may have to be
-        renamed back.
+        """Removes leftovers.
+
+        X.old is renamed first, so that it is never there in part: it may have to be renamed back.
         """
         self.recover()
         _remove(self.work)
@@ -133,7 +134,7 @@ class FolderSwap:
 
     @contextlib.contextmanager
     def building(self) -> Iterator[Path]:
-        """`work`, to be filled; at the end it is the folder, after an error there is nothing of it."""
+        """`work`, for the body to fill. It becomes the folder, or is removed after an error."""
         self.begin()
         try:
             yield self.work
@@ -141,19 +142,18 @@ class FolderSwap:
         except OSError as error:
             raise self.error(error) from None
         finally:
-            # such as of a disk that is gone; the error before it is what counts
+            # Such as a disk that is gone: the error before it is the one to report.
             with contextlib.suppress(OSError):
                 self.discard()
 
     def error(self, error: OSError) -> InputError:
-        """The sentence for a disk that does not take it."""
-        return InputError(
-            f"{self.folder}: expected a folder where {self._kind} can be written ({error})"
-        )
+        """The sentence for a folder that cannot be written."""
+        expected = f"expected a folder where {self._kind} can be written"
+        return InputError(f"{self.folder}: {expected} ({error})")
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether it is a folder with our marker, or one without anything."""
+    """Whether it is a folder with our marker, or an empty one."""
     if path.is_symlink() or not path.is_dir():
         return False
     return (path / MARKER).is_file() or not any(path.iterdir())
@@ -165,9 +165,7 @@ def _mark(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a leftover, its marker last, so that what a killed removal leaves is still known as
-    ours.
-    """
+    """Removes a leftover, its marker last: what a killed removal leaves is still marked."""
     if not _is_leftover(folder):
         return
     for entry in list(os.scandir(folder)):

@@ -55,7 +55,7 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def _of_node(tasks: str, node: int) -> int | None:
-    """Slurm's list of the tasks of each node, such as 8(x2),4: the number of one node."""
+    """The number of tasks of one node, from Slurm's list for all nodes, such as 8(x2),4."""
     for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
         node -= int(repeated or 1)
         if node < 0:
@@ -65,15 +65,15 @@ def _of_node(tasks: str, node: int) -> int | None:
 
 def local_tasks(environment: Mapping[str, str]) -> int | None:
     """How many processes of the run are on this machine; None where no launcher says so."""
-    if found := _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE"):
-        return found
+    if number := _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        return number
     if "SLURM_PROCID" not in environment:
         return None
-    of_nodes = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get(
-        "SLURM_TASKS_PER_NODE", ""
-    )
-    if found := _of_node(of_nodes, _number(environment, "SLURM_NODEID") or 0):
-        return found
+    of_job = environment.get("SLURM_TASKS_PER_NODE", "")
+    of_step = environment.get("SLURM_STEP_TASKS_PER_NODE")
+    node = _number(environment, "SLURM_NODEID") or 0
+    if number := _of_node(of_step or of_job, node):
+        return number
     return _number(environment, "SLURM_NTASKS_PER_NODE")
 
 
@@ -83,7 +83,7 @@ def _local_rank(environment: Mapping[str, str]) -> int | None:
 
 
 def local_gpus(environment: Mapping[str, str], visible: int) -> list[int] | None:
-    """Which of the visible GPUs this process takes. None: JAX decides, or the user has.
+    """Indices of the visible GPUs that this process takes. None: JAX decides, or the user has.
 
     Left alone JAX takes one GPU a process under these launchers, and leaves the others idle.
     """
@@ -97,9 +97,9 @@ def local_gpus(environment: Mapping[str, str], visible: int) -> list[int] | None
     if tasks is None or visible % tasks:
         found = "an unknown number of" if tasks is None else str(tasks)
         raise InputError(
-            f"{found} processes of the run see {visible} GPUs on this machine; expected one process "
-            "for each machine, or a number that divides its GPUs, or JAX_LOCAL_DEVICE_IDS=0,1,... "
-            "in the environment of each"
+            f"{found} processes of the run see {visible} GPUs on this machine; expected one "
+            "process for each machine, or a number that divides its GPUs, or "
+            "JAX_LOCAL_DEVICE_IDS=0,1,... in the environment of each"
         )
     each = visible // tasks
     return list(range(rank * each, (rank + 1) * each))

@@ -1,9 +1,8 @@
-"""What a run shows and leaves behind: console, metrics.jsonl, TensorBoard, readable episodes,
-compile count.
+"""Output of a run: console, metrics.jsonl, TensorBoard, readable episodes, compile count.
 
 In a terminal a live display (the phases at work, the whole run) stays under a growing table with
 one row per step. Anywhere else there are plain lines with the time in front, and progress at most
-every few seconds. 100 columns suffice for the lines of steps.
+every few seconds. The lines of steps fit into 100 columns.
 """
 
 import json
@@ -47,10 +46,15 @@ class Column:
     form: str  # format specification with a width; a width alone writes 12.3k
     style: str = ""
 
+    @property
+    def width(self) -> int:
+        """Characters that the title and the form need."""
+        return max(len(self.title), len(_format(0, self.form)))
+
 
 COLUMNS = (
-    # the funnel: questions asked, of these well-formed, of these verified; share of attempts that
-    # were right
+    # The funnel: questions asked, of these well-formed, of these verified; share of attempts that
+    # were right.
     Column("asked", "funnel/proposed", "5.0f"),
     Column("formed", "funnel/well_formed", "6.0f"),
     Column("verif", "funnel/verified", "5.0f"),
@@ -67,12 +71,11 @@ COLUMNS = (
 )
 
 
-def peak_memory_gib() -> float:
-    """The most that was in use so far: on the fullest device of this host, or, on CPU, of this
-    process.
+def pop_peak_memory_gib() -> float:
+    """Peak memory in GiB: of the fullest device of this host, or, on CPU, of this process.
 
-    A device tells its peak since the start, so the update's shows once it exceeds that of play. On
-    Linux the process's peak starts again with each call, and each phase has its own.
+    Devices report the peak since the start, so the update's shows once it exceeds that of play. On
+    Linux this call resets the peak of the process, so that each phase has its own.
     """
     stats = [device.memory_stats() for device in jax.local_devices()]
     if peaks := [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]:
@@ -80,16 +83,15 @@ def peak_memory_gib() -> float:
     status = Path("/proc/self/status")
     if not status.exists():  # macOS counts in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
-    kib = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text())
+    assert found is not None
     with suppress(OSError):  # a sandbox may refuse it; then the peak is the one since the start
-        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
-    return kib / 2**20
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+    return int(found[1]) / 2**20
 
 
 class CompileCounter:
-    """Counts XLA compilations of this process from now on, also those that the persistent cache
-    answers.
-    """
+    """Counts this process's XLA compilations from now on, also those found in a cache on disk."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -106,36 +108,37 @@ class Phase:
     """Progress of one phase of a step."""
 
     def __init__(self, name: str, total: float | None, show: Callable[[str], None]) -> None:
-        self.name, self.total, self.done = name, total, 0.0
-        self._start, self._show = time.monotonic(), show
+        self.name = name
+        self.total = total
+        self.done = 0.0
+        self._start = time.monotonic()
+        self._show = show
 
     def advance(self, done: float, *, total: float | None = None, **rates: float) -> None:
-        """`done` is the amount finished so far, not the increment. Cheap: call it as often as you
-        like.
+        """Shows progress; cheap, so call it as often as you like.
 
-        `total` may grow on the way (a verified question brings its attempts). tokens=310.0 shows
-        "310 tokens/s".
+        done: the amount finished so far, not the increment. total: may grow on the way (a verified
+        question brings its attempts). rates: tokens=310.0 shows "310 tokens/s".
         """
-        self.done, self.total = done, self.total if total is None else total
+        self.done = done
+        if total is not None:
+            self.total = total
         rate = done / max(1e-9, time.monotonic() - self._start)
-        parts = [f"{done:g}/{self.total:g}" if self.total else f"{done:g}"]
-        parts += [f"{short_number(rate)}/s"] if done else []
-        parts += [f"{short_number(value)} {name}/s" for name, value in rates.items()]
-        parts += (
-            [f"{clock((self.total - done) / rate)} left"]
-            if done and self.total and self.total >= done
-            else []
-        )
-        self._show(" · ".join(parts))
+        words = [f"{done:g}/{self.total:g}" if self.total else f"{done:g}"]
+        if done:
+            words.append(f"{short_number(rate)}/s")
+        words += [f"{short_number(value)} {name}/s" for name, value in rates.items()]
+        if done and self.total and self.total >= done:
+            words.append(f"{clock((self.total - done) / rate)} left")
+        self._show(" · ".join(words))
 
 
 class Logger:
-    """The voice of a run; a context manager. `resume_step` is the step of the checkpoint, 0 for
-    none.
+    """Console and files of a run; a context manager.
 
-    What a killed run wrote after it is dropped from metrics.jsonl (and hidden in TensorBoard):
-    those steps come again. Of several processes one speaks; the others are `mute`: they show and
-    write nothing.
+    resume_step: of the checkpoint, 0 for none. Rows that a killed run wrote after it are dropped
+    from metrics.jsonl (and hidden in TensorBoard): those steps are played again. mute: show and
+    write nothing, as do all processes but one.
     """
 
     def __init__(
@@ -146,42 +149,47 @@ class Logger:
         resume_step: int = 0,
         mute: bool = False,
     ) -> None:
-        self._folder, self._total_steps, self._step, self._mute = (
-            Path(workdir),
-            total_steps,
-            resume_step,
-            mute,
-        )
-        rows = Path(os.devnull)
+        self._folder = Path(workdir)
+        self._total_steps = total_steps
+        self._step = resume_step
+        self._mute = mute
+
+        # Files.
+        path = Path(os.devnull)
         if not mute:
             self._folder.mkdir(parents=True, exist_ok=True)
-            rows = self._folder / "metrics.jsonl"
-        self._evaluated, spoilt = _keep_steps(rows, resume_step)
-        self._rows = rows.open("a", encoding="utf-8")
+            path = self._folder / "metrics.jsonl"
+        self._evaluated, spoilt = _keep_steps(path, resume_step)
+        self._metrics_file = path.open("a", encoding="utf-8")
         events = self._folder / "tensorboard"
         self._events = _open_events(events, resume_step) if tensorboard and not mute else None
+
+        # Console. force_terminal: rich would take FORCE_COLOR in a CI log for a terminal. No markup
+        # and emoji: paths and answers have brackets and colons of their own.
         self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not mute
-        # force_terminal, for rich would also take FORCE_COLOR in a CI log for a terminal
-        file = self._rows if mute else sys.stdout
-        # without markup and emoji, for paths and answers have brackets and colons of their own
         self._console = Console(
-            file=file, force_terminal=self._live, markup=False, emoji=False, highlight=False
+            file=self._metrics_file if mute else sys.stdout,
+            force_terminal=self._live,
+            markup=False,
+            emoji=False,
+            highlight=False,
         )
         self._bars = _progress(self._console)
-        at = f"{resume_step}/{total_steps} steps"
-        shown = total_steps > 0  # an evaluation has no steps
         self._run_bar = self._bars.add_task(
-            "run", visible=shown, total=total_steps, completed=resume_step, detail=at
+            "run",
+            visible=total_steps > 0,  # an evaluation has no steps
+            total=total_steps,
+            completed=resume_step,
+            detail=f"{resume_step}/{total_steps} steps",
         )
         self._columns: tuple[Column, ...] = ()
-        self._shown_rows = 0
-        # when the last steps ended, so saves and evaluations count
+        self._rows_since_header = 0
+        # When the last steps ended: their distance includes saves and evaluations.
         self._ends: deque[float] = deque(maxlen=11)
         self._last_line = -math.inf
         if spoilt:
-            self.say(
-                f"{spoilt} spoilt lines of {rows} are dropped: a machine that went down leaves such"
-            )
+            cause = "a machine that went down leaves such"
+            self.say(f"{spoilt} spoilt lines of {path} are dropped: {cause}")
 
     def __enter__(self) -> Self:
         if self._live:
@@ -191,7 +199,7 @@ class Logger:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._bars.stop()
-        self._rows.close()
+        self._metrics_file.close()
         if self._events:
             self._events.close()
 
@@ -212,26 +220,26 @@ class Logger:
         self._step = step
         self._ends.append(time.monotonic())
         left = clock(self._seconds_left(seconds))
-        self._bars.update(
-            self._run_bar, completed=step, detail=f"{step}/{self._total_steps} steps · {left} left"
-        )
+        position = f"{step}/{self._total_steps}"
+        self._bars.update(self._run_bar, completed=step, detail=f"{position} steps · {left} left")
         columns = tuple(c for c in COLUMNS if c in self._columns or c.metric in metrics)
-        if columns != self._columns or self._shown_rows % HEADER_EVERY == 0:
-            self._columns, self._shown_rows = columns, 0
+        if columns != self._columns or self._rows_since_header % HEADER_EVERY == 0:
+            self._columns = columns
+            self._rows_since_header = 0
             self._row("step", [(c.title, "bold") for c in columns], "s/step", "left")
-        self._shown_rows += 1
-        cells = [
-            (_format(metrics[c.metric], c.form) if c.metric in metrics else "-", c.style)
-            for c in columns
-        ]
-        self._row(f"{step}/{self._total_steps}", cells, f"{seconds:.1f}", left)
+        self._rows_since_header += 1
+        cells = []
+        for column in columns:
+            value = metrics.get(column.metric)
+            text = "-" if value is None else _format(value, column.form)
+            cells.append((text, column.style))
+        self._row(position, cells, f"{seconds:.1f}", left)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """A row for the scores of a step, unless its last one says the same: whether it was
-        written.
+        """Writes the scores of a step, unless its last row has the same; returns whether it did.
 
-        So it stands there once however often the run was killed around it, and again where a judge
-        says otherwise.
+        So metrics.jsonl has them once however often the run was killed around them, and again
+        where a judge changes its verdicts.
         """
         row = {"step": step, **_finite(metrics)}
         before = self._evaluated.get(step, {})
@@ -242,53 +250,54 @@ class Logger:
         return True
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """metrics.jsonl and TensorBoard only. What is not finite is null in JSON, absent in
-        TensorBoard.
+        """Writes to metrics.jsonl and TensorBoard only.
+
+        A value that is not finite is null in JSON and left out in TensorBoard.
         """
         finite = _finite(metrics)
-        self._rows.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-        self._rows.flush()
+        row = {"step": step, "time": round(time.time(), 3), **finite}
+        self._metrics_file.write(json.dumps(row) + "\n")
+        self._metrics_file.flush()
         if self._events:
-            values = [
-                Summary.Value(tag=name, simple_value=v)
-                for name, v in finite.items()
-                if v is not None
-            ]
-            self._events.write_event(
-                Event(step=step, wall_time=time.time(), summary=Summary(value=values))
-            )
+            known = {name: value for name, value in finite.items() if value is not None}
+            values = [Summary.Value(tag=name, simple_value=v) for name, v in known.items()]
+            summary = Summary(value=values)
+            self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
             self._events.flush()
 
     def sync(self) -> None:
-        """The rows so far are on disk, also if the machine goes down."""
+        """Flushes the rows so far to disk: they survive a machine that goes down."""
         if not self._mute:
-            os.fsync(self._rows.fileno())
+            os.fsync(self._metrics_file.fileno())
 
     def table(self, title: str, rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
-        """The first column is text and on the left, the others are numbers and on the right; floats
-        with 3 places.
+        """Prints a table: text on the left in the first column, numbers on the right in the others.
+
+        Floats have 3 decimals.
         """
-        style = box.SIMPLE_HEAD if self._live else box.ASCII2
-        title = printable(title)
         shown = table.Table(
-            title=title, title_justify="left", title_style="bold", box=style, show_edge=False
+            title=printable(title),
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD if self._live else box.ASCII2,
+            show_edge=False,
         )
         for i, column in enumerate(columns):
             shown.add_column(printable(column), justify="right" if i else "left", no_wrap=True)
         for row in rows:
             cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in row)
             shown.add_row(*map(printable, cells))
-        # As wide as it is: a narrow terminal breaks its lines, where rich would cut the numbers.
-        shown.width = self._console.measure(
-            shown, options=self._console.options.update(max_width=1000)
-        ).maximum
+        # At its full width: a narrow terminal wraps its lines, where rich would cut numbers.
+        options = self._console.options.update(max_width=1000)
+        shown.width = self._console.measure(shown, options=options).maximum
         self._console.print("", shown, "", soft_wrap=True)
 
     def say(self, text: str) -> None:
+        """Prints one line."""
         self._line(Text(printable(text)))
 
     def episodes(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """workdir/episodes/step_000010.jsonl, one record a line, its text as a person reads it."""
+        """Writes workdir/episodes/step_000010.jsonl, one record a line, its text unescaped."""
         if self._mute:
             return
         folder = self._folder / "episodes"
@@ -297,9 +306,9 @@ class Logger:
             file.writelines(f"{json_line(record)}\n" for record in records)
 
     def _seconds_left(self, last_seconds: float) -> float:
-        rounds = len(self._ends) - 1
-        each = (self._ends[-1] - self._ends[0]) / rounds if rounds else last_seconds
-        return each * (self._total_steps - self._step)
+        steps = len(self._ends) - 1
+        step_seconds = (self._ends[-1] - self._ends[0]) / steps if steps else last_seconds
+        return step_seconds * (self._total_steps - self._step)
 
     def _progress(self, phase: Phase, bar: TaskID, detail: str) -> None:
         if self._live:
@@ -308,14 +317,14 @@ class Logger:
             self._line(Text(f"{phase.name} {detail or '...'}"))
 
     def _row(self, first: str, cells: Sequence[tuple[str, str]], seconds: str, left: str) -> None:
-        """Each cell is as wide as its column's title and form ask for."""
-        widths = [max(len(c.title), len(_format(0, c.form))) for c in self._columns]
-        middle = [
-            (text.rjust(width), style) for (text, style), width in zip(cells, widths, strict=True)
-        ]
-        first = first.rjust(len(f"{self._total_steps}") * 2 + 1)
-        parts = [(first, "bold cyan"), *middle, (seconds.rjust(6), "blue"), (left.rjust(7), "dim")]
-        self._line(Text(" ").join(Text(text, style) for text, style in parts))
+        """One line of the table of steps. cells: text and style of each column."""
+        first_width = len(f"{self._total_steps}") * 2 + 1
+        texts = [Text(first.rjust(first_width), "bold cyan")]
+        for column, (text, style) in zip(self._columns, cells, strict=True):
+            texts.append(Text(text.rjust(column.width), style))
+        texts.append(Text(seconds.rjust(6), "blue"))
+        texts.append(Text(left.rjust(7), "dim"))
+        self._line(Text(" ").join(texts))
 
     def _line(self, text: Text) -> None:
         self._last_line = time.monotonic()
@@ -343,17 +352,14 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _of_evaluation(row: Mapping[str, Any]) -> bool:
-    return any(name.startswith("eval/") for name in row)
-
-
 def _keep_steps(path: Path, last: int) -> tuple[dict[int, dict[str, Any]], int]:
-    """Drops rows after step `last` and spoilt lines: the last row of each evaluation that stays,
-    and how many were spoilt.
+    """Drops rows after step `last` and spoilt lines.
+
+    Returns the last row of each evaluation that stays, by step, and the number of spoilt lines.
     """
     evaluated: dict[int, dict[str, Any]] = {}
     spoilt = 0
-    if not path.is_file():  # of a run that starts, or the null device
+    if not path.is_file():  # a run that starts, or the null device
         return evaluated, spoilt
     with replacing(path, str(path)) as fresh:
         for line in read_lines(path, {"step": (int,)}):
@@ -362,16 +368,16 @@ def _keep_steps(path: Path, last: int) -> tuple[dict[int, dict[str, Any]], int]:
                 spoilt += 1
             elif row["step"] <= last:
                 fresh.write(line.raw.decode())
-                if _of_evaluation(row):
+                if any(name.startswith("eval/") for name in row):
                     evaluated[row["step"]] = row
     return evaluated, spoilt
 
 
 def _open_events(folder: Path, resume_step: int) -> EventsWriter:
-    """A file of TensorBoard that hides what earlier ones have after that step.
+    """A TensorBoard file that hides events of earlier files after that step.
 
-    Written in this thread. (tensorboardX's SummaryWriter has one of its own, which a full disk
-    ends; from then on the run waits for it forever.)
+    It is written in the caller's thread. (tensorboardX's SummaryWriter has a thread of its own; a
+    full disk ends it, and from then on the run would wait for it for ever.)
     """
     folder.mkdir(exist_ok=True)
     events = EventsWriter(str(folder / "events"))
@@ -389,10 +395,13 @@ def short_number(value: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.1f}{unit}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def clock(seconds: float) -> str:
     """0:07, 12:05, 3:00:09."""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,5 +1,4 @@
-"""What a process tells its environment before JAX starts: for GPUs, for CPUs, and where there is no
-TPU.
+"""Environment variables for GPUs, CPUs and machines without a TPU, set before JAX starts.
 
 Nothing here asks JAX which device there is: asking would start the backend.
 """
@@ -14,6 +13,8 @@ from pathlib import Path
 
 from ssp_jax.runtime import launchers
 
+# --- GPUs -----------------------------------------------------------------------------------------
+
 # JAX takes 75 % of a GPU by default. This program is alone on it; the rest is left to the driver,
 # cuBLAS and NCCL.
 MEMORY_FRACTION = 0.92
@@ -21,18 +22,18 @@ MEMORY_FRACTION = 0.92
 # 0.12.0.1, and in the CUDA plugins (jax-cuda12-pjrt) of 0.10.2 and 0.12.0.1, as strings of their
 # shared libraries.
 XLA_FLAGS = {
-    # Collectives run beside the matrix work of the layer before and after: what FSDP needs (JAX's
+    # Collectives overlap with the matrix products of the layers around them, as FSDP needs (JAX's
     # performance tips).
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
-    # Seconds until a group of GPUs that talk for the first time is complete: processes compile for
-    # unequal times, and XLA's 40 would end the run.
+    # Seconds until a group of GPUs has come to its first collective: processes compile for unequal
+    # times, and XLA's 40 would end the run.
     "--xla_gpu_first_collective_call_terminate_timeout_seconds": "1800",
     # Seconds until threads that wait for each other before a collective give up; XLA's default is
     # never.
     "--xla_gpu_nccl_termination_timeout_seconds": "1800",
 }
-# XLA's pool of page-locked memory, for offloaded states and for what is copied to be saved. Its
-# default of 64 GiB a process is less than the train state of a 7B on one node.
+# XLA's pool of page-locked memory, for offloaded states and for copies that are saved. Its default
+# of 64 GiB a process is less than the train state of a 7B on one node.
 HOST_MEMORY = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 HOST_MEMORY_FRACTION = 0.85  # of the machine's memory
 _MEMORY_NAMES = (
@@ -51,9 +52,7 @@ _MEMORY_LIMITS = (
 
 
 def gpu_will_be_used(environment: Mapping[str, str], driver: Path = _DRIVER) -> bool:
-    """Whether JAX is about to take an NVIDIA GPU, without asking it: asking would start the
-    backend.
-    """
+    """Whether JAX is about to take an NVIDIA GPU."""
     platforms = environment.get("JAX_PLATFORMS", "")
     wanted = not platforms or bool({"cuda", "gpu"} & set(platforms.split(",")))
     return wanted and driver.exists() and any(importlib.util.find_spec(name) for name in _PLUGINS)
@@ -64,101 +63,104 @@ def visible_gpus(environment: Mapping[str, str], gpus: Path = _GPUS) -> int:
     if "CUDA_VISIBLE_DEVICES" not in environment:
         return len(list(gpus.glob("*")))
     names = [name.strip() for name in environment["CUDA_VISIBLE_DEVICES"].split(",")]
-    # CUDA reads up to the first that is none.
+    # CUDA reads up to the first name that is no GPU.
     return next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
 
 
 def host_memory(limits: Sequence[Path] = _MEMORY_LIMITS) -> int:
     """Bytes of memory of this machine, or of this container where that has less."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in limits:
         text = path.read_text().strip() if path.exists() else ""
-        found += [int(text)] if text.isdecimal() else []
-    return min(found)
+        if text.isdecimal():
+            sizes.append(int(text))
+    return min(sizes)
 
 
 def set_defaults(environment: MutableMapping[str, str]) -> list[str]:
-    """Sets what is missing; returns one `NAME=VALUE` for each thing set, for the log."""
-    told = []
+    """Sets missing variables; returns one `NAME=VALUE` for each that it has set, for the log."""
+    added = []
     if HOST_MEMORY not in environment:
-        each = HOST_MEMORY_FRACTION * host_memory() / (launchers.local_tasks(environment) or 1)
+        processes = launchers.local_tasks(environment) or 1
+        each = HOST_MEMORY_FRACTION * host_memory() / processes
         environment[HOST_MEMORY] = str(max(1, int(each / 2**30)))
-        told.append(f"{HOST_MEMORY}={environment[HOST_MEMORY]}")
+        added.append(f"{HOST_MEMORY}={environment[HOST_MEMORY]}")
     if not any(name in environment for name in _MEMORY_NAMES):
         environment[_MEMORY_NAMES[0]] = str(MEMORY_FRACTION)
-        told.append(f"{_MEMORY_NAMES[0]}={MEMORY_FRACTION}")
+        added.append(f"{_MEMORY_NAMES[0]}={MEMORY_FRACTION}")
     flags = environment.get("XLA_FLAGS", "").split()
     given = {flag.split("=")[0] for flag in flags}
     missing = [f"{name}={value}" for name, value in XLA_FLAGS.items() if name not in given]
     if missing:
         environment["XLA_FLAGS"] = " ".join(flags + missing)
-        told.append("XLA_FLAGS+=" + " ".join(missing))
-    return told
+        added.append("XLA_FLAGS+=" + " ".join(missing))
+    return added
 
+
+# --- TPUs -----------------------------------------------------------------------------------------
 
 _GOOGLE = "0x1ae0"  # PCI vendor of TPU chips
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _DEVICES = Path("/dev")
-# Variables that whoever starts a program on TPUs sets. (JAX itself sets others as it is imported,
-# wherever libtpu is.)
-_NAMES = (
-    *(
-        "TPU_ACCELERATOR_TYPE",
-        "TPU_NAME",
-        "TPU_WORKER_ID",
-        "TPU_WORKER_HOSTNAMES",
-        "TPU_PROCESS_ADDRESSES",
-    ),
-    *("TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES", "TPU_TOPOLOGY", "MEGASCALE_NUM_SLICES"),
+# Variables that launchers of programs on TPUs set. (JAX sets others as it is imported, wherever
+# libtpu is.)
+_TPU_NAMES = (
+    "MEGASCALE_NUM_SLICES",
+    "TPU_ACCELERATOR_TYPE",
+    "TPU_NAME",
+    "TPU_PROCESS_ADDRESSES",
+    "TPU_TOPOLOGY",
+    "TPU_VISIBLE_CHIPS",
+    "TPU_VISIBLE_DEVICES",
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_WORKER_ID",
 )
 
 
 def tpu_installed() -> bool:
+    """Whether libtpu is there."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 def tpu_may_be_used(
     environment: Mapping[str, str], pci: Path = _PCI_DEVICES, devices: Path = _DEVICES
 ) -> bool:
-    """libtpu alone says little: whoever compiles ahead of time for TPUs has it too."""
+    """Whether this machine may have a TPU, beside libtpu, which also compiles ahead of time."""
     if not tpu_installed():
         return False
     if any(vendor.read_text().strip() == _GOOGLE for vendor in pci.glob("*/vendor")):
         return True
     if [*devices.glob("accel[0-9]*"), *devices.glob("vfio/[0-9]*")]:
         return True
-    return any(name in environment for name in _NAMES)
+    return any(name in environment for name in _TPU_NAMES)
 
 
 def platforms_without(
     environment: Mapping[str, str], pci: Path = _PCI_DEVICES, devices: Path = _DEVICES
 ) -> str | None:
-    """JAX_PLATFORMS for a machine that has libtpu and no TPU, where JAX would look for one, and
-    libtpu tell a page about it. None: JAX needs no word, or the user has said it, or another
-    plugin may have a device.
+    """JAX_PLATFORMS for a machine that has libtpu and no TPU.
+
+    There JAX would look for a TPU, and libtpu print a page of errors. None: JAX needs no setting,
+    or the user has set it, or another plugin may have a device.
     """
-    said = environment.get("JAX_PLATFORMS") or environment.get("JAX_PLATFORM_NAME")
-    if (
-        said
-        or not tpu_installed()
-        or tpu_may_be_used(environment, pci, devices)
-        or _other_plugins()
-    ):
+    if environment.get("JAX_PLATFORMS") or environment.get("JAX_PLATFORM_NAME"):
+        return None
+    if not tpu_installed() or tpu_may_be_used(environment, pci, devices):
+        return None
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    if any("cuda" not in plugin.name for plugin in plugins):
         return None
     return "cuda,cpu" if gpu_will_be_used(environment) else "cpu"
 
 
-def _other_plugins() -> bool:
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return any("cuda" not in plugin.name for plugin in plugins)
-
+# --- CPUs -----------------------------------------------------------------------------------------
 
 # 1: malloc asks for transparent huge pages; in glibc from 2.35 on
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def cpu_will_be_used(environment: Mapping[str, str]) -> bool:
-    """Whether JAX is about to run on the CPU, without asking it: asking would start the backend."""
+    """Whether JAX is about to run on the CPU."""
     platforms = environment.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms == "cpu"
@@ -166,11 +168,12 @@ def cpu_will_be_used(environment: Mapping[str, str]) -> bool:
 
 
 def set_huge_pages(environment: MutableMapping[str, str]) -> bool:
-    """For processes that start with this environment; False where the user has said something, or
-    has another libc.
+    """Sets huge pages for processes that start with this environment; whether it did.
 
-    An XLA program asks for its temporaries as one block at every call, and glibc gives a block
-    above 32 MiB back to the kernel when it is free, which clears its pages for the next. Huge pages
+    It does not where the user has set them, or has another libc than glibc.
+
+    An XLA program allocates its temporaries as one block at every call. glibc returns a free block
+    above 32 MiB to the kernel, which clears its pages before the next call gets them. Huge pages
     make that cheap (measured on updates of 1M to 0.5B parameters: 10 to 15 % of the time; keeping
     freed memory is as fast, and takes up to 20 % more of it).
     """
@@ -182,19 +185,17 @@ def set_huge_pages(environment: MutableMapping[str, str]) -> bool:
 
 
 def prepare() -> None:
-    """For the device that JAX is about to take. The first thing a program does: it may start itself
-    once more, because glibc reads its settings only when a process starts. What is set for a GPU
-    is said on the standard error.
+    """Prepares the environment for the device that JAX is about to take.
+
+    Call it first in a program: it may start the program once more, because glibc reads its
+    settings only when a process starts. Settings for a GPU are printed to standard error.
     """
     if platforms := platforms_without(os.environ):
         os.environ["JAX_PLATFORMS"] = platforms
         if "jax" in sys.modules:  # it has read its environment
             sys.modules["jax"].config.update("jax_platforms", platforms)
     if gpu_will_be_used(os.environ):
-        print(
-            "GPU: set",
-            *set_defaults(os.environ) or ["nothing; the environment has it all"],
-            file=sys.stderr,
-        )
+        added = set_defaults(os.environ) or ["nothing; the environment has it all"]
+        print("GPU: set", *added, file=sys.stderr)
     if cpu_will_be_used(os.environ) and set_huge_pages(os.environ):
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,9 +1,8 @@
-"""Several processes that play one run: how they start, what they tell each other, and how they end
-together.
+"""The processes of one run: how they start, exchange objects, and end together.
 
-Each process plays its own share of a step on its own devices, without any word to the others, and
-hands over what it played at the end. From then on all of them hold the same and compute the same
-update, each on its part of the mesh. On one process nothing here does anything.
+Each process plays its own share of a step on its own devices, without a message to the others, and
+hands over its episodes at the end. From then on all processes hold the same episodes and compute
+the same update, each on its shard of the mesh. In a run of one process nothing here does anything.
 """
 
 import atexit
@@ -34,21 +33,23 @@ from ssp_jax.runtime.launchers import ProcessSpec
 
 T = TypeVar("T")
 
-START_SECONDS = 600  # until all processes must have come: a cluster starts its hosts one by one
-# until all see a file: NFS and gcsfuse keep what they know of a folder for up to a minute
+# Until all processes must have joined: a cluster starts its hosts one by one.
+START_SECONDS = 600
+# Until all processes see a file: NFS and gcsfuse cache a folder for up to a minute.
 SHARED_SECONDS = 90
-HEARTBEAT_SECONDS = 100  # a process that has been silent for so long counts as dead
-# A process that waits for the others ends when they have not come for so long. It may wait longer
-# where its own part took long: shares of play are alike in number of games, and not in seconds.
+# A process that has been silent for so long counts as dead.
+HEARTBEAT_SECONDS = 100
+# A process that waits for the others ends when they have not come for so long. It waits longer
+# where its own share took long: shares are equal in games, not in seconds.
 STUCK_SECONDS = 1800
-STUCK_TIMES = 3  # as long as its own part took
+STUCK_TIMES = 3  # of the time that its own share took
 _TICK_SECONDS = 0.5
-# bytes that a process hands over in one collective: one program, however much there is to tell
+# Bytes of each process in one collective: one compiled program, whatever the size of the objects.
 _BLOCK = 1 << 18
 _GONE = "another process of the run is gone"
 _RESUME = "the same command goes on from the last checkpoint"
-# Prints its argument when its standard input ends without a word; signals that a whole job gets are
-# not for it.
+# Prints its argument when its standard input closes before a byte has come. It ignores the signals
+# that a whole job gets.
 _WATCHDOG = """
 import signal, sys
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -62,31 +63,31 @@ class Terminated(Exception):
 
 
 class CollectiveInputError(InputError):
-    """What one of several processes was told, raised by all of them at the same place: they can
-    still act together.
-    """
+    """An InputError of one process, raised by all at the same place: they can act together."""
 
 
 class LocalFailure(Exception):
-    """What only this one of several processes was told: the others go on and would wait for it."""
+    """An error that only this process saw. Its peers would hang, so it exits at once."""
 
     def __init__(self, sentence: str, code: int) -> None:
         super().__init__(sentence)
         self.code = code
 
 
-# --- start ------------------------------------------------------------------------------------------------------------
+# --- start ----------------------------------------------------------------------------------------
 
 
 def start(spec: ProcessSpec, environment: MutableMapping[str, str]) -> None:
-    """Joins the other processes, if there are any; before anything touches the devices."""
+    """Joins the other processes, if there are any. Call it before anything touches the devices."""
     if spec.processes == 1 or not (spec.coordinator or detected(environment)):
         return
-    expected = "expected --coordinator=HOST:PORT, --processes=N and --process=I on each, or --processes=1 for a run on its own"
-    own_gpus = launchers.local_gpus(environment, platform.visible_gpus(environment))
-    found = _arm_watchdog(
-        f"the processes of this run did not find each other in {START_SECONDS} seconds; {expected}"
+    expected = (
+        "expected --coordinator=HOST:PORT, --processes=N and --process=I on each, "
+        "or --processes=1 for a run on its own"
     )
+    lost = "the processes of this run did not find each other"
+    own_gpus = launchers.local_gpus(environment, platform.visible_gpus(environment))
+    disarm = _arm_watchdog(f"{lost} in {START_SECONDS} seconds; {expected}")
     try:
         jax.distributed.initialize(
             spec.coordinator,
@@ -97,22 +98,19 @@ def start(spec: ProcessSpec, environment: MutableMapping[str, str]) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, OSError, RuntimeError) as error:
-        found()
-        # Code 1 and not 2: a cluster that starts all of them again may have more luck.
-        sys.exit(
-            f"ssp_jax: the processes of this run did not find each other ({error}); {expected}"
-        )
-    found()
+        disarm()
+        # Code 1 and not 2: a cluster that restarts all of them may have more luck.
+        sys.exit(f"ssp_jax: {lost} ({error}); {expected}")
+    disarm()
     if is_multiprocess():
         _end_at_once_on_errors()
-        # The first words between devices, before downloads and the like keep some processes longer
-        # than others: XLA gives up on devices that do not all come to their first collective.
+        # The first collective, before downloads keep some processes longer than others: XLA gives
+        # up on devices that do not all come to their first collective.
         barrier()
 
 
 def detected(environment: MutableMapping[str, str], devices: Path = Path("/dev")) -> bool:
-    """Whether a cluster's environment says that there are more processes than this one, in a way
-    that JAX reads too.
+    """Whether the environment announces other processes, in a way that JAX reads too.
 
     On a Cloud TPU VM only its metadata server knows; JAX asks it, and may find that this host is
     the only one.
@@ -121,73 +119,68 @@ def detected(environment: MutableMapping[str, str], devices: Path = Path("/dev")
     def many(name: str) -> bool:
         return environment.get(name, "").isdecimal() and int(environment[name]) > 1
 
-    if (
-        many("SLURM_NTASKS")
-        and {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"} <= environment.keys()
-    ):
+    def listed(name: str) -> bool:
+        return "," in environment.get(name, "")
+
+    slurm = {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"}
+    if many("SLURM_NTASKS") and slurm <= environment.keys():
         return True
-    if many("OMPI_COMM_WORLD_SIZE"):
+    if many("OMPI_COMM_WORLD_SIZE") or many("MEGASCALE_NUM_SLICES"):
         return True
-    if any(
-        "," in environment.get(name, "")
-        for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
-    ):
-        return True
-    if many("MEGASCALE_NUM_SLICES"):
+    if listed("TPU_PROCESS_ADDRESSES") or listed("TPU_WORKER_HOSTNAMES"):
         return True
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        # what JAX asks for the other pods with
+        # JAX asks for the other pods with this package.
         return importlib.util.find_spec("kubernetes") is not None
-    platforms = environment.get("JAX_PLATFORMS", "tpu").split(",")
+    if "tpu" not in environment.get("JAX_PLATFORMS", "tpu").split(","):
+        return False
+    if "TPU_SKIP_MDS_QUERY" in environment or "TPU_WORKER_HOSTNAMES" in environment:
+        return False
     chips = [*devices.glob("accel[0-9]*"), *devices.glob("vfio/[0-9]*")]
-    alone = "TPU_SKIP_MDS_QUERY" in environment or "TPU_WORKER_HOSTNAMES" in environment
-    return (
-        "tpu" in platforms
-        and bool(chips)
-        and not alone
-        and importlib.util.find_spec("libtpu") is not None
-    )
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def is_multiprocess() -> bool:
-    """Asks no device where there is no other process, so that mistakes in the input are told before
-    devices are up.
+    """Whether the run has other processes.
+
+    It asks no device where there are none, so that bad input is reported before devices are up.
     """
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_coordinator() -> bool:
-    """Whether this is the process that writes logs, scores and everything else that is written
-    once.
-    """
+    """Whether this is process 0, which writes logs, scores and whatever else is written once."""
     return jax.process_index() == 0
 
 
-# --- the end ----------------------------------------------------------------------------------------------------------
+# --- the end --------------------------------------------------------------------------------------
 
 
 def _arm_watchdog(sentence: str) -> Callable[[], None]:
-    """The sentence is printed should this process end before it calls what is returned.
+    """Starts a watchdog that prints the sentence if this process dies; returns what disarms it.
 
-    JAX's runtime aborts a process whose coordinator or peer is gone, from another thread: nothing
-    in the process itself can say anything then, so a small one beside it does.
+    JAX's runtime aborts a process whose coordinator or peer is gone, from another thread. Nothing
+    in the process itself can print anything then, so a small process beside it does.
     """
     command = [sys.executable, "-S", "-E", "-c", _WATCHDOG, sentence]
-    mourner = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def disarm() -> None:
-        mourner.communicate(b".")
+        watchdog.communicate(b".")
 
     return disarm
 
 
 def _end_at_once_on_errors() -> None:
-    """An error ends this process without the wait for the others that JAX has at exit: they would
-    wait for this one.
+    """Makes an error end this process at once.
+
+    At exit JAX would wait for the other processes, which would wait for this one.
     """
     own = f"process {jax.process_index()}"
-    why = f"{own} was ended from outside, or by JAX because {_GONE} (the lines above may say which); {_RESUME}"
-    disarm = _arm_watchdog(why)
+    disarm = _arm_watchdog(
+        f"{own} was ended from outside, or by JAX because {_GONE} "
+        f"(the lines above may say which); {_RESUME}"
+    )
     signals.before_leaving.append(disarm)
 
     def leave(
@@ -210,24 +203,26 @@ def _end_at_once_on_errors() -> None:
 
 @contextlib.contextmanager
 def watched(seconds: float | None = None) -> Iterator[None]:
-    """In here this process waits for all others: one that is alive and stuck must not hang it for
-    ever.
+    """Around a wait for all others: ends this process if one of them is alive and stuck.
+
+    seconds: after which it ends, STUCK_SECONDS if None.
     """
     if not is_multiprocess():
         yield
         return
-    most = STUCK_SECONDS if seconds is None else seconds
+    limit = STUCK_SECONDS if seconds is None else seconds
 
     def end() -> None:
         signals.say(
-            f"process {jax.process_index()} ends because another process of the run has not come for {most:.0f} "
-            f"seconds: it may be alive and stuck, such as in a file system or a server; {_RESUME}"
+            f"process {jax.process_index()} ends because another process of the run has not come "
+            f"for {limit:.0f} seconds: it may be alive and stuck, such as in a file system or a "
+            f"server; {_RESUME}"
         )
         for action in signals.before_leaving:
             action()
         os._exit(1)
 
-    timer = threading.Timer(most, end)
+    timer = threading.Timer(limit, end)
     timer.daemon = True
     timer.start()
     try:
@@ -238,11 +233,12 @@ def watched(seconds: float | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fail_fast(workdir: str) -> Iterator[None]:
-    """Around a run: what one of several processes alone is told ends it at once, and so the others,
-    which see it gone.
+    """Around a run: an error that only this process sees ends it at once.
 
-    A full disk, or one that is gone, is told in one sentence. Not as unusable input: the same
-    command may do better.
+    The others then see it gone, and end too. A disk that is full or gone is reported in one
+    sentence, and not as bad input: the same command may do better later.
+
+    Raises LocalFailure, CollectiveInputError, or SystemExit.
     """
     try:
         yield
@@ -262,27 +258,30 @@ def fail_fast(workdir: str) -> Iterator[None]:
 
 
 def is_collective(error: InputError) -> bool:
-    """Whether no other process goes on as if nothing had happened."""
+    """Whether all processes of the run see this error."""
     return not is_multiprocess() or isinstance(error, CollectiveInputError)
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether a collective failed because of another process: what gloo, NCCL and JAX's coordinator
-    say then.
+    """Whether a collective failed because of another process.
+
+    By the words that gloo, NCCL and JAX's coordinator use then.
     """
-    said = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "unhealthy")
-    # the latter where a program fails as it is dispatched
-    kinds = jax.errors.JaxRuntimeError, ValueError
-    return isinstance(error, kinds) and any(words in str(error) for words in said)
+    # ValueError: where a program fails as it is dispatched.
+    if not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+        return False
+    words = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "unhealthy")
+    return any(word in str(error) for word in words)
 
 
 class Stop:
-    """While this context is open Ctrl-C, SIGTERM and SIGHUP only set a flag; calling the object
-    raises Terminated once it is set. A second Ctrl-C leaves at once.
+    """A context in which Ctrl-C, SIGTERM and SIGHUP only set a flag.
 
-    With several processes JAX's preemption service has SIGTERM: whichever process gets it, all have
-    their flag set at the same tick of a clock that each keeps on its own. They leave the game then,
-    and meet where they hand over. The other two signals are passed on to it.
+    Calling the object raises Terminated once the flag is set. A second Ctrl-C leaves at once.
+
+    With several processes JAX's preemption service handles SIGTERM: whichever process gets it, all
+    set their flag at the same tick of a clock that each keeps on its own. They leave the game then,
+    and meet where they hand over episodes. The other two signals are forwarded as SIGTERM.
     """
 
     def __enter__(self) -> "Stop":
@@ -307,7 +306,8 @@ class Stop:
             self._first = number
             if number == signal.SIGINT:
                 signals.say(
-                    "interrupted: saves as soon as the work at hand allows; Ctrl-C again leaves at once"
+                    "interrupted: saves as soon as the work at hand allows; "
+                    "Ctrl-C again leaves at once"
                 )
             if is_multiprocess():
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -317,7 +317,7 @@ class Stop:
             signals.leave_at_once()
 
     def _leave_terminal(self) -> None:
-        """A terminal that is gone takes no more words, and each would be an error."""
+        """Redirects output to /dev/null: each write to a terminal that is gone is an error."""
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in self._terminals:
             os.dup2(nowhere, number)
@@ -328,9 +328,10 @@ class Stop:
         for tick in itertools.count(1):
             if multihost_utils.reached_preemption_sync_point(tick):
                 self._set.set()
-            # As many ticks as time has passed, also where this thread came late: who is behind
-            # hears of it late.
-            if self._over.wait(max(0.0, start + tick * _TICK_SECONDS - time.monotonic())):
+            # Ticks follow the time since the start, also where this thread woke late: a process
+            # whose ticks are behind would see the signal late.
+            due = start + tick * _TICK_SECONDS
+            if self._over.wait(max(0.0, due - time.monotonic())):
                 return
 
     def __call__(self) -> None:
@@ -344,6 +345,7 @@ class Stop:
 
     @property
     def cause(self) -> str:
+        """One word for messages."""
         return "interrupted" if self._first == signal.SIGINT else "terminated"
 
     def __exit__(self, *_: object) -> None:
@@ -353,72 +355,76 @@ class Stop:
         self._listening.__exit__(None, None, None)
 
 
-# --- what they tell each other ----------------------------------------------------------------------------------------
+# --- what they tell each other --------------------------------------------------------------------
 
 
 def balance(costs: Sequence[float], processes: int) -> list[list[int]]:
-    """Who plays what, as indices: the dearest first, to and fro, so that shares are alike in number
-    and in cost.
+    """Indices of each process's share, in ascending order; shares are even in number and in cost.
+
+    The most expensive come first and go to processes 0, 1, 2, 2, 1, 0, 0, ...
     """
-    dearest = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    turn = [*range(processes), *reversed(range(processes))]
-    return [
-        sorted(i for place, i in enumerate(dearest) if turn[place % len(turn)] == process)
-        for process in range(processes)
-    ]
+    expensive_first = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    to_and_fro = [*range(processes), *reversed(range(processes))]
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    for i, process in zip(expensive_first, itertools.cycle(to_and_fro), strict=False):
+        shares[process].append(i)
+    return [sorted(share) for share in shares]
 
 
 def local_share(costs: Sequence[float]) -> list[int]:
+    """The indices that this process plays, see balance()."""
     return balance(costs, jax.process_count())[jax.process_index()]
 
 
 def all_gather_objects(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> list[T]:
-    """What `action` gives on each process, for all of them, in the order of processes.
+    """Runs `action` on each process; returns all results, in the order of processes.
 
-    What one of them is told (InputError, Terminated) all are told, so that they end together.
-    `facts` must be the same everywhere.
+    facts: values by name that must be equal on all processes.
+
+    An InputError of one process is raised by all (CollectiveInputError on the others too), and so
+    is Terminated: they end together.
     """
     if not is_multiprocess():
         return [action()]
     result: T | None = None
-    told: InputError | Terminated | None = None
+    raised: InputError | Terminated | None = None
     began = time.monotonic()
     try:
         result = action()
     except (InputError, Terminated) as error:
-        told = error
-    own = pickle.dumps((dict(facts or {}), told, result))
-    with watched(max(STUCK_SECONDS, STUCK_TIMES * (time.monotonic() - began))):
-        parts = [pickle.loads(part) for part in _gather(own)]
-    check_alike([part[0] for part in parts])
-    for process, (_, of_one, _) in enumerate(parts):
-        if isinstance(of_one, InputError):
-            raise CollectiveInputError(
-                str(of_one) if process == jax.process_index() else f"process {process}: {of_one}"
-            )
-        if of_one is not None:
-            raise of_one
-    return [part[2] for part in parts]
+        raised = error
+    own = pickle.dumps((dict(facts or {}), raised, result))
+    own_seconds = time.monotonic() - began
+    with watched(max(STUCK_SECONDS, STUCK_TIMES * own_seconds)):
+        gathered = [pickle.loads(message) for message in _gather(own)]
+    check_alike([its_facts for its_facts, _, _ in gathered])
+    for process, (_, its_error, _) in enumerate(gathered):
+        if isinstance(its_error, InputError):
+            where = "" if process == jax.process_index() else f"process {process}: "
+            raise CollectiveInputError(f"{where}{its_error}")
+        if its_error is not None:
+            raise its_error
+    return [its_result for _, _, its_result in gathered]
 
 
 def run_on_all(action: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
-    """What `action` gives on this process; InputError of one is raised by all."""
-    kept: list[T] = []
-    all_gather_objects(lambda: kept.append(action()), facts)
-    return kept[0]
+    """Runs `action` on each process; returns this one's result. Errors as all_gather_objects()."""
+    results: list[T] = []
+    all_gather_objects(lambda: results.append(action()), facts)
+    return results[0]
 
 
 def barrier() -> None:
-    """Waits for those that compile what others find in their cache, before devices talk that have
-    not talked before.
+    """Waits for all processes, so that those that compile and those that find it cached meet.
 
-    (Gloo gives up after half a minute then, and after half an hour between those that have.)
+    Devices that have not communicated before must all come within half a minute (Gloo's limit);
+    later the limit is half an hour.
     """
     all_gather_objects(lambda: None)
 
 
 def appears(path: Path) -> bool:
-    """Whether the path is there. Where another process wrote it, it is waited for."""
+    """Whether the path exists. Processes other than the coordinator wait for it to appear."""
     end = time.monotonic() + (0 if is_coordinator() else SHARED_SECONDS)
     while not path.exists():
         if time.monotonic() >= end:
@@ -428,9 +434,9 @@ def appears(path: Path) -> bool:
 
 
 def check_shared(folder: Path) -> None:
-    """All processes see what the first one writes into this folder; else InputError.
+    """InputError unless all processes see what the coordinator writes into this folder.
 
-    By a name that is new each time: a file system may remember that another one was not there.
+    The file's name is new each time: a file system may remember that an old one was not there.
     """
     if not is_multiprocess():
         return
@@ -448,9 +454,8 @@ def check_shared(folder: Path) -> None:
 
     def look() -> None:
         if not appears(path):
-            raise InputError(
-                f"{folder} is not the same folder on all hosts; expected one that they share"
-            )
+            found = f"{folder} is not the same folder on all hosts"
+            raise InputError(f"{found}; expected one that they share")
 
     try:
         run_on_all(look)
@@ -460,66 +465,64 @@ def check_shared(folder: Path) -> None:
 
 
 def run_on_coordinator(action: Callable[[], object]) -> None:
-    """The first process acts while the others wait, for hours if need be; its InputError is raised
-    by all.
+    """Runs `action` on the coordinator while the others wait; its InputError is raised by all.
 
-    They wait in many short collectives: a long one counts as a failed one (Gloo gives up after half
-    an hour).
+    They wait in many short collectives, for hours if need be: one long collective would count as
+    failed (Gloo gives up after half an hour).
     """
-    told: list[InputError] = []
+    raised: list[InputError] = []
 
     def act() -> None:
         try:
             action()
         except InputError as error:
-            told.append(error)
+            raised.append(error)
 
     # daemon: Ctrl-C ends the process and not only the wait
     thread = threading.Thread(target=act, daemon=True)
     if is_coordinator():
         thread.start()
 
-    def over() -> bool:
+    def is_done() -> bool:
         if is_coordinator():
             thread.join(_TICK_SECONDS)
         ended = not thread.is_alive()
-        if told:
-            raise told[0]
+        if raised:
+            raise raised[0]
         return ended
 
-    while not all(all_gather_objects(over)):
+    while not all(all_gather_objects(is_done)):
         pass
 
 
 def check_alike(facts: Sequence[Mapping[str, Any]]) -> None:
-    """The same facts of each process, or InputError with the first that differs and where."""
-    for name in dict.fromkeys(name for own in facts for name in own):
-        values = [own.get(name) for own in facts]
-        where: dict[str, list[str]] = {}
-        for process, value in enumerate(values):
-            where.setdefault(repr(value), []).append(str(process))
-        if len(where) > 1:
-            differ = "; ".join(
-                f"{value} on {', '.join(processes)}" for value, processes in where.items()
-            )
+    """CollectiveInputError with the first fact that differs between processes, and where.
+
+    facts: of each process, values by name.
+    """
+    names = dict.fromkeys(name for own in facts for name in own)
+    for name in names:
+        processes_of: dict[str, list[str]] = {}
+        for process, own in enumerate(facts):
+            processes_of.setdefault(repr(own.get(name)), []).append(str(process))
+        if len(processes_of) > 1:
+            groups = [f"{value} on {', '.join(them)}" for value, them in processes_of.items()]
             raise CollectiveInputError(
-                f"the processes of this run are not alike: {name} is {differ}"
+                f"the processes of this run are not alike: {name} is {'; '.join(groups)}"
             )
 
 
 def digest(value: Any) -> str:
-    """Short, and the same on every process that has the same."""
+    """A short digest of repr(value): equal values have the same on every process."""
     return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 def _gather(own: bytes) -> list[bytes]:
-    """The bytes of every process."""
+    """The messages of all processes, in the order of processes."""
     sizes = multihost_utils.process_allgather(np.array([len(own)], np.int32))[:, 0]
-    padded = np.zeros(-(-int(sizes.max()) // _BLOCK) * _BLOCK, np.uint8)
+    blocks = -(-int(sizes.max()) // _BLOCK)
+    padded = np.zeros(blocks * _BLOCK, np.uint8)
     padded[: len(own)] = np.frombuffer(own, np.uint8)
-    blocks = [
-        multihost_utils.process_allgather(padded[i : i + _BLOCK])
-        for i in range(0, len(padded), _BLOCK)
-    ]
-    everything = np.concatenate(blocks, axis=1)
-    return [everything[process, :size].tobytes() for process, size in enumerate(sizes)]
+    gathered = [multihost_utils.process_allgather(block) for block in np.split(padded, blocks)]
+    messages = np.concatenate(gathered, axis=1)
+    return [message[:size].tobytes() for message, size in zip(messages, sizes, strict=True)]

@@ -1,8 +1,8 @@
 """Files that a run writes and reads again: JSON records, one a line, and JSON documents.
 
-A process can be killed, and a machine can go down, while such a file is written. What is left then
-is a last line without its end, NUL bytes, or two records in one line. Such lines are passed over
-and counted: what they said is made again. A document is there as a whole or not at all.
+A process can be killed, and a machine can go down, while such a file is written. That leaves a last
+line without its end, NUL bytes, or two records in one line. Readers skip such lines and count them;
+their records are made again. A document exists as a whole or not at all.
 """
 
 import json
@@ -16,20 +16,20 @@ from ssp_jax.runtime.files import replacing
 
 LONGEST_LINE = 1 << 26  # bytes; an episode has some hundred thousand, so a longer line is spoilt
 
-Fields = Mapping[str, tuple[type, ...]]  # what a record must have, and of which types
+Fields = Mapping[str, tuple[type, ...]]  # names that a record must have -> types of their values
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line with its end, where the next one begins, and its record: None where it is spoilt."""
+    """One whole line of a file."""
 
-    raw: bytes
-    next: int
-    record: dict[str, Any] | None
+    raw: bytes  # its newline included
+    next: int  # byte at which the next line begins
+    record: dict[str, Any] | None  # None where the line is spoilt
 
 
 def read_lines(path: Path, fields: Fields) -> Iterator[Line]:
-    """The whole lines of a file, one at a time. A last one that has no end yet is left out."""
+    """The whole lines of a file, one at a time; a last line without its newline is left out."""
     with open(path, "rb") as file:
         while raw := file.readline(LONGEST_LINE):
             if raw.endswith(b"\n"):
@@ -39,13 +39,11 @@ def read_lines(path: Path, fields: Fields) -> Iterator[Line]:
 
 
 def _skip_line(file: IO[bytes]) -> bool:
-    """Reads on to the end of a line that is too long to be kept. Whether it has one."""
-    part = b""
-    while not part.endswith(b"\n"):
-        part = file.readline(LONGEST_LINE)
-        if not part:
-            return False
-    return True
+    """Skips the rest of a line that is too long. Whether it has a newline."""
+    while piece := file.readline(LONGEST_LINE):
+        if piece.endswith(b"\n"):
+            return True
+    return False
 
 
 def _record(raw: bytes, fields: Fields) -> dict[str, Any] | None:
@@ -53,10 +51,12 @@ def _record(raw: bytes, fields: Fields) -> dict[str, Any] | None:
         record = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(record, dict) and all(
-        name in record and _is_one_of(record[name], types) for name, types in fields.items()
-    )
-    return record if whole else None
+    if not isinstance(record, dict):
+        return None
+    for name, types in fields.items():
+        if name not in record or not _is_one_of(record[name], types):
+            return None
+    return record
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -64,21 +64,22 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
-    """By its exact type, for Python's True is an int. 1e999 becomes an infinity, which is no
-    number.
-    """
-    return type(value) in types and not (isinstance(value, float) and not math.isfinite(value))
+    """By exact type: True would be an int. 1e999 is read as an infinity, which is no number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return type(value) in types
 
 
 def count_lines(path: Path, start: int = 0) -> int:
-    """The whole lines from that byte on."""
+    """The number of whole lines from byte `start` on."""
     with open(path, "rb") as file:
         file.seek(start)
-        return sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
+        pieces = iter(lambda: file.read(1 << 20), b"")
+        return sum(piece.count(b"\n") for piece in pieces)
 
 
 def write_document(path: Path, document: Any) -> None:
-    """Replaces a JSON file: whoever reads it meanwhile finds the old or the new one."""
+    """Replaces a JSON file; a concurrent reader finds the old or the new content."""
     text = json.dumps(document, indent=1) + "\n"
     with replacing(path, str(path)) as file:
         file.write(text)

@@ -1,9 +1,9 @@
-"""One request to somebody's server: bounded in time and in size, whatever the server does.
+"""One HTTP request, bounded in time and in size whatever the server does.
 
-A socket's timeout bounds the wait for the next byte, so a server that sends one now and then is
-waited for without end; and no timeout bounds the look-up of a name. So each request has a thread of
-its own, and who asks waits for it no longer than until the deadline. The thread is a daemon: a
-process that ends does not wait for it.
+The timeout of a socket bounds the wait for the next byte only, so a server that sends one now and
+then could hold a client for ever; and no timeout bounds the look-up of a host name. So each request
+runs in a thread of its own, and the caller waits for it until the deadline. The thread is a daemon:
+a process that ends does not wait for it.
 """
 
 import base64
@@ -21,16 +21,16 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from ssp_jax.errors import InputError, masked
 
-# of a reply, as it comes and once unpacked: a thousand queries with ten passages of 6 KB
+# Limit of a reply, packed and unpacked: a thousand queries with ten passages of 6 KB.
 REPLY_BYTES = 1 << 26
 _PIECE = 1 << 16
-_PATH = "/%:@!$&'()*+,;=~"  # characters that a path may hold; of others the bytes are escaped
+_PATH = "/%:@!$&'()*+,;=~"  # characters that a path may hold; others are escaped
 _HEADERS = {
     "Content-Type": "application/json",
     "Accept": "application/json",
     "User-Agent": "ssp_jax",
 }
-# content encoding -> zlib's wbits
+# Content encoding -> zlib's wbits, 0 for none.
 _PACKED = {"gzip": 31, "x-gzip": 31, "deflate": 47, "": 0, "identity": 0}
 
 
@@ -60,45 +60,44 @@ def check_address(key: str, url: str) -> None:
 
 
 class Secrets:
-    """What an address holds that nobody must be shown, and that a server may echo in whatever form."""
+    """The secrets of a URL, in every form in which a server may echo them."""
 
     def __init__(self, url: str, *more: str) -> None:
+        """more: further secrets, such as a key that is sent in a header."""
         parts = urlsplit(url)
-        user, password = unquote(parts.username or ""), unquote(parts.password or "")
-        plain = {password, *more} - {""}
+        user = unquote(parts.username or "")
+        password = unquote(parts.password or "")
+        secrets = {password, *more} - {""}
         if password:
-            plain.add(base64.b64encode(f"{user}:{password}".encode()).decode())
-        plain |= {
-            value
-            for name, value in parse_qsl(parts.query)
-            if masked(f"?{name}={value}") != f"?{name}={value}"
-        }
-        forms = (
-            plain
-            | {quote(secret, safe="") for secret in plain}
-            | {json.dumps(secret)[1:-1] for secret in plain}
-        )
-        # What is shorter stands in many a word, and is no secret.
+            secrets.add(base64.b64encode(f"{user}:{password}".encode()).decode())
+        for name, value in parse_qsl(parts.query):
+            parameter = f"?{name}={value}"
+            if masked(parameter) != parameter:
+                secrets.add(value)
+        forms = set(secrets)
+        for secret in secrets:
+            forms |= {quote(secret, safe=""), json.dumps(secret)[1:-1]}
+        # A shorter string is part of many words, and is no secret.
         self._forms = sorted((form for form in forms if len(form) > 3), key=len, reverse=True)
 
     def hidden(self, text: str) -> str:
-        """The text without them, and without those of other addresses in it."""
+        """The text with *** for these secrets, and for those of other URLs in it."""
         for form in self._forms:
             text = text.replace(form, "***")
         return masked(text)
 
 
 def post(url: str, value: Any, timeout_s: float, limit: int = REPLY_BYTES) -> Reply:
-    """The reply to a JSON value, of whatever status; redirections are not followed.
+    """Posts a JSON value; returns the reply, whatever its status. Redirections are not followed.
 
-    timeout_s is for all of it: to find the host, to connect, to send, and for the last byte of the
-    reply.
+    timeout_s: of the whole request, from the look-up of the host to the last byte of the reply.
+    limit: bytes of the reply. Raises RequestError.
     """
     exchange = _Exchange(url, value, timeout_s, limit)
     exchange.start()
     try:
         exchange.join(timeout_s)
-        result = exchange.result  # before it is abandoned, for that makes one too
+        result = exchange.result  # before abandon(), which causes an error that would be stored
     finally:
         exchange.abandon()
     if isinstance(result, Reply):
@@ -106,8 +105,9 @@ def post(url: str, value: Any, timeout_s: float, limit: int = REPLY_BYTES) -> Re
     if result is None or isinstance(result, TimeoutError):
         raise RequestError(f"no whole reply in {timeout_s:g} seconds")
     text = str(result)
-    speaks = isinstance(result, RequestError | OSError) and text
-    raise RequestError(text if speaks else f"{type(result).__name__}: {text}")
+    if text and isinstance(result, RequestError | OSError):
+        raise RequestError(text)
+    raise RequestError(f"{type(result).__name__}: {text}")
 
 
 @functools.cache
@@ -117,24 +117,21 @@ def _tls() -> ssl.SSLContext:
 
 def _connection(url: str, timeout_s: float) -> http.client.HTTPConnection:
     parts = urlsplit(url)
+    host = parts.hostname or ""
     if parts.scheme == "https":
-        return http.client.HTTPSConnection(
-            parts.hostname or "", parts.port, timeout=timeout_s, context=_tls()
-        )
-    return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
+        return http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=_tls())
+    return http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
 
 
 class _Exchange(threading.Thread):
-    """result: the reply, or what was raised; None until then."""
+    """The thread of one request. result: the reply, or the error; None until it has one."""
 
     def __init__(self, url: str, value: Any, timeout_s: float, limit: int) -> None:
         super().__init__(daemon=True)
-        self._url, self._body, self._timeout_s, self._limit = (
-            url,
-            json.dumps(value).encode(),
-            timeout_s,
-            limit,
-        )
+        self._url = url
+        self._body = json.dumps(value).encode()
+        self._timeout_s = timeout_s
+        self._limit = limit
         self._socket: socket.socket | None = None
         self._is_abandoned = False
         self.result: Reply | Exception | None = None
@@ -143,7 +140,7 @@ class _Exchange(threading.Thread):
         connection = _connection(self._url, self._timeout_s)
         try:
             connection.connect()
-            # the connection itself forgets it when the server says that it will close
+            # The connection drops its socket when the server announces that it will close.
             self._socket = connection.sock
             if not self._is_abandoned:
                 connection.request("POST", _target(self._url), self._body, _headers(self._url))
@@ -155,7 +152,7 @@ class _Exchange(threading.Thread):
             connection.close()
 
     def abandon(self) -> None:
-        """Ends it, where it still waits for the server."""
+        """Ends the thread if it still waits for the server."""
         self._is_abandoned = True
         if self._socket is not None and self.is_alive():
             with suppress(OSError):  # it may be closed by now
@@ -163,10 +160,11 @@ class _Exchange(threading.Thread):
 
 
 def _target(url: str) -> str:
+    """Path and query, escaped."""
     parts = urlsplit(url)
-    return quote(parts.path or "/", _PATH) + (
-        f"?{quote(parts.query, _PATH + '?')}" if parts.query else ""
-    )
+    path = quote(parts.path or "/", _PATH)
+    query = quote(parts.query, _PATH + "?")
+    return f"{path}?{query}" if query else path
 
 
 def _headers(url: str) -> dict[str, str]:
@@ -186,7 +184,7 @@ def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
     received = 0
     while piece := response.read1(_PIECE):
         received += len(piece)
-        # One byte beyond the limit tells that there is more, and no more than that is ever made.
+        # One byte beyond the limit shows that there is more; no more than that is unpacked.
         body += unpack.decompress(piece, limit + 1 - len(body)) if unpack else piece
         if max(received, len(body)) > limit:
             raise RequestError(f"a reply of more than {limit:,} bytes")

@@ -1,8 +1,8 @@
-"""Signals that end a program: Ctrl-C, SIGTERM, and SIGHUP, which a terminal sends that is closed.
+"""Signals that end a program: Ctrl-C, SIGTERM, and SIGHUP, which a terminal sends as it closes.
 
-A handler that raises is not enough. Python runs it wherever the main thread is; inside a callback
+A handler that raises is not enough. Python runs it wherever the main thread is: inside a callback
 of a library (JAX has some for the garbage collector) the exception is printed and ignored, and
-while the main thread is in C code the handler does not run at all. So a thread hears of each
+while the main thread is in C code the handler does not run at all. So a thread learns of each
 signal at once, over a pipe that Python's own C handler writes to.
 """
 
@@ -14,19 +14,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-INTERRUPTED = 130  # the exit code of a shell for what Ctrl-C has ended
+INTERRUPTED = 130  # a shell's exit code of a program that Ctrl-C has ended
 _RETRY_SECONDS = 0.05
-before_leaving: list[Callable[[], None]] = []  # called first by who leaves at once
+before_leaving: list[Callable[[], None]] = []  # actions before any os._exit
 
 
 def say(sentence: str) -> None:
-    """On the standard error, from any thread and whatever holds Python's own streams."""
+    """Writes to standard error, from any thread and whoever holds Python's own streams."""
     with contextlib.suppress(OSError):  # a terminal that is gone
         os.write(2, f"ssp_jax: {sentence}\n".encode())
 
 
 def leave_at_once() -> NoReturn:
-    """For the second Ctrl-C: without the cleaning up that the first one waits for."""
+    """Ends the program on the second Ctrl-C, without the clean-up that the first one waits for."""
     say("interrupted again: leaves at once")
     for action in before_leaving:
         action()
@@ -39,11 +39,11 @@ def heard(
     arrived: Callable[[int], None],
     handler: Callable[..., None] = lambda *_: None,
 ) -> Iterator[None]:
-    """While this context is open `arrived(number)` is called in a thread as a signal arrives.
+    """While this context is open, a thread calls `arrived(number)` as soon as a signal arrives.
 
-    handler: what Python runs in the main thread, some time later. A signal that is ignored from
-    the start stays ignored: that is how nohup, and a shell that starts jobs in the background,
-    keep it away. Only the main thread can hear signals; elsewhere this does nothing.
+    handler: Python runs it in the main thread, some time later. A signal that is ignored from the
+    start stays ignored: nohup, and a shell that starts jobs in the background, rely on that. Only
+    the main thread can set handlers; in another one this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -75,13 +75,13 @@ def heard(
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Around a command: Ctrl-C raises KeyboardInterrupt, again where a callback swallows it.
+    """Around a command: Ctrl-C raises KeyboardInterrupt, and again if a callback swallows it.
 
-    The second Ctrl-C leaves at once, also while the first one is still being obeyed.
+    The second Ctrl-C leaves at once, also while the program still reacts to the first.
     """
     main_thread = threading.get_ident()
     presses = 0
-    repeats = 0  # signals that come from `repeat`
+    repeats = 0  # signals that `repeat` has sent
     due = True  # the main thread has not been interrupted yet
 
     def arrived(_: int) -> None:
@@ -121,7 +121,7 @@ def interruptible() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a program that has done its work: what arrives while Python ends changes nothing."""
+    """Ends a program that has done its work; signals that arrive meanwhile change nothing."""
     if code == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
