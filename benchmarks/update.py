@@ -36,16 +36,6 @@ PEERS = {
     "tunix": ("python3.12", ["google-tunix==0.1.7", "jax==0.12.0.1"]),
     "torch": (sys.executable, ["torch==2.13.0", "transformers==5.23.0", "numpy"]),
 }
-# Highest bfloat16 rate of a chip, dense, FLOP/s, from the makers' data sheets; by the start of
-# JAX's device_kind.
-PEAKS = {
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,10 +366,13 @@ def measure(contender: str, shape: str, repeats: int, out: Path) -> dict[str, An
 
 
 def summarize(name: str, result: dict[str, Any]) -> dict[str, Any]:
-    shape, seconds = SHAPES[name], statistics.median(result["seconds"])
+    from ssp_jax.plan.hardware import peak_flops
+
+    shape = SHAPES[name]
+    seconds = statistics.median(result["seconds"])
     tokens = shape.batch * (PROMPT + RESPONSE)
     rate = shape.flops(tokens, PROMPT + RESPONSE) / seconds
-    peak = next((p for kind, p in PEAKS.items() if result["device"].startswith(kind)), None)
+    peak = peak_flops(result["device"])
     return result | {
         "tokens_per_second": tokens / seconds,
         "gflops": rate / 1e9,

@@ -1,3 +1,1 @@
-"""Does a config fit on hardware that is not here, and how long must a step take there: memory,
-roofline, compilers.
-"""
+"""Whether a config fits on absent hardware, and a lower bound of a step's time there."""

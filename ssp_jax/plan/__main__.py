@@ -2,14 +2,14 @@
 
     python -m ssp_jax.plan --config=configs/qwen7b.py --topology=v5p:2x2x2 [--config.KEY=VALUE ...]
 
---topology   v5e:4x4, v6e:4x4, v5p:2x2x2, tpu7x:2x2x1, gpu:h100x8, ...; without it: the smallest slice of each TPU
-             generation that fits, from shapes alone
+--topology   v5e:4x4, v6e:4x4, v5p:2x2x2, tpu7x:2x2x1, gpu:h100x8, ...; without it: the smallest
+             slice of each TPU generation that fits, from shapes alone
 --shapes     no compiler: estimates from shapes alone, in a second
 --tokens     tokens of a mean episode (3000), of which the model writes --sampled (1000)
 
 For a TPU the run's programs are compiled ahead of time by the TPU's own compiler, on any CPU (pip
-install '.[plan]'): what they need is what it says. For a GPU there is no such compiler, and
-temporaries are estimates.
+install '.[plan]'), which reports the memory that they need. For a GPU there is no such compiler,
+and temporaries are estimates.
 """
 
 import copy
@@ -32,9 +32,12 @@ from ssp_jax.plan import compile, hardware, memory, roofline
 from ssp_jax.plan.hardware import GIB, Slice
 from ssp_jax.plan.memory import Target
 from ssp_jax.plan.roofline import Work
+from ssp_jax.runtime import platform
 from ssp_jax.runtime.command import parse_known_flags, run_command
 
 _NO_SCALE = dict.fromkeys(memory.PHASES, 1.0)
+
+_Attempt = tuple[float, dict[str, Any]]  # bytes by which it does not fit, and changed values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +46,15 @@ class Plan:
 
     target: Target
     slice: Slice
-    kept: dict[str, float]
-    temporaries: dict[str, float]
-    work: dict[str, Work]
+    persistent: dict[str, float]  # bytes by kind of array, memory.persistent_bytes()
+    temporaries: dict[str, float]  # bytes by phase
+    work: dict[str, Work]  # by phase
     programs: list[compile.Program]  # none: from shapes alone
 
     @property
     def peaks(self) -> dict[str, float]:
-        return memory.peaks(self.target, self.kept, self.temporaries)
+        """Bytes by phase."""
+        return memory.peaks(self.target, self.persistent, self.temporaries)
 
     @property
     def play_peak(self) -> float:
@@ -62,25 +66,25 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return max(self.peaks.values()) <= self.slice.device.hbm and all(
-            p.fits for p in self.programs
-        )
+        has_room = max(self.peaks.values()) <= self.slice.device.hbm
+        return has_room and all(program.fits for program in self.programs)
 
     @property
     def cache_budget(self) -> float:
-        """Bytes that the key/value cache may take: what the fullest phase of play leaves."""
-        return _cache_room(self.peaks, self.slice.device.hbm) + self.kept["key/value cache"]
+        """Bytes that the fullest phase of play leaves to the key/value cache."""
+        return _cache_room(self.peaks, self.slice.device.hbm) + self.persistent["key/value cache"]
 
 
 def make_target(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compiled: bool) -> Target:
+    """The config on the slice; compiled: on devices of its compiler, else on an abstract mesh."""
     host = None
     if compiled:
         mesh: Any = sharding.make_mesh(config.mesh.to_dict(), compile.make_devices(slice_))
-        # What one host runs is compiled for a slice of one host: the compiler takes four chips of a
-        # large slice for a small one, and then stumbles over their numbers.
-        host = (
-            compile.make_devices(hardware.slices_of(slice_.kind)[0]) if slice_.hosts > 1 else None
-        )
+        # The programs of one host are compiled for a slice of one host: the compiler takes four
+        # chips of a large slice for a small one, and then fails on their numbers.
+        if slice_.hosts > 1:
+            one_host = hardware.slices_of(slice_.kind)[0]
+            host = compile.make_devices(one_host)
     else:
         mesh = sharding.abstract_mesh(config.mesh.to_dict(), slice_.devices)
     platform = "tpu" if slice_.is_tpu else "gpu"
@@ -95,71 +99,75 @@ def make_plan(
     *,
     compiled: bool,
 ) -> Plan:
+    """The plan of a config on a slice; compiled: with temporaries from the slice's compiler."""
     target = make_target(config, model, slice_, compiled=compiled)
-    kept = memory.persistent_bytes(target)
-    temporaries = memory.temporaries(target, kept["parameters"])
-    programs = compile.compile_all(target, _tell) if compiled else []
+    persistent = memory.persistent_bytes(target)
+    temporaries = memory.temporaries(target, persistent["parameters"])
+    programs = compile.compile_all(target, _log) if compiled else []
     for phase in {program.phase for program in programs}:
-        temporaries[phase] = max(
-            program.temporaries for program in programs if program.phase == phase
-        )
-    return Plan(target, slice_, kept, temporaries, roofline.work(target, load), programs)
+        sizes = [program.temporaries for program in programs if program.phase == phase]
+        temporaries[phase] = max(sizes)
+    return Plan(target, slice_, persistent, temporaries, roofline.work(target, load), programs)
 
 
 def _cache_room(peaks: Mapping[str, float], hbm: float) -> float:
+    """Bytes by which the cache may grow; negative: by which it must shrink."""
     return hbm - max(peaks[phase] for phase in memory.CACHED)
 
 
-def _tell(text: str) -> None:
+def _log(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
 def read_model(path: str) -> ModelConfig:
+    """The shape of the model of a folder, or of a published one by its name."""
     if (Path(path) / "config.json").is_file():
         return hf_load.read_config(path)
     return presets.architecture(path)
 
 
-# What would make it fit
+# --- changes that make it fit ---------------------------------------------------------------------
 
 
 def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with these values, by key."""
     changed = copy.deepcopy(config)
     with changed.unlocked():
         changed.update_from_flattened_dict(dict(values))
     return changed
 
 
-def _moves(target: Target, cache_room: float) -> Iterator[tuple[str, Any]]:
-    """Changes of one key that need less memory; each keeps the config valid and what it learns the
-    same.
+def candidate_changes(target: Target, cache_room: float) -> Iterator[tuple[str, Any]]:
+    """Changes of one key that need less memory.
 
-    cache_room: bytes a device by which the key/value cache may grow, or must shrink.
+    Each keeps the config valid and its learning the same.
+
+    cache_room: bytes a device by which the key/value cache may grow, or, negative, must shrink.
     """
-    config, model, c, e = target.config, target.model, target.config.learner, target.config.engine
+    config = target.config
+    c = config.learner
+    e = config.engine
     for key, number in (("learner.rows", c.rows), ("engine.slots", e.slots)):
-        if number // 2 >= target.parts and number // 2 % target.parts == 0:
-            yield key, number // 2
-    room = (
-        math.floor((memory.persistent_bytes(target)["key/value cache"] + cache_room) / GIB * 100)
-        / 100
-    )
-    if cache_room < 0 and room * GIB >= memory.longest_episode(target):
-        yield "engine.kv_cache_gib", room
+        half = number // 2
+        if half >= target.row_shards and half % target.row_shards == 0:
+            yield key, half
+    cache_bytes = memory.persistent_bytes(target)["key/value cache"] + cache_room
+    cache_gib = math.floor(cache_bytes / GIB * 100) / 100
+    if cache_room < 0 and cache_gib * GIB >= memory.longest_episode(target):
+        yield "engine.kv_cache_gib", cache_gib
     if target.extend_rows > 1:
         yield "engine.extend_rows", e.extend_rows // 2
     if len(e.extend_buckets) > 1:
         yield "engine.extend_buckets", tuple(sorted(e.extend_buckets)[:-1])
     if c.logprob_chunk > 128 and c.logprob_chunk % 2 == 0:
         yield "learner.logprob_chunk", c.logprob_chunk // 2
-    if sharding.tensor_divides(model.num_kv_heads, config.mesh.tensor * 2):
+    if sharding.tensor_divides(target.model.num_kv_heads, config.mesh.tensor * 2):
         yield "mesh.tensor", config.mesh.tensor * 2
-    frugal = {"model.remat": "full", "learner.offload_moments": True}
+    savers: dict[str, Any] = {"model.remat": "full", "learner.offload_moments": True}
     if c.kl_coef:
-        frugal["learner.offload_reference"] = True
-    yield from (
-        (key, value) for key, value in frugal.items() if flatten_config(config)[key] != value
-    )
+        savers["learner.offload_reference"] = True
+    present = flatten_config(config)
+    yield from [(key, value) for key, value in savers.items() if present[key] != value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,45 +187,48 @@ class _Estimate:
 def _estimate(
     config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]
 ) -> _Estimate | None:
-    """None where it cannot run."""
-    hbm = slice_.device.hbm
+    """None where the config cannot run on the slice. scale: by phase."""
     try:
         target = make_target(config, model, slice_, compiled=False)
-        kept = memory.persistent_bytes(target)
+        persistent = memory.persistent_bytes(target)
     except InputError:
         return None
-    temporaries = memory.temporaries(target, kept["parameters"])
+    temporaries = memory.temporaries(target, persistent["parameters"])
     scaled = {phase: size * scale.get(phase, 1.0) for phase, size in temporaries.items()}
-    return _Estimate(target, memory.peaks(target, kept, scaled), hbm)
+    return _Estimate(target, memory.peaks(target, persistent, scaled), slice_.device.hbm)
 
 
 def changes_that_fit(
     config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Single changes that are enough; where there is none, the changes that together are, the most
-    useful first.
+    """All single changes that are enough, or one set of changes that are together, best first.
 
-    From estimates, times `scale`: what the compiler said of a phase over its estimate.
+    scale: by phase, what the compiler reports of temporaries over their estimate.
     """
 
-    def tried(values: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+    def attempts(values: dict[str, Any]) -> list[_Attempt]:
+        """`values` and one more change each."""
         base = with_values(config, values)
-        now = _estimate(base, model, slice_, scale)
-        if now is None:
+        before = _estimate(base, model, slice_, scale)
+        if before is None:
             return []
         found = []
-        for key, value in _moves(now.target, _cache_room(now.peaks, now.hbm)):
-            then = _estimate(with_values(base, {key: value}), model, slice_, scale)
-            if then is not None:
-                found.append((then.excess, values | {key: value}))
+        for key, value in candidate_changes(before.target, _cache_room(before.peaks, before.hbm)):
+            after = _estimate(with_values(base, {key: value}), model, slice_, scale)
+            if after is not None:
+                found.append((after.excess, values | {key: value}))
         return found
 
-    first = tried({})
-    if enough := [values for excess, values in first if excess == 0]:
+    def best_of(found: list[_Attempt]) -> _Attempt | None:
+        return min(found, key=lambda attempt: attempt[0], default=None)
+
+    single = attempts({})
+    if enough := [values for excess, values in single if excess == 0]:
         return enough
-    best = min(first, key=lambda x: x[0], default=None)
+    # Greedy: the best change so far, and the best one after it, while that helps.
+    best = best_of(single)
     while best is not None and best[0] > 0:
-        further = min(tried(best[1]), key=lambda x: x[0], default=None)
+        further = best_of(attempts(best[1]))
         best = further if further is not None and further[0] < best[0] else None
     return [best[1]] if best is not None else []
 
@@ -225,8 +236,9 @@ def changes_that_fit(
 def _fitting(
     config: ConfigDict, model: ModelConfig, slice_: Slice, change: bool
 ) -> dict[str, Any] | None:
-    """Values with which this config fits: rows and slots raised to the mesh's next multiple, and
-    changes if allowed.
+    """Values with which this config fits on the slice, None where there are none.
+
+    Rows and slots are raised to the mesh's next multiple; other keys change only if `change`.
     """
     try:
         mesh = sharding.abstract_mesh(config.mesh.to_dict(), slice_.devices)
@@ -252,8 +264,9 @@ def _fitting(
 def smallest(
     config: ConfigDict, model: ModelConfig, slices: list[Slice]
 ) -> tuple[Slice, dict[str, Any]] | None:
-    """The first slice that fits and the values that the config needs there; with changes only where
-    none fits as is.
+    """The first slice that fits, and the values that the config needs there.
+
+    Keys other than rows and slots change only where no slice fits without.
     """
     for change in (False, True):
         for slice_ in slices:
@@ -263,61 +276,78 @@ def smallest(
     return None
 
 
-# The report
+# --- the report -----------------------------------------------------------------------------------
 
 
 def _overrides(values: Mapping[str, Any]) -> str:
+    """The values as flags of the command line."""
     return " ".join(f"--config.{key}={value}".replace(" ", "") for key, value in values.items())
 
 
-def _memory_lines(plan: Plan) -> Iterator[str]:
-    target, hbm, c = plan.target, plan.slice.device.hbm, plan.target.config.learner
-    away = ", in host memory but for the "
-    notes = {
+def _notes(target: Target) -> dict[str, str]:
+    """A few words on each kind of persistent array."""
+    c = target.config.learner
+    on_host = ", in host memory but for the "
+    optimizer = "Adam's moments"
+    if c.offload_moments:
+        optimizer += f"{on_host}optimizer step"
+    reference = "kl_coef is 0"
+    if c.kl_coef:
+        reference = f"{target.dtype}"
+        if c.offload_reference:
+            reference += f"{on_host}scores"
+    return {
         "parameters": "float32",
-        "optimizer": "Adam's moments" + (f"{away}optimizer step" if c.offload_moments else ""),
-        "reference": f"{target.dtype}{f'{away}scores' if c.offload_reference else ''}"
-        if c.kl_coef
-        else "kl_coef is 0",
+        "optimizer": optimizer,
+        "reference": reference,
         "sampler copy": f"{target.dtype}, while playing",
         "key/value cache": "while playing",
         "gradients": "float32, while updating",
     }
+
+
+def _memory_lines(plan: Plan) -> Iterator[str]:
+    target = plan.target
+    hbm = plan.slice.device.hbm
+    notes = _notes(target)
     yield "kept, GiB per device"
-    for name, size in plan.kept.items():
+    for name, size in plan.persistent.items():
         yield f"  {name:<18}{size / GIB:8.2f}   {notes[name]}"
-    source = (
-        "from the compiler, padding and code included"
-        if plan.programs
-        else "estimated from shapes alone"
-    )
+
+    source = "estimated from shapes alone"
+    if plan.programs:
+        source = "from the compiler, padding and code included"
     yield f"phases, GiB per device; temporaries {source}"
     yield f"  {'':<10}{'kept':>10}{'temporaries':>14}{'peak':>9}{'of HBM':>9}"
     for phase, peak in plan.peaks.items():
         temporary = plan.temporaries[phase]
-        verdict = "" if peak <= hbm else "   does not fit"
         sizes = f"{(peak - temporary) / GIB:10.2f}{temporary / GIB:14.2f}{peak / GIB:9.2f}"
+        verdict = "" if peak <= hbm else "   does not fit"
         yield f"  {phase:<10}{sizes}{peak / hbm:9.0%}{verdict}"
-    layout, tokens = memory.cache_layout(target), target.sizes.cache_tokens
-    numbers = [target.hosts * n for n in layout.rows]
-    later = "".join(
-        f", {n} beyond {start} tokens"
-        for n, start in zip(numbers[1:], layout.starts[1:], strict=True)
+
+    layout = memory.cache_layout(target)
+    slots, *later = [target.hosts * n for n in layout.rows]
+    line = f"key/value cache: {slots} slots (config: {target.config.engine.slots})"
+    for n, start in zip(later, layout.starts[1:], strict=True):
+        line += f", {n} beyond {start} tokens"
+    yield line
+    per_device = max(int(plan.cache_budget // memory.longest_episode(target)), 0)
+    yield (
+        f"  {plan.cache_budget / GIB:.2f} GiB per device are free for it: "
+        f"{per_device * target.row_shards} slots of {target.sizes.cache_tokens} tokens each"
     )
-    yield f"key/value cache: {numbers[0]} slots (config: {target.config.engine.slots}){later}"
-    full = max(int(plan.cache_budget // memory.longest_episode(target)), 0) * target.parts
-    yield f"  {plan.cache_budget / GIB:.2f} GiB per device are free for it: {full} slots of {tokens} tokens each"
 
 
 def _time_lines(plan: Plan, load: roofline.Workload) -> Iterator[str]:
     chip = plan.slice.device
     yield (
-        f"one step, lower bound: {load.played} episodes played ({load.trained} trained) of {load.tokens} tokens, "
-        f"{load.sampled} of them sampled;"
+        f"one step, lower bound: {load.played} episodes played ({load.trained} trained) "
+        f"of {load.tokens} tokens, {load.sampled} of them sampled;"
     )
     yield (
-        f"  {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of HBM and {chip.link / 1e9:.0f} GB/s of "
-        "links per device at their peaks; all slots always busy; searches, scheduling and the judge take no time"
+        f"  {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of HBM "
+        f"and {chip.link / 1e9:.0f} GB/s of links per device at their peaks; "
+        "all slots always busy; searches, scheduling and the judge take no time"
     )
     yield f"  {'':<10}{'TFLOPs':>12}{'HBM GB':>12}{'link GB':>12}{'seconds':>10}   bound by"
     total = 0.0
@@ -329,21 +359,25 @@ def _time_lines(plan: Plan, load: roofline.Workload) -> Iterator[str]:
         yield f"  {phase:<10}{sizes}{seconds[bound]:10.2f}   {bound}"
     yield f"  {'total':<10}{total:46.2f}"
     for program in plan.programs:
-        if program.fits and program.phase in ("prefill", "decode"):  # the others loop over layers
-            yield (
-                f"  the compiler counts for one {program.name}: {program.flops / 1e12:.3g} TFLOPs and "
-                f"{program.hbm / 1e9:.3g} GB"
-                + (", its loop over tokens counted once" * (program.phase == "decode"))
-            )
+        # Only these two: the others loop over layers, and the compiler counts a loop's body once.
+        if not program.fits or program.phase not in ("prefill", "decode"):
+            continue
+        note = ", its loop over tokens counted once" if program.phase == "decode" else ""
+        yield (
+            f"  the compiler counts for one {program.name}: {program.flops / 1e12:.3g} TFLOPs "
+            f"and {program.hbm / 1e9:.3g} GB{note}"
+        )
 
 
 def report(plan: Plan, load: roofline.Workload) -> Iterator[str]:
-    slice_, shape = plan.slice, plan.target.mesh.shape
+    """The lines that the command prints for one slice."""
+    slice_ = plan.slice
     hosts = f"{slice_.hosts} host{'s' * (slice_.hosts > 1)}"
     per_chip = f" ({slice_.chip.devices} devices each)" if slice_.chip.devices > 1 else ""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.target.mesh.shape.items())
     yield (
-        f"{plan.target.config.model.path} on {slice_.name}: {slice_.chips} chips{per_chip}, {hosts}, "
-        f"{slice_.device.hbm / GIB:.1f} GiB per device; mesh {' x '.join(f'{n} {s}' for n, s in shape.items())}"
+        f"{plan.target.config.model.path} on {slice_.name}: {slice_.chips} chips{per_chip}, "
+        f"{hosts}, {slice_.device.hbm / GIB:.1f} GiB per device; mesh {mesh}"
     )
     if plan.programs:
         yield f"compiled by libtpu for this slice; jax {jax.__version__}"
@@ -356,32 +390,43 @@ def report(plan: Plan, load: roofline.Workload) -> Iterator[str]:
         yield "it fits"
         return
     yield "it does not fit; what would (estimates):"
-    config, model = plan.target.config, plan.target.model
-    estimate = memory.temporaries(plan.target, plan.kept["parameters"])
-    scale = (
-        {phase: plan.temporaries[phase] / estimate[phase] for phase in estimate}
-        if plan.programs
-        else _NO_SCALE
-    )
-    changes = changes_that_fit(config, model, slice_, scale)
+    yield from _change_lines(plan)
+
+
+def _change_lines(plan: Plan) -> Iterator[str]:
+    """Flags with which it would fit: changed keys on the same slice, or a larger slice."""
+    config = plan.target.config
+    model = plan.target.model
+    scale = _NO_SCALE
+    if plan.programs:
+        estimate = memory.temporaries(plan.target, plan.persistent["parameters"])
+        scale = {phase: plan.temporaries[phase] / size for phase, size in estimate.items()}
+    changes = changes_that_fit(config, model, plan.slice, scale)
     for values in changes:
         yield f"  {_overrides(values)}"
-    found = smallest(
-        config, model, [s for s in hardware.slices_of(slice_.kind) if s.chips > slice_.chips]
-    )
+    slices = hardware.slices_of(plan.slice.kind)
+    found = smallest(config, model, [s for s in slices if s.chips > plan.slice.chips])
     if found:
-        yield f"  --topology={found[0].name} {_overrides(found[1])}".rstrip()
+        slice_, values = found
+        yield f"  --topology={slice_.name} {_overrides(values)}".rstrip()
     elif not changes:
-        yield "  no change of mesh, rows, slots or buckets alone: shorten limits.* and learner.row_tokens"
+        yield (
+            "  no change of mesh, rows, slots or buckets alone: "
+            "shorten limits.* and learner.row_tokens"
+        )
 
 
 def smallest_slices(config: ConfigDict, model: ModelConfig) -> Iterator[str]:
-    yield f"{config.model.path}: the smallest slice of each TPU generation that fits, from shapes alone"
+    """The lines that the command prints without --topology."""
+    yield (
+        f"{config.model.path}: the smallest slice of each TPU generation that fits, "
+        "from shapes alone"
+    )
     for kind in hardware.TPUS:
         slices = hardware.slices_of(kind)
-        found = smallest(config, model, slices)
-        if found:
-            yield f"  {found[0].name:<14}{found[0].chips:4} chips  {_overrides(found[1])}".rstrip()
+        if found := smallest(config, model, slices):
+            slice_, values = found
+            yield f"  {slice_.name:<14}{slice_.chips:4} chips  {_overrides(values)}".rstrip()
         else:
             yield f"  {kind:<14}none up to {slices[-1].chips} chips with this mesh, rows and slots"
 
@@ -401,8 +446,8 @@ def _run(argv: list[str]) -> int:
         return 0
     slice_ = hardware.parse_topology(own.topology)
     compiled = slice_.is_tpu and not own.shapes
-    if compiled and not compile.available():
-        _tell("libtpu is not installed (pip install '.[plan]'): estimates from shapes alone")
+    if compiled and not platform.tpu_installed():
+        _log("libtpu is not installed (pip install '.[plan]'): estimates from shapes alone")
         compiled = False
     load = roofline.workload(config, own.tokens, own.sampled)
     plan = make_plan(config, model, slice_, load, compiled=compiled)

@@ -1,12 +1,10 @@
-"""The programs of a run compiled ahead of time for a TPU slice that is not there, and what its
-compiler says of them.
+"""Compiling a run's programs ahead of time for an absent TPU slice: their memory and FLOPs.
 
 The PyPI package libtpu holds the whole TPU compiler and runs it on any CPU.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import re
 import time
@@ -44,38 +42,35 @@ _ENVIRONMENT = {
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def _bytes(found: Any) -> float:
-    return float(found[1]) * _UNITS[found[2]]
-
-
-def available() -> bool:
-    return importlib.util.find_spec("libtpu") is not None
+def _bytes(match: re.Match[str]) -> float:
+    """Groups of the match: a number, and a key of _UNITS."""
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def make_devices(slice_: Slice) -> list[Any]:
+    """Devices of the slice, host by host. Raises InputError where the compiler refuses it."""
     os.environ |= _ENVIRONMENT
     options = {"chips_per_host_bounds": (1, 1, 1)} if slice_.chips == 1 else {}
     try:
-        found = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             platform="tpu", topology_name=slice_.name, **options
-        ).devices
-        return sorted(found, key=lambda device: (device.process_index, device.id))
+        )
+        return sorted(topology.devices, key=lambda device: (device.process_index, device.id))
     except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"--topology={slice_.name}: the TPU compiler refuses it: {str(error).splitlines()[0]}"
+            f"--topology={slice_.name}: the TPU compiler refuses it: {reason}"
         ) from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiler says of one program, per device. FLOPs and bytes count the body of a loop
-    once.
-    """
+    """The compiler's report of one program, per device. It counts the body of a loop once."""
 
     name: str
     phase: str
     seconds: float  # that compiling took
-    temporaries: float  # bytes beyond what is kept, padding and code included
+    temporaries: float  # bytes beyond persistent arrays, padding and code included
     flops: float
     hbm: float  # bytes
     fits: bool  # False: the compiler gave up
@@ -83,34 +78,36 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A program before compilation: arguments are shapes with shardings; `counted` output bytes are
-    kept.
-    """
+    """A program before compilation."""
 
     name: str
     phase: str
     function: Any  # jitted
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...]  # shapes with shardings
     options: dict[str, Any]
-    counted: float = 0.0
+    persistent_outputs: float = 0.0  # bytes of outputs that are no temporaries
 
     def compile(self) -> Program:
+        """Compiles it; one that the compiler gives up on for memory has fits=False."""
         start = time.monotonic()
-        given = device_bytes(
-            [x for x in jax.tree.leaves(self.arguments) if isinstance(x, jax.ShapeDtypeStruct)]
-        )
+        leaves = jax.tree.leaves(self.arguments)
+        arguments = device_bytes([x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)])
         try:
             compiled = self.function.lower(*self.arguments, **self.options).compile()
         except jax.errors.JaxRuntimeError as error:
             # The compiler gives up before or after it has placed all buffers.
             needs = re.search(r"required for HLO temporaries \(([\d.]+)([KMG]?)\)", str(error))
             used = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", str(error))
-            if needs is None and used is None:
+            if needs:
+                temporaries = _bytes(needs)
+            elif used:
+                temporaries = _bytes(used) - arguments - self.persistent_outputs
+            else:
                 raise
-            spent = time.monotonic() - start
-            beyond = _bytes(needs) if needs else _bytes(used) - given - self.counted
-            return Program(self.name, self.phase, spent, beyond, 0.0, 0.0, False)
-        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+            seconds = time.monotonic() - start
+            return Program(self.name, self.phase, seconds, temporaries, 0.0, 0.0, False)
+        memory = compiled.memory_analysis()
+        cost = compiled.cost_analysis()
         needed = (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
@@ -118,36 +115,43 @@ class _Source:
             + memory.temp_size_in_bytes
             + memory.generated_code_size_in_bytes
         )
-        spent = time.monotonic() - start
-        beyond = needed - given - self.counted
         return Program(
-            self.name, self.phase, spent, beyond, cost["flops"], cost["bytes accessed"], True
+            self.name,
+            self.phase,
+            seconds=time.monotonic() - start,
+            temporaries=needed - arguments - self.persistent_outputs,
+            flops=cost["flops"],
+            hbm=cost["bytes accessed"],
+            fits=True,
         )
 
 
 def _sampler_sources(target: Target) -> Iterator[_Source]:
     """The largest prefill and the longest decode chunk, of one host."""
     sizes = target.sizes
-    V = target.model.vocab_size
-    whole = NamedSharding(target.playing, P())
+    replicated = NamedSharding(target.playing, P())
 
     def struct(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
 
-    params, state = sampler_params(target), sampler_state(target)
-    M = target.extend_rows * state.layout.shards
-    T = max(b for b in sizes.extend_buckets if b <= sizes.cache_tokens)
-    starts = {field.name: struct(jnp.int32, M) for field in dataclasses.fields(sampler.TurnStarts)}
-    starts["temperature_M"] = struct(jnp.float32, M)
-    pieces = len(state.layout.ends)
-    rows_JB = struct(jnp.int32, pieces - 1, state.layout.rows[0])
+    params = sampler_params(target)
+    state = sampler_state(target)
+    layout = state.layout
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    buckets = len(layout.ends)
+    rows_JB = struct(jnp.int32, buckets - 1, layout.rows[0])
     options: dict[str, Any] = {
         "config": target.model,
-        "depth": pieces,
+        "depth": buckets,
         "dtype": target.dtype,
         "shardings": shardings,
     }
+
+    # Prefill.
+    M = target.extend_rows * layout.shards
+    T = max(b for b in sizes.extend_buckets if b <= sizes.cache_tokens)
+    starts = {field.name: struct(jnp.int32, M) for field in dataclasses.fields(sampler.TurnStarts)}
+    starts["temperature_M"] = struct(jnp.float32, M)
     arguments: tuple[Any, ...] = (
         params,
         state,
@@ -158,71 +162,77 @@ def _sampler_sources(target: Target) -> Iterator[_Source]:
     )
     yield _Source(f"prefill of {M} x {T}", "prefill", sampler.extend, arguments, options)
 
-    # of the stop automata: at most one a byte
-    states = sum(len(stop) + 1 for role in ROLES for stop in role.stops)
+    # Decode. A stop automaton has at most one state a byte.
+    V = target.model.vocab_size
+    A = sum(len(stop) + 1 for role in ROLES for stop in role.stops)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    stops = sampler.Stops(struct(jnp.int8, states, V), struct(jnp.int8, states))
     arguments = (
         params,
         state,
         rows_JB,
-        struct(jnp.int32, state.layout.rows[0]),
-        stops,
+        struct(jnp.int32, layout.rows[0]),
+        sampler.Stops(struct(jnp.int8, A, V), struct(jnp.int8, A)),
         struct(key.dtype),
     )
-    # not in place: the prefill has the other
+    # A new dict: the prefill has the other.
     options = options | {"eos": (0,), "steps": sizes.chunk}
-    yield _Source(
-        f"decode of {sizes.slots} slots", "decode", sampler.decode_chunk, arguments, options
-    )
+    name = f"decode of {sizes.slots} slots"
+    yield _Source(name, "decode", sampler.decode_chunk, arguments, options)
 
 
 def _learner_sources(target: Target) -> Iterator[_Source]:
-    c, state = target.learner, train_state(target)
-    copy = sampler_params(target)
+    """The programs of the sampler's copy and of an update, over all devices."""
+    c = target.learner
+    state = train_state(target)
     reshard = sharding.sampler_copy(target.model, target.mesh, target.dtype)
-    yield _Source("reshard", "reshard", reshard, (state.params,), {}, device_bytes(copy))
+    copy_bytes = device_bytes(sampler_params(target))
+    yield _Source("reshard", "reshard", reshard, (state.params,), {}, copy_bytes)
 
-    rows, whole = sharding.rows_sharding(target.mesh), NamedSharding(target.mesh, P())
+    by_rows = sharding.rows_sharding(target.mesh)
+    replicated = NamedSharding(target.mesh, P())
 
     def column(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((c.rows, c.row_tokens), dtype, sharding=rows)
+        return jax.ShapeDtypeStruct((c.rows, c.row_tokens), dtype, sharding=by_rows)
 
     batch = batches.Batch(*[column(jnp.int32)] * 4, *[column(jnp.float32)] * 3)
     zeros = jax.eval_shape(update._zeros, state.params)
-    total = (
-        state.params,
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), zeros[1]),
+    statistics = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), zeros[1]
     )
     layout = jax.tree.map(lambda x: x.sharding, state)
     reference_logp = None
     if c.kl_coef:
-        reference_logp, reference = column(jnp.float32), cast(state.params, c.dtype)
+        reference_logp = column(jnp.float32)
+        reference = cast(state.params, c.dtype)
         score = jax.jit(lambda params, batch: update.score(c, params, batch)[0])
         yield _Source("scores of the reference", "scores", score, (reference, batch), {})
-    out = (layout.params, None)
+
     accumulate = jax.jit(
-        functools.partial(update._accumulate, c), donate_argnums=(0,), out_shardings=out
+        functools.partial(update._accumulate, c),
+        donate_argnums=(0,),
+        out_shardings=(layout.params, None),
     )
+    total = (state.params, statistics)
     arguments = (total, state.params, batch, column(jnp.float32), reference_logp)
     yield _Source(f"gradients of {c.rows} x {c.row_tokens}", "gradients", accumulate, arguments, {})
+
     apply = jax.jit(
         functools.partial(update._apply, c), donate_argnums=(0,), out_shardings=(layout, None)
     )
     yield _Source("optimizer step", "optimizer", apply, (state, state.params), {})
 
 
-def compile_all(target: Target, tell: Callable[[str], None]) -> list[Program]:
-    """target.mesh must be of make_devices(). One after the other: each takes all cores and much
-    memory.
+def compile_all(target: Target, log: Callable[[str], None]) -> list[Program]:
+    """Compiles all programs of a run; target.mesh must be of make_devices().
+
+    One after the other: each compilation takes all cores and much memory.
     """
     sources = [*_sampler_sources(target), *_learner_sources(target)]
     programs: list[Program] = []
     start = time.monotonic()
     for number, source in enumerate(sources, 1):
-        tell(
-            f"{time.monotonic() - start:5.0f} s: compiling {source.name} ({number} of {len(sources)})"
-        )
+        seconds = time.monotonic() - start
+        log(f"{seconds:5.0f} s: compiling {source.name} ({number} of {len(sources)})")
         programs.append(source.compile())
-    tell(f"{time.monotonic() - start:5.0f} s: compiled all")
+    log(f"{time.monotonic() - start:5.0f} s: compiled all")
     return programs

@@ -1,6 +1,4 @@
-"""Published numbers, for planning without the hardware and without the weights: chips, slices,
-model shapes.
-"""
+"""Published numbers of chips and slices, for planning without the hardware."""
 
 import dataclasses
 import math
@@ -14,14 +12,12 @@ GB = 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak rates of one chip, dense bfloat16. link: bytes/s that leave a chip over ICI or NVLink,
-    one direction.
-    """
+    """Peak rates of one chip."""
 
     hbm: float  # bytes that a program may use
-    flops: float  # 1/s
+    flops: float  # per second, dense bfloat16
     bandwidth: float  # bytes/s of HBM
-    link: float
+    link: float  # bytes/s that leave a chip over ICI or NVLink, in one direction
     per_host: int  # chips
     devices: int  # JAX devices per chip
     slices: tuple[str, ...]  # that can be had, smallest first
@@ -31,10 +27,9 @@ _2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS = ("1", "2", "4", "8", "16", "32", "64", "128")
 
-# TPUs: cloud.google.com/tpu/docs, one page per generation; their memory is what the compiler lets a
-# program have, which differs a little from the published size. GPUs: NVIDIA's data sheets of the
-# SXM boards, L4: of the PCIe card; their memory is the share of what CUDA reports that the run
-# takes.
+# TPUs: cloud.google.com/tpu/docs, one page per generation; memory is the compiler's limit of a
+# program, which differs a little from the published size. GPUs: NVIDIA's data sheets of the SXM
+# boards, L4: of the PCIe card; memory is the run's share of the size that CUDA reports.
 TPUS = {
     "v5e": Chip(15.75 * GIB, 197e12, 819 * GB, 200 * GB, 4, 1, _2D),
     "v6e": Chip(31.25 * GIB, 918e12, 1638 * GB, 400 * GB, 4, 1, _2D),
@@ -50,15 +45,33 @@ GPUS = {
 }
 
 
+# Start of JAX's device_kind -> FLOPs per second of a chip. A longer start comes first.
+_FLOPS_OF_KIND = {
+    "NVIDIA H100": GPUS["h100"].flops,
+    "NVIDIA H200": GPUS["h200"].flops,
+    "TPU v4": 275e12,
+    "TPU v5 lite": TPUS["v5e"].flops,
+    "TPU v5": TPUS["v5p"].flops,
+    "TPU v6": TPUS["v6e"].flops,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOPs per second, by JAX's device_kind; None for an unknown device."""
+    for start, flops in _FLOPS_OF_KIND.items():
+        if device_kind.startswith(start):
+            return flops
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Some chips of one kind. A device is what JAX calls one; tpu7x has two on a chip."""
+    """Some chips of one kind. A chip has one JAX device; tpu7x has two."""
 
     name: str  # as in --topology
     chip: Chip
     chips: int
-
-    kind: str  # key of TPUS, or of GPUS
+    kind: str  # key of TPUS or of GPUS
 
     @property
     def is_tpu(self) -> bool:
@@ -80,22 +93,28 @@ class Slice:
     @property
     def device(self) -> Chip:
         """The share of one JAX device in its chip."""
-        c, n = self.chip, self.chip.devices
+        chip = self.chip
+        n = chip.devices
         return dataclasses.replace(
-            c, hbm=c.hbm / n, flops=c.flops / n, bandwidth=c.bandwidth / n, link=c.link / n
+            chip,
+            hbm=chip.hbm / n,
+            flops=chip.flops / n,
+            bandwidth=chip.bandwidth / n,
+            link=chip.link / n,
         )
 
 
 def parse_topology(text: str) -> Slice:
-    """`v5p:2x2x2`, or `gpu:h100x8` (GPUs have no shape)."""
+    """`v5p:2x2x2`, or `gpu:h100x8` (GPUs have no shape). Raises InputError."""
     kind, _, shape = text.partition(":")
-    gpu = kind == "gpu"
-    if gpu:
+    is_gpu = kind == "gpu"
+    if is_gpu:
         kind, _, shape = shape.rpartition("x")
-    chip = (GPUS if gpu else TPUS).get(kind)
+    chip = (GPUS if is_gpu else TPUS).get(kind)
     sizes = [int(size) if size.isdecimal() else 0 for size in shape.split("x")]
     if chip is None or not all(sizes):
-        known = [*(f"{t}:{c.slices[1]}" for t, c in TPUS.items()), *(f"gpu:{g}x8" for g in GPUS)]
+        known = [f"{tpu}:{chip.slices[1]}" for tpu, chip in TPUS.items()]
+        known += [f"gpu:{gpu}x8" for gpu in GPUS]
         raise InputError(
             f"--topology={text}: expected chips and their number, such as {', '.join(known)}"
         )

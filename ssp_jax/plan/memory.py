@@ -1,8 +1,7 @@
-"""What a config keeps in memory and has to do, on each device, from shapes alone: nothing is
-allocated or compiled.
+"""Memory of a config on each device, from shapes alone: nothing is allocated or compiled.
 
-What is kept is exact, from the very shapes and shardings of a run. Temporaries are estimates (the
-compiler decides); operations and bytes are lower bounds. Letters as in ssp_jax/__init__.py.
+Bytes of persistent arrays are exact, from the shapes and shardings of a run. Temporaries are
+estimates: the compiler decides.
 """
 
 import dataclasses
@@ -24,9 +23,9 @@ from ssp_jax.model.attention import LANES, spans, splash_keys
 from ssp_jax.rollout import kv_cache, sampler
 from ssp_jax.rollout.engine import Sizes, cache_budget, choose_layout
 
-# What lies in memory while a program runs, by phase. The sampler's copy and its keys and values are
-# made for play and gone after it; the reference scores before there are gradients. What is
-# offloaded lies there only where it is used.
+# Phase -> the arrays in memory while its program runs. The sampler's copy and its keys and values
+# exist during play only; the reference scores before there are gradients. An offloaded array is
+# there only in the phase that uses it.
 PLAY = {
     "reshard": ("parameters", "optimizer", "reference", "sampler copy"),
     "prefill": ("parameters", "optimizer", "reference", "sampler copy", "key/value cache"),
@@ -38,20 +37,21 @@ UPDATE = {
     "optimizer": ("parameters", "optimizer", "reference", "gradients"),
 }
 PHASES = PLAY | UPDATE
-CACHED = ("prefill", "decode")
-# what may be offloaded -> the phase that needs it
-_USED = {"optimizer": "optimizer", "reference": "scores"}
+CACHED = ("prefill", "decode")  # phases with a key/value cache
+# Arrays that may be offloaded -> the phase that uses them.
+_USED_IN = {"optimizer": "optimizer", "reference": "scores"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A config for a mesh of devices; the mesh may be abstract. Each host plays alone, on its own
-    devices.
+    """A config for a mesh of devices. Each host plays alone, on its own devices.
+
+    Raises InputError where rows, slots or heads do not divide over the mesh.
     """
 
     config: ConfigDict
     model: decoder.ModelConfig
-    mesh: Any
+    mesh: Any  # a Mesh or an AbstractMesh
     hbm: float | None = None  # bytes of a device, None where it is unknown
     per_host: int = 0  # devices of a host, 0: there is one host
     host: Any = None  # the devices of one host, where they are not the first of the mesh
@@ -67,7 +67,8 @@ class Target:
         sharding.check_host_devices(self.per_host, self.tensor)
 
     @property
-    def parts(self) -> int:
+    def row_shards(self) -> int:
+        """Shards of packed rows and of slots, of all hosts."""
         return sharding.row_shards(self.mesh)
 
     @property
@@ -91,13 +92,13 @@ class Target:
 
     @property
     def sizes(self) -> Sizes:
-        """Of one host."""
+        """The engine's sizes on one host."""
         return assemble.make_sizes(self.config, self.hosts)
 
     @property
     def extend_rows(self) -> int:
         """Rows of a prefill on each device: those of its own slots."""
-        return self.sizes.rows_per_shard(self.parts // self.hosts)
+        return self.sizes.rows_per_shard(self.row_shards // self.hosts)
 
     @property
     def learner(self) -> LearnerConfig:
@@ -109,18 +110,18 @@ class Target:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Shapes with shardings, in place of arrays."""
+    """The shapes of `tree` with these shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
 
 
 def cast(tree: Any, dtype: Any) -> Any:
+    """The shapes of `tree` in another dtype."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
 
 
-# Tracing these takes most of a plan's time, and a search for what fits asks for them again and
-# again.
+# Tracing takes most of a plan's time, and a search for changes that fit needs each of these often.
 abstract_params = functools.cache(decoder.abstract_params)
 
 
@@ -142,9 +143,10 @@ def _abstract_optimizer(c: LearnerConfig) -> Any:
 
 
 def train_state(target: Target) -> TrainState:
+    """Shapes and shardings of the learner's state."""
     abstract = abstract_params(target.model)
     params = place(abstract, sharding.param_shardings(abstract, target.mesh))
-    # What the optimizer does not read is made equal, so that a search over it traces once.
+    # Fields that the optimizer does not read are made equal: a search over them traces once.
     c = dataclasses.replace(
         target.learner,
         rows=0,
@@ -154,14 +156,14 @@ def train_state(target: Target) -> TrainState:
         remat="none",
         rows_sharding=None,
     )
-    whole = NamedSharding(target.mesh, P())
-    number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    replicated = NamedSharding(target.mesh, P())
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     opt_state = optax.tree.map_params(
         optimizer(c),
         lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
         _abstract_optimizer(c),
         params,
-        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
     )
     return TrainState(params, opt_state, number, number)
 
@@ -174,21 +176,16 @@ def sampler_params(target: Target) -> decoder.Params:
 
 def longest_episode(target: Target) -> int:
     """Bytes per device of the keys and values of one slot."""
-    return -(
-        -target.sizes.cache_tokens
-        * kv_cache.token_bytes(target.model, target.dtype)
-        // target.tensor
-    )
+    bytes_ = target.sizes.cache_tokens * kv_cache.token_bytes(target.model, target.dtype)
+    return -(-bytes_ // target.tensor)
 
 
-def _layout(target: Target, lasting: dict[str, float]) -> kv_cache.Layout:
-    """As the engine chooses it when the sampler's copy is in memory; at least what it needs to play
-    at all.
-    """
+def _layout(target: Target, without_cache: dict[str, float]) -> kv_cache.Layout:
+    """The engine's choice when the sampler's copy is in memory; at least one episode a device."""
     shardings = functools.partial(sharding.state_shardings, mesh=target.playing)
     free = None
     if target.hbm is not None:
-        free = max(int(target.hbm - resident_bytes(target, lasting, "reshard")), 1)
+        free = max(int(target.hbm - resident_bytes(target, without_cache, "reshard")), 1)
     budget = cache_budget(target.sizes, free)
     if budget is not None:
         budget = max(budget, longest_episode(target))
@@ -196,7 +193,8 @@ def _layout(target: Target, lasting: dict[str, float]) -> kv_cache.Layout:
 
 
 def cache_layout(target: Target) -> kv_cache.Layout:
-    return _layout(target, _lasting(target))
+    """The layout of the key/value cache on one host."""
+    return _layout(target, _bytes_without_cache(target))
 
 
 def _place_state(
@@ -207,87 +205,126 @@ def _place_state(
 
 
 def sampler_state(target: Target) -> sampler.SamplerState:
+    """Shapes and shardings of the sampler's state, on one host."""
     return _place_state(target, cache_layout(target), target.model)
 
 
 def device_bytes(tree: Any) -> float:
     """Bytes of these shapes on the device that holds most."""
-    return float(
-        sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(tree)
-        )
-    )
+    total = 0
+    for x in jax.tree.leaves(tree):
+        total += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return float(total)
 
 
-def _lasting(target: Target) -> dict[str, float]:
-    """kept() without the cache."""
+def _bytes_without_cache(target: Target) -> dict[str, float]:
+    """persistent_bytes() without the cache."""
     state = train_state(target)
     parameters = device_bytes(state.params)
+    reference = 0.0
+    if target.config.learner.kl_coef:
+        reference = device_bytes(cast(state.params, target.dtype))
     copy = sampler_params(dataclasses.replace(target, model=_one_layer(target.model)))
+    more_layers = target.model.num_layers - 1
     return {
         "parameters": parameters,
         "optimizer": device_bytes(state.opt_state),
-        "reference": device_bytes(cast(state.params, target.dtype))
-        if target.config.learner.kl_coef
-        else 0.0,
-        "sampler copy": device_bytes(copy)
-        + (target.model.num_layers - 1) * device_bytes(copy["layers"]),
-        "gradients": parameters,  # float32, laid out like the parameters
+        "reference": reference,
+        "sampler copy": device_bytes(copy) + more_layers * device_bytes(copy["layers"]),
+        "gradients": parameters,  # float32, sharded like the parameters
     }
 
 
 def _one_layer(config: decoder.ModelConfig) -> decoder.ModelConfig:
-    """The sampler's trees have leaves for each layer, all alike: tracing one is much faster than
-    tracing all.
+    """The model with one layer, which is traced much faster.
+
+    The sampler's trees have leaves for each layer, all of the same shapes.
     """
     return dataclasses.replace(config, num_layers=1)
 
 
 def persistent_bytes(target: Target) -> dict[str, float]:
-    """Bytes per device of everything that outlives one program."""
-    lasting = _lasting(target)
-    state = _place_state(target, _layout(target, lasting), _one_layer(target.model))
-    cached = device_bytes(state) + (target.model.num_layers - 1) * device_bytes(state.caches)
-    return lasting | {"key/value cache": cached}
+    """Bytes per device of all arrays that outlive one program, by kind."""
+    without_cache = _bytes_without_cache(target)
+    layout = _layout(target, without_cache)
+    state = _place_state(target, layout, _one_layer(target.model))
+    cache = device_bytes(state) + (target.model.num_layers - 1) * device_bytes(state.caches)
+    return without_cache | {"key/value cache": cache}
 
 
-def resident_bytes(target: Target, kept: dict[str, float], phase: str) -> float:
-    """Bytes per device of what lies there while this phase runs, its own temporaries aside."""
+def resident_bytes(target: Target, persistent: dict[str, float], phase: str) -> float:
+    """Bytes per device of the persistent arrays in device memory during a phase."""
     c = target.config.learner
     offloaded = {"optimizer": c.offload_moments, "reference": c.offload_reference}
-    away = {
-        name for name, phase_of_use in _USED.items() if offloaded[name] and phase != phase_of_use
-    }
-    return sum(kept[name] for name in PHASES[phase] if name not in away)
+    total = 0.0
+    for name in PHASES[phase]:
+        if not offloaded.get(name) or _USED_IN[name] == phase:
+            total += persistent[name]
+    return total
 
 
-def _attending(target: Target) -> tuple[float, float]:
-    """Bytes of attention in the update's forward and backward pass, beyond its inputs and outputs."""
-    m, T = target.model, target.config.learner.row_tokens
-    queries = target.config.learner.rows / target.parts * T * m.num_heads / target.tensor
-    if target.learner.attention == "splash":  # a sum for each lane; dq for each block of keys
+def _attention_bytes(target: Target) -> tuple[float, float]:
+    """Bytes of attention in the update's forward and backward pass, beyond inputs and outputs."""
+    m = target.model
+    T = target.config.learner.row_tokens
+    queries = target.config.learner.rows / target.row_shards * T * m.num_heads / target.tensor
+    if target.learner.attention == "splash":
+        # A sum for each lane; the gradient of the queries for each block of keys.
         blocks = -(-T // splash_keys(T))
         return queries * LANES * 4, queries * m.head_dim * target.dtype.itemsize * blocks
-    size = max(end - start for start, end in spans(T))
-    # on TPU the scores of several blocks are alive
-    return 2 * queries * size * 4, 6 * queries * size * 4
+    longest = max(end - start for start, end in spans(T))
+    # On TPU the scores of several blocks exist at the same time.
+    return 2 * queries * longest * 4, 6 * queries * longest * 4
 
 
 def temporaries(target: Target, parameters: float) -> dict[str, float]:
-    """Estimates by phase, bytes per device. parameters: persistent_bytes()'s. Scores are float32,
-    in play and without splash.
-    """
-    m, c, sizes, t, item = (
-        target.model,
-        target.config.learner,
-        target.sizes,
-        target.tensor,
-        target.dtype.itemsize,
-    )
-    D, L, V, N, K, H, F = (
+    """Estimates by phase, bytes per device. parameters: of persistent_bytes()."""
+    play = _play_temporaries(target)
+    return play | _update_temporaries(target, parameters)
+
+
+def _activations(target: Target) -> float:
+    """Numbers of a token inside one layer and its gradient."""
+    m = target.model
+    heads = (4 * m.num_heads + 4 * m.num_kv_heads) * m.head_dim
+    return 4 * m.embed_dim + (heads + 6 * m.mlp_dim) / target.tensor
+
+
+def _play_temporaries(target: Target) -> dict[str, float]:
+    """Of the sampler's programs. Scores of attention are float32."""
+    m = target.model
+    sizes = target.sizes
+    t = target.tensor
+    item = target.dtype.itemsize
+    L, V, N = m.num_layers, m.vocab_size, m.num_heads
+    # Bytes of a token's keys and values in one layer.
+    layer_token = kv_cache.token_bytes(_one_layer(m), target.dtype) / t
+
+    def scores(rows: float, queries: int, keys: int, copies: int) -> float:
+        return copies * rows * N / t * queries * keys * 4.0
+
+    slots = target.config.engine.slots / target.row_shards
+    M = target.extend_rows
+    T = max(sizes.extend_buckets)
+    ends = sizes.cache_ends()
+    bucket = max(end - start for start, end in zip((0, *ends), ends, strict=False))
+    cache_rows = M * sizes.cache_tokens * layer_token
+    prefill = M * T * _activations(target) / 2 * item + scores(M, T, bucket, 2) + 2 * cache_rows
+    copied = slots * sizes.chunk * L * layer_token  # the chunk's own keys and values
+    decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
+    # A weight of all layers is gathered at a time, while another is cast.
+    reshard = 2 * L * m.embed_dim * m.mlp_dim / t * item
+    return {"reshard": reshard, "prefill": prefill, "decode": decode}
+
+
+def _update_temporaries(target: Target, parameters: float) -> dict[str, float]:
+    """Of the learner's programs."""
+    m = target.model
+    c = target.config.learner
+    t = target.tensor
+    item = target.dtype.itemsize
+    D, V, N, K, H, F = (
         m.embed_dim,
-        m.num_layers,
         m.vocab_size,
         m.num_heads,
         m.num_kv_heads,
@@ -295,51 +332,36 @@ def temporaries(target: Target, parameters: float) -> dict[str, float]:
         m.mlp_dim,
     )
     layer = (D * (2 * N + 2 * K) * H + 3 * D * F) / t  # parameters of a layer, gathered over fsdp
-    # activations of a token inside a layer and its gradient
-    wide = 4 * D + ((4 * N + 4 * K) * H + 6 * F) / t
-
-    held = {  # numbers that stay of a layer and token, by remat policy
+    activations = _activations(target)
+    # Numbers of a token and layer that are stored for the backward pass, by remat policy.
+    stored = {
         "full": D,
         "attention": D + N / t * H,
         "dots": 3 * D + ((2 * N + 2 * K) * H + 2 * F) / t,
-        "none": wide,
-    }
+        "none": activations,
+    }[target.config.model.remat]
 
-    def scores(rows: float, queries: int, keys: int, copies: int) -> float:
-        return copies * rows * N / t * queries * keys * 4.0
-
-    slots, written, longest = (
-        target.config.engine.slots / target.parts,
-        target.extend_rows,
-        max(sizes.extend_buckets),
-    )
-    piece = max(
-        end - start
-        for start, end in zip((0, *sizes.cache_ends()), sizes.cache_ends(), strict=False)
-    )
-    layer_token = kv_cache.token_bytes(_one_layer(m), target.dtype) / t
-    cache_rows = written * sizes.cache_tokens * layer_token
-    prefill = (
-        written * longest * wide / 2 * item + scores(written, longest, piece, 2) + 2 * cache_rows
-    )
-    copied = slots * sizes.chunk * L * layer_token  # the chunk's own keys and values
-    decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
-
-    rows, T = c.rows / target.parts, c.row_tokens
-    attending = _attending(target)
-    forward = rows * T * wide / 2 * item + attending[0] + 2 * layer * item
+    rows = c.rows / target.row_shards
+    T = c.row_tokens
+    attention_forward, attention_backward = _attention_bytes(target)
+    forward = rows * T * activations / 2 * item + attention_forward + 2 * layer * item
     forward += V * D / t * item + 2 * rows * c.logprob_chunk * V / t * 4
-    backward = rows * T * wide / 2 * item + attending[1] + layer * 4 + 2 * V * D / t * 4
-    gradients = forward + backward + rows * T * L * held[target.config.model.remat] * item
-    # A weight of all layers is gathered at a time, and another being cast.
-    found = {"reshard": 2 * L * D * F / t * item, "prefill": prefill, "decode": decode}
+    backward = rows * T * activations / 2 * item + attention_backward
+    backward = backward + layer * 4 + 2 * V * D / t * 4
+    gradients = forward + backward + rows * T * m.num_layers * stored * item
+    found = {}
     if c.kl_coef or c.old_logprobs == "recompute":
         found["scores"] = forward
-    # This micro-batch's gradients exist before they are added. The optimizer step works in place,
+    # The micro-batch's gradients exist before they are added. The optimizer step works in place,
     # number by number.
     return found | {"gradients": gradients + parameters, "optimizer": layer * 4}
 
 
-def peaks(target: Target, kept: dict[str, float], temporary: dict[str, float]) -> dict[str, float]:
+def peaks(
+    target: Target, persistent: dict[str, float], temporary: dict[str, float]
+) -> dict[str, float]:
     """Bytes per device of each phase that the config has."""
-    return {phase: resident_bytes(target, kept, phase) + size for phase, size in temporary.items()}
+    found = {}
+    for phase, size in temporary.items():
+        found[phase] = resident_bytes(target, persistent, phase) + size
+    return found

@@ -1,4 +1,4 @@
-"""What a step has to compute and to read, and how long that takes at least, from shapes alone."""
+"""Lower bounds of a step's operations, bytes and seconds, from shapes alone."""
 
 import dataclasses
 import math
@@ -15,36 +15,36 @@ from ssp_jax.plan.memory import Target, abstract_params, cache_layout, persisten
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a step plays. tokens: of an episode, sampled or given; sampled: those that the model
-    wrote.
-    """
+    """Episodes of a step."""
 
-    tokens: int
-    sampled: int
+    tokens: int  # of an episode
+    sampled: int  # of these, written by the model
     played: int  # episodes of all roles
-    trained: int
+    trained: int  # of these, in the update
 
 
 def workload(config: ConfigDict, tokens: int, sampled: int) -> Workload:
     """Upper bound of the episodes in a step: every question is well-formed and verified."""
     proposer, solver = rules.group_sizes(config.game.rl_pair, config.game.group_size)
-    answers = config.game.answers_per_step
-    proposed, solved = answers * proposer, answers * proposer * solver
+    proposed = config.game.answers_per_step * proposer
+    verified = proposed if config.game.verify else 0
+    solved = proposed * solver
     trained = {"both": proposed + solved, "solver": solved, "proposer": proposed}[config.game.train]
-    longest = longest_episode(config)
-    tokens, sampled = min(tokens, longest), min(sampled, tokens, config.limits.response_tokens)
-    return Workload(tokens, sampled, proposed * (2 if config.game.verify else 1) + solved, trained)
+    sampled = min(sampled, tokens, config.limits.response_tokens)
+    tokens = min(tokens, longest_episode(config))
+    return Workload(tokens, sampled, proposed + verified + solved, trained)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one device in one step."""
+    """Work of one device in one step, or in a phase of it."""
 
     flops: float = 0.0
-    hbm: float = 0.0  # bytes
-    link: float = 0.0  # bytes that it receives
+    hbm: float = 0.0  # bytes read and written
+    link: float = 0.0  # bytes received over links
 
     def seconds(self, chip: Chip) -> dict[str, float]:
+        """Lower bounds, by what limits them."""
         return {
             "FLOPs": self.flops / chip.flops,
             "HBM": self.hbm / chip.bandwidth,
@@ -53,42 +53,76 @@ class Work:
 
 
 def work(target: Target, load: Workload) -> dict[str, Work]:
-    """Least operations and bytes of a step's phases on each device; whatever can overlap is taken
-    to overlap.
-    """
-    m, c, item = target.model, target.config.learner, target.dtype.itemsize
-    devices = target.parts * target.tensor
-    total = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(m)))
-    table = m.vocab_size * m.embed_dim
-    body = total - table * (1 if m.tie_embeddings else 2)  # parameters of the layers
-    # FLOPs a token: 4 x half the episode
-    attention = 2 * m.num_layers * m.num_heads * m.head_dim * load.tokens
-    forward = 2 * (body + table) + attention
+    """Minimum of operations and bytes on each device, by phase; all that can overlap does."""
     bytes_ = persistent_bytes(target)
+    costs = _token_costs(target, load)
+    copy = bytes_["sampler copy"]
+    # Each device of fsdp receives the other devices' shards.
+    reshard = Work(hbm=bytes_["parameters"] + copy, link=copy * _received(target))
+    return {
+        "prefill": _prefill(target, load, costs),
+        "decode": _decode(target, load, costs, copy),
+        "reshard": reshard,
+        "update": _update(target, load, costs, bytes_["parameters"]),
+    }
 
+
+@dataclasses.dataclass(frozen=True)
+class _TokenCosts:
+    """Parameters of a model, and FLOPs of a token."""
+
+    parameters: int  # all
+    table: int  # of one embedding table
+    layers: int  # of the layers
+    attention: int  # FLOPs of a token's scores and values, on average over an episode
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of a token whose logits are computed."""
+        return 2 * (self.layers + self.table) + self.attention
+
+
+def _token_costs(target: Target, load: Workload) -> _TokenCosts:
+    m = target.model
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(m)))
+    table = m.vocab_size * m.embed_dim
+    layers = parameters - table * (1 if m.tie_embeddings else 2)
+    # 4 FLOPs for each head's number and each key, of which there are half an episode on average.
+    attention = 2 * m.num_layers * m.num_heads * m.head_dim * load.tokens
+    return _TokenCosts(parameters, table, layers, attention)
+
+
+def _received(target: Target) -> float:
+    """The share of a gathered array that a device of `fsdp` does not have."""
+    return 1 - 1 / target.mesh.shape["fsdp"]
+
+
+def _prefill(target: Target, load: Workload, costs: _TokenCosts) -> Work:
     given = load.played * (load.tokens - load.sampled)
-    prefill = Work(flops=given * (2 * body + attention) / devices)
-    # An episode holds half of its tokens on average; where memory is short fewer slots are busy.
+    devices = target.row_shards * target.tensor
+    return Work(flops=given * (2 * costs.layers + costs.attention) / devices)
+
+
+def _decode(target: Target, load: Workload, costs: _TokenCosts, copy: float) -> Work:
+    """copy: bytes of the sampler's copy."""
+    m = target.model
+    item = target.dtype.itemsize
+    # An episode has half of its tokens on average; where memory is short fewer slots are busy.
     layout = cache_layout(target)
     busy = target.hosts * min(layout.rows[0], layout.tokens / (load.tokens / 2))
-    steps, slots = math.ceil(load.played * load.sampled / busy), busy / target.parts
-    half = (
-        slots
-        * load.tokens
-        / 2
-        * 2
-        * m.num_layers
-        * m.num_kv_heads
-        / target.tensor
-        * m.head_dim
-        * item
-    )
-    read = bytes_["sampler copy"] - (0 if m.tie_embeddings else table * item / target.tensor)
-    decode = Work(flops=steps * slots * forward / target.tensor, hbm=steps * (read + half))
+    steps = math.ceil(load.played * load.sampled / busy)
+    slots = busy / target.row_shards
+    keys_and_values = slots * load.tokens / 2 * 2 * m.num_layers * m.num_kv_heads / target.tensor
+    cache = keys_and_values * m.head_dim * item
+    # All weights are read but an embedding table that is not the head, of which a row is.
+    weights = copy - (0 if m.tie_embeddings else costs.table * item / target.tensor)
+    return Work(flops=steps * slots * costs.forward / target.tensor, hbm=steps * (weights + cache))
 
-    copy = bytes_["sampler copy"]
-    reshard = Work(hbm=bytes_["parameters"] + copy, link=copy * (1 - 1 / target.mesh.shape["fsdp"]))
 
+def _update(target: Target, load: Workload, costs: _TokenCosts, parameters: float) -> Work:
+    """parameters: bytes on a device."""
+    c = target.config.learner
+    # Forward, twice as much backward, and forward again.
     passes = (
         3
         + (target.config.model.remat in ("full", "attention"))
@@ -96,13 +130,12 @@ def work(target: Target, load: Workload) -> dict[str, Work]:
         + (c.old_logprobs == "recompute")
     )
     tokens = load.trained * load.tokens
-    batches = math.ceil(tokens / (c.rows * c.row_tokens))
-    f = target.mesh.shape["fsdp"]
-    gathered = (passes - 2) * item + 4  # of a parameter: weights in each forward, gradients once
+    micro_batches = math.ceil(tokens / (c.rows * c.row_tokens))
     optimizer_steps = sum(assemble.updates(target.config).values())
-    update = Work(
-        flops=tokens * passes * forward / devices,
-        hbm=7 * bytes_["parameters"] * optimizer_steps + 3 * batches * bytes_["parameters"],
-        link=batches * total / target.tensor * gathered * (1 - 1 / f),
+    # Bytes over links of a parameter: weights in each forward pass, gradients once.
+    gathered = (passes - 2) * target.dtype.itemsize + 4
+    return Work(
+        flops=tokens * passes * costs.forward / (target.row_shards * target.tensor),
+        hbm=7 * parameters * optimizer_steps + 3 * micro_batches * parameters,
+        link=micro_batches * costs.parameters / target.tensor * gathered * _received(target),
     )
-    return {"prefill": prefill, "decode": decode, "reshard": reshard, "update": update}

@@ -14,6 +14,7 @@ from ssp_jax.plan import __main__ as plan
 from ssp_jax.plan import compile, hardware, memory, roofline
 from ssp_jax.plan.hardware import GIB
 from ssp_jax.rollout import engine
+from ssp_jax.runtime import platform
 from tests.conftest import ROOT
 
 SMALL = decoder.ModelConfig(1024, 2, 256, 4, 2, 64, 512, qkv_bias=True)
@@ -154,16 +155,17 @@ def test_the_cache_of_a_plan_is_the_one_that_the_engine_makes() -> None:
     whole = small_plan(GIB, **values)
     assert memory.cache_layout(whole.target).rows == (1024, 1024)
     present = sum(
-        whole.kept[name] for name in ("parameters", "optimizer", "reference", "sampler copy")
+        whole.persistent[name] for name in ("parameters", "optimizer", "reference", "sampler copy")
     )
-    hbm = present + whole.kept["key/value cache"]  # 0.8 of what is free is not enough
+    hbm = present + whole.persistent["key/value cache"]  # 0.8 of what is free is not enough
     p = small_plan(hbm, **values)
     expected = engine.cache_budget(p.target.sizes, int(hbm - present))
     layout = memory.cache_layout(p.target)
     assert layout.rows[0] > layout.rows[1] and expected is not None
-    assert 0.99 * expected < p.kept["key/value cache"] < 1.01 * expected
+    assert 0.99 * expected < p.persistent["key/value cache"] < 1.01 * expected
     assert (
-        small_plan(hbm, **values, engine__kv_cache_gib=0.01).kept["key/value cache"] < 0.0101 * GIB
+        small_plan(hbm, **values, engine__kv_cache_gib=0.01).persistent["key/value cache"]
+        < 0.0101 * GIB
     )
     # the least it can play with
     assert memory.cache_layout(small_plan(present / 2, **values).target).rows == (4, 4)
@@ -172,7 +174,7 @@ def test_the_cache_of_a_plan_is_the_one_that_the_engine_makes() -> None:
 def test_what_the_cache_may_take_is_what_play_leaves() -> None:
     p = small_plan(GIB, learner__row_tokens=512, learner__rows=4, engine__slots=16)
     room = GIB - max(p.peaks["prefill"], p.peaks["decode"])
-    assert p.fits and p.cache_budget == room + p.kept["key/value cache"]
+    assert p.fits and p.cache_budget == room + p.persistent["key/value cache"]
     # two layers, two heads of 64, keys and values, bfloat16
     slots = 4 * math.floor(p.cache_budget / (512 * 1024))
     assert f" {slots} slots of 512 tokens" in "\n".join(
@@ -185,7 +187,7 @@ def test_play_and_update_do_not_keep_what_the_other_needs() -> None:
     play.
     """
     p = small_plan(GIB, learner__row_tokens=512, learner__rows=4, engine__slots=16)
-    sizes = {name: 2.0**i for i, name in enumerate(p.kept)}
+    sizes = {name: 2.0**i for i, name in enumerate(p.persistent)}
     peaks = memory.peaks(p.target, sizes, dict.fromkeys(memory.PHASES, 0.0))
     always = sizes["parameters"] + sizes["optimizer"] + sizes["reference"]
     playing = always + sizes["sampler copy"]
@@ -208,7 +210,7 @@ def test_what_is_offloaded_is_there_only_where_it_is_used() -> None:
         for flag in (False, True)
     )
     saved = {phase: there.peaks[phase] - away.peaks[phase] for phase in memory.PHASES}
-    moments, reference = there.kept["optimizer"], there.kept["reference"]
+    moments, reference = there.persistent["optimizer"], there.persistent["reference"]
     assert saved.pop("scores") == moments and saved.pop("optimizer") == reference
     assert set(saved.values()) == {moments + reference}
     text = "\n".join(plan.report(away, roofline.workload(config(), 300, 100)))
@@ -238,7 +240,7 @@ def test_a_smaller_cache_or_offloading_is_offered_where_it_is_enough() -> None:
     values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 4, "engine__slots": 2048}
     values |= {"engine__extend_rows": 1, "engine__kv_cache_gib": 1.0}
     p = small_plan(GIB, **values)
-    assert p.kept["key/value cache"] > 0.2 * GIB
+    assert p.persistent["key/value cache"] > 0.2 * GIB
     tight = small_plan(max(p.peaks.values()) - 0.01 * GIB, **values)
     assert not tight.fits
     found = plan.changes_that_fit(
@@ -249,7 +251,7 @@ def test_a_smaller_cache_or_offloading_is_offered_where_it_is_enough() -> None:
         smaller
         and small_plan(tight.slice.device.hbm, **values | {"engine__kv_cache_gib": smaller}).fits
     )
-    tight = small_plan(max(p.peaks.values()) - p.kept["optimizer"] / 2, **values)
+    tight = small_plan(max(p.peaks.values()) - p.persistent["optimizer"] / 2, **values)
     found = plan.changes_that_fit(
         tight.target.config, SMALL, tight.slice, dict.fromkeys(memory.PHASES, 1.0)
     )
@@ -292,7 +294,7 @@ def test_without_a_compiler_the_table_says_so(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.skipif(
-    not compile.available(), reason="libtpu is not installed: pip install '.[plan]'"
+    not platform.tpu_installed(), reason="libtpu is not installed: pip install '.[plan]'"
 )
 def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
     small = {"engine__slots": 4, "engine__chunk": 2, "engine__extend_rows": 4, "learner__rows": 4}
@@ -318,7 +320,7 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
         "gradients",
         "optimizer",
     ]
-    kept = p.kept["parameters"]
+    kept = p.persistent["parameters"]
     xla = dataclasses.replace(p.target, config=plan.with_values(c, {"model.attention": "xla"}))
     estimate, in_blocks = (memory.temporaries(s, kept) for s in (p.target, xla))
     assert p.fits and 0.2 < p.temporaries["gradients"] / estimate["gradients"] < 5
@@ -329,7 +331,7 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
 
 
 @pytest.mark.skipif(
-    not compile.available(), reason="libtpu is not installed: pip install '.[plan]'"
+    not platform.tpu_installed(), reason="libtpu is not installed: pip install '.[plan]'"
 )
 def test_what_a_host_runs_compiles_where_its_chips_are_not_numbered_in_a_row() -> None:
     c = config(
@@ -347,7 +349,7 @@ def test_what_a_host_runs_compiles_where_its_chips_are_not_numbered_in_a_row() -
 
 
 @pytest.mark.skipif(
-    not compile.available(), reason="libtpu is not installed: pip install '.[plan]'"
+    not platform.tpu_installed(), reason="libtpu is not installed: pip install '.[plan]'"
 )
 def test_a_program_that_the_compiler_gives_up_on_is_reported() -> None:
     c = config(engine__slots=4, engine__chunk=1, engine__cache_tokens=10**8, learner__rows=4)
