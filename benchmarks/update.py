@@ -366,6 +366,7 @@ def measure(contender: str, shape: str, repeats: int, out: Path) -> dict[str, An
 
 
 def summarize(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    sys.path.insert(0, str(ROOT))
     from ssp_jax.plan.hardware import peak_flops
 
     shape = SHAPES[name]

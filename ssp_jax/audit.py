@@ -1,10 +1,10 @@
-"""What is in the training answers, and which of them are also answers of the evaluation:
+"""Statistics of the training answers, and their overlap with answers of the evaluation:
 
     python -m ssp_jax.audit --answers=answers.jsonl [--eval=test.parquet --eval=dev.jsonl ...]
 
 Self-play needs no questions, but a proposer that is given the answers of the evaluation writes
 questions close to it. Answers are compared as exact match compares them: lower case, no articles,
-no punctuation, and as they stand where nothing would be left ("A", "The The", "+").
+no punctuation, and unchanged where nothing would be left ("A", "The The", "+").
 """
 
 import sys
@@ -31,53 +31,56 @@ class Overlap:
     """One evaluation set against the training answers."""
 
     questions: int
-    repeated: int  # questions that stand in the set before, word for word
+    repeated: int  # questions with the text of an earlier one
     shared: list[str]  # normalised training answers that are an answer here, most questions first
     asked: int  # questions that have one of these among their answers
 
 
 def normalized(tasks: Sequence[Task]) -> list[set[str]]:
-    """Equal here is what exact match calls equal."""
+    """The answers of each task, equal where exact match calls them equal."""
     return [set(map(comparable, task.answers)) for task in tasks]
 
 
 def overlap(training: set[str], questions: Sequence[Task]) -> Overlap:
+    """training: normalised answers."""
     hits = [golds & training for golds in normalized(questions)]
-    counts = Counter(answer for found in hits for answer in sorted(found))
-    repeated = len(questions) - len({task.question for task in questions})
+    counts = Counter(answer for shared in hits for answer in sorted(shared))
     return Overlap(
-        len(questions), repeated, [a for a, _ in counts.most_common()], sum(map(bool, hits))
+        questions=len(questions),
+        repeated=len(questions) - len({task.question for task in questions}),
+        shared=[answer for answer, _ in counts.most_common()],
+        asked=sum(map(bool, hits)),
     )
 
 
 def answers_table(tasks: Sequence[Task]) -> Table:
+    """Statistics of the training answers."""
     texts = [task.answers[0] for task in tasks]
     counts = Counter(map(comparable, texts))
-    empty = sum(not normalize_answer(text) for text in texts)
-    words = np.array([len(text.split()) for text in texts])
+    repeats = f"{len(texts) - len(counts):,}"
     often = [f"{answer!r} x {n}" for answer, n in counts.most_common(EXAMPLES) if n > 1]
-    searches = Counter(task.searches for task in tasks)
+    if often:
+        repeats += f" (most: {', '.join(often)})"
+    words = np.array([len(text.split()) for text in texts])
+    longest = max(texts, key=len)
+    empty = sum(not normalize_answer(text) for text in texts)
+    searches = sorted(Counter(task.searches for task in tasks).items())
+
     table = _table("Training answers", "", "")
-    for name, value in (
-        ("answers", f"{len(texts):,}"),
-        ("different, normalised", f"{len(counts):,}"),
-        (
-            "repeats",
-            f"{len(texts) - len(counts):,}" + (f" (most: {', '.join(often)})" if often else ""),
-        ),
-        ("words, least / median / most", f"{words.min()} / {np.median(words):g} / {words.max()}"),
-        ("characters, longest", f"{max(map(len, texts))}: {max(texts, key=len)[:60]!r}"),
-        ("empty once normalised", f"{empty:,}"),
-        (
-            "searches asked for: answers",
-            ", ".join(f"{n}: {count:,}" for n, count in sorted(searches.items())),
-        ),
-    ):
-        table.add_row(name, printable(value))
+    table.add_row("answers", f"{len(texts):,}")
+    table.add_row("different, normalised", f"{len(counts):,}")
+    table.add_row("repeats", printable(repeats))
+    word_counts = f"{words.min()} / {np.median(words):g} / {words.max()}"
+    table.add_row("words, least / median / most", word_counts)
+    table.add_row("characters, longest", printable(f"{len(longest)}: {longest[:60]!r}"))
+    table.add_row("empty once normalised", f"{empty:,}")
+    search_counts = ", ".join(f"{n}: {count:,}" for n, count in searches)
+    table.add_row("searches asked for: answers", search_counts)
     return table
 
 
 def overlap_table(training: set[str], sets: dict[str, list[Task]]) -> Table:
+    """Overlap of each evaluation set with the training answers."""
     table = _table(
         "Evaluation",
         "set",
@@ -89,14 +92,19 @@ def overlap_table(training: set[str], sets: dict[str, list[Task]]) -> Table:
     )
     for name, questions in sets.items():
         found = overlap(training, questions)
-        share = f"{found.asked / found.questions:.1%}"
-        examples = ", ".join(found.shared[:EXAMPLES])
-        counts = (f"{found.questions:,}", f"{found.repeated:,}", f"{found.asked:,}")
-        table.add_row(printable(name), *counts, share, printable(examples))
+        table.add_row(
+            printable(name),
+            f"{found.questions:,}",
+            f"{found.repeated:,}",
+            f"{found.asked:,}",
+            f"{found.asked / found.questions:.1%}",
+            printable(", ".join(found.shared[:EXAMPLES])),
+        )
     return table
 
 
 def _table(title: str, *columns: str) -> Table:
+    """An empty table; columns between the first and the last hold numbers."""
     table = Table(
         title=title,
         title_justify="left",
@@ -105,9 +113,8 @@ def _table(title: str, *columns: str) -> Table:
         show_header=any(columns),
     )
     for i, column in enumerate(columns):
-        table.add_column(
-            column, justify="right" if 0 < i < len(columns) - 1 else "left", overflow="fold"
-        )
+        is_number = 0 < i < len(columns) - 1
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
     return table
 
 
@@ -124,11 +131,12 @@ def _run(arguments: Sequence[str] | None) -> None:
     args = parser.parse_args(arguments)
     files = [user_path(path, "--eval") for path in args.eval]
     names = [Path(path).name for path in files]
-    names = names if len(set(names)) == len(names) else files
+    if len(set(names)) < len(names):
+        names = files
     tasks = load_answers(user_path(args.answers, "--answers"))
     sets = load_question_sets(dict(zip(names, files, strict=True)))
     width = None if sys.stdout.isatty() else 120
-    # answers have brackets
+    # No markup: answers have brackets.
     console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
     console.print(answers_table(tasks))
     if sets:

@@ -1,11 +1,10 @@
-"""A run folder as one HTML page, with curves and games to read, that needs no network and no other
-file:
+"""A run folder as one HTML page, with curves and games to read:
 
     python -m ssp_jax.report WORKDIR [--out=report.html] [--games=300]
 
-Curves are matplotlib SVGs: some 15 KB each and sharp at any size, where an embedded plotly would
-bring 4 MB. Of a long run each of their points stands for many steps, and the page says so. It may
-be made while the run goes on.
+The page needs no network and no other file, and may be made while the run goes on. Curves are
+matplotlib SVGs: some 15 KB each and sharp at any size, where an embedded plotly would bring 4 MB.
+In a long run each point of a curve is the mean of many steps, and the page says so.
 """
 
 import base64
@@ -55,36 +54,44 @@ Row = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Chart:
-    """label -> metric; a metric that the run never wrote is left out, and so is a chart without
-    any.
-    """
+    """One chart. Metrics that the run has not written are left out, so is a chart without any."""
 
     title: str
-    lines: Mapping[str, str | Callable[[Row], float | None]]
+    lines: Mapping[str, str | Callable[[Row], float | None]]  # label -> metric, or its computation
     note: str = ""
     percent: bool = False
 
     def name(self, label: str) -> str:
+        """The name of a line among those of all charts."""
         return f"{self.title}: {label}"
 
 
-def _share(part: str, whole: str) -> Callable[[Row], float | None]:
-    def share(row: Row) -> float | None:
-        some, all_ = row.get(part), row.get(whole)
-        return 100 * some / all_ if all_ and some is not None else None
+def _percent(part: str, whole: str) -> Callable[[Row], float | None]:
+    """100 * part / whole of a row, by the names of metrics; None where one is missing."""
 
-    return share
+    def percent(row: Row) -> float | None:
+        numerator = row.get(part)
+        denominator = row.get(whole)
+        if numerator is None or not denominator:
+            return None
+        return 100 * numerator / denominator
+
+    return percent
 
 
+def _of_updates(metric: str) -> dict[str, str]:
+    return {name: f"update/{name}/{metric}" for name in UPDATES}
+
+
+_REWARDS = Chart("Rewards", {"proposer": "reward/proposer", "solver": "reward/solver"})
 CHARTS = (
-    # its note: reward_note
-    Chart("Rewards", {"proposer": "reward/proposer", "solver": "reward/solver"}),
+    _REWARDS,  # its note: reward_note()
     Chart(
         "Funnel, % of the questions asked",
         {
-            "well-formed": _share("funnel/well_formed", "funnel/proposed"),
-            "verified": _share("funnel/verified", "funnel/proposed"),
-            "taken from the pool": _share("funnel/reused", "funnel/proposed"),
+            "well-formed": _percent("funnel/well_formed", "funnel/proposed"),
+            "verified": _percent("funnel/verified", "funnel/proposed"),
+            "taken from the pool": _percent("funnel/reused", "funnel/proposed"),
         },
         "Verified: answered from the proposer's own documents.",
         percent=True,
@@ -93,15 +100,9 @@ CHARTS = (
     Chart(
         "Tokens sampled in an episode", {"proposer": "proposer/tokens", "solver": "solver/tokens"}
     ),
-    Chart("KL to the initial model", {name: f"update/{name}/kl" for name in UPDATES}),
-    Chart(
-        "Entropy of the policy",
-        {name: f"update/{name}/entropy" for name in UPDATES},
-        "Nats a token.",
-    ),
-    Chart(
-        "Gradient norm", {name: f"update/{name}/grad_norm" for name in UPDATES}, "Before clipping."
-    ),
+    Chart("KL to the initial model", _of_updates("kl")),
+    Chart("Entropy of the policy", _of_updates("entropy"), "Nats a token."),
+    Chart("Gradient norm", _of_updates("grad_norm"), "Before clipping."),
     Chart(
         "Throughput, tokens a second",
         {"sampled": "play/tokens_per_second", "trained": "update/tokens_per_second"},
@@ -112,7 +113,6 @@ CHARTS = (
     ),
 )
 
-
 _LINES = [(chart.name(label), metric) for chart in CHARTS for label, metric in chart.lines.items()]
 
 
@@ -120,8 +120,8 @@ _LINES = [(chart.name(label), metric) for chart in CHARTS for label, metric in c
 
 
 @contextmanager
-def _written(where: object) -> Iterator[None]:
-    """What is not as a run writes it is told with its place."""
+def _expecting_run_files(where: object) -> Iterator[None]:
+    """Turns errors of reading a file that a run has written into InputError with its place."""
     try:
         yield
     except (
@@ -140,53 +140,55 @@ def _written(where: object) -> Iterator[None]:
 
 @dataclass
 class Steps:
-    """What metrics.jsonl says of the steps."""
+    """Steps of a run, from metrics.jsonl."""
 
     last: int = 0
     seconds: float = 0.0
     curves: Curves = field(default_factory=Curves)
-    spoilt: int = 0  # lines that were passed over
+    spoilt: int = 0  # lines that were skipped
 
     def add(self, row: Row, step: int, seconds: float) -> None:
-        values = {
-            name: metric(row) if callable(metric) else row.get(metric) for name, metric in _LINES
-        }
-        values |= {name: value for name, value in row.items() if name.startswith("fault/")}
-        self.last, self.seconds = step, self.seconds + seconds
+        values = {name: value for name, value in row.items() if name.startswith("fault/")}
+        for name, metric in _LINES:
+            values[name] = metric(row) if callable(metric) else row.get(metric)
+        self.last = step
+        self.seconds += seconds
         self.curves.add(step, {name: value for name, value in values.items() if value is not None})
 
 
 def read_metrics(workdir: Path) -> Steps:
-    """None where there was only an evaluation. Lines that a crash has spoilt are passed over, if
-    others are whole.
+    """No steps if there was only an evaluation.
+
+    Spoilt lines are skipped. Raises InputError if all are, or if this is no run folder.
     """
-    path, found = workdir / "metrics.jsonl", Steps()
+    path = workdir / "metrics.jsonl"
+    steps = Steps()
     if not path.is_file():
         if any(workdir.glob(EVALUATIONS)):
-            return found
+            return steps
         raise InputError(
             f"{workdir}: expected a run folder, found neither metrics.jsonl nor {EVALUATIONS} in it"
         )
     whole = 0
     for number, line in enumerate(records.read_lines(path, {}), 1):
         if line.record is None:
-            found.spoilt += 1
+            steps.spoilt += 1
             continue
-        with _written(f"{path} line {number}"):
-            _add_row(found, line.record)
+        with _expecting_run_files(f"{path} line {number}"):
+            _add_row(steps, line.record)
         whole += 1
-    if found.spoilt and not whole:
+    if steps.spoilt and not whole:
         raise InputError(
             f"{path} line 1: expected it as a run writes it, a JSON object; no line is one"
         )
-    return found
+    return steps
 
 
-def _add_row(found: Steps, record: dict[str, Any]) -> None:
+def _add_row(steps: Steps, record: dict[str, Any]) -> None:
     step = int(_number(record["step"]))
     if "seconds" in record:  # else it is an evaluation's
         row = {name: None if value is None else _number(value) for name, value in record.items()}
-        found.add(row, step, _number(record["seconds"]))
+        steps.add(row, step, _number(record["seconds"]))
 
 
 def _number(value: Any) -> float:
@@ -196,8 +198,8 @@ def _number(value: Any) -> float:
 
 
 def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
-    """What evaluations wrote, in the order of steps. A file that is just being written waits."""
-    found = []
+    """Evaluations in the order of steps; a file that is half written is skipped."""
+    evaluations = []
     for path in sorted(workdir.glob(EVALUATIONS)):
         try:
             document = json.loads(path.read_bytes())
@@ -205,22 +207,22 @@ def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
             continue
         except RecursionError:
             document = None
-        with _written(path):
-            found.append(shown_evaluation(document))
-    return found
+        with _expecting_run_files(path):
+            evaluations.append(shown_evaluation(document))
+    return evaluations
 
 
 def shown_evaluation(document: Any) -> dict[str, Any]:
-    """What the page needs of a document that evaluate.evaluate wrote. inputs: what its episodes
-    were played with.
+    """The fields that the page shows of a document of evaluation.evaluate.
+
+    inputs: of its episodes, as text that is equal where they are.
     """
     columns = (*SHARES, "right_low", "right_high", *MEANS, "n")
     questions = dict(document.get("questions") or {})
     sets = {}
     for name, row in document["sets"].items():
-        sets[printable(name)] = {column: _number(row[column]) for column in columns} | {
-            "questions": questions.get(name)
-        }
+        shown = {column: _number(row[column]) for column in columns}
+        sets[printable(name)] = shown | {"questions": questions.get(name)}
     inputs = json.dumps(document.get("inputs") or {}, sort_keys=True)
     return {
         "step": int(_number(document["step"])),
@@ -231,106 +233,114 @@ def shown_evaluation(document: Any) -> dict[str, Any]:
 
 
 def read_config(workdir: Path) -> tuple[str, str]:
-    """As it stands in the file, but for secrets, and its reward_note; "" where there is none."""
-    path, text, note = workdir / "config.json", "", ""
-    if path.is_file():
-        with _written(path):
-            text = masked(path.read_text(encoding="utf-8"))
-            note = reward_note(text)
-    return text, note
+    """The text of config.json without secrets, and its reward_note(); "" where there is none."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        return "", ""
+    with _expecting_run_files(path):
+        text = masked(path.read_text(encoding="utf-8"))
+        return text, reward_note(text)
 
 
 @dataclass
 class Games:
+    """Games of a run's dumps."""
+
     shown: list[dict[str, Any]] = field(default_factory=list)
-    total: int = 0
-    spoilt: int = 0
+    total: int = 0  # games, shown or not
+    spoilt: int = 0  # lines that were skipped
 
 
-def read_games(workdir: Path, most: int) -> Games:
-    """At most `most` games, as many of each dump, and how many there are in all."""
+def read_games(workdir: Path, limit: int) -> Games:
+    """At most `limit` games, as many of each dump, and how many there are in all."""
     dumps = sorted((workdir / "episodes").glob("step_*.jsonl"))
-    each, found = max(1, most // max(len(dumps), 1)), Games()
-    kept = {dumps[i] for i in _spread(len(dumps), most)}
+    per_dump = max(1, limit // max(len(dumps), 1))
+    shown_dumps = {dumps[i] for i in _spread(len(dumps), limit)}
+    games = Games()
     for path in dumps:
-        with _written(path):
+        with _expecting_run_files(path):
             step = int(path.stem.removeprefix("step_"))
-        lines = itertools.islice(records.read_lines(path, {}), each if path in kept else 0)
+        count = per_dump if path in shown_dumps else 0
+        lines = itertools.islice(records.read_lines(path, {}), count)
         end = 0
         for number, line in enumerate(lines, 1):
             end = line.next
             if line.record is None:
-                found.spoilt += 1
+                games.spoilt += 1
                 continue
-            with _written(f"{path} line {number}"):
-                found.shown.append(shown_game(step, line.record))
-            found.total += 1
-        found.total += records.count_lines(path, end)
-    return found
+            with _expecting_run_files(f"{path} line {number}"):
+                games.shown.append(shown_game(step, line.record))
+            games.total += 1
+        games.total += records.count_lines(path, end)
+    return games
 
 
 def shown_game(step: int, game: dict[str, Any]) -> dict[str, Any]:
-    """What the page needs of a record that selfplay.readable wrote."""
-    scores = [attempt["score"] for attempt in game["attempts"]]
-    question = game["question"]
+    """The fields that the page shows of a record of selfplay.readable."""
     outcome = game["fault"] or "unfinished"
-    said = [
-        turn["text"]
-        for turn in (game["proposer"] or {"turns": []})["turns"]
-        if turn["who"] == "proposer"
-    ]
+    question = game["question"]
     if question is not None:
         outcome = "reused" if question["reused"] else "verified"
-    episodes = [("Proposer", game["proposer"], None), ("Verifier", game["verifier"], None)]
-    episodes += [(f"Attempt {i}", a, a["score"]) for i, a in enumerate(game["attempts"], 1)]
+        text = question["text"]
+        golds = question["answers"]
+    else:
+        proposer = game["proposer"] or {"turns": []}
+        said = [turn["text"] for turn in proposer["turns"] if turn["who"] == "proposer"]
+        text = prompts.first_question("".join(said))
+        golds = [game["answer"]]
+
+    episodes = []
+    for name in ("proposer", "verifier"):
+        if game[name]:
+            episodes.append(shown_episode(name.capitalize(), game[name], None))
+    solved = 0
+    for i, attempt in enumerate(game["attempts"], 1):
+        solved += attempt["score"] > 0
+        episodes.append(shown_episode(f"Attempt {i}", attempt, attempt["score"]))
     return {
         "step": step,
         "answer": game["answer"],
         "requested": game["requested_searches"],
-        "question": question["text"] if question else prompts.first_question("".join(said)),
-        "golds": question["answers"] if question else [game["answer"]],
+        "question": text,
+        "golds": golds,
         "played": question is not None,
         "outcome": outcome,
-        "solved": f"{sum(s > 0 for s in scores)}/{len(scores)}" if scores else "",
+        "solved": f"{solved}/{len(game['attempts'])}" if game["attempts"] else "",
         "reward": float(game["proposer_reward"]),
-        "episodes": [shown_episode(name, e, score) for name, e, score in episodes if e],
+        "episodes": episodes,
     }
 
 
 def shown_episode(name: str, episode: dict[str, Any], score: float | None) -> dict[str, Any]:
-    turns = [
-        {
-            "found": turn["who"] == "search engine",
-            "titles": _titles(turn["text"]),
-            "text": turn["text"].strip(),
-        }
-        for turn in episode["turns"]
-    ]
-    searches = sum(turn["found"] for turn in turns)
-    answer = prompts.last_answer("".join(turn["text"] for turn in turns if not turn["found"])) or ""
-    stop = episode["stop_reason"]
+    """The fields that the page shows of an episode in such a record."""
+    turns = []
+    written = ""
+    for turn in episode["turns"]:
+        found = turn["who"] == "search engine"
+        text = turn["text"].strip()
+        turns.append({"found": found, "titles": _titles(turn["text"]), "text": text})
+        if not found:
+            written += text
     return {
         "name": name,
         "turns": turns,
-        "stop": stop,
+        "stop": episode["stop_reason"],
         "score": score,
-        "searches": searches,
-        "answer": answer,
+        "searches": sum(turn["found"] for turn in turns),
+        "answer": prompts.last_answer(written) or "",
     }
 
 
 def _titles(text: str) -> list[str]:
-    return [
-        title.strip(' "')
-        for title in re.findall(r"^(?:<\w+>)?Doc \d+\(Title: (.*?)\) ", text, re.MULTILINE)
-    ]
+    titles = re.findall(r"^(?:<\w+>)?Doc \d+\(Title: (.*?)\) ", text, re.MULTILINE)
+    return [title.strip(' "') for title in titles]
 
 
 # --- drawing --------------------------------------------------------------------------------------
 
 
 def _figure() -> Any:
-    """An empty chart; made without pyplot, which would look for a display."""
+    """The axes of an empty chart, made without pyplot, which would look for a display."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -343,26 +353,26 @@ def _figure() -> Any:
 
 
 def _image(axes: Any) -> str:
-    """With a legend, as a data URI: as an image its ids cannot meet those of another chart."""
+    """The chart with a legend, as a data URI: in an image its ids cannot clash with another's."""
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "ssp_jax",
-            "font.family": "sans-serif",
-            "text.parse_math": False,  # a set's name may have a $
-        }
-    ):
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "ssp_jax",
+        "font.family": "sans-serif",
+        "text.parse_math": False,  # a set's name may have a $
+    }
+    with matplotlib.rc_context(settings):
         axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         axes.figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _line(axes: Any, label: str, points: Sequence[Point], each: int, color: str) -> None:
-    """each: steps that a point stands for; then a band reaches from the lowest to the highest of
-    them.
+    """Draws points, or, of many, a running mean over them.
+
+    each: steps of a point; of several, a band reaches from their lowest to their highest value.
     """
     steps, rows, means, lows, highs = np.array(points, float).T
     if len(points) < SMOOTHED_POINTS:
@@ -378,26 +388,30 @@ def _line(axes: Any, label: str, points: Sequence[Point], each: int, color: str)
 
 
 def draw(chart: Chart, curves: Curves) -> str | None:
-    axes, drawn = _figure(), 0
+    """The image of a chart; None where none of its lines has a point."""
+    axes = _figure()
+    drawn = 0
     for label, color in zip(chart.lines, COLORS, strict=False):
         if points := curves.line(chart.name(label)):
             _line(axes, label, points, curves.each, color)
             drawn += 1
     if not drawn:
         return None
-    low = axes.get_ylim()[0]
-    axes.set_ylim(bottom=0 if low > 0 or chart.percent else low, top=103 if chart.percent else None)
+    if chart.percent:
+        axes.set_ylim(bottom=0, top=103)
+    else:
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     return _image(axes)
 
 
 def draw_faults(curves: Curves) -> str | None:
-    """Why questions failed, stacked, as counts of a step."""
-    lines = {
-        name: {p.step: p.mean for p in curves.line(name)}
-        for name in curves.names
-        if name.startswith("fault/")
-    }
-    lines = {name: line for name, line in lines.items() if any(line.values())}
+    """Counts of failed questions by reason, stacked; None where none has failed."""
+    lines = {}
+    for name in curves.names:
+        if name.startswith("fault/"):
+            line = {point.step: point.mean for point in curves.line(name)}
+            if any(line.values()):
+                lines[name] = line
     if not lines:
         return None
     axes = _figure()
@@ -409,52 +423,47 @@ def draw_faults(curves: Curves) -> str | None:
     return _image(axes)
 
 
-def draw_evaluations(found: Sequence[dict[str, Any]]) -> str | None:
-    """Percent right of each set over steps, with the interval of each point."""
-    found = [found[i] for i in _spread(len(found), EVALUATIONS_SHOWN)]
-    names = list(dict.fromkeys(name for document in found for name in document["sets"]))
+def draw_evaluations(evaluations: Sequence[dict[str, Any]]) -> str | None:
+    """Percent right of each set over steps, with the interval of each point; None of no sets."""
+    drawn = [evaluations[i] for i in _spread(len(evaluations), EVALUATIONS_SHOWN)]
+    names = list(dict.fromkeys(name for document in drawn for name in document["sets"]))
     if not names:
         return None
     axes = _figure()
     for i, name in enumerate(names):
-        points = [
-            (document["step"], document["sets"][name])
-            for document in found
-            if name in document["sets"]
-        ]
-        values = np.array([row["right"] for _, row in points])
-        errors = np.array(
-            [
-                [row["right"] - row["right_low"], row["right_high"] - row["right"]]
-                for _, row in points
-            ]
-        ).T
-        style: dict[str, Any] = {
-            "marker": "o",
-            "markersize": 4,
-            "capsize": 3,
-            "linewidth": 1.5,
-            "elinewidth": 0.8,
-        }
-        style["linestyle"] = "--" if name == AVERAGE else "-"
-        steps = [step for step, _ in points]
+        documents = [document for document in drawn if name in document["sets"]]
+        rows = [document["sets"][name] for document in documents]
+        right = np.array([row["right"] for row in rows])
+        below = right - np.array([row["right_low"] for row in rows])
+        above = np.array([row["right_high"] for row in rows]) - right
         axes.errorbar(
-            steps, values, np.maximum(0, errors), label=name, color=COLORS[i % len(COLORS)], **style
+            [document["step"] for document in documents],
+            right,
+            np.maximum(0, [below, above]),
+            label=name,
+            color=COLORS[i % len(COLORS)],
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linewidth=1.5,
+            elinewidth=0.8,
+            linestyle="--" if name == AVERAGE else "-",
         )
     axes.set_ylim(0, 103)
     return _image(axes)
 
 
-def _spread(number: int, most: int) -> list[int]:
-    """At most `most` of so many: the first, the last, and evenly between."""
-    return sorted(set(np.linspace(0, number - 1, min(number, most)).round().astype(int).tolist()))
+def _spread(number: int, limit: int) -> list[int]:
+    """At most `limit` indices below `number`: the first, the last, and evenly between."""
+    indices = np.linspace(0, number - 1, min(number, limit)).round()
+    return sorted(set(indices.astype(int).tolist()))
 
 
 # --- the page -------------------------------------------------------------------------------------
 
 
 def reward_note(config: str) -> str:
-    """What both roles earn by a run's config.json."""
+    """The rewards of both roles in words, from the text of a run's config.json."""
     values = json.loads(config)
     if values.get("reward.proposer") not in rewards.PROPOSER_REWARDS:
         return ""
@@ -467,64 +476,59 @@ def reward_note(config: str) -> str:
 
 
 def comparable(evals: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Evaluations by the same judge and of the same inputs, the last one's first.
+    """Groups of evaluations by the same judge and of the same inputs; the last one's group first.
 
-    What one judge finds right is no point on another's curve, nor is what was played with another
-    search index on that of this one.
+    Verdicts of two judges make two curves, and so do episodes with two search indexes.
     """
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for document in reversed(evals):
-        found.setdefault((document["judge"], document["inputs"]), []).insert(0, document)
-    return list(found.values())
+        groups.setdefault((document["judge"], document["inputs"]), []).insert(0, document)
+    return list(groups.values())
 
 
-def _charts(
-    steps: Steps, evals: Sequence[dict[str, Any]], rewarded: str
-) -> Iterator[dict[str, str]]:
-    groups = comparable(evals)
-    for i, documents in enumerate(groups):
+def _charts(steps: Steps, evals: Sequence[dict[str, Any]], rewarded: str) -> list[dict[str, str]]:
+    """All charts that have data. rewarded: reward_note()."""
+    shown: list[dict[str, str]] = []
+
+    def show(title: str, note: str, image: str | None) -> None:
+        if image:
+            shown.append({"title": title, "note": note, "image": image})
+
+    judges: set[str] = set()
+    for documents in comparable(evals):
         judge = documents[0]["judge"]
-        earlier = (
-            " with earlier inputs" if judge in [group[0]["judge"] for group in groups[:i]] else ""
-        )
-        title, note = (
-            f"Right answers to held-out questions by {judge}{earlier}, %",
-            "With 95 % bootstrap intervals.",
-        )
+        earlier = " with earlier inputs" if judge in judges else ""
+        judges.add(judge)
+        title = f"Right answers to held-out questions by {judge}{earlier}, %"
+        note = "With 95 % bootstrap intervals."
         if len(documents) > EVALUATIONS_SHOWN:
             note += f" {EVALUATIONS_SHOWN} of {len(documents)} evaluations."
-        yield from _shown(title, note, draw_evaluations(documents))
-    each = (
-        f" A point is the mean of {steps.curves.each} steps, the band their range."
-        if steps.curves.each > 1
-        else ""
-    )
+        show(title, note, draw_evaluations(documents))
+
+    each = steps.curves.each
+    of_means = f" A point is the mean of {each} steps, the band their range." if each > 1 else ""
     for number, chart in enumerate(CHARTS):
-        note = rewarded if number == 0 else chart.note
-        yield from _shown(chart.title, note + each, draw(chart, steps.curves))
+        note = rewarded if chart is _REWARDS else chart.note
+        show(chart.title, note + of_means, draw(chart, steps.curves))
         if number == 1:
-            note = f"Mean of {steps.curves.each} steps." if each else "Questions of a step."
-            yield from _shown("Questions that failed, by reason", note, draw_faults(steps.curves))
-
-
-def _shown(title: str, note: str, image: str | None) -> Iterator[dict[str, str]]:
-    if image:
-        yield {"title": title, "note": note, "image": image}
+            note = f"Mean of {each} steps." if each > 1 else "Questions of a step."
+            show("Questions that failed, by reason", note, draw_faults(steps.curves))
+    return shown
 
 
 def _ends(evals: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Set -> its row of the first evaluation that compares with the last one, and of the last, each
-    with its step.
-    """
+    """Set -> its rows of the first and the last evaluation of the last one's group, with steps."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for document in next(iter(comparable(evals)), []):
         for name, row in document["sets"].items():
             rows.setdefault(name, []).append(row | {"step": document["step"]})
-    return {name: (found[0], found[-1]) for name, found in rows.items()}
+    return {name: (of_set[0], of_set[-1]) for name, of_set in rows.items()}
 
 
 def page(workdir: Path, most_games: int) -> str:
-    steps, evals = read_metrics(workdir), read_evaluations(workdir)
+    """The HTML page of a run folder. Raises InputError where it is none."""
+    steps = read_metrics(workdir)
+    evals = read_evaluations(workdir)
     games = read_games(workdir, most_games)
     config, rewarded = read_config(workdir)
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -537,7 +541,7 @@ def page(workdir: Path, most_games: int) -> str:
         minutes=steps.seconds / 60,
         evaluations=_ends(evals),
         judge=evals[-1]["judge"] if evals else "",
-        charts=list(_charts(steps, evals, rewarded)),
+        charts=_charts(steps, evals, rewarded),
         spoilt=steps.spoilt + games.spoilt,
         games=games.shown,
         total=games.total,
@@ -548,7 +552,7 @@ def page(workdir: Path, most_games: int) -> str:
 
 
 def _as_text(value: Any) -> Any:
-    """What a model wrote may hold characters that no page may; a macro's HTML is not text any more."""
+    """Escapes characters that no page may hold, in plain text only: a macro's HTML is markup."""
     return printable(value) if type(value) is str else value
 
 

@@ -1,18 +1,21 @@
-"""Values over the steps of a run, in bounded memory: of a long run a point stands for many steps.
+"""Values over the steps of a run, in bounded memory: in a long run a point covers many steps.
 
-Nothing is left out by this: a point has the mean of its steps, the lowest and the highest value.
+No step is left out: a point has the mean of its steps, and their lowest and highest value.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-MOST_POINTS = 500  # of a line at the least, twice as many at the most; a chart is 1,000 pixels wide
+# A long line has from so many points to twice as many; a chart is 1,000 pixels wide.
+MOST_POINTS = 500
 
 
 class Point(NamedTuple):
-    step: float  # the middle of its steps
-    rows: int  # of these, the ones that have a value
+    """Some consecutive steps of a line."""
+
+    step: float  # the mean of its steps
+    rows: int  # steps that have a value
     mean: float
     low: float
     high: float
@@ -36,6 +39,8 @@ class _Range:
 
 @dataclass(slots=True)
 class _Bin:
+    """Some consecutive steps: the values of all names."""
+
     rows: int = 0
     steps: float = 0.0  # their sum
     ranges: dict[str, _Range] = field(default_factory=dict)
@@ -48,16 +53,17 @@ class _Bin:
 
 
 class Curves:
-    """Hears the rows of a run one after the other."""
+    """Lines by name; rows are added in the order of steps."""
 
-    def __init__(self, most: int = MOST_POINTS) -> None:
-        self.each = 1  # rows that a point stands for
-        self._most = most
+    def __init__(self, points: int = MOST_POINTS) -> None:
+        self.each = 1  # rows of a point
+        self._points = points
         self._bins: list[_Bin] = []
 
     def add(self, step: float, values: Mapping[str, float]) -> None:
+        """One row: the values of a step, by name."""
         if not self._bins or self._bins[-1].rows == self.each:
-            if len(self._bins) == 2 * self._most:
+            if len(self._bins) == 2 * self._points:
                 self._halve()
             self._bins.append(_Bin())
         last = self._bins[-1]
@@ -77,14 +83,15 @@ class Curves:
 
     @property
     def names(self) -> list[str]:
-        """In the order in which they came up."""
-        return list(dict.fromkeys(name for each in self._bins for name in each.ranges))
+        """In the order in which they first had a value."""
+        return list(dict.fromkeys(name for bin_ in self._bins for name in bin_.ranges))
 
     def line(self, name: str) -> list[Point]:
-        found = []
-        for each in self._bins:
-            if values := each.ranges.get(name):
+        """The points of a name that have a value."""
+        points = []
+        for bin_ in self._bins:
+            if values := bin_.ranges.get(name):
                 mean = values.total / values.rows
-                step = each.steps / each.rows
-                found.append(Point(step, values.rows, mean, values.low, values.high))
-        return found
+                step = bin_.steps / bin_.rows
+                points.append(Point(step, values.rows, mean, values.low, values.high))
+        return points

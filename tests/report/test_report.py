@@ -360,7 +360,7 @@ def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
 
 @pytest.mark.parametrize("number", [0, 1, 7, 8, 9, 1000])
 def test_a_curve_holds_all_values_in_few_points(number):
-    curves = Curves(most=4)
+    curves = Curves(points=4)
     values = [float((7 * i) % 11) for i in range(number)]
     for i, value in enumerate(values):
         curves.add(i, {"x": value} | ({"late": 1.0} if i == number - 1 else {}))
