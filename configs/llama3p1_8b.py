@@ -4,7 +4,8 @@ command    python -m ssp_jax.main --config=configs/llama3p1_8b.py --workdir=runs
 hardware   8 x H100 80 GB
 memory     gpu:h100x8  44 GiB playing, 42 updating of 73, from shapes
 time       not measured
-score      average of seven sets, pass@1 by a judge: 36.7 before, 46.3 after (paper, Table 1); ours not measured
+score      average of seven sets, pass@1 by a judge: 36.7 before, 46.3 after (paper, Table 1);
+           ours not measured
 
 The paper writes LLaMA-3.1-8B. The base release has no chat template, so this is the instruct one.
 """

@@ -7,7 +7,8 @@ memory     gpu:h100x8  68 GiB playing, 56 updating of 73, from shapes
            v6e:4x8     29 GiB playing, 19 updating of 31, from shapes; with
                        --config.mesh.tensor=4 --config.learner.rows=8
 time       not measured
-score      average of seven sets, pass@1 by a judge: 54.8 before, 56.9 after (paper, Table 1); ours not measured
+score      average of seven sets, pass@1 by a judge: 54.8 before, 56.9 after (paper, Table 1);
+           ours not measured
 """
 
 from ml_collections import ConfigDict

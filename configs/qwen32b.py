@@ -7,7 +7,8 @@ memory     gpu:h100x32 54 GiB playing, 36 updating of 73, from shapes
            v6e:8x8     30 GiB playing, 23 updating of 31, from shapes; with
                        --config.learner.rows=16 --config.engine.kv_cache_gib=4.5
 time       not measured
-score      average of seven sets, pass@1 by a judge: 55.1 before, 58.5 after (paper, Table 1); ours not measured
+score      average of seven sets, pass@1 by a judge: 55.1 before, 58.5 after (paper, Table 1);
+           ours not measured
 
 The paper's seven values after SSP average 59.1; it prints 58.5.
 """

@@ -1,19 +1,22 @@
-"""Qwen2.5-7B-Instruct on the paper's data: the setting of its ablations. Other paper-scale configs
-start here.
+"""Qwen2.5-7B-Instruct on the paper's data: the setting of its ablations.
+
+Other configs of the paper's size start here.
 
 command    python -m ssp_jax.main --config=configs/qwen7b.py --workdir=runs/qwen7b
 hardware   8 x H100 80 GB, v5p:2x2x2 or v6e:4x4
 memory     gpu:h100x8  51 GiB playing, 40 updating of 73, from shapes
            v5p:2x2x2   49 GiB playing, 35 updating of 96, compiled
            v6e:4x4     26 GiB playing, 20 updating of 31, compiled; with --config.mesh.tensor=2
-time       not measured; the paper reports 83.4 s a step, 4.6 hours for 200 steps, on hardware it does not name
-score      average of seven sets, pass@1 by a judge: 41.5 before, 49.5 after (paper, Table 1); ours not measured
+time       not measured; the paper reports 83.4 s a step, 4.6 hours for 200 steps, on hardware
+           that it does not name
+score      average of seven sets, pass@1 by a judge: 41.5 before, 49.5 after (paper, Table 1);
+           ours not measured
 
 Files under data/ are those of the Hugging Face data set Quark-LLM/SSP and Search-R1's corpus of
 Wikipedia 2018.
 
-memory: what `python -m ssp_jax.plan --config=configs/qwen7b.py --topology=...` says of a device,
-for each kind of hardware; the cache of keys and values takes what is free, up to the longest
+memory: of a device, as `python -m ssp_jax.plan --config=configs/qwen7b.py --topology=...` prints
+it, for each kind of hardware. The cache of keys and values takes free memory, up to the longest
 episode in all slots. `from shapes` estimates temporaries, `compiled` has them from the hardware's
 own compiler.
 """

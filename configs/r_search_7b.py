@@ -5,7 +5,8 @@ hardware   8 x H100 80 GB
 memory     gpu:h100x8  51 GiB playing, 40 updating of 73, from shapes; with
                        --config.model.path=Qwen/Qwen2.5-7B
 time       not measured
-score      average of seven sets, pass@1 by a judge: 52.8 before, 54.6 after (paper, Table 1); ours not measured
+score      average of seven sets, pass@1 by a judge: 52.8 before, 54.6 after (paper, Table 1);
+           ours not measured
 
 The paper names the checkpoint R-Search-7b-grpo without its owner.
 """

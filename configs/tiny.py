@@ -4,7 +4,8 @@ command    make demo, or python -m ssp_jax.main --config=configs/tiny.py
 hardware   any CPU; measured on 2 cores of an AMD EPYC server
 time       3.7 minutes of self-play (measured), and half a minute of evaluation and compiling
 memory     1.2 GB (peak, measured)
-score      exact match, average of the two held-out sets: 28.8 before, 50.8 after (seed 0, measured); README has seeds
+score      exact match, average of the two held-out sets: 28.8 before, 50.8 after (seed 0,
+           measured); README has other seeds
 """
 
 from ml_collections import ConfigDict

@@ -1,16 +1,16 @@
-"""Real text, a real model: SSP with Qwen2.5-Coder-0.5B-Instruct on 31,677 passages (Wikipedia
-leads, World Factbook).
+"""Real text, a real model: Qwen2.5-Coder-0.5B-Instruct on 31,677 passages.
 
 command    python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_0p5b
 hardware   1 x H100 80 GB, or a CPU for single steps (below)
 memory     gpu:h100x1  14 GiB playing, 21 updating of 73, from shapes
 time       not measured
-score      not measured on these sets; greedy with the example shown the plain model answers 4 of 8 one-hop and 3 of 8
-           two-hop questions (a small trial, not the whole sets)
+score      not measured on these sets; greedy with the example shown the plain model answers 4 of
+           8 one-hop and 3 of 8 two-hop questions (a small trial, not the whole sets)
 
-The text and the model are no part of this repository: they are expected as data/vital and
-models/... here, or anywhere else by --config.data.answers=... and so on. Each prompt shows one
-worked example; without it this model almost never uses a tag.
+The passages are Wikipedia leads and the World Factbook. They and the model are no part of this
+repository: they are expected as data/vital and models/... here, or anywhere else by
+--config.data.answers=... and so on. Each prompt shows one worked example; without it this model
+almost never uses a tag.
 
 One step on a CPU, 16 answers x 4 solver episodes, in float32 and without the reference model.
 Measured on 2 cores of an AMD EPYC server: 299 s (play 198 s, 14.5 sampled and 72 written tokens/s;
@@ -18,16 +18,20 @@ update 99 s), peak 16.4 GiB; 7 of 16 questions well-formed, 2 verified, of whose
 were right; log-probs of sampler and trainer 1.3e-6 apart (mean). Before the example said plainly
 which answer it leads to, none of 56 proposals was verified.
 
-    python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_cpu --config.steps=1 \\
-        --config.game.answers_per_step=16 --config.game.group_size=4 --config.game.noise_documents=2 \\
-        --config.reward.metric=cover_em --config.sampling.temperature=0.4 --config.retriever.top_k=1 \\
-        --config.model.dtype=float32 --config.learner.kl_coef=0 --config.learner.solver_mini_batches=1 \\
-        --config.learner.rows=1 --config.learner.row_tokens=1152 --config.learner.logprob_chunk=128 \\
+    python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_cpu \\
+        --config.steps=1 --config.game.answers_per_step=16 --config.game.group_size=4 \\
+        --config.game.noise_documents=2 --config.reward.metric=cover_em \\
+        --config.sampling.temperature=0.4 --config.retriever.top_k=1 \\
+        --config.model.dtype=float32 --config.learner.kl_coef=0 \\
+        --config.learner.solver_mini_batches=1 --config.learner.rows=1 \\
+        --config.learner.row_tokens=1152 --config.learner.logprob_chunk=128 \\
         --config.learner.drop_no_advantage=True --config.limits.response_tokens=512 \\
         --config.limits.turn_tokens=80 --config.limits.observation_tokens=128 \\
-        --config.limits.verify_prompt_tokens=1024 --config.engine.slots=8 --config.engine.cache_tokens=1152 \\
-        --config.engine.cache_buckets='()' --config.engine.extend_buckets='(128, 512)' --config.engine.extend_rows=1 \\
-        --noconfig.eval.before --noconfig.eval.after --noconfig.checkpoint.export --config.log.episodes_every=1
+        --config.limits.verify_prompt_tokens=1024 --config.engine.slots=8 \\
+        --config.engine.cache_tokens=1152 --config.engine.cache_buckets='()' \\
+        --config.engine.extend_buckets='(128, 512)' --config.engine.extend_rows=1 \\
+        --noconfig.eval.before --noconfig.eval.after --noconfig.checkpoint.export \\
+        --config.log.episodes_every=1
 """
 
 from ml_collections import ConfigDict

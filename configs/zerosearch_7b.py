@@ -4,7 +4,8 @@ command    python -m ssp_jax.main --config=configs/zerosearch_7b.py --workdir=ru
 hardware   8 x H100 80 GB
 memory     gpu:h100x8  51 GiB playing, 40 updating of 73, from shapes
 time       not measured
-score      average of seven sets, pass@1 by a judge: 43.6 before, 45.9 after (paper, Table 1); ours not measured
+score      average of seven sets, pass@1 by a judge: 43.6 before, 45.9 after (paper, Table 1);
+           ours not measured
 """
 
 from ml_collections import ConfigDict
