@@ -1,7 +1,7 @@
-"""The paper's ablations on the embedded default, over seeds, in the paper's form and beside its
-numbers.
+"""The paper's ablations on the embedded default, over seeds, in its tables beside its numbers.
 
-    python benchmarks/ablations.py --out=runs/ablations [--tables=2,3,5,6] [--seeds=0,1,2] [--steps=40] [--jobs=1]
+    python benchmarks/ablations.py --out=runs/ablations [--tables=2,3,5,6] [--seeds=0,1,2]
+        [--steps=40] [--jobs=1]
 
 Runs `python -m ssp_jax.main --config=configs/tiny.py` once per variant and seed and prints the
 tables in Markdown, for the README. A variant of several tables is run once, a finished run is not
@@ -67,7 +67,8 @@ TABLES = {
         {},
     ),
     3: Table(
-        "verification (paper: Qwen2.5-7B-Instruct, mean of three sets of one hop and of four of several)",
+        "verification (paper: Qwen2.5-7B-Instruct, mean of three sets of one hop and of four of "
+        "several)",
         ["paper, general", "paper, multi-hop"],
         {
             "no verification": [49.5, 36.7],
@@ -230,13 +231,12 @@ def main() -> None:
         log = plan.workdir(variant, seed) / "log.txt"
         print(f"not finished: {variant}, seed {seed}; its last words in {log}", file=sys.stderr)
     if left:
-        sys.exit(
-            f"{len(left)} of {len(todo)} runs are not finished; the same command takes them up again"
-        )
+        unfinished = f"{len(left)} of {len(todo)} runs are not finished"
+        sys.exit(f"{unfinished}; the same command takes them up again")
     seeds = ", ".join(map(str, args.seeds))
     print(
-        f"\nExact match in percent after {args.steps} steps of configs/tiny.py, mean ± deviation over seeds {seeds}; "
-        "the paper's figures are by an LLM judge.\n"
+        f"\nExact match in percent after {args.steps} steps of configs/tiny.py, "
+        f"mean ± deviation over seeds {seeds}; the paper's figures are by an LLM judge.\n"
     )
     for number in args.tables:
         print("\n".join(table_lines(number, plan, args.seeds)))

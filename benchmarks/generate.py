@@ -1,8 +1,8 @@
-"""Plain rollout, no tools: tokens a second of the engine, of Tunix's sampler and of Hugging Face
-generate.
+"""Plain rollout, no tools: tokens a second of the engine, Tunix's sampler and Hugging Face.
 
-    python benchmarks/generate.py --out=runs/bench_generate [--cells=1M:8,1M:32,15M:8,15M:32,0.5B:8] [--repeats=3]
-        [--contenders=ssp_jax,tunix,torch] [--cores=1] [--python312=python3.12] [--dtype=float32]
+    python benchmarks/generate.py --out=runs/bench_generate [--repeats=3]
+        [--cells=1M:8,1M:32,15M:8,15M:32,0.5B:8] [--contenders=ssp_jax,tunix,torch] [--cores=1]
+        [--python312=python3.12] [--dtype=float32]
 
 Prompts of 128 random tokens, fixed numbers of new tokens at temperature 1, random weights of Qwen2
 shapes. Each cell is one process a contender, one after the other on the same cores; the first

@@ -1,5 +1,4 @@
-"""Kills a run again and again, damages what it left, and asks whether the end is still the unbroken
-run.
+"""Kills a run again and again, damages its files, and compares its end with the unbroken run's.
 
     python benchmarks/kills.py --out=runs/kills [--kills=200] [--processes=1] [--seed=0]
 
@@ -153,22 +152,25 @@ def steps(workdir: Path) -> list[int]:
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {
-        k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}/{name}").items()
-    }
+    found: dict[str, Any] = {}
+    for name, inner in value.items():
+        found |= flat(inner, f"{prefix}/{name}")
+    return found
 
 
 def compared(document: dict[str, Any]) -> dict[str, Any]:
-    """What another run of the same config has too. `weights` has the name of the workdir."""
-    return {
-        key: value
-        for key, value in flat(document).items()
-        if key not in ("/time", "/weights") and not any(part in key for part in OF_THE_MACHINE)
-    }
+    """The values that are equal in another run of the same config."""
+    found = {}
+    for key, value in flat(document).items():
+        of_the_machine = any(part in key for part in OF_THE_MACHINE)
+        # `weights` has the name of the workdir.
+        if key not in ("/time", "/weights") and not of_the_machine:
+            found[key] = value
+    return found
 
 
 def result(workdir: Path) -> dict[str, Any]:
-    """By file or line: everything that must be the same."""
+    """Everything that must be equal, by file or line."""
     found: dict[str, Any] = {}
     for number, line in enumerate((workdir / "metrics.jsonl").read_text().splitlines(), 1):
         found[f"metrics.jsonl line {number}"] = compared(json.loads(line))
@@ -209,18 +211,13 @@ HARMS: dict[str, Callable[[Path, random.Random], None]] = {
 
 
 def whole_steps(workdir: Path, harmed: set[int]) -> list[int]:
-    """Those that nothing was done to. `harmed`: inodes, for a step that is set aside is written
-    anew.
-    """
-    return [
-        step
-        for step in steps(workdir)
-        if (workdir / "checkpoints" / str(step)).stat().st_ino not in harmed
-    ]
+    """Steps that are not harmed. `harmed`: inodes, for a damaged step is written anew."""
+    folder = workdir / "checkpoints"
+    return [step for step in steps(workdir) if (folder / str(step)).stat().st_ino not in harmed]
 
 
 def harm(workdir: Path, chance: random.Random, harmed: set[int]) -> str:
-    """Does something to what is there, and says what. One whole step always stays."""
+    """Damages a file or removes the index; returns what it did. One whole step always stays."""
     whole = whole_steps(workdir, harmed)
     if chance.random() < 0.15 and (workdir / "index").exists():
         shutil.rmtree(workdir / "index")
@@ -242,7 +239,7 @@ def harm(workdir: Path, chance: random.Random, harmed: set[int]) -> str:
 
 @dataclass
 class Tally:
-    """What was done, and what came of it."""
+    """Counts of kills, harms and resumes, and the failures."""
 
     out: Path
     processes: int
@@ -260,12 +257,10 @@ class Tally:
 
 
 def act(tally: Tally, run: Start, where: str) -> str:
-    """Ends the start by force; what was done. Stopping it for a moment does not end it."""
-    kinds = (
-        ["SIGKILL"] * 4
-        + ["SIGTERM"]
-        + (["SIGSTOP, SIGCONT"] * 2 + ["hang"] if tally.processes > 1 else [])
-    )
+    """Ends the start by force, or stops a process for a moment; returns what it did."""
+    kinds = ["SIGKILL"] * 4 + ["SIGTERM"]
+    if tally.processes > 1:
+        kinds += ["SIGSTOP, SIGCONT"] * 2 + ["hang"]
     kind = tally.chance.choice(kinds)
     victim = tally.chance.choice(run.processes)
     if kind == "SIGTERM":
@@ -282,9 +277,8 @@ def act(tally: Tally, run: Start, where: str) -> str:
     end = time.monotonic() + ALONE_FOR
     while any(process.poll() is None for process in others):
         if time.monotonic() > end:
-            tally.fail(
-                f"{run.logs[0]}: after {kind} of one in {where} the others go on for {ALONE_FOR} s"
-            )
+            found = f"after {kind} of one in {where} the others go on for {ALONE_FOR} s"
+            tally.fail(f"{run.logs[0]}: {found}")
             break
         time.sleep(0.05)
     run.kill()
@@ -292,7 +286,7 @@ def act(tally: Tally, run: Start, where: str) -> str:
 
 
 def at_work(workdir: Path, where: str) -> set[tuple[Path, int]]:
-    """What shows that a run is there: files and folders with their times, for a kill leaves some."""
+    """Files and folders of this kind of work, with their times, for a kill leaves some."""
     found = set()
     for path in workdir.glob(AT[where]):
         with contextlib.suppress(FileNotFoundError):
@@ -323,8 +317,9 @@ def choose(workdir: Path, chance: random.Random) -> str:
 
 
 def check_end(tally: Tally, run: Start, kind: str) -> None:
-    """What a start that was not left alone may say and return."""
-    said, codes = run.said(), [process.returncode for process in run.processes]
+    """Fails if a start that was killed has a traceback or a wrong exit code."""
+    said = run.said()
+    codes = [process.returncode for process in run.processes]
     if kind == "SIGTERM" and any(code not in (0, -signal.SIGTERM) for code in codes):
         tally.fail(f"{run.logs[0]}: codes {codes} after SIGTERM")
     if "Traceback" in said:
@@ -332,9 +327,10 @@ def check_end(tally: Tally, run: Start, kind: str) -> None:
 
 
 def check_resume(tally: Tally, run: Start, whole: int, newest: int) -> None:
-    """That it went on from the newest step that was whole, if it came so far. It may find a newer
-    one usable, if what was harmed there says nothing; whether it was is seen at the end of the
-    run.
+    """Fails unless the start, if it came so far, resumed from the newest whole step.
+
+    It may resume from a newer one, if the harm there changed nothing that is read; the end of the
+    run shows whether that was right.
     """
     found = re.search(r"resuming after step (\d+)", run.said())
     if not found:
@@ -395,16 +391,13 @@ def show(tally: Tally, seconds: float) -> None:
     print("\n| killed in | " + " | ".join(kinds) + " |")
     print("|---" * (len(kinds) + 1) + "|")
     for where in (ANYWHERE, *AT):
-        print(
-            f"| {where} | "
-            + " | ".join(str(tally.kills[f"{kind} in {where}"]) for kind in kinds)
-            + " |"
-        )
+        cells = [str(tally.kills[f"{kind} in {where}"]) for kind in kinds]
+        print(f"| {where} | {' | '.join(cells)} |")
     harms = ", ".join(f"{name} {number}" for name, number in sorted(tally.harms.items()))
     print(f"\nbetween them: {harms}; {tally.fallbacks} times the step before was taken")
     print(
-        f"{tally.kills.total()} kills, {tally.resumes} resumes, {tally.runs} runs in {seconds / 60:.0f} minutes; "
-        f"{len(tally.failures)} failures"
+        f"{tally.kills.total()} kills, {tally.resumes} resumes, {tally.runs} runs "
+        f"in {seconds / 60:.0f} minutes; {len(tally.failures)} failures"
     )
 
 

@@ -1,13 +1,13 @@
-"""Greedy decoding of a real model through our engine against torch + transformers, token by token,
-in float32.
+"""Greedy decoding of a real model in float32: our engine against torch, token by token.
 
     python benchmarks/parity.py --model=FOLDER            # our engine; needs what the project needs
-    python benchmarks/parity.py --model=FOLDER --write    # makes the golden; needs torch and transformers, not JAX
+    python benchmarks/parity.py --model=FOLDER --write    # makes the golden; needs torch and
+                                                          # transformers, not JAX
 
 Eight fixed prompts, 64 tokens each, all prompts in the engine's slots at once. Goldens hold token
-ids, no weights, and lie in benchmarks/goldens under the folder's name. Each token comes with how
-far the two best logits were apart in the reference: where two programs choose differently, this
-tells a tie that rounding decides (far below 1e-3) from an error.
+ids, no weights, and lie in benchmarks/goldens under the folder's name. Each token has the distance
+of the two best logits in the reference: where two programs choose differently, it distinguishes a
+tie that rounding decides (far below 1e-3) from an error.
 """
 
 import argparse
@@ -24,8 +24,9 @@ PROMPTS: tuple[str | list[dict[str, str]], ...] = (
     "def quicksort(numbers):\n    ",
     "Im Jahre 1789 begann in Frankreich",
     "1, 1, 2, 3, 5, 8, 13,",
-    "Once upon a time, in a valley that no map shows, there lived a clockmaker. Every clock in her house told another "
-    "time, and when a traveller asked her which of them was right, she answered:",
+    "Once upon a time, in a valley that no map shows, there lived a clockmaker. Every clock in her "
+    "house told another time, and when a traveller asked her which of them was right, she "
+    "answered:",
     [{"role": "user", "content": "Name three rivers of Africa and the seas they reach."}],
     [
         {"role": "system", "content": "You are a helpful and harmless assistant."},
@@ -130,9 +131,8 @@ def check(folder: Path) -> bool:
             gap = f"the reference's two best logits are {row['gaps'][at]} apart there"
             print(f"prompt {number}: token {at} is {ours[at]}, the golden has {theirs[at]}; {gap}")
     count = sum(len(row["token_ids"]) for row in golden["rows"])
-    print(
-        f"{folder.name}: {equal} of {len(PROMPTS)} prompts equal, {count} tokens, against {golden['made_by']}"
-    )
+    compared = f"{equal} of {len(PROMPTS)} prompts equal, {count} tokens"
+    print(f"{folder.name}: {compared}, against {golden['made_by']}")
     return equal == len(PROMPTS)
 
 

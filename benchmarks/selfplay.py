@@ -1,10 +1,9 @@
-"""One step of self-play with roles pipelined, with barriers between them, and as static batch loops
-of two kinds.
+"""One step of self-play: roles pipelined, with barriers between them, and as static batch loops.
 
-    python benchmarks/selfplay.py --out=runs/bench_selfplay [--config=configs/tiny.py] [--repeats=3] [--answers=20]
-        [--slots=8]
+    python benchmarks/selfplay.py --out=runs/bench_selfplay [--config=configs/tiny.py]
+        [--repeats=3] [--answers=20] [--slots=8]
 
-The static loop is what generators without slots do: a batch plays turn by turn, each turn computes
+The static loop is how generators without slots play: a batch plays turn by turn, each turn computes
 all its tokens again from the start in one call padded to the longest of the batch (the smallest of
 our buckets that holds it), waits for the longest turn, and searches. Its second form pads nothing:
 row by row, each in its own bucket. It runs on the same compiled programs. All play the same
@@ -263,14 +262,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
     keys = list(median["pipelined"])
-    print(
-        f"| schedule | {' | '.join(keys)} | time / pipelined |\n" + "|---" * (len(keys) + 2) + "|"
-    )
+    print(f"| schedule | {' | '.join(keys)} | time / pipelined |")
+    print("|---" * (len(keys) + 2) + "|")
     for name, row in median.items():
         cells = [f"{row[key]:.3g}" if row[key] < 1000 else f"{row[key]:,.0f}" for key in keys]
-        print(
-            f"| {name} | {' | '.join(cells)} | {row['seconds'] / median['pipelined']['seconds']:.2f} |"
-        )
+        times = row["seconds"] / median["pipelined"]["seconds"]
+        print(f"| {name} | {' | '.join(cells)} | {times:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One GRPO update, ours beside Tunix's GRPO learner and a PyTorch loop; and what packing is worth
-at real lengths.
+"""One GRPO update, ours beside Tunix's learner and a PyTorch loop; and the gain of packing.
 
-    python benchmarks/update.py --out=runs/bench_update [--shapes=1m,15m,0.5b] [--contenders=ssp_jax,tunix,torch]
+    python benchmarks/update.py --out=runs/bench_update [--shapes=1m,15m,0.5b]
+        [--contenders=ssp_jax,tunix,torch]
 
 Runs on whatever JAX (and PyTorch) find, float32 on CPU and bfloat16 compute elsewhere, each
 contender and shape in a process of its own, so that peak memory is its own. The peers get virtual
@@ -60,7 +60,7 @@ class Shape:
         return self.vocab * self.width + self.layers * (attention + 3 * self.width * self.mlp)
 
     def flops(self, tokens: int, length: int) -> float:
-        """Forward and backward, causal attention counted once, nothing for what is computed again."""
+        """Forward and backward, causal attention counted once, recomputation not at all."""
         return tokens * 6.0 * (self.params + self.layers * self.heads * self.head * length)
 
 
@@ -202,12 +202,21 @@ def run_tunix(shape: Shape, repeats: int) -> dict[str, Any]:
     from tunix.sft import peft_trainer
 
     config = qwen2.ModelConfig(
-        num_layers=shape.layers, vocab_size=shape.vocab, embed_dim=shape.width, hidden_dim=shape.mlp,
-        num_heads=shape.heads, head_dim=shape.head, num_kv_heads=shape.kv_heads, rope_theta=10000, norm_eps=1e-6,
-        use_tied_embedding=True, dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
-    )  # fmt: skip
+        num_layers=shape.layers,
+        vocab_size=shape.vocab,
+        embed_dim=shape.width,
+        hidden_dim=shape.mlp,
+        num_heads=shape.heads,
+        head_dim=shape.head,
+        num_kv_heads=shape.kv_heads,
+        rope_theta=10000,
+        norm_eps=1e-6,
+        use_tied_embedding=True,
+        dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
+    )
     algorithm = grpo_learner.GRPOConfig(beta=0.0, epsilon=CLIP_LOW, loss_agg_mode="token-mean")
-    algorithm.epsilon_high, algorithm.temperature = CLIP_HIGH, 1.0
+    algorithm.epsilon_high = CLIP_HIGH
+    algorithm.temperature = 1.0
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE, weight_decay=0.01))
     settings = peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=10**9)
     one = trainer.Trainer(qwen2.Qwen2(config, rngs=nnx.Rngs(0)), optimizer, settings, dict)
@@ -245,10 +254,14 @@ def run_torch(shape: Shape, repeats: int) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     config = Qwen2Config(
-        vocab_size=shape.vocab, num_hidden_layers=shape.layers, hidden_size=shape.width,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, intermediate_size=shape.mlp,
+        vocab_size=shape.vocab,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.mlp,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config).float().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
@@ -420,9 +433,8 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             packed.append((name, r))
             continue
         mfu = f"{r['mfu']:.1%}" if r["mfu"] else "-"
-        print(
-            f"| {name} | {r['tokens_per_second']:,.0f} | {r['gflops']:,.1f} | {mfu} | {r['peak_gib']:.2f} |"
-        )
+        rates = f"{r['tokens_per_second']:,.0f} | {r['gflops']:,.1f}"
+        print(f"| {name} | {rates} | {mfu} | {r['peak_gib']:.2f} |")
     if packed:
         print("\n| log-normal lengths | useful tokens/s | useful share of rows |\n|---|---|---|")
     for name, result in packed:
