@@ -35,7 +35,9 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 # Splits each line as bash does, which has printed it with %q.
-SPLIT = r"""while IFS= read -r line; do eval "words=($line)"; printf '%s\0' "${words[@]}"; printf '\0'; done"""
+SPLIT = r"""while IFS= read -r line; do
+  eval "words=($line)"; printf '%s\0' "${words[@]}"; printf '\0'
+done"""
 
 
 def commands(*arguments: str) -> list[list[str]]:
@@ -232,13 +234,16 @@ echo "$*" >> ../sent
 case "$*" in
   *describe*) echo ACTIVE ;;
   *scp*) cp "$5" ssp_jax.tar.gz && echo copied >> ../asked ;;
-  *) for argument in "$@"; do [[ $argument != --command=* ]] || HOME=$PWD bash -c "${{argument#*=}}"; done ;;
+  *) for argument in "$@"; do
+       [[ $argument != --command=* ]] || HOME=$PWD bash -c "${{argument#*=}}"
+     done ;;
 esac""",
         "python3": "",  # pip install uv
         "gcsfuse": 'echo "$*" >> ~/mounted',
         "worker/.local/bin/uv": """if [[ $1 == pip ]]; then echo "$*" >> ~/../asked && exit 0; fi
 mkdir -p .venv/bin
-printf '%s\n' '#!/bin/bash' 'printf "%s|" "$@" >> ~/calls; sleep 0.2; echo played; exit 5' > .venv/bin/python
+printf '%s\n' '#!/bin/bash' 'printf "%s|" "$@" >> ~/calls; sleep 0.2; echo played; exit 5' \\
+  > .venv/bin/python
 chmod +x .venv/bin/python""",
     }
     (home / ".local/bin").mkdir(parents=True)

@@ -217,7 +217,7 @@ def search(folder: Path) -> None:
 
 
 def search_signed(folder: Path) -> None:
-    """The index of a stranger: sizes and sums agree with the files, so only their content can tell."""
+    """The index of a stranger: sizes and sums agree with the files, only their content is wrong."""
     path = folder / "index/meta.json"
     meta = json.loads(path.read_text())
     if all(file.stat().st_size for file in path.parent.iterdir()):  # an empty one has no sum

@@ -21,7 +21,8 @@ def game(
 ):
     found = (
         "search engine",
-        '\n<information>Doc 1(Title: "Paris") A city.\nDoc 2(Title: "Rome") Another.\n</information>\n',
+        '\n<information>Doc 1(Title: "Paris") A city.\n'
+        'Doc 2(Title: "Rome") Another.\n</information>\n',
     )
     asked = {"text": question, "answers": ["Paris", "City of Light"], "reused": reused}
     attempts = [

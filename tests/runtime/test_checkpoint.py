@@ -183,10 +183,8 @@ def test_a_full_disk_is_told_in_a_line_after_the_next_step_and_costs_no_older_on
     with Checkpoints(str(tmp_path), every=10, keep=2) as checkpoints:
         checkpoints.save(10, state, GAME)
         checkpoints.wait()
-        told = pytest.raises(
-            OSError, match=r"^a checkpoint cannot be written \(.*File too large.*\)$"
-        )
-        with told, files_of_at_most(2**17):
+        message = r"^a checkpoint cannot be written \(.*File too large.*\)$"
+        with pytest.raises(OSError, match=message), files_of_at_most(2**17):
             checkpoints.save(20, state, GAME)
             # it is written in the background, while steps are played that are not saved
             for _ in range(600):
@@ -278,9 +276,12 @@ def test_where_no_step_is_good_that_is_told_and_nothing_is_moved(tmp_path: Path)
     state = two_steps(tmp_path)
     for path in (tmp_path / "checkpoints").glob(f"*/{ARRAYS}"):
         halve(path)
-    told = rf"^no checkpoint in {tmp_path}/checkpoints can be read \(2: .+; 1: .+\); without that folder .* anew$"
+    message = (
+        rf"^no checkpoint in {tmp_path}/checkpoints can be read \(2: .+; 1: .+\); "
+        "without that folder .* anew$"
+    )
     with Checkpoints(str(tmp_path), every=1, keep=2) as checkpoints:
-        with pytest.raises(InputError, match=told) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             checkpoints.restore_newest(abstract(state))
         assert "spec" not in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
@@ -360,22 +361,25 @@ except processes.CollectiveInputError as error:
 place = NamedSharding(jax.make_mesh((4,), ("x",)), PartitionSpec("x"))
 values = np.arange(4096, dtype=np.float32).reshape(64, 64)
 def put(step):
-    return {"x": jax.make_array_from_callback(values.shape, place, lambda part: values[part] + step)}
+    x = jax.make_array_from_callback(values.shape, place, lambda index: values[index] + step)
+    return {"x": x}
 with checkpoint.Checkpoints(str(workdir), 1, 3) as checkpoints:
     for step in (1, 2, 3):
         checkpoints.save(step, put(step), {"step": step})
     checkpoints.wait()
     if process == 0:
         (workdir / "checkpoints/3/game/metadata").unlink()
-        largest = max((workdir / "checkpoints/2/state").rglob("*"), key=lambda path: path.stat().st_size)
+        files = (workdir / "checkpoints/2/state").rglob("*")
+        largest = max(files, key=lambda path: path.stat().st_size)
         largest.write_bytes(bytes(largest.stat().st_size))
     processes.barrier()
-    if process == 1:  # a list of the folder that is not of now
+    if process == 1:  # an old list of the folder
         checkpoint.finished_steps = lambda workdir: [1]
     like = {"x": jax.ShapeDtypeStruct(values.shape, np.float32, sharding=place)}
     found = checkpoints.restore_newest(like)
     assert found.step == 1, found
-    assert all(np.array_equal(part.data, values[part.index] + 1) for part in found.state["x"].addressable_shards)
+    for shard in found.state["x"].addressable_shards:
+        assert np.array_equal(shard.data, values[shard.index] + 1)
     print(found.step, found.game, sorted(found.damaged), checkpoint.leaf_digests(found.state)["x"])
     checkpoints.save(2, put(2), {"step": 2})
 """
@@ -423,8 +427,8 @@ def test_a_gpu_saves_without_pinned_memory(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with caplog.at_level("INFO", logger="absl"), Checkpoints(str(tmp_path), every=1, keep=2):
         pass
-    told = re.findall(r"enable_pinned_host_transfer=(\w+)", caplog.text)
-    assert told and set(told) == {"False"}
+    logged = re.findall(r"enable_pinned_host_transfer=(\w+)", caplog.text)
+    assert logged and set(logged) == {"False"}
 
 
 def test_minutes_count_from_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,8 @@ def child(folder, text, kill_at):
     def count(event, arguments):
         nonlocal calls
         changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
-        changes |= event == "open" and isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_CREAT))
+        if event == "open" and isinstance(arguments[2], int):
+            changes = bool(arguments[2] & (os.O_WRONLY | os.O_CREAT))
         if changes:
             if calls == kill_at:
                 os._exit(9)
@@ -124,7 +125,10 @@ def test_files_that_are_links_lose_only_the_links(tmp_path):
 def foreign_file(folder):
     replace(folder / "X", "old")
     (folder / "X" / "notes.txt").write_text("mine")
-    return "X: expected no such folder, or a thing that ssp_jax wrote and nothing else; found 'notes.txt' in it"
+    return (
+        "X: expected no such folder, or a thing that ssp_jax wrote and nothing else; "
+        "found 'notes.txt' in it"
+    )
 
 
 def foreign_folder(folder):
@@ -142,7 +146,10 @@ def leftover_of_somebody(suffix):
     def make(folder):
         (folder / f"X{suffix}").mkdir()
         (folder / f"X{suffix}" / "a").write_text("mine")
-        return rf"X\{suffix}: expected no such file or folder while X is written; it is not ours and is left alone"
+        return (
+            rf"X\{suffix}: expected no such file or folder while X is written; "
+            "it is not ours and is left alone"
+        )
 
     return make
 

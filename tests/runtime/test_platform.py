@@ -1,4 +1,4 @@
-"""What a process has told its environment before JAX starts."""
+"""The environment of a process before JAX starts."""
 
 import json
 import os

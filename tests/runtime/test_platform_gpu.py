@@ -12,8 +12,8 @@ NAMES = [*platform.XLA_FLAGS, "XLA_CLIENT_MEM_FRACTION", platform.HOST_MEMORY]
 
 def test_all_defaults_are_set_and_told() -> None:
     environment: dict[str, str] = {}
-    told = " ".join(platform.set_defaults(environment))
-    assert all(name in told for name in NAMES)
+    added = " ".join(platform.set_defaults(environment))
+    assert all(name in added for name in NAMES)
     assert environment["XLA_CLIENT_MEM_FRACTION"] == str(platform.MEMORY_FRACTION)
     assert environment["XLA_FLAGS"] == " ".join(
         f"{name}={value}" for name, value in platform.XLA_FLAGS.items()

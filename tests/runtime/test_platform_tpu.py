@@ -1,4 +1,4 @@
-"""Whether JAX is told to look for a TPU."""
+"""Whether JAX looks for a TPU."""
 
 from pathlib import Path
 

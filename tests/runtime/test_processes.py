@@ -1,4 +1,4 @@
-"""Several processes that play one run, for real: on this machine, over loopback, with fake devices."""
+"""Runs of several real processes: on this machine, over loopback, with fake devices."""
 
 import json
 import os
@@ -117,8 +117,8 @@ def test_place_is_taken_from_the_command_line() -> None:
 
 DISK_FULL = 'OSError(28, "No space left on device", "x")'
 NO_SPACE = (
-    "the run in runs/a ends because of its files: [Errno 28] No space left on device: 'x'; the same command goes on "
-    "from the last checkpoint"
+    "the run in runs/a ends because of its files: [Errno 28] No space left on device: 'x'; "
+    "the same command goes on from the last checkpoint"
 )
 
 
@@ -303,7 +303,8 @@ config = load_config("configs/tiny.py").copy_and_resolve_references().retriever
 config.corpus = corpus
 try:
     search = assemble.open_search(config, workdir, [])
-    print(json.dumps([len(search), "bm25s" in sys.modules]))  # it is imported where an index is built
+    # It is imported where an index is built.
+    print(json.dumps([len(search), "bm25s" in sys.modules]))
 except InputError as error:
     print(json.dumps(str(error)))
 """
@@ -360,10 +361,9 @@ def test_what_one_process_alone_is_told_ends_it_and_the_others_at_once(
         subprocess.Popen([*command, i, error], cwd=ROOT, env=environment, stderr=pipe, text=True)
         for i in "01"
     ]
-    other, told = (process.communicate(timeout=SECONDS)[1] for process in started)
-    assert (
-        started[1].returncode == code and told.splitlines()[-1] == f"ssp_jax: process 1: {sentence}"
-    ), told
+    other, printed = (process.communicate(timeout=SECONDS)[1] for process in started)
+    assert started[1].returncode == code, printed
+    assert printed.splitlines()[-1] == f"ssp_jax: process 1: {sentence}"
     assert started[0].returncode not in (0, 2) and "another process of the run is gone" in other, (
         other
     )

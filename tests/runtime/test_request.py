@@ -27,7 +27,7 @@ def packed(body: bytes) -> bytes:
 
 
 def read(connection: socket.socket) -> bytes:
-    """The whole request: one that is closed before it has been read is reset, and its reply lost."""
+    """The whole request: a connection that is closed before is reset, and the reply is lost."""
     sent = b""
     while not sent.endswith(b"}"):
         sent += connection.recv(1 << 16)
