@@ -26,8 +26,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from ssp_jax.errors import InputError
-from ssp_jax.model import sharding
-from ssp_jax.runtime import durable, processes
+from ssp_jax.runtime import device_memory, durable, processes
 
 T = TypeVar("T")
 
@@ -420,7 +419,10 @@ def _name(path: Any) -> str:
 
 def _on_device(leaf: jax.Array) -> jax.Array:
     """Moments may live in host memory, where programs do not compute."""
-    return sharding.to_device(leaf) if leaf.sharding.memory_kind == sharding.HOST else leaf
+    kind = device_memory.default_kind()
+    if leaf.sharding.memory_kind in (None, kind):
+        return leaf
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
 
 
 @jax.jit

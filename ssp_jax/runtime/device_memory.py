@@ -18,6 +18,11 @@ def free_bytes() -> int | None:
     return min((s["bytes_limit"] - s["bytes_in_use"] for s in stats if s), default=None)
 
 
+def default_kind() -> str:
+    """JAX's name of the memory in which this process's programs compute."""
+    return jax.local_devices()[0].default_memory().kind
+
+
 def program_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes on a device that a program takes beside its arguments, while it runs."""
     found = compiled.memory_analysis()
