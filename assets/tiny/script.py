@@ -1,5 +1,4 @@
-"""Scripted players: they know the rules of the game and the form of a world, and read the rest from
-what they find.
+"""Scripted players: they know the game's rules and a world's form, and search for the rest.
 
 A player is a generator that yields a search query, is sent the documents found, and returns its
 episode. `Imperfection` makes them know every move but play poorly, so that a model taught by them
@@ -92,9 +91,11 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Episode:
-    """`messages` is the prompt, a segment (text, written by the model?); `answer` is that of a
-    solver or verifier, or the true one of a proposer's question; `right`: it is the wanted one
-    (and the question does not contain it).
+    """A scripted episode.
+
+    messages: the prompt. A segment is (text, written by the model?). answer: of a solver or
+    verifier, or the true one of a proposer's question. right: it is the wanted one, and the
+    question does not contain it.
     """
 
     role: str
@@ -111,9 +112,7 @@ Player = Generator[str, list[Document], Episode]
 
 @dataclass(frozen=True)
 class Goal:
-    """A given answer of the proposer: the value `text` of a relation to `country`, or (relation
-    "country") itself.
-    """
+    """A given answer: the value `text` of a relation to `country`, or itself ("country")."""
 
     text: str
     relation: str
@@ -121,9 +120,7 @@ class Goal:
 
     @property
     def requests(self) -> tuple[int, ...]:
-        """The numbers of searches that can be asked for: the country itself is the bridge of every
-        two-hop question.
-        """
+        """Numbers of searches to ask for; a country itself is the bridge of two-hop questions."""
         return (1,) if self.relation == "country" else (1, 2)
 
 
@@ -149,9 +146,7 @@ class Script:
     # --- solver and verifier ---
 
     def solve(self, question: Question) -> Player:
-        """Search for the bridge, then for the fact about it, each by its name and the word for what
-        is wanted.
-        """
+        """Search for the bridge, then for the fact, each by a name and the word of a relation."""
         segments: Segments = []
         found: list[Document] = []
         asked: list[str] = []
@@ -221,9 +216,7 @@ class Script:
     # --- proposer ---
 
     def propose(self, goal: Goal, searches: int) -> Player:
-        """Search for the given answer, learn its country, and search on for as many clues as the
-        question needs.
-        """
+        """Search for the given answer, then, for its country, for as many clues as are needed."""
         segments: Segments = []
         found: list[Document] = []
         hops = 1 if self.chance(self.imperfection.short_question) else searches
@@ -263,9 +256,7 @@ class Script:
         ]
 
     def _compose(self, goal: Goal, clues: list[tuple[str, str]], needed: int) -> Question:
-        """The question that the clues allow; with too few, an easier one, because one has to be
-        written.
-        """
+        """The question that the clues allow; with too few clues, an easier one."""
         country = self.world.by_name[goal.country]
         if self.chance(self.imperfection.spoiled_question):
             return self._spoiled(goal, country)
@@ -330,9 +321,7 @@ def fair(question: Question) -> bool:
 
 
 def goals(world: World) -> list[Goal]:
-    """All given answers that have a question of their own: countries, and values that one country
-    has.
-    """
+    """All given answers with a question of their own: countries, and values of one country."""
     found = []
     for country in world.countries:
         if worlds.starts(world, country):
@@ -384,8 +373,9 @@ def index_passages(passages: Sequence[Passage], folder: Path) -> Retriever:
 
 
 def world_episodes(script: Script, search: Search, count: int) -> list[Episode]:
-    """`count` episodes of all roles in one world, in random order; verifiers are asked what its
-    proposers wrote.
+    """`count` episodes of all roles in one world, in random order.
+
+    Verifiers are asked questions of its proposers.
     """
     rng, world = script.rng, script.world
     roles = rng.choices(list(ROLE_SHARES), list(ROLE_SHARES.values()), k=count)
@@ -420,9 +410,7 @@ def world_episodes(script: Script, search: Search, count: int) -> list[Episode]:
 def scripted_episodes(
     seed: int, count: int, vocabulary: Sequence[str], imperfection: Imperfection
 ) -> list[Episode]:
-    """Episodes in invented worlds whose names are made of the vocabulary's tokens; a function of
-    its arguments.
-    """
+    """Episodes in invented worlds with names of the vocabulary's tokens; a pure function."""
     pieces = worlds.vocabulary_pieces(vocabulary, real_words())
     rng = random.Random(seed)
     episodes: list[Episode] = []
@@ -451,9 +439,7 @@ def encode_episode(tokenizer: Any, episode: Episode) -> tuple[list[int], list[bo
 def generate_episodes(
     seed: int, count: int, tokenizer: Any, imperfection: Imperfection
 ) -> list[tuple[str, list[int], list[bool]]]:
-    """(role, tokens, written by the model?) of scripted episodes in invented worlds, for the warm
-    start.
-    """
+    """(role, tokens, written by the model?) of scripted episodes, for the warm start."""
     episodes = scripted_episodes(seed, count, sorted(tokenizer.get_vocab()), imperfection)
     return [(episode.role, *encode_episode(tokenizer, episode)) for episode in episodes]
 

@@ -1,5 +1,4 @@
-"""The warm start of the tiny model: a short supervised pass on scripted episodes, stopped early on
-purpose.
+"""The warm start of the tiny model: supervised on scripted episodes, stopped early on purpose.
 
 Pretrained models know how to use tags, to search and to copy an answer; a model of a million
 parameters must be shown. It only ever sees invented worlds, and players that know all moves but
@@ -51,8 +50,7 @@ class Shown:
 
 
 def initial_params(seed: int) -> decoder.Params:
-    """Random weights, but for one circuit: look up what followed the last time that this token was
-    seen.
+    """Random weights, but for one circuit: look up the token after this token's last occurrence.
 
     A large model finds this induction circuit (Olsson et al. 2022, arXiv 2209.11895) early in its
     pretraining; this one did not within the whole warm start, and started with a weak form of it,
@@ -91,9 +89,7 @@ def initial_params(seed: int) -> decoder.Params:
 
 
 def repeats(rng: np.random.Generator) -> Iterator[Batch]:
-    """Rows that repeat a random string of tokens, without end: nothing but copying can be learnt
-    from them.
-    """
+    """Endless rows that repeat a random string of tokens: only copying can be learnt from them."""
     shape = (COPY_ROWS, COPY_TOKENS)
     positions, ones = (
         np.broadcast_to(np.arange(COPY_TOKENS, dtype=np.int32), shape),

@@ -1,5 +1,4 @@
-"""The form that the real world and every invented one share: countries and their facts, passages,
-questions.
+"""The common form of the real and the invented worlds: countries, facts, passages, questions.
 
 Nothing here is about a language model or a retriever. A fact is (country, relation, value);
 relation "city" may hold several values, "borders" and "continent" are only there to be found by
@@ -201,8 +200,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Question:
-    """`start` is the relation of the named value to `country`, or "country" when the country itself
-    is named; `target` is the relation of the answer to it, or "country".
+    """A question about `country`.
+
+    start: relation of the named value to it, or "country" if the country itself is named. target:
+    relation of the answer to it, or "country".
     """
 
     text: str
@@ -236,9 +237,7 @@ class World:
         return found
 
     def leads(self, relation: str, value: str) -> bool:
-        """True when the value can stand for its country in a question: one owner, found by search,
-        no giveaway.
-        """
+        """Whether the value can stand for its country: one owner, found by search, no giveaway."""
         owners = self.owners.get((relation, value), [])
         return len(owners) == 1 and searchable(value) and not similar(value, owners[0])
 
@@ -248,9 +247,7 @@ def words(text: str) -> list[str]:
 
 
 def similar(first: str, second: str) -> bool:
-    """True when two names give each other away: a word begins like one of the other, or lies inside
-    it.
-    """
+    """Whether a word of one name begins like a word of the other, or is inside it."""
     pairs = ((a, b) for a in words(first) for b in words(second))
     return any(
         a == b or (min(len(a), len(b)) >= 4 and (a[:4] == b[:4] or a in b or b in a))
@@ -264,9 +261,7 @@ def searchable(value: str) -> bool:
 
 
 def passages(world: World, rng: random.Random) -> list[Passage]:
-    """One passage a fact, phrasing and order drawn from rng; document ids count from 0 in the final
-    order.
-    """
+    """One passage a fact, in random phrasing and order; document ids count from 0 in that order."""
     drafts = []
     for country in world.countries:
         for relation in PASSAGES:
@@ -300,7 +295,7 @@ def bridge_question(
 
 
 def one_hop_questions(world: World, country: Country, rng: random.Random) -> list[Question]:
-    """Every fair question with one link about a country: none whose wording gives the answer away."""
+    """Every fair question with one link about a country: its wording does not reveal the answer."""
     forward = [
         value_question(country, target, rng)
         for target in VALUE_RELATIONS
@@ -341,9 +336,7 @@ def template_words() -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What invented names are made of: pieces of a tokenizer's vocabulary, and the words to keep
-    away from.
-    """
+    """Pieces of a tokenizer's vocabulary for invented names, and the words to avoid."""
 
     starts: tuple[str, ...]  # begin a capitalised word
     endings: tuple[str, ...]  # go on inside one
@@ -351,9 +344,10 @@ class Pieces:
 
 
 def vocabulary_pieces(vocabulary: Iterable[str], real_words: Iterable[str]) -> Pieces:
-    """From the tokens of a byte-level BPE, where "Ġ" stands for the space before a word. The start
-    pieces include whole real names (only ever used with an ending), so that each token of a real
-    name is trained on.
+    """From the tokens of a byte-level BPE, where "Ġ" stands for the space before a word.
+
+    Start pieces include whole real names (only ever used with an ending), so that each token of a
+    real name is trained on.
     """
     tokens = sorted(vocabulary)
     common = template_words()
