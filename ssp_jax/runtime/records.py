@@ -7,6 +7,7 @@ their records are made again. A document exists as a whole or not at all.
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,25 @@ def read_lines(path: Path, fields: Fields) -> Iterator[Line]:
                 yield Line(raw, file.tell(), _record(raw, fields))
             elif _skip_line(file):
                 yield Line(b"", file.tell(), None)
+
+
+def read_to_append(path: Path, fields: Fields) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file, and the number of its spoilt lines.
+
+    Cuts off a last line without its newline, so that a new line can follow.
+    """
+    found = []
+    spoilt = 0
+    end = 0
+    for line in read_lines(path, fields):
+        end = line.next
+        if line.record is None:
+            spoilt += 1
+        else:
+            found.append(line.record)
+    if end < path.stat().st_size:
+        os.truncate(path, end)
+    return found, spoilt
 
 
 def _skip_line(file: IO[bytes]) -> bool:

@@ -68,6 +68,16 @@ def test_a_line_without_end_is_not_kept_in_memory(tmp_path, monkeypatch):
     assert read(tmp_path / "x", "") == []
 
 
+def test_a_half_written_line_is_cut_off_before_more_are_written(tmp_path):
+    path = tmp_path / "x"
+    good = json.dumps(GOOD) + "\n"
+    path.write_text(good + "spoilt\n" + good + good[:9])
+    assert records.read_to_append(path, FIELDS) == ([GOOD, GOOD], 1)
+    assert path.read_text() == good + "spoilt\n" + good
+    path.write_text(good[:9])
+    assert records.read_to_append(path, FIELDS) == ([], 0) and path.read_text() == ""
+
+
 def test_a_document_is_there_as_a_whole(tmp_path):
     path = tmp_path / "step_000001.json"
     records.write_document(path, {"a": 1})
