@@ -31,14 +31,11 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ssp_jax import data
-from ssp_jax.assemble import make_stage  # noqa: E402
+from ssp_jax.assemble import make_game_config, make_stage  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
 from ssp_jax.game import roles
-from ssp_jax.game.selfplay import (
-    ReplayState,
-    Round,
-    SelfPlay,  # noqa: E402
-)
+from ssp_jax.game.rounds import ReplayState, Round  # noqa: E402
+from ssp_jax.game.selfplay import SelfPlay  # noqa: E402
 from ssp_jax.model import (
     decoder,
     hf_load,  # noqa: E402
@@ -150,7 +147,8 @@ class Setting:
     def game(self, kind: type[engine.Engine], **changes: Any) -> SelfPlay:
         model_config, *others = self.arguments
         sizes = dataclasses.replace(engine.Sizes(**self.config.engine), **changes)
-        return SelfPlay(self.config, self.stage, kind(model_config, sizes, *others), self.retriever)
+        player = kind(model_config, sizes, *others)
+        return SelfPlay(make_game_config(self.config), self.stage, player, self.retriever)
 
 
 def prepare(config: ConfigDict, index: str) -> Setting:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from ssp_jax.data import Task
 from ssp_jax.errors import InputError
 from ssp_jax.evaluation import scores
 from ssp_jax.evaluation.evaluate import EvalContext
-from ssp_jax.game import judge, prompts, roles
-from ssp_jax.game.selfplay import ReplayState, SelfPlay
+from ssp_jax.game import judge, prompts, roles, rules
+from ssp_jax.game.rounds import ReplayState
+from ssp_jax.game.selfplay import SelfPlay
 from ssp_jax.learner.state import LearnerConfig, TrainState, init_state
 from ssp_jax.learner.update import MEMORY_REMEDY, Learner
 from ssp_jax.model import attention, decoder, hf_load, hf_save, sharding
@@ -141,7 +142,7 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     model_config = hf_load.read_config(config.model.path)
     tokenizer = hf_load.load_tokenizer(config.model.path)
     stage = make_stage(config, tokenizer)
-    roles.check_stage(stage)
+    roles.check_context(stage)
     if config.mesh.tensor > 0:  # not -1, which takes what is left
         sharding.check_kv_heads(model_config.num_kv_heads, config.mesh.tensor)
     sets = data.load_question_sets(config.data.eval_sets)
@@ -176,7 +177,7 @@ def _open_judge(config: ConfigDict, found: dict[str, Any], evaluating: bool) -> 
         kinds.add(config.reward.metric)
     if "policy" in kinds:
         judge.check_policy(found["stage"])
-    return judge.open_server(config.judge) if "openai" in kinds else None
+    return judge.OpenAI(**config.judge) if "openai" in kinds else None
 
 
 def index_folder(c: ConfigDict, workdir: str) -> str:
@@ -252,6 +253,20 @@ def make_stage(config: ConfigDict, tokenizer: Any) -> roles.EpisodeContext:
     return stage
 
 
+def make_game_config(config: ConfigDict) -> rules.GameConfig:
+    """The sections of the config that a round of the game depends on."""
+    return rules.GameConfig(
+        seed=config.seed,
+        game=rules.GameSection(**config.game),
+        rules=rules.QuestionRules(**config.rules),
+        reward=rules.RewardSection(**config.reward),
+        temperature=config.sampling.temperature,
+        verify_temperature=config.sampling.verify_temperature,
+        grpo_std=config.learner.grpo_std,
+        proposer_baseline=config.learner.proposer_baseline,
+    )
+
+
 def make_sizes(config: ConfigDict, hosts: int) -> Sizes:
     """Of the engine of one host; the config's slots are those of all hosts."""
     return Sizes(**{**config.engine, "slots": config.engine.slots // hosts})
@@ -304,6 +319,33 @@ def make_engine(
     automata = roles.role_automata(tokenizer, config.vocab_size)
     shardings = functools.partial(sharding.state_shardings, mesh=mesh)
     return Engine(config, sizes, automata, eos, dtype, search, shardings, truncation)
+
+
+def make_judges(
+    config: ConfigDict,
+    engine: Engine,
+    context: roles.EpisodeContext,
+    digests: Mapping[str, str],
+    server: judge.OpenAI | None,
+    initial: Callable[[], Params],
+) -> Callable[[str], judge.Judge | None]:
+    """The judge of reward.metric or eval.judge, each made once; None for a metric without one.
+
+    digests: of a run's inputs. server: the one that was found with them.
+    initial: gives the sampler's copy of the initial weights.
+    """
+    names = ("the weights", "the model's shape", "the tokenizer")
+    model = {name: digests[name] for name in names} | {"model.dtype": config.model.dtype}
+    max_tokens = config.judge.max_tokens
+    cache_tokens = config.engine.cache_tokens
+
+    @functools.cache
+    def of_metric(metric: str) -> judge.Judge | None:
+        if metric == "policy":
+            return judge.Policy(engine, context, model, initial, max_tokens, cache_tokens)
+        return server if metric == "openai" else None
+
+    return of_metric
 
 
 def run_engine(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> Engine:
@@ -480,9 +522,9 @@ def _make_run(
         return judging or load()
 
     engine = run_engine(config, inputs, mesh)
-    judges = judge.make_judges(config, engine, inputs.stage, inputs.digests, inputs.server, initial)
+    judges = make_judges(config, engine, inputs.stage, inputs.digests, inputs.server, initial)
     reward_judge = judges(config.reward.metric)
-    game = SelfPlay(config, inputs.stage, engine, inputs.retriever, reward_judge)
+    game = SelfPlay(make_game_config(config), inputs.stage, engine, inputs.retriever, reward_judge)
     mute = not processes.is_coordinator()
     logger = Logger(workdir, config.steps, config.log.tensorboard, progress.step, mute=mute)
     run = TrainingRun(

@@ -285,7 +285,7 @@ CHOICES: dict[str, Iterable[str]] = {
     "prompt.template": ("chat", "raw_chatml"),
     "game.rl_pair": rules.RL_PAIRS,
     "retriever.kind": ("bm25", "http"),
-    "game.train": ("both", "solver", "proposer"),
+    "game.train": get_args(rules.Trained),
     "game.noise_unit": get_args(rules.NoiseUnit),
     "game.noise_source": get_args(rules.NoiseSource),
     "game.batch_fill": get_args(rules.BatchFill),

@@ -294,11 +294,10 @@ def describe(episode: Episode, tokenizer: Any) -> dict[str, Any]:
         "stop_reason": "max_tokens" if reason in ("response_tokens", "turn_tokens") else reason,
     }
     if episode.role == SOLVER.name:
-        turns = [{"who": who, "text": text} for who, text in episode.turns]
         line |= {
             "searches": episode.queries,
             "answer": prompts.last_answer(episode.text),
-            "turns": turns,
+            "turns": episode.turns_for_json(),
         }
     return line
 
@@ -382,7 +381,7 @@ class Watched(EpisodePlayer):
 
     def append(self, tokens: list[int], logprobs: list[float]) -> None:
         super().append(tokens, logprobs)
-        text = self.stage.decode(self.tokens[self._turn_start :])
+        text = self.context.decode(self.tokens[self._turn_start :])
         if not text.endswith("\ufffd"):  # half a character: the next chunk completes it
             self.show(text[self._shown :], self.role.name)
             self._shown = len(text)
@@ -456,7 +455,7 @@ def _stage(f: Any, tokenizer: Any, prompt_tokens: int) -> EpisodeContext:
     if f.index:
         if not Path(f.index).is_dir():
             raise InputError(f"--index={f.index}: expected the folder of a built search index")
-        roles.check_stage(stage)
+        roles.check_context(stage)
     else:
         token_bytes(tokenizer)
         if not f.prompts:

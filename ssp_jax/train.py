@@ -22,7 +22,7 @@ from ssp_jax.errors import InputError, sentence
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import Result
 from ssp_jax.game import judge
-from ssp_jax.game.selfplay import Round, Training, readable
+from ssp_jax.game.rounds import Round, Training, readable
 from ssp_jax.learner.update import MEMORY_REMEDY
 from ssp_jax.model import hf_save
 from ssp_jax.rollout.engine import Stats

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from ssp_jax import audit, generate, main, stamps
 from ssp_jax.config import CHOICES, parse_command_line
 from ssp_jax.errors import shown
-from ssp_jax.game.selfplay import ReplayState
+from ssp_jax.game.rounds import ReplayState
 from ssp_jax.plan import __main__ as plan
 from ssp_jax.report import __main__ as report
 from ssp_jax.retriever import __main__ as retriever

@@ -217,7 +217,7 @@ def _record(name: str, task: Task, episode: Episode) -> Record:
         "tokens": episode.num_sampled,
         "length": len(episode.tokens) - episode.prompt_length,
         "stop_reason": episode.stop_reason,
-        "turns": [{"who": who, "text": text} for who, text in episode.turns],
+        "turns": episode.turns_for_json(),
     }
 
 

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from ssp_jax import assemble
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import EvalContext
-from ssp_jax.game import judge
 from ssp_jax.model import decoder, sharding
 from ssp_jax.model.decoder import Params
 from ssp_jax.runtime import device_memory, processes
@@ -62,7 +61,9 @@ def _evaluation_run(
     mesh = assemble.make_mesh(config)
     engine = assemble.run_engine(config, inputs, mesh)
     initial = functools.partial(assemble.load_initial, config, inputs.model_config, mesh)
-    judges = judge.make_judges(config, engine, inputs.stage, inputs.digests, inputs.server, initial)
+    judges = assemble.make_judges(
+        config, engine, inputs.stage, inputs.digests, inputs.server, initial
+    )
     folder = Path(workdir) / "eval"
     folder.mkdir(exist_ok=True)
     processes.check_shared(folder)

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import jax
-from ml_collections import ConfigDict
 
 from ssp_jax.errors import InputError, masked
 from ssp_jax.game import prompts
@@ -324,40 +323,7 @@ def check_policy(stage: EpisodeContext) -> None:
     stage.prompt(_asked(_PROBE))
 
 
-def open_server(c: ConfigDict) -> OpenAI:
-    """The server of config section judge. One that is not there is told."""
-    options = {"concurrency": c.concurrency, "timeout_s": c.timeout_s, "retries": c.retries}
-    return OpenAI(c.url, c.model, **options, max_tokens=c.max_tokens)
-
-
 def shown(reply: str) -> str:
     """A reply in a message."""
     words = " ".join(reply.split())
     return repr(words if len(words) <= SHOWN_CHARS else f"{words[:SHOWN_CHARS]}...")
-
-
-def make_judges(
-    config: ConfigDict,
-    engine: Engine,
-    stage: EpisodeContext,
-    digests: Mapping[str, str],
-    server: OpenAI | None,
-    initial: Callable[[], Any],
-) -> Callable[[str], Judge | None]:
-    """The judge of reward.metric or eval.judge, None for a metric that needs none; each is made
-    once.
-
-    digests: of a run's inputs. server: the one that was found with them.
-    initial: gives the sampler's copy of the initial weights.
-    """
-    c = config.judge
-    model = {name: digests[name] for name in ("the weights", "the model's shape", "the tokenizer")}
-    model |= {"model.dtype": config.model.dtype}
-
-    @functools.cache
-    def judge(kind: str) -> Judge | None:
-        if kind == "policy":
-            return Policy(engine, stage, model, initial, c.max_tokens, config.engine.cache_tokens)
-        return server if kind == "openai" else None
-
-    return judge

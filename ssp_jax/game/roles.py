@@ -52,10 +52,6 @@ def episode_id(role: Role, row: int, attempt: int) -> int:
     return (role.code * ID_ROWS + row) * ID_ATTEMPTS + attempt
 
 
-def row_of(uid: int) -> int:
-    return uid // ID_ATTEMPTS % ID_ROWS
-
-
 def role_automata(tokenizer: Any, vocab_size: int) -> list[Automaton]:
     """One stop automaton per role, in the order of their codes."""
     pieces = token_bytes(tokenizer)
@@ -113,26 +109,26 @@ class EpisodeContext:
         return ids[: max(0, self.limits.observation_tokens - len(closing))] + closing
 
 
-def check_stage(stage: EpisodeContext) -> None:
+def check_context(context: EpisodeContext) -> None:
     """What would go wrong in every game is told at the start: the shapes of all prompts, and the
     tags.
 
     A tokenizer may lower the case of a text, or lack a character of a tag: no stop would ever fire.
     """
-    style = stage.style
+    style = context.style
     asked = prompts.solver_messages(style, "Who?")
     proposed = prompts.proposer_messages(style, "Paris", 1, "Who?\n")
     verified = prompts.verifier_messages(
         style, "Who?", [Document("1", "Paris", "Paris is a city.")]
     )
     for messages in (asked, proposed, verified):
-        stage.prompt(messages)
-    token_bytes(stage.tokenizer)
+        context.prompt(messages)
+    token_bytes(context.tokenizer)
     for name in ("search", "answer", "question"):
         tag = f"<{name}> Paris </{name}>"
-        if (found := stage.decode(stage.encode(tag)).strip()) != tag:
+        if (found := context.decode(context.encode(tag)).strip()) != tag:
             raise InputError(
-                f"tokenizer {stage.tokenizer.name_or_path!r} makes {found!r} of {tag!r}; "
+                f"tokenizer {context.tokenizer.name_or_path!r} makes {found!r} of {tag!r}; "
                 "expected one that keeps the tags of the game"
             )
 
@@ -163,16 +159,20 @@ class Episode:
     def num_sampled(self) -> int:
         return sum(self.sampled)
 
+    def turns_for_json(self) -> list[dict[str, str]]:
+        return [{"who": who, "text": text} for who, text in self.turns]
+
 
 @dataclass
 class EpisodePlayer:
     """An episode in play: implements the engine's protocol of the same name."""
 
-    stage: EpisodeContext
+    context: EpisodeContext
     role: Role
-    uid: int
+    uid: int  # of the random keys of its tokens
     temperature: float
     tokens: list[int]
+    tag: Any = None  # what the episode belongs to: a game, a question, a line of a file
     prompt_length: int = 0
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -184,7 +184,7 @@ class EpisodePlayer:
     def __post_init__(self) -> None:
         self.prompt_length = self._turn_start = len(self.tokens)
         self.sampled, self.logprobs = [False] * len(self.tokens), [0.0] * len(self.tokens)
-        if len(self.tokens) > self.stage.limits.prompt(self.role):
+        if len(self.tokens) > self.context.limits.prompt(self.role):
             self.stop_reason = "prompt_tokens"
 
     @property
@@ -192,12 +192,12 @@ class EpisodePlayer:
         return self.role.code
 
     def token_limit(self) -> int:
-        return min(self._turn_start + self.stage.limits.turn_tokens, self._full)
+        return min(self._turn_start + self.context.limits.turn_tokens, self._full)
 
     @property
     def _full(self) -> int:
         """Total number of tokens of an episode with the longest response."""
-        return self.prompt_length + self.stage.limits.response(self.role)
+        return self.prompt_length + self.context.limits.response(self.role)
 
     def append(self, tokens: list[int], logprobs: list[float]) -> None:
         self.tokens += tokens
@@ -209,7 +209,7 @@ class EpisodePlayer:
         ends it.
         """
         self.append(tokens, logprobs)
-        self.turns.append((self.role.name, self.stage.decode(self.tokens[self._turn_start :])))
+        self.turns.append((self.role.name, self.context.decode(self.tokens[self._turn_start :])))
         if stop == sampler.EOS:
             self.stop_reason = "eos"
         elif stop == sampler.FULL:
@@ -220,7 +220,7 @@ class EpisodePlayer:
             )
         elif self.role.stops[stop] != prompts.SEARCH_STOP:
             self.stop_reason = self.role.stops[stop].strip("</>")
-        elif len(self.queries) >= self.stage.limits.searches:
+        elif len(self.queries) >= self.context.limits.searches:
             self.stop_reason = "searches"
         else:
             query = prompts.last_search(self.turns[-1][1])
@@ -231,9 +231,9 @@ class EpisodePlayer:
         return None
 
     def insert_result(self, result: Sequence[Document]) -> None:
-        tokens, limits = self.stage.observation(result), self.stage.limits
+        tokens, limits = self.context.observation(result), self.context.limits
         self.documents += result
-        self.turns.append((SEARCH_ENGINE, self.stage.decode(tokens)))
+        self.turns.append((SEARCH_ENGINE, self.context.decode(tokens)))
         if len(self.turns) // 2 >= limits.turns:
             self.stop_reason = "turns"
         elif len(self.tokens) + len(tokens) >= self._full:

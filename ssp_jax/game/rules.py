@@ -1,7 +1,8 @@
 """The rules: who plays how often, which questions are well-formed, and what each fault is called."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 # Pairs of algorithms [P Table 6]: proposer_solver -> (proposer, solver). grpo plays a group and
 # centres on it; reinforce plays one and centres on nothing; reinforcepp (REINFORCE++, arXiv
@@ -16,6 +17,7 @@ RL_PAIRS = {
 }
 
 # Values of config keys; configs/default.py says what each means.
+Trained = Literal["both", "solver", "proposer"]
 NoiseUnit = Literal["passage", "trajectory"]
 NoiseSource = Literal["previous_step", "same_step"]
 BatchFill = Literal["dummy", "resample", "full_reuse", "periodic_reset"]
@@ -29,10 +31,29 @@ ID_ATTEMPTS = 1 << 9
 MAX_ANSWER_TAGS = 10  # more opening or closing tags than this cost three quarters of the reward [C]
 
 
-class QuestionRules(Protocol):
-    """What a question must satisfy; a ConfigDict with these keys serves. configs/default.py has the
-    sources.
-    """
+# Config sections, typed; configs/default.py has units and sources.
+
+
+@dataclass(frozen=True)
+class GameSection:
+    """Config section `game`."""
+
+    answers_per_step: int
+    group_size: int
+    rl_pair: str
+    train: Trained
+    verify: bool
+    noise_documents: int
+    noise_unit: NoiseUnit
+    noise_source: NoiseSource
+    batch_fill: BatchFill
+    reset_interval: int
+    resample_rounds: int
+
+
+@dataclass(frozen=True)
+class QuestionRules:
+    """Config section `rules`: what a question must satisfy."""
 
     min_chars: int
     max_chars: int
@@ -40,6 +61,44 @@ class QuestionRules(Protocol):
     min_searches: int
     distinct_searches: bool
     forbid_answer_in_search: bool
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """Config section `reward`."""
+
+    metric: str  # of rewards.METRIC_NAMES
+    proposer: str  # of rewards.PROPOSER_REWARDS
+    invalid_question: float
+
+
+@dataclass(frozen=True)
+class GameConfig:
+    """What a round of the game depends on, beside the model and the search."""
+
+    seed: int
+    game: GameSection
+    rules: QuestionRules
+    reward: RewardSection
+    temperature: float  # of proposers and solvers
+    verify_temperature: float
+    grpo_std: bool
+    proposer_baseline: ProposerBaseline
+
+    @property
+    def algorithms(self) -> tuple[str, str]:
+        """Of the proposer and of the solver."""
+        return RL_PAIRS[self.game.rl_pair]
+
+    @property
+    def proposals(self) -> int:
+        """Proposals for each given answer."""
+        return group_sizes(self.game.rl_pair, self.game.group_size)[0]
+
+    @property
+    def attempts(self) -> int:
+        """Attempts at each question."""
+        return group_sizes(self.game.rl_pair, self.game.group_size)[1]
 
 
 QUESTION_FAULTS = (

@@ -1,23 +1,20 @@
-"""One round of the game in the paper's words: propose, verify, solve, reward (SSP section 3,
-Algorithm 1).
+"""A round of the game: propose, verify, solve, reward (SSP section 3, Algorithm 1).
 
-All episodes of a round share the engine's slots: a question is verified as soon as its proposer
-ends, and its solvers start as soon as it is verified; those that need a judge's word wait until all
-its cases are there. Everything that an episode depends on is fixed when the round starts (the noise
-documents come from the round before, reused questions from the pool as it stood), so results do not
-depend on timing.
+All episodes of a round share the engine's slots, without barriers between the phases: the end of an
+episode leads to those of the next phase at once. Episodes that need a judge's verdict wait until
+all cases of their wave are there. Whatever an episode depends on is fixed when the round starts
+(noise documents come from the round before, reused questions from the pool as it was then), so
+results do not depend on timing.
 """
 
 import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from ssp_jax.data import Document, Task
+from ssp_jax.data import Task
 from ssp_jax.game import prompts, roles, rules
 from ssp_jax.game.judge import Case, Judge, Verdict
 from ssp_jax.game.noise import Noise, distinct
@@ -31,464 +28,396 @@ from ssp_jax.game.roles import (
     EpisodePlayer,
     Role,
 )
+from ssp_jax.game.rounds import (
+    Game,
+    Question,
+    ReplayState,
+    Round,
+    Training,
+    all_verdicts,
+    found_documents,
+    round_metrics,
+)
 from ssp_jax.learner import objective
 from ssp_jax.retriever.search import Search
 from ssp_jax.rollout.engine import Engine, Stats
 from ssp_jax.runtime import processes
 
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A question that is played: verified in this round, or reused from the pool."""
-
-    text: str
-    answers: tuple[str, ...]
-    reused: bool = False
-
-
-@dataclasses.dataclass
-class Game:
-    """One given answer's way through a round, filled in as its episodes end. fault is "" once
-    verified.
-    """
-
-    index: int
-    task: Task
-    proposer: Episode | None = None
-    proposals: int = 0
-    fault: str = ""
-    noise: list[Document] = dataclasses.field(default_factory=list)  # that the verifier read
-    verifier: Episode | None = None
-    question: Question | None = None
-    attempts: list[Episode] = dataclasses.field(default_factory=list)
-    scores: list[float] = dataclasses.field(default_factory=list)
-    verdicts: dict[int, Verdict] = dataclasses.field(default_factory=dict)  # of episodes, by uid
-    proposer_reward: float = 0.0
-
-
-@dataclasses.dataclass
-class ReplayState:
-    """What a round leaves to the next: verified questions; for noise, each game's finds and
-    answers.
-    """
-
-    pool: list[Question] = dataclasses.field(default_factory=list)
-    documents: list[list[Document]] = dataclasses.field(default_factory=list)
-    answers: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "pool": [[q.text, list(q.answers)] for q in self.pool],
-            "documents": [[[d.id, d.title, d.text] for d in game] for game in self.documents],
-            "answers": [list(answers) for answers in self.answers],
-        }
-
-    @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> "ReplayState":
-        pool = [Question(text, tuple(answers)) for text, answers in saved["pool"]]
-        documents = [[Document(*d) for d in game] for game in saved["documents"]]
-        answers = saved.get("answers", [])  # earlier versions kept none
-        return cls(pool, documents, [tuple(of_game) for of_game in answers])
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """Episodes of one role with their rewards and advantages."""
-
-    episodes: list[Episode]
-    rewards: np.ndarray
-    advantages: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Round:
-    games: list[Game]
-    proposer: Training
-    solver: Training
-    stats: Stats
-    metrics: dict[str, float]
-
-    @property
-    def useless_reply(self) -> str | None:
-        """What the judge said, where it was asked and not one of its replies was a verdict."""
-        verdicts = [verdict for game in self.games for verdict in game.verdicts.values()]
-        unheard = bool(verdicts) and all(verdict.right is None for verdict in verdicts)
-        return verdicts[0].reply if unheard else None
+# Takes an episode that has ended and its game; gives the players that follow from it.
+Phase = Callable[[Game, Episode], list[EpisodePlayer]]
 
 
 class SelfPlay:
-    """The rules of a run, ready to play rounds. Holds no state between rounds: that is `Memory`."""
+    """Plays rounds by the rules of a run. Has no state of its own: that is ReplayState."""
 
     def __init__(
         self,
-        config: ConfigDict,
-        stage: EpisodeContext,
+        config: rules.GameConfig,
+        context: EpisodeContext,
         engine: Engine,
         retriever: Search,
         judge: Judge | None = None,
     ):
-        self._config, self._stage, self._engine, self._retriever = config, stage, engine, retriever
+        self._config = config
+        self._context = context
+        self._engine = engine
+        self._retriever = retriever
         self._judge = judge
-        self._pair = rules.RL_PAIRS[config.game.rl_pair]
-        sizes = rules.group_sizes(config.game.rl_pair, config.game.group_size)
-        self._proposals, self._attempts = sizes
 
     def play(
         self,
         step: int,
         tasks: Sequence[Task],
-        memory: ReplayState,
+        replay: ReplayState,
         params: Any,
         key: Any,
         progress: Callable[[Stats], None] = lambda stats: None,
     ) -> tuple[Round, ReplayState]:
-        """One round over these given answers. Each process plays its share of them, and all get the
-        whole round.
+        """One round over these given answers, and what the next round needs.
+
+        Each process plays its share of the answers; all get the whole round. progress, which may
+        raise, is called often. Errors of one process are raised by all.
         """
-        games = [
-            Game(i, task) for i, task in enumerate(t for t in tasks for _ in range(self._proposals))
-        ]
-        noise = self._noise(memory.answers, memory.documents)
-        table = _Play(self._config, self._stage, games, noise, memory.pool, step)
-        table.attempts = self._attempts
+        proposed = [task for task in tasks for _ in range(self._config.proposals)]
+        games = [Game(index, task) for index, task in enumerate(proposed)]
         own = processes.local_share([game.task.searches for game in games])
-        facts: dict[str, Any] = {
+        noise = None
+        if self._config.game.noise_source == "previous_step":
+            noise = self._noise(replay.answers, replay.documents)
+        phases = _Phases(self._config, self._context, step, noise, replay.pool)
+        after = {PROPOSER: phases.verify, VERIFIER: phases.solve, SOLVER: phases.score}
+        waves = _Waves(self._engine, self._judge, self._config.reward.metric, after)
+        facts = {
             "the step": step,
             "a step's given answers": processes.digest(tasks),
+            "the memory": processes.digest(replay),
         }
-        facts["the memory"] = processes.digest(memory)
 
-        def played(first: Callable[[], list[EpisodePlayer]]) -> list[Stats]:
-            """These players and what they lead to; then all processes hand over their games."""
+        def play_own(first: Callable[[], list[EpisodePlayer]]) -> list[Stats]:
+            """Plays these players and all that follow from them; costs of all processes."""
 
             def action() -> tuple[Stats, list[Game]]:
-                players, stats = first(), Stats()
-                while players:  # those that wait for a judge go on in a next wave
-                    stats = _added(
-                        stats, self._engine.play(params, key, players, table.finished, progress)
-                    )
-                    players = (
-                        table.judged(self._judge, functools.partial(progress, stats))
-                        if self._judge
-                        else []
-                    )
-                return stats, [games[i] for i in own]
+                stats = waves.play(params, key, first(), progress)
+                return stats, [games[index] for index in own]
 
-            parts = processes.all_gather_objects(action, facts)
-            for game in (game for _, part in parts for game in part):
-                if game.index not in own:
-                    games[game.index] = game
-            return [stats for stats, _ in parts]
+            gathered = processes.all_gather_objects(action, facts)
+            for _, played in gathered:
+                for game in played:
+                    if game.index not in own:
+                        games[game.index] = game
+            return [stats for stats, _ in gathered]
 
-        costs = played(lambda: [table.propose(games[i]) for i in own])
-        c = self._config.game
-        # nothing is verified before all have proposed, and proposed again
-        if c.noise_source == "same_step":
-            for _ in range(1 + (c.resample_rounds if c.batch_fill == "resample" else 0)):
-                answers = [game.task.answers for game in games]
-                table.noise = self._noise(answers, _documents_of(games))
-                costs = [_added(*pair) for pair in zip(costs, played(table.release), strict=True)]
-        return self._reward(games, costs), self._remember(step, games, memory)
+        # Propose. Questions are verified and solved as soon as they are there: see `after`.
+        costs = play_own(lambda: [phases.propose(games[index]) for index in own])
 
-    def _reward(self, games: list[Game], costs: list[Stats]) -> Round:
-        """Solver: is the answer right. Proposer: 1 - mean solver success, or the price of a failed
-        question.
-        """
-        c = self._config.reward
+        # Verify, then solve, what has waited until all have proposed, for the noise of this step. A
+        # question that fails may be proposed again, and then waits again.
+        waiting_waves = 0
+        if noise is None:
+            waiting_waves = 1 + (
+                self._config.game.resample_rounds
+                if self._config.game.batch_fill == "resample"
+                else 0
+            )
+        for _ in range(waiting_waves):
+            found = [found_documents(game) for game in games]
+            noise = self._noise([game.task.answers for game in games], found)
+            more = play_own(functools.partial(phases.verify_waiting, noise))
+            costs = [_added(*pair) for pair in zip(costs, more, strict=True)]
+
+        # Reward.
         for game in games:
-            fresh = game.question is not None and not game.question.reused
-            scores_QG = np.array([game.scores])
-            own = PROPOSER_REWARDS[c.proposer](scores_QG)[0] if fresh and game.scores else None
-            game.proposer_reward = c.invalid_question if own is None else float(own)
-        proposed = [(g.proposer, g.proposer_reward, g) for g in games if g.proposer is not None]
-        solved = [(e, s, g) for g in games for e, s in zip(g.attempts, g.scores, strict=True)]
-        # Processes play side by side: their work adds up, and the slowest one's time is the
-        # round's.
-        stats = dataclasses.replace(
-            functools.reduce(_added, costs), seconds=max(cost.seconds for cost in costs)
-        )
-        waiting = 1 - sum(cost.seconds for cost in costs) / max(len(costs) * stats.seconds, 1e-9)
-        metrics = _metrics(games, stats) | {"play/waiting": waiting if len(costs) > 1 else 0.0}
-        if self._judge:
-            verdicts = [verdict for game in games for verdict in game.verdicts.values()]
-            metrics |= {
-                "judge/asked": len(verdicts),
-                "judge/failed": sum(v.right is None for v in verdicts),
-            }
-        proposer, solver = self._training(PROPOSER, proposed), self._training(SOLVER, solved)
-        return Round(games, proposer, solver, stats, metrics)
+            game.proposer_reward = self._proposer_reward(game)
+        return self._round(games, costs), self._next_replay(step, games, replay)
 
-    def _training(self, role: Role, ended: list[tuple[Episode, float, Game]]) -> Training:
-        """Without those episodes whose prompt was refused for its length: the model wrote nothing."""
-        played = [(episode, reward, game) for episode, reward, game in ended if episode.num_sampled]
-        reward_E = np.array([reward for _, reward, _ in played])
-        algorithm, baseline = (
-            self._pair[0 if role is PROPOSER else 1],
-            self._config.learner.proposer_baseline,
-        )
-        games, std, leave_one_out = [game for _, _, game in played], False, False
-        groups: Sequence[int]
-        # proposals for one answer form a group, attempts at one question form a group
-        if algorithm == "grpo":
-            groups = [g.index // self._proposals if role is PROPOSER else g.index for g in games]
-            std = self._config.learner.grpo_std
-        elif algorithm == "reinforcepp":
-            groups, std = [0] * len(games), True
-        elif role is SOLVER or baseline == "none":
-            groups = range(len(games))
-        elif baseline == "hop_grouped":
-            groups, std = [g.task.searches for g in games], True
-        else:
-            groups, leave_one_out = [0] * len(games), baseline == "leave_one_out"
-        advantage_E = objective.advantages(
-            reward_E, np.array(groups), std=std, leave_one_out=leave_one_out
-        )
-        return Training([e for e, _, _ in played], reward_E, advantage_E)
-
-    def _noise(
-        self, answers: Sequence[tuple[str, ...]], documents: Sequence[Sequence[Document]]
-    ) -> Noise:
+    def _noise(self, answers: Sequence[tuple[str, ...]], documents: Sequence[Any]) -> Noise:
         by_game = self._config.game.noise_unit == "trajectory"
         return Noise(answers, documents, self._retriever, by_game=by_game)
 
-    def _remember(self, step: int, games: list[Game], memory: ReplayState) -> ReplayState:
+    def _proposer_reward(self, game: Game) -> float:
+        """By the solver's scores on a new question; a fixed one where the question has failed."""
+        if not game.is_fresh or not game.scores:
+            return self._config.reward.invalid_question
+        scores_QG = np.array([game.scores])
+        return float(PROPOSER_REWARDS[self._config.reward.proposer](scores_QG)[0])
+
+    def _round(self, games: list[Game], costs: list[Stats]) -> Round:
+        # Processes play side by side: their work adds up, and the slowest one's time is the round's.
+        seconds = [cost.seconds for cost in costs]
+        stats = dataclasses.replace(functools.reduce(_added, costs), seconds=max(seconds))
+        metrics = round_metrics(games, stats)
+        metrics["play/waiting"] = 0.0
+        if len(costs) > 1:
+            metrics["play/waiting"] = 1 - sum(seconds) / max(len(costs) * stats.seconds, 1e-9)
+        if self._judge:
+            verdicts = all_verdicts(games)
+            metrics["judge/asked"] = len(verdicts)
+            metrics["judge/failed"] = sum(verdict.right is None for verdict in verdicts)
+
+        proposed = []
+        solved = []
+        for game in games:
+            if game.proposer is not None:
+                proposed.append((game, game.proposer, game.proposer_reward))
+            for episode, score in zip(game.attempts, game.scores, strict=True):
+                solved.append((game, episode, score))
+        return Round(
+            games=games,
+            proposer=self._training(PROPOSER, proposed),
+            solver=self._training(SOLVER, solved),
+            stats=stats,
+            metrics=metrics,
+        )
+
+    def _training(self, role: Role, ended: list[tuple[Game, Episode, float]]) -> Training:
+        # In an episode whose prompt was refused for its length the model has written nothing.
+        played = [each for each in ended if each[1].num_sampled]
+        games = [game for game, _, _ in played]
+        rewards_E = np.array([reward for _, _, reward in played])
+        advantages_E = self._advantages(role, games, rewards_E)
+        return Training([episode for _, episode, _ in played], rewards_E, advantages_E)
+
+    def _advantages(self, role: Role, games: list[Game], rewards_E: np.ndarray) -> np.ndarray:
+        """By the role's algorithm and baseline: objective.advantages has the table of equations."""
+        config = self._config
+        algorithm = config.algorithms[0 if role is PROPOSER else 1]
+        advantages = functools.partial(objective.advantages, rewards_E)
+        everything = np.zeros(len(games), int)
+        each = np.arange(len(games))
+        if algorithm == "grpo":
+            # Proposals for one answer form a group, and so do attempts at one question.
+            proposals = config.proposals if role is PROPOSER else 1
+            groups_E = np.array([game.index // proposals for game in games], int)
+            return advantages(groups_E, std=config.grpo_std)
+        if algorithm == "reinforcepp":
+            return advantages(everything, std=True)
+        if role is SOLVER or config.proposer_baseline == "none":
+            return advantages(each)
+        if config.proposer_baseline == "hop_grouped":
+            hops_E = np.array([game.task.searches for game in games], int)
+            return advantages(hops_E, std=True)
+        return advantages(everything, leave_one_out=config.proposer_baseline == "leave_one_out")
+
+    def _next_replay(self, step: int, games: list[Game], replay: ReplayState) -> ReplayState:
+        pool: list[Question] = []
         fill = self._config.game.batch_fill
-        pool = [] if fill in ("dummy", "resample") else list(memory.pool)
-        if fill == "periodic_reset" and (step + 1) % self._config.game.reset_interval == 0:
-            pool = []
-        elif fill not in ("dummy", "resample"):
-            pool += [g.question for g in games if g.question is not None and not g.question.reused]
-        return ReplayState(pool, _documents_of(games), [game.task.answers for game in games])
+        reset = fill == "periodic_reset" and (step + 1) % self._config.game.reset_interval == 0
+        if fill in ("full_reuse", "periodic_reset") and not reset:
+            pool += replay.pool
+            pool += [game.question for game in games if game.question and game.is_fresh]
+        documents = [found_documents(game) for game in games]
+        return ReplayState(pool, documents, [game.task.answers for game in games])
 
 
-class _Play:
-    """What follows the end of each episode. Its methods return the players that an end leads to."""
+class _Waves:
+    """Plays episodes and all that follow from them. Between waves it asks the judge."""
 
     def __init__(
         self,
-        config: ConfigDict,
-        stage: EpisodeContext,
-        games: list[Game],
-        noise: Noise,
-        pool: list[Question],
-        step: int,
+        engine: Engine,
+        judge: Judge | None,
+        metric: str,
+        after: Mapping[Role, Phase],
     ):
-        self._config, self._stage, self._games = config, stage, games
-        self.noise, self._pool, self._step = noise, pool, step
-        self.attempts = 1
-        self.held: list[Game] = []  # waiting for the noise of this round
-        self._unjudged: list[tuple[Game, Episode]] = []
+        self._engine = engine
+        self._judge = judge
+        self._metric = metric
+        self._after = after
+        self._unjudged: list[tuple[Game, EpisodePlayer]] = []
 
-    def _player(
-        self, role: Role, game: Game, attempt: int, messages: list[dict[str, str]]
-    ) -> EpisodePlayer:
-        s = self._config.sampling
-        temperature = s.verify_temperature if role is VERIFIER else s.temperature
-        uid = roles.episode_id(role, game.index, attempt)
-        return EpisodePlayer(self._stage, role, uid, temperature, self._stage.prompt(messages))
+    def play(
+        self,
+        params: Any,
+        key: Any,
+        players: list[EpisodePlayer],
+        progress: Callable[[Stats], None],
+    ) -> Stats:
+        stats = Stats()
+        while players:
+            played = self._engine.play(params, key, players, self._ended, progress)
+            stats = _added(stats, played)
+            players = []
+            if self._judge:
+                players = self._judged(self._judge, functools.partial(progress, stats))
+        return stats
+
+    def _ended(self, player: EpisodePlayer) -> list[EpisodePlayer]:
+        game: Game = player.tag
+        episode = player.episode()
+        if player.role is not PROPOSER and game.question is not None:
+            answer = prompts.last_answer(episode.text)
+            if needs_judge(answer, game.question.answers, self._metric):
+                self._unjudged.append((game, player))
+                return []
+        return self._after[player.role](game, episode)
+
+    def _judged(self, judge: Judge, progress: Callable[[], None]) -> list[EpisodePlayer]:
+        """Asks the judge about all that wait for it; gives the players that follow from them."""
+        # In an order that does not depend on timing.
+        waiting = sorted(self._unjudged, key=lambda pair: pair[1].uid)
+        self._unjudged = []
+        cases = []
+        for game, player in waiting:
+            assert game.question is not None
+            answer = prompts.last_answer(player.episode().text) or ""
+            cases.append(Case(game.question.text, game.question.answers, answer))
+
+        def on_verdict(i: int, verdict: Verdict) -> None:
+            game, player = waiting[i]
+            game.verdicts[player.uid] = verdict
+
+        if cases:
+            judge.ask(cases, on_verdict, progress)
+        followers = []
+        for game, player in waiting:
+            followers += self._after[player.role](game, player.episode())
+        return followers
+
+
+class _Phases:
+    """What follows from an episode, phase by phase. Each method gives the players to play next.
+
+    noise: for the verifiers; None where questions wait for verify_waiting.
+    pool: questions of earlier rounds, for those that fail in this one.
+    """
+
+    def __init__(
+        self,
+        config: rules.GameConfig,
+        context: EpisodeContext,
+        step: int,
+        noise: Noise | None,
+        pool: Sequence[Question],
+    ):
+        self._config = config
+        self._context = context
+        self._step = step
+        self._noise = noise
+        self._pool = pool
+        self._waiting: list[Game] = []  # for the noise of this step
 
     def propose(self, game: Game) -> EpisodePlayer:
         task = game.task
         messages = prompts.proposer_messages(
-            self._stage.style, task.answers[0], task.searches, task.examples
+            self._context.style, task.answers[0], task.searches, task.examples
         )
         game.proposals += 1
         game.noise = []
         game.verifier = None  # of the proposal before
         return self._player(PROPOSER, game, game.proposals - 1, messages)
 
-    def finished(self, player: EpisodePlayer) -> Iterable[EpisodePlayer]:
-        game, episode = self._games[roles.row_of(player.uid)], player.episode()
-        if player.role is PROPOSER:
-            return self._after_proposer(game, episode)
-        answer, metric = prompts.last_answer(episode.text), self._config.reward.metric
-        if game.question is not None and needs_judge(answer, game.question.answers, metric):
-            self._unjudged.append((game, episode))
-            return []
-        return self._after_answer(game, episode)
-
-    def judged(self, judge: Judge, progress: Callable[[], None]) -> list[EpisodePlayer]:
-        """Hears the judge about all who wait for it, and goes on with them, in an order that no
-        timing changes.
-        """
-        waiting, self._unjudged = sorted(self._unjudged, key=lambda pair: pair[1].uid), []
-        asked = [
-            (game.question, prompts.last_answer(episode.text) or "") for game, episode in waiting
-        ]
-        cases = [
-            Case(question.text, question.answers, answer) for question, answer in asked if question
-        ]
-
-        def take(i: int, verdict: Verdict) -> None:
-            game, episode = waiting[i]
-            game.verdicts[episode.uid] = verdict
-
-        if cases:
-            judge.ask(cases, take, progress)
-        return [player for game, episode in waiting for player in self._after_answer(game, episode)]
-
-    def _after_answer(self, game: Game, episode: Episode) -> Iterable[EpisodePlayer]:
-        return (self._after_verifier if episode.role == VERIFIER.name else self._after_solver)(
-            game, episode
-        )
-
-    def _after_proposer(self, game: Game, episode: Episode) -> Iterable[EpisodePlayer]:
-        """The rule filter."""
-        game.proposer = episode
-        if episode.stop_reason == "prompt_tokens":
+    def verify(self, game: Game, proposal: Episode) -> list[EpisodePlayer]:
+        """The rule filter, and the verifier of a question that passes it [P s3.3]."""
+        game.proposer = proposal
+        if proposal.stop_reason == "prompt_tokens":
             return self._failed(game, "too_long_to_propose")
-        text, answer = prompts.first_question(episode.text), game.task.answers[0]
+        text = prompts.first_question(proposal.text)
         fault = rules.question_fault(
-            text, answer, episode.queries, len(episode.documents), self._config.rules
+            text,
+            game.task.answers[0],
+            proposal.queries,
+            len(proposal.documents),
+            self._config.rules,
         )
         if fault is not None:
             return self._failed(game, fault)
         assert text is not None
-        game.fault, game.question = "", Question(text, game.task.answers)
-        if self._solver(game, 0).stop_reason:  # no solver could hear it, so none would be right
+        game.fault = ""
+        game.question = Question(text, game.task.answers)
+        if self._solver(game, 0).stop_reason:  # no solver could read it, so none would be right
             return self._failed(game, "too_long_to_solve")
         if not self._config.game.verify:
-            return self._solve(game)
-        if self._config.game.noise_source == "same_step":
-            self.held.append(game)
+            return self._solvers(game)
+        if self._noise is None:
+            self._waiting.append(game)
             return []
-        return self.verify(game)
+        return [self._verifier(game, self._noise)]
 
-    def release(self) -> list[EpisodePlayer]:
-        """Verifies what waited for the noise of this round."""
-        held, self.held = self.held, []
-        return [player for game in held for player in self.verify(game)]
+    def verify_waiting(self, noise: Noise) -> list[EpisodePlayer]:
+        """The verifiers of the questions that have waited for the noise of this step."""
+        waiting = self._waiting
+        self._waiting = []
+        return [self._verifier(game, noise) for game in waiting]
 
-    def verify(self, game: Game) -> list[EpisodePlayer]:
-        """The same model answers from the proposer's own results and noise, without searching."""
+    def solve(self, game: Game, verification: Episode) -> list[EpisodePlayer]:
+        """The solvers of a question that its verifier has answered."""
+        game.verifier = verification
+        if self._score(game, verification) > 0:
+            return self._solvers(game)
+        too_long = verification.stop_reason == "prompt_tokens"
+        return self._failed(game, "too_long_to_verify" if too_long else "unverified")
+
+    def score(self, game: Game, attempt: Episode) -> list[EpisodePlayer]:
+        """The scores of all attempts at a question, once the last of them has ended."""
+        game.attempts.append(attempt)
+        if len(game.attempts) == self._config.attempts:
+            game.attempts.sort(key=lambda episode: episode.uid)  # in their order, not that of ends
+            game.scores = [self._score(game, episode) for episode in game.attempts]
+        return []
+
+    def _failed(self, game: Game, fault: str) -> list[EpisodePlayer]:
+        """Fills the place of a question that fails [P B.1]. A dummy gives no signal: none plays."""
+        game.fault = fault
+        game.question = None
+        section = self._config.game
+        if section.batch_fill == "resample":
+            return [self.propose(game)] if game.proposals <= section.resample_rounds else []
+        if section.batch_fill == "dummy" or not self._pool:
+            return []
+        drawn = int(self._random(3, game).integers(len(self._pool)))
+        game.question = dataclasses.replace(self._pool[drawn], reused=True)
+        return self._solvers(game)
+
+    def _verifier(self, game: Game, noise: Noise) -> EpisodePlayer:
+        """The same model answers from the proposer's own documents and noise, without a search."""
         assert game.proposer is not None and game.question is not None
-        own, number = distinct(game.proposer.documents), self._config.game.noise_documents
-        rng = np.random.default_rng((self._config.seed, 1, self._step, game.index))
-        game.noise = self.noise.draw(rng, number, own, game.task.answers)
+        own = distinct(game.proposer.documents)
+        number = self._config.game.noise_documents
+        game.noise = noise.draw(self._random(1, game), number, own, game.task.answers)
         documents = [*own.values(), *game.noise]
-        rng = np.random.default_rng((self._config.seed, 2, self._step, game.index))
-        shuffled = [documents[i] for i in rng.permutation(len(documents))]
-        messages = prompts.verifier_messages(self._stage.style, game.question.text, shuffled)
-        return [self._player(VERIFIER, game, game.proposals - 1, messages)]
+        order = self._random(2, game).permutation(len(documents))
+        shuffled = [documents[i] for i in order]
+        messages = prompts.verifier_messages(self._context.style, game.question.text, shuffled)
+        return self._player(VERIFIER, game, game.proposals - 1, messages)
 
-    def _after_verifier(self, game: Game, episode: Episode) -> Iterable[EpisodePlayer]:
-        game.verifier = episode
-        if self._score(game, episode) > 0:
-            return self._solve(game)
-        return self._failed(
-            game, "too_long_to_verify" if episode.stop_reason == "prompt_tokens" else "unverified"
-        )
-
-    def _failed(self, game: Game, fault: str) -> Iterable[EpisodePlayer]:
-        """How the batch is filled when a question fails [P B.1]; a dummy question gives no signal,
-        so none plays.
-        """
-        game.fault, game.question = fault, None
-        c = self._config.game
-        if c.batch_fill == "resample":
-            return [self.propose(game)] if game.proposals <= c.resample_rounds else []
-        if c.batch_fill == "dummy" or not self._pool:
-            return []
-        rng = np.random.default_rng((self._config.seed, 3, self._step, game.index))
-        game.question = dataclasses.replace(self._pool[rng.integers(len(self._pool))], reused=True)
-        return self._solve(game)
+    def _solvers(self, game: Game) -> list[EpisodePlayer]:
+        return [self._solver(game, attempt) for attempt in range(self._config.attempts)]
 
     def _solver(self, game: Game, attempt: int) -> EpisodePlayer:
         assert game.question is not None
-        messages = prompts.solver_messages(self._stage.style, game.question.text)
+        messages = prompts.solver_messages(self._context.style, game.question.text)
         return self._player(SOLVER, game, attempt, messages)
 
-    def _solve(self, game: Game) -> list[EpisodePlayer]:
-        return [self._solver(game, attempt) for attempt in range(self.attempts)]
-
-    def _after_solver(self, game: Game, episode: Episode) -> Iterable[EpisodePlayer]:
-        game.attempts.append(episode)
-        if len(game.attempts) == self.attempts:
-            game.attempts.sort(key=lambda e: e.uid)  # in the order of attempts, not of ends
-            game.scores = [self._score(game, e) for e in game.attempts]
-        return []
+    def _player(
+        self, role: Role, game: Game, attempt: int, messages: list[dict[str, str]]
+    ) -> EpisodePlayer:
+        temperature = self._config.temperature
+        if role is VERIFIER:
+            temperature = self._config.verify_temperature
+        return EpisodePlayer(
+            context=self._context,
+            role=role,
+            uid=roles.episode_id(role, game.index, attempt),
+            temperature=temperature,
+            tokens=self._context.prompt(messages),
+            tag=game,
+        )
 
     def _score(self, game: Game, episode: Episode) -> float:
         assert game.question is not None
-        found = game.verdicts.get(episode.uid)
-        golds, metric = game.question.answers, self._config.reward.metric
-        return solver_reward(episode.text, golds, metric, found.right if found else None)
+        verdict = game.verdicts.get(episode.uid)
+        return solver_reward(
+            episode.text,
+            game.question.answers,
+            self._config.reward.metric,
+            verdict.right if verdict else None,
+        )
 
-
-def readable(game: Game) -> dict[str, Any]:
-    """A game as a person reads it, for JSON."""
-
-    def shown(episode: Episode | None) -> dict[str, Any] | None:
-        if episode is None:
-            return None
-        turns = [{"who": who, "text": text} for who, text in episode.turns]
-        return {"turns": turns, "stop_reason": episode.stop_reason}
-
-    return {
-        "answer": game.task.answers[0],
-        "requested_searches": game.task.searches,
-        "proposer": shown(game.proposer),
-        "documents": [dataclasses.asdict(d) for d in game.proposer.documents]
-        if game.proposer
-        else [],
-        "noise": [dataclasses.asdict(d) for d in game.noise],
-        "fault": game.fault,
-        "question": dataclasses.asdict(game.question) if game.question else None,
-        "verifier": shown(game.verifier),
-        "attempts": [
-            {**(shown(e) or {}), "score": s}
-            for e, s in zip(game.attempts, game.scores, strict=True)
-        ],
-        "proposer_reward": game.proposer_reward,
-    }
-
-
-def _documents_of(games: Sequence[Game]) -> list[list[Document]]:
-    return [list(distinct(g.proposer.documents).values()) if g.proposer else [] for g in games]
+    def _random(self, stream: int, game: Game) -> np.random.Generator:
+        """Of 1 noise, 2 the order of documents, 3 the pool: each the same whenever it is drawn."""
+        return np.random.default_rng((self._config.seed, stream, self._step, game.index))
 
 
 def _added(a: Stats, b: Stats) -> Stats:
-    return Stats(
-        **{f.name: getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(Stats)}
-    )
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return float(np.mean(listed)) if listed else 0.0
-
-
-def _metrics(games: list[Game], stats: Stats) -> dict[str, float]:
-    """The funnel, rewards, lengths and rates of a round."""
-    faults = Counter(g.fault for g in games if g.fault)
-    malformed = sum(n for fault, n in faults.items() if fault not in rules.VERIFICATION_FAULTS)
-    fresh = [g for g in games if g.question is not None and not g.question.reused]
-    solvers = [e for g in games for e in g.attempts]
-    proposers = [g.proposer for g in games if g.proposer is not None]
-    answered = [e for e in solvers if e.stop_reason == "answer"]
-    return {
-        "funnel/proposed": len(games),
-        "funnel/well_formed": len(games) - malformed,
-        "funnel/verified": len(fresh),
-        "funnel/reused": sum(g.question is not None and g.question.reused for g in games),
-        "funnel/solved": _mean(_mean(g.scores) for g in fresh),
-        **{f"fault/{name}": float(faults[name]) for name in rules.FAULTS},
-        "verifier/noise": _mean(len(g.noise) for g in games if g.verifier is not None),
-        "reward/proposer": _mean(g.proposer_reward for g in games),
-        "reward/solver": _mean(s for g in games for s in g.scores),
-        "solver/searches": _mean(len(e.queries) for e in solvers),
-        "solver/tokens": _mean(e.num_sampled for e in solvers),
-        "solver/length": _mean(len(e.tokens) for e in solvers),
-        "solver/answered": len(answered) / max(len(solvers), 1),
-        "proposer/searches": _mean(len(e.queries) for e in proposers),
-        "proposer/tokens": _mean(e.num_sampled for e in proposers),
-        "proposer/length": _mean(len(e.tokens) for e in proposers),
-        "play/seconds": stats.seconds,
-        "play/episodes": float(stats.finished),
-        "play/tokens_per_second": stats.tokens_per_second,
-        "play/written_tokens_per_second": stats.written_tokens / max(stats.seconds, 1e-9),
-        "play/occupancy": stats.busy_steps / max(stats.slot_steps, 1),
-        # of slots that waited for memory
-        "play/stalled": stats.stalled_steps / max(stats.slot_steps, 1),
-        "play/searches_per_second": stats.searches / max(stats.seconds, 1e-9),
-    }
+    names = [field.name for field in dataclasses.fields(Stats)]
+    return Stats(**{name: getattr(a, name) + getattr(b, name) for name in names})

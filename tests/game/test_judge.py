@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import default
+from ssp_jax.assemble import make_judges
 from ssp_jax.errors import InputError, json_line
 from ssp_jax.game import judge, prompts
 from ssp_jax.game.judge import Case, Policy, Verdict
@@ -559,8 +560,8 @@ def test_judges_of_a_config(serve):
     c = default.get_config()
     with c.unlocked():
         c.judge.url, c.judge.model = f"http://127.0.0.1:{serve().server_port}/v1", "a-judge"
-    server = judge.open_server(c.judge)
-    judges = judge.make_judges(
+    server = judge.OpenAI(**c.judge)
+    judges = make_judges(
         c, ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, server, lambda: None
     )
     assert judges("em") is judges("cover_em") is None
@@ -582,9 +583,7 @@ def test_what_a_verdict_depends_on(serve):
             )
             c.judge.update(changes)
         engine = ScriptedEngine(lambda player: "Correct")
-        judges = judge.make_judges(
-            c, engine, STAGE, digests, judge.open_server(c.judge), lambda: None
-        )
+        judges = make_judges(c, engine, STAGE, digests, judge.OpenAI(**c.judge), lambda: None)
         return judges("policy").identity, judges("openai").identity
 
     policy, openai = identities()

@@ -34,7 +34,7 @@ def player(role=SOLVER, stage=STAGE, text="Question: Where?"):
 
 
 def write(p, text, stop):
-    tokens = p.stage.encode(text)
+    tokens = p.context.encode(text)
     return p.end_turn(tokens, [-0.5] * len(tokens), stop)
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from configs import default
+from ssp_jax.assemble import make_game_config
 from ssp_jax.data import Document, Task
 from ssp_jax.game import prompts, roles, rules
 from ssp_jax.game.judge import Verdict
+from ssp_jax.game.rounds import Question, ReplayState, readable
 from ssp_jax.game.rules import RL_PAIRS
-from ssp_jax.game.selfplay import Question, ReplayState, SelfPlay, readable
+from ssp_jax.game.selfplay import SelfPlay
 from ssp_jax.model import hf_load
 from ssp_jax.rollout import sampler
 from ssp_jax.rollout.engine import Stats
@@ -69,15 +71,15 @@ class ScriptedEngine:
         return stats
 
 
-def answer_of(player, proposals=1):
-    return TASKS[((player.uid >> 9) & 1023) // proposals].answers[0]
+def answer_of(player):
+    return player.tag.task.answers[0]
 
 
-def script(question=GOOD, verified=True, solved=(True, False, False, False, True), proposals=1):
+def script(question=GOOD, verified=True, solved=(True, False, False, False, True)):
     """A policy that searches once for the given answer, asks `question`, and is right where told."""
 
     def turn(player):
-        answer = answer_of(player, proposals)
+        answer = answer_of(player)
         if player.role is roles.PROPOSER:
             return (
                 f"<question> {question} </question>"
@@ -100,7 +102,7 @@ def config(**changes):
 
 def play(turn, memory=None, step=0, tasks=TASKS, last_first=False, **changes):
     engine = ScriptedEngine(turn, last_first)
-    game = SelfPlay(config(**changes), STAGE, engine, Corpus())
+    game = SelfPlay(make_game_config(config(**changes)), STAGE, engine, Corpus())
     round_, after = game.play(step, tasks, memory or ReplayState(), None, None)
     return round_, after, engine
 
@@ -141,9 +143,9 @@ def test_a_verifier_without_room_for_its_documents_has_a_fault_of_its_own():
     stage = dataclasses.replace(
         STAGE, limits=dataclasses.replace(STAGE.limits, verify_prompt_tokens=20)
     )
-    round_, _ = SelfPlay(config(), stage, ScriptedEngine(script()), Corpus()).play(
-        0, TASKS, ReplayState(), None, None
-    )
+    round_, _ = SelfPlay(
+        make_game_config(config()), stage, ScriptedEngine(script()), Corpus()
+    ).play(0, TASKS, ReplayState(), None, None)
     assert [game.fault for game in round_.games] == ["too_long_to_verify"] * 4
     counts = [
         round_.metrics[name]
@@ -172,7 +174,7 @@ def test_advantages_of_the_default_pair():
 def test_group_sizes_follow_the_pair(pair):
     proposer, solver = RL_PAIRS[pair]
     proposals = 5 if proposer == "grpo" else 1
-    round_, _, _ = play(script(proposals=proposals), game__rl_pair=pair)
+    round_, _, _ = play(script(), game__rl_pair=pair)
     assert len(round_.proposer.episodes) == 4 * proposals
     assert len(round_.solver.episodes) == 4 * proposals * (5 if solver == "grpo" else 1)
     if proposer == "grpo":  # proposals for one answer are compared with each other
@@ -235,8 +237,8 @@ def test_proposals_for_one_answer_are_no_noise_for_each_other(source, unit):
 
     def turn(player):
         if player.role is roles.PROPOSER and not player.queries:
-            return f"<search> {answer_of(player, 5)} by {roles.row_of(player.uid)} </search>"
-        return script(proposals=5)(player)
+            return f"<search> {answer_of(player)} by {player.tag.index} </search>"
+        return script()(player)
 
     changes = {"game__rl_pair": "grpo_grpo", "game__noise_source": source, "game__noise_unit": unit}
     _, memory, _ = play(turn, **changes)
@@ -370,8 +372,8 @@ def test_resampling_proposes_again_until_it_works_or_gives_up():
 
 
 def test_the_order_of_ends_changes_nothing():
-    a, memory_a, _ = play(script(proposals=5), game__rl_pair="grpo_grpo")
-    b, memory_b, _ = play(script(proposals=5), game__rl_pair="grpo_grpo", last_first=True)
+    a, memory_a, _ = play(script(), game__rl_pair="grpo_grpo")
+    b, memory_b, _ = play(script(), game__rl_pair="grpo_grpo", last_first=True)
     assert [readable(g) for g in a.games] == [readable(g) for g in b.games]
     assert a.solver.episodes == b.solver.episodes and memory_a == memory_b
 
@@ -417,7 +419,7 @@ def judged_script(verifier, solver):
 
 def play_judged(judge, turn, last_first=False, **changes):
     game = SelfPlay(
-        config(reward__metric="policy", **changes),
+        make_game_config(config(reward__metric="policy", **changes)),
         STAGE,
         ScriptedEngine(turn, last_first),
         Corpus(),

@@ -193,7 +193,7 @@ def test_a_run_with_special_tags_searches_and_answers():
     )
     limits = roles.Limits(64, 64, 200, 200, 4, 3, 100)
     stage = roles.EpisodeContext(tokenizer, prompts.STYLES["brief"], "chat", limits)
-    roles.check_stage(stage)
+    roles.check_context(stage)
     player = roles.EpisodePlayer(stage, roles.SOLVER, 5, 1.0, stage.encode("Who?"))
     sampled = stage.encode("<search> Paris </search>")
     assert player.end_turn(sampled, [-1.0] * len(sampled), 0) == "Paris"
@@ -235,7 +235,7 @@ def test_a_tokenizer_that_loses_tags_is_refused():
     with pytest.raises(
         InputError, match=r"'\(search> Paris \(/search>' of '<search> Paris </search>'"
     ):
-        roles.check_stage(stage)
+        roles.check_context(stage)
 
 
 # --- eos --------------------------------------------------------------------------------------------------------------
