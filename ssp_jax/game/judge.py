@@ -1,8 +1,8 @@
 """Judges: models that say whether an answer is right where exact match cannot tell.
 
-`policy` is the frozen initial model, in this process, through the same slots as the game. `openai`
-is any server that speaks the OpenAI protocol, asked by its official client. Both take batches and
-hand on each verdict as it comes.
+`policy` is the frozen initial model in this process, played through the slots of the game. `openai`
+is any server that speaks the OpenAI protocol, asked through the official client. Both take batches
+and report each verdict as it comes.
 """
 
 import asyncio
@@ -25,9 +25,8 @@ from ssp_jax.rollout.engine import Engine, Stats
 from ssp_jax.runtime import processes
 from ssp_jax.runtime.request import Secrets, check_address
 
-PROBE_SECONDS = 60.0  # a server that is just starting may take its time for the first answer
-# of a server's answer at most; with all its thoughts it has some ten thousand
-REPLY_BYTES = 1 << 23
+PROBE_SECONDS = 60.0  # a server that has just started may be slow at its first answer
+REPLY_BYTES = 1 << 23  # the longest answer of a server; one with thoughts has some ten thousand
 SHOWN_CHARS = 80  # of a reply in a message
 KEPT_CHARS = 4000  # of a reply in verdicts.jsonl
 _TICK_SECONDS = 0.5
@@ -42,41 +41,47 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """right: None where the judge failed, or said neither; that is counted and never scored as
-    right.
+    """A judge's word on an answer.
+
+    right is None where the judge failed, or said neither. That is counted, and never right.
     """
 
     right: bool | None
-    reply: str  # its words, or what failed
-    failed: bool = False  # no words came
+    reply: str  # the judge's words, or the error
+    failed: bool = False  # there was no reply
 
 
-_PROBE = Case("How many days has a week?", ("7",), "seven")  # any server can be asked this
+_PROBE = Case("How many days has a week?", ("7",), "seven")  # which any server can judge
 
 
-def _asked(case: Case) -> list[dict[str, str]]:
+def _messages(case: Case) -> list[dict[str, str]]:
     return prompts.judge_messages(case.question, case.answers, case.answer)
 
 
-Take = Callable[[int, Verdict], None]  # hears the number of a case and its verdict
+OnVerdict = Callable[[int, Verdict], None]  # gets the index of a case and its verdict
 
 
 class Judge(Protocol):
-    name: str  # for people
-    identity: str  # digest of what its verdicts depend on, beside the case
+    """A judge of answers."""
 
-    def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
-        """Calls take(i, verdict) once for each case, in any order, and `progress`, which may raise,
-        now and then.
+    name: str  # for people
+    identity: str  # digest of all that its verdicts depend on, beside the case
+
+    def ask(
+        self, cases: Sequence[Case], on_verdict: OnVerdict, progress: Callable[[], None]
+    ) -> None:
+        """Calls on_verdict(i, verdict) once for each case, in any order.
+
+        progress is called now and then, and may raise.
         """
         ...
 
 
 class Policy:
-    """The initial model. weights() gives the sampler's copy of it, which is let go when all cases
-    are judged.
+    """The initial model as a judge.
 
-    model: digests of what the model is made of.
+    weights() gives the sampler's copy of its parameters, which is freed when all cases are judged.
+    model: digests of the files that the model is made of.
     """
 
     name = "policy"
@@ -84,31 +89,36 @@ class Policy:
     def __init__(
         self,
         engine: Engine,
-        stage: EpisodeContext,
+        context: EpisodeContext,
         model: Mapping[str, str],
         weights: Callable[[], Any],
         max_tokens: int,
         cache_tokens: int,
     ):
-        self.identity = processes.digest((dict(model), stage.template, max_tokens, _asked(_PROBE)))
-        room = cache_tokens - max_tokens
+        depends_on = (dict(model), context.template, max_tokens, _messages(_PROBE))
+        self.identity = processes.digest(depends_on)
         limits = replace(
-            stage.limits, prompt_tokens=room, response_tokens=max_tokens, turn_tokens=max_tokens
+            context.limits,
+            prompt_tokens=cache_tokens - max_tokens,
+            response_tokens=max_tokens,
+            turn_tokens=max_tokens,
         )
-        self._engine, self._stage, self._weights = engine, replace(stage, limits=limits), weights
+        self._engine = engine
+        self._context = replace(context, limits=limits)
+        self._weights = weights
 
-    def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
+    def ask(
+        self, cases: Sequence[Case], on_verdict: OnVerdict, progress: Callable[[], None]
+    ) -> None:
         players = []
         for i, case in enumerate(cases):
-            prompt = self._stage.prompt(_asked(case))
-            players.append(
-                EpisodePlayer(self._stage, ASSISTANT, episode_id(ASSISTANT, i, 0), 0.0, prompt)
-            )
-        rows = {player.uid: i for i, player in enumerate(players)}
+            prompt = self._context.prompt(_messages(case))
+            uid = episode_id(ASSISTANT, i, 0)
+            players.append(EpisodePlayer(self._context, ASSISTANT, uid, 0.0, prompt, tag=i))
 
         def finished(player: EpisodePlayer) -> list[EpisodePlayer]:
             reply = player.episode().text or f"stopped by {player.stop_reason}"
-            take(rows[player.uid], Verdict(read_verdict(reply), _shortened(reply)))
+            on_verdict(player.tag, Verdict(read_verdict(reply), _shortened(reply)))
             return []
 
         def playing(stats: Stats) -> None:
@@ -118,11 +128,14 @@ class Policy:
 
 
 class NoReply(Exception):
-    """A server has answered, and not with a text of a model."""
+    """A server's answer holds no text of a model."""
 
 
 def _text_of(body: str) -> str:
-    """What the model said, in a chat completion. The client itself would take any body for one."""
+    """The model's text in a chat completion. NoReply where there is none.
+
+    (The client itself accepts any body as a completion.)
+    """
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, TypeError, LookupError, RecursionError):
@@ -133,12 +146,12 @@ def _text_of(body: str) -> str:
 
 
 def _bounded(seconds: float) -> Any:
-    """The official client's HTTP. It bounds the time of a whole request and the size of its answer.
+    """An HTTP client that bounds the time of a whole request and the size of its answer.
 
-    (Its own timeout is of one read. A server that sends a byte now and then would be waited for
-    without end.) Redirects are not followed: what is judged goes to no other address.
+    (The official client's timeout bounds one read. It would wait without end for a server that
+    sends a byte now and then.) Redirects are not followed: cases go to no other address.
     """
-    import httpx2  # which the client is made with
+    import httpx2  # which the official client uses
 
     class Bounded(httpx2.AsyncClient):
         async def send(self, request: Any, **options: Any) -> Any:
@@ -153,8 +166,9 @@ def _bounded(seconds: float) -> Any:
             except TimeoutError:
                 late = f"no whole answer in {seconds:g} s"
                 raise httpx2.ReadTimeout(late, request=request) from None
-            status, headers = response.status_code, response.headers
-            return httpx2.Response(status, headers=headers, content=body, request=request)
+            return httpx2.Response(
+                response.status_code, headers=response.headers, content=body, request=request
+            )
 
     return Bounded(limits=httpx2.Limits(max_connections=None))  # judge.concurrency is the limit
 
@@ -167,18 +181,18 @@ async def _body_of(response: Any) -> bytes:
     if response.headers.get("content-encoding", "identity") != "identity":
         raise NoReply("it answers compressed, which it was asked not to")
     body = bytearray()
-    async for part in response.aiter_raw():
-        body += part
+    async for piece in response.aiter_raw():
+        body += piece
         if len(body) > REPLY_BYTES:
             raise NoReply(f"its answer is longer than {REPLY_BYTES >> 20} MiB")
     return bytes(body)
 
 
 class OpenAI:
-    """A server. The client itself repeats what timed out or was refused for load, after pauses that
-    grow.
+    """A server as a judge.
 
-    Without threads, which could not be told to stop while the server keeps them waiting.
+    The official client repeats requests that timed out or were refused for load, after pauses that
+    grow. There are no threads: they could not be stopped while they wait for the server.
     """
 
     def __init__(
@@ -191,7 +205,10 @@ class OpenAI:
         retries: int,
         max_tokens: int,
     ):
-        """Asks one question at once, so that a wrong address is told before anything is compiled."""
+        """Sends one case at once, so that a wrong address is found before anything is compiled.
+
+        InputError without the package, with a wrong address or key, or without a usable server.
+        """
         try:
             import openai
         except ImportError:
@@ -199,14 +216,14 @@ class OpenAI:
                 "the openai judge: expected the package openai; pip install '.[openai]'"
             ) from None
         check_address("judge.url", url)
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # servers of one's own ask for none
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # which private servers do not check
         if not re.fullmatch("[!-~]+", key):
             raise InputError(
                 "environment variable OPENAI_API_KEY: expected visible ASCII characters and no others"
             )
         self.name = f"openai {model}"
-        self.identity = processes.digest((masked(url), model, max_tokens, _asked(_PROBE)))
-        self._errors = openai.OpenAIError, NoReply
+        self.identity = processes.digest((masked(url), model, max_tokens, _messages(_PROBE)))
+        self._errors = (openai.OpenAIError, NoReply)
         self._model = model
         self._concurrency = concurrency
         self._url = url
@@ -218,19 +235,21 @@ class OpenAI:
             base_url=urlunsplit(address._replace(query="", fragment="")),
             api_key=key,
             default_query=dict(parse_qsl(address.query)),
-            default_headers={"Accept-Encoding": "identity"},  # whose size is that of what comes
+            # Compressed answers would be larger than the bytes that are counted.
+            default_headers={"Accept-Encoding": "identity"},
             max_retries=retries,
         )
         self._options: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
         asyncio.run(self._probe(max(timeout_s, PROBE_SECONDS)))
 
     def _connect(self, timeout_s: float) -> Any:
-        """One for each batch: its connections are closed when all has been judged."""
+        """A client for one batch: its connections are closed when all cases are judged."""
         return self._open(timeout=timeout_s, http_client=_bounded(timeout_s))
 
     async def _probe(self, timeout_s: float) -> None:
-        """Finds the arguments that the server takes: OpenAI's newer models have another limit and
-        no temperature.
+        """Finds the options that the server takes.
+
+        OpenAI's newer models refuse max_tokens and the temperature.
         """
         import openai
 
@@ -247,23 +266,27 @@ class OpenAI:
         except TimeoutError:
             raise self._useless(f"no answer in {2 * timeout_s:g} s") from None
         except self._errors as error:
-            raise self._useless(self._told(error)) from None
+            raise self._useless(self._one_line(error)) from None
 
-    def ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
+    def ask(
+        self, cases: Sequence[Case], on_verdict: OnVerdict, progress: Callable[[], None]
+    ) -> None:
         """InputError where the server has gone away; a case that fails has a verdict that says so."""
-        asyncio.run(self._ask(cases, take, progress))
+        asyncio.run(self._ask(cases, on_verdict, progress))
 
-    async def _ask(self, cases: Sequence[Case], take: Take, progress: Callable[[], None]) -> None:
+    async def _ask(
+        self, cases: Sequence[Case], on_verdict: OnVerdict, progress: Callable[[], None]
+    ) -> None:
         left = iter(enumerate(cases))
         at_once = min(self._concurrency, len(cases))
-        failed_in_a_row = 0
+        failed_in_a_row = 0  # as many as there are workers: perhaps the server has gone away
         async with self._connect(self._timeout_s) as client:
 
             async def work() -> None:
                 nonlocal failed_in_a_row
                 for i, case in left:
                     verdict = await self._judge(client, case)
-                    take(i, verdict)
+                    on_verdict(i, verdict)
                     failed_in_a_row = failed_in_a_row + 1 if verdict.failed else 0
                     if failed_in_a_row == at_once:
                         failed_in_a_row = 0
@@ -274,7 +297,7 @@ class OpenAI:
                 while running:
                     done, running = await asyncio.wait(running, timeout=_TICK_SECONDS)
                     for worker in done:
-                        worker.result()  # raises what `take` has raised
+                        worker.result()  # raises what on_verdict has raised
                     progress()
             finally:
                 for worker in workers:
@@ -282,28 +305,28 @@ class OpenAI:
                 await asyncio.gather(*workers, return_exceptions=True)
 
     async def _check(self, client: Any) -> None:
-        """InputError unless it was the cases that failed: any server answers this one."""
+        """InputError where the server no longer judges a case that any server can judge."""
         try:
             await self._complete(client, _PROBE)
         except self._errors as error:
-            raise self._useless(self._told(error)) from None
+            raise self._useless(self._one_line(error)) from None
 
     async def _judge(self, client: Any, case: Case) -> Verdict:
         try:
             reply = await self._complete(client, case)
         except self._errors as error:
-            return Verdict(None, f"{type(error).__name__}: {self._told(error)}", failed=True)
+            return Verdict(None, f"{type(error).__name__}: {self._one_line(error)}", failed=True)
         return Verdict(read_verdict(reply), self._secrets.hidden(_shortened(reply)))
 
     async def _complete(self, client: Any, case: Case) -> str:
         create = client.chat.completions.with_raw_response.create
-        answer = await create(model=self._model, messages=_asked(case), **self._options)
+        answer = await create(model=self._model, messages=_messages(case), **self._options)
         return _text_of(answer.http_response.text)
 
-    def _told(self, error: Exception) -> str:
-        """In one line, with the cause: of a connection the client itself says only that it failed."""
-        said = " ".join(f"{error} {error.__cause__ or ''}".split())
-        return self._secrets.hidden(said)[:200]
+    def _one_line(self, error: Exception) -> str:
+        """The error and its cause, which alone says why a connection failed."""
+        line = " ".join(f"{error} {error.__cause__ or ''}".split())
+        return self._secrets.hidden(line)[:200]
 
     def _useless(self, found: str) -> InputError:
         return InputError(
@@ -313,14 +336,16 @@ class OpenAI:
 
 
 def _shortened(reply: str) -> str:
-    """Of a long reply the beginning and the end: the words that decide stand there."""
+    """The beginning and the end of a long reply, where the words that decide stand."""
+    if len(reply) <= KEPT_CHARS:
+        return reply
     half = KEPT_CHARS // 2
-    return reply if len(reply) <= KEPT_CHARS else f"{reply[:half]} ... {reply[-half:]}"
+    return f"{reply[:half]} ... {reply[-half:]}"
 
 
-def check_policy(stage: EpisodeContext) -> None:
-    """InputError where the chat template refuses what the policy judge is asked."""
-    stage.prompt(_asked(_PROBE))
+def check_policy(context: EpisodeContext) -> None:
+    """InputError where the chat template refuses the prompt of the policy judge."""
+    context.prompt(_messages(_PROBE))
 
 
 def shown(reply: str) -> str:
