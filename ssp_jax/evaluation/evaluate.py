@@ -367,7 +367,8 @@ def _lines(setting: EvalContext, folder: Path, name: str, fields: records.Fields
             os.truncate(path, end)
     if spoilt:
         setting.logger.say(
-            f"{spoilt} spoilt lines of {name} in {folder} are passed over: what they said is made again"
+            f"{spoilt} spoilt lines of {name} in {folder} are passed over: what they said is made "
+            "again"
         )
     return found
 
@@ -381,9 +382,9 @@ def show(logger: Logger, result: Result) -> None:
         logger.say(f"{refused} questions are longer than limits.prompt_tokens and count as wrong")
     if found["unjudged"]:
         logger.say(
-            f"{found['unjudged']} verdicts failed and count as wrong, verdicts.jsonl says why; the same command asks "
-            "again (a judge cut off in its reply needs a larger judge.max_tokens). The first reply of them: "
-            f"{shown_reply(found['unjudged_reply'])}"
+            f"{found['unjudged']} verdicts failed and count as wrong, verdicts.jsonl says why; the "
+            "same command asks again (a judge cut off in its reply needs a larger "
+            f"judge.max_tokens). The first reply of them: {shown_reply(found['unjudged_reply'])}"
         )
 
 

@@ -51,7 +51,8 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message], template: str) ->
 def _raw_chatml(tokenizer: Any, messages: Sequence[Message]) -> str:
     if "<|im_start|>" not in tokenizer.get_vocab():
         raise InputError(
-            f"tokenizer {tokenizer.name_or_path!r} lacks <|im_start|>, which prompt.template=raw_chatml needs"
+            f"tokenizer {tokenizer.name_or_path!r} lacks <|im_start|>, which "
+            "prompt.template=raw_chatml needs"
         )
     turns = [f"<|im_start|>{message['role']}\n{message['content']}" for message in messages]
     return "".join(turns) + "<|im_start|>assistant\n"

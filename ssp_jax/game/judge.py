@@ -219,7 +219,8 @@ class OpenAI:
         key = os.environ.get("OPENAI_API_KEY") or "none"  # which private servers do not check
         if not re.fullmatch("[!-~]+", key):
             raise InputError(
-                "environment variable OPENAI_API_KEY: expected visible ASCII characters and no others"
+                "environment variable OPENAI_API_KEY: expected visible ASCII characters and no "
+                "others"
             )
         self.name = f"openai {model}"
         self.identity = processes.digest((masked(url), model, max_tokens, _messages(_PROBE)))
@@ -271,7 +272,7 @@ class OpenAI:
     def ask(
         self, cases: Sequence[Case], on_verdict: OnVerdict, progress: Callable[[], None]
     ) -> None:
-        """InputError where the server has gone away; a case that fails has a verdict that says so."""
+        """InputError where the server has gone away. A failed case has a failed verdict."""
         asyncio.run(self._ask(cases, on_verdict, progress))
 
     async def _ask(

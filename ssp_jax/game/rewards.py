@@ -1,6 +1,4 @@
-"""Is an answer right, is a question well-formed, and what both roles earn. Pure functions of texts
-and small arrays.
-"""
+"""Right answers and the rewards of both roles: pure functions of texts and small arrays."""
 
 import re
 import string
@@ -16,7 +14,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's and Search-R1's form: lower case, no ASCII punctuation, no articles, single spaces."""
+    """Lower case, no ASCII punctuation, no articles, single spaces (SQuAD, Search-R1)."""
     without_punctuation = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split())
 
@@ -31,8 +29,10 @@ def comparable(text: str) -> str:
 
 
 def exact_match(prediction: str | None, golds: Sequence[str]) -> bool:
-    """The prediction equals one of the golds in normal form; None means that no answer was given."""
-    return bool(prediction) and comparable(str(prediction)) in {comparable(gold) for gold in golds}
+    """The prediction equals a gold in normal form. None: no answer was given, which is wrong."""
+    if not prediction:
+        return False
+    return comparable(prediction) in {comparable(gold) for gold in golds}
 
 
 def cover_exact_match(prediction: str | None, golds: Sequence[str]) -> bool:
@@ -43,10 +43,8 @@ def cover_exact_match(prediction: str | None, golds: Sequence[str]) -> bool:
 
 def f1_score(prediction: str | None, golds: Sequence[str]) -> float:
     """SQuAD's F1 over the words of the normal form, the best over the golds."""
-    return max(
-        (_f1(comparable(prediction or "").split(), comparable(gold).split()) for gold in golds),
-        default=0.0,
-    )
+    predicted = comparable(prediction or "").split()
+    return max((_f1(predicted, comparable(gold).split()) for gold in golds), default=0.0)
 
 
 def _f1(predicted: list[str], gold: list[str]) -> float:
@@ -58,8 +56,8 @@ METRICS: dict[str, Callable[[str | None, Sequence[str]], bool]] = {
     "em": exact_match,
     "cover_em": cover_exact_match,
 }
-JUDGES = ("policy", "openai")  # models that are asked where exact match fails (judge.py)
-METRIC_NAMES = (*METRICS, *JUDGES)  # config keys reward.metric and eval.judge
+JUDGES = ("policy", "openai")  # models that judge where exact match fails (judge.py)
+METRIC_NAMES = (*METRICS, *JUDGES)  # values of config keys reward.metric and eval.judge
 
 
 def needs_judge(answer: str | None, golds: Sequence[str], metric: str) -> bool:
@@ -70,8 +68,9 @@ def needs_judge(answer: str | None, golds: Sequence[str], metric: str) -> bool:
 def is_right(
     answer: str | None, golds: Sequence[str], metric: str, verdict: bool | None = None
 ) -> bool:
-    """verdict: what the judge said, for metrics that have one; None, when it failed to say, is
-    never right.
+    """Whether an answer is right by a metric of METRIC_NAMES.
+
+    verdict: the judge's, where the metric is one. None, of a judge that failed, is never right.
     """
     if metric in METRICS:
         return METRICS[metric](answer, golds)
@@ -83,17 +82,17 @@ def solver_reward(
 ) -> float:
     """1 if the last answer in what the model wrote itself is right by the metric, else 0 [P s3.2].
 
-    text: the sampled turns of an episode, joined, without the observations. Writing the answer tag
-    all over the place keeps only a quarter (reference: quark_score.py).
+    text: the sampled turns of an episode, joined, without the observations. More than
+    MAX_ANSWER_TAGS answer tags leave a quarter of the reward (reference: quark_score.py).
     """
     score = float(is_right(last_answer(text), golds, metric, verdict))
     tags = max(text.count("<answer>"), text.count("</answer>"))
     return score / 4 if tags > MAX_ANSWER_TAGS else score
 
 
-# Rewards of the proposer, from the solver's scores on its question. All use the mean of the
-# solver's rewards, as the paper's formula does; the reference counts every reward > 0 as solved, so
-# there a quarter weighs as much as a one.
+# Rewards of the proposer, from the solver's scores on its questions, of which s is the mean, as in
+# the paper's formula. The reference counts every score > 0 as solved, so there a quarter weighs as
+# much as a one.
 
 
 def one_minus_mean(scores_QG: np.ndarray) -> np.ndarray:
@@ -102,42 +101,45 @@ def one_minus_mean(scores_QG: np.ndarray) -> np.ndarray:
 
 
 def intermediate(scores_QG: np.ndarray) -> np.ndarray:
-    """Highest where the solver wins half of its games, 0 at both ends (reference:
-    intermediate_difficulty).
+    """4 s (1 - s): 1 where half of the attempts are right, 0 at both ends.
+
+    (Reference: intermediate_difficulty.)
     """
     solved_Q = scores_QG.mean(axis=1)
     return 4.0 * solved_Q * (1.0 - solved_Q)
 
 
 def azr(scores_QG: np.ndarray) -> np.ndarray:
-    """The harder the better, as long as somebody solves it (Absolute Zero, arXiv 2505.03335)."""
+    """1 - s, and 0 for a question that no attempt solves (Absolute Zero, arXiv 2505.03335)."""
     solved_Q = scores_QG.mean(axis=1)
     return np.where(solved_Q > 0, 1.0 - solved_Q, 0.0)
 
 
 def dr_zero(scores_QG: np.ndarray) -> np.ndarray:
-    """(G - k) / (G - 1) for k of G solved, so 1 for a single success; 0 at both ends (Dr. Zero,
-    arXiv 2601.07055).
+    """(G - k) / (G - 1) for k of G solved: 1 for a single success, 0 at both ends.
 
-    k is the sum of the rewards; a sum below one success (a lone quarter) counts as one, else it
-    would earn more than 1.
+    (Dr. Zero, arXiv 2601.07055.) k is the sum of the scores. A sum below one success (a lone
+    quarter) counts as one, else it would earn more than 1.
     """
-    attempts, solved_Q = scores_QG.shape[1], scores_QG.sum(axis=1)
+    attempts = scores_QG.shape[1]
+    solved_Q = scores_QG.sum(axis=1)
     reward_Q = np.minimum(1.0, (attempts - solved_Q) / max(attempts - 1, 1))
     return np.where(solved_Q > 0, reward_Q, 0.0)
 
 
 def variance(scores_QG: np.ndarray) -> np.ndarray:
-    """exp(-(Var - 1/4)^2 / 0.02) of the solver's scores: 1 where half of them are right, the
-    largest variance that scores in [0, 1] can have, and 0.04 where all agree (SPICE, arXiv
-    2510.24684).
+    """exp(-(Var - 1/4)^2 / 0.02) of the solver's scores (SPICE, arXiv 2510.24684).
+
+    1 where half of them are right, the largest variance that scores in [0, 1] can have; 0.04 where
+    all agree.
     """
     return np.exp(-np.square(scores_QG.var(axis=1) - 0.25) / 0.02)
 
 
 def r_zero(scores_QG: np.ndarray) -> np.ndarray:
-    """1 - 2 |s - 1/2|: falls evenly from half of the games won to both ends (R-Zero, arXiv
-    2508.05004).
+    """1 - 2 |s - 1/2|: linear from half of the attempts right to both ends.
+
+    (R-Zero, arXiv 2508.05004.)
     """
     return 1.0 - 2.0 * np.abs(scores_QG.mean(axis=1) - 0.5)
 

@@ -1,8 +1,8 @@
-"""The roles as small state machines: what a proposer, verifier or solver does after each stop.
+"""The roles as small state machines: the moves of a proposer, verifier or solver after each stop.
 
 Tokens are the truth: an episode is one growing token list, with a mark per token (sampled or given)
-and the sampler's log-prob, both made here once and only carried afterwards. Text is a view of it,
-decoded for parsing and for people.
+and the sampler's log-prob. Both are made here once and only carried afterwards. Text is a view of
+the tokens, decoded for parsing and for people.
 """
 
 import sys
@@ -14,7 +14,7 @@ from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.game import chat, prompts
 from ssp_jax.game.rules import ID_ATTEMPTS, ID_ROWS
-from ssp_jax.model import tokens as tokens
+from ssp_jax.model import tokens
 from ssp_jax.rollout import sampler
 from ssp_jax.rollout.stops import Automaton, build_automaton, token_bytes
 
@@ -22,28 +22,30 @@ from ssp_jax.rollout.stops import Automaton, build_automaton, token_bytes
 @dataclass(frozen=True)
 class Role:
     name: str
-    stops: tuple[str, ...]  # the closing tags that end its turns
+    stops: tuple[str, ...]  # stop strings: the closing tags that end its turns
     code: int  # first part of an episode id, and the index of its stop automaton
 
 
 SOLVER = Role("solver", (prompts.SEARCH_STOP, prompts.ANSWER_STOP), 0)
 PROPOSER = Role("proposer", (prompts.SEARCH_STOP, prompts.QUESTION_STOP), 1)
 VERIFIER = Role("verifier", (prompts.ANSWER_STOP,), 2)
-ASSISTANT = Role("assistant", (), 3)  # outside the game: continues a plain prompt (generate.py)
+ASSISTANT = Role("assistant", (), 3)  # outside the game: judges, and plain prompts (generate.py)
 ROLES = (SOLVER, PROPOSER, VERIFIER, ASSISTANT)
 
-SEARCH_ENGINE = "search engine"  # who speaks in a turn that no role wrote
+SEARCH_ENGINE = "search engine"  # the author of a turn that no role wrote
 
 
 def check_rows(place: str, number: int) -> None:
-    """Told while inputs are read: so many episodes of a role can be told apart."""
+    """InputError where a role would have more episodes than there are ids."""
     if number > ID_ROWS:
         raise InputError(f"{place}: expected at most {ID_ROWS:,} at a time, found {number:,}")
 
 
 def episode_id(role: Role, row: int, attempt: int) -> int:
-    """A number below 2**31 that names an episode within a step: the same whenever and wherever it
-    is played.
+    """A number below 2**31 that names an episode within a step.
+
+    It is the same whenever and wherever the episode is played: with a position it makes the random
+    key of a token. row: of the game or question; attempt: of this role at it.
     """
     if row >= ID_ROWS or attempt >= ID_ATTEMPTS:
         raise ValueError(
@@ -82,7 +84,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class EpisodeContext:
-    """What all players of a run share."""
+    """The parts that all players of a run share."""
 
     tokenizer: Any
     style: prompts.Style
@@ -99,34 +101,33 @@ class EpisodeContext:
         return tokens.decode(self.tokenizer, ids)
 
     def observation(self, documents: Sequence[Document]) -> list[int]:
-        """Tokens of an inserted result, encoded alone; a long one loses its end but not its closing
-        tag.
+        """Tokens of an inserted result, encoded alone.
+
+        A result that is too long loses its end, but not its closing tag.
         """
         ids = self.encode(prompts.observation(self.style, documents))
-        if len(ids) <= self.limits.observation_tokens:
+        limit = self.limits.observation_tokens
+        if len(ids) <= limit:
             return ids
         closing = self.encode(self.style.observation_text.split("{documents}")[1])
-        return ids[: max(0, self.limits.observation_tokens - len(closing))] + closing
+        return ids[: max(0, limit - len(closing))] + closing
 
 
 def check_context(context: EpisodeContext) -> None:
-    """What would go wrong in every game is told at the start: the shapes of all prompts, and the
-    tags.
+    """InputError where every game would fail: a prompt that the template refuses, a lost tag.
 
     A tokenizer may lower the case of a text, or lack a character of a tag: no stop would ever fire.
     """
     style = context.style
-    asked = prompts.solver_messages(style, "Who?")
-    proposed = prompts.proposer_messages(style, "Paris", 1, "Who?\n")
-    verified = prompts.verifier_messages(
-        style, "Who?", [Document("1", "Paris", "Paris is a city.")]
-    )
-    for messages in (asked, proposed, verified):
-        context.prompt(messages)
+    document = Document("1", "Paris", "Paris is a city.")
+    context.prompt(prompts.solver_messages(style, "Who?"))
+    context.prompt(prompts.proposer_messages(style, "Paris", 1, "Who?\n"))
+    context.prompt(prompts.verifier_messages(style, "Who?", [document]))
     token_bytes(context.tokenizer)
     for name in ("search", "answer", "question"):
         tag = f"<{name}> Paris </{name}>"
-        if (found := context.decode(context.encode(tag)).strip()) != tag:
+        found = context.decode(context.encode(tag)).strip()
+        if found != tag:
             raise InputError(
                 f"tokenizer {context.tokenizer.name_or_path!r} makes {found!r} of {tag!r}; "
                 "expected one that keeps the tags of the game"
@@ -135,11 +136,12 @@ def check_context(context: EpisodeContext) -> None:
 
 @dataclass(frozen=True)
 class Episode:
-    """A finished episode. tokens, sampled and logprobs are aligned; logprobs is 0 where a token was
-    given.
+    """A finished episode.
+
+    tokens, sampled and logprobs are aligned. logprobs is 0 where a token was given.
     """
 
-    uid: int
+    uid: int  # see episode_id
     role: str
     tokens: list[int]
     sampled: list[bool]
@@ -152,7 +154,7 @@ class Episode:
 
     @property
     def text(self) -> str:
-        """What the model itself wrote."""
+        """The text that the model itself wrote."""
         return "".join(text for who, text in self.turns if who == self.role)
 
     @property
@@ -165,25 +167,27 @@ class Episode:
 
 @dataclass
 class EpisodePlayer:
-    """An episode in play: implements the engine's protocol of the same name."""
+    """An episode in play: implements the engine's protocol Player."""
 
     context: EpisodeContext
     role: Role
-    uid: int  # of the random keys of its tokens
+    uid: int  # see episode_id
     temperature: float
     tokens: list[int]
     tag: Any = None  # what the episode belongs to: a game, a question, a line of a file
-    prompt_length: int = 0
-    sampled: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    queries: list[str] = field(default_factory=list)
-    documents: list[Document] = field(default_factory=list)
-    turns: list[tuple[str, str]] = field(default_factory=list)
-    stop_reason: str = ""
+    prompt_length: int = field(init=False)
+    sampled: list[bool] = field(init=False)
+    logprobs: list[float] = field(init=False)
+    queries: list[str] = field(init=False, default_factory=list)
+    documents: list[Document] = field(init=False, default_factory=list)
+    turns: list[tuple[str, str]] = field(init=False, default_factory=list)
+    stop_reason: str = field(init=False, default="")  # "" while playing
 
     def __post_init__(self) -> None:
-        self.prompt_length = self._turn_start = len(self.tokens)
-        self.sampled, self.logprobs = [False] * len(self.tokens), [0.0] * len(self.tokens)
+        self.prompt_length = len(self.tokens)
+        self._turn_start = len(self.tokens)
+        self.sampled = [False] * len(self.tokens)
+        self.logprobs = [0.0] * len(self.tokens)
         if len(self.tokens) > self.context.limits.prompt(self.role):
             self.stop_reason = "prompt_tokens"
 
@@ -192,10 +196,10 @@ class EpisodePlayer:
         return self.role.code
 
     def token_limit(self) -> int:
-        return min(self._turn_start + self.context.limits.turn_tokens, self._full)
+        return min(self._turn_start + self.context.limits.turn_tokens, self._longest)
 
     @property
-    def _full(self) -> int:
+    def _longest(self) -> int:
         """Total number of tokens of an episode with the longest response."""
         return self.prompt_length + self.context.limits.response(self.role)
 
@@ -205,25 +209,26 @@ class EpisodePlayer:
         self.sampled += [True] * len(tokens)
 
     def end_turn(self, tokens: list[int], logprobs: list[float], stop: int) -> str | None:
-        """The query to search for, or None when the episode is over. Asking for one search too many
-        ends it.
+        """The query to search for, or None when the episode is over.
+
+        A search beyond limits.searches ends it.
         """
         self.append(tokens, logprobs)
-        self.turns.append((self.role.name, self.context.decode(self.tokens[self._turn_start :])))
+        text = self.context.decode(self.tokens[self._turn_start :])
+        self.turns.append((self.role.name, text))
         if stop == sampler.EOS:
             self.stop_reason = "eos"
         elif stop == sampler.FULL:
             self.stop_reason = "cache_tokens"
         elif stop == sampler.LIMIT:
-            self.stop_reason = (
-                "response_tokens" if len(self.tokens) >= self._full else "turn_tokens"
-            )
+            full = len(self.tokens) >= self._longest
+            self.stop_reason = "response_tokens" if full else "turn_tokens"
         elif self.role.stops[stop] != prompts.SEARCH_STOP:
             self.stop_reason = self.role.stops[stop].strip("</>")
         elif len(self.queries) >= self.context.limits.searches:
             self.stop_reason = "searches"
         else:
-            query = prompts.last_search(self.turns[-1][1])
+            query = prompts.last_search(text)
             if query is not None:
                 self.queries.append(query)
                 return query
@@ -231,12 +236,12 @@ class EpisodePlayer:
         return None
 
     def insert_result(self, result: Sequence[Document]) -> None:
-        tokens, limits = self.context.observation(result), self.context.limits
+        tokens = self.context.observation(result)
         self.documents += result
         self.turns.append((SEARCH_ENGINE, self.context.decode(tokens)))
-        if len(self.turns) // 2 >= limits.turns:
+        if len(self.turns) // 2 >= self.context.limits.turns:
             self.stop_reason = "turns"
-        elif len(self.tokens) + len(tokens) >= self._full:
+        elif len(self.tokens) + len(tokens) >= self._longest:
             self.stop_reason = "response_tokens"
         if self.stop_reason:
             return
@@ -247,28 +252,30 @@ class EpisodePlayer:
 
     def episode(self) -> Episode:
         return Episode(
-            self.uid,
-            self.role.name,
-            self.tokens,
-            self.sampled,
-            self.logprobs,
-            self.prompt_length,
-            tuple(self.queries),
-            tuple(self.documents),
-            tuple(self.turns),
-            self.stop_reason,
+            uid=self.uid,
+            role=self.role.name,
+            tokens=self.tokens,
+            sampled=self.sampled,
+            logprobs=self.logprobs,
+            prompt_length=self.prompt_length,
+            queries=tuple(self.queries),
+            documents=tuple(self.documents),
+            turns=tuple(self.turns),
+            stop_reason=self.stop_reason,
         )
 
 
 def eos_tokens(tokenizer: Any, generation_config: dict[str, Any]) -> tuple[int, ...]:
-    """Ids that end a turn: the tokenizer's own and those of weights.read_generation_config (an id
-    or a list).
+    """Ids that end a turn: the tokenizer's own, and those of generation_config (an id or a list).
+
+    InputError where there is none.
     """
     extra = generation_config.get("eos_token_id")
-    ids = {tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])} - {None}
+    others = extra if isinstance(extra, list) else [extra]
+    ids = {tokenizer.eos_token_id, *others} - {None}
     if not ids:
         raise InputError(
-            "no file of the model folder names an eos token; expected one in tokenizer_config.json, "
-            "generation_config.json or config.json"
+            "no file of the model folder names an eos token; expected one in "
+            "tokenizer_config.json, generation_config.json or config.json"
         )
     return tuple(sorted(int(i) for i in ids))

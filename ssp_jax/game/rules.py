@@ -1,4 +1,4 @@
-"""The rules: who plays how often, which questions are well-formed, and what each fault is called."""
+"""The rules: episodes of each role, well-formed questions, and the names of faults."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,10 +113,10 @@ QUESTION_FAULTS = (
     "answer_in_search",
     "no_documents",
 )
-# Of well-formed ones: the verifier's answer is not right, or limits.verify_prompt_tokens leaves no
-# room for the prompt.
+# Of well-formed questions: the verifier's answer is not right, or its prompt is longer than
+# limits.verify_prompt_tokens.
 VERIFICATION_FAULTS = ("unverified", "too_long_to_verify")
-# limits.prompt_tokens leaves no room for the given answer, or for the question.
+# The given answer, or the question, makes a prompt longer than limits.prompt_tokens.
 PROMPT_FAULTS = ("too_long_to_propose", "too_long_to_solve")
 FAULTS = (*QUESTION_FAULTS, *PROMPT_FAULTS, *VERIFICATION_FAULTS)
 
@@ -137,8 +137,7 @@ def question_fault(
     num_documents: int,
     rules: QuestionRules,
 ) -> str | None:
-    """The first rule, in the order of QUESTION_FAULTS, that a proposed question breaks; None for a
-    well-formed one.
+    """The first fault, in the order of QUESTION_FAULTS, of a question; None if it is well-formed.
 
     A malformed question is an ordinary outcome of the game, so nothing here raises. As in the
     reference (problem_extraction.py), the answer counts as revealed when its lower-cased text is a
@@ -146,7 +145,9 @@ def question_fault(
     normalisation is applied. Queries repeat when they are the same string. A question without any
     retrieved document cannot be verified and never passes.
     """
-    text, hidden = (question or "").strip(), answer.strip().lower()
+    text = (question or "").strip()
+    hidden = answer.strip().lower()
+    searched = any(hidden in query.lower() for query in queries)
     broken = {
         "no_question": question is None,
         "empty": not text,
@@ -156,8 +157,7 @@ def question_fault(
         "answer_in_question": hidden in text.lower(),
         "too_few_searches": len(queries) < rules.min_searches,
         "repeated_search": rules.distinct_searches and len(set(queries)) < len(queries),
-        "answer_in_search": rules.forbid_answer_in_search
-        and any(hidden in query.lower() for query in queries),
+        "answer_in_search": rules.forbid_answer_in_search and searched,
         "no_documents": num_documents < 1,
     }
     return next((fault for fault in QUESTION_FAULTS if broken[fault]), None)

@@ -112,13 +112,9 @@ class SelfPlay:
 
         # Verify, then solve, what has waited until all have proposed, for the noise of this step. A
         # question that fails may be proposed again, and then waits again.
-        waiting_waves = 0
-        if noise is None:
-            waiting_waves = 1 + (
-                self._config.game.resample_rounds
-                if self._config.game.batch_fill == "resample"
-                else 0
-            )
+        waiting_waves = 1 if noise is None else 0
+        if noise is None and self._config.game.batch_fill == "resample":
+            waiting_waves += self._config.game.resample_rounds
         for _ in range(waiting_waves):
             found = [found_documents(game) for game in games]
             noise = self._noise([game.task.answers for game in games], found)
@@ -142,7 +138,7 @@ class SelfPlay:
         return float(PROPOSER_REWARDS[self._config.reward.proposer](scores_QG)[0])
 
     def _round(self, games: list[Game], costs: list[Stats]) -> Round:
-        # Processes play side by side: their work adds up, and the slowest one's time is the round's.
+        # Processes play side by side: their work adds up, the slowest one's time is the round's.
         seconds = [cost.seconds for cost in costs]
         stats = dataclasses.replace(functools.reduce(_added, costs), seconds=max(seconds))
         metrics = round_metrics(games, stats)

@@ -1,4 +1,4 @@
-"""A judge's words → yes, no, or neither."""
+"""A judge's reply → right, wrong, or neither."""
 
 import itertools
 import json
@@ -6,10 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ssp_jax.game.chat import encode_prompt as encode_prompt
-
-# What a model thinks before it speaks. Where a template writes the opening tag, a reply has only
-# the other.
+# A model's thinking before its answer. Where the template writes the opening tag, the reply has
+# only the closing one.
 _THOUGHT = r"(?:seed:)?(?:think|thinking|thoughts?)"
 _THOUGHT_BEGINS = re.compile(rf"<{_THOUGHT}>|\[think\]|◁think▷", re.IGNORECASE)
 _THOUGHT_ENDS = re.compile(rf"</{_THOUGHT}>|\[/think\]|◁/think▷", re.IGNORECASE)
@@ -19,8 +17,7 @@ _REASONS = re.compile(
 )
 _TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|\n")  # a word, a mark, the end of a line
 _BEGINNING = 2000  # characters of a reply in which its first word stands
-# May stand before a verdict and are none: "Final verdict: ...", "<answer>...", "It is ...", "1.
-# ...".
+# Words that introduce a verdict: "Final verdict: ...", "<answer>...", "It is ...", "1. ...".
 _INTRODUCTION = frozenset(
     ("my", "the", "final", "verdict", "judgement", "judgment", "decision", "result", "evaluation")
     + ("grade", "answer", "response", "output", "boxed", "text", "textbf", "mathrm", "json", "1")
@@ -30,30 +27,29 @@ _QUOTES = frozenset("*\"'`“”‘’")
 _NOT = ("not", "isn't", "isn’t")
 _ADVERBS = ("a", "quite", "entirely", "fully", "completely", "exactly")
 _CHOICE = ("or", "/", "|", "?")  # "Correct or wrong?" repeats the question
-_REASON_FOLLOWS = ("because", "since", "as", "and")  # any other word is the name of a thing
+_REASON_FOLLOWS = ("because", "since", "as", "and")  # after any other word it names a thing
 _YES_OR_NO = {"true": True, "yes": True, "false": False, "no": False}
 _VERDICTS = {"correct": True, "wrong": False, "incorrect": False}
 
 
 def read_verdict(reply: str) -> bool | None:
-    """What a judge's reply says of an answer: the first word after its thinking decides.
+    """The verdict of a judge's reply: the first word after its thinking decides.
 
-    True for "Correct", False for "Wrong", "Incorrect" and "Not correct", None for anything else: no
-    guess is made, neither up nor down. Passed over before that word are marks and the few words
-    that introduce a verdict. "Correct answer" and "correct date" name a thing, "Correct or Wrong"
-    repeats the question. A JSON object says it by its values. A thought without its end is
-    followed by no verdict yet. (The reference takes every reply that contains "correct" for a yes,
-    "Incorrect" too.)
+    True for "Correct", False for "Wrong", "Incorrect" and "Not correct", None for anything else:
+    there is no guess, neither up nor down. Marks and a few words may introduce the verdict.
+    "Correct answer" and "correct date" name a thing, "Correct or Wrong" repeats the question. The
+    values of a JSON object give its verdict. A thought without its end has no verdict yet. (The
+    reference takes every reply that contains "correct" for a yes, "Incorrect" too.)
     """
-    said = _THOUGHT_ENDS.split(reply)[-1]
-    if _THOUGHT_BEGINS.search(said):
+    answer = _THOUGHT_ENDS.split(reply)[-1]
+    if _THOUGHT_BEGINS.search(answer):
         return None
-    said = _REASONS.sub(" ", said)
-    values = _json_values(said)
-    return _agreed(values) if values else _spoken(said)
+    answer = _REASONS.sub(" ", answer)
+    values = _json_values(answer)
+    return _agreed(values) if values else _first_verdict(answer)
 
 
-def _spoken(text: str) -> bool | None:
+def _first_verdict(text: str) -> bool | None:
     """The verdict that a text begins with."""
     first, *then = [*_words_from_the_first(text), "", "", ""]
     if first in _NOT:
@@ -71,17 +67,17 @@ def _spoken(text: str) -> bool | None:
 
 def _words_from_the_first(text: str) -> list[str]:
     """Words and marks, without quotes and without what may stand before a verdict."""
-    tokens = [
-        token for token in _TOKEN.findall(text.strip()[:_BEGINNING].lower()) if token not in _QUOTES
-    ]
-    before = itertools.takewhile(
-        lambda token: token in _INTRODUCTION or not token[0].isalnum(), tokens
-    )
-    return tokens[len(list(before)) :]
+    beginning = text.strip()[:_BEGINNING].lower()
+    tokens = [token for token in _TOKEN.findall(beginning) if token not in _QUOTES]
+
+    def introduces(token: str) -> bool:
+        return token in _INTRODUCTION or not token[0].isalnum()
+
+    return list(itertools.dropwhile(introduces, tokens))
 
 
 def _json_values(text: str) -> list[tuple[str, Any]]:
-    """Names and values of a JSON object that a text begins with, in all its depth."""
+    """Names and values, at any depth, of a JSON object that a text begins with."""
     pairs: list[tuple[str, Any]] = []
     start = text.lstrip().removeprefix("```json").removeprefix("```").lstrip()
     try:
@@ -92,14 +88,15 @@ def _json_values(text: str) -> list[tuple[str, Any]]:
 
 
 def _agreed(values: Sequence[tuple[str, Any]]) -> bool | None:
-    """The verdict of all values that are one; None where they say both, or none is."""
-    said = set()
+    """The verdict of those values that are one; None where they differ, or none is."""
+    found = set()
     for name, value in values:
         meaning = _VERDICTS.get(re.sub(r"[\W_]|^is", "", name.lower()))
-        truth = _YES_OR_NO.get(str(value).lower())
-        words = [token for token in _TOKEN.findall(str(value).lower()) if token.isalnum()]
+        text = str(value).lower()
+        truth = _YES_OR_NO.get(text)
+        words = [token for token in _TOKEN.findall(text) if token.isalnum()]
         if meaning is not None and truth is not None:
-            said.add(truth == meaning)
+            found.add(truth == meaning)
         elif words in (["correct"], ["wrong"], ["incorrect"], ["not", "correct"]):
-            said.add(words == ["correct"])
-    return said.pop() if len(said) == 1 else None
+            found.add(words == ["correct"])
+    return found.pop() if len(found) == 1 else None
