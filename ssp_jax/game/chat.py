@@ -1,9 +1,8 @@
-"""Messages → token ids of a prompt, by the tokenizer's own chat template or in the reference's raw
-ChatML.
+"""Messages → token ids of a prompt, by the tokenizer's chat template or the reference's raw ChatML.
 
-A chat template is a program that came with the model. It may fail, run for ever, or leave out what
-it is given: Qwen3's and R1's cut <think> out of earlier assistant turns. Here it ends in bounded
-time, its failures are one sentence, and a prompt holds every message.
+A chat template is a program that comes with the model. It may fail, run for ever, or drop parts of
+the messages: those of Qwen3 and R1 cut <think> out of earlier assistant turns. Here it ends in
+bounded time, its failures are one sentence, and a prompt holds every message.
 """
 
 import contextlib
@@ -23,11 +22,13 @@ from jinja2 import nodes
 from ssp_jax.errors import InputError, reading
 from ssp_jax.model import tokens
 
-Message = dict[str, Any]  # "role" and "content", and what else a template knows
+Message = dict[str, Any]  # "role" and "content", and other keys that a template knows
 
-PROBE_CPU_SECONDS = 3  # of a template that could run for long: a usual one takes a millisecond
+# Bounds of the process that plays a template: a usual one takes a millisecond of it.
+PROBE_CPU_SECONDS = 3
 PROBE_BYTES = 4 << 30  # of address space, most of it the interpreter's
-PROBE_SECONDS = 120.0  # until the interpreter is up, on a machine that does other things too
+PROBE_SECONDS = 120.0  # with the start of the interpreter, on a busy machine
+# A template within these bounds is tame: it needs no such process.
 TAME_LOOPS = 2  # nested ones
 TAME_NUMBER = 10_000
 
@@ -58,15 +59,15 @@ def _raw_chatml(tokenizer: Any, messages: Sequence[Message]) -> str:
     return "".join(turns) + "<|im_start|>assistant\n"
 
 
-# --- what a template keeps ---
+# --- contents: a prompt holds every message ---
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """What the template makes of the messages, with every content in it.
+    """The template's text of the messages, with every content in it. InputError if one is lost.
 
-    The template also renders marks in the place of the contents, which it cannot tell apart. Where
-    that gives another text, it has looked into a content. What it made of it stays if it has only
-    changed spaces; else the marks are replaced by the contents as they are.
+    The template also renders marks in place of the contents, which it cannot tell apart. Where that
+    gives another text, the template has changed a content. Its text stays if only spaces differ;
+    else the marks are replaced by the unchanged contents.
     """
     source = _checked_source(tokenizer)
     text = _render(tokenizer, messages)
@@ -77,7 +78,8 @@ def render_chat(tokenizer: Any, messages: Sequence[Message]) -> str:
     lost = _missing(roles, marks, outline)
     filled = outline
     for mark, content in zip(marks, contents, strict=True):
-        filled = filled.replace(mark, content) if mark else filled
+        if mark:
+            filled = filled.replace(mark, content)
     if lost is None and filled == text:
         return text
     without_spaces = ["".join(content.split()) for content in contents]
@@ -92,25 +94,25 @@ def render_chat(tokenizer: Any, messages: Sequence[Message]) -> str:
     )
 
 
-def _missing(roles: Sequence[str], parts: Sequence[str], text: str) -> int | None:
-    """The first part that does not stand in the text after those before it.
+def _missing(roles: Sequence[str], contents: Sequence[str], text: str) -> int | None:
+    """The index of the first content that the text does not have after those before it.
 
     The system turn may stand anywhere: some templates put it into the last user turn.
     """
     position = 0
-    for i, (role, part) in enumerate(zip(roles, parts, strict=True)):
-        found = text.find(part, 0 if role == "system" else position)
+    for i, (role, content) in enumerate(zip(roles, contents, strict=True)):
+        found = text.find(content, 0 if role == "system" else position)
         if found < 0:
             return i
         if role != "system":
-            position = found + len(part)
+            position = found + len(content)
     return None
 
 
 def _outline(tokenizer: Any, source: str, messages: Sequence[Message], marks: Sequence[str]) -> str:
-    """The template with marks for contents; the spaces around them stay, for many templates trim.
+    """The template's text with marks for contents; "" where it refuses the marks.
 
-    "" where the template refuses the marks.
+    The spaces around the contents stay, for many templates trim them.
     """
     changed = []
     for message, mark in zip(messages, marks, strict=True):
@@ -127,15 +129,17 @@ def _outline(tokenizer: Any, source: str, messages: Sequence[Message], marks: Se
 
 @functools.lru_cache(maxsize=64)
 def _outline_of(tokenizer: Any, source: str, messages: str) -> str:
-    """The prompts of a run have a handful of outlines; source is only part of the key."""
+    """Cached: the prompts of a run have a handful of outlines. source is part of the key only."""
     return _render(tokenizer, json.loads(messages))
 
 
-# --- what a template may do ---
+# --- time: a template ends ---
 
 
 def _checked_source(tokenizer: Any) -> str:
-    name, source = tokenizer.name_or_path, tokens.template_of(tokenizer)
+    """The source of the template. InputError where there is none, or one that runs for long."""
+    name = tokenizer.name_or_path
+    source = tokens.template_of(tokenizer)
     if source and isinstance(source, dict):
         names = ", ".join(map(repr, sorted(source)))
         raise InputError(
@@ -162,15 +166,16 @@ def _render(tokenizer: Any, messages: Sequence[Message]) -> str:
             text: str = tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=False
             )
-        except jinja2.TemplateError as error:  # also how a template refuses an order of roles
+        except jinja2.TemplateError as error:  # a template also refuses an order of roles so
             raise InputError(f"{place} refuses these messages: {error}") from None
     return tokens.whole(text)
 
 
 @functools.lru_cache(maxsize=8)
 def _is_bounded(source: str) -> bool:
-    """A template without the means to run for long is believed; any other plays once, in a process
-    of its own, which the system ends: no alarm of Python's reaches into one long multiplication.
+    """Whether a template ends soon. One that is not tame is played once in a process of its own.
+
+    The system ends that process: no alarm of Python reaches into one long multiplication.
     """
     return _is_tame(source) or _probe(source)
 
@@ -183,7 +188,7 @@ _UNTAME_CALLS = frozenset(
 
 
 def _is_tame(source: str) -> bool:
-    """No loops but a few over what it is given, and nothing that makes much out of little.
+    """Whether a template has only a few loops over its inputs, and nothing that grows texts.
 
     One range is allowed where no loop is inside or around it: jinja2 itself bounds its length.
     """
@@ -191,28 +196,25 @@ def _is_tame(source: str) -> bool:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
         loops = list(tree.find_all(nodes.For))
         inner = {id(loop) for outer in loops for loop in outer.find_all(nodes.For)}
-        counted = [
-            loop.iter
-            for loop in loops
-            if id(loop) not in inner and not any(loop.find_all(nodes.For))
-        ]
-        free = {id(part) for call in counted for part in (call, getattr(call, "node", None))}
-        found = [node for node in tree.find_all(nodes.Node) if id(node) not in free]
-        return _depth(tree) <= TAME_LOOPS and not any(map(_is_untame, found))
+        allowed = set()  # what the loops without another one are over, such as a range
+        for loop in loops:
+            if id(loop) not in inner and not any(loop.find_all(nodes.For)):
+                allowed |= {id(loop.iter), id(getattr(loop.iter, "node", None))}
+        others = (node for node in tree.find_all(nodes.Node) if id(node) not in allowed)
+        return _loop_depth(tree) <= TAME_LOOPS and not any(map(_is_untame, others))
     except (jinja2.TemplateError, RecursionError):
         return False  # the template's own environment decides
 
 
-def _depth(tree: nodes.Node) -> int:
-    """Of nested loops."""
-    inner = max(map(_depth, tree.iter_child_nodes()), default=0)
+def _loop_depth(tree: nodes.Node) -> int:
+    inner = max(map(_loop_depth, tree.iter_child_nodes()), default=0)
     return inner + isinstance(tree, nodes.For)
 
 
 def _is_untame(node: nodes.Node) -> bool:
     if isinstance(node, nodes.Const) and isinstance(node.value, int | float):
         return abs(node.value) > TAME_NUMBER
-    if isinstance(node, nodes.Mod):  # of a text it is a format, as in '%999999d' % 1
+    if isinstance(node, nodes.Mod):  # on a text this formats, as in '%999999d' % 1
         return getattr(node.left, "attr", None) not in ("index", "index0")
     if isinstance(node, nodes.For):
         return node.recursive or any(map(_grows, node.find_all(nodes.Assign)))
@@ -221,7 +223,7 @@ def _is_untame(node: nodes.Node) -> bool:
 
 
 def _grows(assign: nodes.Assign) -> bool:
-    """A text that outlives a turn of a loop and is added to: added to itself it doubles each time."""
+    """Whether a text outlives a turn of the loop and is added to: it could double each time."""
     sums = nodes.Add | nodes.Concat
     adds = isinstance(assign.node, sums) or any(assign.node.find_all((nodes.Add, nodes.Concat)))
     return isinstance(assign.target, nodes.NSRef) and adds
@@ -236,7 +238,7 @@ _SAMPLE = (
 
 
 def _probe(source: str) -> bool:
-    """Whether the template ends, with a text or with an exception, within the bounds."""
+    """Plays the template in a process of its own: whether it ends, well or not, within bounds."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     quiet = {"PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
@@ -255,7 +257,7 @@ def _probe(source: str) -> bool:
 
 
 def _play_probe() -> None:
-    """In the process of its own: ends with code 0, or is ended by the system."""
+    """Runs in the process of its own. Ends with code 0, or the system ends it."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -268,7 +270,7 @@ def _play_probe() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with contextlib.suppress(OSError, ValueError):  # macOS does not bound memory so
         resource.setrlimit(resource.RLIMIT_AS, (PROBE_BYTES, PROBE_BYTES))
-    with contextlib.suppress(InputError):  # it fails at once, which is not the question here
+    with contextlib.suppress(InputError):  # a template that fails has ended
         _render(tokenizer, _SAMPLE)
 
 

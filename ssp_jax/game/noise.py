@@ -1,4 +1,4 @@
-"""Noise: what a verifier reads beside the documents of the question's own proposer [P s3.3]."""
+"""Noise: documents that a verifier reads beside those of the question's proposer [P s3.3]."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +16,9 @@ def distinct(documents: Iterable[Document]) -> dict[str, Document]:
 
 
 class Noise:
-    """What the games of one step have found, to be drawn from for other games.
+    """The documents that the games of one step have found, to draw noise from.
 
-    A unit is one passage [P] or, by_game, all passages of one game [C].
+    Units are drawn: single passages [P] or, by_game, all passages of one game [C].
     """
 
     def __init__(
@@ -29,15 +29,19 @@ class Noise:
         *,
         by_game: bool,
     ) -> None:
-        """answers and documents: of each game. Without answers, a game's answer is another one."""
+        """answers and documents: of each game. Games without answers share none with others."""
         found = [distinct(of_game) for of_game in documents]
-        passages = {name: document for of_game in found for name, document in of_game.items()}
-        self._units = found if by_game else [{name: passage} for name, passage in passages.items()]
+        self._units = found
+        if not by_game:
+            passages: dict[str, Document] = {}
+            for of_game in found:
+                passages |= of_game
+            self._units = [{name: passage} for name, passage in passages.items()]
         self._corpus = corpus
         # answer -> ids of passages
         self._found_for: defaultdict[str, set[str]] = defaultdict(set)
-        for of_game, names in zip(answers, found, strict=False):
-            for answer in of_game:
+        for answers_of_game, names in zip(answers, found, strict=False):
+            for answer in answers_of_game:
                 self._found_for[comparable(answer)] |= names.keys()
 
     def draw(
@@ -47,10 +51,10 @@ class Noise:
         own: Iterable[str],
         answers: Iterable[str],
     ) -> list[Document]:
-        """Units that hold something new, until there are so many or the corpus is used up.
+        """The documents of `number` units that hold a new one; fewer where the corpus is used up.
 
-        own: ids of the game's own documents. Neither those nor what a game of the same answer has
-        found is noise. What the games cannot give comes from the corpus, passage by passage.
+        own: ids of the game's own documents. Neither those nor the documents that a game of the
+        same answer has found are noise. Passages of the corpus follow those of the games.
         """
         taken = set(own)
         for answer in answers:
@@ -65,7 +69,10 @@ class Noise:
         return drawn
 
     def _shuffled(self, rng: np.random.Generator, rows: int) -> Iterator[dict[str, Document]]:
-        """All units of the games, then the corpus, of which `rows` are enough if all ids differ."""
+        """All units of the games, then passages of the corpus.
+
+        rows: so many corpus rows are enough if all ids differ.
+        """
         for i in rng.permutation(len(self._units)):
             yield self._units[i]
         size = len(self._corpus)
@@ -74,4 +81,4 @@ class Noise:
                 yield distinct([self._corpus.document(int(row))])
             if rows >= size:
                 return
-            rows *= 2  # where ids repeat, so many rows were not enough
+            rows *= 2  # ids repeat: so many rows were not enough

@@ -1,4 +1,4 @@
-"""All texts and tags of the game: render prompts, parse what the model wrote. Knows nothing of JAX.
+"""All texts and tags of the game: prompts to render, turns of the model to parse. Without JAX.
 
 Three styles share one interface. `search_r1` is the form that Search-R1, ZeroSearch and SSP models
 were trained on (think, search, information, answer). `r_search` is R-Search's own (observation,
@@ -17,15 +17,15 @@ from typing import Any
 from ssp_jax.data import Document
 from ssp_jax.game.chat import encode_prompt as encode_prompt
 
-SEARCH_STOP, ANSWER_STOP, QUESTION_STOP = "</search>", "</answer>", "</question>"
+SEARCH_STOP = "</search>"
+ANSWER_STOP = "</answer>"
+QUESTION_STOP = "</question>"
 STOPS = (SEARCH_STOP, ANSWER_STOP, QUESTION_STOP)
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one family of models expects the game to be written. Fields ending in `_text` are
-    str.format templates.
-    """
+    """The game's texts for one family of models. Fields `*_text` are str.format templates."""
 
     system_text: str  # of the solver
     solver_text: str  # {question}
@@ -65,8 +65,8 @@ _PROPOSER_USER = (
 )
 _VERIFIER_USER = (
     "Answer the question from the materials below. Reason in at most 50 words, then give the "
-    "answer, without long explanation, between <answer> and "
-    "</answer>.\n\nMaterials:\n{documents}\nQuestion: {question}"
+    "answer, without long explanation, between <answer> and </answer>.\n\n"
+    "Materials:\n{documents}\nQuestion: {question}"
 )
 
 _JUDGE_SYSTEM = "You are a strict and fair judge of answers."
@@ -88,8 +88,8 @@ STYLES = {
         solver_text="Answer the given question. "
         + _TOOL_RULES.format(tag="information")
         + "When no more knowledge is needed, give the answer inside <answer> and </answer> "
-        "without long explanation. For example, <answer> Beijing </answer>. Question: "
-        "{question}\n",
+        "without long explanation. For example, <answer> Beijing </answer>. "
+        "Question: {question}\n",
         proposer_system_text=_PROPOSER_SYSTEM.format(tag="information"),
         proposer_text=_PROPOSER_USER,
         verifier_system_text=_HARMLESS,
@@ -170,62 +170,73 @@ _VERIFIED = (
 
 
 def _transcript(style: Style, moves: Sequence[tuple[str, str] | Document]) -> str:
-    """Moves as the one assistant turn that a model of this style writes, with the results inserted."""
+    """The assistant turn of a model of this style that makes these moves, results inserted."""
     text = ""
     for move in moves:
         if isinstance(move, Document):
             text += observation(style, [move])
-        elif move[0] != "original_evidence" or style.quotes_evidence:
-            text += f"<{move[0]}> {move[1]} </{move[0]}>" + ("" if move[0] == "search" else "\n")
+            continue
+        tag, content = move
+        if tag == "original_evidence" and not style.quotes_evidence:
+            continue
+        text += f"<{tag}> {content} </{tag}>"
+        if tag != "search":
+            text += "\n"
     return text.rstrip("\n")
 
 
 def _messages(
-    style: Style, system: str, user: str, asked: str, played: Sequence[Any]
+    style: Style, system: str, user: str, example: str, moves: Sequence[Any]
 ) -> list[dict[str, str]]:
-    """Without a system text there is no system turn (a template may then add its own default)."""
-    turns = [{"role": "system", "content": system}] if system else []
+    """The turns of a prompt. example: the user turn of the worked example, played by `moves`.
+
+    Without a system text there is no system turn (a template may then add its own default).
+    """
+    turns = []
+    if system:
+        turns.append({"role": "system", "content": system})
     if style.worked_example:
-        turns += [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": _transcript(style, played)},
-        ]
-    return [*turns, {"role": "user", "content": user}]
+        turns.append({"role": "user", "content": example})
+        turns.append({"role": "assistant", "content": _transcript(style, moves)})
+    turns.append({"role": "user", "content": user})
+    return turns
 
 
 def solver_messages(style: Style, question: str) -> list[dict[str, str]]:
-    user, asked = (style.solver_text.format(question=q) for q in (question, _QUESTION))
-    return _messages(style, style.system_text, user, asked, _SOLVED)
+    user = style.solver_text.format(question=question)
+    example = style.solver_text.format(question=_QUESTION)
+    return _messages(style, style.system_text, user, example, _SOLVED)
 
 
 def proposer_messages(
     style: Style, answer: str, searches: int, examples: str
 ) -> list[dict[str, str]]:
+    """examples: of questions, as a file of given answers may have them; may be empty."""
     shown = f"\nExample questions:\n{examples}" if examples else ""
-    user, asked = (
-        style.proposer_text.format(answer=a, searches=n)
-        for a, n in ((answer, searches), (_ANSWER, 2))
-    )
-    return _messages(
-        style, style.proposer_system_text.format(examples=shown), user, asked, _PROPOSED
-    )
+    system = style.proposer_system_text.format(examples=shown)
+    user = style.proposer_text.format(answer=answer, searches=searches)
+    example = style.proposer_text.format(answer=_ANSWER, searches=2)
+    return _messages(style, system, user, example, _PROPOSED)
 
 
 def verifier_messages(
     style: Style, question: str, documents: Sequence[Document]
 ) -> list[dict[str, str]]:
-    user, asked = (
-        style.verifier_text.format(question=q, documents=format_documents(d))
-        for q, d in ((question, documents), (_QUESTION, (_MOZART, _OPERA)))
-    )
-    return _messages(style, style.verifier_system_text, user, asked, _VERIFIED)
+    shown = format_documents(documents)
+    user = style.verifier_text.format(question=question, documents=shown)
+    shown = format_documents((_MOZART, _OPERA))
+    example = style.verifier_text.format(question=_QUESTION, documents=shown)
+    return _messages(style, style.verifier_system_text, user, example, _VERIFIED)
 
 
 def judge_messages(question: str, golds: Sequence[str], answer: str) -> list[dict[str, str]]:
-    # Each on one line, so that none can pass for another part of the form: models wrote the first
-    # and the last.
-    asked, right, given = (" ".join(text.split()) for text in (question, " | ".join(golds), answer))
-    user = _JUDGE_USER.format(question=asked, golds=right, answer=given[:JUDGED_CHARS])
+    # Each on one line, so that none can pass for another part of the form: models wrote the
+    # question and the answer.
+    user = _JUDGE_USER.format(
+        question=" ".join(question.split()),
+        golds=" ".join(" | ".join(golds).split()),
+        answer=" ".join(answer.split())[:JUDGED_CHARS],
+    )
     return [{"role": "system", "content": _JUDGE_SYSTEM}, {"role": "user", "content": user}]
 
 
@@ -235,17 +246,17 @@ def format_documents(documents: Sequence[Document]) -> str:
 
 
 def observation(style: Style, documents: Sequence[Document]) -> str:
-    """The text inserted after a search; an empty result says so instead of showing nothing."""
+    """The text inserted after a search. An empty result says that it is empty."""
     text = format_documents(documents) or style.no_result_text
-    return style.observation_text.format(documents=text.strip() if style.strip_results else text)
+    if style.strip_results:
+        text = text.strip()
+    return style.observation_text.format(documents=text)
 
 
 def _inside(tag: str, text: str) -> list[str]:
-    """The contents of all <tag>...</tag> pairs; an opening tag belongs to the nearest closing one."""
-    return [
-        m.strip()
-        for m in re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, flags=re.DOTALL)
-    ]
+    """The contents of all <tag>...</tag> pairs. A closing tag belongs to the last opening one."""
+    pairs = re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, flags=re.DOTALL)
+    return [content.strip() for content in pairs]
 
 
 def last_search(text: str) -> str | None:
