@@ -424,7 +424,7 @@ def make_eval_context(
         training=processes.all_gather_objects(training)[0],
         sets=inputs.eval_sets,
         engine=engine,
-        stage=inputs.stage,
+        episodes=inputs.stage,
         key=jax.random.key(config.seed),
         temperature=config.sampling.eval_temperature,
         metric=metric,

@@ -1,20 +1,18 @@
-"""The solver on question sets, greedy, through the same engine as training; judged, scored, and
-nothing done twice.
+"""The solver on question sets: played greedily by the engine of training, judged, and scored.
 
 For the weights of a step, workdir/eval/ holds step_000040/episodes.jsonl and
-step_000040/verdicts.jsonl, a line written as each episode or verdict ends, and step_000040.json
-with the scores. What stands there is not played or judged again: an evaluation that was killed goes
-on, one that is repeated with another judge only asks that judge. Each line says what it depends on,
-as digests; where one of them differs now, it is played or judged anew.
+step_000040/verdicts.jsonl, with a line written as each episode or verdict ends, and
+step_000040.json with the scores. Nothing is played or judged twice: an evaluation that was killed
+goes on, and one that is repeated with another judge only asks that judge. Each line has digests of
+all that it depends on; where one of them differs now, its question is played or judged again.
 """
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -32,9 +30,11 @@ from ssp_jax.runtime import processes, records
 from ssp_jax.runtime.logger import Logger
 
 Record = dict[str, Any]  # a line of episodes.jsonl
-Key = tuple[str, int]  # set, and row in its file
+Key = tuple[str, int]  # the set, and the question's number in its file
 
-_TEXT, _NUMBER, _LIST = (str,), (int, float), (list,)
+_TEXT = (str,)
+_NUMBER = (int, float)
+_LIST = (list,)
 _ASKED: records.Fields = {"set": _TEXT, "row": (int,), "question": _TEXT, "answers": _LIST}
 _EPISODE: records.Fields = {
     **_ASKED,
@@ -57,19 +57,19 @@ _VERDICT: records.Fields = {
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What the evaluations of a run have in common."""
+    """The parts that all evaluations of a run share."""
 
     folder: Path  # workdir/eval
-    # digests of what an episode depends on, beside its question; by names for people
+    # Digests of what an episode depends on, beside its question, under names for people.
     inputs: Mapping[str, str]
     training: str  # digest of what the weights of later steps depend on besides
     sets: dict[str, list[Task]]
     engine: Engine
-    stage: EpisodeContext
+    episodes: EpisodeContext
     key: Any  # of random numbers
     temperature: float
     metric: str  # config key eval.judge
-    judge: Judge | None  # where that is one
+    judge: Judge | None  # where the metric is one
     logger: Logger
     stop: Callable[[], None]  # called often; may raise
 
@@ -78,131 +78,173 @@ class EvalContext:
         return [(name, task) for name, tasks in self.sets.items() for task in tasks]
 
     def depends_on(self, step: int) -> dict[str, str]:
-        """What an episode with the weights of a step depends on, beside its question."""
-        return {**self.inputs, **({"the training": self.training} if step else {})}
+        """Digests of what an episode with the weights of a step depends on, beside its question."""
+        digests = dict(self.inputs)
+        if step:
+            digests["the training"] = self.training
+        return digests
 
 
 @dataclass(frozen=True)
 class Result:
     step: int
-    document: dict[str, Any]  # what step_000040.json holds
+    document: dict[str, Any]  # the content of step_000040.json
     values: Values
 
 
-def evaluate(setting: EvalContext, step: int, weights: str, params: Callable[[], Any]) -> Result:
-    """weights: what they are, in words. params: gives the sampler's copy, asked for only if a
-    question is left.
+def evaluate(context: EvalContext, step: int, weights: str, params: Callable[[], Any]) -> Result:
+    """Plays, judges and scores all questions with the weights of a step.
 
-    Each process plays and judges its share, and writes files of its own; all get the whole.
+    weights: their name for people. params: gives the sampler's copy of them; it is called only if
+    a question is left to play. Each process plays and judges its share, and writes files of its
+    own; all get the whole.
     """
-    folder = setting.folder / f"step_{step:06d}"
+    folder = context.folder / f"step_{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
-    of = setting.depends_on(step)
-    facts: dict[str, Any] = {
-        f"{name} (a digest), of an evaluation": digest for name, digest in of.items()
-    }
-    facts |= {
-        "the questions of an evaluation": processes.digest(setting.questions),
-        "the step": step,
-    }
-    played: dict[Key, Record]
-    played = processes.all_gather_objects(
-        lambda: _load_episodes(setting, folder, of) if processes.is_coordinator() else {}, facts
-    )[0]
-    missing = [(name, task) for name, task in setting.questions if (name, task.uid) not in played]
+    digests = context.depends_on(step)
+    facts: dict[str, Any] = {}
+    for name, digest in digests.items():
+        facts[f"{name} (a digest), of an evaluation"] = digest
+    facts["the questions of an evaluation"] = processes.digest(context.questions)
+    facts["the step"] = step
+
+    # Play what earlier starts have not played.
+    loaded = processes.all_gather_objects(
+        lambda: _load_episodes(context, folder, digests) if processes.is_coordinator() else {},
+        facts,
+    )
+    played: dict[Key, Record] = loaded[0]
+    missing = [(name, task) for name, task in context.questions if (name, task.uid) not in played]
     if missing:
-        weights_now, own = (
-            params(),
-            [missing[i] for i in processes.local_share([1.0] * len(missing))],
-        )
-        for part in processes.all_gather_objects(
-            lambda: _play(setting, own, of, weights_now, folder / _own_file("episodes"))
-        ):
-            played |= part
-        del weights_now
-    verdicts = _judge(setting, folder, played)
-    values = {
-        name: _values([played[name, task.uid] for task in tasks], setting.metric, verdicts)
-        for name, tasks in setting.sets.items()
-    }
-    unjudged = [verdict.reply for _, verdict in sorted(verdicts.items()) if verdict.right is None]
-    document = {
-        "step": step,
-        "weights": weights,
-        "judge": setting.judge.name if setting.judge else setting.metric,
-        "unjudged": len(unjudged),
-        "unjudged_reply": unjudged[0] if unjudged else "",
-        "stop_reasons": dict(Counter(record["stop_reason"] for record in played.values())),
-        "seconds": round(_seconds(played.values()), 1),
-        "sets": scores.summarize(values),
-        "inputs": setting.inputs,
-        "questions": {name: processes.digest(tasks) for name, tasks in setting.sets.items()},
-    }
+        played |= _play_missing(context, folder, missing, digests, params)
+
+    # Judge, then score.
+    verdicts = _judge(context, folder, played)
+    values: Values = {}
+    for name, tasks in context.sets.items():
+        records_of_set = [played[name, task.uid] for task in tasks]
+        values[name] = _values(records_of_set, context.metric, verdicts)
+    document = _document(context, step, weights, played, verdicts, values)
     if processes.is_coordinator():
         records.write_document(folder.with_suffix(".json"), document)
     return Result(step, document, values)
 
 
+def _document(
+    context: EvalContext,
+    step: int,
+    weights: str,
+    played: dict[Key, Record],
+    verdicts: dict[Key, Verdict],
+    values: Values,
+) -> dict[str, Any]:
+    unjudged = [verdict.reply for _, verdict in sorted(verdicts.items()) if verdict.right is None]
+    stop_reasons = Counter(record["stop_reason"] for record in played.values())
+    return {
+        "step": step,
+        "weights": weights,
+        "judge": context.judge.name if context.judge else context.metric,
+        "unjudged": len(unjudged),
+        "unjudged_reply": unjudged[0] if unjudged else "",
+        "stop_reasons": dict(stop_reasons),
+        "seconds": round(_seconds(played.values()), 1),
+        "sets": scores.summarize(values),
+        "inputs": context.inputs,
+        "questions": {name: processes.digest(tasks) for name, tasks in context.sets.items()},
+    }
+
+
 def _values(
     played: list[Record], metric: str, verdicts: dict[Key, Verdict]
 ) -> dict[str, np.ndarray]:
-    found: dict[str, list[float]] = {name: [] for name in (*scores.SHARES, *scores.MEANS)}
+    """The columns of scores.SHARES and scores.MEANS: one value an episode."""
+    columns: dict[str, list[float]] = {name: [] for name in (*scores.SHARES, *scores.MEANS)}
     for record in played:
-        answer, golds = record["answer"], record["answers"]
+        answer = record["answer"]
+        golds = record["answers"]
         verdict = verdicts.get((record["set"], record["row"]))
-        found["right"].append(
-            rewards.is_right(answer, golds, metric, verdict.right if verdict else None)
-        )
-        for name, number in (
-            ("em", rewards.exact_match(answer, golds)),
-            ("cover_em", rewards.cover_exact_match(answer, golds)),
-            ("f1", rewards.f1_score(answer, golds)),
-            ("searches", len(record["searches"])),
-            ("tokens", record["tokens"]),
-        ):
-            found[name].append(number)
-    return {name: np.array(numbers, float) for name, numbers in found.items()}
+        right = rewards.is_right(answer, golds, metric, verdict.right if verdict else None)
+        columns["right"].append(right)
+        columns["em"].append(rewards.exact_match(answer, golds))
+        columns["cover_em"].append(rewards.cover_exact_match(answer, golds))
+        columns["f1"].append(rewards.f1_score(answer, golds))
+        columns["searches"].append(len(record["searches"]))
+        columns["tokens"].append(record["tokens"])
+    return {name: np.array(column, float) for name, column in columns.items()}
 
 
-# --- playing ----------------------------------------------------------------------------------------------------------
+# --- playing ---
+
+
+def _play_missing(
+    context: EvalContext,
+    folder: Path,
+    missing: list[tuple[str, Task]],
+    digests: Mapping[str, str],
+    params: Callable[[], Any],
+) -> dict[Key, Record]:
+    """Each process plays its share of these questions; all get all records.
+
+    The weights are freed when this returns: a judge needs the memory.
+    """
+    weights = params()
+    own = [missing[i] for i in processes.local_share([1.0] * len(missing))]
+    path = folder / _own_file("episodes")
+    played: dict[Key, Record] = {}
+    for records_of_process in processes.all_gather_objects(
+        lambda: _play(context, own, digests, weights, path)
+    ):
+        played |= records_of_process
+    return played
 
 
 def _play(
-    setting: EvalContext,
+    context: EvalContext,
     questions: list[tuple[str, Task]],
-    of: Mapping[str, str],
+    digests: Mapping[str, str],
     params: Any,
     path: Path,
 ) -> dict[Key, Record]:
-    """All questions of all sets at once, so that the slots stay full across sets."""
-    rows = {(name, task.uid): row for row, (name, task) in enumerate(setting.questions)}
-    began, start, owners, players = round(time.time(), 3), time.monotonic(), {}, []
+    """Plays questions of all sets at once, so that the slots stay full across sets."""
+    numbers = {(name, task.uid): i for i, (name, task) in enumerate(context.questions)}
+    began = round(time.time(), 3)
+    start = time.monotonic()
+    players = []
     for name, task in questions:
-        prompt = setting.stage.prompt(prompts.solver_messages(setting.stage.style, task.question))
-        uid = episode_id(SOLVER, rows[name, task.uid], 0)  # the same whatever is left to play
-        players.append(EpisodePlayer(setting.stage, SOLVER, uid, setting.temperature, prompt))
-        owners[uid] = (name, task)
+        messages = prompts.solver_messages(context.episodes.style, task.question)
+        player = EpisodePlayer(
+            context=context.episodes,
+            role=SOLVER,
+            # The same, whichever questions are left to play.
+            uid=episode_id(SOLVER, numbers[name, task.uid], 0),
+            temperature=context.temperature,
+            tokens=context.episodes.prompt(messages),
+            tag=(name, task),
+        )
+        players.append(player)
     played: dict[Key, Record] = {}
 
     with (
         open(path, "a", encoding="utf-8") as file,
-        setting.logger.phase("evaluating", len(questions)) as phase,
+        context.logger.phase("evaluating", len(questions)) as phase,
     ):
 
         def finished(player: EpisodePlayer) -> list[EpisodePlayer]:
-            name, task = owners[player.uid]
-            seconds = round(time.monotonic() - start, 3)
+            name, task = player.tag
             record = _record(name, task, player.episode())
-            record |= {"of": of, "began": began, "process": path.stem, "seconds": seconds}
+            record["of"] = digests
+            record["began"] = began
+            record["process"] = path.stem
+            record["seconds"] = round(time.monotonic() - start, 3)
             played[name, task.uid] = record
             _write(file, record)
             return []
 
         def progress(stats: Stats) -> None:
-            setting.stop()
+            context.stop()
             phase.advance(len(played), tokens=stats.tokens_per_second)
 
-        setting.engine.play(params, setting.key, players, finished, progress)
+        context.engine.play(params, context.key, players, finished, progress)
     return played
 
 
@@ -222,8 +264,9 @@ def _record(name: str, task: Task, episode: Episode) -> Record:
 
 
 def _seconds(played: Iterable[Record]) -> float:
-    """Of play: each start of a process has written how long it took so far. Of processes side by
-    side the slowest.
+    """The time of play: of each process the sum over its starts; the slowest process counts.
+
+    A record has the seconds from the start of its process.
     """
     starts: dict[tuple[str, float], float] = {}
     for record in played:
@@ -235,113 +278,123 @@ def _seconds(played: Iterable[Record]) -> float:
     return max(sums.values(), default=0.0)
 
 
-def _load_episodes(setting: EvalContext, folder: Path, of: Mapping[str, str]) -> dict[Key, Record]:
+def _load_episodes(
+    context: EvalContext, folder: Path, digests: Mapping[str, str]
+) -> dict[Key, Record]:
     """The episodes of earlier starts that would be the same if they were played now."""
-    asked = {
-        (name, task.uid): (task.question, list(task.answers)) for name, task in setting.questions
-    }
+    questions = {(name, task.uid): task for name, task in context.questions}
     same: dict[Key, Record] = {}
     changed: dict[Key, set[str]] = {}
-    for line in _lines(setting, folder, "episodes", _EPISODE):
+    for line in _lines(context, folder, "episodes", _EPISODE):
         key = line["set"], line["row"]
-        if key in asked:
-            changed[key] = _changes(line, asked[key], of)
+        if key in questions:
+            changed[key] = _changes(line, questions[key], digests)
             same[key] = line
-    for key in [key for key, names in changed.items() if names]:
-        del same[key]
-    names = sorted(set().union(*changed.values()))
-    if names:
+    for key, names in changed.items():
+        if names:
+            del same[key]
+    all_names = sorted(set().union(*changed.values()))
+    if all_names:
         number = len(changed) - len(same)
-        setting.logger.say(
-            f"{number} episodes in {folder} are played again; changed since: {', '.join(names)}"
+        context.logger.say(
+            f"{number} episodes in {folder} are played again; changed since: {', '.join(all_names)}"
         )
     return same
 
 
-def _changes(line: Record, asked: tuple[str, list[str]], of: Mapping[str, str]) -> set[str]:
-    """What a line depends on and is not so any more. A line of an earlier version may not say."""
-    said = line.get("of")
-    before: dict[str, Any] = said if isinstance(said, dict) else {}
-    names = {name for name in before.keys() | of.keys() if before.get(name) != of.get(name)}
-    return names | ({"the questions"} if (line["question"], line["answers"]) != asked else set())
+def _changes(line: Record, task: Task, digests: Mapping[str, str]) -> set[str]:
+    """The names of what a line depends on and is not the same now.
+
+    A line of an earlier version may have no digests.
+    """
+    before = line.get("of")
+    if not isinstance(before, dict):
+        before = {}
+    names = {
+        name for name in before.keys() | digests.keys() if before.get(name) != digests.get(name)
+    }
+    if (line["question"], line["answers"]) != (task.question, list(task.answers)):
+        names.add("the questions")
+    return names
 
 
-# --- judging ----------------------------------------------------------------------------------------------------------
+# --- judging ---
 
 
-def _judge(setting: EvalContext, folder: Path, played: dict[Key, Record]) -> dict[Key, Verdict]:
+def _judge(context: EvalContext, folder: Path, played: dict[Key, Record]) -> dict[Key, Verdict]:
     """The verdicts on answers that need one. Failed ones are asked for again."""
-    judge, metric = setting.judge, setting.metric
+    judge = context.judge
     if judge is None:
         return {}
-    asked = {
-        k: r for k, r in played.items() if rewards.needs_judge(r["answer"], r["answers"], metric)
-    }
-    known = processes.all_gather_objects(
-        lambda: _load_verdicts(setting, folder, judge, asked) if processes.is_coordinator() else {}
+    asked: dict[Key, Record] = {}
+    for key, record in played.items():
+        if rewards.needs_judge(record["answer"], record["answers"], context.metric):
+            asked[key] = record
+    loaded = processes.all_gather_objects(
+        lambda: _load_verdicts(context, folder, judge, asked) if processes.is_coordinator() else {}
     )
-    verdicts: dict[Key, Verdict] = known[0]
+    verdicts: dict[Key, Verdict] = loaded[0]
     left = [key for key in asked if key not in verdicts or verdicts[key].right is None]
     if left:
-        # Perhaps none; yet all processes come here, for the judge may load its weights.
+        # A share may be empty. Yet all processes ask, for the judge may load its weights.
         own = [asked[left[i]] for i in processes.local_share([1.0] * len(left))]
-        for part in processes.all_gather_objects(
-            lambda: _ask(setting, judge, own, folder / _own_file("verdicts"))
-        ):
-            verdicts |= part
+        path = folder / _own_file("verdicts")
+        for of_process in processes.all_gather_objects(lambda: _ask(context, judge, own, path)):
+            verdicts |= of_process
     return verdicts
 
 
 def _load_verdicts(
-    setting: EvalContext, folder: Path, judge: Judge, asked: dict[Key, Record]
+    context: EvalContext, folder: Path, judge: Judge, asked: dict[Key, Record]
 ) -> dict[Key, Verdict]:
-    """What this judge said of these answers before. What it said counts for more than that it
-    failed.
-    """
+    """This judge's earlier verdicts on these answers. One that failed gives way to any other."""
     verdicts: dict[Key, Verdict] = {}
-    for line in _lines(setting, folder, "verdicts", _VERDICT):
+    for line in _lines(context, folder, "verdicts", _VERDICT):
         key = (line["set"], line["row"])
+        if line.get("judge_of") != judge.identity or key not in asked:
+            continue
+        record = asked[key]
+        same = all(line[name] == record[name] for name in ("question", "answers", "answer"))
         known = key in verdicts and verdicts[key].right is not None
-        same = key in asked and all(
-            line[name] == asked[key][name] for name in ("question", "answers", "answer")
-        )
-        if line.get("judge_of") == judge.identity and same and not known:
+        if same and not known:
             verdicts[key] = Verdict(line["right"], line["reply"])
     return verdicts
 
 
-def _ask(setting: EvalContext, judge: Judge, asked: list[Record], path: Path) -> dict[Key, Verdict]:
-    cases = [
-        Case(record["question"], tuple(record["answers"]), record["answer"]) for record in asked
-    ]
+def _ask(context: EvalContext, judge: Judge, asked: list[Record], path: Path) -> dict[Key, Verdict]:
+    cases = []
+    for record in asked:
+        cases.append(Case(record["question"], tuple(record["answers"]), record["answer"]))
     verdicts: dict[Key, Verdict] = {}
     with (
         open(path, "a", encoding="utf-8") as file,
-        setting.logger.phase("judging", len(asked)) as phase,
+        context.logger.phase("judging", len(asked)) as phase,
     ):
 
-        def take(i: int, verdict: Verdict) -> None:
-            line = {
-                name: asked[i][name] for name in ("set", "row", "question", "answers", "answer")
-            }
+        def on_verdict(i: int, verdict: Verdict) -> None:
+            names = ("set", "row", "question", "answers", "answer")
+            line = {name: asked[i][name] for name in names}
+            line["judge"] = judge.name
+            line["judge_of"] = judge.identity
+            line["right"] = verdict.right
+            line["reply"] = verdict.reply
             verdicts[line["set"], line["row"]] = verdict
-            line |= {"judge": judge.name, "judge_of": judge.identity}
-            _write(file, line | {"right": verdict.right, "reply": verdict.reply})
+            _write(file, line)
 
         def progress() -> None:
-            setting.stop()
+            context.stop()
             phase.advance(len(verdicts))
 
-        judge.ask(cases, take, progress)
+        judge.ask(cases, on_verdict, progress)
     return verdicts
 
 
-# --- files and tables -------------------------------------------------------------------------------------------------
+# --- files and tables ---
 
 
-def _write(file: Any, line: dict[str, Any]) -> None:
+def _write(file: IO[str], line: dict[str, Any]) -> None:
     file.write(json_line(line) + "\n")
-    file.flush()  # so that a process that is killed the next moment has it on disk
+    file.flush()  # so that it is on disk if the process is killed the next moment
 
 
 def _own_file(name: str) -> str:
@@ -349,24 +402,16 @@ def _own_file(name: str) -> str:
     return f"{name}.jsonl" if processes.is_coordinator() else f"{name}_{jax.process_index()}.jsonl"
 
 
-def _lines(setting: EvalContext, folder: Path, name: str, fields: records.Fields) -> list[Record]:
-    """The whole lines of all processes' files; what a killed one left half written is cut off, for
-    more will follow.
-    """
+def _lines(context: EvalContext, folder: Path, name: str, fields: records.Fields) -> list[Record]:
+    """The whole lines of all processes' files, to which more lines will be appended."""
     found: list[Record] = []
     spoilt = 0
     for path in sorted(folder.glob(f"{name}*.jsonl")):
-        end = 0
-        for line in records.read_lines(path, fields):
-            end = line.next
-            if line.record is None:
-                spoilt += 1
-            else:
-                found.append(line.record)
-        if end < path.stat().st_size:
-            os.truncate(path, end)
+        whole, others = records.read_to_append(path, fields)
+        found += whole
+        spoilt += others
     if spoilt:
-        setting.logger.say(
+        context.logger.say(
             f"{spoilt} spoilt lines of {name} in {folder} are passed over: what they said is made "
             "again"
         )
@@ -374,17 +419,20 @@ def _lines(setting: EvalContext, folder: Path, name: str, fields: records.Fields
 
 
 def show(logger: Logger, result: Result) -> None:
-    found = result.document
-    cells, heads = scores.rows(found["sets"], found["judge"])
-    title = f"Held-out questions, {found['weights']}: percent, 95 % interval; {found['seconds']:.0f} s of play"
+    """The table of an evaluation, and sentences on what counts as wrong."""
+    document = result.document
+    cells, heads = scores.rows(document["sets"], document["judge"])
+    title = f"Held-out questions, {document['weights']}: percent, 95 % interval; "
+    title += f"{document['seconds']:.0f} s of play"
     logger.table(title, cells, heads)
-    if refused := found["stop_reasons"].get("prompt_tokens"):
+    if refused := document["stop_reasons"].get("prompt_tokens"):
         logger.say(f"{refused} questions are longer than limits.prompt_tokens and count as wrong")
-    if found["unjudged"]:
+    if document["unjudged"]:
         logger.say(
-            f"{found['unjudged']} verdicts failed and count as wrong, verdicts.jsonl says why; the "
-            "same command asks again (a judge cut off in its reply needs a larger "
-            f"judge.max_tokens). The first reply of them: {shown_reply(found['unjudged_reply'])}"
+            f"{document['unjudged']} verdicts failed and count as wrong, verdicts.jsonl says why; "
+            "the same command asks again (a judge cut off in its reply needs a larger "
+            "judge.max_tokens). The first reply of them: "
+            f"{shown_reply(document['unjudged_reply'])}"
         )
 
 
@@ -395,18 +443,19 @@ def compare(
     after: Result,
     paper: dict[str, tuple[float, float]],
 ) -> dict[str, Any]:
-    """Shows and writes before and after, beside the paper's figures where it has this model and
-    these sets.
+    """Shows and writes the results before and after.
+
+    paper: its figures before and after by sets, to stand beside those of the same sets.
     """
-    found = scores.gains(before.values, after.values, paper)
-    cells, heads = scores.gain_rows(found)
+    gains = scores.gains(before.values, after.values, paper)
+    cells, heads = scores.gain_rows(gains)
     judge = after.document["judge"]
     logger.table(f"Right by {judge}, {after.step} steps of self-play", cells, heads)
     document = {
         "before": before.step,
         "after": after.step,
         "judge": judge,
-        "sets": scores.gains_json(found),
+        "sets": scores.gains_json(gains),
     }
     if processes.is_coordinator():
         records.write_document(folder / "gain.json", document)

@@ -1,16 +1,14 @@
-"""What the paper reports for a model, to stand beside what is measured here (arXiv 2510.18821v1,
-Table 1).
-"""
+"""The paper's scores of a model, to stand beside ours (arXiv 2510.18821v1, Table 1)."""
 
 import re
 
 SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 
-Row = tuple[float, ...]  # pass@1 by a judge, percent, in the order of SETS
+Scores = tuple[float, ...]  # pass@1 by a judge, percent, in the order of SETS
 
 # Names on the Hugging Face hub, where the paper names one. The scores of Qwen3-8B + SSP on
 # 2wikimultihopqa cannot come from 500 questions; all are given as printed.
-_TABLE_1: dict[str, tuple[Row, Row]] = {
+_TABLE_1: dict[str, tuple[Scores, Scores]] = {
     "Qwen2.5-7B": (
         (32.0, 33.2, 25.0, 18.0, 10.8, 11.0, 26.4),
         (54.2, 73.6, 56.0, 52.8, 33.2, 24.0, 47.2),
@@ -51,8 +49,7 @@ _TABLE_1: dict[str, tuple[Row, Row]] = {
 
 
 def table_1(model_path: str) -> dict[str, tuple[float, float]]:
-    """Set -> (before, after) for the model of this name; empty where the paper has none of that
-    name.
+    """Set -> (before, after) for the model of this name; empty where the paper has none.
 
     model_path: a hub name, a folder of that name, or one of the hub's cache
     (models--OWNER--NAME/snapshots/HASH). The name must come last: runs/NAME/export is another
@@ -60,5 +57,7 @@ def table_1(model_path: str) -> dict[str, tuple[float, float]]:
     """
     path = re.sub(r"/snapshots/[^/]+$", "", model_path.rstrip("/"))
     name = re.split("/|--", path)[-1].lower()
-    found = next((rows for known, rows in _TABLE_1.items() if known.lower() == name), None)
-    return dict(zip(SETS, zip(*found, strict=True), strict=True)) if found else {}
+    for known, (before, after) in _TABLE_1.items():
+        if known.lower() == name:
+            return dict(zip(SETS, zip(before, after, strict=True), strict=True))
+    return {}

@@ -1,5 +1,5 @@
-"""What an evaluation found, as numbers with their intervals. Arrays of one value a question; knows
-nothing of JAX.
+"""The scores of an evaluation, as numbers with intervals. Arrays have one value an episode. Without
+JAX.
 """
 
 import zlib
@@ -9,60 +9,68 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 2000  # of the bootstrap
+RESAMPLES = 2000  # draws of the bootstrap
 _DRAWN = 1 << 20  # questions at a time
 AVERAGE = "average"  # plain mean over the sets, as in the paper's tables
-# "right" is by config key eval.judge. Percent, with intervals; then plain means.
-SHARES, MEANS = ("right", "em", "cover_em", "f1"), ("searches", "tokens")
+# Percent, with intervals; "right" is by config key eval.judge. Then plain means.
+SHARES = ("right", "em", "cover_em", "f1")
+MEANS = ("searches", "tokens")
 
-Values = dict[str, dict[str, np.ndarray]]  # set -> name of SHARES and MEANS -> one value a question
+Values = dict[str, dict[str, np.ndarray]]  # set -> name of SHARES and MEANS -> values_E
 
 
-def interval(means_S: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(means_S, (2.5, 97.5))
+def interval(means_Z: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of bootstrap draws."""
+    low, high = np.percentile(means_Z, (2.5, 97.5))
     return float(low), float(high)
 
 
-def resampled(name: str, values_Q: np.ndarray) -> np.ndarray:
-    """Means over RESAMPLES draws of the set's questions. The name is the seed: before and after
-    draw the same ones.
+def resampled(name: str, values_E: np.ndarray) -> np.ndarray:
+    """Means over RESAMPLES draws of the set's questions.
+
+    The name is the seed, so that the evaluations before and after draw the same questions.
     """
-    rng, total = np.random.default_rng(zlib.crc32(name.encode())), len(values_Q)
-    sizes = np.diff(np.append(np.arange(0, RESAMPLES, max(1, _DRAWN // total)), RESAMPLES))
-    return np.concatenate(
-        [values_Q[rng.integers(total, size=(size, total))].mean(axis=1) for size in sizes]
-    )
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    total = len(values_E)
+    starts = np.arange(0, RESAMPLES, max(1, _DRAWN // total))
+    means = []
+    for size in np.diff(np.append(starts, RESAMPLES)):
+        rows = rng.integers(total, size=(size, total))
+        means.append(values_E[rows].mean(axis=1))
+    return np.concatenate(means)
 
 
 def _with_average(
     found: dict[str, tuple[float, np.ndarray]],
 ) -> dict[str, tuple[float, np.ndarray]]:
+    """Means and draws of each set, and those of the average where there are several sets."""
     if len(found) < 2:
         return found
-    middle = float(np.mean([mean for mean, _ in found.values()]))
-    return found | {AVERAGE: (middle, np.mean([draws for _, draws in found.values()], axis=0))}
+    mean = float(np.mean([mean for mean, _ in found.values()]))
+    draws_Z = np.mean([draws for _, draws in found.values()], axis=0)
+    return found | {AVERAGE: (mean, draws_Z)}
 
 
 def summarize(values: Values) -> dict[str, dict[str, float]]:
-    """Set, and average where there are several -> numbers; X_low and X_high bound the 95 % interval
-    of X.
+    """Set, and average where there are several -> numbers.
+
+    X_low and X_high bound the 95 % interval of X; n is the number of questions.
     """
     table: dict[str, dict[str, float]] = {}
     for column in SHARES:
-        found = {
-            name: (float(100 * v[column].mean()), 100 * resampled(name, v[column]))
-            for name, v in values.items()
-        }
-        for name, (mean, draws) in _with_average(found).items():
-            low, high = interval(draws)
-            table.setdefault(name, {}).update(
-                {column: mean, f"{column}_low": low, f"{column}_high": high}
-            )
+        found = {}
+        for name, columns in values.items():
+            mean = float(100 * columns[column].mean())
+            found[name] = (mean, 100 * resampled(name, columns[column]))
+        for name, (mean, draws_Z) in _with_average(found).items():
+            low, high = interval(draws_Z)
+            row = table.setdefault(name, {})
+            row |= {column: mean, f"{column}_low": low, f"{column}_high": high}
     for column in MEANS:
-        means = {name: float(v[column].mean()) for name, v in values.items()}
+        means = {name: float(columns[column].mean()) for name, columns in values.items()}
         for name in table:
             table[name][column] = means.get(name, float(np.mean(list(means.values()))))
-    sizes = {name: len(v["right"]) for name, v in values.items()}
+    sizes = {name: len(columns["right"]) for name, columns in values.items()}
     for name in table:
         table[name]["n"] = sizes.get(name, sum(sizes.values()))
     return table
@@ -86,28 +94,48 @@ class Gain:
 def gains(
     before: Values, after: Values, paper: Mapping[str, tuple[float, float]]
 ) -> dict[str, Gain]:
-    """paper: of its sets by their own names; a set here may carry a file's name in front of that."""
-    differences, ends = {}, {}
+    """The gain of each set, and of their average where there are several.
+
+    paper: figures of its sets by their own names; a set here may have a file's name before that.
+    """
+    differences = {}
+    ends = {}
     for name in before:
-        old, new = 100 * before[name]["right"], 100 * after[name]["right"]
-        differences[name] = (float((new - old).mean()), resampled(name, new - old))
-        ends[name] = (float(old.mean()), float(new.mean()), paper.get(name.rpartition("/")[2]))
-    found = {n: Gain(*ends[n][:2], *interval(differences[n][1]), ends[n][2]) for n in before}
+        old_E = 100 * before[name]["right"]
+        new_E = 100 * after[name]["right"]
+        difference_E = new_E - old_E
+        differences[name] = (float(difference_E.mean()), resampled(name, difference_E))
+        ends[name] = (float(old_E.mean()), float(new_E.mean()))
+    found = {}
+    for name, (old, new) in ends.items():
+        low, high = interval(differences[name][1])
+        found[name] = Gain(old, new, low, high, paper.get(_own_name(name)))
     whole = _with_average(differences)
     if AVERAGE in whole:
-        old_mean, new_mean = (float(np.mean([end[i] for end in ends.values()])) for i in (0, 1))
-        # a mean over other sets is another
-        same = sorted(name.rpartition("/")[2] for name in found) == sorted(paper)
-        theirs = tuple(np.mean(list(paper.values()), axis=0).tolist()) if same else None
-        found[AVERAGE] = Gain(old_mean, new_mean, *interval(whole[AVERAGE][1]), theirs)
+        old = float(np.mean([old for old, _ in ends.values()]))
+        new = float(np.mean([new for _, new in ends.values()]))
+        low, high = interval(whole[AVERAGE][1])
+        # A mean over other sets is another one.
+        theirs = None
+        if sorted(map(_own_name, found)) == sorted(paper):
+            theirs = tuple(np.mean(list(paper.values()), axis=0).tolist())
+        found[AVERAGE] = Gain(old, new, low, high, theirs)
     return found
 
 
+def _own_name(name: str) -> str:
+    """The name of a set without that of its file."""
+    return name.rpartition("/")[2]
+
+
 def _short(names: Sequence[str]) -> dict[str, str]:
-    """Without the file's name where all sets are of one file."""
-    heads = {name.partition("/")[0] for name in names if name != AVERAGE and "/" in name}
-    one = len(heads) == 1 and all("/" in name or name == AVERAGE for name in names)
-    return {name: name.partition("/")[2] if one and "/" in name else name for name in names}
+    """Names for a table: without the file's name where all sets are of one file."""
+    sets = [name for name in names if name != AVERAGE]
+    files = {name.partition("/")[0] for name in sets}
+    of_one_file = len(files) == 1 and all("/" in name for name in sets)
+    if not of_one_file:
+        return {name: name for name in names}
+    return {name: name.partition("/")[2] or name for name in names}
 
 
 def rows(
@@ -116,50 +144,53 @@ def rows(
     """Cells and heads of the table for people."""
     titles = {"right": judge.split()[0], "em": "EM", "cover_em": "cover EM", "f1": "F1"}
     shares = [column for column in SHARES if column != "right" or judge not in ("em", "cover_em")]
-    names, cells = _short(list(table)), []
+    names = _short(list(table))
+    cells = []
     for name, numbers in table.items():
-        shown = [
-            f"{numbers[c]:.1f} ({numbers[c + '_low']:.0f}-{numbers[c + '_high']:.0f})"
-            for c in shares
-        ]
-        cells.append(
-            [
-                names[name],
-                *shown,
-                f"{numbers['searches']:.1f}",
-                f"{numbers['tokens']:.0f}",
-                numbers["n"],
-            ]
-        )
-    return cells, ["set", *(titles[c] for c in shares), "searches", "tokens", "n"]
+        row: list[object] = [names[name]]
+        for column in shares:
+            low = numbers[f"{column}_low"]
+            high = numbers[f"{column}_high"]
+            row.append(f"{numbers[column]:.1f} ({low:.0f}-{high:.0f})")
+        row.append(f"{numbers['searches']:.1f}")
+        row.append(f"{numbers['tokens']:.0f}")
+        row.append(numbers["n"])
+        cells.append(row)
+    return cells, ["set", *(titles[column] for column in shares), "searches", "tokens", "n"]
 
 
 def gain_rows(found: Mapping[str, Gain]) -> tuple[list[list[object]], list[str]]:
+    """Cells and heads of the table of gains."""
     compared = any(gain.paper for gain in found.values())
-    names, cells = _short(list(found)), []
-    for name, g in found.items():
-        row: list[object] = [names[name], f"{g.before:.1f}", f"{g.after:.1f}", f"{g.gain:+.1f}"]
-        row.append(f"{g.low:+.1f} to {g.high:+.1f}")
-        if compared:
-            row += (
-                [f"{g.paper[0]:.1f}", f"{g.paper[1]:.1f}", f"{g.paper[1] - g.paper[0]:+.1f}"]
-                if g.paper
-                else [""] * 3
-            )
+    names = _short(list(found))
+    cells = []
+    for name, gain in found.items():
+        row: list[object] = [names[name], f"{gain.before:.1f}", f"{gain.after:.1f}"]
+        row.append(f"{gain.gain:+.1f}")
+        row.append(f"{gain.low:+.1f} to {gain.high:+.1f}")
+        if gain.paper:
+            before, after = gain.paper
+            row += [f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"]
+        elif compared:
+            row += ["", "", ""]
         cells.append(row)
     heads = ["set", "before %", "after %", "gain", "95 % of gain"]
-    return cells, heads + (["paper (LLM judge) before", "after", "gain"] if compared else [])
+    if compared:
+        heads += ["paper (LLM judge) before", "after", "gain"]
+    return cells, heads
 
 
 def gains_json(found: Mapping[str, Gain]) -> dict[str, Any]:
-    return {
-        name: {
-            "before": g.before,
-            "after": g.after,
-            "gain": g.gain,
-            "gain_low": g.low,
-            "gain_high": g.high,
+    document: dict[str, dict[str, float]] = {}
+    for name, gain in found.items():
+        document[name] = {
+            "before": gain.before,
+            "after": gain.after,
+            "gain": gain.gain,
+            "gain_low": gain.low,
+            "gain_high": gain.high,
         }
-        | ({"paper_before": g.paper[0], "paper_after": g.paper[1]} if g.paper else {})
-        for name, g in found.items()
-    }
+        if gain.paper:
+            document[name]["paper_before"] = gain.paper[0]
+            document[name]["paper_after"] = gain.paper[1]
+    return document

@@ -64,13 +64,13 @@ def run(
     **inputs,
 ):
     with Logger(str(folder), 0, tensorboard=False) as logger:
-        setting = evaluate.EvalContext(
+        context = evaluate.EvalContext(
             folder=folder / "eval",
             inputs=INPUTS | inputs,
             training=training,
             sets=sets,
             engine=engine or ScriptedEngine(script),
-            stage=STAGE,
+            episodes=STAGE,
             key=None,
             temperature=0.0,
             metric="policy" if judge else "em",
@@ -78,7 +78,7 @@ def run(
             logger=logger,
             stop=stop,
         )
-        return evaluate.evaluate(setting, step, "some weights", params)
+        return evaluate.evaluate(context, step, "some weights", params)
 
 
 def lines(folder, name="episodes"):
