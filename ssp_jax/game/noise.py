@@ -24,7 +24,7 @@ class Noise:
     def __init__(
         self,
         answers: Sequence[tuple[str, ...]],
-        documents: Sequence[Sequence[Document]],
+        documents: Iterable[Sequence[Document]],
         corpus: Search,
         *,
         by_game: bool,

@@ -9,12 +9,12 @@ results do not depend on timing.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ssp_jax.data import Task
+from ssp_jax.data import Document, Task
 from ssp_jax.game import prompts, roles, rules
 from ssp_jax.game.judge import Case, Judge, Verdict
 from ssp_jax.game.noise import Noise, distinct
@@ -78,14 +78,15 @@ class SelfPlay:
         Each process plays its share of the answers; all get the whole round. progress, which may
         raise, is called often. Errors of one process are raised by all.
         """
-        proposed = [task for task in tasks for _ in range(self._config.proposals)]
-        games = [Game(index, task) for index, task in enumerate(proposed)]
+        games = self._new_games(tasks)
         own = processes.local_share([game.task.searches for game in games])
         noise = None
         if self._config.game.noise_source == "previous_step":
             noise = self._noise(replay.answers, replay.documents)
+
+        # Propose, verify, solve, reward: the end of an episode leads to the next phase.
         phases = _Phases(self._config, self._context, step, noise, replay.pool)
-        after = {PROPOSER: phases.verify, VERIFIER: phases.solve, SOLVER: phases.score}
+        after = {PROPOSER: phases.verify, VERIFIER: phases.solve, SOLVER: phases.reward}
         waves = _Waves(self._engine, self._judge, self._config.reward.metric, after)
         facts = {
             "the step": step,
@@ -107,35 +108,34 @@ class SelfPlay:
                         games[game.index] = game
             return [stats for stats, _ in gathered]
 
-        # Propose. Questions are verified and solved as soon as they are there: see `after`.
+        # A question is verified as soon as it is proposed, and solved as soon as it is verified.
         costs = play_own(lambda: [phases.propose(games[index]) for index in own])
 
-        # Verify, then solve, what has waited until all have proposed, for the noise of this step. A
-        # question that fails may be proposed again, and then waits again.
-        waiting_waves = 1 if noise is None else 0
-        if noise is None and self._config.game.batch_fill == "resample":
-            waiting_waves += self._config.game.resample_rounds
-        for _ in range(waiting_waves):
-            found = [found_documents(game) for game in games]
-            noise = self._noise([game.task.answers for game in games], found)
+        # But where the noise is that of this step, it waits until all have proposed. One that fails
+        # then may be proposed again, and waits again.
+        for _ in range(self._waits if noise is None else 0):
+            noise = self._noise([game.task.answers for game in games], map(found_documents, games))
             more = play_own(functools.partial(phases.verify_waiting, noise))
             costs = [_added(*pair) for pair in zip(costs, more, strict=True)]
-
-        # Reward.
-        for game in games:
-            game.proposer_reward = self._proposer_reward(game)
         return self._round(games, costs), self._next_replay(step, games, replay)
 
-    def _noise(self, answers: Sequence[tuple[str, ...]], documents: Sequence[Any]) -> Noise:
+    def _new_games(self, tasks: Sequence[Task]) -> list[Game]:
+        """As many games for each given answer as it has proposals. At first all have failed."""
+        reward = self._config.reward.invalid_question
+        proposed = [task for task in tasks for _ in range(self._config.proposals)]
+        return [Game(i, task, proposer_reward=reward) for i, task in enumerate(proposed)]
+
+    @property
+    def _waits(self) -> int:
+        """How often a question may wait for the noise of its step."""
+        resamples = self._config.game.batch_fill == "resample"
+        return 1 + (self._config.game.resample_rounds if resamples else 0)
+
+    def _noise(
+        self, answers: Sequence[tuple[str, ...]], documents: Iterable[Sequence[Document]]
+    ) -> Noise:
         by_game = self._config.game.noise_unit == "trajectory"
         return Noise(answers, documents, self._retriever, by_game=by_game)
-
-    def _proposer_reward(self, game: Game) -> float:
-        """By the solver's scores on a new question; a fixed one where the question has failed."""
-        if not game.is_fresh or not game.scores:
-            return self._config.reward.invalid_question
-        scores_QG = np.array([game.scores])
-        return float(PROPOSER_REWARDS[self._config.reward.proposer](scores_QG)[0])
 
     def _round(self, games: list[Game], costs: list[Stats]) -> Round:
         # Processes play side by side: their work adds up, the slowest one's time is the round's.
@@ -174,7 +174,7 @@ class SelfPlay:
         return Training([episode for _, episode, _ in played], rewards_E, advantages_E)
 
     def _advantages(self, role: Role, games: list[Game], rewards_E: np.ndarray) -> np.ndarray:
-        """By the role's algorithm and baseline: objective.advantages has the table of equations."""
+        """By the algorithm and baseline of the role: objective.advantages has the equations."""
         config = self._config
         algorithm = config.algorithms[0 if role is PROPOSER else 1]
         advantages = functools.partial(objective.advantages, rewards_E)
@@ -343,12 +343,21 @@ class _Phases:
         too_long = verification.stop_reason == "prompt_tokens"
         return self._failed(game, "too_long_to_verify" if too_long else "unverified")
 
-    def score(self, game: Game, attempt: Episode) -> list[EpisodePlayer]:
-        """The scores of all attempts at a question, once the last of them has ended."""
+    def reward(self, game: Game, attempt: Episode) -> list[EpisodePlayer]:
+        """The rewards of all solvers of a question and of its proposer, once all have ended.
+
+        The proposer of a failed question keeps reward.invalid_question, though one of the pool is
+        solved in its place.
+        """
         game.attempts.append(attempt)
-        if len(game.attempts) == self._config.attempts:
-            game.attempts.sort(key=lambda episode: episode.uid)  # in their order, not that of ends
-            game.scores = [self._score(game, episode) for episode in game.attempts]
+        if len(game.attempts) < self._config.attempts:
+            return []
+        game.attempts.sort(key=lambda episode: episode.uid)  # in their order, not that of ends
+        game.scores = [self._score(game, episode) for episode in game.attempts]
+        if game.is_fresh:
+            scores_QG = np.array([game.scores])
+            proposer_reward_Q = PROPOSER_REWARDS[self._config.reward.proposer](scores_QG)
+            game.proposer_reward = float(proposer_reward_Q[0])
         return []
 
     def _failed(self, game: Game, fault: str) -> list[EpisodePlayer]:

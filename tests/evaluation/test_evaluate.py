@@ -11,7 +11,7 @@ from ssp_jax.data import Task
 from ssp_jax.evaluation import evaluate
 from ssp_jax.game.judge import Verdict
 from ssp_jax.runtime.logger import Logger
-from tests.game.test_selfplay import STAGE, ScriptedEngine
+from tests.game.test_selfplay import CONTEXT, ScriptedEngine
 
 SETS = {
     "first": [
@@ -30,7 +30,7 @@ INPUTS = {"weights": "w", "search": "s", "prompts": "p"}
 
 
 def script(player):
-    question = STAGE.decode(player.tokens)
+    question = CONTEXT.decode(player.tokens)
     answer = next(answer for word, answer in ANSWERS.items() if word in question)
     if answer is None:
         return "no idea"
@@ -38,17 +38,17 @@ def script(player):
 
 
 class Judge:
-    """Says what it is told to say of an answer; remembers what it was asked."""
+    """Gives these verdicts on answers; remembers the answers that it was asked about."""
 
     name = "scripted"
 
     def __init__(self, identity="scripted", **said):
         self.identity, self.said, self.asked = identity, said, []
 
-    def ask(self, cases, take, progress):
+    def ask(self, cases, on_verdict, progress):
         for i in reversed(range(len(cases))):
             self.asked.append(cases[i].answer)
-            take(i, Verdict(self.said[cases[i].answer], "reply"))
+            on_verdict(i, Verdict(self.said[cases[i].answer], "reply"))
             progress()
 
 
@@ -70,7 +70,7 @@ def run(
             training=training,
             sets=sets,
             engine=engine or ScriptedEngine(script),
-            episodes=STAGE,
+            episodes=CONTEXT,
             key=None,
             temperature=0.0,
             metric="policy" if judge else "em",
@@ -117,7 +117,7 @@ def test_scores_per_set(tmp_path, last_first):
     )
     said = [turn["who"] for turn in episodes["Capital of Norway?"]["turns"]]
     assert said == ["solver", "search engine", "solver"]
-    assert episodes["Capital of Switzerland?"]["tokens"] == len(STAGE.encode("no idea"))
+    assert episodes["Capital of Switzerland?"]["tokens"] == len(CONTEXT.encode("no idea"))
     assert second["tokens"] == np.mean(
         [line["tokens"] for line in lines(tmp_path) if line["set"] == "second"]
     )

@@ -1,4 +1,4 @@
-"""Intervals of evaluations: what the bootstrap gives is what theory says, and the same each time."""
+"""Intervals of evaluations: the bootstrap agrees with theory, and is the same each time."""
 
 import numpy as np
 import pytest

@@ -76,11 +76,13 @@ def test_worked_examples_keep_their_searches_with_such_a_template(tokenizer, nam
     ("template", "lost"),
     [
         (
-            "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['content'] }}]{% endif %}{% endfor %}",
+            "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['content'] }}]{% endif %}"
+            "{% endfor %}",
             "1 of 4",
         ),
         (
-            "{% for m in messages %}{% if not loop.last %}[{{ m['content'] }}]{% endif %}{% endfor %}",
+            "{% for m in messages %}{% if not loop.last %}[{{ m['content'] }}]{% endif %}"
+            "{% endfor %}",
             "4 of 4",
         ),
         ("{% for m in messages[::-1] %}[{{ m['content'] }}]{% endfor %}", "3 of 4"),
@@ -153,7 +155,8 @@ def test_bounds_hold_in_other_threads_too(tokenizer):
         (CHATML, True),
         (CUTS, True),
         (
-            "{% for m in messages %}{{ loop.index0 % 2 }}{% for t in m.calls %}{{ t }}{% endfor %}{% endfor %}",
+            "{% for m in messages %}{{ loop.index0 % 2 }}{% for t in m.calls %}{{ t }}{% endfor %}"
+            "{% endfor %}",
             True,
         ),
         # Qwen3's has one
@@ -166,7 +169,8 @@ def test_bounds_hold_in_other_threads_too(tokenizer):
             False,
         ),
         (
-            "{% set ns = namespace(x='a') %}{% for m in messages %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+            "{% set ns = namespace(x='a') %}{% for m in messages %}{% set ns.x = ns.x + ns.x %}"
+            "{% endfor %}",
             False,
         ),
         ("{% macro f() %}{% endmacro %}", False),
@@ -185,5 +189,6 @@ def test_only_simple_templates_are_believed(template, tame):
 
 
 def test_a_template_that_is_not_simple_but_ends_is_used(tokenizer):
-    macro = "{% macro say(m) %}<{{ m['content'] }}>{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}"
+    macro = "{% macro say(m) %}<{{ m['content'] }}>{% endmacro %}"
+    macro += "{% for m in messages %}{{ say(m) }}{% endfor %}"
     assert rendered(tokenizer, macro, PLAYED[1:2]) == "<Who?>"

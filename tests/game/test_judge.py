@@ -23,7 +23,7 @@ from ssp_jax.errors import InputError, json_line
 from ssp_jax.game import judge, prompts
 from ssp_jax.game.judge import Case, Policy, Verdict
 from ssp_jax.game.verdict import read_verdict
-from tests.game.test_selfplay import STAGE, ScriptedEngine
+from tests.game.test_selfplay import CONTEXT, ScriptedEngine
 from tests.verdicts import NEITHER, RIGHT, THOUGHT, WRONG
 
 
@@ -118,10 +118,10 @@ def test_policy_judges_greedily_with_the_weights_that_it_is_given():
 
     def script(player):
         assert player.temperature == 0.0 and player.token_limit() == len(player.tokens) + 16
-        return "Correct" if "answer 3" in STAGE.decode(player.tokens) else "Incorrect"
+        return "Correct" if "answer 3" in CONTEXT.decode(player.tokens) else "Incorrect"
 
     policy = Policy(
-        Engine(script, last_first=True), STAGE, DIGESTS, lambda: "initial weights", 16, 600
+        Engine(script, last_first=True), CONTEXT, DIGESTS, lambda: "initial weights", 16, 600
     )
     assert [verdict.right for verdict in ask(policy)] == [False, False, False, True, False]
     assert seen == ["initial weights"]
@@ -129,7 +129,7 @@ def test_policy_judges_greedily_with_the_weights_that_it_is_given():
 
 def test_a_case_that_is_too_long_for_the_policy_fails():
     verdicts = ask(
-        Policy(ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, lambda: None, 16, 60)
+        Policy(ScriptedEngine(lambda player: "Correct"), CONTEXT, DIGESTS, lambda: None, 16, 60)
     )
     assert {(verdict.right, verdict.reply) for verdict in verdicts} == {
         (None, "stopped by prompt_tokens")
@@ -467,7 +467,8 @@ def test_what_a_server_echoes_of_secrets_is_kept_nowhere(serve, monkeypatch, ech
     error = json.dumps({"error": {"message": said}}).encode()
 
     def refuse(handler):
-        head = f"HTTP/1.1 401 No\r\nContent-Type: application/json\r\nContent-Length: {len(error)}\r\n\r\n"
+        head = "HTTP/1.1 401 No\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(error)}\r\n\r\n"
         handler.wfile.write(head.encode() + error)
 
     server = serve(answer_0=[said], answer_1=[refuse])
@@ -530,11 +531,11 @@ def test_no_more_workers_than_cases(serve):
 
 
 def test_what_hears_a_verdict_may_fail(serve):
-    def take(i, verdict):
+    def on_verdict(i, verdict):
         raise Stopped
 
     with pytest.raises(Stopped):
-        connect(serve()).ask(CASES, take, lambda: None)
+        connect(serve()).ask(CASES, on_verdict, lambda: None)
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "key\n"])
@@ -562,7 +563,7 @@ def test_judges_of_a_config(serve):
         c.judge.url, c.judge.model = f"http://127.0.0.1:{serve().server_port}/v1", "a-judge"
     server = judge.OpenAI(**c.judge)
     judges = make_judges(
-        c, ScriptedEngine(lambda player: "Correct"), STAGE, DIGESTS, server, lambda: None
+        c, ScriptedEngine(lambda player: "Correct"), CONTEXT, DIGESTS, server, lambda: None
     )
     assert judges("em") is judges("cover_em") is None
     assert judges("policy").name == "policy" and judges("openai") is server
@@ -583,7 +584,7 @@ def test_what_a_verdict_depends_on(serve):
             )
             c.judge.update(changes)
         engine = ScriptedEngine(lambda player: "Correct")
-        judges = make_judges(c, engine, STAGE, digests, judge.OpenAI(**c.judge), lambda: None)
+        judges = make_judges(c, engine, CONTEXT, digests, judge.OpenAI(**c.judge), lambda: None)
         return judges("policy").identity, judges("openai").identity
 
     policy, openai = identities()

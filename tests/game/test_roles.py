@@ -24,13 +24,13 @@ LIMITS = Limits(
     searches=3,
     observation_tokens=60,
 )
-STAGE = EpisodeContext(TOKENIZER, prompts.STYLES["brief"], "chat", LIMITS)
+CONTEXT = EpisodeContext(TOKENIZER, prompts.STYLES["brief"], "chat", LIMITS)
 FOUND = [Document("1", '"Ulaanbaatar"', "Ulaanbaatar is the capital of Mongolia.")]
 SEARCH, ANSWER = 0, 1  # indices of the solver's stops
 
 
-def player(role=SOLVER, stage=STAGE, text="Question: Where?"):
-    return EpisodePlayer(stage, role, 5, 1.0, stage.encode(text))
+def player(role=SOLVER, context=CONTEXT, text="Question: Where?"):
+    return EpisodePlayer(context, role, 5, 1.0, context.encode(text))
 
 
 def write(p, text, stop):
@@ -54,15 +54,15 @@ def test_an_episode_of_two_turns():
     assert e.text == "<search> Mongolia capital </search><answer> Ulaanbaatar </answer>\n"
     assert len(e.tokens) == len(e.sampled) == len(e.logprobs)
     own = [t for t, mark in zip(e.tokens, e.sampled, strict=True) if mark]
-    assert STAGE.decode(own) == e.text
+    assert CONTEXT.decode(own) == e.text
     assert all((logp == -0.5) == mark for logp, mark in zip(e.logprobs, e.sampled, strict=True))
     given = e.tokens[e.prompt_length :]
-    assert STAGE.decode(given).replace(STAGE.decode(own), "").count("<information>") == 1
+    assert CONTEXT.decode(given).replace(CONTEXT.decode(own), "").count("<information>") == 1
 
 
 def test_a_turn_may_arrive_in_pieces():
     a, b = player(), player()
-    tokens = STAGE.encode("<search> Mongolia </search>")
+    tokens = CONTEXT.encode("<search> Mongolia </search>")
     a.append(tokens[:2], [-0.5] * 2)
     assert a.end_turn(tokens[2:], [-0.5] * len(tokens[2:]), SEARCH) == write(
         b, "<search> Mongolia </search>", SEARCH
@@ -90,20 +90,20 @@ def test_limits_bound_the_coming_turn():
 
 
 def test_a_verifier_has_a_limit_of_its_own():
-    stage = dataclasses.replace(
-        STAGE, limits=dataclasses.replace(LIMITS, verify_response_tokens=10)
+    context = dataclasses.replace(
+        CONTEXT, limits=dataclasses.replace(LIMITS, verify_response_tokens=10)
     )
-    p = player(VERIFIER, stage)
+    p = player(VERIFIER, context)
     assert p.token_limit() == len(p.tokens) + 10
     p.end_turn([5] * 10, [-0.5] * 10, sampler.LIMIT)
     assert p.stop_reason == "response_tokens"
-    assert player(SOLVER, stage).token_limit() == player(SOLVER).token_limit()
+    assert player(SOLVER, context).token_limit() == player(SOLVER).token_limit()
 
 
 def test_one_search_too_many_ends_it():
     p = player(
-        stage=dataclasses.replace(
-            STAGE, limits=dataclasses.replace(LIMITS, searches=1, response_tokens=500)
+        context=dataclasses.replace(
+            CONTEXT, limits=dataclasses.replace(LIMITS, searches=1, response_tokens=500)
         )
     )
     assert write(p, "<search> a </search>", SEARCH) == "a"
@@ -114,8 +114,8 @@ def test_one_search_too_many_ends_it():
 
 def test_too_many_turns_end_it():
     p = player(
-        stage=dataclasses.replace(
-            STAGE, limits=dataclasses.replace(LIMITS, turns=2, response_tokens=500)
+        context=dataclasses.replace(
+            CONTEXT, limits=dataclasses.replace(LIMITS, turns=2, response_tokens=500)
         )
     )
     for query in "ab":
@@ -127,7 +127,7 @@ def test_too_many_turns_end_it():
 
 def test_a_result_that_does_not_fit_ends_it_and_is_not_appended():
     p = player(
-        stage=dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, response_tokens=20))
+        context=dataclasses.replace(CONTEXT, limits=dataclasses.replace(LIMITS, response_tokens=20))
     )
     write(p, "<search> a </search>", SEARCH)
     before = len(p.tokens)
@@ -143,8 +143,8 @@ def test_a_search_without_its_opening_tag_ends_it():
 
 @pytest.mark.parametrize(("role", "limit"), [(SOLVER, 64), (PROPOSER, 64), (VERIFIER, 200)])
 def test_a_prompt_that_is_too_long_ends_at_once(role, limit):
-    assert not EpisodePlayer(STAGE, role, 0, 1.0, [5] * limit).stop_reason
-    assert EpisodePlayer(STAGE, role, 0, 1.0, [5] * (limit + 1)).stop_reason == "prompt_tokens"
+    assert not EpisodePlayer(CONTEXT, role, 0, 1.0, [5] * limit).stop_reason
+    assert EpisodePlayer(CONTEXT, role, 0, 1.0, [5] * (limit + 1)).stop_reason == "prompt_tokens"
 
 
 def test_each_role_stops_at_its_own_tags():
@@ -164,12 +164,12 @@ def test_each_role_stops_at_its_own_tags():
 
 
 def test_a_long_result_is_cut_but_closed():
-    tokens = STAGE.observation(FOUND * 30)
+    tokens = CONTEXT.observation(FOUND * 30)
     assert len(tokens) == LIMITS.observation_tokens
-    assert STAGE.decode(tokens).endswith("</information>\n")
-    least = dataclasses.replace(STAGE, limits=dataclasses.replace(LIMITS, observation_tokens=1))
+    assert CONTEXT.decode(tokens).endswith("</information>\n")
+    short = dataclasses.replace(CONTEXT, limits=dataclasses.replace(LIMITS, observation_tokens=1))
     # not all but a few tokens
-    assert STAGE.decode(least.observation(FOUND * 30)) == "</information>\n"
+    assert CONTEXT.decode(short.observation(FOUND * 30)) == "</information>\n"
 
 
 def test_episode_ids_are_unique_and_fit():

@@ -21,7 +21,7 @@ from ssp_jax.model import hf_load
 from ssp_jax.rollout import sampler
 from ssp_jax.rollout.engine import Stats
 
-STAGE = roles.EpisodeContext(
+CONTEXT = roles.EpisodeContext(
     hf_load.load_tokenizer(Path("assets/tiny/model")),
     prompts.STYLES["brief"],
     "chat",
@@ -56,11 +56,11 @@ class ScriptedEngine:
         waiting, stats = list(players), Stats()
         while waiting:
             player = waiting.pop(-1 if self.last_first else 0)
-            self.prompts[player.uid] = STAGE.decode(player.tokens)
+            self.prompts[player.uid] = CONTEXT.decode(player.tokens)
             while not player.stop_reason:
                 text = self.script(player)
                 found = [i for i, stop in enumerate(player.role.stops) if text.endswith(stop)]
-                tokens = STAGE.encode(text)
+                tokens = CONTEXT.encode(text)
                 query = player.end_turn(
                     tokens, [-1.0] * len(tokens), found[0] if found else sampler.EOS
                 )
@@ -76,7 +76,10 @@ def answer_of(player):
 
 
 def script(question=GOOD, verified=True, solved=(True, False, False, False, True)):
-    """A policy that searches once for the given answer, asks `question`, and is right where told."""
+    """A policy that searches for the given answer and asks `question`.
+
+    verified, solved: whether its verifier and its attempts are right.
+    """
 
     def turn(player):
         answer = answer_of(player)
@@ -102,7 +105,7 @@ def config(**changes):
 
 def play(turn, memory=None, step=0, tasks=TASKS, last_first=False, **changes):
     engine = ScriptedEngine(turn, last_first)
-    game = SelfPlay(make_game_config(config(**changes)), STAGE, engine, Corpus())
+    game = SelfPlay(make_game_config(config(**changes)), CONTEXT, engine, Corpus())
     round_, after = game.play(step, tasks, memory or ReplayState(), None, None)
     return round_, after, engine
 
@@ -140,11 +143,11 @@ def test_a_failed_question_is_an_outcome_with_its_own_reward(turn, fault):
 
 def test_a_verifier_without_room_for_its_documents_has_a_fault_of_its_own():
     """The question is well-formed: what is too short is limits.verify_prompt_tokens."""
-    stage = dataclasses.replace(
-        STAGE, limits=dataclasses.replace(STAGE.limits, verify_prompt_tokens=20)
+    context = dataclasses.replace(
+        CONTEXT, limits=dataclasses.replace(CONTEXT.limits, verify_prompt_tokens=20)
     )
     round_, _ = SelfPlay(
-        make_game_config(config()), stage, ScriptedEngine(script()), Corpus()
+        make_game_config(config()), context, ScriptedEngine(script()), Corpus()
     ).play(0, TASKS, ReplayState(), None, None)
     assert [game.fault for game in round_.games] == ["too_long_to_verify"] * 4
     counts = [
@@ -399,11 +402,12 @@ class Judge:
     def __init__(self, right=(), fails=()):
         self.right, self.fails, self.batches = right, fails, []
 
-    def ask(self, cases, take, progress):
+    def ask(self, cases, on_verdict, progress):
         self.batches.append([case.answer for case in cases])
         for i in reversed(range(len(cases))):
             answer = cases[i].answer
-            take(i, Verdict(None if answer in self.fails else answer in self.right, "reply"))
+            right = None if answer in self.fails else answer in self.right
+            on_verdict(i, Verdict(right, "reply"))
             progress()
 
 
@@ -412,7 +416,8 @@ def judged_script(verifier, solver):
         answer = answer_of(player)
         if player.role is roles.PROPOSER:
             return script()(player)
-        return f"<answer> {(verifier if player.role is roles.VERIFIER else solver).get(answer, answer)} </answer>"
+        answers = verifier if player.role is roles.VERIFIER else solver
+        return f"<answer> {answers.get(answer, answer)} </answer>"
 
     return turn
 
@@ -420,7 +425,7 @@ def judged_script(verifier, solver):
 def play_judged(judge, turn, last_first=False, **changes):
     game = SelfPlay(
         make_game_config(config(reward__metric="policy", **changes)),
-        STAGE,
+        CONTEXT,
         ScriptedEngine(turn, last_first),
         Corpus(),
         judge,
