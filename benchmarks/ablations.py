@@ -113,11 +113,11 @@ class Plan:
         return self.out / f"{name}_seed{seed}_steps{self.steps}"
 
     def finished(self, variant: str, seed: int) -> bool:
-        """Exit code 0 does not say it: a run that a signal has ended saves and has it too."""
+        """By its summary: a run that a signal has ended saves, and its exit code is 0 too."""
         return (self.workdir(variant, seed) / "summary.json").exists()
 
     def start(self, variant: str, seed: int) -> subprocess.Popen[bytes]:
-        """Starts or resumes a run; its words go to log.txt in its workdir."""
+        """Starts or resumes a run; its output goes to log.txt in its workdir."""
         workdir = self.workdir(variant, seed)
         workdir.mkdir(parents=True, exist_ok=True)
         command = [
@@ -136,15 +136,15 @@ class Plan:
         # Runs of the same shapes share their programs.
         environment = {"JAX_COMPILATION_CACHE_DIR": str(self.out / "compiled")} | os.environ
         with open(workdir / "log.txt", "a", encoding="utf-8") as log:
-            # In a group of its own, where a terminal's Ctrl-C is not heard, which would end it
-            # without saving.
+            # In a process group of its own, which does not get a terminal's Ctrl-C.
             return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, process_group=0
             )
 
     def run(self, todo: Sequence[tuple[str, int]], jobs: int) -> None:
-        """Each variant and seed that is not finished, `jobs` at a time; whatever ends this ends
-        those at work first.
+        """Runs each variant and seed that is not finished, `jobs` at a time.
+
+        An error or a signal ends the runs at work first.
         """
         waiting = [pair for pair in todo if not self.finished(*pair)]
         running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
@@ -154,9 +154,8 @@ class Plan:
                     pair = waiting.pop(0)
                     running[pair] = self.start(*pair)
                 time.sleep(0.2)
-                for variant, seed in [
-                    pair for pair, process in running.items() if process.poll() is not None
-                ]:
+                ended = [pair for pair, process in running.items() if process.poll() is not None]
+                for variant, seed in ended:
                     del running[variant, seed]
                     if self.finished(variant, seed):
                         print(f"finished: {variant}, seed {seed}", file=sys.stderr, flush=True)
@@ -167,16 +166,14 @@ class Plan:
                 process.wait()
 
     def summary(self, variant: str, seed: int) -> dict[str, Any]:
-        return json.loads(
-            (self.workdir(variant, seed) / "summary.json").read_text(encoding="utf-8")
-        )
+        path = self.workdir(variant, seed) / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean, and standard deviation over seeds where there are several."""
-    return f"{np.mean(values):.1f}" + (
-        f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    )
+    mean = f"{np.mean(values):.1f}"
+    return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
 
 
 def table_lines(number: int, plan: Plan, seeds: Sequence[int]) -> list[str]:

@@ -84,7 +84,7 @@ def change_lines(chance: random.Random, raw: bytes) -> bytes:
 
 
 def change_value(chance: random.Random, value: Any) -> Any:
-    """A JSON value with one part changed: a key or item lost, renamed, doubled, or of an odd value."""
+    """A JSON value with one change: a key or item lost, renamed, doubled, or of an odd value."""
     if not isinstance(value, dict | list) or not value or chance.random() < 0.15:
         return chance.choice(ODD_VALUES)
     keys = list(value) if isinstance(value, dict) else range(len(value))

@@ -131,7 +131,7 @@ def test_folder_is_small() -> None:
     assert sum(path.stat().st_size for path in files) <= 10_000_000
 
 
-# --- what needs the build's packages (requirements-dev.txt) -----------------------------------------------------------
+# --- what needs the build's packages (requirements-dev.txt) ---------------------------------------
 
 
 def test_build_makes_the_same_files(tmp_path: Path) -> None:

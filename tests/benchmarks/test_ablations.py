@@ -1,4 +1,4 @@
-"""benchmarks/ablations.py: variants that the trainer takes, and tables of the runs that are there."""
+"""benchmarks/ablations.py: variants that the trainer accepts, and tables of finished runs."""
 
 import json
 import os
