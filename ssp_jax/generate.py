@@ -1,25 +1,27 @@
 """Ask a model, through the same slot engine that training uses:
 
-    python -m ssp_jax.generate --model=FOLDER --prompts=IN.jsonl --out=OUT.jsonl --max_tokens=256 --temperature=0
-    python -m ssp_jax.generate --model=FOLDER --index=INDEX --prompts=QUESTIONS.jsonl --out=OUT.jsonl
-    python -m ssp_jax.generate --model=FOLDER --index=INDEX        # type a question and watch it search
+    python -m ssp_jax.generate --model=FOLDER --prompts=IN.jsonl --out=OUT.jsonl \\
+        --max_tokens=256 --temperature=0
+    python -m ssp_jax.generate --model=FOLDER --index=INDEX --prompts=QUESTIONS.jsonl \\
+        --out=OUT.jsonl
+    python -m ssp_jax.generate --model=FOLDER --index=INDEX  # type a question and watch it search
 
---prompts has lines {"prompt": text}, continued as it stands, or {"messages": [{"role", "content"}, ...]}, put through
-the chat template. OUT has as many lines in the same order: {"token_ids", "logprobs", "text",
-"stop_reason"}. With
---index (a built search index) the lines are {"question": text}, the model plays the solver, and OUT adds "question",
-"searches", "answer" and "turns"; token_ids then hold inserted results too, with null for their
-logprobs. Without
---prompts questions are read from the standard input, one a line. Without --out lines go to the standard output.
+--prompts has lines {"prompt": text}, continued as it stands, or {"messages": [{"role", "content"},
+...]}, put through the chat template. OUT has as many lines in the same order: {"token_ids",
+"logprobs", "text", "stop_reason"}. With --index (a built search index) the lines are {"question":
+text}, the model plays the solver, and OUT adds "question", "searches", "answer" and "turns";
+token_ids then hold inserted results too, with null for their logprobs. Without --prompts questions
+are read from the standard input, one a line. Without --out lines go to the standard output.
 
 "prompt" is taken as it stands, control tokens such as <|im_end|> included; in all other texts they
 are plain text. OUT is replaced when all lines are there.
 
---max_tokens=1024  tokens after the prompt, search results included, as far as the model's context goes
+--max_tokens=1024  tokens after the prompt, search results included, within the model's context
 --temperature=0    0 is greedy; otherwise --seed=0 fixes the random numbers
 --dtype=float32    or bfloat16; by default bfloat16 on accelerators and float32 on CPUs
 --top_k=3          passages per search; --max_searches=10 searches per question
---style=search_r1  search_r1 | r_search | brief: what the model was trained on; --template=chat | raw_chatml
+--style=search_r1  search_r1 | r_search | brief: what the model was trained on
+--template=chat    chat | raw_chatml
 --worked_example   show a played example first, to a model that was never trained to search
 """
 
@@ -91,10 +93,9 @@ class Model:
 
 
 def load_model(folder: str | Path, dtype: str = "") -> Model:
-    """Every device holds the whole model, or a part of each head's work where one device is too
-    small for it.
-    """
-    config, tokenizer = hf_load.read_config(folder), hf_load.load_tokenizer(folder)
+    """Loads the model onto all devices: whole on each, or split where one is too small for it."""
+    config = hf_load.read_config(folder)
+    tokenizer = hf_load.load_tokenizer(folder)
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     abstract = decoder.abstract_params(config)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) * kind.itemsize
@@ -107,7 +108,7 @@ def load_model(folder: str | Path, dtype: str = "") -> Model:
 
 
 def _device_bytes() -> int | None:
-    """Memory of one device, where the backend tells."""
+    """Bytes of memory of one device; None where the backend does not know."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
@@ -150,9 +151,7 @@ def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bo
 
 
 def _room(m: Model, stage: EpisodeContext, longest: int) -> int:
-    """Tokens after the longest prompt. Where the context is shorter the memory is, and ends an
-    episode.
-    """
+    """Tokens after the longest prompt. A shorter context makes a shorter cache, which ends it."""
     return max(1, min(stage.limits.response_tokens, m.context - longest))
 
 
@@ -175,13 +174,14 @@ def play(
     take: Callable[[int, Episode], None] = lambda row, episode: None,
     progress: Callable[[Stats], None] = lambda stats: None,
 ) -> list[Episode]:
-    """One episode for each prompt, all through the slots at once; take(row, episode) hears of each
-    as it ends.
+    """Plays one episode for each prompt, all through the slots at once; returns them in order.
+
+    take(row, episode) is called as an episode ends. row: of its prompt.
     """
     lengths = [len(prompt) for prompt in prompt_tokens]
-    engine = make_engine(
-        m, make_sizes(m, lengths, _room(m, stage, max(lengths)), search is not no_search), search
-    )
+    room = _room(m, stage, max(lengths))
+    sizes = make_sizes(m, lengths, room, search is not no_search)
+    engine = make_engine(m, sizes, search)
     players = [
         EpisodePlayer(stage, role, episode_id(role, row, 0), temperature, list(prompt))
         for row, prompt in enumerate(prompt_tokens)
@@ -207,7 +207,7 @@ def make_stage(
     template: str = "chat",
     prompt_tokens: int = sys.maxsize,
 ) -> EpisodeContext:
-    """Limits that follow from the number of tokens and searches; a prompt may be as long as it is."""
+    """The limits follow from the numbers of tokens and searches; prompts may be of any length."""
     limits = Limits(
         prompt_tokens=prompt_tokens,
         verify_prompt_tokens=prompt_tokens,
@@ -221,9 +221,7 @@ def make_stage(
 
 
 def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
-    """`prompt` gets the special tokens that the tokenizer itself puts around a text, such as
-    Llama's first one.
-    """
+    """The prompt of a line. `prompt` gets the tokenizer's own special tokens, as Llama's first."""
     values = row.values
     if "prompt" in values:
         row.text("prompt", values["prompt"])  # only the check: spaces at the ends count
@@ -234,13 +232,11 @@ def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
             "lines with a question need --index" if "question" in values else "or a text in prompt"
         )
         raise row.error("messages", f'a list of {{"role", "content"}} ({known})')
+    keys = ("role", "content")
     for turn in turns:
-        if not (
-            isinstance(turn, dict)
-            and all(isinstance(turn.get(key), str) for key in ("role", "content"))
-        ):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in keys):
             raise row.error("messages", 'objects with texts "role" and "content"')
-        for key in ("role", "content"):
+        for key in keys:
             row.text(f"messages.{key}", f".{turn[key]}")  # may be empty, but no half of an emoji
     with _of(row):
         return prompts.encode_prompt(tokenizer, turns, template)
@@ -256,8 +252,9 @@ def _of(row: Row) -> Iterator[None]:
 
 
 def _encoded(f: Any, stage: EpisodeContext, rows: Sequence[Row]) -> list[list[int]]:
-    """The prompts of all lines; one that the model cannot hold is told before anything is loaded."""
-    context, encoded = hf_load.context_tokens(f.model), []
+    """The prompts of all lines. Raises InputError for one that the model cannot hold."""
+    context = hf_load.context_tokens(f.model)
+    encoded = []
     for row in rows:
         if f.index:
             question = row.text("question", row.values.get("question"))
@@ -267,8 +264,9 @@ def _encoded(f: Any, stage: EpisodeContext, rows: Sequence[Row]) -> list[list[in
             prompt = _prompt_tokens(row, stage.tokenizer, f.template)
         if len(prompt) >= context:
             raise InputError(
-                f"{row.path} line {row.line}: the prompt has {len(prompt):,} tokens; expected fewer than the "
-                f"{context:,} of the model's context (max_position_embeddings in {f.model}/config.json)"
+                f"{row.path} line {row.line}: the prompt has {len(prompt):,} tokens; expected "
+                f"fewer than the {context:,} of the model's context (max_position_embeddings in "
+                f"{f.model}/config.json)"
             )
         encoded.append(prompt)
     return encoded
@@ -306,7 +304,9 @@ class _InOrder:
     """take(row, line) writes each line as soon as all before it are written."""
 
     def __init__(self, file: IO[str], name: str):
-        self._file, self._name, self._next = file, name, 0
+        self._file = file
+        self._name = name
+        self._next = 0
         self._waiting: dict[int, dict[str, Any]] = {}
 
     def take(self, row: int, line: dict[str, Any]) -> None:
@@ -327,7 +327,9 @@ class _Progress:
 
     def __init__(self, total: int):
         self._phase = Phase("generating", total, self._show)
-        self._live, self._last, self._ended = sys.stderr.isatty(), time.monotonic(), False
+        self._live = sys.stderr.isatty()
+        self._last = time.monotonic()
+        self._ended = False
 
     def __call__(self, stats: Stats) -> None:
         self._phase.advance(stats.finished, tokens=stats.tokens_per_second)
@@ -337,19 +339,15 @@ class _Progress:
             return
         self._ended = self._phase.done == self._phase.total
         if self._live:
-            print(
-                f"\r\x1b[Kgenerating {detail}",
-                end="\n" if self._ended else "",
-                file=sys.stderr,
-                flush=True,
-            )
+            end = "\n" if self._ended else ""
+            print(f"\r\x1b[Kgenerating {detail}", end=end, file=sys.stderr, flush=True)
         elif self._ended or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             print(f"{time.strftime('%H:%M:%S')} generating {detail}", file=sys.stderr, flush=True)
 
 
 def answer_file(f: Any) -> None:
-    """--prompts: all lines through the slots at once. What was in --out stays until all are there."""
+    """Answers --prompts, all lines through the slots at once; replaces --out when all are there."""
     tokenizer = hf_load.load_tokenizer(f.model)
     stage = _stage(f, tokenizer, sys.maxsize)
     rows = _rows(f.prompts)
@@ -361,7 +359,8 @@ def answer_file(f: Any) -> None:
     )
     with opened as file:
         search = _search(f)
-        m, out = _load(f), _InOrder(file, name)
+        m = _load(f)
+        out = _InOrder(file, name)
 
         def take(row: int, episode: Episode) -> None:
             out.take(row, named[row] | describe(episode, tokenizer))
@@ -370,11 +369,11 @@ def answer_file(f: Any) -> None:
         play(m, stage, role, encoded, f.temperature, f.seed, search, take, _Progress(len(encoded)))
 
 
-# --- questions typed by a person --------------------------------------------------------------------------------------
+# --- questions typed by a person ------------------------------------------------------------------
 
 
 class Watched(EpisodePlayer):
-    """A player whose turns are shown while they are written: show(text, who) gets each piece once."""
+    """A player that shows its turns while they are written: show(text, who) gets each piece."""
 
     show: Callable[[str, str], None]
     _shown = 0  # characters of the turn
@@ -399,7 +398,8 @@ def answer_typed(f: Any) -> None:
     tokenizer = hf_load.load_tokenizer(f.model)
     longest = min(TYPED_PROMPT_TOKENS, hf_load.context_tokens(f.model) - 1)
     stage = _stage(f, tokenizer, longest)
-    search, m = _search(f), _load(f)
+    search = _search(f)
+    m = _load(f)
     sizes = make_sizes(m, [longest], _room(m, stage, longest), True)
     # small chunks: words appear as they come
     engine = make_engine(m, dataclasses.replace(sizes, chunk=4), search)
@@ -410,16 +410,16 @@ def answer_typed(f: Any) -> None:
     for number, question in enumerate(_typed(typing)):
         if not typing:
             console.print(printable(f"question: {question}"), style="bold")
-        role = SOLVER if f.index else ASSISTANT
-        asked = (
-            prompts.solver_messages(stage.style, question)
-            if f.index
-            else [{"role": "user", "content": question}]
-        )
-        prompt = stage.prompt(asked)
+        role = ASSISTANT
+        messages = [{"role": "user", "content": question}]
+        if f.index:
+            role = SOLVER
+            messages = prompts.solver_messages(stage.style, question)
+        prompt = stage.prompt(messages)
         if len(prompt) > longest:
             console.print(
-                f"[the question makes a prompt of {len(prompt):,} tokens; expected at most {longest:,}]\n"
+                f"[the question makes a prompt of {len(prompt):,} tokens; expected at most "
+                f"{longest:,}]\n"
             )
             continue
         player = Watched(stage, role, episode_id(role, number, 0), f.temperature, prompt)
@@ -428,9 +428,8 @@ def answer_typed(f: Any) -> None:
         line = describe(player.episode(), tokenizer)
         said = f"answer: {line['answer']} · searches: {len(line['searches'])} · " if f.index else ""
         cost = f"{stats.sampled_tokens} tokens in {stats.seconds:.1f} s"
-        console.print(
-            printable(f"\n[{said}{cost} · ended by {line['stop_reason']}]\n"), style="bold"
-        )
+        end = f"\n[{said}{cost} · ended by {line['stop_reason']}]\n"
+        console.print(printable(end), style="bold")
 
 
 def _typed(typing: bool) -> Iterator[str]:
@@ -449,7 +448,7 @@ def _typed(typing: bool) -> Iterator[str]:
 
 
 def _stage(f: Any, tokenizer: Any, prompt_tokens: int) -> EpisodeContext:
-    """What can be told of the tokenizer and its template is told here."""
+    """Raises InputError where the tokenizer or its template does not serve."""
     style = dataclasses.replace(prompts.STYLES[f.style], worked_example=f.worked_example)
     stage = make_stage(tokenizer, f.max_tokens, f.max_searches, style, f.template, prompt_tokens)
     if f.index:
