@@ -146,24 +146,25 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     if config.mesh.tensor > 0:  # not -1, which takes what is left
         sharding.check_kv_heads(model_config.num_kv_heads, config.mesh.tensor)
     sets = data.load_question_sets(config.data.eval_sets)
-    sets = {
-        name: data.subsample(questions, config.eval.max_questions)
-        for name, questions in sets.items()
-    }
+    for name, questions in sets.items():
+        sets[name] = data.subsample(questions, config.eval.max_questions)
     roles.check_rows("questions of data.eval_sets", sum(map(len, sets.values())))
     rows = hf_load.check_tensors(config.model.path, model_config)
     weight_files = stamps.of_weights(config.model.path)
+    tasks: list[Task] = []
+    training_files: dict[str, str] = {}
+    if not evaluating:
+        tasks = data.load_answers(config.data.answers)
+        training_files = weight_files | stamps.of_files(config.model.path, config.data.answers)
     return {
-        "tasks": [] if evaluating else data.load_answers(config.data.answers),
+        "tasks": tasks,
         "eval_sets": sets,
         "model_config": model_config,
         "weights": processes.digest((rows, sorted(weight_files.values()))),
         "tokenizer": tokenizer,
         "stage": stage,
         "eos": roles.eos_tokens(tokenizer, hf_load.read_generation_config(config.model.path)),
-        "stamps": {}
-        if evaluating
-        else weight_files | stamps.of_files(config.model.path, config.data.answers),
+        "stamps": training_files,
     }
 
 
@@ -199,11 +200,10 @@ def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
         return processes.run_on_all(lambda: remote(c.url, probes))
     index = index_folder(c, workdir)
     settings = {"stemmer": c.stemmer, "stopwords": c.stopwords, "k1": c.k1, "b": c.b}
+    settings_of_all = settings | {"threads": c.threads}
     if processes.is_multiprocess():
         processes.run_on_coordinator(lambda: ensure_index(c.corpus, index, **settings))
-    return processes.run_on_all(
-        lambda: open_retriever(c.corpus, index, **settings, threads=c.threads)
-    )
+    return processes.run_on_all(lambda: open_retriever(c.corpus, index, **settings_of_all))
 
 
 def _settings(config: ConfigDict) -> dict[str, Any]:
@@ -213,20 +213,20 @@ def _settings(config: ConfigDict) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "bm25s")
     facts = {f"config key {key}": value for key, value in flatten_config(config).items()}
     facts |= {f"version of {name}": importlib.metadata.version(name) for name in packages}
-    return facts | {
-        "version of Python": sys.version.split()[0],
-        "number of devices": jax.local_device_count(),
-    }
+    facts["version of Python"] = sys.version.split()[0]
+    facts["number of devices"] = jax.local_device_count()
+    return facts
 
 
 def check_same_inputs(inputs: Inputs, more: dict[str, Any]) -> None:
     """Raises InputError unless all processes are about to do the same. more: further facts."""
     if not processes.is_multiprocess():
         return
-    facts = {f"{name} (a digest)": digest for name, digest in inputs.digests.items()}
-    processes.all_gather_objects(
-        lambda: None, facts | {"the number of passages": len(inputs.retriever)} | more
-    )
+    facts: dict[str, Any] = {
+        f"{name} (a digest)": digest for name, digest in inputs.digests.items()
+    }
+    facts["the number of passages"] = len(inputs.retriever)
+    processes.all_gather_objects(lambda: None, facts | more)
 
 
 # --- typed sections of the config -----------------------------------------------------------------
@@ -241,14 +241,16 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
 
 
 def make_stage(config: ConfigDict, tokenizer: Any) -> roles.EpisodeContext:
-    p, limits = config.prompt, roles.Limits(**config.limits)
+    """Sections prompt and limits, with the tokenizer."""
+    p = config.prompt
+    limits = roles.Limits(**config.limits)
     style = dataclasses.replace(prompts.STYLES[p.style], worked_example=p.worked_example)
     stage = roles.EpisodeContext(tokenizer, style, p.template, limits)
-    least = len(stage.encode(style.observation_text.format(documents="")))
-    if limits.observation_tokens <= least:
+    minimum = len(stage.encode(style.observation_text.format(documents="")))
+    if limits.observation_tokens <= minimum:
         raise InputError(
-            f"config key limits.observation_tokens is {limits.observation_tokens}; expected more than the {least} "
-            "tokens of the tags around a result"
+            f"config key limits.observation_tokens is {limits.observation_tokens}; expected more "
+            f"than the {minimum} tokens of the tags around a result"
         )
     return stage
 
@@ -268,15 +270,18 @@ def make_game_config(config: ConfigDict) -> rules.GameConfig:
 
 
 def make_sizes(config: ConfigDict, hosts: int) -> Sizes:
-    """Of the engine of one host; the config's slots are those of all hosts."""
+    """Section engine for one of the hosts; the config's slots are those of all."""
     return Sizes(**{**config.engine, "slots": config.engine.slots // hosts})
 
 
 def make_learner_config(
     config: ConfigDict, model_config: decoder.ModelConfig, mesh: Any = None, platform: str = "cpu"
 ) -> LearnerConfig:
-    """mesh: None for a single device; it may be abstract, so `platform` says what its devices are."""
-    names = {f.name for f in dataclasses.fields(LearnerConfig)}
+    """Section learner, and the keys of others that the update depends on.
+
+    mesh: None for a single device; it may be abstract. platform: of its devices.
+    """
+    names = {field.name for field in dataclasses.fields(LearnerConfig)}
     return LearnerConfig(
         model=model_config,
         dtype=jnp.dtype(config.model.dtype),
@@ -290,16 +295,16 @@ def make_learner_config(
 
 
 def updates(config: ConfigDict) -> dict[str, int]:
-    """The updates of a step in order, and the optimizer steps of each; "both" is one for both
-    roles.
-    """
+    """The updates of a step in order: role, or "both" -> number of optimizer steps."""
     c = config.learner
     steps = {"solver": c.solver_mini_batches, "proposer": c.proposer_mini_batches}
     if config.game.train != "both":
         return {config.game.train: steps[config.game.train]}
     if c.update_order == "combined":
         return {"both": max(steps.values())}
-    return dict(reversed(steps.items())) if c.update_order == "proposer_first" else steps
+    if c.update_order == "proposer_first":
+        return dict(reversed(steps.items()))
+    return steps
 
 
 # --- parts that a run and an evaluation share -----------------------------------------------------
