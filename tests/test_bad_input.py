@@ -631,7 +631,8 @@ MODEL_FOLDERS = [
     ),
 ]
 
-TOKENIZER_CONFIG, TOKENIZER_JSON = "tokenizer_config.json", "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_JSON = "tokenizer.json"
 BOMB = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 NO_SYSTEM = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
 TOKENIZERS = [
@@ -1122,7 +1123,8 @@ CONFIGS_AND_FLAGS = [
 PASSAGES = "".join(
     f'{{"id": "p{i}", "contents": "Moon\\nthe moon and sea {i}"}}\n' for i in range(3)
 )
-ROWS, SCORES = "indices.csc.index.npy", "data.csc.index.npy"
+ROWS = "indices.csc.index.npy"
+SCORES = "data.csc.index.npy"
 
 
 def built(folder: Path) -> Path:

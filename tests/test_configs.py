@@ -151,11 +151,13 @@ def memory(name: str) -> list[tuple[str, int, int, int, str, list[str]]]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_config_fits_its_hardware_as_its_docstring_says(name: str) -> None:
     """What plan says from shapes is what is written, and fits; what was compiled is near it."""
-    shape, hardware = SHAPES[name], contract(name)["hardware"]
+    shape = SHAPES[name]
+    hardware = contract(name)["hardware"]
     for topology, playing, updating, hbm, source, keys in memory(name):
         config = parse(f"--config=configs/{name}.py", *keys)[0]
         check_values(config)
-        slice_, model = parse_topology(topology), plan.read_model(config.model.path)
+        slice_ = parse_topology(topology)
+        model = plan.read_model(config.model.path)
         sizes = (
             model.num_layers,
             model.num_heads,
@@ -204,7 +206,8 @@ def test_memory_by_hand() -> None:
     """7B on 8 devices: float32 parameters and moments, bfloat16 reference and copy, and 256 / 8
     whole slots.
     """
-    p, token = _7B.params, 2 * _7B.layers * _7B.kv_heads * _7B.head * 2
+    p = _7B.params
+    token = 2 * _7B.layers * _7B.kv_heads * _7B.head * 2
     while_playing = (14 * p / 8 + 2 * p + 256 // 8 * 12288 * token) / GIB
     while_updating = 18 * p / 8 / GIB
     _, playing, updating, *_ = memory("qwen7b")[0]
@@ -326,7 +329,8 @@ def test_every_number_has_bounds_that_hold_its_default() -> None:
 
 @pytest.mark.parametrize("key", BOUNDS)
 def test_what_is_beyond_the_bounds_is_told_by_name(key: str) -> None:
-    bounds, example = BOUNDS[key], numbers()[key]
+    bounds = BOUNDS[key]
+    example = numbers()[key]
     least = bounds.low if bounds.above else math.nextafter(bounds.low, -math.inf)
     most = bounds.high if bounds.below else math.nextafter(bounds.high, math.inf)
     whole = isinstance(example, int | tuple)

@@ -357,10 +357,8 @@ def test_mixed_sources_become_sets(tmp_path):
         verl_row(question="Who?"),
         name="m.jsonl",
     )
-    plain, one = (
-        written(tmp_path, QUESTION),
-        written(tmp_path, verl_row(), verl_row(), name="one.jsonl"),
-    )
+    plain = written(tmp_path, QUESTION)
+    one = written(tmp_path, verl_row(), verl_row(), name="one.jsonl")
     sets = load_question_sets({"paper": str(mixed), "dev": str(plain), "nq": str(one)})
     assert {name: [task.uid for task in tasks] for name, tasks in sets.items()} == {
         "dev": [0],
@@ -435,7 +433,8 @@ def test_each_epoch_is_a_permutation(num_rows, batch, seed, steps):
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    first, other = batch_indices(50, 50, 0, 0), batch_indices(50, 50, 1, 0)
+    first = batch_indices(50, 50, 0, 0)
+    other = batch_indices(50, 50, 1, 0)
     assert first != other and first != batch_indices(50, 50, 0, 1)
     # the batch only cuts the stream
     assert [i for step in range(5) for i in batch_indices(50, 10, 0, step)] == first

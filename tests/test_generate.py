@@ -65,7 +65,8 @@ def greedy(prompt, steps):
         )
         return jax.nn.log_softmax(decoder.logits(params, hidden_1TD[0]), axis=-1)
 
-    tokens, logprobs = list(prompt), []
+    tokens = list(prompt)
+    logprobs = []
     for _ in range(steps):
         padded = np.zeros((1, T), np.int32)
         padded[0, : len(tokens)] = tokens
@@ -139,7 +140,8 @@ def test_the_solver_searches_and_answers(tmp_path, index):
 
 def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys):
     question = load_questions(TINY / "qa" / "one_hop.jsonl")[0].question
-    long, acts = "Who? " * 2000, "\x1b]0;owned\x07[bold]:cat:<|im_end|>"
+    long = "Who? " * 2000
+    acts = "\x1b]0;owned\x07[bold]:cat:<|im_end|>"
     monkeypatch.setattr("sys.stdin", io.StringIO(f"\n{question}\n\n{long}\n{acts}\n"))
     assert generate.main(["generate", MODEL, *BRIEF, f"--index={index}", "--max_tokens=200"]) == 0
     shown = capsys.readouterr().out
@@ -149,7 +151,8 @@ def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys)
         printable(shown) == shown and "question: \\x1b]0;owned\\x07[bold]:cat:<|im_end|>\n" in shown
     )
     shown = shown.partition(long)[0]
-    query, answer = prompts.last_search(shown), prompts.last_answer(shown)
+    query = prompts.last_search(shown)
+    answer = prompts.last_answer(shown)
     assert query and "</search>\n<information>Doc 1(Title: " in shown
     assert f"[answer: {answer} · " in shown and "ended by" in shown
 
@@ -157,7 +160,8 @@ def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys)
 def test_text_is_shown_once_however_chunks_cut_it():
     tokenizer = hf_load.load_tokenizer(TINY / "model")
     stage = generate.make_stage(tokenizer, 50)
-    tokens, shown = tokenizer.encode("Zürich, São Paulo", add_special_tokens=False), []
+    tokens = tokenizer.encode("Zürich, São Paulo", add_special_tokens=False)
+    shown = []
     for size in (1, 2, 3):
         shown.clear()
         player = generate.Watched(stage, generate.ASSISTANT, 0, 0.0, [5])
@@ -186,7 +190,8 @@ def test_a_model_takes_as_few_devices_as_hold_it(kv_heads, devices, size, limit,
 @pytest.mark.parametrize("room", [1, 500])
 def test_sizes_hold_what_is_asked(lengths, room):
     m = generate.load_model(TINY / "model", "float32")
-    sizes, parts = generate.make_sizes(m, lengths, room, True), m.mesh.shape["data"]
+    sizes = generate.make_sizes(m, lengths, room, True)
+    parts = m.mesh.shape["data"]
     assert (
         sizes.cache_tokens >= max(lengths) + room
         and max(sizes.extend_buckets) <= sizes.cache_tokens
