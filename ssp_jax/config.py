@@ -532,14 +532,14 @@ def _check_rules(config: ConfigDict) -> None:
     """Raises InputError for rules that no question can keep: all would be refused."""
     asked = config.rules
     limits = config.limits
-    for key, value, most, of in (
+    for key, value, limit, of in (
         ("min_chars", asked.min_chars, asked.max_chars, "rules.max_chars"),
         ("min_words", asked.min_words, (asked.max_chars + 1) // 2, "the words of rules.max_chars"),
         ("min_searches", asked.min_searches, limits.searches, "limits.searches"),
         ("min_searches", asked.min_searches, limits.turns - 1, "limits.turns - 1"),
     ):
-        if value > most:
-            raise InputError(f"config key rules.{key} is {value}; expected at most {most}, {of}")
+        if value > limit:
+            raise InputError(f"config key rules.{key} is {value}; expected at most {limit}, {of}")
 
 
 def advice(config: ConfigDict) -> list[str]:

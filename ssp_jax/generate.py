@@ -41,7 +41,7 @@ from absl import flags
 from rich.console import Console
 
 from ssp_jax import assemble
-from ssp_jax.config import BOUNDS
+from ssp_jax.config import BOUNDS, CHOICES
 from ssp_jax.data import Row, read_rows
 from ssp_jax.errors import InputError, json_line, printable
 from ssp_jax.game import prompts, roles
@@ -480,8 +480,8 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
         flags.DEFINE_string(name, "", name, flag_values=f)
     choices = {
         "dtype": ["", "float32", "bfloat16"],
-        "style": list(prompts.STYLES),
-        "template": ["chat", "raw_chatml"],
+        "style": list(CHOICES["prompt.style"]),
+        "template": list(CHOICES["prompt.template"]),
     }
     for name, values in choices.items():
         flags.DEFINE_enum(name, values[0], values, name, flag_values=f)
