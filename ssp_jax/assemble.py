@@ -33,7 +33,7 @@ from ssp_jax.model import attention, decoder, hf_load, hf_save, sharding
 from ssp_jax.model.decoder import Params
 from ssp_jax.retriever.build import ensure_index
 from ssp_jax.retriever.remote import RemoteRetriever
-from ssp_jax.retriever.search import Search, open_retriever
+from ssp_jax.retriever.search import Searcher, open_retriever
 from ssp_jax.rollout.engine import Engine, SearchFn, Sizes
 from ssp_jax.rollout.sampling import ALL_TOKENS, Truncation
 from ssp_jax.runtime import device_memory, processes
@@ -55,7 +55,7 @@ class Inputs:
 
     tasks: list[Task]  # none in an evaluation
     eval_sets: dict[str, list[Task]]
-    retriever: Search
+    retriever: Searcher
     model_config: decoder.ModelConfig
     weights: str  # digest of the initial ones
     tokenizer: Any
@@ -186,7 +186,7 @@ def index_folder(c: ConfigDict, workdir: str) -> str:
     return c.index or str(Path(workdir) / "index")
 
 
-def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Search:
+def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Searcher:
     """Opens the search of section retriever on all processes; builds a missing index.
 
     The coordinator builds: a file lock does not keep another host out. tasks: of the run, which a

@@ -7,7 +7,7 @@ import numpy as np
 
 from ssp_jax.data import Document
 from ssp_jax.game.rewards import comparable
-from ssp_jax.retriever.search import Search
+from ssp_jax.retriever.search import Searcher
 
 
 def distinct(documents: Iterable[Document]) -> dict[str, Document]:
@@ -25,7 +25,7 @@ class Noise:
         self,
         answers: Sequence[tuple[str, ...]],
         documents: Iterable[Sequence[Document]],
-        corpus: Search,
+        corpus: Searcher,
         *,
         by_game: bool,
     ) -> None:

@@ -39,7 +39,7 @@ from ssp_jax.game.rounds import (
     round_metrics,
 )
 from ssp_jax.learner import objective
-from ssp_jax.retriever.search import Search
+from ssp_jax.retriever.search import Searcher
 from ssp_jax.rollout.engine import Engine, Stats
 from ssp_jax.runtime import processes
 
@@ -55,7 +55,7 @@ class SelfPlay:
         config: rules.GameConfig,
         context: EpisodeContext,
         engine: Engine,
-        retriever: Search,
+        retriever: Searcher,
         judge: Judge | None = None,
     ):
         self._config = config

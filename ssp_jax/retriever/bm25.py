@@ -1,14 +1,14 @@
-"""BM25 in bounded memory: words to postings on disk, and the kernel that finds the best rows of a
-query.
+"""BM25 in bounded memory: words to postings on disk, and the kernels that find a query's top k.
 
-The result is what bm25s itself computes and stores (its "lucene" scores, float32, one column of
+A posting is a corpus row, of a passage that has the term, and the term's BM25 score in it. The
+result is what bm25s itself computes and stores (its "lucene" scores, float32, one column of
 passages per term), so that `bm25s.BM25.load` reads it. bm25s holds all words of a corpus while it
-indexes; here each block of passages is inverted and spilled, and the blocks are merged term range
-by term range (Heinz & Zobel 2003, SPIMI): memory is the vocabulary plus one block.
+indexes; here each block of passages is inverted and spilled to disk, and the blocks are merged term
+range by term range (Heinz & Zobel 2003, SPIMI): memory is the vocabulary plus one block.
 
-The search skips what cannot matter (Turtle & Flood 1995, MaxScore, term at a time): rarest words
-first, and once the words that are left could not lift an unseen passage into the top k, only
-passages already seen are completed.
+The search prunes with score bounds (Turtle & Flood 1995, MaxScore, term at a time): it adds the
+rarest words first, and once the remaining words cannot lift an unseen passage into the top k, it
+completes only the passages already seen.
 """
 
 import math
@@ -23,25 +23,27 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-# names that bm25s looks for
-DATA, ROWS, STARTS = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
-HIGHEST = "highest.npy"  # ours: float32 [terms], the most that a term adds to any passage
+# File names. bm25s looks for the first three; the last one is ours.
+SCORES = "data.csc.index.npy"  # float32 [postings]
+ROWS = "indices.csc.index.npy"  # int32 [postings]
+STARTS = "indptr.csc.index.npy"  # int64 [terms + 1]
+MAX_IMPACT = "highest.npy"  # float32 [terms], the most that a term adds to any passage
+
 BLOCK_TOKENS = 1 << 25  # words of a block: 128 MB, and as much again for each of its two columns
 RANGE_POSTINGS = 1 << 24  # postings merged at a time: 128 MB
-KNOWN_WORDS = 1 << 22  # word forms whose stem is remembered while building, some 400 MB
-QUERY_WORDS = 1 << 20  # and while searching, some 100 MB
+KNOWN_WORDS = 1 << 22  # word forms whose stem is cached while building, some 400 MB
+QUERY_WORDS = 1 << 20  # the same while searching, some 100 MB
 
-# two letters or more: finds what the token pattern of bm25s finds, \b\w\w+\b
+# Two letters or more: matches what the token pattern of bm25s matches, \b\w\w+\b.
 _WORD = re.compile(r"\w\w+")
-_STOP = -1
+_STOP = -1  # term number of a stop word
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """Numba's njit without the GIL. What it has compiled is kept on disk where it finds a place for
-    that.
+    """Numba's njit without the GIL, cached on disk where possible.
 
-    It looks at NUMBA_CACHE_DIR, this folder and the user's own; a read-only installation of a user
-    without a home has none of them, and compiles whenever it starts.
+    Numba caches in NUMBA_CACHE_DIR, this folder or the user's own. A read-only installation of a
+    user without a home has none of them, and compiles whenever it starts.
     """
     try:
         return njit(cache=True, nogil=True)(function)
@@ -49,40 +51,43 @@ def _compiled(function: Callable[..., Any]) -> Any:
         return njit(nogil=True)(function)
 
 
-class Words(dict[str, int]):
-    """Word form -> term number, in the order of first appearance; stop words -> -1. What is looked
-    up is learnt.
+class Vocabulary(dict[str, int]):
+    """Word form -> term number, in the order of first appearance; -1 for a stop word.
+
+    A look-up adds a new word.
     """
 
     def __init__(self, stemmer: str, stopwords: Iterable[str]) -> None:
         super().__init__()
-        self.terms: dict[str, int] = {}
+        self.terms: dict[str, int] = {}  # stem -> term number
         self._stem = stem_function(stemmer)
         self._stopwords = dict.fromkeys(stopwords, _STOP)
         self.update(self._stopwords)
 
     def __missing__(self, word: str) -> int:
-        term = self[word] = self.terms.setdefault(self._stem(word), len(self.terms))
+        term = self.terms.setdefault(self._stem(word), len(self.terms))
+        self[word] = term
         return term
 
-    def forget(self) -> None:
-        """Keeps the terms and drops the forms, once these are many."""
+    def limit_forms(self) -> None:
+        """Drops the word forms, but not the terms, once there are more than KNOWN_WORDS."""
         if len(self) > KNOWN_WORDS:
             self.clear()
             self.update(self._stopwords)
 
 
-class QueryWords(dict[str, int]):
-    """Word form -> number of its term in the corpus; -1 for a stop word, and for one that the
-    corpus lacks.
+class QueryVocabulary(dict[str, int]):
+    """Word form -> term number in the corpus; -1 for a stop word or a word that the corpus lacks.
 
-    Threads may look up at the same time. The forms are remembered, up to QUERY_WORDS of them.
+    Thread-safe. Up to QUERY_WORDS word forms are cached.
     """
 
     def __init__(self, stemmer: str, stopwords: Iterable[str], terms: Mapping[str, int]) -> None:
         super().__init__()
-        self._stem, self._lock = stem_function(stemmer), threading.Lock()
-        self._stopwords, self._terms = frozenset(stopwords), terms
+        self._stem = stem_function(stemmer)
+        self._lock = threading.Lock()
+        self._stopwords = frozenset(stopwords)
+        self._terms = terms
 
     def __missing__(self, word: str) -> int:
         with self._lock:  # PyStemmer's objects are not thread-safe
@@ -94,6 +99,7 @@ class QueryWords(dict[str, int]):
 
 
 def stem_function(stemmer: str) -> Any:
+    """A function from a word to its stem; the identity for the stemmer ""."""
     if not stemmer:
         return str
     import Stemmer
@@ -102,118 +108,130 @@ def stem_function(stemmer: str) -> Any:
 
 
 def split(text: str) -> list[str]:
+    """The words of a text, in lower case."""
     return _WORD.findall(text.lower())
 
 
-# --- building ---------------------------------------------------------------------------------------------------------
+# --- building ---
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A spilled block: int32 files; starts [terms + 1], and rows and counts of its postings, term
-    after term.
+    """A spilled block: int32 files of starts [terms + 1], and of rows and counts of its postings.
+
+    The postings stand term after term.
     """
 
     path: Path
     terms: int
 
-    def read(self, part: str, start: int, count: int) -> np.ndarray:
-        return np.fromfile(self.path.with_suffix(part), np.int32, count, offset=4 * start)
+    def write(self, column: str, values: np.ndarray) -> None:
+        values.tofile(self.path.with_suffix(column))
+
+    def read(self, column: str, start: int, count: int) -> np.ndarray:
+        return np.fromfile(self.path.with_suffix(column), np.int32, count, offset=4 * start)
 
 
 class Postings:
-    """Takes passages one by one, holds one block of them, and at the end writes the arrays of
-    bm25s.
-    """
+    """Takes passages one by one, holds one block of them, and writes the arrays of bm25s."""
 
-    def __init__(self, folder: Path, words: Words) -> None:
-        self._folder, self._words = folder, words
-        self._tokens, self._ends = array("i"), array("q")
+    def __init__(self, folder: Path, vocabulary: Vocabulary) -> None:
+        """folder: for the spilled blocks."""
+        self._folder = folder
+        self._vocabulary = vocabulary
+        # The block: the terms of its passages, and where each passage ends.
+        self._tokens = array("i")
+        self._ends = array("q")
+        # All blocks before it.
         self._runs: list[_Run] = []
         self._frequencies = np.zeros(0, np.int64)  # passages per term
         self._lengths: list[np.ndarray] = []  # int32, words per passage
 
     def add(self, text: str) -> None:
-        self._tokens.extend(map(self._words.__getitem__, split(text)))
+        """Adds the next passage of the corpus."""
+        self._tokens.extend(map(self._vocabulary.__getitem__, split(text)))
         self._ends.append(len(self._tokens))
         if len(self._tokens) >= BLOCK_TOKENS:
             self._spill()
 
     def _spill(self) -> None:
+        """Inverts the block and writes it to disk."""
         first_row = sum(map(len, self._lengths))
-        run = _Run(self._folder / f"run_{len(self._runs):05d}", len(self._words.terms))
+        terms = len(self._vocabulary.terms)
         starts, rows, counts, lengths = _invert(
-            np.asarray(self._tokens), np.asarray(self._ends), run.terms
+            np.asarray(self._tokens), np.asarray(self._ends), terms
         )
         rows += np.int32(first_row)
-        for part, values in ((".starts", starts), (".rows", rows), (".counts", counts)):
-            values.tofile(run.path.with_suffix(part))
+        run = _Run(self._folder / f"run_{len(self._runs):05d}", terms)
+        run.write(".starts", starts)
+        run.write(".rows", rows)
+        run.write(".counts", counts)
+
         frequencies = np.diff(starts).astype(np.int64)
         frequencies[: len(self._frequencies)] += self._frequencies
-        self._runs.append(run)
-        self._lengths.append(lengths)
         self._frequencies = frequencies
-        self._tokens, self._ends = array("i"), array("q")
-        self._words.forget()
+        self._lengths.append(lengths)
+        self._runs.append(run)
+
+        self._tokens = array("i")
+        self._ends = array("q")
+        self._vocabulary.limit_forms()
 
     def write(self, target: Path, k1: float, b: float) -> Iterator[float]:
-        """Writes the arrays; yields the share that is done."""
+        """Writes the arrays into the folder `target`; yields the share that is done."""
         if self._ends:
             self._spill()
         lengths = np.concatenate(self._lengths)
         self._lengths.clear()
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._frequencies)])
         np.save(target / STARTS, starts)
-        idf = _idf(self._frequencies, len(lengths))
-        highest, average = np.empty(len(idf), np.float32), lengths.mean(dtype=np.float64)
-        with open(target / DATA, "wb") as data_file, open(target / ROWS, "wb") as rows_file:
-            _write_header(data_file, np.float32, int(starts[-1]))
-            _write_header(rows_file, np.int32, int(starts[-1]))
-            for low, high in _ranges(starts):
-                rows = np.empty(starts[high] - starts[low], np.int32)
-                scores, heads = np.empty(len(rows), np.float32), starts[low:high] - starts[low]
-                for run in self._runs:
-                    count = min(high, run.terms) - low
-                    if count > 0:
-                        self._merge(
-                            run,
-                            low,
-                            count,
-                            (heads, rows, scores),
-                            (idf[low:high], lengths, average, k1, b),
-                        )
-                highest[low:high] = np.maximum.reduceat(scores, starts[low:high] - starts[low])
-                rows_file.write(rows.data)
-                data_file.write(scores.data)
-                yield high / len(idf)
-        np.save(target / HIGHEST, highest)
 
-    @staticmethod
+        idf = _idf(self._frequencies, len(lengths))
+        max_impact = np.empty(len(idf), np.float32)
+        weights = (lengths, lengths.mean(dtype=np.float64), k1, b)
+        with open(target / SCORES, "wb") as scores_file, open(target / ROWS, "wb") as rows_file:
+            _write_header(scores_file, np.float32, int(starts[-1]))
+            _write_header(rows_file, np.int32, int(starts[-1]))
+            for low, high in _term_ranges(starts):
+                own_starts = starts[low : high + 1] - starts[low]
+                rows, scores = self._merge(low, own_starts, idf[low:high], weights)
+                max_impact[low:high] = np.maximum.reduceat(scores, own_starts[:-1])
+                rows_file.write(rows.data)
+                scores_file.write(scores.data)
+                yield high / len(idf)
+        np.save(target / MAX_IMPACT, max_impact)
+
     def _merge(
-        run: _Run, low: int, count: int, out: tuple[Any, ...], weights: tuple[Any, ...]
-    ) -> None:
-        """Appends the postings of `count` terms from `low` to what earlier runs have put under
-        their heads.
+        self, low: int, starts: np.ndarray, idf: np.ndarray, weights: tuple[Any, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (int32) and scores (float32) of a range of terms, from all runs, term after term.
+
+        The range begins at term `low`; starts [terms + 1] says where the postings of each term go.
         """
-        starts = run.read(".starts", low, count + 1)
-        first, number = int(starts[0]), int(starts[-1] - starts[0])
-        _append(
-            starts - first,
-            run.read(".rows", first, number),
-            run.read(".counts", first, number),
-            *out,
-            *weights,
-        )
+        rows = np.empty(starts[-1], np.int32)
+        scores = np.empty(len(rows), np.float32)
+        heads = starts[:-1].copy()  # where the next posting of each term goes
+        for run in self._runs:
+            terms = min(len(heads), run.terms - low)
+            if terms > 0:
+                run_starts = run.read(".starts", low, terms + 1)
+                first = int(run_starts[0])
+                number = int(run_starts[-1]) - first
+                run_rows = run.read(".rows", first, number)
+                run_counts = run.read(".counts", first, number)
+                out = (heads, rows, scores)
+                _append(run_starts - first, run_rows, run_counts, *out, idf, *weights)
+        return rows, scores
 
 
 def _idf(frequencies: np.ndarray, passages: int) -> np.ndarray:
-    """float32 [terms]: ln(1 + (N - n + 0.5) / (n + 0.5)), by math.log as in bm25s (NumPy's may
-    round otherwise).
+    """ln(1 + (passages - n + 0.5) / (n + 0.5)) of terms in n passages each, float32 [terms].
+
+    By math.log as in bm25s: NumPy's may round otherwise.
     """
-    values, inverse = np.unique(frequencies, return_inverse=True)
-    return np.array(
-        [math.log(1 + (passages - n + 0.5) / (n + 0.5)) for n in values.tolist()], np.float32
-    )[inverse]
+    distinct, inverse = np.unique(frequencies, return_inverse=True)
+    values = [math.log(1 + (passages - n + 0.5) / (n + 0.5)) for n in distinct.tolist()]
+    return np.array(values, np.float32)[inverse]
 
 
 def _write_header(file: Any, dtype: Any, number: int) -> None:
@@ -221,9 +239,10 @@ def _write_header(file: Any, dtype: Any, number: int) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _ranges(starts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Term ranges of at most RANGE_POSTINGS postings, or of one term that has more."""
-    low, terms = 0, len(starts) - 1
+def _term_ranges(starts: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of terms with at most RANGE_POSTINGS postings, or of one term that has more."""
+    terms = len(starts) - 1
+    low = 0
     while low < terms:
         high = int(np.searchsorted(starts, starts[low] + RANGE_POSTINGS, side="right")) - 1
         high = min(max(high, low + 1), terms)
@@ -233,29 +252,37 @@ def _ranges(starts: np.ndarray) -> Iterator[tuple[int, int]]:
 
 @_compiled
 def _invert(tokens, ends, terms):
-    """Words of passages -> for each term the passages that have it, ascending, and how often."""
-    starts, last = np.zeros(terms + 1, np.int32), np.full(terms, -1, np.int32)
+    """Term numbers of passages -> for each term its rows, ascending, and its counts in them.
+
+    Returns starts [terms + 1], rows and counts [postings], lengths [passages], all int32.
+    """
+    # First pass: the number of postings of each term, and the words of each passage.
+    starts = np.zeros(terms + 1, np.int32)
     lengths = np.zeros(len(ends), np.int32)
+    last_row = np.full(terms, -1, np.int32)  # the last row in which a term was seen
     begin = 0
     for row in range(len(ends)):
         for term in tokens[begin : ends[row]]:
             if term >= 0:
                 lengths[row] += 1
-                if last[term] != row:
-                    last[term] = row
+                if last_row[term] != row:
+                    last_row[term] = row
                     starts[term + 1] += 1
         begin = ends[row]
     for term in range(terms):
         starts[term + 1] += starts[term]
+
+    # Second pass: each posting goes to its place.
     heads = starts[:-1] - 1
-    rows, counts = np.empty(starts[-1], np.int32), np.zeros(starts[-1], np.int32)
-    last[:] = -1
+    rows = np.empty(starts[-1], np.int32)
+    counts = np.zeros(starts[-1], np.int32)
+    last_row[:] = -1
     begin = 0
     for row in range(len(ends)):
         for term in tokens[begin : ends[row]]:
             if term >= 0:
-                if last[term] != row:
-                    last[term] = row
+                if last_row[term] != row:
+                    last_row[term] = row
                     heads[term] += 1
                     rows[heads[term]] = row
                 counts[heads[term]] += 1
@@ -265,13 +292,15 @@ def _invert(tokens, ends, terms):
 
 @_compiled
 def _append(starts, rows, counts, heads, out_rows, out_scores, idf, lengths, average, k1, b):
-    """Postings of one run for a range of terms, scored; the order of operations is bm25s's, so the
-    bits are too.
+    """Appends a run's postings of a range of terms, scored, after those of earlier runs.
+
+    The order of operations is bm25s's, so the bits are too.
     """
     for term in range(len(starts) - 1):
         head = heads[term]
         for i in range(starts[term], starts[term + 1]):
-            count, length = np.float64(counts[i]), np.float64(lengths[rows[i]])
+            count = np.float64(counts[i])
+            length = np.float64(lengths[rows[i]])
             out_rows[head] = rows[i]
             out_scores[head] = np.float64(idf[term]) * (
                 count / (k1 * ((1 - b) + b * length / average) + count)
@@ -280,60 +309,257 @@ def _append(starts, rows, counts, heads, out_rows, out_scores, idf, lengths, ave
         heads[term] = head
 
 
-# --- checking ---------------------------------------------------------------------------------------------------------
+# --- checking ---
 
 
 @_compiled
-def first_wrong_term(data, rows, starts, highest, passages, begin, end):
+def first_wrong_term(impacts, rows, starts, max_impact, passages, begin, end):
     """The first term from begin to end whose postings no search must see, or -1.
 
-    `starts` must be right. The inner loop has no branch, so that it goes as fast as memory does.
+    `starts` must be right. The inner loop has no branch, so it runs at the speed of memory.
     """
     for term in range(begin, end):
-        before, most, good = np.int64(-1), highest[term], True
+        previous = np.int64(-1)
+        highest = max_impact[term]
+        is_right = True
         for at in range(np.uint64(starts[term]), np.uint64(starts[term + 1])):
-            row, score = np.int64(rows[at]), data[at]
-            good &= (row > before) & (score > 0) & (score <= most)
-            before = row
-        if not good or before >= passages:
+            row = np.int64(rows[at])
+            score = impacts[at]
+            is_right &= (row > previous) & (score > 0) & (score <= highest)
+            previous = row
+        if not is_right or previous >= passages:
             return term
     return -1
 
 
-# --- searching --------------------------------------------------------------------------------------------------------
-# Rows come as uint32, for an index that may be negative costs a comparison at each access; and
-# where one posting in two would take another way, both ways are gone at once.
+# --- searching ---
+# Rows are uint32 and positions uint64: an index that may be negative costs a comparison at each
+# access. Where one posting in two would take the other branch, both are computed without a branch.
+#
+# Names in the kernels below:
+#   impacts [postings], rows [postings], starts [terms + 1], max_impact [terms]: the index
+#   scores [passages]: the partial score of each passage, 0 for one that is no candidate
+#   candidates[:num_candidates]: rows of passages that may enter the top k
+#   best_rows [k], best_scores [k]: the top k so far, of which `size` are filled
+#   threshold: the k-th best partial score so far, 0 while there are fewer than k
 
 
 @_compiled
-def _offer(row, score, size, best_rows, best_scores):
-    """Puts a row with its new score into the list of the best, higher score first, then lower row;
-    the new size.
+def search_queries(
+    impacts,
+    rows,
+    starts,
+    max_impact,
+    terms,
+    ends,
+    scores,
+    candidates,
+    best_rows,
+    best_scores,
+    found,
+):
+    """search_query for several queries: terms[ends[i - 1] : ends[i]] fill row i of the results.
+
+    best_rows and best_scores are [queries, k]; found [queries] is how many each query finds.
     """
-    last = len(best_rows) - 1
-    if size > last and (
-        score < best_scores[last] or (score == best_scores[last] and row > best_rows[last])
-    ):
-        return size
-    at = 0
-    while at < size and best_rows[at] != row:
-        at += 1
-    if at == size:  # not in the list: it takes a free place or the last one
-        size = min(size + 1, len(best_rows))
-        at = size - 1
-    while at > 0 and (
-        score > best_scores[at - 1] or (score == best_scores[at - 1] and row < best_rows[at - 1])
-    ):
-        best_rows[at], best_scores[at] = best_rows[at - 1], best_scores[at - 1]
-        at -= 1
-    best_rows[at], best_scores[at] = row, score
+    begin = 0
+    for i in range(len(ends)):
+        query = terms[begin : ends[i]]
+        found[i] = search_query(
+            impacts,
+            rows,
+            starts,
+            max_impact,
+            query,
+            scores,
+            candidates,
+            best_rows[i],
+            best_scores[i],
+        )
+        begin = ends[i]
+
+
+@_compiled
+def search_query(
+    impacts, rows, starts, max_impact, terms, scores, candidates, best_rows, best_scores
+):
+    """Fills best_rows and best_scores with a query's top k, k = len(best_rows); how many it finds.
+
+    `terms` are the query's, with repeats. `scores` (float32 [passages], all zero, and again so at
+    the end) and `candidates` (uint32 [2 * passages + 1]) are scratch. Scores only grow, so the k-th
+    best partial score is a lower bound of the final one, and what cannot reach it is pruned.
+    """
+    number = len(terms)
+    order = np.argsort(-max_impact[terms])
+    # Sums of float32 depend on their order; the slack covers that.
+    slack = 1 - 2.4e-7 * (number + 1)
+    # What the words from the i-th on can add at most.
+    upper_bound = np.zeros(number + 1)
+    for i in range(number - 1, -1, -1):
+        upper_bound[i] = upper_bound[i + 1] + max_impact[terms[order[i]]]
+
+    # While an unseen passage could still enter the top k: add words to all passages.
+    threshold = np.float32(0)
+    num_candidates = 0
+    size = 0
+    i = 0
+    while i < number and (size < len(best_rows) or upper_bound[i] >= threshold * slack):
+        low = starts[terms[order[i]]]
+        high = starts[terms[order[i]] + 1]
+        num_candidates, size, threshold = _accumulate(
+            impacts,
+            rows,
+            low,
+            high,
+            scores,
+            candidates,
+            num_candidates,
+            size,
+            threshold,
+            best_rows,
+            best_scores,
+        )
+        i += 1
+
+    # Then add the remaining words to the candidates only.
+    while i < number:
+        minimum = threshold * slack - upper_bound[i]
+        num_candidates = _prune(candidates, num_candidates, scores, minimum)
+        low = starts[terms[order[i]]]
+        high = starts[terms[order[i]] + 1]
+        threshold = _complete(
+            impacts,
+            rows,
+            low,
+            high,
+            candidates,
+            num_candidates,
+            scores,
+            threshold,
+            best_rows,
+            best_scores,
+        )
+        i += 1
+
+    # Sum up the last candidates in the order of the query, as bm25s does. (The sum of two numbers
+    # is the same in either order.)
+    if number > 2:
+        num_candidates = _prune(candidates, num_candidates, scores, threshold * slack)
+        size = 0
+        for j in range(num_candidates):
+            row = candidates[j]
+            score = _exact_score(impacts, rows, starts, terms, row)
+            size = _heap_push(row, score, size, best_rows, best_scores)
+
+    for j in range(num_candidates):
+        scores[candidates[j]] = 0
     return size
 
 
 @_compiled
-def _posting(rows, low, high, row):
-    """Where `row` stands in rows[low:high], which has at least one, or -1."""
-    at, left = np.uint64(low), np.uint64(high - low)
+def _accumulate(
+    impacts,
+    rows,
+    low,
+    high,
+    scores,
+    candidates,
+    num_candidates,
+    size,
+    threshold,
+    best_rows,
+    best_scores,
+):
+    """Adds a word, of postings low to high, to all passages that have it.
+
+    Returns the new num_candidates, size and threshold.
+    """
+    last = len(best_rows) - 1
+    for at in range(np.uint64(low), np.uint64(high)):
+        row = rows[at]
+        score = scores[row]
+        candidates[num_candidates] = row  # stays if it is new
+        num_candidates += score == 0
+        score += impacts[at]
+        scores[row] = score
+        if score >= threshold:
+            size = _heap_push(row, score, size, best_rows, best_scores)
+            if size > last:
+                threshold = best_scores[last]
+    return num_candidates, size, threshold
+
+
+@_compiled
+def _prune(candidates, num_candidates, scores, minimum):
+    """Drops candidates that score less than `minimum`, as if unseen; the new num_candidates."""
+    remaining = 0
+    for j in range(num_candidates):
+        row = candidates[j]
+        score = scores[row]
+        stays = score >= minimum
+        candidates[remaining] = row
+        scores[row] = score if stays else np.float32(0)
+        remaining += stays
+    return remaining
+
+
+@_compiled
+def _complete(
+    impacts,
+    rows,
+    low,
+    high,
+    candidates,
+    num_candidates,
+    scores,
+    threshold,
+    best_rows,
+    best_scores,
+):
+    """Adds a word, of postings low to high, to the candidates; the new threshold.
+
+    Looks each candidate up when they are few, else walks the postings.
+    """
+    # candidates[num_candidates:end]: the word's postings in candidates, counted from low
+    end = num_candidates
+    if num_candidates * 4 * math.log2(high - low + 2.0) < high - low:
+        for j in range(num_candidates):
+            at = _find_posting(rows, low, high, candidates[j])
+            candidates[end] = at - low
+            end += at >= 0
+    else:
+        for at in range(np.uint64(low), np.uint64(high)):
+            candidates[end] = at - np.uint64(low)
+            end += scores[rows[at]] > 0
+
+    size = len(best_rows)
+    for j in range(num_candidates, end):
+        at = np.uint64(low) + candidates[j]
+        row = rows[at]
+        score = scores[row] + impacts[at]
+        scores[row] = score
+        if score >= threshold:
+            _heap_push(row, score, size, best_rows, best_scores)
+            threshold = best_scores[size - 1]
+    return threshold
+
+
+@_compiled
+def _exact_score(impacts, rows, starts, terms, row):
+    """The score of a passage, summed in the order of the terms."""
+    score = np.float32(0)
+    for term in terms:
+        at = _find_posting(rows, starts[term], starts[term + 1], row)
+        if at >= 0:
+            score += impacts[at]
+    return score
+
+
+@_compiled
+def _find_posting(rows, low, high, row):
+    """Where `row` stands in rows[low:high], which is not empty, or -1."""
+    at = np.uint64(low)
+    left = np.uint64(high - low)
     while left > np.uint64(1):
         half = left >> np.uint64(1)
         at = at + half if rows[at + half] <= row else at
@@ -342,129 +568,33 @@ def _posting(rows, low, high, row):
 
 
 @_compiled
-def best_rows_of_all(
-    data, rows, starts, highest, terms, ends, scores, seen, best_rows, best_scores, found
-):
-    """best_rows_of for many queries in one call: terms[ends[i - 1] : ends[i]] fill best_rows[i] and
-    best_scores[i].
-    """
-    begin = 0
-    for i in range(len(ends)):
-        query = terms[begin : ends[i]]
-        found[i] = best_rows_of(
-            data, rows, starts, highest, query, scores, seen, best_rows[i], best_scores[i]
-        )
-        begin = ends[i]
+def _heap_push(row, score, size, best_rows, best_scores):
+    """Puts a row with its new score into the top k; the new size.
 
-
-@_compiled
-def best_rows_of(data, rows, starts, highest, terms, scores, seen, best_rows, best_scores):
-    """Fills best_rows and best_scores with the top len(best_rows) of a query; how many there are.
-
-    `terms` are the query's, repeats included. `scores` (float32 [passages], all zero, and again so
-    at the end) and `seen` (uint32 [2 * passages + 1]) are scratch. Scores only grow, so the best of
-    the partial sums is a lower bound of the final k-th score; what cannot reach it is left out.
-    `slack` covers that float32 sums depend on their order; at the end the few that are left are
-    summed in the order of the query, as bm25s does.
-    """
-    number, size = len(terms), 0
-    order = np.argsort(-highest[terms])
-    slack = 1 - 2.4e-7 * (number + 1)
-    rest = np.zeros(number + 1)  # the most that the words from here on can add
-    for i in range(number - 1, -1, -1):
-        rest[i] = rest[i + 1] + highest[terms[order[i]]]
-    # the bar: the k-th best partial score; alive: passages that may pass it
-    bar, alive, i = np.float32(0), 0, 0
-    # an unseen passage could still get in
-    while i < number and (size < len(best_rows) or rest[i] >= bar * slack):
-        low, high = starts[terms[order[i]]], starts[terms[order[i]] + 1]
-        alive, size, bar = _add(
-            data, rows, low, high, scores, seen, alive, size, bar, best_rows, best_scores
-        )
-        i += 1
-    while i < number:
-        alive = _drop(seen, alive, scores, bar * slack - rest[i])
-        low, high = starts[terms[order[i]]], starts[terms[order[i]] + 1]
-        bar = _complete(data, rows, low, high, seen, alive, scores, bar, best_rows, best_scores)
-        i += 1
-    if number > 2:  # of two numbers the sum is the same in any order
-        alive = _drop(seen, alive, scores, bar * slack)
-        size = 0
-        for j in range(alive):
-            size = _offer(
-                seen[j], _sum(data, rows, starts, terms, seen[j]), size, best_rows, best_scores
-            )
-    for j in range(alive):
-        scores[seen[j]] = 0
-    return size
-
-
-@_compiled
-def _add(data, rows, low, high, scores, seen, num_seen, size, bar, best_rows, best_scores):
-    """Adds a word to all passages that have it; the new number of passages seen, size of the list,
-    and bar.
+    The higher score comes first, at equal scores the lower row. The heap is a sorted array: k is
+    small, and a row may already be in it.
     """
     last = len(best_rows) - 1
-    for at in range(np.uint64(low), np.uint64(high)):
-        row = rows[at]
-        score = scores[row]
-        seen[num_seen] = row  # stays if it is new
-        num_seen += score == 0
-        score += data[at]
-        scores[row] = score
-        if score >= bar:
-            size = _offer(row, score, size, best_rows, best_scores)
-            if size > last:
-                bar = best_scores[last]
-    return num_seen, size, bar
+    if size > last and (
+        score < best_scores[last] or (score == best_scores[last] and row > best_rows[last])
+    ):
+        return size
 
+    # Its place in the top k; else a free place, or the last one.
+    at = 0
+    while at < size and best_rows[at] != row:
+        at += 1
+    if at == size:
+        size = min(size + 1, len(best_rows))
+        at = size - 1
 
-@_compiled
-def _drop(seen, alive, scores, least):
-    """Forgets rows that score less than `least`, as if they had not been seen; how many are left."""
-    kept = 0
-    for j in range(alive):
-        row = seen[j]
-        score = scores[row]
-        stays = score >= least
-        seen[kept] = row
-        scores[row] = score if stays else np.float32(0)
-        kept += stays
-    return kept
-
-
-@_compiled
-def _complete(data, rows, low, high, seen, alive, scores, bar, best_rows, best_scores):
-    """Adds a word to passages already seen: looks each up when they are few, else walks its
-    postings. The new bar.
-    """
-    found = alive  # seen[alive:found]: its postings in passages that are alive, counted from low
-    if alive * 4 * math.log2(high - low + 2.0) < high - low:
-        for j in range(alive):
-            at = _posting(rows, low, high, seen[j])
-            seen[found] = at - low
-            found += at >= 0
-    else:
-        for at in range(np.uint64(low), np.uint64(high)):
-            seen[found] = at - np.uint64(low)
-            found += scores[rows[at]] > 0
-    size = len(best_rows)
-    for j in range(alive, found):
-        at = np.uint64(low) + seen[j]
-        row = rows[at]
-        score = scores[row] + data[at]
-        scores[row] = score
-        if score >= bar:
-            _offer(row, score, size, best_rows, best_scores)
-            bar = best_scores[size - 1]
-    return bar
-
-
-@_compiled
-def _sum(data, rows, starts, terms, row):
-    score = np.float32(0)
-    for term in terms:
-        at = _posting(rows, starts[term], starts[term + 1], row)
-        if at >= 0:
-            score += data[at]
-    return score
+    # Rows that rank lower move down.
+    while at > 0 and (
+        score > best_scores[at - 1] or (score == best_scores[at - 1] and row < best_rows[at - 1])
+    ):
+        best_rows[at] = best_rows[at - 1]
+        best_scores[at] = best_scores[at - 1]
+        at -= 1
+    best_rows[at] = row
+    best_scores[at] = score
+    return size

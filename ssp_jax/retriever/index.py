@@ -1,5 +1,4 @@
-"""The folder of a search index: its files, and the checks between them and the kernels that use
-them as addresses.
+"""The folder of a search index: its files, and the checks before their numbers are addresses.
 
 meta.json is written last and has, for each file, its size and a CRC-32 of each PIECE of it. Loading
 compares them, and then checks the arrays themselves, for an index may come from a stranger: a row
@@ -12,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +21,27 @@ import numpy as np
 
 from ssp_jax.errors import InputError, reading
 from ssp_jax.retriever import bm25
+from ssp_jax.retriever.progress import Progress
 from ssp_jax.runtime import folder_swap
 
-# raise it whenever the files of an index change their meaning: old folders are then built anew
+# To be raised when the files of an index change their meaning: old folders are then built anew.
 FORMAT = 3
-PIECE = 1 << 23  # bytes of a file that one CRC-32 is of
-RANGE_POSTINGS = 1 << 20  # that a thread checks at a time
+PIECE = 1 << 23  # bytes of a file that one CRC-32 covers
+RANGE_POSTINGS = 1 << 20  # postings that a thread checks at a time
 
-META, PASSAGES, VOCABULARY = "meta.json", "passages.jsonl", "vocab.index.json"
+META = "meta.json"
+PASSAGES = "passages.jsonl"
+VOCABULARY = "vocab.index.json"
 OFFSETS = "offsets.npy"  # int64 [passages + 1], where each line of PASSAGES begins
 LINE_SUMS = "line_sums.npy"  # uint32 [passages], the CRC-32 of each line
-STEMMERS, STOPWORDS = ("", "english"), ("", "en")
+STEMMERS = ("", "english")
+STOPWORDS = ("", "en")
 
 _ARRAYS = {
-    bm25.DATA: np.float32,
+    bm25.SCORES: np.float32,
     bm25.ROWS: np.int32,
     bm25.STARTS: np.int64,
-    bm25.HIGHEST: np.float32,
+    bm25.MAX_IMPACT: np.float32,
     OFFSETS: np.int64,
     LINE_SUMS: np.uint32,
 }
@@ -54,27 +57,23 @@ _META_TYPES = {
 ANEW = "delete the index to build it anew"
 
 
-# hears what to show of so many seconds, now and then
-Shown = Callable[[Callable[[float], str]], None]
-
-
 @dataclass(frozen=True)
 class Index:
-    """Arrays that are mapped from files; plain ones, for Numba does not know np.memmap."""
+    """An open index. The arrays are mapped from files; plain ones, for Numba knows no np.memmap."""
 
     meta: dict[str, Any]
     vocabulary: dict[str, int]  # word -> its term number
-    data: np.ndarray  # float32, scores of the postings, term after term
-    rows: np.ndarray  # uint32, their passages, ascending for each term
-    starts: np.ndarray  # int64 [terms + 1]
-    highest: np.ndarray  # float32 [terms]
-    offsets: np.ndarray
-    line_sums: np.ndarray
-    passages: np.ndarray  # uint8
+    scores: np.ndarray  # float32 [postings], term after term
+    rows: np.ndarray  # uint32 [postings], their corpus rows, ascending for each term
+    starts: np.ndarray  # int64 [terms + 1], where the postings of each term begin
+    max_impact: np.ndarray  # float32 [terms], the highest score of each term
+    offsets: np.ndarray  # int64 [passages + 1], where each line of `passages` begins
+    line_sums: np.ndarray  # uint32 [passages], the CRC-32 of each line
+    passages: np.ndarray  # uint8, the bytes of PASSAGES
 
 
 def checked_settings(stemmer: object, stopwords: object, k1: object, b: object) -> dict[str, Any]:
-    """The settings of an index, as they stand in its meta.json."""
+    """The settings of an index, as they stand in its meta.json. Raises InputError."""
     if stemmer not in STEMMERS:
         raise InputError(f"retriever: stemmer is {stemmer!r}, expected one of {STEMMERS}")
     if stopwords not in STOPWORDS:
@@ -90,25 +89,24 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# --- meta.json --------------------------------------------------------------------------------------------------------
+# --- meta.json ---
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Makes an index of a folder in which all other files are written."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != folder_swap.MARKER)
-    files = {name: (folder / name).stat().st_size for name in names}
+    """Completes an index: writes meta.json of a folder that has all other files."""
+    names = folder_swap.written_names(folder)
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    sums = {}
     with _pool() as pool:
-        sums = {
-            name: list(pool.map(zlib.crc32, _pieces(folder / name)))
-            for name in names
-            if name != PASSAGES
-        }
-    text = json.dumps(meta | {"format": FORMAT, "files": files, "sums": sums}, indent=1)
+        for name in names:
+            if name != PASSAGES:
+                sums[name] = list(pool.map(zlib.crc32, _pieces(folder / name)))
+    text = json.dumps(meta | {"format": FORMAT, "files": sizes, "sums": sums}, indent=1)
     (folder / META).write_text(text, encoding="utf-8")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """InputError where there is no index of this format."""
+    """meta.json of an index. Raises InputError where there is no index of this format."""
     meta = _read_json(folder)
     fault = _fault(meta)
     if fault:
@@ -126,7 +124,7 @@ def _read_json(folder: Path) -> Any:
 
 
 def _fault(meta: Any) -> str:
-    """What makes it no meta.json of an index, "" for nothing."""
+    """Why this is not the meta.json of an index, or ""."""
     if not isinstance(meta, dict):
         return "is missing or not a JSON object"
     if meta.get("format") != FORMAT:
@@ -134,64 +132,72 @@ def _fault(meta: Any) -> str:
     for key, kind in _META_TYPES.items():
         if type(meta.get(key)) is not kind:
             return f'has no "{key}" that is a JSON value of type {kind.__name__}'
-    settings, files, sums = meta["settings"], meta["files"], meta["sums"]
     try:
-        checked_settings(**settings)
+        checked_settings(**meta["settings"])
     except (InputError, TypeError) as error:
         return f'has "settings" of no index: {error}'
     if not all(isinstance(word, str) for word in meta["stopwords"]):
         return 'has "stopwords" that are not text'
-    corpus = [type(meta["corpus"].get(key)) for key in ("size", "mtime_ns", "sha256")]
-    if corpus != [int, int, str]:
+    corpus_types = [type(meta["corpus"].get(key)) for key in ("size", "mtime_ns", "sha256")]
+    if corpus_types != [int, int, str]:
         return 'has a "corpus" without size, mtime_ns and sha256'
+    return _fault_of_files(meta["files"], meta["sums"])
+
+
+def _fault_of_files(files: dict[str, Any], sums: dict[str, Any]) -> str:
+    """Why these are not the sizes and CRC-32s of an index's files, or ""."""
     needed = {*_ARRAYS, PASSAGES, VOCABULARY}
     if not needed <= files.keys() or sums.keys() != files.keys() - {PASSAGES}:
         return f'has "files" and "sums" that do not name {", ".join(sorted(needed))}'
-    if not all(_is_whole(name, size, sums.get(name, [])) for name, size in files.items()):
-        return 'has "files" and "sums" that are not sizes and CRC-32s of files of the folder'
+    for name, size in files.items():
+        sums_of_file = sums.get(name, [])
+        is_sound = type(size) is int and size > 0 and "/" not in name
+        is_sound = is_sound and isinstance(sums_of_file, list)
+        if not is_sound or not all(type(value) is int for value in sums_of_file):
+            return 'has "files" and "sums" that are not sizes and CRC-32s of files of the folder'
     return ""
 
 
-def _is_whole(name: str, size: object, sums: object) -> bool:
-    plain = type(size) is int and size > 0 and "/" not in name and isinstance(sums, list)
-    return plain and all(type(value) is int for value in sums)  # type: ignore[attr-defined]
-
-
 def written(folder: Path) -> list[str]:
-    """The files that an index of whatever format has written; none if it is no index."""
+    """Names of the files that an index of any format has; none if the folder is no index."""
     meta = _read_json(folder)
     if not isinstance(meta, dict) or not {"format", "settings", "corpus", "files"} <= meta.keys():
         return []
     return [META, *map(str, meta["files"])] if isinstance(meta["files"], dict) else []
 
 
-# --- opening ----------------------------------------------------------------------------------------------------------
+def digest_in_meta(meta: dict[str, Any]) -> str:
+    """A text that identifies what an index was built from, and how."""
+    return f"{meta['settings']} {meta['stopwords']} corpus {meta['corpus']['sha256']}"
 
 
-def open_index(folder: Path, progress: Shown) -> Index:
-    """Maps the files and checks them. Each fault is one sentence that names the file."""
+# --- opening ---
+
+
+def open_index(folder: Path, progress: Progress) -> Index:
+    """Maps the files and checks them. Raises InputError, one sentence that names the file."""
     meta = read_meta(folder)
     for name, size in meta["files"].items():
         path = folder / name
         found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
         if found != f"{size} bytes":
             raise InputError(f"{path}: expected {size} bytes, found {found}; {ANEW}")
+
     with _pool() as pool:
         _check_sums(folder, meta["sums"], pool, progress)
         with reading(str(folder / VOCABULARY)):
             vocabulary = json.loads((folder / VOCABULARY).read_bytes())
-        arrays = {name: _array(folder / name, dtype) for name, dtype in _ARRAYS.items()}
-        passages = np.asarray(np.memmap(folder / PASSAGES, np.uint8, mode="r"))
+        arrays = {name: _open_array(folder / name, dtype) for name, dtype in _ARRAYS.items()}
         index = Index(
             meta=meta,
             vocabulary=vocabulary,
-            data=arrays[bm25.DATA],
+            scores=arrays[bm25.SCORES],
             rows=arrays[bm25.ROWS].view(np.uint32),
             starts=arrays[bm25.STARTS],
-            highest=arrays[bm25.HIGHEST],
+            max_impact=arrays[bm25.MAX_IMPACT],
             offsets=arrays[OFFSETS],
             line_sums=arrays[LINE_SUMS],
-            passages=passages,
+            passages=np.asarray(np.memmap(folder / PASSAGES, np.uint8, mode="r")),
         )
         _check_lengths(folder, index)
         _check_postings(folder, index, pool, progress)
@@ -203,72 +209,75 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _pieces(path: Path) -> Iterator[np.ndarray]:
+    """The bytes of a file, in pieces of PIECE."""
     file = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    return (file[start : start + PIECE] for start in range(0, len(file), PIECE))
+    for start in range(0, len(file), PIECE):
+        yield file[start : start + PIECE]
 
 
 def _check_sums(
-    folder: Path, sums: dict[str, list[int]], pool: ThreadPoolExecutor, progress: Shown
+    folder: Path, sums: dict[str, list[int]], pool: ThreadPoolExecutor, progress: Progress
 ) -> None:
-    for name, expected in sums.items():
-        found = pool.map(zlib.crc32, _pieces(folder / name))
-        for piece, (value, right) in enumerate(itertools.zip_longest(found, expected)):
-            share = piece / len(expected)
-            what = f"checking {name}: {share:.0%}"
-            progress(lambda seconds, what=what: f"{what}, {seconds:.0f} s")  # type: ignore[misc]
-            if value != right:
+    for name, expected_sums in sums.items():
+        sums_on_disk = pool.map(zlib.crc32, _pieces(folder / name))
+        pairs = itertools.zip_longest(sums_on_disk, expected_sums)
+        for piece, (found, expected) in enumerate(pairs):
+            progress.share(f"checking {name}", piece / len(expected_sums))
+            if found != expected:
                 raise InputError(
-                    f"{folder / name}: expected the bytes that were written; from byte {piece * PIECE:,} on they "
-                    f"differ; {ANEW}"
+                    f"{folder / name}: expected the bytes that were written; "
+                    f"from byte {piece * PIECE:,} on they differ; {ANEW}"
                 )
 
 
-def _array(path: Path, dtype: type) -> np.ndarray:
+def _open_array(path: Path, dtype: type) -> np.ndarray:
     with reading(str(path)):
         array = np.lib.format.open_memmap(path, mode="r")
     if array.dtype != dtype or array.ndim != 1:
         raise InputError(
-            f"{path}: expected an array of {np.dtype(dtype)} with one axis, found {array.dtype} with {array.ndim}; "
-            f"{ANEW}"
+            f"{path}: expected an array of {np.dtype(dtype)} with one axis, "
+            f"found {array.dtype} with {array.ndim}; {ANEW}"
         )
     return np.asarray(array)
 
 
 def _check_lengths(folder: Path, index: Index) -> None:
-    """Everything that the kernels and the reading of passages rely on, but for the postings."""
-    terms = len(index.highest)
-    postings = len(index.data)
+    """Checks all that the kernels and the reading of passages rely on, but for the postings."""
+    terms = len(index.max_impact)
+    postings = len(index.scores)
     passages = index.meta["passages"]
     size = len(index.passages)
-    right = {
-        bm25.HIGHEST: (
-            bool((np.isfinite(index.highest) & (index.highest > 0)).all()),
-            "finite scores above 0",
-        ),
-        VOCABULARY: (
-            _numbers(index.vocabulary, terms),
-            f"words with the numbers 0 to {terms - 1}, each once",
-        ),
-        bm25.ROWS: (len(index.rows) == postings, f"{postings} rows, one for each score"),
-        bm25.STARTS: (
-            _ascends(index.starts, terms, postings),
-            f"{terms + 1} ascending numbers from 0 to {postings}, the number of scores",
-        ),
-        LINE_SUMS: (
-            0 < len(index.line_sums) == passages < 2**31,
-            f"{passages} numbers, one for each passage",
-        ),
-        OFFSETS: (
-            _ascends(index.offsets, passages, size),
-            f"{passages + 1} ascending numbers from 0 to {size}, the bytes of {PASSAGES}",
-        ),
-    }
-    for name, (is_right, expected) in right.items():
+
+    def check(is_right: bool, name: str, expected: str) -> None:
         if not is_right:
             raise InputError(f"{folder / name}: expected {expected}; {ANEW}")
 
+    is_positive = np.isfinite(index.max_impact) & (index.max_impact > 0)
+    check(bool(is_positive.all()), bm25.MAX_IMPACT, "finite scores above 0")
+    check(
+        _numbers_terms(index.vocabulary, terms),
+        VOCABULARY,
+        f"words with the numbers 0 to {terms - 1}, each once",
+    )
+    check(len(index.rows) == postings, bm25.ROWS, f"{postings} rows, one for each score")
+    check(
+        _ascends(index.starts, terms, postings),
+        bm25.STARTS,
+        f"{terms + 1} ascending numbers from 0 to {postings}, the number of scores",
+    )
+    check(
+        0 < len(index.line_sums) == passages < 2**31,
+        LINE_SUMS,
+        f"{passages} numbers, one for each passage",
+    )
+    check(
+        _ascends(index.offsets, passages, size),
+        OFFSETS,
+        f"{passages + 1} ascending numbers from 0 to {size}, the bytes of {PASSAGES}",
+    )
 
-def _numbers(vocabulary: Any, terms: int) -> bool:
+
+def _numbers_terms(vocabulary: Any, terms: int) -> bool:
     """Whether each term has one word."""
     if not isinstance(vocabulary, dict) or {*map(type, vocabulary.values())} != {int}:
         return False
@@ -276,33 +285,35 @@ def _numbers(vocabulary: Any, terms: int) -> bool:
 
 
 def _ascends(starts: np.ndarray, number: int, end: int) -> bool:
-    """Whether these are the starts of `number` stretches, none of them empty, and the end of the
-    last one.
-    """
+    """Whether these are the starts of `number` non-empty stretches, and the end of the last one."""
     if len(starts) != number + 1 or starts[0] != 0 or starts[-1] != end:
         return False
     return bool((starts[1:] > starts[:-1]).all())
 
 
-def _check_postings(folder: Path, index: Index, pool: ThreadPoolExecutor, progress: Shown) -> None:
-    """Rows are addresses in the memory of a search, and a score that is not finite wins every
+def _check_postings(
+    folder: Path, index: Index, pool: ThreadPoolExecutor, progress: Progress
+) -> None:
+    """Checks rows and scores.
+
+    A row is an address in the memory of a search, and a score that is not finite wins every
     comparison or none.
     """
+    terms = len(index.max_impact)
     passages = len(index.line_sums)
-    cuts = np.searchsorted(index.starts, np.arange(0, len(index.data), RANGE_POSTINGS))
-    ranges = list(itertools.pairwise([*np.unique(cuts).tolist(), len(index.highest)]))
+    cuts = np.searchsorted(index.starts, np.arange(0, len(index.scores), RANGE_POSTINGS))
+    ranges = list(itertools.pairwise([*np.unique(cuts).tolist(), terms]))
 
-    def check(terms: tuple[int, int]) -> int:
+    def check(term_range: tuple[int, int]) -> int:
         return bm25.first_wrong_term(
-            index.data, index.rows, index.starts, index.highest, passages, *terms
+            index.scores, index.rows, index.starts, index.max_impact, passages, *term_range
         )
 
-    for (_, end), term in zip(ranges, pool.map(check, ranges), strict=True):
-        share = end / len(index.highest)
-        what = f"checking the postings: {share:.0%}"
-        progress(lambda seconds, what=what: f"{what}, {seconds:.0f} s")  # type: ignore[misc]
-        if term >= 0:
+    for (_, end), wrong_term in zip(ranges, pool.map(check, ranges), strict=True):
+        progress.share("checking the postings", end / terms)
+        if wrong_term >= 0:
             raise InputError(
-                f"{folder / bm25.ROWS} and {bm25.DATA}: expected for each word ascending rows below {passages} and "
-                f"scores above 0, up to that in {bm25.HIGHEST}; word number {term} has others; {ANEW}"
+                f"{folder / bm25.ROWS} and {bm25.SCORES}: expected for each word ascending rows "
+                f"below {passages} and scores above 0, up to that in {bm25.MAX_IMPACT}; "
+                f"word number {wrong_term} has others; {ANEW}"
             )

@@ -1,13 +1,13 @@
-"""Search by somebody's retrieval server, in the protocol of Search-R1: an E5 index that is already
-running.
+"""Search by a retrieval server in the protocol of Search-R1, such as a running E5 index.
 
 POST {"queries": [text, ...], "topk": 3, "return_scores": true} to /retrieve gives {"result":
-[[{"document": {"id", "contents"}, "score": x}, ...], ...]}; servers that know no scores give the
-documents themselves, and those that ask a web search or Anserini's BM25 give documents without an
-id, or their contents alone.
+[[{"document": {"id", "contents"}, "score": x}, ...], ...]}. Servers without scores give the
+documents themselves; those that ask a web search or Anserini's BM25 give documents without an id,
+or their contents alone.
 """
 
 import hashlib
+import itertools
 import json
 import random
 import sys
@@ -17,39 +17,45 @@ from typing import Any
 
 from ssp_jax.data import Document, Row, title_and_text
 from ssp_jax.errors import InputError, masked, sentence
-from ssp_jax.retriever.search import CACHE_BYTES, Cache, shortened
+from ssp_jax.retriever.search import CACHE_BYTES, QueryCache, shortened
 from ssp_jax.runtime.request import Reply, RequestError, Secrets, check_address, post
 
-BUSY = (429, 500, 502, 503, 504)  # answers of a server that may do better in a moment
-PAUSE_SECONDS = 0.5  # doubles with each retry; the first comes at once
+BUSY = (429, 500, 502, 503, 504)  # statuses after which a later try may succeed
+PAUSE_SECONDS = 0.5  # before the second retry, doubled with each further one; the first has none
 LONGEST_PAUSE_SECONDS = 60.0
-# a longer one is no passage; a model is shown some hundreds of words of it
+# A longer text is no passage; a model sees some hundred words of it.
 PASSAGE_CHARACTERS = 1 << 20
-# passages without a usable one between them: such a server gives nothing to learn from
+# So many unusable passages in a row end the run: the server gives nothing to learn from.
 BROKEN_IN_A_ROW = 100
 
 
 class RemoteRetriever:
-    """Threads may search at the same time. A server that stays away ends the run with one sentence."""
+    """A search server. Several threads may search at the same time.
+
+    Raises InputError, which ends the run, if the server does not answer after all retries.
+    """
 
     def __init__(
         self, url: str, probes: Sequence[str], *, top_k: int, timeout_s: float, retries: int
     ) -> None:
-        """Asks for `probes` at once, so that a wrong address is told before anything is compiled.
+        """Asks for `probes` at once, so that a wrong address is reported before anything compiles.
 
-        A server cannot be asked for a row: what it finds for the probes stands for its corpus. Only
-        the noise documents of the first round are drawn from there.
+        A server cannot be asked for a corpus row, so what it finds for the probes stands for its
+        corpus. Only the noise documents of the first round are drawn from there.
         """
         check_address("retriever.url", url)
-        self._url, self._timeout_s, self._retries = url, timeout_s, retries
+        self._url = url
+        self._timeout_s = timeout_s
+        self._retries = retries
         self._secrets = Secrets(url)
-        # what stands behind an address is not known; a new key changes nothing
+        # All that is known of the corpus. Masked, for a new key does not change it.
         self.source = masked(url)
-        self._cache: Cache[tuple[Document, ...]] = Cache(CACHE_BYTES, _size)
+        self._cache: QueryCache[tuple[Document, ...]] = QueryCache(CACHE_BYTES, _bytes)
         self.left_out = 0  # passages that could not be used
         self._broken_in_a_row = 0
-        found = {d.id: d for documents in self.search(probes, top_k) for d in documents}
-        self._known = list(found.values())
+        results = self.search(probes, top_k)
+        documents = itertools.chain.from_iterable(results)
+        self._known = list({document.id: document for document in documents}.values())
         if not self._known:
             broken = f" but {self.left_out} unusable ones" if self.left_out else ""
             raise self._error(
@@ -59,8 +65,9 @@ class RemoteRetriever:
     def __len__(self) -> int:
         return len(self._known)
 
-    def document(self, row: int) -> Document:
-        return self._known[row]
+    def document(self, corpus_row: int) -> Document:
+        """A passage that was found for the probes."""
+        return self._known[corpus_row]
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
         """At most top_k passages for each query, as the server orders them."""
@@ -70,40 +77,34 @@ class RemoteRetriever:
     def _ask(self, queries: list[str], top_k: int) -> list[tuple[Document, ...]]:
         reply = self._post({"queries": queries, "topk": top_k, "return_scores": True})
         if reply.status != 200:
-            raise self._error(
-                "that answers with status 200", f"{reply.status}: {reply.body[:200]!r}"
-            )
+            found = f"{reply.status}: {reply.body[:200]!r}"
+            raise self._error("that answers with status 200", found)
         try:
             results = json.loads(reply.body)["result"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise self._error('that answers {"result": [...]}', repr(reply.body[:200])) from None
-        if not isinstance(results, list) or [type(r) for r in results] != [list] * len(queries):
-            raise self._error(
-                f"that gives a list for each of {len(queries)} queries", repr(reply.body[:200])
-            )
+        if not isinstance(results, list) or [*map(type, results)] != [list] * len(queries):
+            expected = f"that gives a list for each of {len(queries)} queries"
+            raise self._error(expected, repr(reply.body[:200]))
         return [self._usable(result[:top_k]) for result in results]
 
     def _post(self, value: Any) -> Reply:
-        """A try that fails, or that a busy server refuses, is repeated: at once, and then after
-        pauses that double.
-        """
+        """Repeats a try that fails or is refused by a busy server: at once, then with pauses."""
         pause = 0.0
-        for left in range(self._retries, -1, -1):
+        for retries_left in range(self._retries, -1, -1):
             try:
                 reply = post(self._url, value, self._timeout_s)
-                if not left or reply.status not in BUSY:
+                if not retries_left or reply.status not in BUSY:
                     return reply
             except RequestError as error:
-                if not left:
+                if not retries_left:
                     raise self._error("that answers", error) from None
             threading.Event().wait(pause * random.uniform(1.0, 2.0))
             pause = min(max(2 * pause, PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
         raise AssertionError("the last try returns or raises")
 
     def _usable(self, items: list[Any]) -> tuple[Document, ...]:
-        """The passages but for those that are empty or broken, which are counted: web pages often
-        are.
-        """
+        """The passages without the empty or broken ones, which are counted: web pages often are."""
         found = []
         for item in items:
             try:
@@ -114,6 +115,7 @@ class RemoteRetriever:
         return tuple(found)
 
     def _document(self, item: Any) -> Document:
+        """The passage of an item in any of the servers' forms. Raises InputError."""
         values = item.get("document", item) if isinstance(item, dict) else item
         if isinstance(values, str):
             values = {"contents": values}
@@ -121,32 +123,28 @@ class RemoteRetriever:
             raise self._error("that gives documents", repr(item)[:200])
         title, text = title_and_text(Row(masked(self._url), 1, values, "document"))
         if len(title) + len(text) > PASSAGE_CHARACTERS:
-            found = f"{len(title) + len(text):,}"
-            raise self._error(
-                f"that gives passages of at most {PASSAGE_CHARACTERS:,} characters", found
-            )
-        return Document(_name(values.get("id"), title, text), title, text)
+            expected = f"that gives passages of at most {PASSAGE_CHARACTERS:,} characters"
+            raise self._error(expected, f"{len(title) + len(text):,}")
+        return Document(_document_id(values.get("id"), title, text), title, text)
 
     def _leave_out(self, error: InputError) -> None:
-        """Says so at the 1st, 10th, 100th, ... of them."""
+        """Counts an unusable passage. Prints the 1st, 10th, 100th, ... of them."""
         self.left_out += 1
         self._broken_in_a_row += 1
         if self._broken_in_a_row >= BROKEN_IN_A_ROW:
             raise InputError(self._secrets.hidden(str(error)))
         if str(self.left_out).strip("0") == "1":
             last = self._secrets.hidden(sentence(error))
-            print(
-                f"search: {self.left_out} unusable passages left out so far; the last: {last}",
-                file=sys.stderr,
-                flush=True,
-            )
+            message = f"search: {self.left_out} unusable passages left out so far; the last: {last}"
+            print(message, file=sys.stderr, flush=True)
 
     def _error(self, expected: str, found: object) -> InputError:
-        said = f"config key retriever.url: {self._url}: expected a search server {expected}, found {found}"
-        return InputError(self._secrets.hidden(said))
+        place = f"config key retriever.url: {self._url}"
+        message = f"{place}: expected a search server {expected}, found {found}"
+        return InputError(self._secrets.hidden(message))
 
 
-def _name(given: object, title: str, text: str) -> str:
+def _document_id(given: object, title: str, text: str) -> str:
     """The document's id, or a digest of its contents where the server gives none."""
     if type(given) is int:
         return str(given)
@@ -155,5 +153,10 @@ def _name(given: object, title: str, text: str) -> str:
     return hashlib.blake2b(f"{title}\n{text}".encode(), digest_size=8).hexdigest()
 
 
-def _size(documents: tuple[Document, ...]) -> int:
-    return sum(sys.getsizeof(part) for d in documents for part in (d, d.id, d.title, d.text))
+def _bytes(documents: tuple[Document, ...]) -> int:
+    """Bytes of documents in memory."""
+    return sum(
+        sys.getsizeof(item)
+        for document in documents
+        for item in (document, document.id, document.title, document.text)
+    )

@@ -1,13 +1,9 @@
-"""Search: a BM25 index of a corpus, built once, mapped from disk, asked in batches; or somebody's
-retrieval server.
-
-    python -m ssp_jax.retriever build --corpus=wiki-18.jsonl.gz --out=wiki-18.index
-    python -m ssp_jax.retriever search --index=wiki-18.index "capital of France"
+"""Search in a BM25 index: mapped from disk, queried in batches by several threads.
 
 An index is a folder: the arrays and vocabulary of bm25s (which loads it too), `passages.jsonl` with
-the corpus in row order, and what index.py adds to find and check them. Passages and postings stay
-on disk and are read through memory maps: only the vocabulary, and 12 bytes a passage for each
-thread that searches, are in host memory.
+the corpus in its order, and what index.py adds to find and check them. A passage is known by its
+row in the corpus, from 0. Passages and postings stay on disk and are read through memory maps: only
+the vocabulary, and 12 bytes a passage for each thread that searches, are in host memory.
 
 bm25s is imported inside functions only, when an index is built: `import bm25s` runs a JAX op, after
 which jax.distributed.initialize() raises. Open a retriever after the distributed start.
@@ -22,6 +18,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -30,205 +27,242 @@ import numpy as np
 from ssp_jax.data import Document, parse_document, parse_row
 from ssp_jax.errors import InputError
 from ssp_jax.retriever import bm25, index
-from ssp_jax.retriever.build import (
-    PARTS,
-    SMALL_PART,
-    Progress,
-    digest_in_meta,
-    ensure_index,
-    recover,
-)
+from ssp_jax.retriever.build import ensure_index, recover
 from ssp_jax.retriever.index import Index
+from ssp_jax.retriever.progress import Progress
 
-# of the queries asked last: of an index 100,000, of a server 20,000 with their passages
+# Some 100,000 queries of an index; 20,000 of a server, whose passages are cached as well.
 CACHE_BYTES = 1 << 26
-_ENTRY_BYTES = 250  # of a query in the cache, beside its text and its result
+_ENTRY_BYTES = 250  # overhead of a cached query, beside its text and its result
 _HIT_BYTES = 150  # of a row number and a score in Python
-# More than 1,024 words, the most clauses of Lucene; encoders behind servers read 512 tokens at
-# most.
+# More than 1,024 words, Lucene's limit of clauses. Encoders behind servers read at most 512 tokens.
 QUERY_CHARACTERS = 8192
+# A batch is cut into slices for the threads. A thread walks the postings of the smallest slice in
+# a tenth of a millisecond: less is not worth a thread.
+MIN_SLICE_POSTINGS = 1 << 14
+# Two, so that a thread that starts late or is disturbed leaves its second slice to the others.
+SLICES_PER_THREAD = 2
 
 T = TypeVar("T")
-Hits = tuple[tuple[int, float], ...]  # row and score, best first
+Hits = tuple[tuple[int, float], ...]  # corpus row and score, best first
 
 
-class Search(Protocol):
-    """What a run needs. The rows are those of the corpus, or the passages that a server gave at the
-    start.
+class Searcher(Protocol):
+    """The search that a run needs: Retriever or RemoteRetriever.
+
+    Its corpus rows are those of the corpus, or the passages that a server found at the start.
     """
 
-    source: str  # what is searched; another text means that the same query may find other passages
+    source: str  # what is searched; if it differs, the same query may find other passages
 
     def __len__(self) -> int: ...
-    def document(self, row: int) -> Document: ...
+    def document(self, corpus_row: int) -> Document: ...
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]: ...
 
 
 def shortened(query: str) -> str:
-    """A query as it is searched: what a model writes may be long, and would cost its length in
-    postings.
+    """The query as it is searched: at most QUERY_CHARACTERS of it, in valid Unicode.
 
-    Half of a character that was written as two is no Unicode, and no server takes it.
+    A model may write a query of any length, which would cost as many postings. A lone surrogate
+    is not Unicode, and no server takes it.
     """
     return query[:QUERY_CHARACTERS].encode("utf-8", "replace").decode()
 
 
-class Cache(Generic[T]):
-    """The results of the queries asked last, up to `size` bytes. Threads may ask at the same time.
+class QueryCache(Generic[T]):
+    """A thread-safe cache of the results of the latest queries, limited in bytes (LRU)."""
 
-    measure: bytes of a result.
-    """
-
-    def __init__(self, size: int, measure: Callable[[T], int]) -> None:
-        self._size, self._measure, self._lock = size, measure, threading.Lock()
-        self._kept: OrderedDict[tuple[str, int], T] = OrderedDict()
+    def __init__(self, max_bytes: int, measure: Callable[[T], int]) -> None:
+        """measure: bytes of a result."""
+        self._max_bytes = max_bytes
+        self._measure = measure
+        self._lock = threading.Lock()
+        self._results: OrderedDict[tuple[str, int], T] = OrderedDict()
         self._bytes = 0
 
     def get(
         self, queries: Sequence[str], top_k: int, find: Callable[[list[str], int], Iterable[T]]
     ) -> list[T]:
-        """What `find` gives for these queries; it is asked, once for each, for those that are not
-        here.
-        """
+        """The results of the queries. `find` is called for those that are not cached, once each."""
         keys = [(query, top_k) for query in queries]
         with self._lock:
-            known = {key: self._kept[key] for key in keys if key in self._kept}
-        missing = [key for key in dict.fromkeys(keys) if key not in known]
+            results = {key: self._results[key] for key in keys if key in self._results}
+
+        # Outside the lock: other threads go on while this one searches.
+        missing = [key for key in dict.fromkeys(keys) if key not in results]
         if missing:
-            known |= zip(missing, find([query for query, _ in missing], top_k), strict=True)
+            found = find([query for query, _ in missing], top_k)
+            results |= zip(missing, found, strict=True)
+
         with self._lock:
-            for key in known:
-                if key not in self._kept:
-                    self._bytes += self._cost(key, known[key])
-                    self._kept[key] = known[key]
+            for key, result in results.items():
+                if key not in self._results:
+                    self._bytes += self._cost(key, result)
+                    self._results[key] = result
             for key in keys:
-                self._kept.move_to_end(key)
-            while self._bytes > self._size:
-                self._bytes -= self._cost(*self._kept.popitem(last=False))
-        return [known[key] for key in keys]
+                self._results.move_to_end(key)
+            while self._bytes > self._max_bytes:
+                oldest = self._results.popitem(last=False)
+                self._bytes -= self._cost(*oldest)
+        return [results[key] for key in keys]
 
     def _cost(self, key: tuple[str, int], result: T) -> int:
         return _ENTRY_BYTES + sys.getsizeof(key[0]) + self._measure(result)
 
 
-# --- searching --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Batch:
+    """The queries of one call as arrays, and room for their results.
+
+    Query i has the terms[ends[i] : ends[i + 1]] and finds the rows[i, : found[i]].
+    """
+
+    terms: np.ndarray  # int64, of all queries
+    ends: np.ndarray  # int64 [queries + 1]
+    rows: np.ndarray  # int32 [queries, top_k], corpus rows, best first
+    scores: np.ndarray  # float32 [queries, top_k]
+    found: np.ndarray  # int64 [queries]
 
 
 class Retriever:
-    """A loaded index. Threads may ask at the same time; a batch is searched by `threads` threads, 0
-    for all cores.
-    """
+    """A loaded index. Several threads may search at the same time."""
 
-    def __init__(self, folder: Path, found: Index, threads: int = 0) -> None:
+    def __init__(self, folder: Path, index_files: Index, threads: int = 0) -> None:
+        """threads: how many search one batch together, 0 for all cores."""
         self._path = str(folder / index.PASSAGES)
-        meta = found.meta
-        self.source = digest_in_meta(meta)
-        self._arrays = found.data, found.rows, found.starts, found.highest
-        self._offsets, self._line_sums, self._passages = (
-            found.offsets,
-            found.line_sums,
-            found.passages,
+        self.source = index.digest_in_meta(index_files.meta)
+        self._index = index_files
+        # As the kernels take them.
+        self._postings = (
+            index_files.scores,
+            index_files.rows,
+            index_files.starts,
+            index_files.max_impact,
         )
-        self._words = bm25.QueryWords(
-            meta["settings"]["stemmer"], meta["stopwords"], found.vocabulary
+        settings = index_files.meta["settings"]
+        self._vocabulary = bm25.QueryVocabulary(
+            settings["stemmer"], index_files.meta["stopwords"], index_files.vocabulary
         )
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
         self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
-        self._cache: Cache[Hits] = Cache(CACHE_BYTES, lambda hits: _HIT_BYTES * len(hits))
-        self._search([""], 1)  # compiles, or reads what was compiled before
+        self._cache: QueryCache[Hits] = QueryCache(CACHE_BYTES, lambda hits: _HIT_BYTES * len(hits))
+        self._search([""], 1)  # compiles the kernels, or loads them from Numba's cache
 
     @classmethod
     def load(cls, index_dir: str | Path, threads: int = 0) -> "Retriever":
-        """Opens an index; refuses one of another format, and one whose files are not what was
-        written.
+        """Opens an index.
+
+        Raises InputError if it has another format, or if its files are not those that were written.
         """
         folder = Path(index_dir)
         recover(folder)
         try:
             return cls(folder, index.open_index(folder, Progress()), threads)
-        # of the index, or of the folder where Numba keeps what it has compiled
+        # of the index, or of the folder where Numba caches the compiled kernels
         except OSError as error:
             raise InputError(f"{folder}: expected an index that can be read ({error})") from None
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._index.offsets) - 1
 
-    def document(self, row: int) -> Document:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of an index with {len(self)} passages")
-        line = self._passages[self._offsets[row] : self._offsets[row + 1]].tobytes()
-        if zlib.crc32(line) != self._line_sums[row]:
+    def document(self, corpus_row: int) -> Document:
+        """The passage of a row, from 0. Raises InputError if its bytes were changed on disk."""
+        if not 0 <= corpus_row < len(self):
+            raise IndexError(f"row {corpus_row} of an index with {len(self)} passages")
+        begin, end = self._index.offsets[corpus_row : corpus_row + 2]
+        line = self._index.passages[begin:end].tobytes()
+        number = corpus_row + 1
+        if zlib.crc32(line) != self._index.line_sums[corpus_row]:
             raise InputError(
-                f"{self._path} line {row + 1}: expected the bytes that were written; {index.ANEW}"
+                f"{self._path} line {number}: expected the bytes that were written; {index.ANEW}"
             )
-        return parse_document(parse_row(self._path, row + 1, line))
+        return parse_document(parse_row(self._path, number, line))
 
-    def _query_terms(self, query: str) -> list[int]:
-        """The numbers of the query's words that the corpus has, in their order, repeats included."""
-        return [number for number in map(self._words.__getitem__, bm25.split(query)) if number >= 0]
-
-    def _best(
-        self, terms: np.ndarray, ends: np.ndarray, best: tuple[np.ndarray, ...], a: int, b: int
-    ) -> None:
-        """Fills `best` for the queries from a to b, of which query i has terms[ends[i] : ends[i +
-        1]].
-        """
-        try:
-            scratch = self._scratch.get_nowait()
-        except queue.Empty:
-            scratch = np.zeros(len(self), np.float32), np.empty(2 * len(self) + 1, np.uint32)
-        own = terms[ends[a] : ends[b]], ends[a + 1 : b + 1] - ends[a]
-        bm25.best_rows_of_all(*self._arrays, *own, *scratch, *(array[a:b] for array in best))
-        self._scratch.put(scratch)
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
+        """For each query at most top_k passages that share a word with it, best first."""
+        hits_of_queries = self.hits(queries, top_k)
+        return [[self.document(corpus_row) for corpus_row, _ in hits] for hits in hits_of_queries]
 
     def hits(self, queries: Sequence[str], top_k: int) -> list[Hits]:
-        """For each query the best top_k rows with their scores; only rows that share a word with
-        it.
+        """For each query the best top_k corpus rows that share a word with it, and their scores.
 
-        Higher score first, at equal score the lower row, also where top_k cuts a tie.
+        The higher score comes first, at equal scores the lower row, also where top_k cuts a tie.
         """
         return self._cache.get([shortened(query) for query in queries], top_k, self._search)
 
     def _search(self, queries: Sequence[str], top_k: int) -> list[Hits]:
-        of_queries, number = [self._query_terms(query) for query in queries], len(queries)
-        terms = np.array([term for own in of_queries for term in own], np.int64)
-        ends = np.cumsum([0] + [len(own) for own in of_queries])
-        shape = number, min(top_k, len(self))
-        best = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(number, np.int64)
-        parts = list(itertools.pairwise(self._cuts(terms, ends)))
-        left = iter(parts)  # each thread takes the next one
+        batch = self._make_batch(queries, top_k)
+        slices = list(itertools.pairwise(self._cuts(batch)))
+
+        # Each thread takes the next slice until none is left; so does this one.
+        remaining = iter(slices)
 
         def work() -> None:
-            for a, b in left:
-                self._best(terms, ends, best, a, b)
+            for first, last in remaining:
+                self._search_slice(batch, first, last)
 
-        others = [self._pool.submit(work) for _ in range(min(len(parts), self._threads) - 1)]
+        helpers = min(len(slices), self._threads) - 1
+        futures = [self._pool.submit(work) for _ in range(helpers)]
         work()
-        for other in others:
-            if not other.cancel():  # one that has not begun until now has nothing left to do
-                other.result()
-        shown = zip(*(array.tolist() for array in best), strict=True)
+        for future in futures:
+            if not future.cancel():  # a thread that has not begun by now has nothing left to do
+                future.result()
+
+        rows_of_queries = batch.rows.tolist()
+        scores_of_queries = batch.scores.tolist()
         return [
-            tuple(zip(rows[:found], scores[:found], strict=True)) for rows, scores, found in shown
+            tuple(zip(rows[:found], scores[:found], strict=True))
+            for rows, scores, found in zip(
+                rows_of_queries, scores_of_queries, batch.found.tolist(), strict=True
+            )
         ]
 
-    def _cuts(self, terms: np.ndarray, ends: np.ndarray) -> list[int]:
-        """Where the queries are cut into parts of about as many postings, a few for each thread if
-        they are many.
-        """
-        starts = self._arrays[2]
-        postings = np.concatenate([[0], np.cumsum(starts[terms + 1] - starts[terms])])[ends]
-        most = PARTS * self._threads if self._threads > 1 else 1
-        parts = min(max(1, int(postings[-1]) // SMALL_PART), most)
-        inner = np.searchsorted(postings, postings[-1] * np.arange(1, parts) / parts)
-        return [0, *sorted(set(inner.tolist()) - {0, len(ends) - 1}), len(ends) - 1]
+    def _make_batch(self, queries: Sequence[str], top_k: int) -> _Batch:
+        terms_of_queries = [self._query_terms(query) for query in queries]
+        terms = list(itertools.chain.from_iterable(terms_of_queries))
+        shape = (len(queries), min(top_k, len(self)))
+        return _Batch(
+            terms=np.array(terms, np.int64),
+            ends=np.cumsum([0, *map(len, terms_of_queries)]),
+            rows=np.empty(shape, np.int32),
+            scores=np.empty(shape, np.float32),
+            found=np.empty(len(queries), np.int64),
+        )
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
-        """For each query at most top_k passages that share a word with it, best first; fewer or
-        none if fewer match.
+    def _query_terms(self, query: str) -> list[int]:
+        """The term numbers of the query's words that the corpus has; in order, with repeats."""
+        numbers = map(self._vocabulary.__getitem__, bm25.split(query))
+        return [number for number in numbers if number >= 0]
+
+    def _cuts(self, batch: _Batch) -> list[int]:
+        """Where to cut the queries into slices of about as many postings, from 0 to their number.
+
+        A large batch gives SLICES_PER_THREAD slices for each thread.
         """
-        return [[self.document(row) for row, _ in hits] for hits in self.hits(queries, top_k)]
+        number = len(batch.found)
+        frequencies = self._index.starts[batch.terms + 1] - self._index.starts[batch.terms]
+        postings = np.concatenate([[0], np.cumsum(frequencies)])[batch.ends]
+        total = postings[-1]
+        limit = SLICES_PER_THREAD * self._threads if self._threads > 1 else 1
+        slices = min(max(1, int(total) // MIN_SLICE_POSTINGS), limit)
+        inner = np.searchsorted(postings, total * np.arange(1, slices) / slices)
+        return [0, *sorted(set(inner.tolist()) - {0, number}), number]
+
+    def _search_slice(self, batch: _Batch, first: int, last: int) -> None:
+        """Fills in the results of the batch's queries from `first` to `last` (exclusive)."""
+        try:
+            scratch = self._scratch.get_nowait()
+        except queue.Empty:
+            partial_scores = np.zeros(len(self), np.float32)
+            candidates = np.empty(2 * len(self) + 1, np.uint32)
+            scratch = (partial_scores, candidates)
+        begin = batch.ends[first]
+        terms = batch.terms[begin : batch.ends[last]]
+        ends = batch.ends[first + 1 : last + 1] - begin
+        results = (batch.rows[first:last], batch.scores[first:last], batch.found[first:last])
+        bm25.search_queries(*self._postings, terms, ends, *scratch, *results)
+        self._scratch.put(scratch)
 
 
 def open_retriever(

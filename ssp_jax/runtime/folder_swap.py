@@ -77,8 +77,8 @@ class FolderSwap:
         if self.folder.is_mount():
             remedy = "it is a mount point, which cannot be renamed: name a folder in it"
             raise InputError(f"{expected}; {remedy}")
-        names = set(os.listdir(self.folder)) - {MARKER}
-        foreign = sorted(names - set(self._owned(self.folder))) if names else []
+        names = written_names(self.folder)
+        foreign = sorted(set(names) - set(self._owned(self.folder))) if names else []
         if foreign:
             raise InputError(f"{expected}; found {foreign[0]!r} in it; it is left alone")
 
@@ -150,6 +150,11 @@ class FolderSwap:
         """The sentence for a folder that cannot be written."""
         expected = f"expected a folder where {self._kind} can be written"
         return InputError(f"{self.folder}: {expected} ({error})")
+
+
+def written_names(folder: Path) -> list[str]:
+    """Sorted names of what a folder holds, without the marker."""
+    return sorted(path.name for path in folder.iterdir() if path.name != MARKER)
 
 
 def _is_leftover(path: Path) -> bool:

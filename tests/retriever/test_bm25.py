@@ -1,6 +1,4 @@
-"""The index is bm25s's own, bit for bit, however small the blocks; the pruned search equals adding
-everything up.
-"""
+"""The index is that of bm25s bit for bit; the pruned search equals adding everything up."""
 
 import random
 from pathlib import Path
@@ -19,20 +17,22 @@ SETTINGS = {"stemmer": "english", "stopwords": "en", "k1": 1.2, "b": 0.7}
 
 def columns(data, rows, starts, vocabulary):
     """word -> its postings, as bytes."""
-    ends = {word: (starts[term], starts[term + 1]) for word, term in vocabulary.items()}
-    return {
-        word: (rows[low:high].tobytes(), data[low:high].tobytes())
-        for word, (low, high) in ends.items()
-    }
+    found = {}
+    for word, term in vocabulary.items():
+        own = slice(starts[term], starts[term + 1])
+        found[word] = (rows[own].tobytes(), data[own].tobytes())
+    return found
+
+
+def columns_of(index):
+    arrays = (index.scores[name] for name in ("data", "indices", "indptr"))
+    return columns(*arrays, index.vocab_dict)
 
 
 def loaded_by_bm25s(folder):
     import bm25s
 
-    index = bm25s.BM25.load(folder, show_progress=False)
-    return index, columns(
-        *(index.scores[name] for name in ("data", "indices", "indptr")), index.vocab_dict
-    )
+    return bm25s.BM25.load(folder, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,10 @@ def reference():
 
 
 def test_index_is_that_of_bm25s_bit_for_bit(tmp_path, reference, monkeypatch):
-    expected = columns(
-        *(reference.scores[name] for name in ("data", "indices", "indptr")), reference.vocab_dict
-    )
     build_index(CORPUS, tmp_path / "one", **SETTINGS)
-    index, found = loaded_by_bm25s(tmp_path / "one")
-    assert index.scores["num_docs"] == reference.scores["num_docs"] and found == expected
+    index = loaded_by_bm25s(tmp_path / "one")
+    assert index.scores["num_docs"] == reference.scores["num_docs"]
+    assert columns_of(index) == columns_of(reference)
     for name, value in (("BLOCK_TOKENS", 1000), ("RANGE_POSTINGS", 300), ("KNOWN_WORDS", 50)):
         monkeypatch.setattr(bm25, name, value)
     # many blocks and ranges, and words forgotten in between
@@ -68,8 +66,10 @@ def test_index_is_that_of_bm25s_bit_for_bit(tmp_path, reference, monkeypatch):
 
 def test_results_are_those_of_bm25s(tmp_path, reference):
     build_index(CORPUS, tmp_path / "index", **SETTINGS)
-    retriever, stem = Retriever.load(tmp_path / "index", threads=2), bm25.stem_function("english")
-    rng, texts = random.Random(0), [document.text for document in iterate_corpus(CORPUS)]
+    retriever = Retriever.load(tmp_path / "index", threads=2)
+    stem = bm25.stem_function("english")
+    rng = random.Random(0)
+    texts = [document.text for document in iterate_corpus(CORPUS)]
     pools = [bm25.split(" ".join(rng.choices(texts, k=3))) for _ in range(200)]
     queries = [" ".join(rng.choices(pool, k=rng.randint(1, 12))) for pool in pools]
     for query, hits in zip(queries, retriever.hits(queries, 10), strict=True):
@@ -80,39 +80,38 @@ def test_results_are_those_of_bm25s(tmp_path, reference):
 
 
 def random_postings(rng, passages, frequencies):
-    """Arrays in which each term has as many postings as `frequencies` says; few distinct scores:
-    some tie.
-    """
+    """Arrays with `frequencies` postings of each term; few distinct scores, so that some tie."""
     rows = [np.sort(rng.choice(passages, n, replace=False)).astype(np.uint32) for n in frequencies]
-    data = [
-        (rng.integers(1, 6, n) * np.log(1 + passages / n) / 7).astype(np.float32)
-        for n in frequencies
-    ]
+    data = []
+    for n in frequencies:
+        scores = rng.integers(1, 6, n) * np.log(1 + passages / n) / 7
+        data.append(scores.astype(np.float32))
     starts = np.concatenate([[0], np.cumsum(frequencies)]).astype(np.int64)
-    highest = np.array([column.max() for column in data], np.float32)
-    return np.concatenate(data), np.concatenate(rows), starts, highest
+    max_impact = np.array([column.max() for column in data], np.float32)
+    return np.concatenate(data), np.concatenate(rows), starts, max_impact
 
 
 def added_up(data, rows, starts, terms, passages):
     scores = np.zeros(passages, np.float32)
     for term in terms:
-        scores[rows[starts[term] : starts[term + 1]]] += data[starts[term] : starts[term + 1]]
+        own = slice(starts[term], starts[term + 1])
+        scores[rows[own]] += data[own]
     return scores
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 40])
 def test_pruned_search_equals_adding_everything_up(top_k):
-    """Frequencies from 1 to all passages: rare words make the search look frequent ones up, or walk
-    them.
-    """
-    rng, passages = np.random.default_rng(top_k), 20_000
+    """Frequencies from 1 to all passages, so that frequent words are looked up or walked."""
+    rng = np.random.default_rng(top_k)
+    passages = 20_000
     frequencies = [1, 1, 2, 3, 5, 10, 30, 100, 300, 1000, 3000, 5000, 10_000, 19_999, 20_000]
     arrays = random_postings(rng, passages, frequencies)
-    scratch = np.zeros(passages, np.float32), np.empty(2 * passages + 1, np.uint32)
+    scratch = (np.zeros(passages, np.float32), np.empty(2 * passages + 1, np.uint32))
     for _ in range(300):
         terms = rng.integers(len(frequencies), size=rng.integers(0, 9))  # with repeats
-        rows, scores = np.empty(top_k, np.int32), np.empty(top_k, np.float32)
-        found = bm25.best_rows_of(*arrays, terms, *scratch, rows, scores)
+        rows = np.empty(top_k, np.int32)
+        scores = np.empty(top_k, np.float32)
+        found = bm25.search_query(*arrays, terms, *scratch, rows, scores)
         every = added_up(*arrays[:3], terms, passages)
         best = np.lexsort((np.arange(passages), -every))[:top_k]
         best = best[every[best] > 0]
@@ -127,13 +126,20 @@ def test_few_seen_passages_are_looked_up_and_many_walked():
     rows = [np.array([7, 900], np.uint32), np.arange(passages, dtype=np.uint32)]
     data = [np.array([5, 5], np.float32), np.full(passages, 0.5, np.float32)]
     data[1][900] = 0.75
-    arrays = np.concatenate(data), np.concatenate(rows), 2, 2 + passages
-    for seen, expected in (([7, 900], [5.5, 5.75]), (list(range(0, passages, 2)), [5.5, 5.75])):
+    arrays = (np.concatenate(data), np.concatenate(rows), 2, 2 + passages)
+    few = [7, 900]
+    many = list(range(0, passages, 2))
+    for candidates in (few, many):
         scores = np.zeros(passages, np.float32)
-        scores[seen] = 1
+        scores[candidates] = 1
         scores[[7, 900]] = 5
-        best = np.array([7, 900], np.int32), np.array([5, 5], np.float32)
-        room = np.array(seen + [0] * (len(seen) + 1), np.uint32)
-        bar = bm25._complete(*arrays, room, len(seen), scores, np.float32(5), *best)
-        assert scores[[7, 900]].tolist() == expected and (scores[1::2][:5] == 0)[[0, 1, 2, 4]].all()
-        assert bar == 5.5 and best[0].tolist() == [900, 7] and best[1].tolist() == [5.75, 5.5]
+        best_rows = np.array([7, 900], np.int32)
+        best_scores = np.array([5, 5], np.float32)
+        room = np.array(candidates + [0] * (len(candidates) + 1), np.uint32)
+        threshold = bm25._complete(
+            *arrays, room, len(candidates), scores, np.float32(5), best_rows, best_scores
+        )
+        assert scores[[7, 900]].tolist() == [5.5, 5.75]
+        assert (scores[1::2][:5] == 0)[[0, 1, 2, 4]].all()
+        assert threshold == 5.5
+        assert best_rows.tolist() == [900, 7] and best_scores.tolist() == [5.75, 5.5]

@@ -104,7 +104,7 @@ def test_search(server):
     assert retriever.search(["d"], 1) == [[paris]]
 
 
-PARIS_ID = Document(remote._name(None, '"Paris"', "A city."), '"Paris"', "A city.")
+PARIS_ID = Document(remote._document_id(None, '"Paris"', "A city."), '"Paris"', "A city.")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""Ranking equals a BM25 written out by hand; ties, unknown words, and damaged or foreign index
-folders.
-"""
+"""Ranking equals a BM25 written out by hand; ties, unknown words, damaged or foreign indexes."""
 
 import fcntl
 import gzip
@@ -26,10 +24,10 @@ import pytest
 from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.retriever import __main__ as command
-from ssp_jax.retriever import build, search
 from ssp_jax.retriever import index as index_files
-from ssp_jax.retriever.build import PARTS, build_index
-from ssp_jax.retriever.search import Cache, Retriever, open_retriever
+from ssp_jax.retriever import progress, search
+from ssp_jax.retriever.build import build_index
+from ssp_jax.retriever.search import SLICES_PER_THREAD, QueryCache, Retriever, open_retriever
 from ssp_jax.runtime.folder_swap import MARKER
 
 PLAIN: dict[str, Any] = {"stemmer": "", "stopwords": "", "k1": 0.9, "b": 0.4}
@@ -38,25 +36,27 @@ WORDS = [f"w{i:02d}" for i in range(40)]
 
 
 def corpus_of(folder: Path, texts: list[str], name: str = "corpus.jsonl") -> Path:
-    rows = [
-        {"id": f"p{i}", "contents": f'"{text.split()[0]}"\n{text}'} for i, text in enumerate(texts)
-    ]
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(folder / name, "w") as file:
+        for i, text in enumerate(texts):
+            contents = f'"{text.split()[0]}"\n{text}'
+            file.write(json.dumps({"id": f"p{i}", "contents": contents}) + "\n")
     return folder / name
 
 
 def random_texts(number: int, seed: int = 0) -> list[str]:
     """Few words and few lengths, so that scores tie often."""
     rng = random.Random(seed)
-    return [
-        " ".join(rng.choices(WORDS, weights=range(1, 41), k=rng.choice([3, 8, 20])))
-        for _ in range(number)
-    ]
+    texts = []
+    for _ in range(number):
+        words = rng.choices(WORDS, weights=range(1, 41), k=rng.choice([3, 8, 20]))
+        texts.append(" ".join(words))
+    return texts
 
 
 def brute_force(texts: list[str], query: str, k1: float, b: float) -> list[float]:
-    """Lucene's BM25: idf = ln(1 + (N - n + 0.5) / (n + 0.5)), tf / (tf + k1 (1 - b + b length /
-    mean length)).
+    """Lucene's BM25: the sum over words of idf * tf / (tf + k1 * (1 - b + b * length / mean)).
+
+    idf = ln(1 + (docs - n + 0.5) / (n + 0.5)) of a word in n documents.
     """
     docs = [re.findall(r"\w\w+", text.lower()) for text in texts]
     mean = sum(map(len, docs)) / len(docs)
@@ -74,6 +74,10 @@ def ids(retriever: Retriever, query: str, top_k: int) -> list[str]:
     return [document.id for document in retriever.search([query], top_k)[0]]
 
 
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_equals_brute_force(tmp_path):
     texts = random_texts(120)
     retriever = open_retriever(corpus_of(tmp_path, texts), tmp_path / "index", **PLAIN)
@@ -82,30 +86,21 @@ def test_equals_brute_force(tmp_path):
     for query in [*random_texts(20, seed=1), "W01 w01 unknown w02", "w39"]:
         expected = brute_force(indexed, query, PLAIN["k1"], PLAIN["b"])
         hits = retriever.hits([query], 120)[0]
-        np.testing.assert_allclose(
-            [score for _, score in hits], [expected[row] for row, _ in hits], rtol=1e-5
-        )
-        assert {row for row, _ in hits} == {row for row, score in enumerate(expected) if score > 0}
+        rows = [row for row, _ in hits]
+        scores = [score for _, score in hits]
+        np.testing.assert_allclose(scores, [expected[row] for row in rows], rtol=1e-5)
+        assert set(rows) == {row for row, score in enumerate(expected) if score > 0}
         # what differs only by float32 rounding is a tie
         rounded = [round(score, 4) for score in expected]
         best = sorted(range(120), key=lambda row: (-rounded[row], row))
         for top_k in (1, 3, 10):
-            found = [int(name[1:]) for name in ids(retriever, query, top_k)]
-            assert [rounded[row] for row in found] == [
-                rounded[row] for row in best[:top_k] if rounded[row] > 0
-            ]
+            found = [rounded[int(name[1:])] for name in ids(retriever, query, top_k)]
+            assert found == [rounded[row] for row in best[:top_k] if rounded[row] > 0]
 
 
 def test_ties_go_to_the_lower_row_wherever_they_are_cut(tmp_path):
-    texts = [
-        "moon sun",
-        "river lake",
-        "moon sun",
-        "moon moon moon sun",
-        "river lake",
-        "moon sun",
-        "moon sun",
-    ]
+    texts = ["moon sun", "river lake", "moon sun", "moon moon moon sun", "river lake"]
+    texts += ["moon sun", "moon sun"]
     retriever = open_retriever(corpus_of(tmp_path, texts), tmp_path / "index", **PLAIN)
     order = ["p3", "p0", "p2", "p5", "p6"]
     for top_k in range(1, 6):
@@ -141,9 +136,8 @@ def test_documents_and_cache(tmp_path):
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     retriever = open_retriever(tmp_path / "c.jsonl", tmp_path / "index", **PLAIN)
     zurich = Document("a", '"Zürich"', " Stadt\nder  Schweiz \n")
-    assert retriever.document(0) == zurich and retriever.document(1) == Document(
-        "5", "Bern", "Hauptstadt"
-    )
+    assert retriever.document(0) == zurich
+    assert retriever.document(1) == Document("5", "Bern", "Hauptstadt")
     for row in (-1, 2):
         with pytest.raises(IndexError):
             retriever.document(row)
@@ -157,7 +151,7 @@ def test_the_cache_forgets_what_was_asked_longest_ago(monkeypatch):
     monkeypatch.setattr(search, "_ENTRY_BYTES", 0)
     one = sys.getsizeof("a") + 100
     asked: list[str] = []
-    cache: Cache[str] = Cache(2 * one, lambda result: 100)
+    cache: QueryCache[str] = QueryCache(2 * one, lambda result: 100)
 
     def find(queries: list[str], top_k: int) -> list[str]:
         asked.append("".join(queries))
@@ -167,18 +161,14 @@ def test_the_cache_forgets_what_was_asked_longest_ago(monkeypatch):
     # now a is younger than b
     assert cache.get(["a"], 3, find) + cache.get(["c"], 3, find) == ["a3", "c3"]
     assert cache.get(["a", "c"], 3, find) == ["a3", "c3"] and asked == ["ab", "c"]
-    assert cache.get(["b"], 3, find) + cache.get(["b"], 1, find) == ["b3", "b1"] and asked == [
-        "ab",
-        "c",
-        "b",
-        "b",
-    ]
+    assert cache.get(["b"], 3, find) + cache.get(["b"], 1, find) == ["b3", "b1"]
+    assert asked == ["ab", "c", "b", "b"]
 
 
 def test_the_cache_counts_bytes(tmp_path):
-    """Of queries as of results; one that is larger than all of it is answered and not kept."""
+    """Of queries and of results. A result larger than the cache is returned and not cached."""
     sizes: list[int] = []
-    cache: Cache[bytes] = Cache(100_000, len)
+    cache: QueryCache[bytes] = QueryCache(100_000, len)
 
     def find(queries: list[str], top_k: int) -> list[bytes]:
         sizes.append(len(queries))
@@ -186,87 +176,86 @@ def test_the_cache_counts_bytes(tmp_path):
 
     for top_k, fits in ((40_000, True), (99_000, True), (100_000, False)):
         sizes.clear()
-        assert (
-            cache.get(["moon"], top_k, find) == cache.get(["moon"], top_k, find) == [bytes(top_k)]
-        )
+        results = [cache.get(["moon"], top_k, find) for _ in range(2)]
+        assert results == [[bytes(top_k)]] * 2
         assert len(sizes) == 2 - fits and cache._bytes <= 100_000
     sizes.clear()
     long = "moon " * 20_000
     assert cache.get([long], 1, find) == cache.get([long], 1, find) and sizes == [1, 1]
-    assert cache._bytes == 0 and not cache._kept
+    assert cache._bytes == 0 and not cache._results
 
 
 def test_a_query_of_any_length_is_searched_in_no_time(tmp_path):
-    """Its beginning is what is searched, and what the cache keeps."""
-    retriever = open_retriever(
-        corpus_of(tmp_path, [*random_texts(200), "sun"]), tmp_path / "index", **PLAIN
-    )
+    """Only its beginning is searched and cached."""
+    corpus = corpus_of(tmp_path, [*random_texts(200), "sun"])
+    retriever = open_retriever(corpus, tmp_path / "index", **PLAIN)
     beginning = " ".join(random_texts(400, seed=3))
     assert len(beginning) > search.QUERY_CHARACTERS
     began = time.monotonic()
     found = retriever.hits([beginning + " sun" * 2_500_000, beginning + " moon"], 3)
-    assert (
-        time.monotonic() - began < 1 and found[0] == found[1] and len(retriever._cache._kept) == 1
-    )
+    assert time.monotonic() - began < 1
+    assert found[0] == found[1] and len(retriever._cache._results) == 1
     assert found[0] == retriever.hits([beginning[: search.QUERY_CHARACTERS]], 3)[0]
 
 
 def test_threads_get_the_serial_results(tmp_path):
-    corpus, queries = corpus_of(tmp_path, random_texts(200)), random_texts(100, seed=2)
+    corpus = corpus_of(tmp_path, random_texts(200))
+    queries = random_texts(100, seed=2)
     settings = {**PLAIN, "stemmer": "english"}
     serial = open_retriever(corpus, tmp_path / "index", **settings).search(queries, 3)
     shared = Retriever.load(tmp_path / "index")
     with ThreadPoolExecutor(4) as pool:
-        parts = list(pool.map(lambda query: shared.search([query], 3), queries))
-    assert [part[0] for part in parts] == serial
+        results = list(pool.map(lambda query: shared.search([query], 3)[0], queries))
+    assert results == serial
 
 
 def test_a_large_batch_is_searched_in_parts_by_several_threads(tmp_path, monkeypatch):
-    corpus, queries = corpus_of(tmp_path, random_texts(200)), random_texts(50, seed=2)
+    corpus = corpus_of(tmp_path, random_texts(200))
+    queries = random_texts(50, seed=2)
     open_retriever(corpus, tmp_path / "index", **PLAIN)
     alone = Retriever.load(tmp_path / "index", threads=1).hits(queries, 3)
-    monkeypatch.setattr("ssp_jax.retriever.search.SMALL_PART", 1)
-    # of which most are forgotten on the way
+    monkeypatch.setattr("ssp_jax.retriever.search.MIN_SLICE_POSTINGS", 1)
+    # most words leave the cache on the way
     monkeypatch.setattr("ssp_jax.retriever.bm25.QUERY_WORDS", 3)
-    several, parts, search = Retriever.load(tmp_path / "index", threads=3), [], Retriever._best
+    threaded = Retriever.load(tmp_path / "index", threads=3)
+    slices = []
+    search_slice = Retriever._search_slice
 
-    def watched(self, terms, ends, best, first, last):
-        parts.append((first, last))
-        search(self, terms, ends, best, first, last)
+    def watched(self, batch, first, last):
+        slices.append((first, last))
+        search_slice(self, batch, first, last)
 
-    monkeypatch.setattr(Retriever, "_best", watched)
-    assert several.hits(queries, 3) == alone and len({hits for hits in alone}) > 20
-    cuts = sorted(parts)
-    assert len(cuts) == 3 * PARTS and [last for _, last in cuts] == [
-        first for first, _ in cuts[1:]
-    ] + [50]
-    assert 0 < len(several._words) <= 3
+    monkeypatch.setattr(Retriever, "_search_slice", watched)
+    assert threaded.hits(queries, 3) == alone and len({hits for hits in alone}) > 20
+    slices.sort()
+    assert len(slices) == 3 * SLICES_PER_THREAD
+    assert [last for _, last in slices] == [first for first, _ in slices[1:]] + [50]
+    assert 0 < len(threaded._vocabulary) <= 3
 
 
 def test_threads_that_do_not_come_are_not_waited_for(tmp_path, monkeypatch):
-    """As on a machine whose cores are all at work: the caller searches every part itself."""
-    corpus, queries, gate = (
-        corpus_of(tmp_path, random_texts(200)),
-        random_texts(50, seed=2),
-        threading.Event(),
-    )
+    """As on a machine whose cores are all at work: the caller searches every slice itself."""
+    corpus = corpus_of(tmp_path, random_texts(200))
+    queries = random_texts(50, seed=2)
+    gate = threading.Event()
     alone = open_retriever(corpus, tmp_path / "index", **PLAIN, threads=1).hits(queries, 3)
-    monkeypatch.setattr("ssp_jax.retriever.search.SMALL_PART", 1)
-    several = Retriever.load(tmp_path / "index", threads=3)
-    busy = [several._pool.submit(gate.wait, 60) for _ in range(3)]
-    assert several.hits(queries, 3) == alone and not any(thread.done() for thread in busy)
+    monkeypatch.setattr("ssp_jax.retriever.search.MIN_SLICE_POSTINGS", 1)
+    threaded = Retriever.load(tmp_path / "index", threads=3)
+    busy = [threaded._pool.submit(gate.wait, 60) for _ in range(3)]
+    assert threaded.hits(queries, 3) == alone and not any(future.done() for future in busy)
     gate.set()
 
 
 def test_built_once_then_loaded(tmp_path):
-    corpus, index = corpus_of(tmp_path, random_texts(30)), tmp_path / "deep" / "index"
+    corpus = corpus_of(tmp_path, random_texts(30))
+    index = tmp_path / "deep" / "index"
     before = open_retriever(corpus, index, **PLAIN).search(WORDS, 3)
     stamp = (index / "meta.json").stat().st_mtime_ns
     assert open_retriever(corpus, index, **PLAIN).search(WORDS, 3) == before
     os.utime(corpus, ns=(1, 1))  # copied elsewhere: other time, same bytes
     assert open_retriever(corpus, index, **PLAIN).search(WORDS, 3) == before
     assert (index / "meta.json").stat().st_mtime_ns == stamp
-    assert sorted(path.name for path in index.parent.iterdir()) == ["index", "index.lock"]
+    assert names_in(index.parent) == ["index", "index.lock"]
     (index.parent / "index.lock").unlink()
     open_retriever(corpus, index, **PLAIN)
     # a right index is only read, also from a read-only disk
@@ -275,10 +264,9 @@ def test_built_once_then_loaded(tmp_path):
 
 @pytest.mark.parametrize("what, builds", [(open_retriever, 1), (build_index, 2)])
 def test_who_comes_at_the_same_time_waits(tmp_path, monkeypatch, capsys, what, builds):
-    """A run finds what another has built; `build` builds anew, and neither into what the other
-    writes.
-    """
-    corpus, index = corpus_of(tmp_path, random_texts(30)), tmp_path / "index"
+    """A run finds what another has built; `build` builds anew. They do not write at once."""
+    corpus = corpus_of(tmp_path, random_texts(30))
+    index = tmp_path / "index"
     written: list[Path] = []
     write = index_files.write_meta
 
@@ -291,24 +279,22 @@ def test_who_comes_at_the_same_time_waits(tmp_path, monkeypatch, capsys, what, b
         with open(tmp_path / "index.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             both = [pool.submit(what, corpus, index, **PLAIN) for _ in range(2)]
-            said, end = "", time.monotonic() + 60
-            while said.count(f"ssp_jax: waiting for the process that builds {index}\n") < 2:
+            printed = ""
+            end = time.monotonic() + 60
+            while printed.count(f"ssp_jax: waiting for the process that builds {index}\n") < 2:
                 assert time.monotonic() < end
                 time.sleep(0.01)
-                said += capsys.readouterr().err
+                printed += capsys.readouterr().err
             assert not index.exists()  # they have seen that there is no index, and wait
         for other in both:
             other.result(timeout=60)
     assert len(written) == builds and len(Retriever.load(index)) == 30
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "corpus.jsonl",
-        "index",
-        "index.lock",
-    ]
+    assert names_in(tmp_path) == ["corpus.jsonl", "index", "index.lock"]
 
 
 def test_rebuilt_when_corpus_settings_or_format_differ(tmp_path):
-    corpus, index = corpus_of(tmp_path, ["moon sun", "moon lake"]), tmp_path / "index"
+    corpus = corpus_of(tmp_path, ["moon sun", "moon lake"])
+    index = tmp_path / "index"
     open_retriever(corpus, index, **PLAIN)
     corpus_of(tmp_path, ["star sun", "moon lake"])  # as many bytes
     os.utime(corpus, ns=(1, 1))
@@ -322,11 +308,7 @@ def test_rebuilt_when_corpus_settings_or_format_differ(tmp_path):
     with pytest.raises(InputError, match="format"):
         Retriever.load(index)
     assert len(open_retriever(corpus, index, **ENGLISH)) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "corpus.jsonl",
-        "index",
-        "index.lock",
-    ]
+    assert names_in(tmp_path) == ["corpus.jsonl", "index", "index.lock"]
 
 
 FILES = [*index_files._ARRAYS, "passages.jsonl", "vocab.index.json", "params.index.json"]
@@ -433,13 +415,13 @@ def raw(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda index: (index / name).write_bytes(content) and None
 
 
-DATA, ROWS, STARTS = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
-HIGHEST, OFFSETS, SUMS, WORDS_FILE = (
-    "highest.npy",
-    "offsets.npy",
-    "line_sums.npy",
-    "vocab.index.json",
-)
+DATA = "data.csc.index.npy"
+ROWS = "indices.csc.index.npy"
+STARTS = "indptr.csc.index.npy"
+IMPACTS = "highest.npy"
+OFFSETS = "offsets.npy"
+SUMS = "line_sums.npy"
+WORDS_FILE = "vocab.index.json"
 HOSTILE = {
     "a row beyond the passages": (put(ROWS, -1, 30), "ascending rows below 30"),
     "a row far away": (put(ROWS, 0, 2**31 - 1), "ascending rows"),
@@ -488,8 +470,8 @@ HOSTILE = {
         changed(STARTS, lambda a: np.r_[a[:2], a[1], a[3:]]),
         f"{STARTS}: expected",
     ),
-    "a highest score of NaN": (put(HIGHEST, 0, math.nan), f"{HIGHEST}: expected finite scores"),
-    "highest scores too few": (changed(HIGHEST, lambda a: a[:-1]), f"{WORDS_FILE}|{STARTS}"),
+    "a highest score of NaN": (put(IMPACTS, 0, math.nan), f"{IMPACTS}: expected finite scores"),
+    "highest scores too few": (changed(IMPACTS, lambda a: a[:-1]), f"{WORDS_FILE}|{STARTS}"),
     "an offset beyond the file": (
         put(OFFSETS, 7, 2**50),
         f"{OFFSETS}: expected 31 ascending numbers",
@@ -525,7 +507,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_an_index_of_a_stranger_is_checked_before_its_numbers_are_addresses(built, tmp_path, name):
-    """Sizes and sums of such an index agree with its files, so only what the files hold can tell."""
+    """Its sizes and sums agree with its files, so only their contents can show it."""
     index = copied(built, tmp_path)
     damage, said = HOSTILE[name]
     damage(index)
@@ -540,26 +522,20 @@ def test_an_index_of_a_stranger_is_checked_before_its_numbers_are_addresses(buil
 @pytest.mark.parametrize(
     "key, value",
     [
-        *(
-            ("format", 2),
-            ("format", "3"),
-            ("format", None),
-            ("settings", None),
-            ("settings", {"k1": 1.5}),
-        ),
-        *(
-            ("settings", PLAIN | {"k1": "1.5"}),
-            ("settings", PLAIN | {"stemmer": "klingon"}),
-            ("stopwords", [1]),
-        ),
-        *(
-            ("corpus", {}),
-            ("passages", "30"),
-            ("passages", True),
-            ("files", {}),
-            ("files", {"../x": 1}),
-            ("sums", {}),
-        ),
+        ("format", 2),
+        ("format", "3"),
+        ("format", None),
+        ("settings", None),
+        ("settings", {"k1": 1.5}),
+        ("settings", PLAIN | {"k1": "1.5"}),
+        ("settings", PLAIN | {"stemmer": "klingon"}),
+        ("stopwords", [1]),
+        ("corpus", {}),
+        ("passages", "30"),
+        ("passages", True),
+        ("files", {}),
+        ("files", {"../x": 1}),
+        ("sums", {}),
         ("sums", dict.fromkeys(FILES, ["x"])),
     ],
 )
@@ -574,23 +550,21 @@ def test_a_damaged_meta_is_refused(built, tmp_path, key, value):
 
 
 def test_failed_build_leaves_the_old_index(tmp_path):
-    corpus, index = corpus_of(tmp_path, ["moon sun"] * 3), tmp_path / "index"
+    corpus = corpus_of(tmp_path, ["moon sun"] * 3)
+    index = tmp_path / "index"
     build_index(corpus, index, **PLAIN)
     with open(corpus, "a") as file:
         file.write('{"id": "x"}\n')
     with pytest.raises(InputError, match="line 4"):
         build_index(corpus, index, **PLAIN)
     assert len(Retriever.load(index)) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "corpus.jsonl",
-        "index",
-        "index.lock",
-    ]
+    assert names_in(tmp_path) == ["corpus.jsonl", "index", "index.lock"]
 
 
 def test_killed_build_is_repeated(tmp_path):
     """At its end, when the folder has another name for a moment, and in the middle."""
-    corpus, index = corpus_of(tmp_path, ["moon sun"] * 3), tmp_path / "index"
+    corpus = corpus_of(tmp_path, ["moon sun"] * 3)
+    index = tmp_path / "index"
     build_index(corpus, index, **PLAIN)
     for name in ("index.old", "index.building"):
         shutil.copytree(index, tmp_path / name)
@@ -598,11 +572,7 @@ def test_killed_build_is_repeated(tmp_path):
     shutil.rmtree(index)
     assert len(Retriever.load(index)) == 3 and not (tmp_path / "index.old").exists()
     assert len(open_retriever(corpus, index, **ENGLISH)) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "corpus.jsonl",
-        "index",
-        "index.lock",
-    ]
+    assert names_in(tmp_path) == ["corpus.jsonl", "index", "index.lock"]
 
 
 def test_an_empty_folder_is_taken(tmp_path):
@@ -638,7 +608,8 @@ def test_import_touches_neither_bm25s_nor_jax():
 
 def test_a_corpus_from_a_pipe(tmp_path):
     """It is read once, and the index is that of the file with the same bytes."""
-    corpus, pipe = corpus_of(tmp_path, random_texts(300)), tmp_path / "pipe"
+    corpus = corpus_of(tmp_path, random_texts(300))
+    pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(pipe.write_bytes, corpus.read_bytes())
@@ -673,8 +644,9 @@ print(kernel(*arrays, np.array([0, 1, 2]), np.ones(2, "f4"), 2, 0, 2))
 
 
 def test_an_installation_that_cannot_be_written_compiles_each_time(tmp_path):
-    """Numba has no place for what it compiles, neither in the package nor in a home. (Root may
-    write everywhere.)
+    """Numba finds no folder for its cache, neither in the package nor in a home.
+
+    (Root may write everywhere, so a file stands where the folder would be.)
     """
     source = Path(command.__file__).parents[1]
     package = shutil.copytree(source, tmp_path / "ssp_jax", ignore=lambda *_: ["__pycache__"])
@@ -698,23 +670,22 @@ def test_silent(tmp_path, capfd, caplog):
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    """What lasts is told as it goes on; what is wrong is one sentence."""
-    corpus, index = corpus_of(tmp_path, ["moon sun"] * 3000), tmp_path / "index"
-    monkeypatch.setattr(build, "PROGRESS_SECONDS", 0.0)
+    """Long work prints its progress; a build and a search print their results."""
+    corpus = corpus_of(tmp_path, ["moon sun"] * 3000)
+    index = tmp_path / "index"
+    monkeypatch.setattr(progress, "PROGRESS_SECONDS", 0.0)
     assert command.main(["build", f"--corpus={corpus}", f"--out={index}"]) == 0
-    said = capsys.readouterr()
-    assert f"{index}: 3,000 passages, 0.00 GB, built in " in said.out
+    printed = capsys.readouterr()
+    assert f"{index}: 3,000 passages, 0.00 GB, built in " in printed.out
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert (
-        command.main(["build", f"--corpus={corpus}", "--out=."]) == 0
-        and "here: 3,000" in capsys.readouterr().out
-    )
-    lines = said.err.splitlines()
-    reading = [
-        int(line.split("(")[1].split("%")[0]) for line in lines if "reading corpus.jsonl: " in line
-    ]
-    assert len(reading) == 3000 and reading == sorted(reading) and reading[0] < 50 < reading[-1]
+    assert command.main(["build", f"--corpus={corpus}", "--out=."]) == 0
+    assert "here: 3,000" in capsys.readouterr().out
+    lines = printed.err.splitlines()
+    reading = [line for line in lines if "reading corpus.jsonl: " in line]
+    percents = [int(line.split("(")[1].split("%")[0]) for line in reading]
+    assert len(percents) == 3000 and percents == sorted(percents)
+    assert percents[0] < 50 < percents[-1]
     merged = [line for line in lines if "merging" in line]
     assert merged[-1].startswith("ssp_jax: merging postings: 100%")
     assert lines[-1].startswith("ssp_jax: checking the postings: 100%")
