@@ -1,8 +1,8 @@
 """config.json of a Hugging Face folder → ModelConfig, by the rules of transformers.
 
-Where two versions of a key say the same thing (transformers 4's and 5's), transformers' precedence
-holds. What would give other numbers than transformers' is refused by name, and so is a number that
-no model has: the size of everything that follows depends on it.
+Where transformers 4 and 5 have different keys for one setting, transformers' precedence holds. A
+key that would give other numbers than transformers' is refused by name, and so is a size that no
+model has: the size of everything that follows depends on it.
 """
 
 import dataclasses
@@ -20,14 +20,13 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-# Defaults of transformers. They are taken where published folders rely on them, or none would be
-# right; elsewhere a missing key is refused.
+# Defaults of transformers, for keys that published folders leave out. Other keys must be there.
 LLAMA_ROPE_THETA = 10000.0
 QWEN3_HEAD_DIM = 128
 NORM_EPS = 1e-6
 _CONTEXT_TOKENS = {"qwen2": 32768, "qwen3": 32768, "llama": 2048}
 
-# The largest that is read: several times what published models have, or the largest with a sense.
+# Largest accepted values: several times those of published models, or the largest that make sense.
 _INTS = {
     "vocab_size": 2**24,
     "num_hidden_layers": 1000,
@@ -46,8 +45,8 @@ _FLOATS = {
     "low_freq_factor": 1e6,
     "high_freq_factor": 1e6,
 }
-# Values with which we compute what transformers computes. A missing key is like the first of them.
-_ONLY: dict[str, tuple[Any, ...]] = {
+# Values with which we compute what transformers computes. A missing key counts as the first one.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),  # two names of one function
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -61,7 +60,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "vision_config": (None,),
     "transformers_weights": (None,),  # another file than model.safetensors
 }
-# Passed over, because they change nothing that is computed here: attention_dropout (the update
+# Ignored, because they change nothing that is computed here: attention_dropout (the update
 # needs the log-probs that were sampled, without dropout), initializer_range, use_cache,
 # pretraining_tp (the same product in pieces), dtype and torch_dtype (model.dtype and --dtype
 # decide), sliding_window and max_window_layers (without use_sliding_window).
@@ -69,7 +68,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Keys:
-    """The keys of a JSON object, which messages name."""
+    """The keys of a JSON object, and where it is, for messages."""
 
     place: str
     values: Mapping[str, Any]
@@ -78,7 +77,10 @@ class _Keys:
         return InputError(f'{self.place}: key "{key}" {what}')
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """A positive number that a model can have; an int will do where a float is asked for."""
+        """A positive int or float, within _INTS or _FLOATS. Raises InputError.
+
+        An int is accepted for a float.
+        """
         kind: type[int] | type[float] = int if key in _INTS else float
         value = self.values.get(key, default)
         if value is None and key not in self.values:
@@ -86,9 +88,9 @@ class _Keys:
         is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
         if not is_number or not value > 0:
             raise self.wrong(key, f"expected a positive {kind.__name__}, found {shown(value)}")
-        most = _INTS[key] if key in _INTS else _FLOATS[key]
-        if value > most:
-            raise self.wrong(key, f"is {shown(value)}; expected at most {most:g}")
+        maximum = _INTS[key] if key in _INTS else _FLOATS[key]
+        if value > maximum:
+            raise self.wrong(key, f"is {shown(value)}; expected at most {maximum:g}")
         return kind(value)
 
     def is_true(self, key: str) -> bool:
@@ -99,13 +101,14 @@ class _Keys:
 
 
 def read(folder: Folder) -> ModelConfig:
-    """The shape of the model as config.json declares it."""
+    """The shape of the model as config.json declares it. Raises InputError."""
     keys = _Keys(folder.place(FILE), folder.read_json(FILE))
     kind = _architecture(keys)
     refuse_code(folder, FILE, keys.values)
     _check_supported(keys, kind)
     _check_model_type(keys, kind)
-    embed_dim, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
+    embed_dim = keys.number("hidden_size")
+    heads = keys.number("num_attention_heads")
     kv_heads = _kv_heads(keys, kind, heads)
     theta, scaling = _rope(keys, kind)
     return ModelConfig(
@@ -126,7 +129,7 @@ def read(folder: Folder) -> ModelConfig:
 
 
 def context_tokens(folder: Folder) -> int:
-    """Tokens that the model can tell apart by their positions, which scaling may stretch."""
+    """The longest context, in tokens, for which the model has positions, with RoPE scaling."""
     keys = _Keys(folder.place(FILE), folder.read_json(FILE))
     kind = _architecture(keys)
     tokens = keys.number("max_position_embeddings", _CONTEXT_TOKENS[kind])
@@ -137,7 +140,10 @@ def context_tokens(folder: Folder) -> int:
 
 
 def refuse_code(folder: Folder, file: str, values: Mapping[str, Any]) -> None:
-    """auto_map names Python files of the folder, which transformers runs if it is allowed to."""
+    """Raises InputError for auto_map: it names Python files of the folder for transformers to run.
+
+    file: where `values` come from.
+    """
     if values.get("auto_map"):
         raise InputError(
             f'{folder.place(file)}: key "auto_map" asks to run code of the model folder, which is '
@@ -146,7 +152,7 @@ def refuse_code(folder: Folder, file: str, values: Mapping[str, Any]) -> None:
 
 
 def _architecture(keys: _Keys) -> str:
-    """The key of ARCHITECTURES whose model the folder has."""
+    """The model type, a key of ARCHITECTURES."""
     listed = keys.values.get("architectures")
     if listed is not None and not isinstance(listed, list):
         raise keys.wrong("architectures", f"expected a list of names, found {shown(listed)}")
@@ -159,7 +165,7 @@ def _architecture(keys: _Keys) -> str:
 
 
 def _check_model_type(keys: _Keys, kind: str) -> None:
-    """transformers goes by this key alone, so it may not say anything else than `architectures`."""
+    """transformers reads this key alone, so it must agree with `architectures`."""
     found = keys.values.get("model_type", kind)
     if found != kind:
         expected = f'expected "{kind}", as {ARCHITECTURES[kind]} has it'
@@ -167,11 +173,12 @@ def _check_model_type(keys: _Keys, kind: str) -> None:
 
 
 def _check_supported(keys: _Keys, kind: str) -> None:
-    for key, good in _ONLY.items():
+    for key, supported in _SUPPORTED.items():
         if key == "attention_bias" and kind == "qwen2":
-            continue  # its code has biases at q, k and v and does not look at the key
-        if key in keys.values and keys.values[key] not in good:
-            raise keys.wrong(key, f"is {shown(keys.values[key])}; only {good[0]!r} is supported")
+            continue  # its code has biases at q, k and v and ignores the key
+        if key in keys.values and keys.values[key] not in supported:
+            only = f"only {supported[0]!r} is supported"
+            raise keys.wrong(key, f"is {shown(keys.values[key])}; {only}")
     layers = keys.values.get("layer_types")
     if layers is None:
         return
@@ -184,7 +191,7 @@ def _check_supported(keys: _Keys, kind: str) -> None:
 
 
 def _kv_heads(keys: _Keys, kind: str, heads: int) -> int:
-    """Of grouped-query attention; older Llamas have as many as query heads, and no key."""
+    """Key/value heads of grouped-query attention. Older Llamas have no key: as many as heads."""
     key = "num_key_value_heads"
     is_absent = key not in keys.values
     if keys.values.get(key) is None and (kind == "llama" or not is_absent):
@@ -212,13 +219,14 @@ def _head_dim(keys: _Keys, kind: str, embed_dim: int, heads: int) -> int:
 
 
 def _rope(keys: _Keys, kind: str) -> tuple[float, RopeScaling | None]:
-    """rope_theta and the scaling.
+    """rope_theta and the RoPE scaling.
 
-    transformers 5 writes both into rope_parameters, 4 wrote rope_theta and rope_scaling. Where the
-    two objects stand side by side transformers 5 takes rope_scaling, the whole of it: model cards
-    say to add one. A rope_theta inside the object wins over the one beside it.
+    transformers 5 writes both into rope_parameters, 4 wrote rope_theta and rope_scaling. Where both
+    objects are present transformers 5 takes all of rope_scaling: model cards say to add one. A
+    rope_theta inside the object wins over the one beside it.
     """
-    scaling, parameters = _object(keys, "rope_scaling"), _object(keys, "rope_parameters")
+    scaling = _object(keys, "rope_scaling")
+    parameters = _object(keys, "rope_parameters")
     beside = {key: keys.values[key] for key in ("rope_theta",) if key in keys.values}
     default = {"rope_theta": LLAMA_ROPE_THETA} if kind == "llama" else {}
     rope = _Keys(keys.place, default | beside | (scaling or parameters))
@@ -226,17 +234,19 @@ def _rope(keys: _Keys, kind: str) -> tuple[float, RopeScaling | None]:
         if isinstance(value, dict):
             raise rope.wrong(key, "is an object; rotary positions are the same in all layers here")
     factor = rope.values.get("partial_rotary_factor")
-    if factor not in _ONLY["partial_rotary_factor"]:
+    if factor not in _SUPPORTED["partial_rotary_factor"]:
         raise rope.wrong("partial_rotary_factor", f"is {shown(factor)}; only 1.0 is supported")
     name = rope.values.get("rope_type", rope.values.get("type", "default"))
     if name not in ("default", "llama3"):
         only = 'only "default" and "llama3" are supported'
         raise rope.wrong("rope_type", f"is {shown(name)}; {only}")
     if scaling and "rope_theta" in parameters and "rope_theta" not in scaling | beside:
-        # transformers falls back to its default; nobody who wrote both objects means that.
+        # transformers would fall back to its default, which nobody who writes both objects means.
         raise keys.wrong("rope_scaling", 'replaces "rope_parameters" and lacks its rope_theta')
     theta = rope.number("rope_theta")
-    return theta, None if name == "default" else _llama3(keys, rope)
+    if name == "default":
+        return theta, None
+    return theta, _llama3(keys, rope)
 
 
 def _object(keys: _Keys, key: str) -> dict[str, Any]:
@@ -250,7 +260,7 @@ def _llama3(keys: _Keys, rope: _Keys) -> RopeScaling:
     factors = {key: rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
     if factors["low_freq_factor"] >= factors["high_freq_factor"]:
         raise rope.wrong("low_freq_factor", "expected a number below high_freq_factor")
-    # transformers: beside the object before inside it, and else the whole context.
+    # transformers' order: the key beside the object, the key inside it, the whole context.
     key = "original_max_position_embeddings"
     if key in keys.values:
         length = keys.number(key)

@@ -1,9 +1,6 @@
-"""The one table of names: where a parameter of ours is in a Hugging Face model, and how its axes
-lie there.
-"""
+"""The table of names: where each parameter is in a Hugging Face file, and in what order of axes."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,37 +10,46 @@ from ssp_jax.model.decoder import ModelConfig, Params
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """One parameter. Axes in the letters of ssp_jax/__init__.py; the file merges the axes of a word
-    ("NH D" is 2-D).
-    """
+    """One parameter, with axes in the letters of ssp_jax/__init__.py."""
 
     path: str  # in params
     tensor: str  # in the file, {} is the layer
-    file_axes: str
+    file_axes: str  # each word is one axis of the file: "NH D" is 2-D
     axes: str  # in params, without the layer axis
 
     @property
     def layered(self) -> bool:
+        """Whether the file has a tensor for each layer, which params stack."""
         return "{}" in self.tensor
 
     def leaf(self, tree: Params) -> Any:
         """This parameter of a tree that is shaped like params."""
-        return functools.reduce(lambda node, part: node[part], self.path.split("/"), tree)
+        node: Any = tree
+        for key in self.path.split("/"):
+            node = node[key]
+        return node
 
     def file_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
-        return tuple(math.prod(sizes[a] for a in word) for word in self.file_axes.split())
+        """The shape of the tensor in the file. sizes: letter -> size."""
+        shape = []
+        for word in self.file_axes.split():
+            merged = [sizes[letter] for letter in word]
+            shape.append(math.prod(merged))
+        return tuple(shape)
 
     @property
     def split(self) -> str:
-        """The file's axes one by one."""
+        """The file's axes, with merged ones apart."""
         return self.file_axes.replace(" ", "")
 
     def as_in_file(self, items: Sequence[Any]) -> list[Any]:
-        """What is given per axis of params, in the order of the file's."""
-        return [items[self.axes.index(a)] for a in self.split]
+        """Puts one item per axis of params into the order of the file's axes."""
+        return [items[self.axes.index(letter)] for letter in self.split]
 
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one and the same in tied models
+# Two names of one tensor in tied models.
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 _LAYER = "model.layers.{}."
 _NAMES = (
     Name("embed/weight", EMBEDDING, "V D", "VD"),
@@ -67,36 +73,41 @@ _NAMES = (
 
 
 def table(config: ModelConfig) -> list[Name]:
-    """The rows of the table that a model of this shape has."""
-    absent = {
-        "bias": not config.qkv_bias,
-        "q_norm": not config.qk_norm,
-        "k_norm": not config.qk_norm,
+    """The parameters of a model of this shape, in the order of the table."""
+    absent = set()
+    if not config.qkv_bias:
+        absent |= {"bias"}
+    if not config.qk_norm:
+        absent |= {"q_norm", "k_norm"}
+    if config.tie_embeddings:
+        absent |= {"head"}
+    return [name for name in _NAMES if absent.isdisjoint(name.path.split("/"))]
+
+
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """The size of each letter."""
+    return {
+        "V": config.vocab_size,
+        "D": config.embed_dim,
+        "F": config.mlp_dim,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
     }
-    absent["head"] = config.tie_embeddings
-    return [
-        name for name in _NAMES if not any(absent.get(part, False) for part in name.path.split("/"))
-    ]
-
-
-def sizes(c: ModelConfig) -> dict[str, int]:
-    return dict(
-        V=c.vocab_size, D=c.embed_dim, F=c.mlp_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim
-    )
 
 
 def tensors(name: Name, config: ModelConfig) -> list[str]:
-    return (
-        [name.tensor.format(layer) for layer in range(config.num_layers)]
-        if name.layered
-        else [name.tensor]
-    )
+    """Names of a parameter's tensors in the file, layer by layer."""
+    if not name.layered:
+        return [name.tensor]
+    return [name.tensor.format(layer) for layer in range(config.num_layers)]
 
 
 def file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """All tensors of a model in the order in which they are written."""
-    return {
-        tensor: name.file_shape(sizes(config))
-        for name in table(config)
-        for tensor in tensors(name, config)
-    }
+    """Name -> shape of all tensors of a model, in the order in which they are written."""
+    shapes = {}
+    for name in table(config):
+        shape = name.file_shape(sizes(config))
+        for tensor in tensors(name, config):
+            shapes[tensor] = shape
+    return shapes

@@ -7,25 +7,22 @@ from ssp_jax.model.decoder import ModelConfig
 def _qwen25(
     layers: int, width: int, heads: int, kv_heads: int, head: int, ffn: int, vocab: int, tied: bool
 ) -> ModelConfig:
-    return ModelConfig(
-        vocab, layers, width, heads, kv_heads, head, ffn, 1e6, tie_embeddings=tied, qkv_bias=True
-    )
+    sizes = (vocab, layers, width, heads, kv_heads, head, ffn)
+    return ModelConfig(*sizes, rope_theta=1e6, tie_embeddings=tied, qkv_bias=True)
 
 
 def _qwen3(layers: int, width: int, heads: int, ffn: int, tied: bool) -> ModelConfig:
-    return ModelConfig(
-        151936, layers, width, heads, 8, 128, ffn, 1e6, tie_embeddings=tied, qk_norm=True
-    )
+    sizes = (151936, layers, width, heads, 8, 128, ffn)
+    return ModelConfig(*sizes, rope_theta=1e6, tie_embeddings=tied, qk_norm=True)
 
 
 def _llama3(layers: int, width: int, heads: int, head: int, ffn: int, tied: bool) -> ModelConfig:
-    return ModelConfig(
-        128256, layers, width, heads, 8, head, ffn, 5e5, norm_eps=1e-5, tie_embeddings=tied
-    )
+    sizes = (128256, layers, width, heads, 8, head, ffn)
+    return ModelConfig(*sizes, rope_theta=5e5, norm_eps=1e-5, tie_embeddings=tied)
 
 
-# From the config.json of each model on the Hugging Face hub; fine-tuned ones (-Instruct, -Coder)
-# have the same shape.
+# From the config.json of each model on the Hugging Face hub. Fine-tuned models (-Instruct, -Coder)
+# have the same shapes.
 ARCHITECTURES = {
     "Qwen2.5-0.5B": _qwen25(24, 896, 14, 2, 64, 4864, 151936, True),
     "Qwen2.5-1.5B": _qwen25(28, 1536, 12, 2, 128, 8960, 151936, True),
@@ -49,16 +46,16 @@ ARCHITECTURES = {
 
 
 def architecture(name: str) -> ModelConfig:
-    """The shape of a model by its hub name, or its folder's, where that names what it is made from."""
-    last = (
-        "-"
-        + name.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-").replace("-coder", "")
-        + "-"
-    )
-    found = [known for known in ARCHITECTURES if f"-{known.lower()}-" in last]
+    """The published shape that a model's name, on the hub or of its folder, contains.
+
+    Raises InputError if the name contains none.
+    """
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    words = last.lower().replace("_", "-").replace("-coder", "")
+    found = [known for known in ARCHITECTURES if f"-{known.lower()}-" in f"-{words}-"]
     if not found:
         raise InputError(
-            f"config key model.path is {name!r}: no config.json is there; expected a Hugging Face folder, or for "
-            f"planning one of {', '.join(ARCHITECTURES)}"
+            f"config key model.path is {name!r}: no config.json is there; "
+            f"expected a Hugging Face folder, or for planning one of {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[max(found, key=len)]
