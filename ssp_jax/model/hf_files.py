@@ -1,9 +1,8 @@
-"""Model folders (on this machine, in a bucket, on the Hugging Face hub) and the safetensors files
-in them.
+"""Model folders (local, in a bucket, on the Hugging Face hub) and their safetensors files.
 
 The file format (8-byte header length, JSON header, raw tensors) is read and written here, without
-the safetensors package: so a process can take just its own part of a tensor, from a disk or from a
-bucket, and cut it along any axis.
+the safetensors package: so a process reads only its own shard of a tensor, from a disk or from a
+bucket, cut along any axis.
 """
 
 import atexit
@@ -21,14 +20,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from ssp_jax.errors import InputError, first_line, shown
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -37,7 +37,7 @@ DTYPES = {
 Bounds = tuple[int, int]  # first, and one past the last
 _SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # all that a model has beside its weights
 _FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]{1,255}")
-_MAX_HEADER_BYTES = 100_000_000  # as the format has it
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -56,7 +56,9 @@ class Folder:
         return f"{self.name.rstrip('/')}/{file}"
 
     def read_json(self, file: str) -> dict[str, Any]:
-        path, place = self.path / file, self.place(file)
+        """The JSON object of one of the small files. Raises InputError."""
+        path = self.path / file
+        place = self.place(file)
         if not path.is_file():
             raise InputError(f"{place} does not exist; expected a Hugging Face folder with {file}")
         try:
@@ -72,9 +74,11 @@ class Folder:
         return values
 
     def has(self, file: str) -> bool:
+        """Whether the file exists, on this machine or in the bucket."""
         return (self.path / file).is_file() or file in self.names
 
     def open(self, file: str) -> "_LocalFile | _BucketFile":
+        """A file of weights. Raises InputError if it does not exist."""
         if not self.has(file):
             raise InputError(f"{self.place(file)} does not exist; it should hold model weights")
         if self.bucket is not None:
@@ -83,8 +87,9 @@ class Folder:
 
 
 def find(folder: str | Path) -> Folder:
-    """The folder of a local path, of a URL that fsspec knows (gs://, s3://, ...) or of a hub name
-    (Qwen/Qwen2.5-7B).
+    """The folder at a local path, a URL of fsspec (gs://...) or a hub name (Qwen/Qwen2.5-7B).
+
+    Raises InputError.
     """
     name = str(folder)
     if "://" in name:
@@ -100,25 +105,26 @@ def find(folder: str | Path) -> Folder:
     if _HUB_NAME.fullmatch(name):
         return Folder(name, _from_hub(name))
     raise InputError(
-        f"model folder {name} does not exist; expected a local folder, a URL such as gs://… or a hub name"
+        f"model folder {name} does not exist; "
+        "expected a local folder, a URL such as gs://… or a hub name"
     )
 
 
 @functools.cache  # small files are fetched once per process
 def _in_bucket(url: str) -> Folder:
+    """A folder in a bucket, with a local copy of its small files."""
     import fsspec  # slow to import, and only needed here
 
     path = Path(tempfile.mkdtemp(prefix="ssp_jax_model_"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     try:
         bucket, prefix = fsspec.core.url_to_fs(url)
-        files = {
-            Path(entry["name"]).name: entry["name"] for entry in bucket.ls(prefix, detail=True)
-        }
+        entries = bucket.ls(prefix, detail=True)
+        files = {Path(entry["name"]).name: entry["name"] for entry in entries}
         for name in files:
             if name.endswith(_SMALL_FILES):
                 bucket.get_file(files[name], str(path / name))
-    # the protocol's package is missing, or nobody knows the protocol
+    # The package of the protocol is not installed, or fsspec does not know the protocol.
     except (ImportError, ValueError) as error:
         raise InputError(f"model folder {url} cannot be reached: {first_line(error)}") from None
     except FileNotFoundError:
@@ -129,37 +135,36 @@ def _in_bucket(url: str) -> Folder:
 
 
 def _bucket_errors() -> tuple[type[Exception], ...]:
-    """What a store raises, such as for missing credentials: OSError, and what clients that are in
-    use have beside it.
+    """Errors that a store raises, such as for missing credentials: OSError, and its client's own.
 
-    (To be asked when something was raised: only then are they loaded.)
+    To be called when an error was raised: only then is the client imported.
     """
-    kinds = {
+    clients = {
         "google.auth.exceptions": "GoogleAuthError",
         "gcsfs.retry": "HttpError",
         "botocore.exceptions": "BotoCoreError",
         "azure.core.exceptions": "AzureError",
     }
-    return OSError, *(
-        getattr(sys.modules[module], kind)
-        for module, kind in kinds.items()
-        if module in sys.modules
-    )
+    errors: list[type[Exception]] = [OSError]
+    for module, name in clients.items():
+        if module in sys.modules:
+            errors.append(getattr(sys.modules[module], name))
+    return tuple(errors)
 
 
 @functools.cache
 def _from_hub(name: str) -> Path:
-    """The hub's local copy of a model, downloaded by those who have a network and no copy yet."""
+    """The hub's local copy of a model, downloaded first where there is none."""
     from huggingface_hub import snapshot_download  # only needed here
 
     wanted = ["*.safetensors", *(f"*{suffix}" for suffix in _SMALL_FILES)]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    # of the hub and the network, and of names that it cannot have
+    # OSError: of the hub and the network. ValueError: no valid name.
     except (OSError, ValueError) as error:
-        reason = first_line(error)
         raise InputError(
-            f"model {name} is neither a local folder nor to be had from the Hugging Face hub ({reason})"
+            f"model {name} is neither a local folder nor to be had from the Hugging Face hub "
+            f"({first_line(error)})"
         ) from None
 
 
@@ -167,25 +172,25 @@ def _from_hub(name: str) -> Path:
 
 
 class _LocalFile:
-    """A mapped file: only the pages that somebody looks at are read, and each is given back as soon
-    as it is copied.
+    """A memory-mapped file, whose pages are released once they are copied.
 
-    Without giving them back they would count as memory of this process, which would then hold the
-    model twice.
+    Otherwise they would count as memory of this process, which would hold the model twice.
     """
 
-    # bytes that one thread handles at a time: few calls, and little memory beside the arrays
+    # Bytes that one thread handles at a time: few calls, and little memory beside the arrays.
     chunk = 2**22
 
     def __init__(self, place: str, path: Path) -> None:
-        self.place, self.size = place, path.stat().st_size
+        self.place = place
+        self.size = path.stat().st_size
         with path.open("rb") as file:
+            # An empty file cannot be mapped.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
         self._bytes = np.frombuffer(self._map or b"", np.uint8)
 
     @contextlib.contextmanager
     def read(self, begin: int, end: int) -> Iterator[np.ndarray]:
-        """Bytes, to be used inside the `with` only."""
+        """Bytes (uint8), to be used inside the `with` only."""
         yield self._bytes[begin:end]
         if self._map is not None and end > begin:
             page = begin - begin % mmap.PAGESIZE
@@ -193,14 +198,14 @@ class _LocalFile:
 
 
 class _BucketFile:
-    """A file that is read by ranges. A range is contiguous: what lies between the columns of a cut
-    is read as well.
-    """
+    """A file that is read by contiguous ranges, also where only some columns are needed."""
 
-    chunk = 2**24  # a request takes tens of milliseconds, whatever it brings
+    chunk = 2**24  # a request takes tens of milliseconds, however few bytes it gets
 
     def __init__(self, place: str, bucket: Any, path: str) -> None:
-        self.place, self._bucket, self._path = place, bucket, path
+        self.place = place
+        self._bucket = bucket
+        self._path = path
         self.size = int(bucket.size(path))
 
     @contextlib.contextmanager
@@ -210,7 +215,7 @@ class _BucketFile:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file. Nothing of it is read before `read`."""
+    """A tensor of a file, known by its header; `read` reads it."""
 
     file: _LocalFile | _BucketFile
     name: str
@@ -228,26 +233,31 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, shape: Sequence[int], box: Sequence[Bounds]) -> np.ndarray:
-        """A copy of one box of the tensor, which is seen in `shape` (its own, or axes split
-        further).
-        """
-        row = math.prod(shape[1:]) * self.dtype.itemsize
-        columns = tuple(slice(*bounds) for bounds in box[1:])
-        with self.file.read(self.begin + box[0][0] * row, self.begin + box[0][1] * row) as raw:
+        """A copy of one box of the tensor. shape: its own, or with axes split further."""
+        row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+        begin = self.begin + box[0][0] * row_bytes
+        end = self.begin + box[0][1] * row_bytes
+        columns = [slice(*bounds) for bounds in box[1:]]
+        with self.file.read(begin, end) as raw:
             rows = raw.view(f"u{self.dtype.itemsize}").reshape(-1, *shape[1:])
             return rows[(slice(None), *columns)].copy().view(self.dtype)
 
 
 def tensor_names(folder: Folder) -> frozenset[str]:
-    """Names of all tensors; of a folder without weights none."""
+    """Names of all tensors; none of a folder without weights. Raises InputError."""
     if folder.has(SINGLE_FILE):
         return frozenset(_open_file(folder, SINGLE_FILE))
-    return frozenset(_weight_map(folder)) if folder.has(INDEX_FILE) else frozenset()
+    if folder.has(INDEX_FILE):
+        return frozenset(_weight_map(folder))
+    return frozenset()
 
 
 def open_tensors(folder: Folder) -> dict[str, Tensor]:
-    """All tensors of a folder: from its single file, or from the files that the index names."""
-    if folder.has(SINGLE_FILE):  # before an index, as transformers has it
+    """All tensors of a folder, by name, from its single file or the files in its index.
+
+    Raises InputError.
+    """
+    if folder.has(SINGLE_FILE):  # as in transformers, it wins over an index
         return _open_file(folder, SINGLE_FILE)
     if not folder.has(INDEX_FILE):
         raise InputError(
@@ -256,16 +266,24 @@ def open_tensors(folder: Folder) -> dict[str, Tensor]:
     weight_map = _weight_map(folder)
     files = sorted(set(weight_map.values()))
     with ThreadPoolExecutor() as pool:
-        found = dict(
-            zip(files, pool.map(functools.partial(_open_file, folder), files), strict=True)
-        )
+        opened = pool.map(functools.partial(_open_file, folder), files)
+        tensors_of_file = dict(zip(files, opened, strict=True))
+    _check_weight_map(folder, weight_map, tensors_of_file)
+    return {name: tensors_of_file[file][name] for name, file in weight_map.items()}
+
+
+def _check_weight_map(
+    folder: Folder, weight_map: dict[str, str], tensors_of_file: dict[str, dict[str, Tensor]]
+) -> None:
+    """Raises InputError unless the index lists exactly the tensors of the files."""
     for name, file in weight_map.items():
-        if name not in found[file]:
+        if name not in tensors_of_file[file]:
             raise InputError(
-                f'{folder.place(file)}: tensor "{name}" is missing, though {INDEX_FILE} says it is there'
+                f'{folder.place(file)}: tensor "{name}" is missing, '
+                f"though {INDEX_FILE} says it is there"
             )
     # transformers takes every tensor of the files, listed or not: no index may hide one.
-    for file, tensors in found.items():
+    for file, tensors in tensors_of_file.items():
         for name in tensors:
             if weight_map.get(name) != file:
                 other = weight_map.get(name, "no file")
@@ -273,30 +291,33 @@ def open_tensors(folder: Folder) -> dict[str, Tensor]:
                     f'{folder.place(INDEX_FILE)}: tensor "{name}" is missing from key "weight_map" '
                     f"for {file}, which has it; {other} is given"
                 )
-    return {name: found[file][name] for name, file in weight_map.items()}
 
 
 def _weight_map(folder: Folder) -> dict[str, str]:
-    """Tensor -> file of this folder."""
+    """The index: tensor -> file of this folder. Raises InputError."""
     index = folder.place(INDEX_FILE)
     weight_map = folder.read_json(INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) for file in weight_map.values()
-    ):
+    if not _is_object_of_texts(weight_map):
         raise InputError(
             f'{index}: key "weight_map" is missing or does not give a file name for each tensor'
         )
     for file in sorted(set(weight_map.values())):
         if not _FILE_NAME.fullmatch(file):
             raise InputError(
-                f'{index}: key "weight_map" gives the file {shown(file)}; expected one of this folder'
+                f'{index}: key "weight_map" gives the file {shown(file)}; '
+                "expected one of this folder"
             )
     return weight_map
 
 
+def _is_object_of_texts(value: Any) -> TypeGuard[dict[str, str]]:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
 def _open_file(folder: Folder, name: str) -> dict[str, Tensor]:
-    """The tensors of a file, which must be exactly what follows the header: as safetensors' own
-    reader has it.
+    """The tensors of a file. Raises InputError.
+
+    They must fill exactly the bytes after the header, as safetensors' own reader demands.
     """
     file = folder.open(name)
     with file.read(0, min(8, file.size)) as raw:
@@ -307,12 +328,15 @@ def _open_file(folder: Folder, name: str) -> dict[str, Tensor]:
         )
     header = _read_header(file, start)
     metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(
-        isinstance(text, str) for text in metadata.values()
-    ):
+    if metadata is not None and not _is_object_of_texts(metadata):
         raise InputError(f"{file.place}: __metadata__ in its header is not an object of texts")
     tensors = {key: _open_tensor(file, start, key, entry) for key, entry in header.items()}
+    _check_layout(file, start, tensors)
+    return tensors
+
+
+def _check_layout(file: "_LocalFile | _BucketFile", start: int, tensors: dict[str, Tensor]) -> None:
+    """Raises InputError unless the tensors fill the file from `start` on, gapless and disjoint."""
     end = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.size)):
         if tensor.begin != end:
@@ -325,10 +349,10 @@ def _open_file(folder: Folder, name: str) -> dict[str, Tensor]:
         raise InputError(
             f"{file.place} has {file.size - end} bytes after its last tensor; expected none"
         )
-    return tensors
 
 
 def _read_header(file: Any, start: int) -> dict[str, Any]:
+    """The JSON object in the bytes from 8 to `start`. Raises InputError."""
     if start - 8 > _MAX_HEADER_BYTES:
         raise InputError(
             f"{file.place}: its header has {start - 8} bytes; expected at most {_MAX_HEADER_BYTES}"
@@ -337,7 +361,7 @@ def _read_header(file: Any, start: int) -> dict[str, Any]:
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
+            [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
             raise InputError(f"{file.place}: its header has {shown(twice)} twice")
         return values
 
@@ -356,64 +380,68 @@ def _read_header(file: Any, start: int) -> dict[str, Any]:
 
 
 def _open_tensor(file: Any, start: int, name: str, entry: Any) -> Tensor:
+    """The tensor of a header's entry; `start` is where the header ends. Raises InputError."""
     place = f'{file.place}: tensor "{name[:200]}"'
     try:
-        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        tag = entry["dtype"]
+        shape = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{place} has no dtype, shape and data_offsets in the header") from None
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         found = f"shape {shown(shape)} and offsets {shown([begin, end])}"
         raise InputError(f"{place} has {found}; expected natural numbers")
-    if not isinstance(kind, str) or kind not in DTYPES:
-        name_of_it = kind[:20] if isinstance(kind, str) else shown(kind)
-        raise InputError(f"{place} has dtype {name_of_it}; expected {', '.join(DTYPES)}")
+    if not isinstance(tag, str) or tag not in DTYPES:
+        found = tag[:20] if isinstance(tag, str) else shown(tag)
+        raise InputError(f"{place} has dtype {found}; expected {', '.join(DTYPES)}")
     if start + end > file.size:
         raise InputError(
             f"{place} ends at byte {start + end}, but the file is truncated: it has {file.size}"
         )
-    if math.prod(shape) * DTYPES[kind].itemsize != end - begin:
+    if math.prod(shape) * DTYPES[tag].itemsize != end - begin:
         raise InputError(f"{place} of shape {shown(shape)} has {end - begin} bytes")
-    return Tensor(file, name, DTYPES[kind], shape, start + begin)
+    return Tensor(file, name, DTYPES[tag], shape, start + begin)
 
 
 # --- writing ---
 
-# file -> process that writes it, shapes of its tensors
-Plan = dict[str, tuple[int, dict[str, tuple[int, ...]]]]
+Shapes = dict[str, tuple[int, ...]]  # tensor -> its shape
+FilePlan = dict[str, tuple[int, Shapes]]  # file -> the process that writes it, its tensors
 
 
-def plan_files(
-    owners: dict[str, int], shapes: dict[str, tuple[int, ...]], dtype: np.dtype, max_bytes: int
-) -> Plan:
-    """Files of at most `max_bytes` (a larger tensor has its own), each with tensors of one process."""
-    files: list[tuple[int, dict[str, tuple[int, ...]]]] = []
+def plan_files(owners: dict[str, int], shapes: Shapes, dtype: np.dtype, max_bytes: int) -> FilePlan:
+    """Deals tensors out to files of at most `max_bytes`, each with tensors of one process.
+
+    owners: tensor -> process. A tensor of more than `max_bytes` has a file of its own.
+    """
+    files: list[tuple[int, Shapes]] = []
     for process in sorted(set(owners.values())):
-        filled = max_bytes
+        own: Shapes = {}
+        filled = 0
         for tensor, shape in shapes.items():
-            if owners[tensor] == process:
-                size = math.prod(shape) * dtype.itemsize
-                if filled + size > max_bytes:
-                    files.append((process, {}))
-                    filled = 0
-                files[-1][1][tensor] = shape
-                filled += size
+            if owners[tensor] != process:
+                continue
+            size = math.prod(shape) * dtype.itemsize
+            if not own or filled + size > max_bytes:
+                own = {}
+                filled = 0
+                files.append((process, own))
+            own[tensor] = shape
+            filled += size
     if len(files) == 1:
         return {SINGLE_FILE: files[0]}
-    return {
-        f"model-{number:05d}-of-{len(files):05d}.safetensors": file
-        for number, file in enumerate(files, 1)
-    }
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    return dict(zip(names, files, strict=True))
 
 
-def write_file(
-    path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterator[np.ndarray], tag: str
-) -> None:
-    """One safetensors file with the next arrays; tag is their dtype, a key of DTYPES."""
-    # transformers refuses files without it
+def write_file(path: Path, shapes: Shapes, arrays: Iterator[np.ndarray], tag: str) -> None:
+    """Writes one safetensors file with the next arrays; tag is their dtype, a key of DTYPES."""
+    # transformers refuses files without the metadata.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * DTYPES[tag].itemsize
+        begin = end
+        end += math.prod(shape) * DTYPES[tag].itemsize
         header[tensor] = {"dtype": tag, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for aligned tensors

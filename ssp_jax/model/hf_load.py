@@ -1,12 +1,12 @@
-"""Hugging Face folders → shapes, tokenizers and params. The way back is export.py.
+"""Loading a Hugging Face folder: shape, tokenizer and params. hf_save.py is the way back.
 
-Reading fills one destination buffer per parameter and device, layer by layer, with only the bytes
+Loading fills one destination buffer per parameter and device, layer by layer, with only the bytes
 that this process needs: so a second copy of the model is never in host memory.
 """
 
 import dataclasses
-import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ ADAPTER = "adapter_config.json"  # of LoRA: transformers would add it to the wei
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder, as transformers would run it."""
+    """The shape of the model in a folder, as transformers would run it. Raises InputError."""
     found = hf_files.find(folder)
     config = hf_config.read(found)
     if config.tie_embeddings and _has_own_head(found):
@@ -37,106 +37,112 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def _has_own_head(folder: Folder) -> bool:
-    """Whether the weights have a head that differs from the embedding, though config.json ties
-    them.
+    """Whether the weights have a head that differs from the embedding.
 
-    Merging LoRA weights into one of the two leaves such folders. transformers then uses both.
+    Merging LoRA weights into one of the two leaves such folders, whose config.json still ties them.
+    transformers then uses both.
     """
     if not {EMBEDDING, HEAD} <= hf_files.tensor_names(folder):
         return False
     tensors = hf_files.open_tensors(folder)
-    embedding, head = tensors[EMBEDDING], tensors[HEAD]
+    embedding = tensors[EMBEDDING]
+    head = tensors[HEAD]
     if embedding.shape != head.shape or len(head.shape) != 2:
-        return True  # what is wrong with them is told when they are loaded
-    rows, width = head.shape
+        return True  # loading reports what is wrong with them
+    vocab_size, width = head.shape
     step = max(1, head.file.chunk // max(1, width * head.dtype.itemsize))
 
     def is_same(begin: int) -> bool:
-        box = [(begin, min(begin + step, rows)), (0, width)]
-        parts = [tensor.read(tensor.shape, box).astype(np.float32) for tensor in (embedding, head)]
-        return parts[0].tobytes() == parts[1].tobytes()
+        box = [(begin, min(begin + step, vocab_size)), (0, width)]
+        a = embedding.read(embedding.shape, box).astype(np.float32)
+        b = head.read(head.shape, box).astype(np.float32)
+        return a.tobytes() == b.tobytes()
 
     with ThreadPoolExecutor() as pool:
-        return not all(pool.map(is_same, range(0, rows, step)))
+        return not all(pool.map(is_same, range(0, vocab_size, step)))
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any]:
-    """generation_config.json, or nothing: not every model has one. As in transformers
-    `eos_token_id` is that of config.json where no generation config names one; an id or a list
-    of ids, each of which the model has.
+    """generation_config.json, or {} for a model without one. Raises InputError.
+
+    As in transformers, `eos_token_id` is that of config.json where the generation config has none:
+    an id, or a list of ids, of the vocabulary.
     """
     found = hf_files.find(folder)
-    file, values = "generation_config.json", {}
-    if found.has(file):
-        values = found.read_json(file)
-    ids = values.get("eos_token_id")
-    if ids is None:
-        file = "config.json"
-        ids = found.read_json(file).get("eos_token_id")
-    rows = hf_config.read(found).vocab_size
-    for index in ids if isinstance(ids, list) else [ids]:
-        if index is not None and (type(index) is not int or not 0 <= index < rows):
+    file = "generation_config.json"
+    values = found.read_json(file) if found.has(file) else {}
+    eos_ids = values.get("eos_token_id")
+    if eos_ids is None:
+        file = hf_config.FILE
+        eos_ids = found.read_json(file).get("eos_token_id")
+    vocab_size = hf_config.read(found).vocab_size
+    for token_id in eos_ids if isinstance(eos_ids, list) else [eos_ids]:
+        if token_id is None:
+            continue
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise InputError(
-                f'{found.place(file)}: key "eos_token_id" expected ids from 0 to {rows - 1}, found {index!r}'
+                f'{found.place(file)}: key "eos_token_id" '
+                f"expected ids from 0 to {vocab_size - 1}, found {token_id!r}"
             )
-    return values if ids is None else {**values, "eos_token_id": ids}
+    return values if eos_ids is None else {**values, "eos_token_id": eos_ids}
 
 
 def context_tokens(folder: str | Path) -> int:
-    """Tokens that the model can tell apart by their positions."""
+    """The longest context, in tokens, for which the model has positions."""
     return hf_config.context_tokens(hf_files.find(folder))
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The folder's own tokenizer (a transformers fast tokenizer)."""
-    # First, for transformers reads both files too, and would blame others.
+    """The folder's own tokenizer (a transformers fast tokenizer). Raises InputError."""
     found = hf_files.find(folder)
-    rows = hf_config.read(found).vocab_size
+    # First the configs: transformers reads them too, and its errors would name other files.
+    vocab_size = hf_config.read(found).vocab_size
     read_generation_config(folder)
-    return hf_tokenizer.load(found, rows)
+    return hf_tokenizer.load(found, vocab_size)
 
 
 def check_tensors(folder: str | Path, config: ModelConfig) -> str:
-    """What `load` would refuse of the files' headers, and of a row of each tensor, in an instant.
+    """Checks the files' headers, and one row of each tensor, as `load` would. Raises InputError.
 
-    Gives a digest of these rows: training moves all tensors. A model that has diverged is NaN in
-    all rows; one that is so in few is refused when it is loaded.
+    Returns a digest of these rows, which changes when the model is trained: that moves all tensors.
+    A model that has diverged is NaN in all rows; one that is NaN in a few is refused by `load`.
     """
     tensors = _open_tensors(hf_files.find(folder), config)
 
-    def row(name: str) -> bytes:
-        tensor, middle = tensors[name], tensors[name].shape[0] // 2
+    def middle_row(name: str) -> bytes:
+        tensor = tensors[name]
+        middle = tensor.shape[0] // 2
         box = [(middle, middle + 1), *((0, size) for size in tensor.shape[1:])]
         values = tensor.read(tensor.shape, box)
         _check_finite(tensor, values.view(f"u{values.itemsize}"), tensor.dtype)
         return values.tobytes()
 
     with ThreadPoolExecutor() as pool:
-        return hashlib.blake2b(b"".join(pool.map(row, sorted(tensors))), digest_size=8).hexdigest()
+        rows = b"".join(pool.map(middle_row, sorted(tensors)))
+    return hashlib.blake2b(rows, digest_size=8).hexdigest()
 
 
 def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
-    """Exactly the tensors of this shape, each of its own shape; before anything is read.
+    """The tensors of a model of this shape, by name, of which only headers are read.
 
-    A tensor that the model would not use is refused, or is known by name to say nothing new.
+    Raises InputError if one is missing, has another shape, or would not be used by the model.
     """
     if folder.has(ADAPTER):
         raise InputError(
-            f"{folder.place(ADAPTER)} asks for an adapter beside the weights; expected weights that "
-            "it is merged into, and no such file"
+            f"{folder.place(ADAPTER)} asks for an adapter beside the weights; "
+            "expected weights that it is merged into, and no such file"
         )
     tensors = hf_files.open_tensors(folder)
-    # equal, as read_config saw, or the only one of the two
+    # Of a tied model, whose head is equal (read_config has compared) or all that the file has.
     if config.tie_embeddings and HEAD in tensors:
         head = tensors.pop(HEAD)
         tensors.setdefault(EMBEDDING, head)
     expected = hf_table.file_shapes(config)
     for name, shape in expected.items():
         if name not in tensors:
-            place = folder.place(
-                hf_files.SINGLE_FILE if folder.has(hf_files.SINGLE_FILE) else hf_files.INDEX_FILE
-            )
-            raise InputError(f'{place}: tensor "{name}" is missing')
+            is_single = folder.has(hf_files.SINGLE_FILE)
+            file = hf_files.SINGLE_FILE if is_single else hf_files.INDEX_FILE
+            raise InputError(f'{folder.place(file)}: tensor "{name}" is missing')
         if tensors[name].shape != shape:
             found = shown(tensors[name].shape)
             raise InputError(
@@ -149,55 +155,59 @@ def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def load(folder: str | Path, config: ModelConfig, shardings: Params | None, dtype: Any) -> Params:
-    """Params of a folder. `shardings` is shaped like params, or None for all of it on the default
-    device.
+    """Params of a folder, of `dtype`. Raises InputError.
 
-    Threads read and lay out one parameter while the one before it goes to the devices; no more of
-    the model than these two is in host memory (beside the params themselves, where the device is
-    the host).
+    shardings: shaped like params, or None for all of them on the default device.
+
+    Threads read one parameter and transpose it while the one before it goes to the devices. No more
+    of the model than these two is in host memory, besides the params on a CPU.
     """
     tensors = _open_tensors(hf_files.find(folder), config)
+    sizes = hf_table.sizes(config)
     params: Params = {}
-    before: Any = ()
+    previous: Any = ()
     with ThreadPoolExecutor() as pool:
         for name in hf_table.table(config):
-            *parents, last = name.path.split("/")
-            node = functools.reduce(lambda node, part: node.setdefault(part, {}), parents, params)
-            sharding = (
-                SingleDeviceSharding(jax.local_devices()[0])
-                if shardings is None
-                else name.leaf(shardings)
-            )
+            if shardings is None:
+                sharding = SingleDeviceSharding(jax.local_devices()[0])
+            else:
+                sharding = name.leaf(shardings)
             layers = [tensors[tensor] for tensor in hf_table.tensors(name, config)]
-            node[last] = _load_leaf(
-                name, layers, hf_table.sizes(config), sharding, np.dtype(dtype), pool.map
-            )
-            jax.block_until_ready(before)
-            before = node[last]
+            leaf = _load_leaf(name, layers, sizes, sharding, np.dtype(dtype), pool.map)
+            jax.block_until_ready(previous)
+            previous = leaf
+
+            *parents, last = name.path.split("/")
+            node = params
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = leaf
     return params
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """What some device holds of a parameter, seen with the file's axes."""
+class _Shard:
+    """What a device holds of a parameter, with the file's axes."""
 
     layers: Bounds
     box: list[Bounds]
-    # a view [layers of the part, ...] of the device's array, as unsigned integers
+    # A view [layers of the shard, ...] of the device's array, as unsigned integers.
     bits_L: np.ndarray
 
     def put(self, layer: int, box: list[Bounds], bits: np.ndarray) -> None:
-        """Copies what this part wants of a box of a layer."""
-        wanted = [(max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(self.box, box, strict=True)]
-        if self.layers[0] <= layer < self.layers[1] and all(begin < end for begin, end in wanted):
-            here, there = (
-                tuple(
-                    slice(begin - first, end - first)
-                    for (begin, end), (first, _) in zip(wanted, whole, strict=True)
-                )
-                for whole in (self.box, box)
-            )
-            self.bits_L[layer - self.layers[0]][here] = bits[there]
+        """Copies this shard's share of a box of a layer."""
+        if not self.layers[0] <= layer < self.layers[1]:
+            return
+        target = []
+        source = []
+        for (own_begin, own_end), (box_begin, box_end) in zip(self.box, box, strict=True):
+            begin = max(own_begin, box_begin)
+            end = min(own_end, box_end)
+            if begin >= end:
+                return
+            target.append(slice(begin - own_begin, end - own_begin))
+            source.append(slice(begin - box_begin, end - box_begin))
+        self.bits_L[layer - self.layers[0]][tuple(target)] = bits[tuple(source)]
 
 
 def _load_leaf(
@@ -208,67 +218,80 @@ def _load_leaf(
     dtype: np.dtype,
     parallel_map: Callable[..., Iterator[None]],
 ) -> jax.Array:
-    """One parameter. Its parts for this process's devices are buffers that are filled chunk by
-    chunk.
-    """
-    shape = (*((len(layers),) if name.layered else ()), *(sizes[a] for a in name.axes))
+    """One parameter. The shards of this process's devices are buffers, filled chunk by chunk."""
+    shape = [sizes[letter] for letter in name.axes]
+    if name.layered:
+        shape.insert(0, len(layers))
 
     def bounds(index: Any) -> tuple[Bounds, ...]:
-        return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        return tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
 
-    arrays = {
-        whole: _empty([end - begin for begin, end in whole], dtype)
-        for whole in map(bounds, sharding.addressable_devices_indices_map(shape).values())
-    }
-    parts = [_part(name, whole, x) for whole, x in arrays.items()]
-    axes = range(len(name.split))
-    box = [
-        (min(part.box[a][0] for part in parts), max(part.box[a][1] for part in parts)) for a in axes
-    ]
-    file_shape = [sizes[a] for a in name.split]
+    # One buffer for each distinct shard: devices may hold the same one.
+    arrays = {}
+    for index in sharding.addressable_devices_indices_map(tuple(shape)).values():
+        if bounds(index) not in arrays:
+            arrays[bounds(index)] = _empty([end - begin for begin, end in bounds(index)], dtype)
+    shards = [_shard(name, shard_bounds, array) for shard_bounds, array in arrays.items()]
+
+    box = _bounding_box(shards)
+    file_shape = [sizes[letter] for letter in name.split]
 
     def fill(job: tuple[int, Bounds]) -> None:
         layer, rows = job
         chunk = [rows, *box[1:]]
         bits = _bits(layers[layer].read(file_shape, chunk), dtype)
         _check_finite(layers[layer], bits, dtype)
-        for part in parts:
-            part.put(layer, chunk, bits)
+        for shard in shards:
+            shard.put(layer, chunk, bits)
 
     jobs = []
-    for layer in sorted({layer for part in parts for layer in range(*part.layers)}):
-        row = math.prod(file_shape[1:]) * layers[layer].dtype.itemsize
-        step = max(1, layers[layer].file.chunk // row)
-        jobs += [(layer, (begin, min(begin + step, box[0][1]))) for begin in range(*box[0], step)]
+    needed = itertools.chain.from_iterable(range(*shard.layers) for shard in shards)
+    for layer in sorted(set(needed)):
+        row_bytes = math.prod(file_shape[1:]) * layers[layer].dtype.itemsize
+        step = max(1, layers[layer].file.chunk // row_bytes)
+        first, last = box[0]
+        for begin in range(first, last, step):
+            jobs.append((layer, (begin, min(begin + step, last))))
     for _ in parallel_map(fill, jobs):
         pass
-    return jax.make_array_from_callback(shape, sharding, lambda index: arrays[bounds(index)])
+    return jax.make_array_from_callback(tuple(shape), sharding, lambda index: arrays[bounds(index)])
 
 
-def _part(name: Name, whole: tuple[Bounds, ...], x: np.ndarray) -> _Part:
-    """The part that fills x, which has these bounds in the parameter."""
+def _bounding_box(shards: list[_Shard]) -> list[Bounds]:
+    """The box that the shards together need of a layer, with the file's axes."""
+    box = []
+    for bounds_of_axis in zip(*(shard.box for shard in shards), strict=True):
+        begins, ends = zip(*bounds_of_axis, strict=True)
+        box.append((min(begins), max(ends)))
+    return box
+
+
+def _shard(name: Name, bounds: tuple[Bounds, ...], x: np.ndarray) -> _Shard:
+    """The shard that fills x, which has these bounds in the parameter."""
     bits = x.view(f"u{x.itemsize}")
     if name.layered:
-        layers, *own = whole
+        layers, *own = bounds
     else:
-        layers, own, bits = (0, 1), list(whole), bits[None]
+        layers = (0, 1)
+        own = list(bounds)
+        bits = bits[None]
     axes = name.as_in_file(range(1, bits.ndim))
-    return _Part(layers, name.as_in_file(own), bits.transpose(0, *axes))
+    return _Shard(layers, name.as_in_file(own), bits.transpose(0, *axes))
 
 
 def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array at an address that JAX takes as it is on a CPU, where it would copy
-    another one.
-    """
-    size, align = math.prod(shape) * dtype.itemsize, 64
+    """An uninitialised array that is aligned so that JAX on a CPU uses it without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    align = 64
     memory = np.empty(size + align, np.uint8)
     start = -memory.ctypes.data % align
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _bits(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """x cast to dtype, as unsigned integers: those numpy copies without holding Python's lock,
-    bfloat16 it does not.
+    """x cast to dtype, as unsigned integers.
+
+    NumPy copies integers without holding Python's lock, bfloat16 it does not.
     """
     if x.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
         return x.view(np.uint16).astype(np.uint32) << 16
@@ -276,10 +299,11 @@ def _bits(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _check_finite(tensor: Tensor, bits: np.ndarray, dtype: np.dtype) -> None:
-    """Refuses numbers of this dtype, given as unsigned integers, of which one is NaN or infinite.
+    """Raises InputError if one of these numbers is NaN or infinite.
 
-    Those are the largest integers of either sign. Two reductions need no memory, which isfinite
-    does, and read bfloat16 as fast as other dtypes.
+    bits: numbers of this dtype, as unsigned integers. NaN and infinity are the largest integers of
+    either sign. Unlike isfinite, two reductions need no memory, and are as fast for bfloat16 as for
+    other dtypes.
     """
     if not bits.size:
         return
