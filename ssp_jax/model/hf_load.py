@@ -233,6 +233,7 @@ def _load_leaf(
             arrays[bounds(index)] = _empty([end - begin for begin, end in bounds(index)], dtype)
     shards = [_shard(name, shard_bounds, array) for shard_bounds, array in arrays.items()]
 
+    # All of a layer that these shards need: nothing else is read.
     box = _bounding_box(shards)
     file_shape = [sizes[letter] for letter in name.split]
 
@@ -244,6 +245,7 @@ def _load_leaf(
         for shard in shards:
             shard.put(layer, chunk, bits)
 
+    # Each job reads a chunk of rows of one layer, and copies it into the shards that need it.
     jobs = []
     needed = itertools.chain.from_iterable(range(*shard.layers) for shard in shards)
     for layer in sorted(set(needed)):

@@ -1,5 +1,6 @@
-"""The tokenizer of a model folder, by transformers; what its files cannot mean is told by name
-before.
+"""The tokenizer of a model folder, loaded by transformers.
+
+Its files are checked first, so that an error names the file and the key at fault.
 """
 
 import os
@@ -10,8 +11,11 @@ from ssp_jax.errors import InputError, reading, shown
 from ssp_jax.model import hf_config
 from ssp_jax.model.hf_files import Folder
 
-CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
-SPECIAL, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
+CONFIG = "tokenizer_config.json"
+TOKENIZER = "tokenizer.json"
+SPECIAL = "special_tokens_map.json"
+ADDED = "added_tokens.json"
+TEMPLATE = "chat_template.jinja"
 
 
 def _is_text(value: Any) -> bool:
@@ -32,13 +36,18 @@ def _are_numbered_tokens(value: Any) -> bool:
 
 
 def _is_template(value: Any) -> bool:
-    """One, or a list of named ones, as transformers writes several."""
+    """One template, or a list of named ones, as transformers writes several."""
     if isinstance(value, dict):
         return all(map(_is_text, value.values()))
-    if not isinstance(value, list):
-        return _is_text(value)
-    entries = [entry if isinstance(entry, dict) else {} for entry in value]
-    return all(_is_text(entry.get("name")) and _is_text(entry.get("template")) for entry in entries)
+    if isinstance(value, list):
+        return all(map(_is_named_template, value))
+    return _is_text(value)
+
+
+def _is_named_template(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return _is_text(value.get("name")) and _is_text(value.get("template"))
 
 
 def _is_switch(value: Any) -> bool:
@@ -49,56 +58,63 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_Check = tuple[Callable[[Any], bool], str]  # and what was expected, in words
-_TOKEN_CHECK: _Check = (_is_token, "a token, as text or as an object with a text in content")
-_NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+_Check = tuple[Callable[[Any], bool], str]  # a predicate, and the expected value in words
+_TOKEN: _Check = (_is_token, "a token, as text or as an object with a text in content")
+_SWITCH: _Check = (_is_switch, "true or false")
 # Keys of tokenizer_config.json and special_tokens_map.json; each may be missing or null.
 _CHECKS: dict[str, _Check] = {
-    **dict.fromkeys(_NAMED_TOKENS, _TOKEN_CHECK),
+    "bos_token": _TOKEN,
+    "eos_token": _TOKEN,
+    "unk_token": _TOKEN,
+    "pad_token": _TOKEN,
+    "sep_token": _TOKEN,
+    "cls_token": _TOKEN,
+    "mask_token": _TOKEN,
     "additional_special_tokens": (_are_tokens, "a list of tokens"),
     "extra_special_tokens": (_are_tokens, "a list of tokens, or an object of them"),
     "added_tokens_decoder": (_are_numbered_tokens, "an object with a token for each id"),
     "chat_template": (_is_template, 'a text, or a list of {"name", "template"}'),
     "tokenizer_class": (_is_text, "a text"),
     "model_max_length": (_is_number, "a number"),
-    **dict.fromkeys(
-        ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces"),
-        (_is_switch, "true or false"),
-    ),
-    "split_special_tokens": (_is_switch, "true or false"),
+    "add_bos_token": _SWITCH,
+    "add_eos_token": _SWITCH,
+    "add_prefix_space": _SWITCH,
+    "clean_up_tokenization_spaces": _SWITCH,
+    "split_special_tokens": _SWITCH,
 }
 
 
-def load(folder: Folder, rows: int) -> Any:
-    """A transformers fast tokenizer, all of whose tokens have a row in the model's embedding of so
-    many.
+def load(folder: Folder, vocab_size: int) -> Any:
+    """A transformers fast tokenizer whose tokens all fit the model's vocabulary of `vocab_size`.
+
+    Raises InputError.
     """
-    settings = _checked(folder)
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # it would say that there is no PyTorch
+    settings = _checked_settings(folder)
+    # Otherwise transformers warns that there is no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from tokenizers import Tokenizer  # slow to import, and only needed here
     from transformers import AutoTokenizer
 
     try:
         with reading(folder.place(CONFIG)):
-            # Without trust_remote_code=False it asks on the terminal whether to run the folder's
-            # code.
+            # Without trust_remote_code=False it asks on the terminal whether to run code of the
+            # folder.
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder.path), local_files_only=True, trust_remote_code=False
             )
     except InputError:
-        with reading(folder.place(TOKENIZER)):  # is it this file? then that is what is said
+        # Blames this file if it is at fault.
+        with reading(folder.place(TOKENIZER)):
             Tokenizer.from_file(str(folder.path / TOKENIZER))
         raise
     tokenizer.name_or_path = folder.name  # as the user knows it
-    _check_end(folder, settings, tokenizer)
-    _check_rows(folder, tokenizer, rows)
+    _check_eos(folder, settings, tokenizer)
+    _check_ids(folder, tokenizer, vocab_size)
     return tokenizer
 
 
-def _checked(folder: Folder) -> dict[str, Any]:
-    """tokenizer_config.json. Of all files beside it the form is looked at, too."""
+def _checked_settings(folder: Folder) -> dict[str, Any]:
+    """tokenizer_config.json. Raises InputError if it or a file beside it is malformed."""
     settings = folder.read_json(CONFIG)
     hf_config.refuse_code(folder, CONFIG, settings)
     folder.read_json(TOKENIZER)
@@ -106,10 +122,10 @@ def _checked(folder: Folder) -> dict[str, Any]:
         if folder.has(file):
             _check_keys(folder.place(file), folder.read_json(file))
     if folder.has(ADDED):
-        for token, index in folder.read_json(ADDED).items():
-            if type(index) is not int or index < 0:
+        for token, token_id in folder.read_json(ADDED).items():
+            if type(token_id) is not int or token_id < 0:
                 raise InputError(
-                    f'{folder.place(ADDED)}: token "{token}" expected an id, found {index!r}'
+                    f'{folder.place(ADDED)}: token "{token}" expected an id, found {token_id!r}'
                 )
     if (folder.path / TEMPLATE).is_file():
         with reading(folder.place(TEMPLATE)):
@@ -124,17 +140,16 @@ def _check_keys(place: str, values: dict[str, Any]) -> None:
             raise InputError(f'{place}: key "{key}" expected {expected}, found {shown(value)}')
 
 
-def _check_end(folder: Folder, settings: dict[str, Any], tokenizer: Any) -> None:
-    """transformers would invent an eos token that the files lack; the model has never seen it."""
+def _check_eos(folder: Folder, settings: dict[str, Any], tokenizer: Any) -> None:
+    """Raises InputError if the files lack the eos token.
+
+    transformers would add it with a new id, which the model has never seen.
+    """
     content = folder.read_json(TOKENIZER)
-    added = folder.read_json(ADDED) if folder.has(ADDED) else {}
-    objects = [
-        *(content.get("added_tokens") or ()),
-        *(settings.get("added_tokens_decoder") or {}).values(),
-    ]
-    declared = {token if isinstance(token, str) else token["content"] for token in objects} | set(
-        added
-    )
+    declared = set(folder.read_json(ADDED) if folder.has(ADDED) else ())
+    tokens = list(content.get("added_tokens") or ())
+    tokens += (settings.get("added_tokens_decoder") or {}).values()
+    declared |= {token if isinstance(token, str) else token["content"] for token in tokens}
     vocabulary = content.get("model", {}).get("vocab") or ()
     if isinstance(vocabulary, list):  # of Unigram: a piece and its score
         vocabulary = [piece for piece, _ in vocabulary]
@@ -145,14 +160,18 @@ def _check_end(folder: Folder, settings: dict[str, Any], tokenizer: Any) -> None
         )
 
 
-def _check_rows(folder: Folder, tokenizer: Any, rows: int) -> None:
-    """Padding is never fed to the model, and may lie beyond its rows."""
+def _check_ids(folder: Folder, tokenizer: Any, vocab_size: int) -> None:
+    """Raises InputError if a token has no row in the model's embedding.
+
+    The padding token may lack one: it is never fed to the model.
+    """
     never_fed = {tokenizer.pad_token} - {tokenizer.eos_token}
     fed = {token: i for token, i in tokenizer.get_vocab().items() if token not in never_fed}
     if not fed:
         raise InputError(f"{folder.place(TOKENIZER)} has no tokens; expected a vocabulary")
     token = max(fed, key=lambda token: fed[token])
-    if fed[token] >= rows:
+    if fed[token] >= vocab_size:
         raise InputError(
-            f'{folder.place(TOKENIZER)}: token "{token}" has id {fed[token]}; the model has {rows} rows'
+            f'{folder.place(TOKENIZER)}: token "{token}" has id {fed[token]}; '
+            f"the model has {vocab_size} rows"
         )
