@@ -1,14 +1,15 @@
 """Retriever against plain bm25s, on a real corpus and on synthetic passages, in one run.
 
-    python benchmarks/retriever.py --out=runs/bench_retriever [--passages=1000000] [--corpus=corpus.jsonl.gz]
+    python benchmarks/retriever.py --out=runs/bench_retriever [--passages=1000000]
+        [--corpus=corpus.jsonl.gz]
 
 Prints, as tables for the README: seconds and peak memory of building, seconds and memory of
 loading, and queries a second in batches of 64 with k = 3. bm25s searches the very same arrays, held
 in memory, with the best of its backends and thread counts. Synthetic passages have 100 words of a
-Zipf law without its 50 most frequent words, which stop words take; a query has 3 to 9 words of one
-passage. A half and all of --passages give the slope for 21M passages; with
---passages=0 only the real corpus is measured. Plain bm25s builds corpora of at most PLAIN_BUILD passages here: it holds
-all their words.
+Zipf law without its 50 most frequent words, which would be stop words; a query has 3 to 9 words of
+one passage. A line through a half and all of --passages gives the numbers for 21M passages; with
+--passages=0 only the real corpus is measured. Plain bm25s builds corpora of at most PLAIN_BUILD
+passages here: it holds all their words in memory.
 """
 
 import argparse
@@ -32,16 +33,21 @@ sys.path.insert(0, str(ROOT))
 from ssp_jax.data import iterate_corpus  # noqa: E402
 from ssp_jax.retriever.search import Retriever  # noqa: E402
 
-Search = Callable[[Sequence[str]], Any]
-BATCH, TOP_K, BATCHES = 64, 3, 32
-VOCABULARY, STOP_RANKS, WORDS = 200_000, 50, 100
+SearchBatch = Callable[[Sequence[str]], Any]
+BATCH = 64  # queries
+TOP_K = 3
+BATCHES = 32
+VOCABULARY = 200_000  # words of the synthetic passages
+STOP_RANKS = 50
+WORDS = 100  # of a synthetic passage
 WIKI = 21_015_324  # passages of wiki-18
 PLAIN_BUILD = 500_000
 PLAIN_CODE = """
 import json, sys, bm25s, Stemmer
 from ssp_jax.data import iterate_corpus
 texts = [f"{d.title}\\n{d.text}" for d in iterate_corpus(sys.argv[1])]
-tokens = bm25s.tokenize(texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), show_progress=False)
+stemmer = Stemmer.Stemmer("english")
+tokens = bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False)
 index = bm25s.BM25(backend="numba")
 index.index(tokens, create_empty_token=False, show_progress=False)
 index.save(sys.argv[2], show_progress=False)
@@ -56,23 +62,20 @@ class Measured:
 
 
 def synthetic(path: Path, passages: int) -> None:
-    """Written once; a passage depends on its number only, so a smaller corpus is the start of a
-    larger one.
-    """
+    """Writes a corpus, once. A smaller one is the beginning of a larger one."""
     if path.exists():
         return
     ranks = np.arange(STOP_RANKS + 1, STOP_RANKS + 1 + VOCABULARY)
     cumulated = np.cumsum(1 / ranks) / np.sum(1 / ranks)
     names = np.array([f"w{i}" for i in range(VOCABULARY)])
-    rng, partial = np.random.default_rng(0), path.with_suffix(".partial")
+    rng = np.random.default_rng(0)
+    partial = path.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as file:
         for first in range(0, passages, 10_000):
-            words = names[np.searchsorted(cumulated, rng.random((10_000, WORDS)))]
-            for row, text in enumerate(words[: passages - first], first):
-                file.write(
-                    json.dumps({"id": str(row), "contents": f'"{text[0]}"\n{" ".join(text)}'})
-                    + "\n"
-                )
+            texts = names[np.searchsorted(cumulated, rng.random((10_000, WORDS)))]
+            for corpus_row, words in enumerate(texts[: passages - first], first):
+                contents = f'"{words[0]}"\n{" ".join(words)}'
+                file.write(json.dumps({"id": str(corpus_row), "contents": contents}) + "\n")
     partial.rename(path)
 
 
@@ -97,19 +100,22 @@ def resident() -> float:
 
 
 def queries(corpus: Path, number: int, passages: int) -> list[str]:
+    """Queries of 3 to 9 words of a passage each."""
     rng = random.Random(0)
     chosen = set(rng.sample(range(passages), min(number, passages)))
-    texts = [d.text.split() for row, d in enumerate(iterate_corpus(corpus)) if row in chosen]
-    return [
-        " ".join(rng.choices(texts[i % len(texts)] or ["x"], k=rng.randint(3, 9)))
-        for i in range(number)
-    ]
+    words_of_passages = []
+    for corpus_row, document in enumerate(iterate_corpus(corpus)):
+        if corpus_row in chosen:
+            words_of_passages.append(document.text.split())
+    found = []
+    for i in range(number):
+        words = words_of_passages[i % len(words_of_passages)] or ["x"]
+        found.append(" ".join(rng.choices(words, k=rng.randint(3, 9))))
+    return found
 
 
-def rates(searches: dict[str, Search], asked: list[str]) -> dict[str, float]:
-    """Queries a second of each, medians over batches that all take in turns; the first batch warms
-    up.
-    """
+def rates(searches: dict[str, SearchBatch], asked: list[str]) -> dict[str, float]:
+    """Queries a second of each: medians over batches, in turns. The first batch warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in searches}
     for first in range(0, len(asked), BATCH):
         for name, search in searches.items():
@@ -119,9 +125,10 @@ def rates(searches: dict[str, Search], asked: list[str]) -> dict[str, float]:
     return {name: BATCH / float(np.median(taken[1:])) for name, taken in seconds.items()}
 
 
-def plain_searches(index: Path) -> dict[str, Search]:
+def plain_searches(index: Path) -> dict[str, SearchBatch]:
     """bm25s in all of its settings."""
-    stemmer, searches = Stemmer.Stemmer("english"), dict[str, Search]()
+    stemmer = Stemmer.Stemmer("english")
+    searches: dict[str, SearchBatch] = {}
     for backend in ("numba", "numpy"):
         plain = bm25s.BM25.load(index, backend=backend, show_progress=False)
         for threads in sorted({0, len(os.sched_getaffinity(0))}):
@@ -139,16 +146,15 @@ def plain_searches(index: Path) -> dict[str, Search]:
 
 
 def compare(index: Path, retriever: Retriever, asked: list[str]) -> dict[str, float]:
-    """Ours, and the best of bm25s's settings, each of which must give our scores for every query."""
+    """Ours, and the best of bm25s's settings. Each must give our scores for every query."""
     plain = plain_searches(index)
     measured = rates({"ssp_jax": lambda batch: retriever.hits(batch, TOP_K)} | plain, asked)
-    print(
-        "  queries/s: " + ", ".join(f"{name} {value:.0f}" for name, value in measured.items()),
-        flush=True,
-    )
+    shown = ", ".join(f"{name} {value:.0f}" for name, value in measured.items())
+    print(f"  queries/s: {shown}", flush=True)
     ours = [[score for _, score in hits] for hits in retriever.hits(asked, TOP_K)]
     for name, search in plain.items():
-        if [[s for s in scores.tolist() if s > 0] for scores in search(asked).scores] != ours:
+        found = search(asked).scores.tolist()
+        if [[score for score in scores if score > 0] for scores in found] != ours:
             sys.exit(f"{index}: the scores of {name} are not ours")
     best = max(measured[name] for name in plain)
     return {
@@ -159,8 +165,10 @@ def compare(index: Path, retriever: Retriever, asked: list[str]) -> dict[str, fl
 
 
 def build(corpus: Path, out: Path) -> dict[str, float]:
-    """Before this process grows: what a child takes is never told as less than its parent had when
-    it started.
+    """Seconds and memory of building an index.
+
+    To be called before this process grows: Linux reports a child's peak memory as at least what its
+    parent had when it started the child.
     """
     print(f"building {out.name} ...", flush=True)
     seconds, gigabytes = run(
@@ -176,7 +184,8 @@ def build(corpus: Path, out: Path) -> dict[str, float]:
 
 def measure(name: str, corpus: Path, out: Path, built: dict[str, float]) -> Measured:
     print(f"searching {out.name} ...", flush=True)
-    before, start = resident(), time.monotonic()
+    before = resident()
+    start = time.monotonic()
     retriever = Retriever.load(out)
     numbers = built | {"load s": time.monotonic() - start, "load GB": resident() - before}
     numbers |= compare(out, retriever, queries(corpus, BATCH * (BATCHES + 1), len(retriever)))
@@ -184,55 +193,52 @@ def measure(name: str, corpus: Path, out: Path, built: dict[str, float]) -> Meas
 
 
 def slope(small: Measured, large: Measured) -> Measured:
-    """A straight line through both sizes (of seconds a query, not of queries a second), at the size
-    of wiki-18.
+    """A straight line through both sizes, at the size of wiki-18.
 
-    Loading hangs on the vocabulary, which is the same for both.
+    It is a line of seconds a query, not of queries a second. Loading is left out: it depends on the
+    vocabulary, which is the same for both.
     """
+    share = (WIKI - large.passages) / (large.passages - small.passages)
     numbers = {}
     for key in set(small.numbers) & set(large.numbers) - {"times", "load s", "load GB"}:
-        a, b = small.numbers[key], large.numbers[key]
-        invert = key.endswith("queries/s")
-        a, b = (1 / a, 1 / b) if invert else (a, b)
-        value = b + (b - a) * (WIKI - large.passages) / (large.passages - small.passages)
-        numbers[key] = 1 / value if invert else value
+        a = small.numbers[key]
+        b = large.numbers[key]
+        if key.endswith("queries/s"):
+            numbers[key] = 1 / (1 / b + (1 / b - 1 / a) * share)
+        else:
+            numbers[key] = b + (b - a) * share
     return Measured("wiki-18, by the slope", WIKI, numbers)
+
+
+def user_path(path: str) -> Path:
+    return Path(path).expanduser()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--out",
-        type=lambda path: Path(path).expanduser(),
-        required=True,
-        help="folder for all files",
-    )
+    parser.add_argument("--out", type=user_path, required=True, help="folder for all files")
     parser.add_argument("--passages", type=int, default=1_000_000)
-    parser.add_argument(
-        "--corpus", type=lambda path: Path(path).expanduser(), help="a real one, jsonl or jsonl.gz"
-    )
+    parser.add_argument("--corpus", type=user_path, help="a real one, jsonl or jsonl.gz")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     asked = [(args.corpus.name, args.corpus.resolve(), out / "real")] if args.corpus else []
     sizes = (args.passages // 2, args.passages) if args.passages else ()
     for passages in sizes:
-        synthetic(out / f"zipf_{passages}.jsonl", passages)
-        asked.append(
-            (f"Zipf, {passages:,}", out / f"zipf_{passages}.jsonl", out / f"zipf_{passages}")
-        )
+        corpus = out / f"zipf_{passages}.jsonl"
+        synthetic(corpus, passages)
+        asked.append((f"Zipf, {passages:,}", corpus, corpus.with_suffix("")))
     built = [build(corpus, index) for _, corpus, index in asked]
-    rows = [measure(*names, numbers) for names, numbers in zip(asked, built, strict=True)]
+    measured = [measure(*names, numbers) for names, numbers in zip(asked, built, strict=True)]
     if sizes:
-        rows.append(slope(*rows[-2:]))
-    columns = list(dict.fromkeys(key for row in rows for key in row.numbers))
-    print(
-        f"\n{len(os.sched_getaffinity(0))} cores, bm25s {bm25s.__version__}, batches of {BATCH}, k = {TOP_K}\n"
-    )
+        measured.append(slope(*measured[-2:]))
+    columns = list(dict.fromkeys(key for one in measured for key in one.numbers))
+    cores = len(os.sched_getaffinity(0))
+    print(f"\n{cores} cores, bm25s {bm25s.__version__}, batches of {BATCH}, k = {TOP_K}\n")
     print("| corpus | passages | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))
-    for row in rows:
-        cells = [f"{row.numbers[key]:.3g}" if key in row.numbers else "" for key in columns]
-        print(f"| {row.name} | {row.passages:,} | {' | '.join(cells)} |")
+    for one in measured:
+        cells = [f"{one.numbers[key]:.3g}" if key in one.numbers else "" for key in columns]
+        print(f"| {one.name} | {one.passages:,} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Seconds and peak memory of loading a Hugging Face folder in bfloat16: ssp_jax beside
-transformers.
+"""Seconds and peak memory of loading a model folder in bfloat16: ssp_jax and transformers.
 
     python benchmarks/weights.py --folder=FOLDER [--repeats=5] [--torch_python=PYTHON]
 
@@ -25,7 +24,7 @@ MIB = 2**20
 
 
 def load_ssp_jax(folder: str) -> dict[str, float]:
-    """All of it on one device."""
+    """Loads all of it on one device."""
     sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
@@ -33,44 +32,44 @@ def load_ssp_jax(folder: str) -> dict[str, float]:
     from ssp_jax.model import hf_load
 
     jax.devices()
-    before, clock = peak(), Clock()
-    params = jax.block_until_ready(
-        hf_load.load(folder, hf_load.read_config(folder), None, jnp.bfloat16)
-    )
-    return clock.read() | {
-        "before": before,
-        "size": sum(x.nbytes for x in jax.tree.leaves(params)) / MIB,
-    }
+    before = peak()
+    clock = Clock()
+    params = hf_load.load(folder, hf_load.read_config(folder), None, jnp.bfloat16)
+    jax.block_until_ready(params)
+    times = clock.read()
+    size = sum(x.nbytes for x in jax.tree.leaves(params)) / MIB
+    return times | {"before": before, "size": size}
 
 
 def load_transformers(folder: str) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    before, clock = peak(), Clock()
+    before = peak()
+    clock = Clock()
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, trust_remote_code=False
     )
     for x in model.parameters():
         x.detach().view(torch.int16).view(-1)[::2048].sum()  # a value of each page of 4 KiB
-    return clock.read() | {
-        "before": before,
-        "size": sum(x.nbytes for x in model.parameters()) / MIB,
-    }
+    times = clock.read()
+    size = sum(x.nbytes for x in model.parameters()) / MIB
+    return times | {"before": before, "size": size}
 
 
 class Clock:
     """Seconds since it was made."""
 
     def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._wall = time.perf_counter()
+        self._cpu = time.process_time()
 
     def read(self) -> dict[str, float]:
         return {"wall": time.perf_counter() - self._wall, "cpu": time.process_time() - self._cpu}
 
 
 def peak() -> float:
-    """The most memory that this process has had so far, MiB."""
+    """Peak resident memory of this process so far, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -106,34 +105,27 @@ def main() -> None:
         return
     pythons = {"ssp_jax": sys.executable, "transformers": args.torch_python or torch_python()}
     for file in args.folder.glob("*.safetensors"):
-        # into the system's cache; in pieces, for a child starts with its parent's peak
+        # Into the system's cache. In pieces, for a child starts with its parent's peak memory.
         with file.open("rb") as stream:
             while stream.read(2**24):
                 pass
-    runs = [
-        {name: measure(pythons[name], name, args.folder) for name in LOADERS}
-        for _ in range(args.repeats)
-    ]
-    columns = [
-        "wall seconds: median",
-        "least",
-        "most",
-        "processor seconds",
-        "weights MiB",
-        "before MiB",
-        "peak MiB",
-    ]
-    print(f"| loader | {' | '.join(columns)} | peak / weights |\n|{'---|' * 9}")
-    for loader in LOADERS:
-        values = {key: [run[loader][key] for run in runs] for key in runs[0][loader]}
-        cpu, size, before, most = (
-            statistics.median(values[key]) for key in ("cpu", "size", "before", "peak")
-        )
-        wall = [statistics.median(values["wall"]), min(values["wall"]), max(values["wall"])]
-        seconds = " | ".join(f"{x:.2f}" for x in (*wall, cpu))
-        print(
-            f"| {loader} | {seconds} | {size:.0f} | {before:.0f} | {most:.0f} | {most / size:.2f} |"
-        )
+    runs: dict[str, list[dict[str, float]]] = {loader: [] for loader in LOADERS}
+    for _ in range(args.repeats):
+        for loader in LOADERS:
+            runs[loader].append(measure(pythons[loader], loader, args.folder))
+    print(
+        "| loader | wall seconds: median | least | most | processor seconds | weights MiB "
+        "| before MiB | peak MiB | peak / weights |"
+    )
+    print("|" + "---|" * 9)
+    for loader, numbers in runs.items():
+        median = {key: statistics.median(run[key] for run in numbers) for key in numbers[0]}
+        walls = [run["wall"] for run in numbers]
+        seconds = [median["wall"], min(walls), max(walls), median["cpu"]]
+        mebibytes = [median["size"], median["before"], median["peak"]]
+        cells = [f"{x:.2f}" for x in seconds] + [f"{x:.0f}" for x in mebibytes]
+        cells.append(f"{median['peak'] / median['size']:.2f}")
+        print(f"| {loader} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What tests of model folders share: damaging a copy, loading it, comparing to the bit."""
+"""Helpers for tests of model folders: damage a copy, load it, compare it bit by bit."""
 
 import json
 from collections.abc import Callable
@@ -19,20 +19,16 @@ NAMES = ["qwen2", "qwen3", "llama3", "qwen2_untied", "llama3_tied"]
 def edit_config(folder: Path, **changes: Any) -> Path:
     """Sets keys of config.json; the value `...` removes one."""
     values = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in values.items() if v is not ...})
-    )
+    present = {key: value for key, value in values.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(present))
     return folder
 
 
 def edit_tensors(folder: Path, **changes: Any) -> Path:
     """Sets tensors of model.safetensors by Hugging Face's own library; None removes one."""
     tensors = safetensors.numpy.load_file(folder / "model.safetensors") | changes
-    safetensors.numpy.save_file(
-        {name: x for name, x in tensors.items() if x is not None},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    present = {name: x for name, x in tensors.items() if x is not None}
+    safetensors.numpy.save_file(present, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -42,7 +38,8 @@ def load(folder: Path, dtype: Any = jnp.float32) -> Any:
 
 def assert_same(a: Any, b: Any) -> None:
     """Same tree, dtypes and bits."""
-    leaves_a, leaves_b = jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b)
+    leaves_a = jax.tree.leaves_with_path(a)
+    leaves_b = jax.tree.leaves_with_path(b)
     for (path_a, x), (path_b, y) in zip(leaves_a, leaves_b, strict=True):
         assert path_a == path_b and x.dtype == y.dtype and x.shape == y.shape
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
@@ -54,9 +51,8 @@ def edit_header(folder: Path, change: Callable[[dict[str, Any]], Any], after: by
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     changed = change(header)
-    return write_header(
-        folder, json.dumps(header if changed is None else changed), content[start:] + after
-    )
+    text = json.dumps(header if changed is None else changed)
+    return write_header(folder, text, content[start:] + after)
 
 
 def write_header(folder: Path, header: str, data: bytes = b"") -> Path:

@@ -18,7 +18,9 @@ TEXTS = [
     "user assistant system <think> 東京 </think> 1976 im_start im_end\n\nend",
 ]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -48,9 +50,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2's: sentencepiece's space, a prefix space for the first piece only, bytes for what
-    has no token.
-    """
+    """As Llama 2's: sentencepiece's space, a prefix space only at the start, bytes as fallback."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     pieces = [
@@ -69,12 +69,8 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 def unigram() -> PreTrainedTokenizerFast:
     """As T5's: its vocabulary itself has the control token, as a piece that costs nothing."""
     pieces = sorted({c for text in TEXTS for c in text.replace(" ", "▁")})
-    costs = [
-        ("<unk>", 0.0),
-        ("</s>", 0.0),
-        ("<|im_end|>", 0.0),
-        *((piece, -5.0) for piece in pieces),
-    ]
+    costs = [("<unk>", 0.0), ("</s>", 0.0), ("<|im_end|>", 0.0)]
+    costs += [(piece, -5.0) for piece in pieces]
     backend = Tokenizer(models.Unigram([*costs, ("▁Paris", -3.0)], unk_id=0, byte_fallback=False))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -87,9 +83,8 @@ def _without_added_bytes(backend: Tokenizer) -> Tokenizer:
     import json
 
     values = json.loads(backend.to_str())
-    values["added_tokens"] = [
-        t for t in values["added_tokens"] if not t["content"].startswith("<0x")
-    ]
+    added = values["added_tokens"]
+    values["added_tokens"] = [token for token in added if not token["content"].startswith("<0x")]
     return Tokenizer.from_str(json.dumps(values))
 
 

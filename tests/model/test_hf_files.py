@@ -1,6 +1,4 @@
-"""Folders: a model in a bucket or in the hub's local copy loads as from a disk; what is not to be
-had says so.
-"""
+"""Folders: a bucket and the hub's local copy load like a disk; errors name the folder."""
 
 import shutil
 import sys
@@ -32,7 +30,8 @@ def bucket():
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_a_bucket_gives_what_the_disk_gives(name, bucket, tmp_path):
     """In several files, whole and cut along the columns of the files."""
-    config, whole = hf_load.read_config(GOLDENS / name), load(GOLDENS / name)
+    config = hf_load.read_config(GOLDENS / name)
+    whole = load(GOLDENS / name)
     hf_save.save(
         whole, config, tmp_path / "saved", GOLDENS / name, "float32", max_shard_bytes=50_000
     )
@@ -90,7 +89,7 @@ def test_a_store_that_wants_credentials(bucket, monkeypatch):
 
 
 def test_hub_names(tmp_path, monkeypatch):
-    """Without a network: what an earlier download left is taken, all else is one sentence."""
+    """Without a network: an earlier download is found, a missing model is one sentence."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
@@ -108,7 +107,7 @@ def test_hub_names(tmp_path, monkeypatch):
 
 
 def test_a_part_of_a_file_is_all_that_is_read(folder):
-    """Memory: pages that were copied are given back, so a mapped file never stays in this process."""
+    """Pages that were copied are released, so a mapped file does not stay in memory."""
     with (folder / "big.bin").open("wb") as file:
         file.truncate(2**26)
     with hf_files.find(folder).open("big.bin").read(0, 2**26) as raw:

@@ -62,17 +62,15 @@ def test_the_digest_tells_weights_apart(folder):
     def digest():
         return hf_load.check_tensors(folder, hf_load.read_config(folder))
 
-    as_it_was, tensors = digest(), safetensors.numpy.load_file(folder / "model.safetensors")
-    assert (
-        digest()
-        == as_it_was
-        == hf_load.check_tensors(GOLDENS / "qwen2", hf_load.read_config(folder))
-    )
+    original = digest()
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert digest() == original
+    assert original == hf_load.check_tensors(GOLDENS / "qwen2", hf_load.read_config(folder))
     for name in tensors:
         edit_tensors(folder, **{name: np.nextafter(tensors[name], np.inf)})
-        assert digest() != as_it_was, name
+        assert digest() != original, name
         edit_tensors(folder, **{name: tensors[name]})
-    assert digest() == as_it_was
+    assert digest() == original
 
 
 def test_tensor_of_another_shape(folder):
@@ -105,10 +103,8 @@ def test_known_extra_tensors_are_passed_over(folder):
     """Rotary tables of old Llama files, and the embedding again as the head of a tied model."""
     expected = load(folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    rotary = {
-        f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones([8] * n, np.float32)
-        for n in (0, 1)
-    }
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
+    rotary = {names[0]: np.ones((), np.float32), names[1]: np.ones(8, np.float32)}
     edit_tensors(folder, **{HEAD: tensors[EMBEDDING]}, **rotary)
     config = hf_load.read_config(folder)
     assert config.tie_embeddings
@@ -163,9 +159,8 @@ def test_weights_that_are_not_finite(folder, value, dtype, loaded):
 def test_half_precision_is_read(folder, dtype):
     x = np.linspace(-2, 2, 64).astype(dtype)
     edit_tensors(folder, **{NORM: x})
-    np.testing.assert_array_equal(
-        load(folder)["layers"]["attention_norm"]["scale"][1], x.astype(np.float32)
-    )
+    loaded = load(folder)["layers"]["attention_norm"]["scale"][1]
+    np.testing.assert_array_equal(loaded, x.astype(np.float32))
 
 
 def test_no_weights_at_all(folder):
@@ -176,43 +171,35 @@ def test_no_weights_at_all(folder):
 
 
 def test_bad_indices(folder):
-    """A tensor that the index forgets, one that its file does not have, no index at all, a missing
-    file.
-    """
-    parts = folder / "model.safetensors.index.json"
+    """A tensor missing in the index or in its file, no weight map, a missing file."""
+    index = folder / "model.safetensors.index.json"
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     files = {name: f"part{'embed' in name}.safetensors" for name in tensors}
     for file in set(files.values()):
-        safetensors.numpy.save_file(
-            {n: x for n, x in tensors.items() if files[n] == file}, folder / file
-        )
-    parts.write_text(json.dumps({"weight_map": files}))
+        own = {name: x for name, x in tensors.items() if files[name] == file}
+        safetensors.numpy.save_file(own, folder / file)
+    index.write_text(json.dumps({"weight_map": files}))
     expected = load(folder)
     (folder / "model.safetensors").unlink()
     assert_same(load(folder), expected)
 
-    parts.write_text(json.dumps({"weight_map": {n: f for n, f in files.items() if n != NORM}}))
+    without_norm = {name: file for name, file in files.items() if name != NORM}
+    index.write_text(json.dumps({"weight_map": without_norm}))
     bad_weights(folder, f'model.safetensors.index.json: tensor "{NORM}" is missing')
-    parts.write_text(json.dumps({"weight_map": files | {NORM: "partTrue.safetensors"}}))
-    bad_weights(
-        folder,
-        f'partTrue.safetensors: tensor "{NORM}" is missing, though model.safetensors.index.json says',
-    )
+    index.write_text(json.dumps({"weight_map": files | {NORM: "partTrue.safetensors"}}))
+    missing = f'tensor "{NORM}" is missing, though model.safetensors.index.json says'
+    bad_weights(folder, f"partTrue.safetensors: {missing}")
     for damaged in ({}, {"weight_map": {NORM: 1}}):
-        parts.write_text(json.dumps(damaged))
-        bad_weights(
-            folder,
-            'model.safetensors.index.json: key "weight_map" is missing or does not give a file name',
-        )
-    parts.write_text(json.dumps({"weight_map": files}))
+        index.write_text(json.dumps(damaged))
+        no_map = 'key "weight_map" is missing or does not give a file name'
+        bad_weights(folder, f"model.safetensors.index.json: {no_map}")
+    index.write_text(json.dumps({"weight_map": files}))
     (folder / "partFalse.safetensors").unlink()
     bad_weights(folder, "partFalse.safetensors does not exist; it should hold model weights")
 
 
 def test_tokenizer_that_does_not_fit_the_model(folder):
-    """transformers would give an unknown eos token a new id; a row that the model lacks would be
-    read as its last.
-    """
+    """transformers would give an unknown eos token a new id; JAX clamps an id that is too large."""
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b").save_pretrained(folder)
     assert hf_load.load_tokenizer(folder).eos_token_id == 1
@@ -222,9 +209,8 @@ def test_tokenizer_that_does_not_fit_the_model(folder):
     ):
         hf_load.load_tokenizer(folder)
     edit_config(folder, vocab_size=128)
-    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {
-        "eos_token": "<|im_end|>"
-    }
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["eos_token"] = "<|im_end|>"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(
         InputError, match=r'tokenizer.json lacks the token "<\|im_end\|>", its eos_token'

@@ -1,6 +1,4 @@
-"""Export: what is written is what Hugging Face's own library sees, to the bit, by one process or by
-several.
-"""
+"""Export: Hugging Face's own library reads the same bits, written by one process or by several."""
 
 import json
 import os
@@ -28,7 +26,8 @@ from tests.model_folders import GOLDENS, NAMES, assert_same, edit_config, load
 
 @pytest.mark.parametrize("name", NAMES)
 def test_load_save_load_is_exact_in_bfloat16(name, tmp_path):
-    config, params = hf_load.read_config(GOLDENS / name), load(GOLDENS / name, jnp.bfloat16)
+    config = hf_load.read_config(GOLDENS / name)
+    params = load(GOLDENS / name, jnp.bfloat16)
     hf_save.save(params, config, tmp_path / "saved", GOLDENS / name)
     assert_same(load(tmp_path / "saved", jnp.bfloat16), params)
     written = safetensors.numpy.load_file(tmp_path / "saved/model.safetensors")
@@ -57,7 +56,8 @@ def test_saved_file_is_the_one_that_was_loaded(name, tmp_path):
 
 
 def test_many_files_with_an_index(tmp_path):
-    config, params = hf_load.read_config(GOLDENS / "qwen3"), load(GOLDENS / "qwen3")
+    config = hf_load.read_config(GOLDENS / "qwen3")
+    params = load(GOLDENS / "qwen3")
     limit = 40_000
     hf_save.save(
         params, config, tmp_path / "saved", GOLDENS / "qwen3", "float32", max_shard_bytes=limit
@@ -77,9 +77,7 @@ def test_many_files_with_an_index(tmp_path):
 
 
 def test_shards_hold_the_same_values(tmp_path):
-    """Every axis of every parameter is cut in turn, layers and heads' insides too, over 8 devices;
-    then saved again.
-    """
+    """Every axis of every parameter is split in turn over 8 devices; then it is saved again."""
     source = Path(shutil.copytree(GOLDENS / "qwen2", tmp_path / "source"))
     edit_config(
         source,
@@ -114,12 +112,11 @@ def test_shards_hold_the_same_values(tmp_path):
 
 
 def test_a_head_of_its_own_is_kept(tmp_path):
-    """The source's config.json ties the head, its weights do not: nobody who reads the export may
-    tie it again.
-    """
+    """The source's config.json ties the head, its weights do not: the export's config must not."""
     source = Path(shutil.copytree(GOLDENS / "qwen2_untied", tmp_path / "source"))
     edit_config(source, tie_word_embeddings=True)
-    config, params = hf_load.read_config(source), load(source)
+    config = hf_load.read_config(source)
+    params = load(source)
     hf_save.save(params, config, tmp_path / "saved", source, "float32")
     original = safetensors.numpy.load_file(source / "model.safetensors")
     written = safetensors.numpy.load_file(tmp_path / "saved/model.safetensors")
@@ -158,7 +155,8 @@ def test_dtype_is_written_under_the_key_that_the_source_has(folder, tmp_path):
 
 
 def test_a_saved_folder_is_replaced(folder, tmp_path):
-    config, saved = hf_load.read_config(folder), tmp_path / "saved"
+    config = hf_load.read_config(folder)
+    saved = tmp_path / "saved"
     first = load(folder, jnp.bfloat16)
     hf_save.save(first, config, saved, folder, max_shard_bytes=10_000)
     (tmp_path / "saved.unfinished").mkdir()  # what a killed save leaves
@@ -171,7 +169,8 @@ def test_a_saved_folder_is_replaced(folder, tmp_path):
 
 def test_a_foreign_folder_is_not_replaced(folder, tmp_path):
     """Neither a model of the user's own, nor an export in which something of the user's lies."""
-    config, params = hf_load.read_config(folder), load(folder)
+    config = hf_load.read_config(folder)
+    params = load(folder)
     hf_save.save(params, config, tmp_path / "saved", folder)
     (tmp_path / "saved" / "notes.txt").write_text("mine")
     shutil.copytree(folder, tmp_path / "saved2")
@@ -212,11 +211,7 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 os.umask(int(sys.argv[3], 8))  # so that a file tells who wrote it
 import fsspec, fsspec.implementations.local, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from ssp_jax.model import hf_save
-from ssp_jax.model import decoder
-from ssp_jax.model import hf_table
-from ssp_jax.model import sharding
-from ssp_jax.model import hf_load
+from ssp_jax.model import decoder, hf_load, hf_save, hf_table, sharding
 
 class Counting(fsspec.implementations.local.LocalFileSystem):
     protocol, bytes = "counting", 0
@@ -229,14 +224,16 @@ source, out = sys.argv[4:]
 config = hf_load.read_config(source)
 like = decoder.abstract_params(config)
 mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+by_process = jax.sharding.Mesh(mesh.devices.reshape(2, 4), ("process", "local"))
 
 def rows_by_process(path, leaf):
     name = next(n for n in hf_table.table(config) if n.path == "/".join(p.key for p in path))
     spec = [None] * leaf.ndim
     spec[name.layered + name.axes.index(name.split[0])] = "process"
-    return NamedSharding(jax.sharding.Mesh(mesh.devices.reshape(2, 4), ("process", "local")), PartitionSpec(*spec))
+    return NamedSharding(by_process, PartitionSpec(*spec))
 
-hf_load.load("counting://" + source, config, jax.tree_util.tree_map_with_path(rows_by_process, like), np.float32)
+shardings = jax.tree_util.tree_map_with_path(rows_by_process, like)
+hf_load.load("counting://" + source, config, shardings, np.float32)
 print("read", Counting.bytes)
 params = hf_load.load(source, config, sharding.param_shardings(like, mesh), "bfloat16")
 hf_save.save(params, config, out, source, max_shard_bytes=60_000)
@@ -244,14 +241,13 @@ hf_save.save(params, config, out, source, max_shard_bytes=60_000)
 
 
 def test_two_processes_read_their_own_bytes_and_write_their_own_files(folder, tmp_path):
-    """Two processes of four devices each, on the meshes of a run; each one's files have permissions
-    of their own.
-    """
+    """Two processes of four devices each, whose files differ in their permissions."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    masks, out = ("022", "077"), tmp_path / "out"
+    masks = ("022", "077")
+    out = tmp_path / "out"
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, address, str(process), mask, str(folder), str(out)],
@@ -261,18 +257,18 @@ def test_two_processes_read_their_own_bytes_and_write_their_own_files(folder, tm
     ]
     printed = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
-    size, header = (folder / "model.safetensors").stat().st_size, 8_000
+    size = (folder / "model.safetensors").stat().st_size
+    header = 8_000
     for text in printed:
         assert (size - header) / 2 <= int(text.split("read ")[1].split()[0]) <= size / 2 + header
     assert_same(load(out, jnp.bfloat16), load(folder, jnp.bfloat16))
     files = sorted(out.glob("*.safetensors"))
-    assert {file.name for file in files} == set(
-        json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].values()
-    )
-    written = [
-        sum(f.stat().st_size for f in files if f.stat().st_mode & 0o777 == 0o666 & ~int(m, 8))
-        for m in masks
-    ]
-    assert min(written) > 0.3 * sum(written) and sum(written) == sum(
-        file.stat().st_size for file in files
-    )
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert {file.name for file in files} == set(index["weight_map"].values())
+    written = []
+    for mask in masks:
+        mode = 0o666 & ~int(mask, 8)
+        stats = [file.stat() for file in files]
+        written.append(sum(stat.st_size for stat in stats if stat.st_mode & 0o777 == mode))
+    assert min(written) > 0.3 * sum(written)
+    assert sum(written) == sum(file.stat().st_size for file in files)

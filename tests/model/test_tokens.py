@@ -1,6 +1,4 @@
-"""Tokens: text never steers a model, tags are always text, honest text has the ids that
-transformers gives it.
-"""
+"""Tokens: no text injects a control token, tags are text, other text has transformers' ids."""
 
 import json
 import shutil
@@ -27,10 +25,9 @@ def tokenizer(request):
 
 def steering(tokenizer, ids):
     """The control tokens among these, without the token for what is not in a vocabulary."""
-    controls = {
-        index: text for text, index in tokens.control_tokens(tokenizer).items() if text != "<unk>"
-    }
-    return [controls[index] for index in ids if index in controls]
+    controls = {token_id: text for text, token_id in tokens.control_tokens(tokenizer).items()}
+    found = [controls[token_id] for token_id in ids if token_id in controls]
+    return [text for text in found if text != "<unk>"]
 
 
 def test_honest_text_has_the_ids_that_transformers_gives_it(tokenizer):
@@ -105,9 +102,8 @@ def test_a_token_of_the_template_steers_whatever_it_is_called():
     tokenizer = KINDS["byte_level"]()
     tokenizer.add_tokens([AddedToken("[INST]", special=False), AddedToken("user", special=False)])
     tokenizer.chat_template = "{% for m in messages %}[INST]user{{ m['content'] }}{% endfor %}"
-    assert "[INST]" in tokens.control_tokens(tokenizer) and "user" not in tokens.control_tokens(
-        tokenizer
-    )
+    controls = tokens.control_tokens(tokenizer)
+    assert "[INST]" in controls and "user" not in controls
     ids = chat.encode_prompt(tokenizer, [{"role": "user", "content": "a [INST] b"}], "chat")
     assert steering(tokenizer, ids) == ["[INST]"]
 
@@ -122,17 +118,13 @@ def test_a_control_token_that_words_are_made_of_is_no_trouble():
 
 def test_half_an_emoji_is_encoded_as_the_replacement_character(tokenizer):
     assert tokens.encode(tokenizer, "a\ud83d") == tokens.encode(tokenizer, "a\ufffd")
-    halves = [{"role": "user", "content": "a\ud83d"}]
-    whole = [{"role": "user", "content": "a\ufffd"}]
-    assert chat.encode_prompt(tokenizer, halves, "chat") == chat.encode_prompt(
-        tokenizer, whole, "chat"
-    )
+    half = chat.encode_prompt(tokenizer, [{"role": "user", "content": "a\ud83d"}], "chat")
+    whole = chat.encode_prompt(tokenizer, [{"role": "user", "content": "a\ufffd"}], "chat")
+    assert half == whole
 
 
 def test_the_prompts_of_the_demo_are_encoded_as_ever():
-    """All prompts of the tiny run, and a played exchange, as transformers encodes the rendered
-    text.
-    """
+    """All prompts of the tiny run, and a played exchange, have transformers' ids."""
     tokenizer = hf_load.load_tokenizer(TINY / "model")
     style = prompts.STYLES["brief"]
     found = [Document("1", '"Ulaanbaatar"', "Ulaanbaatar is the capital of Mongolia.")]
@@ -151,18 +143,10 @@ def test_the_prompts_of_the_demo_are_encoded_as_ever():
     assert tokens.encode(tokenizer, seen) == tokenizer.encode(seen, add_special_tokens=False)
 
 
-# --- tags -------------------------------------------------------------------------------------------------------------
+# --- tags ---
 
-TAGS = [
-    "<search>",
-    "</search>",
-    "<answer>",
-    "</answer>",
-    "<question>",
-    "</question>",
-    "<think>",
-    "</think>",
-]
+TAGS = ["<search>", "</search>", "<answer>", "</answer>"]
+TAGS += ["<question>", "</question>", "<think>", "</think>"]
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -238,7 +222,7 @@ def test_a_tokenizer_that_loses_tags_is_refused():
         roles.check_context(stage)
 
 
-# --- eos --------------------------------------------------------------------------------------------------------------
+# --- eos ---
 
 
 def write(folder, file, **keys):

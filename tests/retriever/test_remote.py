@@ -1,6 +1,4 @@
-"""Search-R1's /retrieve protocol against a real local server: both answer forms, failures that pass
-and that stay.
-"""
+"""Search-R1's /retrieve protocol with a local server: both answer forms, failures and retries."""
 
 import contextlib
 import gzip
@@ -28,13 +26,14 @@ ROME = {"id": 8, "contents": '"Rome"\nAnother.'}
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with `replies`, in turn, then with Paris and Rome for each query; remembers what it
-    was asked.
-    """
+    """Answers with `replies`, then with Paris and Rome for each query. Records the requests."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.replies, self.with_scores, self.headers = [], [], True, {}
+        self.asked = []
+        self.replies = []
+        self.with_scores = True
+        self.headers = {}
 
     @property
     def url(self):
@@ -45,9 +44,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, asked))
-        status, body = (
-            self.server.replies.pop(0) if self.server.replies else (200, self.found(asked))
-        )
+        if self.server.replies:
+            status, body = self.server.replies.pop(0)
+        else:
+            status = 200
+            body = self.found(asked)
         # before the reply, or before each byte of it
         pause = {"slow": 0.5, "trickle": 0.01}.get(status, 0)
         whole = status != "trickle"
@@ -84,14 +85,14 @@ def server(monkeypatch):
 
 
 def opened(server, **changes):
-    return RemoteRetriever(
-        server.url, ["probe"], **{"top_k": 3, "timeout_s": 5.0, "retries": 2} | changes
-    )
+    settings = {"top_k": 3, "timeout_s": 5.0, "retries": 2} | changes
+    return RemoteRetriever(server.url, ["probe"], **settings)
 
 
 def test_search(server):
     retriever = opened(server)
-    paris, rome = Document("7", '"Paris"', "A city."), Document("8", '"Rome"', "Another.")
+    paris = Document("7", '"Paris"', "A city.")
+    rome = Document("8", '"Rome"', "Another.")
     # what the probe has found
     assert [retriever.document(row) for row in range(len(retriever))] == [paris, rome]
     assert retriever.search(["a", "b", "a"], 2) == [[paris, rome]] * 3
@@ -152,13 +153,11 @@ def test_a_broken_passage_among_good_ones_is_left_out_and_counted(server, capsys
         server.replies.append((200, {"result": [[item, PARIS]]}))
         assert [len(found) for found in retriever.search([f"query {item}"], 3)] == [1]
     assert retriever.left_out == len(BROKEN) and retriever.source == server.url
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and re.match(
-        "search: 1 unusable passages left out so far; the last: .*gives documents", said[0]
-    )
-    server.replies = [
-        (200, {"result": [[{"contents": "word " * 300_000}, {"contents": ""}, ROME]]})
-    ]
+    lines = capsys.readouterr().err.splitlines()
+    expected = "search: 1 unusable passages left out so far; the last: .*gives documents"
+    assert len(lines) == 1 and re.match(expected, lines[0])
+    items = [{"contents": "word " * 300_000}, {"contents": ""}, ROME]
+    server.replies = [(200, {"result": [items]})]
     assert [len(found) for found in retriever.search(["long"], 3)] == [1]
     assert "search: 10 unusable passages" in capsys.readouterr().err
 
@@ -178,14 +177,13 @@ def test_long_queries_are_cut(server):
     retriever = opened(server)
     retriever.search(["moon \ud800" + "a" * 10**7], 1)
     assert server.asked[-1][1]["queries"] == ["moon ?" + "a" * (QUERY_CHARACTERS - 6)]
-    # the same one
-    assert (
-        len(retriever.search(["moon \ud800" + "a" * 10**6], 1)[0]) == 1 and len(server.asked) == 2
-    )
+    # The same query once it is cut, so it is cached.
+    assert len(retriever.search(["moon \ud800" + "a" * 10**6], 1)[0]) == 1
+    assert len(server.asked) == 2
 
 
 def test_the_deadline_is_of_each_try_as_a_whole(server):
-    """A server that sends something now and then is no server that answers."""
+    """A server that sends a byte now and then has not answered."""
     retriever = opened(server, timeout_s=0.2, retries=1)
     server.replies = [("trickle", b"a" * 10_000)] * 2
     began = time.monotonic()
@@ -222,9 +220,8 @@ def test_secrets_of_the_address_are_not_told(server, capsys):
         try:
             retriever.search([str(reply)], 3)
         except InputError as error:
-            assert "hunter" not in str(error) and url.partition("@")[2].partition("?")[0] in str(
-                error
-            )
+            assert "hunter" not in str(error)
+            assert url.partition("@")[2].partition("?")[0] in str(error)
     assert "hunter" not in capsys.readouterr().err
     server.shutdown()
     server.server_close()
@@ -297,14 +294,10 @@ def test_a_server_that_is_lost_costs_no_finished_step(server, tmp_path, capsys):
         "eval__after": False,
         "checkpoint__export": False,
         "checkpoint__every": 0,
-    }
-    changes |= {
         "engine__cache_buckets": (),
         "engine__extend_buckets": (448,),
         "limits__searches": 1,
         "mesh__fsdp": 1,
-    }
-    changes |= {
         "game__answers_per_step": 2,
         "engine__slots": 4,
         "learner__rows": 1,
