@@ -241,7 +241,7 @@ def _rope(keys: _Keys, kind: str) -> tuple[float, RopeScaling | None]:
         only = 'only "default" and "llama3" are supported'
         raise rope.wrong("rope_type", f"is {shown(name)}; {only}")
     if scaling and "rope_theta" in parameters and "rope_theta" not in scaling | beside:
-        # transformers would fall back to its default, which nobody who writes both objects means.
+        # transformers would fall back to its default, which cannot be meant with both objects.
         raise keys.wrong("rope_scaling", 'replaces "rope_parameters" and lacks its rope_theta')
     theta = rope.number("rope_theta")
     if name == "default":

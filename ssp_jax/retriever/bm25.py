@@ -338,8 +338,8 @@ def first_wrong_term(impacts, rows, starts, max_impact, passages, begin, end):
 #
 # Names in the kernels below:
 #   impacts [postings], rows [postings], starts [terms + 1], max_impact [terms]: the index
-#   scores [passages]: the partial score of each passage, 0 for one that is no candidate
-#   candidates[:num_candidates]: rows of passages that may enter the top k
+#   scores [passages]: scratch, the partial score of each passage, 0 for one that is no candidate
+#   candidates [2 * passages + 1]: scratch, of which [:num_candidates] may enter the top k
 #   best_rows [k], best_scores [k]: the top k so far, of which `size` are filled
 #   threshold: the k-th best partial score so far, 0 while there are fewer than k
 
@@ -385,32 +385,25 @@ def search_query(
 ):
     """Fills best_rows and best_scores with a query's top k, k = len(best_rows); how many it finds.
 
-    `terms` are the query's, with repeats. `scores` (float32 [passages], all zero, and again so at
-    the end) and `candidates` (uint32 [2 * passages + 1]) are scratch. Scores only grow, so the k-th
-    best partial score is a lower bound of the final one, and what cannot reach it is pruned.
+    `terms` are the query's, with repeats. `scores` are zero before and after. Scores only grow, so
+    the k-th best partial score is a lower bound of the final one: what cannot reach it is pruned.
     """
     number = len(terms)
-    order = np.argsort(-max_impact[terms])
-    # Sums of float32 depend on their order; the slack covers that.
-    slack = 1 - 2.4e-7 * (number + 1)
-    # What the words from the i-th on can add at most.
-    upper_bound = np.zeros(number + 1)
-    for i in range(number - 1, -1, -1):
-        upper_bound[i] = upper_bound[i + 1] + max_impact[terms[order[i]]]
-
+    by_impact = terms[np.argsort(-max_impact[terms])]
+    upper_bound = _upper_bounds(max_impact, by_impact)
+    slack = 1 - 2.4e-7 * (number + 1)  # for sums of float32, which depend on their order
     # While an unseen passage could still enter the top k: add words to all passages.
     threshold = np.float32(0)
     num_candidates = 0
     size = 0
-    i = 0
+    i = 0  # terms that are added
     while i < number and (size < len(best_rows) or upper_bound[i] >= threshold * slack):
-        low = starts[terms[order[i]]]
-        high = starts[terms[order[i]] + 1]
+        term = by_impact[i]
         num_candidates, size, threshold = _accumulate(
             impacts,
             rows,
-            low,
-            high,
+            starts[term],
+            starts[term + 1],
             scores,
             candidates,
             num_candidates,
@@ -420,18 +413,16 @@ def search_query(
             best_scores,
         )
         i += 1
-
     # Then add the remaining words to the candidates only.
     while i < number:
+        term = by_impact[i]
         minimum = threshold * slack - upper_bound[i]
         num_candidates = _prune(candidates, num_candidates, scores, minimum)
-        low = starts[terms[order[i]]]
-        high = starts[terms[order[i]] + 1]
         threshold = _complete(
             impacts,
             rows,
-            low,
-            high,
+            starts[term],
+            starts[term + 1],
             candidates,
             num_candidates,
             scores,
@@ -441,19 +432,23 @@ def search_query(
         )
         i += 1
 
-    # Sum up the last candidates in the order of the query, as bm25s does. (The sum of two numbers
-    # is the same in either order.)
+    # Rank the last candidates by their exact scores. (Two numbers have one sum in either order.)
     if number > 2:
         num_candidates = _prune(candidates, num_candidates, scores, threshold * slack)
-        size = 0
-        for j in range(num_candidates):
-            row = candidates[j]
-            score = _exact_score(impacts, rows, starts, terms, row)
-            size = _heap_push(row, score, size, best_rows, best_scores)
-
+        remaining = candidates[:num_candidates]
+        size = _rank(impacts, rows, starts, terms, remaining, best_rows, best_scores)
     for j in range(num_candidates):
         scores[candidates[j]] = 0
     return size
+
+
+@_compiled
+def _upper_bounds(max_impact, terms):
+    """What the terms from the i-th on can add to a passage at most, float64 [terms + 1]."""
+    bounds = np.zeros(len(terms) + 1)
+    for i in range(len(terms) - 1, -1, -1):
+        bounds[i] = bounds[i + 1] + max_impact[terms[i]]
+    return bounds
 
 
 @_compiled
@@ -545,8 +540,18 @@ def _complete(
 
 
 @_compiled
+def _rank(impacts, rows, starts, terms, candidates, best_rows, best_scores):
+    """Fills the top k with the candidates' exact scores; its size."""
+    size = 0
+    for row in candidates:
+        score = _exact_score(impacts, rows, starts, terms, row)
+        size = _heap_push(row, score, size, best_rows, best_scores)
+    return size
+
+
+@_compiled
 def _exact_score(impacts, rows, starts, terms, row):
-    """The score of a passage, summed in the order of the terms."""
+    """The score of a passage, summed in the order of the query's terms, as bm25s does."""
     score = np.float32(0)
     for term in terms:
         at = _find_posting(rows, starts[term], starts[term + 1], row)

@@ -181,8 +181,10 @@ class Retriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
         """For each query at most top_k passages that share a word with it, best first."""
-        hits_of_queries = self.hits(queries, top_k)
-        return [[self.document(corpus_row) for corpus_row, _ in hits] for hits in hits_of_queries]
+        results = []
+        for hits in self.hits(queries, top_k):
+            results.append([self.document(corpus_row) for corpus_row, _ in hits])
+        return results
 
     def hits(self, queries: Sequence[str], top_k: int) -> list[Hits]:
         """For each query the best top_k corpus rows that share a word with it, and their scores.
@@ -209,14 +211,11 @@ class Retriever:
             if not future.cancel():  # a thread that has not begun by now has nothing left to do
                 future.result()
 
-        rows_of_queries = batch.rows.tolist()
-        scores_of_queries = batch.scores.tolist()
-        return [
-            tuple(zip(rows[:found], scores[:found], strict=True))
-            for rows, scores, found in zip(
-                rows_of_queries, scores_of_queries, batch.found.tolist(), strict=True
-            )
-        ]
+        columns = (batch.rows.tolist(), batch.scores.tolist(), batch.found.tolist())
+        hits = []
+        for rows, scores, found in zip(*columns, strict=True):
+            hits.append(tuple(zip(rows[:found], scores[:found], strict=True)))
+        return hits
 
     def _make_batch(self, queries: Sequence[str], top_k: int) -> _Batch:
         terms_of_queries = [self._query_terms(query) for query in queries]
