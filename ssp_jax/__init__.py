@@ -1,9 +1,32 @@
 """ssp_jax: Search Self-Play (arXiv 2510.18821) as one JAX program.
 
-Letters in array names, the same in every file: B rows in a batch, T tokens (t query / T key time),
-S cache length, V vocabulary, D model width, L layers, N query heads, K key/value heads, R query
-heads per key/value head (N = K * R), H head size, F feed-forward width, P tasks in a step, Q
-questions that survived verification, G attempts per question, E episodes.
+Letters at the end of array names, one per axis (logits_BTV), the same in every file:
+  B  rows of a batch, or slots
+  M  rows of one call to the sampler (prefill)
+  T  tokens (in einsum strings t of queries, T or s of keys)
+  S  cache length
+  V  vocabulary
+  D  model width
+  L  layers
+  N  query heads
+  K  key/value heads
+  R  query heads per key/value head (N = K * R)
+  H  head size
+  F  feed-forward width
+  C  a chunk: decode steps, or positions whose logits exist at once
+  A  states of the stop automaton
+  J  later pieces of the cache
+  U  blocks of the vocabulary
+  W  columns of a window: a block of the vocabulary, or what is written into the cache
+  X  all leading axes as one
+  I  inputs of a matrix product
+  O  outputs of a matrix product
+  E  episodes
+  P  tasks of a step
+  Q  questions that survived verification
+  G  attempts per question
+  Z  draws of the bootstrap
+  1  an axis of one, kept to broadcast
 
 Sources in docstrings and comments: [P] the paper, arXiv 2510.18821v1; [C] its reference code; [H]
 our own choice.
