@@ -18,40 +18,43 @@ def token_logprobs(
     chunk: int,
     rows: jax.sharding.NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """log softmax(hidden W^T / temperature) at the targets, and entropies, [B, T] float32; 0 where
-    not wanted.
+    """log softmax(hidden W^T / temperature) at the targets, and entropies: [B, T] float32 each.
+
+    Both are 0 where not wanted; entropies carry no gradient. T must be a multiple of chunk.
+    rows: how rows are split over devices, None for one device.
 
     Wanted positions of a row are moved to its front, and logits exist for `chunk` of them at a
     time, forward and again backward: [B, T, V] never exists, and prompts, inserted results and
-    padding cost nothing. T must be a multiple of chunk. Entropies carry no gradient. rows: how rows
-    are split over devices, None for one device.
+    padding cost nothing.
     """
+    # The wanted positions first, in their order.
     order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
     targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
     chunks = -(-wanted_BT.sum(1).max() // chunk)
     front = _front_logprobs(
         temperature, chunk, rows, hidden_BTD, weight_VD, targets_BT, order_BT, chunks
     )
+
+    # Back to where they were.
     inverse_BT = jnp.argsort(order_BT, axis=1)
-    back = (
-        jnp.where(wanted_BT, jnp.take_along_axis(x_BT, inverse_BT, axis=1), 0.0) for x_BT in front
-    )
-    logp_BT, entropy_BT = back
+
+    def restored(front_BT: jax.Array) -> jax.Array:
+        return jnp.where(wanted_BT, jnp.take_along_axis(front_BT, inverse_BT, axis=1), 0.0)
+
+    logp_BT, entropy_BT = map(restored, front)
     return logp_BT, jax.lax.stop_gradient(entropy_BT)
 
 
 def _chunk_logits(hidden_BCD: jax.Array, weight_VD: jax.Array, temperature: float) -> jax.Array:
-    """float32. The vocabulary may be split over devices: nothing below gathers it."""
-    return (
-        jnp.einsum("bcd,vd->bcv", hidden_BCD, weight_VD, preferred_element_type=jnp.float32)
-        / temperature
+    """[B, C, V] float32. V may be split over devices: nothing below gathers it."""
+    logits_BCV = jnp.einsum(
+        "bcd,vd->bcv", hidden_BCD, weight_VD, preferred_element_type=jnp.float32
     )
+    return logits_BCV / temperature
 
 
-def _hits(targets_BC: jax.Array, vocab: int) -> jax.Array:
-    """[B, C, V]: true at the target. A comparison stays on the device that holds its part of V, a
-    gather would not.
-    """
+def _is_target(targets_BC: jax.Array, vocab: int) -> jax.Array:
+    """[B, C, V]. A comparison stays on the device that holds its shard of V, a gather would not."""
     return targets_BC[..., None] == jnp.arange(vocab)[None, None]
 
 
@@ -63,27 +66,27 @@ def _forward_chunks(
     targets_BT: jax.Array,
     chunks: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Log-probs, entropies and log-sums of exp(logit) [B, T] of the first `chunks` chunks."""
+    """Log-probs, entropies and log-sums of exp(logit), [B, T], of the first `chunks` chunks."""
 
-    def one(i: jax.Array, filled: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        hidden_BCD, targets_BC = (
-            jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1) for x in (front_BTD, targets_BT)
-        )
+    def add_chunk(i: jax.Array, filled: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        hidden_BCD = jax.lax.dynamic_slice_in_dim(front_BTD, i * chunk, chunk, 1)
+        targets_BC = jax.lax.dynamic_slice_in_dim(targets_BT, i * chunk, chunk, 1)
         logits_BCV = _chunk_logits(hidden_BCD, weight_VD, temperature)
-        top_BC = logits_BCV.max(-1)
-        exp_BCV = jnp.exp(logits_BCV - top_BC[..., None])
+        max_BC = logits_BCV.max(-1)
+        exp_BCV = jnp.exp(logits_BCV - max_BC[..., None])
         sum_BC = exp_BCV.sum(-1)
-        total_BC = top_BC + jnp.log(sum_BC)
-        picked_BC = jnp.where(_hits(targets_BC, logits_BCV.shape[-1]), logits_BCV, 0.0).sum(-1)
-        entropy_BC = total_BC - (exp_BCV * logits_BCV).sum(-1) / sum_BC
-        new = (picked_BC - total_BC, entropy_BC, total_BC)
+        log_sum_BC = max_BC + jnp.log(sum_BC)
+        is_target_BCV = _is_target(targets_BC, logits_BCV.shape[-1])
+        target_BC = jnp.where(is_target_BCV, logits_BCV, 0.0).sum(-1)
+        entropy_BC = log_sum_BC - (exp_BCV * logits_BCV).sum(-1) / sum_BC
+        new = (target_BC - log_sum_BC, entropy_BC, log_sum_BC)
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(x, y, i * chunk, 1)
-            for x, y in zip(filled, new, strict=True)
+            jax.lax.dynamic_update_slice_in_dim(x_BT, x_BC, i * chunk, 1)
+            for x_BT, x_BC in zip(filled, new, strict=True)
         )
 
     zeros_BT = jnp.zeros(targets_BT.shape, jnp.float32)
-    return jax.lax.fori_loop(0, chunks, one, (zeros_BT, zeros_BT, zeros_BT))
+    return jax.lax.fori_loop(0, chunks, add_chunk, (zeros_BT, zeros_BT, zeros_BT))
 
 
 def _backward_chunks(
@@ -92,41 +95,43 @@ def _backward_chunks(
     front_BTD: jax.Array,
     weight_VD: jax.Array,
     targets_BT: jax.Array,
-    total_BT: jax.Array,
-    slope_BT: jax.Array,
+    log_sum_BT: jax.Array,
+    dlogp_BT: jax.Array,
     chunks: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """d log p_t / d logits = onehot(t) - p. Gradients of front_BTD, and of the weight, turned:
-    float32 [1, D, V].
+    """Gradients of the hidden states and of the weight, from that of the log-probs.
+
+    d log p(target) / d logits = onehot(target) - p. The weight's is float32, transposed, and has an
+    axis in front for the shards of rows: [1, D, V].
     """
 
-    def one(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        parts = (front_BTD, targets_BT, total_BT, slope_BT)
-        hidden_BCD, targets_BC, total_BC, slope_BC = (
-            jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1) for x in parts
-        )
+    def add_chunk(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def of_chunk(x_BT: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x_BT, i * chunk, chunk, 1)
+
+        dfront_BTD, dweight_DV = sums
+        hidden_BCD = of_chunk(front_BTD)
         logits_BCV = _chunk_logits(hidden_BCD, weight_VD, temperature)
-        probs_BCV = jnp.exp(logits_BCV - total_BC[..., None])
-        hits_BCV = _hits(targets_BC, logits_BCV.shape[-1])
-        slope_BCV = (
-            jnp.where(hits_BCV, 1.0 - probs_BCV, -probs_BCV) * (slope_BC / temperature)[..., None]
+        probs_BCV = jnp.exp(logits_BCV - of_chunk(log_sum_BT)[..., None])
+        is_target_BCV = _is_target(of_chunk(targets_BT), logits_BCV.shape[-1])
+        dscaled_BC = of_chunk(dlogp_BT) / temperature
+        dlogits_BCV = jnp.where(is_target_BCV, 1.0 - probs_BCV, -probs_BCV) * dscaled_BC[..., None]
+        # computed once, not inside each of two products
+        dlogits_BCV = jax.lax.optimization_barrier(dlogits_BCV.astype(front_BTD.dtype))
+        dhidden_BCD = jnp.einsum("bcv,vd->bcd", dlogits_BCV, weight_VD)
+        added_DV = jnp.einsum(
+            "bcd,bcv->dv", hidden_BCD, dlogits_BCV, preferred_element_type=jnp.float32
         )
-        # once, not inside two products
-        slope_BCV = jax.lax.optimization_barrier(slope_BCV.astype(front_BTD.dtype))
-        front_slope_BCD = jnp.einsum("bcv,vd->bcd", slope_BCV, weight_VD)
-        weight_slope_DV = jnp.einsum(
-            "bcd,bcv->dv", hidden_BCD, slope_BCV, preferred_element_type=jnp.float32
-        )
-        return jax.lax.dynamic_update_slice_in_dim(sums[0], front_slope_BCD, i * chunk, 1), sums[
-            1
-        ] + weight_slope_DV
+        dfront_BTD = jax.lax.dynamic_update_slice_in_dim(dfront_BTD, dhidden_BCD, i * chunk, 1)
+        return dfront_BTD, dweight_DV + added_DV
 
-    start = (jnp.zeros_like(front_BTD), jnp.zeros(weight_VD.shape[::-1], jnp.float32))
-    front_slope_BTD, weight_slope_DV = jax.lax.fori_loop(0, chunks, one, start)
-    return front_slope_BTD, weight_slope_DV[None]
+    zeros_DV = jnp.zeros(weight_VD.shape[::-1], jnp.float32)
+    start = (jnp.zeros_like(front_BTD), zeros_DV)
+    dfront_BTD, dweight_DV = jax.lax.fori_loop(0, chunks, add_chunk, start)
+    return dfront_BTD, dweight_DV[None]
 
 
-# The loops run on each part of the rows by itself. Left to XLA, devices that share a weight would
+# The loops run on each shard of the rows by itself. Left to XLA, devices that share a weight would
 # send it around, and add up its gradient over all of them, once for every chunk instead of once.
 
 
@@ -141,12 +146,12 @@ def _front_forward(
     chunks: Any,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     front_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1)
-    alone = functools.partial(_forward_chunks, temperature, chunk)
-    run = sharding.shard_map_rows(alone, rows, (0, None, 0, None), (0, 0, 0))
-    logp_BT, entropy_BT, total_BT = run(
-        front_BTD, weight_VD.astype(hidden_BTD.dtype), targets_BT, chunks
-    )
-    return (logp_BT, entropy_BT), (front_BTD, weight_VD, targets_BT, order_BT, chunks, total_BT)
+    on_shard = functools.partial(_forward_chunks, temperature, chunk)
+    run = sharding.shard_map_rows(on_shard, rows, (0, None, 0, None), (0, 0, 0))
+    cast_VD = weight_VD.astype(hidden_BTD.dtype)
+    logp_BT, entropy_BT, log_sum_BT = run(front_BTD, cast_VD, targets_BT, chunks)
+    residuals = (front_BTD, weight_VD, targets_BT, order_BT, chunks, log_sum_BT)
+    return (logp_BT, entropy_BT), residuals
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -161,24 +166,25 @@ def _front_logprobs(
     chunks: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """token_logprobs in the order of `order_BT`, for its first `chunks` chunks."""
-    return _front_forward(
+    outputs, _ = _front_forward(
         temperature, chunk, rows, hidden_BTD, weight_VD, targets_BT, order_BT, chunks
-    )[0]
+    )
+    return outputs
 
 
 def _front_backward(
-    temperature: float, chunk: int, rows: Any, kept: Any, slopes: Any
+    temperature: float, chunk: int, rows: Any, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array | None, ...]:
-    front_BTD, weight_VD, targets_BT, order_BT, chunks, total_BT = kept
-    alone = functools.partial(_backward_chunks, temperature, chunk)
-    run = sharding.shard_map_rows(alone, rows, (0, None, 0, 0, 0, None), (0, 0))
+    front_BTD, weight_VD, targets_BT, order_BT, chunks, log_sum_BT = residuals
+    dlogp_BT, _ = cotangents  # entropies carry none
+    on_shard = functools.partial(_backward_chunks, temperature, chunk)
+    run = sharding.shard_map_rows(on_shard, rows, (0, None, 0, 0, 0, None), (0, 0))
     cast_VD = weight_VD.astype(front_BTD.dtype)
-    front_slope_BTD, weight_slopes_XDV = run(
-        front_BTD, cast_VD, targets_BT, total_BT, slopes[0], chunks
-    )
+    dfront_BTD, dweights = run(front_BTD, cast_VD, targets_BT, log_sum_BT, dlogp_BT, chunks)
     inverse_BT = jnp.argsort(order_BT, axis=1)
-    hidden_slope_BTD = jnp.take_along_axis(front_slope_BTD, inverse_BT[..., None], axis=1)
-    return hidden_slope_BTD, weight_slopes_XDV.sum(0).T.astype(weight_VD.dtype), None, None, None
+    dhidden_BTD = jnp.take_along_axis(dfront_BTD, inverse_BT[..., None], axis=1)
+    dweight_VD = dweights.sum(0).T.astype(weight_VD.dtype)
+    return dhidden_BTD, dweight_VD, None, None, None
 
 
 _front_logprobs.defvjp(_front_forward, _front_backward)

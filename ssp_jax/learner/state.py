@@ -7,33 +7,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssp_jax.model import attention as attention
 from ssp_jax.model import decoder, sharding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """float32 master weights and moments. updates counts optimizer steps, bad_updates skipped ones
-    in a row.
-    """
+    """What an update changes; the weights and their moments are float32."""
 
     params: decoder.Params
     opt_state: Any
-    updates: jax.Array
-    bad_updates: jax.Array
+    updates: jax.Array  # int32 []: optimizer steps taken
+    bad_updates: jax.Array  # int32 []: optimizer steps skipped in a row, up to now
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnerConfig:
-    """Config section `learner`, with compute dtype, remat (a key of model.REMAT) and the sampler's
-    temperature.
-    """
+    """Config section `learner`, and what else the update depends on."""
 
     model: decoder.ModelConfig
-    dtype: Any
-    remat: str
-    temperature: float
+    dtype: Any  # of the arithmetic
+    remat: str  # a key of decoder.REMAT
+    temperature: float  # of the sampler
     learning_rate: float
     warmup_steps: int
     adam_b1: float
@@ -60,28 +55,26 @@ class LearnerConfig:
     momentum_dtype: str = "float32"
     offload_moments: bool = False
     offload_reference: bool = False
-    # how rows are split over devices, None for one device
-    rows_sharding: jax.sharding.NamedSharding | None = None
-    attention: str = "xla"  # what attention.select_kernel() says
+    rows_sharding: jax.sharding.NamedSharding | None = None  # of packed rows; None: one device
+    attention: str = "xla"  # what attention.select_kernel() returned
 
 
 def learning_rate(c: LearnerConfig) -> optax.Schedule:
-    """Linear warm-up, then constant, or down to final_rate * learning_rate by a cosine or a line
-    over decay_steps.
-    """
-    top, last = c.learning_rate, c.learning_rate * c.final_rate
-    warm = optax.schedules.linear_schedule(top / max(c.warmup_steps, 1), top, c.warmup_steps)
+    """Linear warm-up, then constant, or down to final_rate * learning_rate over decay_steps."""
+    top = c.learning_rate
+    last = c.learning_rate * c.final_rate
+    warmup = optax.schedules.linear_schedule(top / max(c.warmup_steps, 1), top, c.warmup_steps)
     if c.schedule == "constant":
-        return warm
-    down = {
-        "cosine": optax.schedules.cosine_decay_schedule(top, c.decay_steps, c.final_rate),
-        "linear": optax.schedules.linear_schedule(top, last, c.decay_steps),
-    }
-    return optax.schedules.join_schedules([warm, down[c.schedule]], [c.warmup_steps])
+        return warmup
+    if c.schedule == "cosine":
+        decay = optax.schedules.cosine_decay_schedule(top, c.decay_steps, c.final_rate)
+    else:
+        decay = optax.schedules.linear_schedule(top, last, c.decay_steps)
+    return optax.schedules.join_schedules([warmup, decay], [c.warmup_steps])
 
 
 def optimizer(c: LearnerConfig) -> optax.GradientTransformation:
-    """AdamW; `_apply` clips its gradients.
+    """AdamW (arXiv 1711.05101) without clipping, which update.py does before it.
 
     Only the first moment may be bfloat16: the second moves by a share of 1 - b2 = 0.001 a step,
     which is less than half of bfloat16's spacing, so it would stand still.
@@ -96,12 +89,16 @@ def optimizer(c: LearnerConfig) -> optax.GradientTransformation:
 
 
 def init_state(c: LearnerConfig, params: decoder.Params) -> TrainState:
-    """Fresh moments laid out like the params, in host memory if they are to live there."""
-    # two: a donated buffer can be given once only
-    counts = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-    state = sharding.commit(TrainState(params, optimizer(c).init(params), *counts), params)
+    """Fresh moments laid out like the params; with c.offload_moments they lie in host memory."""
+    state = TrainState(
+        params=params,
+        opt_state=optimizer(c).init(params),
+        # two arrays: a buffer can be donated only once
+        updates=jnp.zeros((), jnp.int32),
+        bad_updates=jnp.zeros((), jnp.int32),
+    )
+    state = sharding.commit(state, params)
     if c.offload_moments:
-        state = dataclasses.replace(
-            state, opt_state=sharding.to_host(state.opt_state, "learner.offload_moments")
-        )
+        opt_state = sharding.to_host(state.opt_state, "learner.offload_moments")
+        state = dataclasses.replace(state, opt_state=opt_state)
     return state

@@ -1,5 +1,4 @@
-"""The update: pack episodes into fixed rows, accumulate gradients over micro-batches, one optimizer
-step.
+"""The update: pack episodes, accumulate gradients over micro-batches, take optimizer steps.
 
 Jitted programs of fixed shape, whatever was played: `accumulate` adds one micro-batch's gradient to
 a donated buffer, `apply` takes the optimizer step. A scan over micro-batches would tie the program
@@ -10,7 +9,7 @@ behind the device's work.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,46 +17,35 @@ import numpy as np
 import optax
 
 from ssp_jax.learner import objective
-from ssp_jax.learner.batches import Batch, Trajectory, make_batches
+from ssp_jax.learner.batches import Batch, Trajectory, empty_batch, make_batches
 from ssp_jax.learner.logprobs import token_logprobs
 from ssp_jax.learner.state import LearnerConfig, TrainState, optimizer
-from ssp_jax.model import attention as attention
-from ssp_jax.model import decoder, sharding
+from ssp_jax.model import attention, decoder, sharding
 
 # What to change where the update does not fit.
 MEMORY_REMEDY = (
-    "more devices for mesh.fsdp or mesh.tensor, a smaller learner.rows or learner.row_tokens, model.remat=full, "
-    "learner.offload_moments or learner.offload_reference"
+    "more devices for mesh.fsdp or mesh.tensor, a smaller learner.rows or learner.row_tokens, "
+    "model.remat=full, learner.offload_moments or learner.offload_reference"
 )
 
+Total = tuple[decoder.Params, objective.LossSums]  # gradient and sums of the micro-batches so far
+MiniBatch = list[Batch]  # the micro-batches of one optimizer step
 
-def _attention(c: LearnerConfig) -> Callable[..., jax.Array]:
-    """Of packed rows: (q, k, v, segments) -> o. The kernel is interpreted on what is no TPU, which
-    tests ask for.
-    """
-    if c.attention == "xla":
-        return attention.packed
-    rows = c.rows_sharding
-    platform = jax.default_backend() if rows is None else rows.mesh.devices.flat[0].platform
-    return sharding.on_own_rows_and_heads(
-        functools.partial(attention.splash, interpret=platform != "tpu"), rows
-    )
+
+# What is differentiated
 
 
 def score(c: LearnerConfig, params: decoder.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies [B, T] of the batch's sampled targets, 0 elsewhere."""
-
-    packed = _attention(c)
+    """Log-probs and entropies, [B, T] float32, of the batch's sampled targets; 0 elsewhere."""
+    packed_attention = _packed_attention(c)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return packed(q, k, v, batch.segments_BT), None
+        return packed_attention(q, k, v, batch.segments_BT), None
 
     def place(x_BTD: jax.Array) -> jax.Array:
-        return (
-            x_BTD
-            if c.rows_sharding is None
-            else jax.lax.with_sharding_constraint(x_BTD, c.rows_sharding)
-        )
+        if c.rows_sharding is None:
+            return x_BTD
+        return jax.lax.with_sharding_constraint(x_BTD, c.rows_sharding)
 
     hidden_BTD = decoder.forward(
         c.model,
@@ -69,17 +57,25 @@ def score(c: LearnerConfig, params: decoder.Params, batch: Batch) -> tuple[jax.A
         remat=c.remat,
         place=place,
     )
-    weight_VD = decoder.head_weight(params)
-    wanted_BT = batch.weight_BT != 0
     return token_logprobs(
         hidden_BTD,
-        weight_VD,
+        decoder.head_weight(params),
         batch.targets_BT,
-        wanted_BT,
+        batch.weight_BT != 0,
         c.temperature,
         c.logprob_chunk,
         c.rows_sharding,
     )
+
+
+def _packed_attention(c: LearnerConfig) -> Callable[..., jax.Array]:
+    """(q, k, v, segments) -> o. Off TPUs the kernel is interpreted, which only tests ask for."""
+    if c.attention == "xla":
+        return attention.packed
+    rows = c.rows_sharding
+    platform = jax.default_backend() if rows is None else rows.mesh.devices.flat[0].platform
+    splash = functools.partial(attention.splash, interpret=platform != "tpu")
+    return sharding.shard_map_rows_and_heads(splash, rows)
 
 
 def loss(
@@ -89,6 +85,7 @@ def loss(
     old_logp_BT: jax.Array,
     ref_logp_BT: jax.Array | None,
 ) -> tuple[jax.Array, objective.LossSums]:
+    """The policy loss of one micro-batch, and the sums that are reported of it."""
     logp_BT, entropy_BT = score(c, params, batch)
     sums = objective.policy_loss(
         logp_BT,
@@ -109,6 +106,90 @@ def loss(
     return sums.loss, sums
 
 
+# The jitted programs
+
+
+class Programs(NamedTuple):
+    """The jitted programs of an update. Each compiles once for a configuration and mesh."""
+
+    score: Any  # (params, batch) -> log-probs [B, T] of the sampled targets
+    # (total or None, params, batch, old_logp_BT, ref_logp_BT or None) -> total; donates the total
+    accumulate: Any
+    apply: Any  # (state, gradient) -> (state, the gradient's global norm); donates the state
+    zero_total: Any  # (params) -> the total of no micro-batch
+
+
+def jit_programs(c: LearnerConfig, layout: TrainState) -> Programs:
+    """layout: the train state's shardings, on the devices.
+
+    Results have them explicitly. Left to XLA, a gradient or moment may come out whole on every
+    device, and not fit there.
+    """
+    total_layout = (layout.params, None)
+    accumulate = functools.partial(_accumulate, c)
+    apply = functools.partial(_apply, c)
+    return Programs(
+        score=jax.jit(lambda params, batch: score(c, params, batch)[0]),
+        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=total_layout),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(layout, None)),
+        zero_total=jax.jit(_zero_total, out_shardings=total_layout),
+    )
+
+
+def _zero_total(params: decoder.Params) -> Total:
+    grads = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+    return grads, objective.LossSums(*jnp.zeros((6,)))
+
+
+def _accumulate(
+    c: LearnerConfig,
+    total: Total | None,
+    params: decoder.Params,
+    batch: Batch,
+    old_logp_BT: jax.Array,
+    ref_logp_BT: jax.Array | None,
+) -> Total:
+    """The total with this micro-batch's gradient.
+
+    The first has no total: a program of its own, without that memory.
+    """
+    differentiate = jax.value_and_grad(functools.partial(loss, c), has_aux=True)
+    (_, sums), grads = differentiate(params, batch, old_logp_BT, ref_logp_BT)
+    if total is None:
+        return grads, sums
+    old_grads, old_sums = total
+    new_sums = objective.LossSums(*map(jnp.add, old_sums, sums))
+    new_sums = new_sums._replace(gap_max=jnp.maximum(old_sums.gap_max, sums.gap_max))
+    return jax.tree.map(jnp.add, old_grads, grads), new_sums
+
+
+def _apply(
+    c: LearnerConfig, state: TrainState, grads: decoder.Params
+) -> tuple[TrainState, jax.Array]:
+    """One optimizer step, after clipping by the global norm.
+
+    A gradient that is not finite changes nothing but the count of bad updates.
+
+    A branch, not a choice between old and new, and one factor, not a clipped copy: else XLA's CPU
+    backend keeps twice the gradients' memory in temporaries (measured; so, none).
+    """
+    norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(norm)
+
+    def step() -> tuple[decoder.Params, Any]:
+        clipped = jax.tree.map(lambda g: g * jnp.minimum(1.0, c.max_grad_norm / norm), grads)
+        updates, opt_state = optimizer(c).update(clipped, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    def skip() -> tuple[decoder.Params, Any]:
+        return state.params, state.opt_state
+
+    params, opt_state = jax.lax.cond(is_finite, step, skip)
+    updates = state.updates + is_finite
+    bad_updates = jnp.where(is_finite, 0, state.bad_updates + 1)
+    return TrainState(params, opt_state, updates, bad_updates), norm
+
+
 class Learner:
     """Compiled programs for one configuration and mesh; all state is passed in and returned."""
 
@@ -119,37 +200,25 @@ class Learner:
         reference: decoder.Params | None,
         put_batch: Callable[[Batch], Batch],
     ):
-        """state: how the train state is laid out. reference: the initial model in the compute
-        dtype, or None.
+        """state: only its layout is read.
+
+        reference: the initial model in the compute dtype, or None. put_batch: host to devices.
         """
         if reference is not None and c.offload_reference:
             reference = sharding.to_host(reference, "learner.offload_reference")
-        self._config, self._reference, self._put = c, reference, put_batch
-        # Told and not left to XLA: a gradient or moment that comes out whole on every device does
-        # not fit there.
-        layout = sharding.device_layout(state)
-        self._score = jax.jit(lambda params, batch: score(c, params, batch)[0])
-        self._accumulate = jax.jit(
-            functools.partial(_accumulate, c),
-            donate_argnums=(0,),
-            out_shardings=(layout.params, None),
-        )
-        self._apply = jax.jit(
-            functools.partial(_apply, c), donate_argnums=(0,), out_shardings=(layout, None)
-        )
-        self._no_gradient = jax.jit(_zeros, out_shardings=(layout.params, None))
+        self._config = c
+        self._reference = reference
+        self._put = put_batch
+        self._programs = jit_programs(c, sharding.device_layout(state))
 
     def warm_up(self, params: decoder.Params) -> None:
-        """Compiles the long programs by running them on a batch without tokens; the result is
-        dropped.
-        """
-        shape = (self._config.rows, self._config.row_tokens)
-        batch = self._put(
-            Batch(*[np.zeros(shape, np.int32)] * 4, *[np.zeros(shape, np.float32)] * 3)
-        )
-        old, reference = self._old_logprobs(params, [[batch]]), self._reference_logprobs([[batch]])
-        arguments = (params, batch, old[0][0], reference[0][0])
-        jax.block_until_ready(self._accumulate(self._accumulate(None, *arguments), *arguments))
+        """Compiles the long programs by running them on a batch without tokens."""
+        batch = self._put(empty_batch(self._config.rows, self._config.row_tokens))
+        [[old_logp_BT]] = self._old_logprobs(params, [[batch]])
+        [[ref_logp_BT]] = self._reference_logprobs([[batch]])
+        arguments = (params, batch, old_logp_BT, ref_logp_BT)
+        total = self._programs.accumulate(None, *arguments)
+        jax.block_until_ready(self._programs.accumulate(total, *arguments))
 
     def update(
         self,
@@ -159,134 +228,93 @@ class Learner:
         order: np.random.Generator,
         mini_batches: int = 1,
     ) -> tuple[TrainState, dict[str, float]]:
-        """All optimizer steps of one role: the episodes, shuffled by `order`, in mini_batches
-        parts.
+        """All optimizer steps of one role, one a mini-batch of the episodes, shuffled by `order`.
+
+        Returns the new state and metrics; the old state is donated.
         """
-        split = np.array_split(order.permutation(len(episodes)), mini_batches)
-        parts = [sorted(part.tolist()) for part in split if len(part)]
-        made = [
-            make_batches(self._config, [episodes[i] for i in part], advantage_E[part])
-            for part in parts
-        ]
-        batches = [[self._put(batch) for batch in part] for part in made]
+        # Shuffle, split into mini-batches, and pack each into micro-batches.
+        made: list[MiniBatch] = []
+        for part in np.array_split(order.permutation(len(episodes)), mini_batches):
+            members = sorted(part.tolist())
+            if members:
+                played = [episodes[index] for index in members]
+                made.append(make_batches(self._config, played, advantage_E[members]))
+        batches = [[self._put(batch) for batch in mini_batch] for mini_batch in made]
+
+        # Score all of them under the reference, and under the policy before the first step.
         reference = self._reference_logprobs(batches)
-        # Old log-probs belong to the policy before the first of these optimizer steps.
         old = self._old_logprobs(state.params, batches)
+
+        # For each mini-batch: the gradient, micro-batch by micro-batch, then the optimizer step.
         reports = []
-        for part in zip(batches, old, reference, strict=True):
-            # no rows: everything was dropped
-            total: Any = None if part[0] else self._no_gradient(state.params)
-            for batch, old_logp_BT, ref_logp_BT in zip(*part, strict=True):
-                total = self._accumulate(total, state.params, batch, old_logp_BT, ref_logp_BT)
+        for mini_batch, old_logp, ref_logp in zip(batches, old, reference, strict=True):
+            # A mini-batch from which all was dropped has no micro-batch.
+            total: Any = None if mini_batch else self._programs.zero_total(state.params)
+            for arguments in zip(mini_batch, old_logp, ref_logp, strict=True):
+                total = self._programs.accumulate(total, state.params, *arguments)
             state, norm = self._step(state, total[0])
             reports.append((total[1], norm))
-        return state, _report(reports, made)
+
+        # Metrics last: reading them waits for the device.
+        return state, _metrics(reports, made)
 
     def _step(self, state: TrainState, grads: decoder.Params) -> tuple[TrainState, jax.Array]:
         """The optimizer step. Moments that live on the host visit the device for it."""
         if not self._config.offload_moments:
-            return self._apply(state, grads)
+            return self._programs.apply(state, grads)
         on_device = dataclasses.replace(state, opt_state=sharding.to_device(state.opt_state))
-        state, norm = self._apply(on_device, grads)
+        state, norm = self._programs.apply(on_device, grads)
         opt_state = sharding.to_host(state.opt_state, "learner.offload_moments")
         return dataclasses.replace(state, opt_state=opt_state), norm
 
     def _old_logprobs(
-        self, params: decoder.Params, batches: list[list[Batch]]
+        self, params: decoder.Params, batches: list[MiniBatch]
     ) -> list[list[jax.Array]]:
+        """The denominators of the ratios: recorded by the sampler, or computed by the learner."""
         if self._config.old_logprobs == "sampler":
-            return [[batch.sampler_logp_BT for batch in part] for part in batches]
-        return [[self._score(params, batch) for batch in part] for part in batches]
+            return [[batch.sampler_logp_BT for batch in mini_batch] for mini_batch in batches]
+        return self._score_all(params, batches)
 
-    def _reference_logprobs(self, batches: list[list[Batch]]) -> list[list[jax.Array | None]]:
-        """Ahead of all gradients, so that a reference that lives on the host is on the device only
-        here.
-        """
+    def _reference_logprobs(self, batches: list[MiniBatch]) -> list[list[jax.Array | None]]:
+        """Ahead of all gradients: a reference that lives on the host is on the device only here."""
         if self._reference is None:
-            return [[None] * len(part) for part in batches]
-        reference = (
-            sharding.to_device(self._reference)
-            if self._config.offload_reference
-            else self._reference
-        )
-        return [[self._score(reference, batch) for batch in part] for part in batches]
+            return [[None] * len(mini_batch) for mini_batch in batches]
+        reference = self._reference
+        if self._config.offload_reference:
+            reference = sharding.to_device(reference)
+        return self._score_all(reference, batches)
+
+    def _score_all(self, params: decoder.Params, batches: list[MiniBatch]) -> list[list[Any]]:
+        score_one = functools.partial(self._programs.score, params)
+        return [list(map(score_one, mini_batch)) for mini_batch in batches]
 
 
-def _zeros(params: decoder.Params) -> tuple[decoder.Params, objective.LossSums]:
-    """The gradient and sums of no rows at all."""
-    return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params), objective.LossSums(
-        *jnp.zeros((6,))
-    )
-
-
-def _accumulate(
-    c: LearnerConfig,
-    total: tuple[decoder.Params, objective.LossSums] | None,
-    params: decoder.Params,
-    batch: Batch,
-    old_logp_BT: jax.Array,
-    ref_logp_BT: jax.Array | None,
-) -> tuple[decoder.Params, objective.LossSums]:
-    """The total with this micro-batch's gradient. The first has none: a program of its own, without
-    that memory.
-    """
-    (_, sums), grads = jax.value_and_grad(functools.partial(loss, c), has_aux=True)(
-        params, batch, old_logp_BT, ref_logp_BT
-    )
-    if total is None:
-        return grads, sums
-    added = objective.LossSums(*(a + b for a, b in zip(total[1], sums, strict=True)))
-    added = added._replace(gap_max=jnp.maximum(total[1].gap_max, sums.gap_max))
-    return jax.tree.map(jnp.add, total[0], grads), added
-
-
-def _apply(
-    c: LearnerConfig, state: TrainState, grads: decoder.Params
-) -> tuple[TrainState, jax.Array]:
-    """One optimizer step after clipping by the global norm; a gradient that is not finite changes
-    nothing but the count of bad updates.
-
-    A branch, not a choice between old and new, and one factor, not a clipped copy: else XLA's CPU
-    backend keeps twice the gradients' memory in temporaries (measured; so, none).
-    """
-    norm = optax.tree.norm(grads)
-    good = jnp.isfinite(norm)
-
-    def step() -> tuple[decoder.Params, Any]:
-        clipped = jax.tree.map(lambda g: g * jnp.minimum(1.0, c.max_grad_norm / norm), grads)
-        updates, opt_state = optimizer(c).update(clipped, state.opt_state, state.params)
-        return optax.apply_updates(state.params, updates), opt_state
-
-    params, opt_state = jax.lax.cond(good, step, lambda: (state.params, state.opt_state))
-    return TrainState(
-        params, opt_state, state.updates + good, jnp.where(good, 0, state.bad_updates + 1)
-    ), norm
-
-
-def _report(
-    reports: list[tuple[objective.LossSums, jax.Array]], made: list[list[Batch]]
+def _metrics(
+    reports: list[tuple[objective.LossSums, jax.Array]], made: list[MiniBatch]
 ) -> dict[str, float]:
-    """Means over the sampled tokens in rows; the loss and the gradient norm are means over
-    optimizer steps.
+    """Means over the sampled tokens in rows; loss and gradient norm: means over optimizer steps.
+
+    reports: the sums and the gradient norm of each optimizer step.
     """
-    sums = jax.device_get([r[0] for r in reports])
-    norms = np.array(jax.device_get([r[1] for r in reports]))
-    segments = [batch.segments_BT for part in made for batch in part]
-    sampled = [sum(int(np.count_nonzero(batch.weight_BT)) for batch in part) for part in made]
-    length, cells = sum(int(np.count_nonzero(x)) for x in segments), sum(x.size for x in segments)
+    all_sums, all_norms = zip(*jax.device_get(reports), strict=True)
+    num_sampled = [sum(int(np.count_nonzero(x.weight_BT)) for x in batches) for batches in made]
+    segments = [batch.segments_BT for mini_batch in made for batch in mini_batch]
+    tokens = sum(int(np.count_nonzero(x)) for x in segments)
+    cells = sum(x.size for x in segments)
 
     def per_token(name: str) -> float:
-        return float(sum(getattr(s, name) for s in sums) / max(sum(sampled), 1))
+        total = sum(getattr(sums, name) for sums in all_sums)
+        return float(total / max(sum(num_sampled), 1))
 
+    first = all_sums[0]  # later steps see weights that have moved since sampling
     return {
-        "loss": float(np.mean([s.loss for s in sums])),
+        "loss": float(np.mean([sums.loss for sums in all_sums])),
         "kl": per_token("kl"),
         "entropy": per_token("entropy"),
         "clip_fraction": per_token("clipped"),
-        "grad_norm": float(norms.mean()),
-        # Of the first step alone: later ones see weights that have moved since sampling.
-        "logprob_gap": float(sums[0].gap) / max(sampled[0], 1),
-        "logprob_gap_max": float(sums[0].gap_max),
-        "packed": length / max(cells, 1),
-        "tokens": float(length),
+        "grad_norm": float(np.array(all_norms).mean()),
+        "logprob_gap": float(first.gap) / max(num_sampled[0], 1),
+        "logprob_gap_max": float(first.gap_max),
+        "packed": tokens / max(cells, 1),
+        "tokens": float(tokens),
     }

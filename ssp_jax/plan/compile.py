@@ -4,7 +4,6 @@ The PyPI package libtpu holds the whole TPU compiler and runs it on any CPU.
 """
 
 import dataclasses
-import functools
 import os
 import re
 import time
@@ -191,35 +190,24 @@ def _learner_sources(target: Target) -> Iterator[_Source]:
     by_rows = sharding.rows_sharding(target.mesh)
     replicated = NamedSharding(target.mesh, P())
 
-    def column(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((c.rows, c.row_tokens), dtype, sharding=by_rows)
+    def placed(tree: Any, where: NamedSharding) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
-    batch = batches.Batch(*[column(jnp.int32)] * 4, *[column(jnp.float32)] * 3)
-    zeros = jax.eval_shape(update._zeros, state.params)
-    statistics = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), zeros[1]
-    )
-    layout = jax.tree.map(lambda x: x.sharding, state)
-    reference_logp = None
+    programs = update.jit_programs(c, jax.tree.map(lambda x: x.sharding, state))
+    batch = placed(batches.empty_batch(c.rows, c.row_tokens), by_rows)
+    logp_BT = batch.sampler_logp_BT
     if c.kl_coef:
-        reference_logp = column(jnp.float32)
-        reference = cast(state.params, c.dtype)
-        score = jax.jit(lambda params, batch: update.score(c, params, batch)[0])
-        yield _Source("scores of the reference", "scores", score, (reference, batch), {})
+        arguments: tuple[Any, ...] = (cast(state.params, c.dtype), batch)
+        yield _Source("scores of the reference", "scores", programs.score, arguments, {})
 
-    accumulate = jax.jit(
-        functools.partial(update._accumulate, c),
-        donate_argnums=(0,),
-        out_shardings=(layout.params, None),
-    )
-    total = (state.params, statistics)
-    arguments = (total, state.params, batch, column(jnp.float32), reference_logp)
-    yield _Source(f"gradients of {c.rows} x {c.row_tokens}", "gradients", accumulate, arguments, {})
+    _, sums = jax.eval_shape(programs.zero_total, state.params)
+    total = (state.params, placed(sums, replicated))
+    arguments = (total, state.params, batch, logp_BT, logp_BT if c.kl_coef else None)
+    name = f"gradients of {c.rows} x {c.row_tokens}"
+    yield _Source(name, "gradients", programs.accumulate, arguments, {})
 
-    apply = jax.jit(
-        functools.partial(update._apply, c), donate_argnums=(0,), out_shardings=(layout, None)
-    )
-    yield _Source("optimizer step", "optimizer", apply, (state, state.params), {})
+    arguments = (state, state.params)
+    yield _Source("optimizer step", "optimizer", programs.apply, arguments, {})
 
 
 def compile_all(target: Target, log: Callable[[str], None]) -> list[Program]:
