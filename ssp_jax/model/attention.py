@@ -1,9 +1,8 @@
-"""Attention over packed rows and over keys that lie in several places: the one place that decides
-how it is computed.
+"""Attention over packed rows, and over keys in several places. Nothing else decides how.
 
 Packed rows: XLA einsums in blocks (`packed`), on TPUs JAX's splash kernel (`splash`). Keys in
-several places: XLA einsums. Scores and softmax are float32 in all of them, so that sampler and
-trainer agree.
+several places: XLA einsums (`partial_softmax`, `combine`). Scores and softmax are float32 in all of
+them, so that sampler and trainer agree.
 """
 
 import dataclasses
@@ -11,11 +10,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 # the name, for remat policies, of what the backward pass of packed attention wants back
 KEPT = "attention"
-_MIN_BLOCK, _MAX_BLOCKS = 256, 16  # queries of a block; blocks of a row, which are unrolled
+_MIN_BLOCK = 256  # queries of a block
+_MAX_BLOCKS = 16  # of a row; blocks are unrolled
 NEG_INF = -1e30  # finite: a row with no visible key (padding) stays free of NaN
 LANES = 128  # of a TPU; the kernel's blocks are multiples
 # The longest block of keys in the kernel's backward pass, which writes the queries' gradient for
@@ -26,28 +27,26 @@ _SPLASH_KEYS = 2048
 
 
 def select_kernel(key: str, platform: str) -> str:
-    """How the update attends, "splash" or "xla": config key model.attention on devices of this
-    platform.
-    """
+    """ "splash" or "xla", from config key model.attention and the platform of the devices."""
     return "splash" if key == "auto" and platform == "tpu" else "xla"
 
 
 def packed(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
-    """Causal attention inside each segment of a packed row; segment 0 is padding. Differentiable in
-    q, k and v.
+    """Causal attention [B, T, N, H] inside each segment of a packed row; segment 0 is padding.
 
-    Queries go in blocks, each against the keys up to its end: half of the T x T scores are never
-    computed, and only one block of them exists at a time, forward and backward (the backward pass
-    makes them again from the log-sum-exp, as FlashAttention does, arXiv 2205.14135).
+    Differentiable in q, k and v. Queries go in blocks, each against the keys up to its end: half of
+    the T x T scores are never computed, and only one block of them exists at a time, forward and
+    backward (the backward pass makes them again from the log-sum-exp, as FlashAttention does, arXiv
+    2205.14135).
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BKRTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
-    o_BKRTH = _blocks(
-        q_BKRTH, jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2), segment_ids_BT
-    )
+    k_BKTH = jnp.moveaxis(k_BTKH, 1, 2)
+    v_BKTH = jnp.moveaxis(v_BTKH, 1, 2)
+    o_BKRTH = _blocks(q_BKRTH, k_BKTH, v_BKTH, segment_ids_BT)
     return jnp.moveaxis(o_BKRTH, 3, 1).reshape(B, T, N, H)
 
 
@@ -58,75 +57,75 @@ def spans(T: int) -> list[tuple[int, int]]:
 
 
 def _block_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible_BTS: jax.Array
+    q_BKRTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, visible_BTT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Outputs [B, K, R, T, H] of one block of queries, and the log of each query's sum of
-    exp(score) [B, K, R, T].
-    """
-    scores = (
-        jnp.einsum("bkrth,bksh->bkrts", q, k, preferred_element_type=jnp.float32)
-        * q.shape[-1] ** -0.5
-    )
-    scores = jnp.where(visible_BTS[:, None, None], scores, NEG_INF)
-    top_BKRT = scores.max(-1)
-    weights = jnp.exp(scores - top_BKRT[..., None])
+    """One block of queries: outputs [B, K, R, T, H], and log-sums of exp(score) [B, K, R, T]."""
+    scale = q_BKRTH.shape[-1] ** -0.5
+    scores = jnp.einsum("bkrth,bksh->bkrts", q_BKRTH, k_BKTH, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible_BTT[:, None, None], scores * scale, NEG_INF)
+    max_BKRT = scores.max(-1)
+    weights = jnp.exp(scores - max_BKRT[..., None])
     sum_BKRT = weights.sum(-1)
-    o = jnp.einsum(
-        "bkrts,bksh->bkrth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    dtype = v_BKTH.dtype
+    o_BKRTH = jnp.einsum(
+        "bkrts,bksh->bkrth", weights.astype(dtype), v_BKTH, preferred_element_type=jnp.float32
     )
-    return (o / sum_BKRT[..., None]).astype(v.dtype), top_BKRT + jnp.log(sum_BKRT)
+    return (o_BKRTH / sum_BKRT[..., None]).astype(dtype), max_BKRT + jnp.log(sum_BKRT)
 
 
 def _block_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    visible_BST: jax.Array,
-    do: jax.Array,
-    delta: jax.Array,
-    total: jax.Array,
+    q_BKRTH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    visible_BTT: jax.Array,
+    do_BKRTH: jax.Array,
+    delta_BKRT: jax.Array,
+    log_sum_BKRT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq in v's dtype, dk and dv in float32. Keys come first in scores: so no product needs a
-    transposed [S, T].
+    """dq in v's dtype, dk and dv in float32, of one block of queries.
+
+    visible_BTT: [B, keys, queries]. Keys come first in scores, too: so no product needs them
+    transposed.
     """
-    scale, product = (
-        q.shape[-1] ** -0.5,
-        functools.partial(jnp.einsum, preferred_element_type=jnp.float32),
-    )
-    scores = product("bksh,bkrth->bksrt", k, q) * scale
-    scores = jnp.where(visible_BST[:, None, :, None], scores, NEG_INF)
-    weights = jnp.exp(scores - total[:, :, None])
-    grad = weights * (product("bksh,bkrth->bksrt", v, do) - delta[:, :, None]) * scale
+    scale = q_BKRTH.shape[-1] ** -0.5
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = einsum("bksh,bkrth->bksrt", k_BKTH, q_BKRTH) * scale
+    scores = jnp.where(visible_BTT[:, None, :, None], scores, NEG_INF)
+    weights = jnp.exp(scores - log_sum_BKRT[:, :, None])
+    dweights = einsum("bksh,bkrth->bksrt", v_BKTH, do_BKRTH)
+    dscores = weights * (dweights - delta_BKRT[:, :, None]) * scale
     # What is used by two products is made once, and not inside each of them.
-    weights, grad = jax.lax.optimization_barrier((weights.astype(q.dtype), grad.astype(q.dtype)))
-    dq_BKHRT = jnp.einsum("bkhs,bksrt->bkhrt", jnp.swapaxes(k, 2, 3), grad)
-    dk = product("bksrt,bkrth->bksh", grad, q)
-    dv = product("bksrt,bkrth->bksh", weights, do)
-    return jnp.moveaxis(dq_BKHRT, 2, 4), dk, dv
+    rounded = (weights.astype(q_BKRTH.dtype), dscores.astype(q_BKRTH.dtype))
+    weights, dscores = jax.lax.optimization_barrier(rounded)
+    dq_BKHRT = jnp.einsum("bkhs,bksrt->bkhrt", jnp.swapaxes(k_BKTH, 2, 3), dscores)
+    dk_BKTH = einsum("bksrt,bkrth->bksh", dscores, q_BKRTH)
+    dv_BKTH = einsum("bksrt,bkrth->bksh", weights, do_BKRTH)
+    return jnp.moveaxis(dq_BKHRT, 2, 4), dk_BKTH, dv_BKTH
 
 
 def _visible(segment_ids_BT: jax.Array, start: int, end: int) -> jax.Array:
     """[B, queries start to end, keys up to end]: earlier or same position, same segment."""
-    same_BTS = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
-    return same_BTS & jnp.tri(end - start, end, start, dtype=bool)[None]
+    same_BTT = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
+    return same_BTT & jnp.tri(end - start, end, start, dtype=bool)[None]
 
 
 def _blocks_forward(
     q_BKRTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segment_ids_BT: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    blocks = [
-        _block_forward(
-            q_BKRTH[:, :, :, start:end],
-            k_BKTH[:, :, :end],
-            v_BKTH[:, :, :end],
-            _visible(segment_ids_BT, start, end),
+    outputs = []
+    log_sums = []
+    for start, end in spans(q_BKRTH.shape[3]):
+        queries = np.s_[:, :, :, start:end]
+        keys = np.s_[:, :, :end]
+        visible_BTT = _visible(segment_ids_BT, start, end)
+        o_BKRTH, log_sum_BKRT = _block_forward(
+            q_BKRTH[queries], k_BKTH[keys], v_BKTH[keys], visible_BTT
         )
-        for start, end in spans(q_BKRTH.shape[3])
-    ]
-    o_BKRTH, total_BKRT = (
-        checkpoint_name(jnp.concatenate(x, axis=3), KEPT) for x in zip(*blocks, strict=True)
-    )
-    return o_BKRTH, (q_BKRTH, k_BKTH, v_BKTH, segment_ids_BT, o_BKRTH, total_BKRT)
+        outputs.append(o_BKRTH)
+        log_sums.append(log_sum_BKRT)
+    o_BKRTH = checkpoint_name(jnp.concatenate(outputs, axis=3), KEPT)
+    log_sum_BKRT = checkpoint_name(jnp.concatenate(log_sums, axis=3), KEPT)
+    return o_BKRTH, (q_BKRTH, k_BKTH, v_BKTH, segment_ids_BT, o_BKRTH, log_sum_BKRT)
 
 
 @jax.custom_vjp
@@ -137,34 +136,31 @@ def _blocks(
 
 
 def _blocks_backward(
-    kept: tuple[jax.Array, ...], do_BKRTH: jax.Array
+    residuals: tuple[jax.Array, ...], do_BKRTH: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    q_BKRTH, k_BKTH, v_BKTH, segment_ids_BT, o_BKRTH, total_BKRT = kept
+    q_BKRTH, k_BKTH, v_BKTH, segment_ids_BT, o_BKRTH, log_sum_BKRT = residuals
     delta_BKRT = (do_BKRTH.astype(jnp.float32) * o_BKRTH.astype(jnp.float32)).sum(-1)
-    dq, dk_BKTH, dv_BKTH = (
-        [],
-        jnp.zeros(k_BKTH.shape, jnp.float32),
-        jnp.zeros(v_BKTH.shape, jnp.float32),
-    )
+    dq_blocks = []
+    dk_BKTH = jnp.zeros(k_BKTH.shape, jnp.float32)
+    dv_BKTH = jnp.zeros(v_BKTH.shape, jnp.float32)
     for start, end in spans(q_BKRTH.shape[3]):
-        q, do, delta, total = (
-            x[:, :, :, start:end] for x in (q_BKRTH, do_BKRTH, delta_BKRT, total_BKRT)
+        queries = np.s_[:, :, :, start:end]
+        keys = np.s_[:, :, :end]
+        visible_BTT = jnp.swapaxes(_visible(segment_ids_BT, start, end), 1, 2)
+        dq, dk, dv = _block_backward(
+            q_BKRTH[queries],
+            k_BKTH[keys],
+            v_BKTH[keys],
+            visible_BTT,
+            do_BKRTH[queries],
+            delta_BKRT[queries],
+            log_sum_BKRT[queries],
         )
-        visible_BST = jnp.swapaxes(_visible(segment_ids_BT, start, end), 1, 2)
-        block = _block_backward(
-            q, k_BKTH[:, :, :end], v_BKTH[:, :, :end], visible_BST, do, delta, total
-        )
-        dq.append(block[0])
-        dk_BKTH, dv_BKTH = (
-            dk_BKTH.at[:, :, :end].add(block[1]),
-            dv_BKTH.at[:, :, :end].add(block[2]),
-        )
-    return (
-        jnp.concatenate(dq, axis=3),
-        dk_BKTH.astype(k_BKTH.dtype),
-        dv_BKTH.astype(v_BKTH.dtype),
-        None,
-    )
+        dq_blocks.append(dq)
+        dk_BKTH = dk_BKTH.at[keys].add(dk)
+        dv_BKTH = dv_BKTH.at[keys].add(dv)
+    dq_BKRTH = jnp.concatenate(dq_blocks, axis=3)
+    return dq_BKRTH, dk_BKTH.astype(k_BKTH.dtype), dv_BKTH.astype(v_BKTH.dtype), None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
@@ -184,43 +180,45 @@ def splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """What `packed` computes, by JAX's Pallas kernel for TPUs: scores stay inside a core and are
-    never in HBM.
+    """What `packed` computes, by JAX's Pallas kernel for TPUs: no scores in HBM, no repeated keys.
 
-    No key is repeated, and rows whose length does not suit the kernel are padded. XLA does not
-    split a Pallas kernel over devices: see sharding.on_own_rows_and_heads. interpret: where there
-    is no TPU, for tests.
+    Rows whose length does not suit the kernel are padded. XLA does not split a Pallas kernel over
+    devices: see sharding.shard_map_rows_and_heads. interpret: where there is no TPU, for tests.
     """
     # Here: only TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-    (_, T, N, H), keys = q_BTNH.shape, splash_keys(q_BTNH.shape[1])
-    padding, half = -T % keys, keys // 2
-    segments_BS = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
+    _, T, N, H = q_BTNH.shape
+    keys = splash_keys(T)
+    half = keys // 2
+    padding = -T % keys
 
     def heads_first(x_BTNH: jax.Array) -> jax.Array:
-        return jnp.pad(jnp.moveaxis(x_BTNH, 2, 1), ((0, 0), (0, 0), (0, padding), (0, 0)))
+        x_BNTH = jnp.moveaxis(x_BTNH, 2, 1)
+        return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, padding), (0, 0)))
 
+    mask = kernels.CausalMask((T + padding, T + padding))
     kernel = kernels.make_splash_mha_single_device(
-        kernels.MultiHeadMask([kernels.CausalMask((T + padding, T + padding))] * N),
+        kernels.MultiHeadMask([mask] * N),
         block_sizes=kernels.BlockSizes(
             half, half, half, half, keys, half, use_fused_bwd_kernel=True
         ),
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
-    # the kernel does not scale
-    q, k, v = heads_first(q_BTNH * H**-0.5), heads_first(k_BTKH), heads_first(v_BTKH)
-    o_BNSH = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segments_BS, segments_BS))
-    return jnp.moveaxis(o_BNSH[:, :, :T], 1, 2)
+    q_BNTH = heads_first(q_BTNH * H**-0.5)  # the kernel does not scale
+    k_BKTH = heads_first(k_BTKH)
+    v_BKTH = heads_first(v_BTKH)
+    segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
+    segments = kernels.SegmentIds(segment_ids_BT, segment_ids_BT)
+    o_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
+    return jnp.moveaxis(o_BNTH[:, :, :T], 1, 2)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PartialSoftmax:
-    """Attention over some of the keys, not divided by its sum yet; float32. `merged` puts parts
-    together.
-    """
+    """Attention over some of the keys, not divided by its sum yet; float32. See `combine`."""
 
     o_BTNH: jax.Array  # sum of exp(score - max) * value
     max_BTN: jax.Array
@@ -230,45 +228,36 @@ class PartialSoftmax:
 def partial_softmax(
     q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array
 ) -> PartialSoftmax:
-    """Attention over these keys; each of the K key/value heads serves R = N / K query heads, no key
-    is repeated.
+    """Attention over these keys. Each of K heads of keys serves R = N / K of queries: no copies.
 
-    A query that sees none of them gets a max of NEG_INF. Positions are the last axis of keys: with
-    few queries the product of the scores is then twice to four times as fast on CPU as over keys
-    [B, K, S, H] (measured).
+    A query that sees none of the keys gets a max of NEG_INF. Positions are the last axis of keys:
+    with few queries the product of the scores is then twice to four times as fast on CPU as over
+    keys [B, K, S, H] (measured).
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]
     q_BKRTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
-    scores = (
-        jnp.einsum("bkrth,bkhs->bkrts", q_BKRTH, k_BKHS, preferred_element_type=jnp.float32)
-        * H**-0.5
-    )
-    scores = jnp.where(visible_BTS[:, None, None], scores, NEG_INF)
+    scores = jnp.einsum("bkrth,bkhs->bkrts", q_BKRTH, k_BKHS, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible_BTS[:, None, None], scores * H**-0.5, NEG_INF)
     max_BKRT = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - max_BKRT[..., None])
-    o_BKRTH = jnp.einsum(
-        "bkrts,bksh->bkrth",
-        weights.astype(v_BKSH.dtype),
-        v_BKSH,
-        preferred_element_type=jnp.float32,
-    )
-    o_BTKRH, max_BTKR, sum_BTKR = (
-        jnp.moveaxis(x, 3, 1) for x in (o_BKRTH, max_BKRT, weights.sum(axis=-1))
-    )
-    per_head = q_BTNH.shape[:3]
-    return PartialSoftmax(
-        o_BTKRH.reshape(q_BTNH.shape), max_BTKR.reshape(per_head), sum_BTKR.reshape(per_head)
-    )
+    cast = weights.astype(v_BKSH.dtype)
+    o_BKRTH = jnp.einsum("bkrts,bksh->bkrth", cast, v_BKSH, preferred_element_type=jnp.float32)
+    sum_BKRT = weights.sum(axis=-1)
+    o_BTNH = jnp.moveaxis(o_BKRTH, 3, 1).reshape(B, T, N, H)
+    max_BTN = jnp.moveaxis(max_BKRT, 3, 1).reshape(B, T, N)
+    sum_BTN = jnp.moveaxis(sum_BKRT, 3, 1).reshape(B, T, N)
+    return PartialSoftmax(o_BTNH, max_BTN, sum_BTN)
 
 
 def combine(parts: list[PartialSoftmax]) -> jax.Array:
-    """Attention [B, T, N, H], float32, over the keys of all parts; each query must see a key in one
-    of them.
+    """Attention [B, T, N, H], float32, over the keys of all parts.
+
+    Each query must see a key in one of them.
     """
-    max_BTN = functools.reduce(jnp.maximum, [p.max_BTN for p in parts])
-    scales = [jnp.exp(p.max_BTN - max_BTN) for p in parts]
+    max_BTN = functools.reduce(jnp.maximum, [part.max_BTN for part in parts])
+    scales = [jnp.exp(part.max_BTN - max_BTN) for part in parts]
     pairs = list(zip(parts, scales, strict=True))
-    sum_BTN = functools.reduce(jnp.add, [p.sum_BTN * scale for p, scale in pairs])
-    o_BTNH = functools.reduce(jnp.add, [p.o_BTNH * scale[..., None] for p, scale in pairs])
+    sum_BTN = functools.reduce(jnp.add, [part.sum_BTN * scale for part, scale in pairs])
+    o_BTNH = functools.reduce(jnp.add, [part.o_BTNH * scale[..., None] for part, scale in pairs])
     return o_BTNH / sum_BTN[..., None]

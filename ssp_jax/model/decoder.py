@@ -1,5 +1,4 @@
-"""The decoder of Qwen2.5, Qwen3 and Llama-3 in Flax NNX. Knows nothing of search, of meshes and of
-sampling.
+"""The decoder of Qwen2.5, Qwen3 and Llama-3 in Flax NNX. Knows no search, mesh or sampling.
 
 The module defines names, shapes and arithmetic; `nnx.split` happens once and from there on
 everything passes `params`, one pure nested dict whose layer weights are stacked on axis 0. Training
@@ -18,12 +17,13 @@ import numpy as np
 from flax import nnx
 
 from ssp_jax.model import attention
-from ssp_jax.model.linear import Linear, matmul, skinny_matmul
+from ssp_jax.model.linear import Linear, TransposedLinear, matmul, skinny_matmul
 
 Params = dict[str, Any]
-# What the backward pass finds again of a layer, and what it computes anew: between full (the
-# layer's input is kept and nothing else: about 4/3 of the arithmetic) and none (everything is
-# kept), from little memory to much.
+# (q, k, v) -> (o, what is kept: a cache, or None)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# What the forward pass keeps of a layer; the backward pass computes the rest again. From little
+# memory to much: full keeps the layer's input alone (about 4/3 of the arithmetic), none everything.
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
@@ -33,7 +33,6 @@ REMAT = {
     ),
     "none": jax.checkpoint_policies.everything_saveable,
 }
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,30 +73,40 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(mean_square + self.eps)
         scale = self.scale[...].astype(x.dtype)
-        return x32.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        leading = (1,) * (x.ndim - 1)
+        return x32.astype(x.dtype) * scale.reshape(leading + scale.shape)
+
+
+def _residual_gain(c: ModelConfig) -> float:
+    """As in GPT-2: the sum of all layers' outputs stays small."""
+    return (2 * c.num_layers) ** -0.5
 
 
 class Attention(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        self.q = Linear((D,), (N, H), rngs, c.qkv_bias)
-        self.k = Linear((D,), (K, H), rngs, c.qkv_bias)
-        self.v = Linear((D,), (K, H), rngs, c.qkv_bias)
-        self.o = Linear(
-            (N, H), (D,), rngs, gain=(2 * c.num_layers) ** -0.5
-        )  # as in GPT-2: the sum of layers stays small
+        queries = (c.num_heads, c.head_dim)
+        keys = (c.num_kv_heads, c.head_dim)
+        self.q = Linear((c.embed_dim,), queries, rngs, c.qkv_bias)
+        self.k = Linear((c.embed_dim,), keys, rngs, c.qkv_bias)
+        self.v = Linear((c.embed_dim,), keys, rngs, c.qkv_bias)
+        self.o = Linear(queries, (c.embed_dim,), rngs, gain=_residual_gain(c))
         self.qk_norm = c.qk_norm
         if c.qk_norm:  # Qwen3
-            self.q_norm, self.k_norm = RMSNorm(H, c.norm_eps), RMSNorm(H, c.norm_eps)
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
 
     def __call__(
         self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend
     ) -> tuple[jax.Array, Any]:
-        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        q_BTNH = self.q(x_BTD)
+        k_BTKH = self.k(x_BTD)
+        v_BTKH = self.v(x_BTD)
         if self.qk_norm:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+            q_BTNH = self.q_norm(q_BTNH)
+            k_BTKH = self.k_norm(k_BTKH)
         o_BTNH, kept = attend(rotate(q_BTNH, rope), rotate(k_BTKH, rope), v_BTKH)
         return self.o(o_BTNH), kept
 
@@ -106,16 +115,14 @@ class MLP(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.gate = Linear((c.embed_dim,), (c.mlp_dim,), rngs)
         self.up = Linear((c.embed_dim,), (c.mlp_dim,), rngs)
-        self.down = Linear((c.mlp_dim,), (c.embed_dim,), rngs, gain=(2 * c.num_layers) ** -0.5)
+        self.down = Linear((c.mlp_dim,), (c.embed_dim,), rngs, gain=_residual_gain(c))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
-    """One layer. `attend(q, k, v) -> (o, kept)` decides what is attended to and what is kept (a
-    cache, or None).
-    """
+    """One layer. `attend` decides what is attended to, and what is kept."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(c.embed_dim, c.norm_eps)
@@ -134,13 +141,12 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         std = c.embed_dim**-0.5  # logits start with a standard deviation near 1
-        self.weight = nnx.Param(
-            std * jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim), jnp.float32)
-        )
+        shape = (c.vocab_size, c.embed_dim)
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
 class Decoder(nnx.Module):
-    """Names and shapes of all weights; the arithmetic above the layers is in the functions below."""
+    """Names and shapes of all weights; what is computed around the layers is below."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.embed = Embedding(c, rngs)
@@ -162,23 +168,30 @@ def abstract_params(config: ModelConfig) -> Params:
 
 
 def _transpose(block: Block) -> Block:
-    for _, module in nnx.iter_modules(block):
-        if isinstance(module, Linear):
-            module.transpose_kernel()
+    """The block with TransposedLinear in place of each Linear."""
+    for owner in (block.attention, block.mlp):
+        for name, module in list(vars(owner).items()):
+            if isinstance(module, Linear):
+                setattr(owner, name, TransposedLinear(module))
     return block
 
 
 @functools.cache
 def _block_graph(config: ModelConfig, is_transposed: bool) -> Any:
     block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0)))
-    return nnx.split(nnx.eval_shape(_transpose, block) if is_transposed else block)[0]
+    if is_transposed:
+        block = nnx.eval_shape(_transpose, block)
+    graph, _ = nnx.split(block)
+    return graph
 
 
 def _run_block(config: ModelConfig, layer: Params, *args: Any) -> tuple[jax.Array, Any]:
-    return nnx.merge(_block_graph(config, "transposed" in layer["mlp"]["down"]), layer)(*args)
+    is_transposed = "transposed" in layer["mlp"]["down"]
+    return nnx.merge(_block_graph(config, is_transposed), layer)(*args)
 
 
 def rms_norm(scale: jax.Array, x: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm of the last axis with this scale."""
     norm = RMSNorm(scale.shape[0], eps)
     norm.scale[...] = scale
     return norm(x)
@@ -186,37 +199,35 @@ def rms_norm(scale: jax.Array, x: jax.Array, eps: float) -> jax.Array:
 
 def _frequencies(c: ModelConfig) -> np.ndarray:
     """Rotary frequencies [H/2], radians per position."""
-    freq = 1.0 / c.rope_theta ** (np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim)
+    exponents = np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim
+    freq = 1.0 / c.rope_theta**exponents
     s = c.rope_scaling
     if s is not None:
         # Long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
         turns = s.original_max_position_embeddings * freq / (2 * np.pi)
-        smooth = np.clip(
-            (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1
-        )
+        width = s.high_freq_factor - s.low_freq_factor
+        smooth = np.clip((turns - s.low_freq_factor) / width, 0, 1)
         freq = (1 - smooth) * freq / s.factor + smooth * freq
     return freq.astype(np.float32)
 
 
 def rotary(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, H/2], float32: bfloat16 angles are wrong beyond a few hundred
-    positions.
-    """
-    angle = (
-        positions_BT[:, :, None, None].astype(jnp.float32)
-        * _frequencies(config)[None, None, None, :]
-    )
-    return jnp.cos(angle), jnp.sin(angle)
+    """cos and sin [B, T, 1, H/2]; float32, as bfloat16 is wrong beyond a few hundred positions."""
+    positions = positions_BT[:, :, None, None].astype(jnp.float32)
+    angles = positions * _frequencies(config)[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates the two halves of each head against each other (the Hugging Face convention)."""
     cos, sin = rope
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
 
 
 def embed(params: Params, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """[B, T, D] in dtype."""
     return params["embed"]["weight"][tokens_BT].astype(dtype)
 
 
@@ -231,20 +242,21 @@ def forward(
     remat: str = "none",
     place: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD,
 ) -> jax.Array:
-    """Hidden states [B, T, D] before the head, from stacked params, by a scan over layers (training
-    and scoring).
+    """Hidden states [B, T, D] before the head; for training: stacked params, a scan over layers.
 
-    remat: a key of REMAT. place: says how hidden states are split over devices; left alone, XLA may
-    split D as the weights are, and then sends activations of all rows to all devices instead of one
-    layer's weights.
+    remat: a key of REMAT. place: constrains how hidden states are split over devices; left alone,
+    XLA may split D as the weights are, and then sends activations of all rows to all devices
+    instead of one layer's weights.
     """
     rope = rotary(config, positions_BT)
 
     def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        return place(_run_block(config, weights, x_BTD, rope, attend)[0]), None
+        x_BTD, _ = _run_block(config, weights, x_BTD, rope, attend)
+        return place(x_BTD), None
 
     step = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
-    x_BTD, _ = jax.lax.scan(step, place(embed(params, tokens_BT, dtype)), params["layers"])
+    x_BTD = place(embed(params, tokens_BT, dtype))
+    x_BTD, _ = jax.lax.scan(step, x_BTD, params["layers"])
     return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps)
 
 
@@ -258,18 +270,18 @@ def forward_cached(
     *,
     dtype: Any,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Hidden states [B, T, D] and new caches, from unstacked params. attend(cache, q, k, v) -> (o,
-    new cache).
+    """Hidden states [B, T, D] and new caches; for sampling: unstacked params, unrolled layers.
+
+    attend(cache, q, k, v) -> (o, new cache). caches: one of each layer.
     """
     rope = rotary(config, positions_BT)
     x_BTD = embed(params, tokens_BT, dtype)
-    kept = []
+    new_caches = []
     for weights, cache in zip(params["layers"], caches, strict=True):
-        x_BTD, new_cache = _run_block(
-            config, weights, x_BTD, rope, functools.partial(attend, cache)
-        )
-        kept.append(new_cache)
-    return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps), tuple(kept)
+        attend_layer = functools.partial(attend, cache)
+        x_BTD, new_cache = _run_block(config, weights, x_BTD, rope, attend_layer)
+        new_caches.append(new_cache)
+    return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps), tuple(new_caches)
 
 
 def head_weight(params: Params) -> jax.Array:
@@ -280,7 +292,8 @@ def head_weight(params: Params) -> jax.Array:
 def logits(params: Params, hidden_XD: jax.Array) -> jax.Array:
     """float32 logits [X, V] of hidden states [X, D]."""
     weight_VD = head_weight(params).astype(hidden_XD.dtype)
-    on_cpu, elsewhere = (functools.partial(f, dtype=jnp.float32) for f in (skinny_matmul, matmul))
+    on_cpu = functools.partial(skinny_matmul, dtype=jnp.float32)
+    elsewhere = functools.partial(matmul, dtype=jnp.float32)
     return jax.lax.platform_dependent(hidden_XD, weight_VD, cpu=on_cpu, default=elsewhere)
 
 
@@ -288,23 +301,23 @@ def unstack(params: Params, dtype: Any) -> Params:
     """The sampler's copy: cast to the compute dtype, layers as a tuple of per-layer dicts."""
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
     num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
-    cast["layers"] = tuple(
-        jax.tree.map(lambda x, i=i: x[i], cast["layers"]) for i in range(num_layers)
-    )
-    return cast
+
+    def layer(i: int) -> Params:
+        return jax.tree.map(lambda x: x[i], cast["layers"])
+
+    return cast | {"layers": tuple(map(layer, range(num_layers)))}
 
 
 def transpose_kernels(config: ModelConfig, unstacked: Params) -> Params:
-    """The sampler's copy for CPUs: the axes of kernels that are contracted come last.
+    """The sampler's copy for CPUs: the contracted axes of kernels come last.
 
     So Eigen reads a kernel once, in order, for all rows of a decode step, and packs the rows: half
     the time of x @ W (8 rows, 4,864 x 896), which packs the kernel from all over the memory.
     Prompts take 2 % longer.
     """
 
-    def one(layer: Params) -> Params:
-        return nnx.to_pure_dict(
-            nnx.state(_transpose(nnx.merge(_block_graph(config, False), layer)), nnx.Param)
-        )
+    def transposed(layer: Params) -> Params:
+        block = nnx.merge(_block_graph(config, False), layer)
+        return nnx.to_pure_dict(nnx.state(_transpose(block), nnx.Param))
 
-    return unstacked | {"layers": tuple(one(layer) for layer in unstacked["layers"])}
+    return unstacked | {"layers": tuple(map(transposed, unstacked["layers"]))}

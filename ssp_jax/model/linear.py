@@ -1,6 +1,4 @@
-"""Matrix products and the linear layer; on CPUs with kernels transposed for the few rows of a
-decode step.
-"""
+"""Matrix products and the linear layer, and both with kernels transposed for decoding on CPUs."""
 
 import functools
 import math
@@ -10,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# rows up to which they are packed, and not the weight: more, and it is no longer faster
+# Up to so many rows skinny_matmul packs the rows and not the weight; with more it is no faster.
 SKINNY_ROWS = 128
 
 
 def _product(num_in: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    axes = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+    x_axes = tuple(range(x.ndim - num_in, x.ndim))
+    kernel_axes = tuple(range(num_in))
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), ((x_axes, kernel_axes), ((), ())))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -40,63 +39,57 @@ def _contract_forward(
 
 
 def _contract_backward(
-    num_in: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array
+    num_in: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
+    x, kernel = residuals
     dy = jax.lax.optimization_barrier(dy)
-    lead, num_out = tuple(range(x.ndim - num_in)), kernel.ndim - num_in
-    out = (tuple(range(dy.ndim - num_out, dy.ndim)), tuple(range(num_in, kernel.ndim)))
-    dx = jax.lax.dot_general(dy, kernel.astype(dy.dtype), (out, ((), ())))
+    num_out = kernel.ndim - num_in
 
-    def gradient(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(
-            a, b, ((lead, lead), ((), ())), preferred_element_type=kernel.dtype
-        )
+    # dx: dy with the kernel, over the output axes
+    dy_out = tuple(range(dy.ndim - num_out, dy.ndim))
+    kernel_out = tuple(range(num_in, kernel.ndim))
+    dx = jax.lax.dot_general(dy, kernel.astype(dy.dtype), ((dy_out, kernel_out), ((), ())))
+
+    # dkernel: x with dy, over the axes in front
+    leading = tuple(range(x.ndim - num_in))
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        dimensions = ((leading, leading), ((), ()))
+        return jax.lax.dot_general(a, b, dimensions, preferred_element_type=kernel.dtype)
 
     def swapped(a: jax.Array, b: jax.Array) -> jax.Array:
-        flipped = jax.lax.optimization_barrier(gradient(b, a))  # else XLA swaps them back
+        flipped = jax.lax.optimization_barrier(product(b, a))  # else XLA swaps them back
         return jnp.transpose(flipped, (*range(num_out, kernel.ndim), *range(num_out)))
 
     if x.size <= dy.size:
-        return dx, gradient(x, dy)
-    return dx, jax.lax.platform_dependent(x, dy, cpu=swapped, default=gradient)
+        return dx, product(x, dy)
+    return dx, jax.lax.platform_dependent(x, dy, cpu=swapped, default=product)
 
 
 contract.defvjp(_contract_forward, _contract_backward)
 
 
 def skinny_matmul(x_XI: jax.Array, weight_OI: jax.Array, dtype: Any) -> jax.Array:
-    """x @ weight.T on a CPU, the weight in front and x turned beforehand: with few rows Eigen then
-    packs what is small.
+    """x @ weight.T [X, O] on a CPU, for few rows of x.
 
-    Barriers keep XLA from turning it back into x @ W.T, which takes 1.6 times as long (8 rows,
-    151,936 x 896).
+    The weight is the first factor, and x is transposed beforehand: so Eigen packs x and not the
+    weight. Barriers keep XLA from turning it back into x @ W.T, which takes 1.6 times as long
+    (8 rows, 151,936 x 896).
     """
     x_IX = jax.lax.optimization_barrier(x_XI.T)
-    product = jax.lax.dot_general(
-        weight_OI, x_IX, (((1,), (0,)), ((), ())), preferred_element_type=dtype
-    )
-    return jax.lax.optimization_barrier(product).T
+    dimensions = (((1,), (0,)), ((), ()))
+    product_OX = jax.lax.dot_general(weight_OI, x_IX, dimensions, preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(product_OX).T
 
 
 def matmul(x_XI: jax.Array, weight_OI: jax.Array, dtype: Any) -> jax.Array:
-    return jax.lax.dot_general(
-        x_XI, weight_OI, (((1,), (1,)), ((), ())), preferred_element_type=dtype
-    )
-
-
-def _transposed_product(num_in: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The last num_in axes of x with the last of the kernel."""
-    lead, out, size = x.shape[:-num_in], kernel.shape[:-num_in], math.prod(x.shape[-num_in:])
-    x_XI, kernel_OI = x.reshape(-1, size), kernel.reshape(-1, size)
-    product = skinny_matmul if len(x_XI) <= SKINNY_ROWS else matmul
-    return product(x_XI, kernel_OI, x.dtype).reshape(lead + out)
+    """x @ weight.T, [X, O]."""
+    dimensions = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x_XI, weight_OI, dimensions, preferred_element_type=dtype)
 
 
 class Linear(nnx.Module):
-    """Contracts the last `len(in_shape)` axes of x with a kernel of shape in_shape + out_shape,
-    plus a bias.
-    """
+    """Contracts the last len(in_shape) axes of x with a kernel of in_shape + out_shape."""
 
     def __init__(
         self,
@@ -107,27 +100,43 @@ class Linear(nnx.Module):
         gain: float = 1.0,
     ):
         std = gain / math.sqrt(math.prod(in_shape))
-        self.kernel = nnx.Param(
-            std * jax.random.normal(rngs.params(), in_shape + out_shape, jnp.float32)
-        )
+        shape = in_shape + out_shape
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
         if bias:
             self.bias = nnx.Param(jnp.zeros(out_shape, jnp.float32))
-        self.num_in, self.use_bias, self.is_transposed = len(in_shape), bias, False
+        self.num_in = len(in_shape)
+        self.use_bias = bias
 
-    def transpose_kernel(self) -> None:
-        """Puts the axes that are contracted behind the others; see `turned`."""
-        self.transposed = nnx.Param(
-            jnp.moveaxis(self.kernel[...], range(self.num_in), range(-self.num_in, 0))
-        )
-        self.is_transposed = True
-        del self.kernel
+    def product(self, x: jax.Array) -> jax.Array:
+        return contract(self.num_in, x, self.kernel[...])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.is_transposed:
-            y = _transposed_product(self.num_in, x, self.transposed[...])
-        else:
-            y = contract(self.num_in, x, self.kernel[...])
+        y = self.product(x)
         if self.use_bias:
             bias = self.bias[...].astype(x.dtype)
-            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+            leading = (1,) * (y.ndim - bias.ndim)
+            y = y + bias.reshape(leading + bias.shape)
         return y
+
+
+class TransposedLinear(Linear):
+    """The same with the contracted axes last in its kernel: see decoder.transpose_kernels."""
+
+    def __init__(self, linear: Linear):
+        self.num_in = linear.num_in
+        self.use_bias = linear.use_bias
+        kernel = linear.kernel[...]
+        transposed = jnp.moveaxis(kernel, range(self.num_in), range(-self.num_in, 0))
+        self.transposed = nnx.Param(transposed)
+        if self.use_bias:
+            self.bias = linear.bias
+
+    def product(self, x: jax.Array) -> jax.Array:
+        kernel = self.transposed[...]
+        out_shape = kernel.shape[: -self.num_in]
+        size = math.prod(x.shape[-self.num_in :])
+        x_XI = x.reshape(-1, size)
+        kernel_OI = kernel.reshape(-1, size)
+        multiply = skinny_matmul if len(x_XI) <= SKINNY_ROWS else matmul
+        y_XO = multiply(x_XI, kernel_OI, x.dtype)
+        return y_XO.reshape(x.shape[: -self.num_in] + out_shape)

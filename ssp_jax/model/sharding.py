@@ -1,9 +1,9 @@
 """The mesh and one table: which axis of which parameter is split over which mesh axis.
 
 Model code knows nothing of meshes; XLA derives the rest from the shardings of arguments. Only two
-loops say themselves what is split (`in_parts`): the sampler's, whose slots have nothing to do with
+loops are split explicitly (`shard_map_rows`): the sampler's, whose slots have nothing to do with
 each other, and that over the logits of packed rows, where XLA would send the head's weight around
-at every turn.
+in every iteration.
 """
 
 import math
@@ -36,50 +36,51 @@ PARAM_RULES = (
     (r"mlp/down/transposed", ("fsdp", "tensor")),  # D, F
     (r"norm/scale", (None,)),
 )
-# width; kernels of narrower models stay in a core's cache, and are faster as they are (measured)
+# Model width. Kernels of narrower models stay in a core's cache, and are faster as they are
+# (measured).
 _TRANSPOSED_FROM = 256
 BROKEN_SHARDY = "0.11.2"  # a version of JAX
 HOST = "pinned_host"  # JAX's name of page-locked host memory
-# packed rows and slots: one part per device that does not share its rows
+# of packed rows and slots
 ROWS = P(("data", "fsdp"))
 
 
 def mesh_sizes(axis_sizes: dict[str, int], devices: int) -> list[int]:
-    """Config section `mesh` for this many devices, in the order of AXES; one size may be -1 and
-    takes what is left.
+    """Axis sizes in the order of AXES. One may be given as -1, and takes what is left.
+
+    Raises InputError where so many devices do not make such a mesh.
     """
     sizes = [axis_sizes[name] for name in AXES]
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
         raise InputError(
             f"config section mesh has sizes {sizes}; expected positive numbers and at most one -1"
         )
-    known = int(np.prod([s for s in sizes if s != -1]))
+    known = math.prod(size for size in sizes if size != -1)
     if known > devices or (-1 in sizes and devices % known):
         raise InputError(f"config section mesh asks for {sizes} but there are {devices} devices")
-    return [devices // known if s == -1 else s for s in sizes]
+    return [devices // known if size == -1 else size for size in sizes]
 
 
 def abstract_mesh(axis_sizes: dict[str, int], devices: int) -> AbstractMesh:
-    """The mesh of this many devices that are not there."""
+    """The mesh of so many devices, which need not exist."""
     return AbstractMesh(tuple(mesh_sizes(axis_sizes, devices)), AXES)
 
 
 def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
-    """Over these devices, or over all of the run, process by process: the neighbours of `tensor`
-    share a host.
-    """
+    """Over these devices, or over all of the run, sorted so that `tensor` stays inside a host."""
     if devices is None:
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     sizes = mesh_sizes(axis_sizes, len(devices))
-    devices = devices[: int(np.prod(sizes))]  # sizes that are all given may leave devices unused
+    devices = devices[: math.prod(sizes)]  # sizes that are all given may leave devices unused
     if len(devices) > 1:
         _avoid_broken_shardy()
     return Mesh(np.array(devices).reshape(sizes), AXES)
 
 
 def _avoid_broken_shardy() -> None:
-    """Shardy of one version of JAX ends the process (SIGSEGV) as it compiles the sampler for
-    several devices in bfloat16; the partitioner before it does not.
+    """Turns Shardy off in the version of JAX where it crashes; the older partitioner does not.
+
+    It ends the process (SIGSEGV) as it compiles the sampler for several devices in bfloat16.
     """
     if jax.__version__ == BROKEN_SHARDY and jax.config.jax_use_shardy_partitioner:  # type: ignore[attr-defined]
         jax.config.update("jax_use_shardy_partitioner", False)
@@ -106,7 +107,7 @@ def check_rows(mesh: Mesh | AbstractMesh, *, learner_rows: int, slots: int) -> N
 
 
 def tensor_divides(kv_heads: int, tensor: int) -> bool:
-    """True where each device of `tensor` has as many key/value heads, and the queries of these."""
+    """True where each device of `tensor` gets whole key/value heads, as many as the others."""
     return kv_heads % tensor == 0
 
 
@@ -139,7 +140,7 @@ def playing_mesh(devices: Any, tensor: int) -> Mesh:
 
 
 def playing_meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
-    """The sampler's mesh over all devices, and its part on this process, which plays there alone.
+    """The sampler's mesh over all devices, and that of this process's devices, where it plays.
 
     A single process plays on the learner's mesh. Of several, each plays on replicas of its own.
     """
@@ -159,98 +160,105 @@ def playing_meshes(mesh: Mesh) -> tuple[Mesh, Mesh]:
 
 
 def local_view(tree: Any, mesh: Mesh) -> Any:
-    """The parts on this process's devices as arrays of their own, on `mesh`; each must be a whole
-    there.
+    """The shards on this process's devices, as arrays of their own on `mesh`.
+
+    Together these shards must be whole arrays.
     """
 
-    def one(x: jax.Array) -> jax.Array:
+    def local(x: jax.Array) -> jax.Array:
         sharding = NamedSharding(mesh, x.sharding.spec)  # type: ignore[attr-defined]
-        parts = [part.data for part in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+        shards = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(local, tree)
 
 
 def put_rows(batch: Any, sharding: NamedSharding) -> Any:
-    """Host arrays to devices; each process, which holds all of them, hands over the rows of its own
-    devices.
-    """
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), batch
-    )
+    """Host arrays to devices; every process holds all rows and sends those of its own devices."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...]) -> P:
-    for pattern, axes in PARAM_RULES:
-        if re.search(pattern + "$", path):
-            spec = [None] * (len(shape) - len(axes)) + [None if a in drop else a for a in axes]
-            for i, axis in enumerate(spec):
-                if axis is not None and shape[i] % mesh.shape[axis]:
-                    spec[i] = None  # a size that does not divide stays whole
-            return P(*spec)
-    raise ValueError(f"no sharding rule for parameter {path}")
+    axes = next((axes for pattern, axes in PARAM_RULES if re.search(pattern + "$", path)), None)
+    if axes is None:
+        raise ValueError(f"no sharding rule for parameter {path}")
+    spec: list[str | None] = [None] * (len(shape) - len(axes))
+    for size, axis in zip(shape[len(spec) :], axes, strict=True):
+        # a size that does not divide stays whole
+        is_split = axis is not None and axis not in drop and size % mesh.shape[axis] == 0
+        spec.append(axis if is_split else None)
+    return P(*spec)
 
 
 def param_shardings(params: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
-    """Shardings shaped like params. drop: mesh axes over which each device keeps the whole (the
-    sampler drops fsdp).
+    """Shardings shaped like params.
+
+    drop: mesh axes over which each device keeps the whole (the sampler drops fsdp).
     """
 
-    def one(path: Any, leaf: Any) -> NamedSharding:
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
         return NamedSharding(mesh, _spec(name, leaf.shape, mesh, drop))
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(sharding, params)
 
 
 def sampler_copy(
     config: decoder.ModelConfig, mesh: Mesh, dtype: Any
 ) -> Callable[[decoder.Params], decoder.Params]:
-    """One jitted cast and reshard: stacked params, split over fsdp, to the sampler's unstacked and
-    whole ones.
+    """One jitted cast and reshard: the learner's params to the sampler's.
 
-    On CPUs also turned, for models wide enough.
+    From stacked and split over fsdp to unstacked and whole there; on CPUs, kernels of models that
+    are wide enough are also transposed.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
+    transposed = on_cpu and config.embed_dim >= _TRANSPOSED_FROM
 
     def copy(params: decoder.Params) -> decoder.Params:
         copied = decoder.unstack(params, dtype)
-        return (
-            decoder.transpose_kernels(config, copied)
-            if on_cpu and config.embed_dim >= _TRANSPOSED_FROM
-            else copied
-        )
+        if transposed:
+            copied = decoder.transpose_kernels(config, copied)
+        return copied
 
     copied = jax.eval_shape(copy, decoder.abstract_params(config))
     return jax.jit(copy, out_shardings=param_shardings(copied, mesh, drop=("fsdp",)))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose first axis is packed rows or slots."""
     return NamedSharding(mesh, ROWS)
 
 
 def to_host(tree: Any, key: str) -> Any:
-    """The arrays in the host memory of their devices, each part where it was; `key` is who asks for
-    it.
+    """The arrays in the host memory of their devices, each shard where it was.
+
+    key: the config key that asks for it; InputError names it where there is no such memory.
     """
     kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
     if HOST not in kinds:
         raise InputError(
-            f"config key {key} is True; expected False, for {jax.default_backend()} has no {HOST} memory in this JAX"
+            f"config key {key} is True; expected False, for {jax.default_backend()} has no {HOST} "
+            "memory in this JAX"
         )
-    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST), tree))
+    on_host = jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST), tree)
+    return jax.device_put(tree, on_host)
 
 
 def commit(tree: Any, like: Any) -> Any:
-    """Arrays where they are, scalars on all devices of `like`; from now on a program that takes
-    them compiles once.
+    """The arrays, committed to where they are, and scalars to all devices of `like`.
 
-    (Of arrays that nobody placed JAX compiles one program, and another of those that come out of
-    that.)
+    So a program that takes them compiles once: for arrays that nobody placed JAX compiles one
+    program, and another for its results.
     """
-    place = jax.tree.leaves(like)[0].sharding
-    everywhere = NamedSharding(place.mesh, P()) if isinstance(place, NamedSharding) else place
-    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding if x.ndim else everywhere, tree))
+    everywhere = jax.tree.leaves(like)[0].sharding
+    if isinstance(everywhere, NamedSharding):
+        everywhere = NamedSharding(everywhere.mesh, P())
+    places = jax.tree.map(lambda x: x.sharding if x.ndim else everywhere, tree)
+    return jax.device_put(tree, places)
 
 
 def device_layout(tree: Any) -> Any:
@@ -266,21 +274,21 @@ def to_device(tree: Any) -> Any:
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """The sampler's state: slots over data and fsdp, key/value heads over tensor."""
 
-    def one(leaf: Any) -> NamedSharding:
+    def sharding(leaf: Any) -> NamedSharding:
         split = leaf.ndim == 4 and tensor_divides(leaf.shape[1], mesh.shape["tensor"])
         return NamedSharding(mesh, P(ROWS[0], "tensor") if split else ROWS)
 
-    return jax.tree.map(one, state)
+    return jax.tree.map(sharding, state)
 
 
-def on_own_rows_and_heads(
+def shard_map_rows_and_heads(
     run: Callable[..., Any], rows: NamedSharding | None
 ) -> Callable[..., Any]:
-    """`run(q, k, v, segments)` on each device with its own packed rows and heads: XLA would not
-    split a Pallas kernel.
+    """`run(q, k, v, segments)` on each device with its own packed rows and heads.
 
-    rows: of the rows; None for a single device. `tensor` divides the key/value heads (inputs.py),
-    so a query's head and its keys are on the same device.
+    XLA would not split a Pallas kernel. rows: of the rows; None for a single device. `tensor`
+    divides the key/value heads (check_kv_heads), so a query's head and its keys are on the same
+    device.
     """
     if rows is None:
         return run
