@@ -12,14 +12,14 @@ FAR_ABOVE = 1e-5  # a gradient of this size has no sign or size from rounding
 
 
 class Optimizer(Protocol):
-    """The part of a LearnerConfig, or of the config section `learner`, that bounds a step."""
+    """What bounds a step, of a LearnerConfig or of the config section `learner`."""
 
     learning_rate: float
     adam_b2: float
 
 
 def assert_same_update(expected: TrainState, got: TrainState, c: Optimizer) -> None:
-    """Both are after the same few optimizer steps from the same params.
+    """Asserts that both are after the same optimizer steps, a few, from the same params.
 
     Adam divides a gradient by its own size, so where a gradient is nothing but rounding, the step
     that it makes is of any size up to the learning rate. The moments are compared everywhere, to

@@ -1,5 +1,7 @@
 """Objective: hand-computed losses and gradients, groups, masks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +55,7 @@ def test_kl_estimates_by_hand(kind, expected):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "clip_dual", "loss", "slope"),
+    ("ratio", "advantage", "clip_dual", "loss", "grad"),
     [
         (5.0, -2.0, 3.0, 6.0, 0.0),  # three times the advantage is the most that it costs
         (2.5, -2.0, 3.0, 5.0, 5.0),  # not yet
@@ -63,20 +65,20 @@ def test_kl_estimates_by_hand(kind, expected):
         (5.0, -2.0, 0.0, 10.0, 10.0),  # off
     ],
 )
-def test_dual_clip_by_hand(ratio, advantage, clip_dual, loss, slope):
+def test_dual_clip_by_hand(ratio, advantage, clip_dual, loss, grad):
     def total(logp):
         return loss_of([logp], old=[-1.0], advantage=advantage, clip_dual=clip_dual)
 
     sums = total(np.log(ratio) - 1.0)
     np.testing.assert_allclose(sums.loss, loss, rtol=1e-5)
     np.testing.assert_allclose(
-        jax.grad(lambda x: total(x).loss)(np.log(ratio) - 1.0), slope, rtol=1e-5
+        jax.grad(lambda x: total(x).loss)(np.log(ratio) - 1.0), grad, rtol=1e-5
     )
-    assert bool(sums.clipped) == (slope == 0.0)
+    assert bool(sums.clipped) == (grad == 0.0)
 
 
 @pytest.mark.parametrize(
-    ("delta", "kind", "bound", "kl", "slope"),
+    ("delta", "kind", "bound", "kl", "grad"),
     [
         (2.0, "k3", 10.0, np.exp(2) - 3, 1 - np.exp(2)),
         (3.0, "k3", 10.0, 10.0, 0.0),  # exp(3) - 4 = 16.1
@@ -87,7 +89,7 @@ def test_dual_clip_by_hand(ratio, advantage, clip_dual, loss, slope):
         (12.0, "k2", 10.0, 72.0, -12.0),
     ],
 )
-def test_bounded_kl_by_hand(delta, kind, bound, kl, slope):
+def test_bounded_kl_by_hand(delta, kind, bound, kl, grad):
     """delta: log reference - log policy."""
 
     def total(logp):
@@ -102,28 +104,26 @@ def test_bounded_kl_by_hand(delta, kind, bound, kl, slope):
         )
 
     np.testing.assert_allclose(total(-1.0).loss, kl, rtol=1e-5)
-    np.testing.assert_allclose(jax.grad(lambda x: total(x).loss)(-1.0), slope, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(lambda x: total(x).loss)(-1.0), grad, rtol=1e-5)
 
 
 def reference_token(logp, old, sampler, ref, advantage, s):
-    """Loss of one token and its slope, by cases and in float64: written from the equations, without
-    the package.
-    """
+    """Loss of one token and its gradient, by cases in float64: written from the equations."""
     inside = abs(logp - old) < 20
     ratio = np.exp(np.clip(logp - old, -20, 20))
-    surrogate, slope = ratio * advantage, ratio * advantage * inside
+    surrogate, grad = ratio * advantage, ratio * advantage * inside
     if advantage > 0 and ratio > 1 + s["clip_high"]:
-        surrogate, slope = (1 + s["clip_high"]) * advantage, 0.0
+        surrogate, grad = (1 + s["clip_high"]) * advantage, 0.0
     if advantage < 0 and ratio < 1 - s["clip_low"]:
-        surrogate, slope = (1 - s["clip_low"]) * advantage, 0.0
+        surrogate, grad = (1 - s["clip_low"]) * advantage, 0.0
     if advantage < 0 and s["clip_dual"] and ratio > s["clip_dual"]:
-        surrogate, slope = s["clip_dual"] * advantage, 0.0
+        surrogate, grad = s["clip_dual"] * advantage, 0.0
     weight = min(np.exp(np.clip(old - sampler, -20, 20)), s["importance_cap"])
     delta = np.clip(ref - logp, -20, 20)
-    kl, kl_slope = np.exp(delta) - delta - 1, (1 - np.exp(delta)) * (abs(ref - logp) < 20)
+    kl, kl_grad = np.exp(delta) - delta - 1, (1 - np.exp(delta)) * (abs(ref - logp) < 20)
     if s["kl_bound"] and kl > s["kl_bound"]:
-        kl, kl_slope = s["kl_bound"], 0.0
-    return -weight * surrogate + s["kl_coef"] * kl, -weight * slope + s["kl_coef"] * kl_slope
+        kl, kl_grad = s["kl_bound"], 0.0
+    return -weight * surrogate + s["kl_coef"] * kl, -weight * grad + s["kl_coef"] * kl_grad
 
 
 @pytest.mark.parametrize("clip_dual", [0.0, 1.5, 3.0])
@@ -132,44 +132,33 @@ def test_loss_and_gradient_equal_an_independent_reference(clip_dual, kl_bound):
     """400 tokens, of which 300 count, with ratios from e^-4 to e^4 and a few beyond all bounds."""
     rng, n = np.random.default_rng(0), 400
     logp = -rng.exponential(2.0, n)
-    old, sampler, ref = (
-        logp + rng.uniform(-4, 4, n),
-        logp + rng.uniform(-3, 3, n),
-        logp + rng.uniform(-12, 4, n),
-    )
+    old = logp + rng.uniform(-4, 4, n)
+    sampler = logp + rng.uniform(-3, 3, n)
+    ref = logp + rng.uniform(-12, 4, n)
     old[:8] += [25, -25] * 4
     ref[4:12] += [25, -45] * 4
     advantage = rng.choice([-1.3, -0.4, 0.0, 0.7, 2.0], n)
     weight = np.where(np.arange(n) < 300, rng.uniform(0.1, 1, n), 0.0)
     s = {**SETTINGS, "kl_coef": 0.3, "clip_dual": clip_dual, "kl_bound": kl_bound}
-    expected = np.array(
-        [
-            reference_token(*token, s)
-            for token in zip(logp, old, sampler, ref, advantage, strict=True)
-        ]
-    )
+    tokens = zip(logp, old, sampler, ref, advantage, strict=True)
+    expected = np.array([reference_token(*token, s) for token in tokens])
 
-    def total(x):
-        return loss_of(
-            x,
-            old=old,
-            sampler=sampler,
-            ref=ref,
-            advantage=jnp.asarray(advantage),
-            weight=weight,
-            **s,
-        ).loss
+    @jax.jit
+    @jax.value_and_grad
+    def differentiate(x):
+        given = dict(old=old, sampler=sampler, ref=ref, weight=weight)
+        return loss_of(x, advantage=jnp.asarray(advantage), **given, **s).loss
 
-    np.testing.assert_allclose(total(logp), weight @ expected[:, 0], rtol=1e-4)
-    slope = jax.grad(total)(jnp.asarray(logp, jnp.float32))
-    np.testing.assert_allclose(slope, weight * expected[:, 1], rtol=2e-3, atol=1e-4)
+    loss, grad = differentiate(jnp.asarray(logp, jnp.float32))
+    np.testing.assert_allclose(loss, weight @ expected[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(grad, weight * expected[:, 1], rtol=2e-3, atol=1e-4)
 
 
 def test_kl_pulls_towards_the_reference():
-    slope = jax.grad(
+    grad = jax.grad(
         lambda x: loss_of([x], old=[-1.0], ref=[-2.0], advantage=0.0, kl_coef=1.0).loss
     )(-1.0)
-    assert slope > 0  # likelier than in the reference: gradient descent makes it less likely
+    assert grad > 0  # likelier than in the reference: gradient descent makes it less likely
 
 
 @pytest.mark.parametrize(
@@ -183,8 +172,8 @@ def test_truncated_importance_weight(sampler, expected):
 
 def test_on_policy_gradient_is_reinforce():
     logp = jnp.array([-0.5, -1.0, -2.0])
-    slope = jax.grad(lambda x: loss_of(x, old=logp, advantage=3.0).loss)(logp)
-    np.testing.assert_allclose(slope, [-3.0] * 3, rtol=1e-6)
+    grad = jax.grad(lambda x: loss_of(x, old=logp, advantage=3.0).loss)(logp)
+    np.testing.assert_allclose(grad, [-3.0] * 3, rtol=1e-6)
 
 
 def test_weight_zero_means_no_token_even_when_it_is_broken():
@@ -263,12 +252,13 @@ def test_sequence_weights_by_hand(aggregation, expected, total):
     assert (weight * lengths).sum() == pytest.approx(total)
 
 
-HIDDEN, WEIGHT = (
-    jax.random.normal(jax.random.key(0), (2, 8, 5)),
-    jax.random.normal(jax.random.key(1), (11, 5)),
-)
-TARGETS = jax.random.randint(jax.random.key(2), (2, 8), 0, 11)
+_random = np.random.default_rng(0)
+HIDDEN = jnp.asarray(_random.standard_normal((2, 8, 5), np.float32))
+WEIGHT = jnp.asarray(_random.standard_normal((11, 5), np.float32))
+TARGETS = jnp.asarray(_random.integers(0, 11, (2, 8)), jnp.int32)
 ALL = jnp.ones((2, 8), bool)
+# eager, each call would trace and compile its loops
+token_logprobs = jax.jit(logprobs.token_logprobs, static_argnums=(4, 5))
 
 
 def plain(hidden, weight, temperature):
@@ -279,47 +269,57 @@ def plain(hidden, weight, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
 def test_token_logprobs_equal_plain_log_softmax_where_wanted(chunk, temperature, share):
-    """Values and gradients; what is not wanted is 0 and gets no gradient, also from a slope that is
-    not 0.
-    """
-    wanted = jnp.asarray(np.random.default_rng(0).random((2, 8)) < share)
-    slope = jnp.linspace(-1, 2, 16).reshape(2, 8)
+    """Values and gradients; what is not wanted is 0 and gets none, whatever its cotangent."""
+    wanted = np.random.default_rng(0).random((2, 8)) < share
+    got = with_gradients(chunked, wanted, temperature, chunk)
+    expected = with_gradients(whole, wanted, temperature, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
-    def chunked(hidden, weight):
-        logp = logprobs.token_logprobs(hidden, weight, TARGETS, wanted, temperature, chunk)[0]
-        return (slope * logp).sum(), logp
 
-    def expected(hidden, weight):
-        logp = (
-            jnp.take_along_axis(plain(hidden, weight, temperature), TARGETS[..., None], -1)[..., 0]
-            * wanted
-        )
-        return (slope * logp).sum(), logp
+def chunked(hidden, weight, wanted, temperature, chunk):
+    return logprobs.token_logprobs(hidden, weight, TARGETS, wanted, temperature, chunk)[0]
 
-    got, want = (
-        jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(HIDDEN, WEIGHT)
-        for f in (chunked, expected)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+def whole(hidden, weight, wanted, temperature, chunk):
+    logp = plain(hidden, weight, temperature)
+    return jnp.take_along_axis(logp, TARGETS[..., None], -1)[..., 0] * wanted
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def with_gradients(function, wanted, temperature, chunk):
+    """Outputs, and gradients of something that weighs each of them differently."""
+
+    def run(hidden, weight):
+        return function(hidden, weight, wanted, temperature, chunk)
+
+    outputs, back = jax.vjp(run, HIDDEN, WEIGHT)
+    return outputs, back(jnp.linspace(-1, 2, 16).reshape(2, 8))
 
 
 def test_gradient_of_a_float32_weight_is_not_rounded_to_the_compute_dtype():
-    def total(weight):
-        return logprobs.token_logprobs(HIDDEN.astype(jnp.bfloat16), weight, TARGETS, ALL, 1.0, 2)[
-            0
-        ].sum()
+    @jax.jit
+    @jax.grad
+    def gradient(weight):
+        hidden = HIDDEN.astype(jnp.bfloat16)
+        return logprobs.token_logprobs(hidden, weight, TARGETS, ALL, 1.0, 2)[0].sum()
 
-    slope = jax.grad(total)(WEIGHT)
-    assert slope.dtype == jnp.float32 and (slope != slope.astype(jnp.bfloat16)).any()
+    grad = gradient(WEIGHT)
+    assert grad.dtype == jnp.float32 and (grad != grad.astype(jnp.bfloat16)).any()
 
 
 def test_entropy_equals_plain_and_has_no_gradient():
-    def entropy(hidden):
-        return logprobs.token_logprobs(hidden, WEIGHT, TARGETS, ALL, 0.7, 4)[1]
+    @jax.jit
+    def with_gradient(hidden):
+        def entropy(hidden):
+            return logprobs.token_logprobs(hidden, WEIGHT, TARGETS, ALL, 0.7, 4)[1]
 
-    logp = plain(HIDDEN, WEIGHT, 0.7)
-    np.testing.assert_allclose(entropy(HIDDEN), -(jnp.exp(logp) * logp).sum(-1), rtol=1e-4)
-    assert not jax.grad(lambda x: entropy(x).sum())(HIDDEN).any()
+        entropies, back = jax.vjp(entropy, hidden)
+        return entropies, *back(jnp.ones_like(entropies))
+
+    logp = np.asarray(plain(HIDDEN, WEIGHT, 0.7))
+    entropies, grad = with_gradient(HIDDEN)
+    np.testing.assert_allclose(entropies, -(np.exp(logp) * logp).sum(-1), rtol=1e-4)
+    assert not grad.any()
 
 
 def test_no_array_of_all_logits_exists():
@@ -331,17 +331,15 @@ def test_no_array_of_all_logits_exists():
 
 
 def test_entropy_by_hand():
-    hidden, weight = jnp.ones((1, 2, 1)), jnp.log(jnp.array([[0.5], [0.25], [0.25]]))
-    _, entropy = logprobs.token_logprobs(
-        hidden, weight, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), 1.0, 2
-    )
+    hidden = np.ones((1, 2, 1), np.float32)
+    weight = np.log(np.array([[0.5], [0.25], [0.25]], np.float32))
+    targets = np.zeros((1, 2), np.int32)
+    _, entropy = token_logprobs(hidden, weight, targets, np.ones((1, 2), bool), 1.0, 2)
     np.testing.assert_allclose(entropy, 1.5 * np.log(2), rtol=1e-6)
 
 
 def test_reinforce_by_hand():
-    """-1/2 sum_i 1/n_i sum_t A_i log p_it: two episodes of 1 and 2 tokens, rewards 1 and 0.5, on
-    policy.
-    """
+    """-1/2 sum_i 1/n_i sum_t A_i log p_it: episodes of 1 and 2 tokens, rewards 1 and 0.5."""
     advantages = objective.advantages(np.array([1.0, 0.5]), np.arange(2))
     weights = objective.sequence_weight(np.array([1, 2]), "sequence_mean", 1)
     logp = jnp.array([[-1.0, -2.0, -3.0]])

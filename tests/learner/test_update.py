@@ -1,5 +1,7 @@
-"""Learner: packing, micro-batching and sharding never change the update; broken updates are
-skipped.
+"""Learner: packing, micro-batching and sharding never change the update; broken ones are skipped.
+
+Compiling is nearly all of the time here. So tests share a model, shapes and compiled programs:
+`learner(c)` and `programs(c)` compile once for each config.
 """
 
 import dataclasses
@@ -19,12 +21,13 @@ from ssp_jax.errors import InputError
 from ssp_jax.learner import objective
 from ssp_jax.learner.batches import make_batches, pack
 from ssp_jax.learner.state import LearnerConfig, TrainState, init_state, learning_rate, optimizer
-from ssp_jax.learner.update import Learner, _accumulate, _apply, _zeros, score
+from ssp_jax.learner.update import Learner, jit_programs, score
 from ssp_jax.model import decoder, sharding
 from ssp_jax.runtime.logger import CompileCounter
 from tests.train_states import FAR_ABOVE, NOISE, assert_same_update
 
-MODEL = decoder.ModelConfig(61, 2, 32, 4, 2, 8, 48, qkv_bias=True)
+# As many key/value heads as devices: train refuses a mesh.tensor that does not divide them.
+MODEL = decoder.ModelConfig(61, 2, 32, 16, 8, 4, 48, qkv_bias=True)
 BASE = LearnerConfig(
     model=MODEL,
     dtype=jnp.float32,
@@ -47,7 +50,7 @@ BASE = LearnerConfig(
     old_logprobs="sampler",
     importance_cap=2.0,
 )
-PARAMS = decoder.init_params(MODEL, jax.random.key(0))
+PARAMS = jax.jit(decoder.init_params, static_argnums=0)(MODEL, jax.random.key(0))
 
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -65,13 +68,9 @@ def make_episodes(lengths, seed=0):
     made = []
     for n in lengths:
         sampled = [False] * 3 + [bool(x) for x in rng.random(n - 3) < 0.7]
-        made.append(
-            Played(
-                rng.integers(0, 61, n).tolist(),
-                sampled,
-                np.where(sampled, -rng.random(n) * 5, 0.0).tolist(),
-            )
-        )
+        tokens = rng.integers(0, 61, n).tolist()
+        logprobs = np.where(sampled, -rng.random(n) * 5, 0.0).tolist()
+        made.append(Played(tokens, sampled, logprobs))
     return made
 
 
@@ -79,15 +78,50 @@ EPISODES = make_episodes([5, 9, 20, 7, 11, 6, 32, 8])
 ADVANTAGES = np.linspace(-1, 1, 8).astype(np.float32)
 
 
-ACCUMULATE = jax.jit(_accumulate, static_argnums=0)
+def fresh_state(c=BASE, params=PARAMS):
+    """Of its own buffers: an update takes them away."""
+    return init_state(c, jax.tree.map(jnp.copy, params))
+
+
+@functools.cache
+def _programs(c):
+    return jit_programs(c, sharding.device_layout(fresh_state(c)))
+
+
+def programs(c):
+    """What these fields do is all in the batches: one compilation serves all their values."""
+    in_batches = {"aggregation": "", "drop_no_advantage": False, "rows": 0, "row_tokens": 0}
+    return _programs(dataclasses.replace(c, **in_batches))
+
+
+@functools.cache
+def learner(c):
+    return Learner(c, fresh_state(c), PARAMS if c.kl_coef else None, lambda batch: batch)
+
+
+def update(c, state=None, episodes=EPISODES, advantages=ADVANTAGES, seed=0, mini_batches=1):
+    order = np.random.default_rng(seed)
+    state = fresh_state(c) if state is None else state
+    return learner(c).update(state, episodes, advantages, order, mini_batches)
+
+
+@functools.cache
+def single_device():
+    return update(BASE)
+
+
+def logprobs(c, batch, params=PARAMS):
+    return programs(c).score(params, batch)
 
 
 def gradient(c, episodes=EPISODES, advantages=ADVANTAGES):
-    """Loss and gradient of one mini-batch, as the update sees them: summed over its micro-batches."""
-    total = _zeros(PARAMS)
-    for batch in make_batches(c, episodes, advantages):
-        reference = score(c, PARAMS, batch)[0] if c.kl_coef else None
-        total = ACCUMULATE(c, total, PARAMS, batch, batch.sampler_logp_BT, reference)
+    """Gradient and sums of one mini-batch, added up over its micro-batches as an update does."""
+    batches = make_batches(c, episodes, advantages)
+    jitted = programs(c)
+    total = None if len(batches) == 1 else jitted.zero_total(PARAMS)
+    for batch in batches:
+        reference = jitted.score(PARAMS, batch) if c.kl_coef else None
+        total = jitted.accumulate(total, PARAMS, batch, batch.sampler_logp_BT, reference)
     return total
 
 
@@ -95,14 +129,19 @@ def close(a, b, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), a, b)
 
 
+@functools.cache
+def exact_gradient():
+    grads, _ = gradient(BASE)
+    return jax.device_get(grads)
+
+
 def step_with(change, c=BASE):
-    """The train state after one optimizer step with `change(gradient leaf, key)` as the gradient."""
-    grads, _ = gradient(c)
-    leaves, shape = jax.tree.flatten(grads)
+    """The train state after an optimizer step with `change(gradient leaf, key)` as gradient."""
+    leaves, shape = jax.tree.flatten(exact_gradient())
     keys = jax.random.split(jax.random.key(1), len(leaves))
     changed = [change(leaf, key) for leaf, key in zip(leaves, keys, strict=True)]
-    state = init_state(c, jax.tree.map(jnp.copy, PARAMS))
-    return jax.jit(_apply, static_argnums=0)(c, state, jax.tree.unflatten(shape, changed))[0]
+    state, _ = programs(c).apply(fresh_state(c), jax.tree.unflatten(shape, changed))
+    return state
 
 
 def with_noise(size):
@@ -115,9 +154,7 @@ def a_percent_more_in_half(grad, key):
 
 
 def test_updates_are_compared_as_loosely_as_rounding_needs_and_no_looser():
-    """A test of these tests: noise of rounding size passes, whatever the CPU; small mistakes do
-    not.
-    """
+    """A test of these tests: noise of rounding size passes, on any CPU; small mistakes do not."""
     exact = step_with(lambda grad, key: grad)
     assert_same_update(exact, step_with(with_noise(NOISE)), BASE)
     assert_same_update(exact, step_with(with_noise(-NOISE)), BASE)
@@ -144,11 +181,10 @@ def test_packing_and_micro_batches_do_not_change_loss_and_gradient(aggregation, 
 
 
 def test_sequence_mean_is_the_mean_over_episodes_alone():
-    """Loss and gradient, to the rounding of float32; also of what is nothing but a prompt, or one
-    token.
-    """
+    """Loss and gradient, to the rounding of float32; also of prompts alone, and of one token."""
     odd = [Played([5], [False], [0.0]), Played([7, 7], [False, False], [0.0, 0.0])]
-    episodes, advantages = [*EPISODES, *odd], np.append(ADVANTAGES, [1, 1]).astype(np.float32)
+    episodes = [*EPISODES, *odd]
+    advantages = np.append(ADVANTAGES, [1, 1]).astype(np.float32)
     grads, sums = gradient(BASE, episodes, advantages)
     alone = [gradient(BASE, [e], advantages[i : i + 1]) for i, e in enumerate(episodes)]
     np.testing.assert_allclose(sums.loss, np.mean([one[1].loss for one in alone]), rtol=1e-5)
@@ -163,10 +199,11 @@ def test_gradient_reaches_sampled_tokens_only():
     (batch,) = make_batches(dataclasses.replace(BASE, rows=4, row_tokens=64), EPISODES, ADVANTAGES)
     logits = jax.random.normal(jax.random.key(1), (4, 64, 61))
 
-    def loss(logits):
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_BT[..., None], -1)[
-            ..., 0
-        ]
+    @jax.jit
+    @jax.grad
+    def gradient_of_loss(logits):
+        targets = batch.targets_BT[..., None]
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, -1)[..., 0]
         fixed = jax.lax.stop_gradient(logp)
         settings = dict(clip_low=0.2, clip_high=0.3, kl_coef=0.1, kl_type="k3", importance_cap=2.0)
         return objective.policy_loss(
@@ -180,7 +217,7 @@ def test_gradient_reaches_sampled_tokens_only():
             **settings,
         ).loss
 
-    touched = np.abs(jax.grad(loss)(logits)).sum(-1) > 0
+    touched = np.abs(gradient_of_loss(logits)).sum(-1) > 0
     np.testing.assert_array_equal(touched, batch.weight_BT > 0)
     assert touched.sum() == sum(sum(e.sampled) for e in EPISODES)
 
@@ -218,7 +255,7 @@ REFUSED = Played([5] * 40, [False] * 40, [0.0] * 40)
 
 
 def test_an_episode_in_which_nothing_was_sampled_is_not_packed():
-    """It counts in the mean over episodes, as one of the same length that fits, and adds nothing."""
+    """It counts in the mean over episodes, like one that fits, and adds nothing."""
     fits = Played([5] * 8, [False] * 8, [0.0] * 8)
     advantages = np.append(ADVANTAGES, 1).astype(np.float32)
     expected, got = (gradient(BASE, [*EPISODES, last], advantages) for last in (fits, REFUSED))
@@ -240,59 +277,28 @@ def test_an_update_takes_refused_episodes():
 
 
 def test_one_broken_token_does_not_take_the_gradient():
-    """One that is 10^6 times likelier than when sampled, with a negative advantage; or far from the
-    reference.
-    """
+    """Two such: 10^6 times likelier than when sampled, and unwanted; far from the reference."""
     (batch,) = make_batches(BASE, EPISODES, ADVANTAGES)
     row, column = np.argwhere((batch.weight_BT != 0) & (batch.advantage_BT < 0))[0]
-    reference = np.asarray(score(BASE, PARAMS, batch)[0])
-    unlikely, far = batch.sampler_logp_BT.copy(), reference.copy()
+    reference = np.asarray(logprobs(BASE, batch))
+    unlikely = batch.sampler_logp_BT.copy()
+    far = reference.copy()
     unlikely[row, column] = -20.0
     far[row, column] += 15.0
-    off, on = BASE, dataclasses.replace(BASE, clip_dual=3.0, kl_bound=10.0)
+    bounded = dataclasses.replace(BASE, clip_dual=3.0, kl_bound=10.0)
     for sampler, ref in ((unlikely, reference), (batch.sampler_logp_BT, far)):
         broken = dataclasses.replace(batch, sampler_logp_BT=sampler)
         norms = [
-            optax.tree.norm(ACCUMULATE(c, _zeros(PARAMS), PARAMS, broken, sampler, ref)[0])
-            for c in (off, on)
+            optax.tree.norm(programs(c).accumulate(None, PARAMS, broken, sampler, ref)[0])
+            for c in (BASE, bounded)
         ]
         assert norms[0] > 1e3 * norms[1]
-
-
-def make_learner(c, params=PARAMS, put=lambda batch: batch):
-    reference = params if c.kl_coef else None
-    state = init_state(c, jax.tree.map(jnp.copy, params))
-    return Learner(c, state, reference, put), state
-
-
-def update(c, state=None, episodes=EPISODES, advantages=ADVANTAGES, seed=0, mini_batches=1):
-    one, fresh = make_learner(c)
-    order = np.random.default_rng(seed)
-    return one.update(fresh if state is None else state, episodes, advantages, order, mini_batches)
-
-
-@functools.cache
-def single_device():
-    return update(BASE)
-
-
-# As many key/value heads as devices: train refuses a mesh.tensor that does not divide them.
-SPLIT = dataclasses.replace(
-    BASE, model=dataclasses.replace(MODEL, num_heads=8, num_kv_heads=8, head_dim=4)
-)
-SPLIT_PARAMS = decoder.init_params(SPLIT.model, jax.random.key(0))
-
-
-@functools.cache
-def unsplit():
-    one, state = make_learner(SPLIT, SPLIT_PARAMS)
-    return one.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
 
 
 FACTORS_OF_8 = [x for x in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(x) == 8]
 
 
-QUICK_FACTORS = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))  # each axis alone, and all of them
+QUICK_FACTORS = ((1, 1, 8), (2, 2, 2))  # rows that are not split, and all axes together
 SHARDED = [
     *(
         pytest.param(x, "xla", marks=() if x in QUICK_FACTORS else pytest.mark.slow)
@@ -304,17 +310,19 @@ SHARDED = [
 
 @pytest.mark.parametrize(("axes", "attention"), SHARDED)
 def test_sharded_update_equals_single_device(axes, attention):
-    """Every factorisation of 8; the vocabulary of 61 does not divide and stays whole. The kernel is
-    interpreted.
+    """Every factorisation of 8; the vocabulary of 61 does not divide and stays whole.
+
+    The kernel is interpreted.
     """
-    expected, reported = unsplit()
+    expected, reported = single_device()
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))
-    laid_out = sharding.param_shardings(SPLIT_PARAMS, mesh)
+    laid_out = sharding.param_shardings(PARAMS, mesh)
     rows = sharding.rows_sharding(mesh)
-    c = dataclasses.replace(SPLIT, rows_sharding=rows, attention=attention)
-    params = jax.device_put(SPLIT_PARAMS, laid_out)
-    one, state = make_learner(c, params, lambda batch: jax.device_put(batch, rows))
-    state, report = one.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
+    c = dataclasses.replace(BASE, rows_sharding=rows, attention=attention)
+    params = jax.device_put(PARAMS, laid_out)
+    state = fresh_state(c, params)
+    split = Learner(c, state, params, lambda batch: jax.device_put(batch, rows))
+    state, report = split.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
     assert_same_update(expected, state, BASE)
     assert report == pytest.approx(reported, rel=1e-3, abs=1e-5)
     adam = state.opt_state[0]
@@ -325,9 +333,10 @@ def test_sharded_update_equals_single_device(axes, attention):
 
 
 def test_a_split_vocabulary_is_not_gathered():
-    """Over `tensor` each device keeps the logits of its own part of the vocabulary, forward and
-    backward; and of these words the weight is sent around and its gradient added up once, not
-    for every chunk.
+    """Over `tensor` each device keeps the logits of its own shard of the vocabulary.
+
+    Forward and backward. And of these words the weight is sent around and its gradient added up
+    once, not for every chunk.
     """
     config = dataclasses.replace(MODEL, vocab_size=80)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -341,8 +350,8 @@ def test_a_split_vocabulary_is_not_gathered():
     rows = sharding.rows_sharding(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
     c = dataclasses.replace(BASE, model=config, rows_sharding=rows)
-    slope = jax.grad(lambda p, b: (score(c, p, b)[0] * b.weight_BT).sum())
-    text = jax.jit(slope).lower(placed, batch).compile().as_text()
+    grad = jax.grad(lambda p, b: (score(c, p, b)[0] * b.weight_BT).sum())
+    text = jax.jit(grad).lower(placed, batch).compile().as_text()
     assert "f32[2,16,40]" in text  # 8 rows over 4, chunk of 16, 80 words over 2
     assert not re.search(r"f32\[\d+,16,80\]", text)
     loops, program = text.split("\nENTRY ")
@@ -354,18 +363,14 @@ def test_a_split_vocabulary_is_not_gathered():
 def test_dropping_what_has_no_advantage_changes_rows_and_nothing_else(aggregation):
     c = dataclasses.replace(BASE, kl_coef=0.0, aggregation=aggregation)
     advantages = np.array([0, 0, 0, 0, 1, -1, 0, 0.5], np.float32)
+    dropping = dataclasses.replace(c, drop_no_advantage=True)
     # One optimizer step: a second one would start from weights that rounding has moved.
-    (expected, full), (state, report) = (
-        update(
-            dataclasses.replace(c, drop_no_advantage=drop), advantages=advantages, mini_batches=1
-        )
-        for drop in (False, True)
-    )
+    expected, full = update(c, advantages=advantages)
+    state, report = update(dropping, advantages=advantages)
     assert_same_update(expected, state, BASE)
     assert report["tokens"] == sum(len(EPISODES[i].tokens) for i in (4, 5, 7)) < full["tokens"]
     assert report["loss"] == pytest.approx(full["loss"], rel=1e-5)
-    c, zeros = dataclasses.replace(c, drop_no_advantage=True), np.zeros(8, np.float32)
-    nothing, report = update(c, advantages=zeros, mini_batches=2)
+    nothing, report = update(dropping, advantages=np.zeros(8, np.float32), mini_batches=2)
     assert int(nothing.updates) == 2 and report["tokens"] == 0 == report["grad_norm"]
 
 
@@ -378,17 +383,11 @@ def test_schedules_by_hand():
     """4 steps from 1/4 to 1; then 10 steps down to 0.2: the middle of both ways is 0.6."""
     assert rates() == [0.25, 0.625, 1.0, 1.0, 1.0, 1.0]
     down = dict(decay_steps=10, final_rate=0.2)
-    assert (
-        rates(schedule="linear", **down)
-        == rates(schedule="cosine", **down)
-        == [0.25, 0.625, 1.0, 0.6, 0.2, 0.2]
-    )
-    quarter = [
-        float(
-            learning_rate(dataclasses.replace(BASE, learning_rate=1.0, schedule=s, **down))(1 + 2.5)
-        )
-        for s in ("linear", "cosine")
-    ]
+    expected = [0.25, 0.625, 1.0, 0.6, 0.2, 0.2]
+    assert rates(schedule="linear", **down) == rates(schedule="cosine", **down) == expected
+    base = dataclasses.replace(BASE, learning_rate=1.0, **down)
+    schedules = [dataclasses.replace(base, schedule=name) for name in ("linear", "cosine")]
+    quarter = [float(learning_rate(c)(1 + 2.5)) for c in schedules]
     np.testing.assert_allclose(quarter, [0.8, 0.2 + 0.8 * (1 + np.cos(np.pi / 4)) / 2], rtol=1e-5)
 
 
@@ -415,21 +414,20 @@ def test_offloaded_moments_and_reference_change_nothing_but_where_they_are():
     jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
     assert report == reported
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state)}
-    assert (
-        kinds == {sharding.HOST}
-        and jax.tree.leaves(state.params)[0].sharding.memory_kind != sharding.HOST
-    )
+    assert kinds == {sharding.HOST}
+    assert jax.tree.leaves(state.params)[0].sharding.memory_kind != sharding.HOST
 
 
 def test_compiles_do_not_grow_with_content():
-    one, state = make_learner(BASE)
+    state = fresh_state()
     rng = np.random.default_rng(0)
-    one.warm_up(state.params)
-    state, _ = one.update(state, EPISODES, ADVANTAGES, rng)
+    learner(BASE).warm_up(state.params)
+    state, _ = learner(BASE).update(state, EPISODES, ADVANTAGES, rng)
     counter = CompileCounter()
     for lengths in ([4], [32] * 20, [5, 6, 7] * 9):
         episodes = make_episodes(lengths)
-        state, _ = one.update(state, episodes, np.ones(len(lengths), np.float32), rng)
+        advantages = np.ones(len(lengths), np.float32)
+        state, _ = learner(BASE).update(state, episodes, advantages, rng)
     assert counter.count == 0
 
 
@@ -441,8 +439,9 @@ def test_mini_batches_take_one_optimizer_step_each():
 
 
 def test_mini_batches_share_the_old_policy():
-    """The one before the first optimizer step: at the second, ratios differ from 1, and narrow
-    bounds clip them.
+    """The one before the first optimizer step.
+
+    At the second, ratios differ from 1, and narrow bounds clip them.
     """
     c = dataclasses.replace(BASE, old_logprobs="recompute", clip_low=1e-3, clip_high=1e-3)
     assert update(c, mini_batches=2)[1]["clip_fraction"] > 0
@@ -453,7 +452,7 @@ def test_old_logprobs_from_the_sampler_or_computed():
     batches = make_batches(BASE, EPISODES, ADVANTAGES)
     exact = [Played(e.tokens, e.sampled, list(e.logprobs)) for e in EPISODES]
     rows = pack([len(e.tokens) for e in EPISODES], BASE.row_tokens)
-    logp = np.asarray(score(BASE, PARAMS, batches[0])[0])
+    logp = np.asarray(logprobs(BASE, batches[0]))
     for b, row in enumerate(rows):
         at = 0
         for i in row:
@@ -470,21 +469,21 @@ def test_old_logprobs_from_the_sampler_or_computed():
     off, report = update(recompute)
     # the ratio to the recomputed policy is 1
     assert report["logprob_gap"] > 0.1 and report["clip_fraction"] == 0
-    assert any(
-        (x != y).any()
-        for x, y in zip(jax.tree.leaves(off.params), jax.tree.leaves(b.params), strict=True)
-    )
+    pairs = zip(jax.tree.leaves(off.params), jax.tree.leaves(b.params), strict=True)
+    assert any((x != y).any() for x, y in pairs)
 
 
 @pytest.mark.parametrize(("most", "factor"), [(1.0, 0.1), (20.0, 1.0)])
 def test_gradients_are_clipped_by_their_global_norm(most, factor):
-    """A norm of 10; the first step's moments are 1 - b1 of the clipped gradient and 1 - b2 of its
-    square, and the step is the learning rate times its sign, and the weight decay.
+    """A norm of 10, by hand.
+
+    The first step's moments are 1 - b1 of the clipped gradient and 1 - b2 of its square, and the
+    step is the learning rate times its sign, and the weight decay.
     """
     c = dataclasses.replace(BASE, max_grad_norm=most, weight_decay=0.5)
     count = sum(x.size for x in jax.tree.leaves(PARAMS))
     grads = jax.tree.map(lambda x: jnp.full_like(x, 10 / np.sqrt(count)), PARAMS)
-    state, norm = jax.jit(_apply, static_argnums=0)(c, init_state(c, PARAMS), grads)
+    state, norm = programs(c).apply(fresh_state(c), grads)
     np.testing.assert_allclose(norm, 10.0, rtol=1e-5)
     expected = jax.tree.map(lambda g: (1 - BASE.adam_b1) * factor * g, grads)
     jax.tree.map(
@@ -499,31 +498,26 @@ def test_gradients_are_clipped_by_their_global_norm(most, factor):
 
 
 def test_what_a_step_replaces_is_given_back():
-    one, state = make_learner(BASE)
+    state = fresh_state()
     (batch,) = make_batches(BASE, EPISODES, ADVANTAGES)
-    first = one._accumulate(None, state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT)
-    total = one._accumulate(
-        first, state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT
-    )
-    one._apply(state, total[0])
+    arguments = (state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT)
+    first = programs(BASE).accumulate(None, *arguments)
+    total = programs(BASE).accumulate(first, *arguments)
+    programs(BASE).apply(state, total[0])
     for replaced in (first[0], state.params, state.opt_state[0].mu, state.opt_state[0].nu):
         assert all(x.is_deleted() for x in jax.tree.leaves(replaced))
 
 
 def test_the_optimizer_step_needs_no_memory_of_its_own():
-    """Less than a tenth of the gradients, in temporaries: a clipped copy or second moments would be
-    one of each.
-    """
+    """Less than a tenth of the gradients in temporaries: a clipped copy would be all of them."""
     c = dataclasses.replace(BASE, model=dataclasses.replace(MODEL, vocab_size=2048, mlp_dim=512))
     params = decoder.abstract_params(c.model)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(params, jax.eval_shape(optimizer(c).init, params), count, count)
-    compiled = (
-        jax.jit(functools.partial(_apply, c), donate_argnums=0).lower(state, params).compile()
-    )
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * sum(
-        x.size for x in jax.tree.leaves(params)
-    )
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    apply = jit_programs(c, jax.tree.map(lambda _: place, state)).apply
+    temporaries = apply.lower(state, params).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < 0.1 * 4 * sum(x.size for x in jax.tree.leaves(params))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
@@ -537,21 +531,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
 
 
 def test_the_reference_model_holds_the_policy():
-    """With no reward at all the first step moves nothing (the policy is the reference); later ones
-    are pulled back.
-    """
+    """With no reward at all the first step moves nothing: the policy is the reference."""
     _, report = update(BASE, advantages=np.zeros(8, np.float32))
-    assert report["kl"] == pytest.approx(0, abs=1e-6) and report["grad_norm"] == pytest.approx(
-        0, abs=1e-5
-    )
+    assert report["kl"] == pytest.approx(0, abs=1e-6)
+    assert report["grad_norm"] == pytest.approx(0, abs=1e-5)
 
 
 def test_rewarded_tokens_become_likelier():
     c = dataclasses.replace(BASE, kl_coef=0.0, clip_high=1e9, old_logprobs="recompute")
-    one, state = make_learner(c)
+    state = fresh_state(c)
     good = [EPISODES[2]]
-    (batch,) = make_batches(c, good, np.ones(1, np.float32))
-    before = (score(c, state.params, batch)[0] * batch.weight_BT).sum()
+    advantages = np.ones(1, np.float32)
+    (batch,) = make_batches(c, good, advantages)
+    before = (logprobs(c, batch) * batch.weight_BT).sum()
     for step in range(5):
-        state, _ = one.update(state, good, np.ones(1, np.float32), np.random.default_rng(step))
-    assert (score(c, state.params, batch)[0] * batch.weight_BT).sum() > before + 0.5
+        state, _ = update(c, state, good, advantages, seed=step)
+    assert (logprobs(c, batch, state.params) * batch.weight_BT).sum() > before + 0.5

@@ -1,7 +1,9 @@
-"""Model: causal, equal in all its forms, and the same logits as Hugging Face's code (tests/goldens,
-float32).
+"""Model: causal, equal in all its forms, and with Hugging Face's logits (tests/goldens, float32).
+
+Compiling is nearly all of the time here: tests share models, shapes, and so compiled programs.
 """
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +25,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 NAMES = ["qwen2", "qwen3", "llama3", "qwen2_untied", "llama3_tied"]
 
 
+@functools.cache
 def golden(name):
     """config, params and the reference's numbers."""
     config = hf_load.read_config(GOLDENS / name)
@@ -118,6 +121,10 @@ def test_cached_decoding_gives_huggingfaces_tokens(name):
     np.testing.assert_allclose(chunk.logprobs_CB[:, 0], numbers["greedy_logprobs"], atol=2e-4)
 
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@functools.cache
 def random_model(**changes):
     shape = dict(
         vocab_size=61,
@@ -129,21 +136,28 @@ def random_model(**changes):
         mlp_dim=48,
     )
     config = decoder.ModelConfig(**(shape | changes))
-    params = decoder.init_params(config, jax.random.key(0))
+    params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     return config, params, jax.random.randint(jax.random.key(1), (2, 12), 0, config.vocab_size)
 
 
-def full_logits(config, params, tokens_BT, segments_BT=None, positions_BT=None, **options):
-    segments_BT = jnp.ones(tokens_BT.shape, jnp.int32) if segments_BT is None else segments_BT
-    positions_BT = jnp.arange(tokens_BT.shape[1])[None] if positions_BT is None else positions_BT
+def full_logits(config, params, tokens_BT, segments_BT=None, positions_BT=None, remat="none"):
+    shape = tokens_BT.shape
+    segments_BT = np.ones(shape, np.int32) if segments_BT is None else segments_BT
+    positions_BT = np.arange(shape[1])[None] if positions_BT is None else positions_BT
+    positions_BT = np.broadcast_to(positions_BT, shape)
+    return _full_logits(config, params, tokens_BT, segments_BT, positions_BT, remat)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _full_logits(config, params, tokens_BT, segments_BT, positions_BT, remat):
     hidden_BTD = decoder.forward(
         config,
         params,
         tokens_BT,
-        jnp.broadcast_to(positions_BT, tokens_BT.shape),
+        positions_BT,
         lambda q, k, v: (attention.packed(q, k, v, segments_BT), None),
         dtype=jnp.float32,
-        **options,
+        remat=remat,
     )
     return jax.vmap(decoder.logits, in_axes=(None, 0))(params, hidden_BTD)
 
@@ -151,92 +165,93 @@ def full_logits(config, params, tokens_BT, segments_BT=None, positions_BT=None, 
 def test_future_tokens_change_nothing():
     config, params, tokens_BT = random_model()
     changed_BT = tokens_BT.at[:, 7:].set(0)
-    a, b = full_logits(config, params, tokens_BT), full_logits(config, params, changed_BT)
+    a = full_logits(config, params, tokens_BT)
+    b = full_logits(config, params, changed_BT)
     np.testing.assert_array_equal(a[:, :7], b[:, :7])
     assert (a[:, 7:] != b[:, 7:]).any()
 
 
 def test_packed_segments_equal_rows_of_their_own():
     config, params, tokens_BT = random_model(qkv_bias=True)
-    segments = jnp.array([[1] * 5 + [2] * 7] * 2)
-    positions = jnp.array([[*range(5), *range(7)]])
+    segments = np.array([[1] * 5 + [2] * 7] * 2)
+    positions = np.array([[*range(5), *range(7)]])
     packed = full_logits(config, params, tokens_BT, segments, positions)
-    np.testing.assert_allclose(
-        packed[:, :5], full_logits(config, params, tokens_BT[:, :5]), atol=1e-4
-    )
-    np.testing.assert_allclose(
-        packed[:, 5:], full_logits(config, params, tokens_BT[:, 5:]), atol=1e-4
-    )
+    first = full_logits(config, params, tokens_BT[:, :5])
+    second = full_logits(config, params, tokens_BT[:, 5:])
+    np.testing.assert_allclose(packed[:, :5], first, atol=1e-4)
+    np.testing.assert_allclose(packed[:, 5:], second, atol=1e-4)
 
 
 def test_right_padding_changes_nothing():
     config, params, tokens_BT = random_model(qk_norm=True)
-    segments = jnp.array([[1] * 9 + [0] * 3] * 2)
+    segments = np.array([[1] * 9 + [0] * 3] * 2)
     padded = full_logits(config, params, tokens_BT, segments)
-    np.testing.assert_allclose(
-        padded[:, :9], full_logits(config, params, tokens_BT[:, :9]), atol=1e-4
-    )
+    alone = full_logits(config, params, tokens_BT[:, :9])
+    np.testing.assert_allclose(padded[:, :9], alone, atol=1e-4)
     assert jnp.isfinite(padded).all()
 
 
 def test_remat_changes_no_gradient_but_what_is_kept():
     config, params, tokens_BT = random_model()
 
-    def slope(remat):
-        return jax.jit(jax.grad(lambda p: full_logits(config, p, tokens_BT, remat=remat).sum()))
+    def compiled(remat):
+        grad = jax.grad(lambda p: full_logits(config, p, tokens_BT, remat=remat).sum())
+        return jax.jit(grad).lower(params).compile()
 
-    expected, temporaries = slope("none")(params), {}
-    for remat in decoder.REMAT:
-        got, compiled = slope(remat)(params), slope(remat).lower(params).compile()
+    programs = {remat: compiled(remat) for remat in decoder.REMAT}
+    expected = programs["none"](params)
+    for program in programs.values():
+        got = program(params)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), got, expected
         )
-        temporaries[remat] = compiled.memory_analysis().temp_size_in_bytes
-    assert (
-        temporaries["full"] <= temporaries["attention"] < temporaries["dots"] < temporaries["none"]
-    ), temporaries
+    sizes = [programs[r].memory_analysis().temp_size_in_bytes for r in decoder.REMAT]
+    assert list(decoder.REMAT) == ["full", "attention", "dots", "none"]
+    full, kept_attention, dots, none = sizes
+    assert full <= kept_attention < dots < none, sizes
 
 
 def test_gradient_of_a_kernel_comes_in_its_own_dtype():
     """Float32 master weights under bfloat16 compute: the product is not rounded on the way."""
-    kernel, x = (
-        jax.random.normal(jax.random.key(0), (3, 4, 5)),
-        jax.random.normal(jax.random.key(1), (2, 6, 3, 4)),
-    )
-    x = x.astype(jnp.bfloat16)
-    got = jax.grad(lambda w: (linear.contract(2, x, w).astype(jnp.float32) ** 2).sum())(kernel)
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((3, 4, 5), np.float32)
+    x = jnp.asarray(rng.standard_normal((2, 6, 3, 4)), jnp.bfloat16)
+
+    def squares(kernel):
+        return (linear.contract(2, x, kernel).astype(jnp.float32) ** 2).sum()
+
+    def expected_squares(kernel):
+        return (jnp.einsum("btnh,nhd->btd", x.astype(jnp.float32), kernel) ** 2).sum()
+
+    got = jax.jit(jax.grad(squares))(kernel)
     assert got.dtype == jnp.float32 and (got != got.astype(jnp.bfloat16)).any()
-    float32 = x.astype(jnp.float32)
-    expected = jax.grad(lambda w: (jnp.einsum("btnh,nhd->btd", float32, w) ** 2).sum())(kernel)
+    expected = jax.jit(jax.grad(expected_squares))(kernel)
     np.testing.assert_allclose(got, expected, rtol=0.05, atol=0.5)
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("copies", [1, 8])  # 24 rows of products, which are few, and 192
+@pytest.mark.parametrize("copies", [1, 8])  # 24 rows, for skinny_matmul, and 192
 def test_unstacked_layers_give_the_same_hidden_states(copies, is_transposed):
     config, params, tokens_BT = random_model(qkv_bias=True, qk_norm=True)
     tokens_BT = jnp.tile(tokens_BT, (copies, 1))
-    positions = jnp.broadcast_to(jnp.arange(12), tokens_BT.shape)
+    positions = np.broadcast_to(np.arange(12), tokens_BT.shape)
 
     def attend(cache, q, k, v):
         return attention.packed(q, k, v, jnp.ones(tokens_BT.shape, jnp.int32)), cache
 
-    unstacked = decoder.unstack(params, jnp.float32)
-    if is_transposed:
-        unstacked = decoder.transpose_kernels(config, unstacked)
-    hidden, _ = decoder.forward_cached(
-        config,
-        unstacked,
-        tokens_BT,
-        positions,
-        attend,
-        (None,) * config.num_layers,
-        dtype=jnp.float32,
-    )
+    @jax.jit
+    def cached_logits(params):
+        unstacked = decoder.unstack(params, jnp.float32)
+        if is_transposed:
+            unstacked = decoder.transpose_kernels(config, unstacked)
+        caches = (None,) * config.num_layers
+        hidden_BTD, _ = decoder.forward_cached(
+            config, unstacked, tokens_BT, positions, attend, caches, dtype=jnp.float32
+        )
+        return jax.vmap(decoder.logits, in_axes=(None, 0))(unstacked, hidden_BTD)
+
     expected = full_logits(config, params, tokens_BT)
-    np.testing.assert_allclose(
-        jax.vmap(decoder.logits, in_axes=(None, 0))(unstacked, hidden), expected, atol=1e-4
-    )
+    np.testing.assert_allclose(cached_logits(params), expected, atol=1e-4)
 
 
 def test_tied_and_untied_heads():
@@ -248,7 +263,6 @@ def test_tied_and_untied_heads():
 
 def test_abstract_params_are_the_params():
     config, params, _ = random_model(qkv_bias=True, qk_norm=True)
-    like = decoder.abstract_params(config)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), like) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), params
-    )
+    expected = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    got = jax.tree.map(lambda x: (x.shape, x.dtype), decoder.abstract_params(config))
+    assert got == expected

@@ -34,10 +34,12 @@ def test_the_table():
 def samplers_copy(width):
     """Of both forms, the weights of the second layer."""
     config = decoder.ModelConfig(64, 2, width, 4, 2, 8, 48)
-    given = decoder.init_params(config, jax.random.key(0))
-    copy = sharding.sampler_copy(
-        config, sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2}), np.float32
-    )(given)
+    rng = np.random.default_rng(0)
+    given = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape, np.float32), decoder.abstract_params(config)
+    )
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    copy = sharding.sampler_copy(config, mesh, np.float32)(given)
     layers = jax.tree.map(lambda x: x[1], given["layers"]), copy["layers"][1]
     return [layer["attention"] | layer["mlp"] for layer in layers]
 
@@ -51,12 +53,11 @@ def test_on_cpus_the_sampler_has_the_kernels_of_wide_models_turned_and_split_as_
     }
     given, copy = samplers_copy(256)
     for name, spec in expected.items():
-        turned, num_in = copy[name]["transposed"], 2 if name == "o" else 1
-        kernel = np.moveaxis(np.asarray(given[name]["kernel"]), range(num_in), range(-num_in, 0))
-        np.testing.assert_array_equal(turned, kernel)
-        assert turned.sharding.is_equivalent_to(
-            NamedSharding(turned.sharding.mesh, spec), turned.ndim
-        )
+        got = copy[name]["transposed"]
+        num_in = 2 if name == "o" else 1
+        kernel = np.moveaxis(given[name]["kernel"], range(num_in), range(-num_in, 0))
+        np.testing.assert_array_equal(got, kernel)
+        assert got.sharding.is_equivalent_to(NamedSharding(got.sharding.mesh, spec), got.ndim)
     given, copy = samplers_copy(128)
     np.testing.assert_array_equal(copy["down"]["kernel"], given["down"]["kernel"])
 
@@ -73,10 +74,9 @@ def test_sizes_that_do_not_divide_stay_whole():
 
 
 def test_a_parameter_without_a_rule_is_refused():
+    params = {"layers": {"gate": jax.ShapeDtypeStruct((2, 2), "float32")}}
     with pytest.raises(ValueError, match="no sharding rule for parameter layers/gate"):
-        sharding.param_shardings(
-            {"layers": {"gate": jax.ShapeDtypeStruct((2, 2), "float32")}}, sharding.make_mesh(ONE)
-        )
+        sharding.param_shardings(params, sharding.make_mesh(ONE))
 
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -113,10 +113,8 @@ def test_arrays_go_to_the_host_and_back():
 
 def test_a_backend_without_host_memory_is_told(monkeypatch):
     monkeypatch.setattr(sharding, "HOST", "attic")
-    with pytest.raises(
-        InputError,
-        match="key learner.offload_moments is True; expected False, for cpu has no attic",
-    ):
+    message = "key learner.offload_moments is True; expected False, for cpu has no attic"
+    with pytest.raises(InputError, match=message):
         sharding.to_host(np.zeros(2), "learner.offload_moments")
 
 
@@ -134,5 +132,5 @@ def test_the_broken_shardy_is_off_on_several_devices(monkeypatch, capsys, versio
         assert jax.config.jax_use_shardy_partitioner is shardy
     finally:
         jax.config.update("jax_use_shardy_partitioner", before)
-    # said once
+    # printed once
     assert capsys.readouterr().err.count("Shardy, which crashes there, is off") == (not shardy)
