@@ -120,7 +120,7 @@ class Programs(NamedTuple):
 
 
 def jit_programs(c: LearnerConfig, layout: TrainState) -> Programs:
-    """layout: the train state's shardings, on the devices.
+    """The programs for a train state of this layout: its shardings, on the devices.
 
     Results have them explicitly. Left to XLA, a gradient or moment may come out whole on every
     device, and not fit there.
@@ -234,8 +234,8 @@ class Learner:
         """
         # Shuffle, split into mini-batches, and pack each into micro-batches.
         made: list[MiniBatch] = []
-        for part in np.array_split(order.permutation(len(episodes)), mini_batches):
-            members = sorted(part.tolist())
+        for drawn in np.array_split(order.permutation(len(episodes)), mini_batches):
+            members = sorted(drawn.tolist())
             if members:
                 played = [episodes[index] for index in members]
                 made.append(make_batches(self._config, played, advantage_E[members]))
