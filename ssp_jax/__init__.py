@@ -26,7 +26,7 @@ Letters at the end of array names, one per axis (logits_BTV), the same in every 
   Q  questions that survived verification
   G  attempts per question
   Z  draws of the bootstrap
-  1  an axis of one, kept to broadcast
+A number is an axis of that size (max_B1, next_A256).
 
 Sources in docstrings and comments: [P] the paper, arXiv 2510.18821v1; [C] its reference code; [H]
 our own choice.

@@ -301,12 +301,11 @@ def shard_map_rows_and_heads(
 def shard_map_rows(
     run: Callable[..., Any], slots: Any, inputs: tuple[int | None, ...], out: Any
 ) -> Callable[..., Any]:
-    """`run` on each part of slots or rows by itself: nothing is sent between parts, and nothing
-    computed twice.
+    """`run` on each shard of slots or rows by itself: nothing is sent, nothing computed twice.
 
-    slots: the NamedSharding of an array of them, None for a single device. inputs, out: which axis
-    of each argument and result is split over the parts (out: a tree of them, None only in inputs);
-    None: each has the whole. Other axes of the mesh (`tensor`) are the compiler's.
+    slots: the NamedSharding of an array of them, None for a single device. inputs, out: the axis of
+    each argument and result that is split over the shards; out is a tree of axes; None, only in
+    inputs: each shard has the whole. Other axes of the mesh (`tensor`) are the compiler's.
     """
     axes = slots.spec[0] if slots is not None else ()
     if all(slots.mesh.shape[axis] == 1 for axis in axes):
@@ -317,7 +316,7 @@ def shard_map_rows(
 
     in_specs = tuple(spec(axis) for axis in inputs)
     out_specs = jax.tree.map(spec, out)
-    # check_vma would ask for a mark on each constant that meets a part's own values.
+    # check_vma would ask for a mark on each constant that meets a shard's own values.
     return jax.shard_map(
         run,
         mesh=slots.mesh,
