@@ -134,3 +134,17 @@ def test_the_broken_shardy_is_off_on_several_devices(monkeypatch, capsys, versio
         jax.config.update("jax_use_shardy_partitioner", before)
     # printed once
     assert capsys.readouterr().err.count("Shardy, which crashes there, is off") == (not shardy)
+
+
+def test_rows_heads_and_devices_that_do_not_divide_are_input_errors():
+    mesh = sharding.abstract_mesh({"data": 2, "fsdp": 2, "tensor": -1}, 8)
+    assert sharding.row_shards(mesh) == 4 and mesh.shape["tensor"] == 2
+    sharding.check_rows(mesh, learner_rows=8, slots=4)
+    with pytest.raises(InputError, match="engine.slots is 6; expected a multiple of .* = 4"):
+        sharding.check_rows(mesh, learner_rows=8, slots=6)
+    sharding.check_kv_heads(4, 2)
+    with pytest.raises(InputError, match="tensor is 2; expected a divisor of 3 key/value heads"):
+        sharding.check_kv_heads(3, 2)
+    sharding.check_host_devices(4, 2)
+    with pytest.raises(InputError, match="tensor is 8; expected a divisor of the 4 devices"):
+        sharding.check_host_devices(4, 8)
