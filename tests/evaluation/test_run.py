@@ -21,11 +21,17 @@ QUESTIONS = {"eval__max_questions": 12}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A step of training, and then the evaluation of both weights."""
+    """A step of training, judged by the initial model, and then the evaluation of both weights."""
     workdir = tmp_path_factory.mktemp("trained")
-    changes = {"eval__before": False, "eval__after": False, "checkpoint__export": False}
-    train.train(small(steps=1, learner__learning_rate=0.02, **changes), str(workdir))
-    shutil.copytree(workdir, workdir.with_name("fresh"))
+    changes = {
+        "eval__before": False,
+        "eval__after": False,
+        "checkpoint__export": False,
+        "log__episodes_every": 1,
+        "reward__metric": "policy",
+        "learner__learning_rate": 0.02,
+    }
+    train.train(small(steps=1, **changes), str(workdir))
     run.evaluate_workdir(small(steps=1, **QUESTIONS), str(workdir))
     return workdir
 
@@ -58,22 +64,14 @@ def test_both_weights_are_evaluated_and_compared(trained):
 
 
 def test_a_killed_evaluation_goes_on(trained, tmp_path):
-    """SIGKILL in the middle; the same command plays what is left. What it played is what a whole
-    evaluation plays.
+    """SIGKILL in the middle; the same command plays what is left.
+
+    Together they play what a whole evaluation plays.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "ssp_jax.main",
-        f"--config={ROOT}/configs/tiny.py",
-        f"--workdir={tmp_path}",
-    ]
-    command += [
-        "--mode=eval",
-        *arguments(**QUESTIONS),
-        "--config.engine.slots=2",
-        "--config.engine.extend_rows=2",
-    ]
+    command = [sys.executable, "-m", "ssp_jax.main", "--mode=eval"]
+    command += [f"--config={ROOT}/configs/tiny.py", f"--workdir={tmp_path}"]
+    command += arguments(**QUESTIONS)
+    command += ["--config.engine.slots=2", "--config.engine.extend_rows=2"]
     command += ["--config.data.answers="]  # which an evaluation does not need
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -124,9 +122,7 @@ def test_a_second_evaluation_of_a_workdir_is_refused(trained):
 
 
 def test_the_initial_model_judges(trained, tmp_path):
-    """A model of this size knows nothing of judging: its replies are no verdicts, and none makes an
-    answer right.
-    """
+    """A model of this size cannot judge: its replies are no verdicts, and make no answer right."""
     shutil.copytree(trained / "eval", tmp_path / "eval")
     run.evaluate_workdir(small(eval__judge="policy", **QUESTIONS), str(tmp_path))
     found = document(tmp_path, 0)
@@ -135,16 +131,10 @@ def test_the_initial_model_judges(trained, tmp_path):
     assert found["sets"]["average"]["right"] == document(trained, 0)["sets"]["average"]["em"]
 
 
-def test_the_initial_model_judges_while_training(tmp_path):
-    changes = {
-        "eval__before": False,
-        "eval__after": False,
-        "checkpoint__export": False,
-        "log__episodes_every": 1,
-    }
-    train.train(small(steps=1, reward__metric="policy", **changes), str(tmp_path))
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["judge/asked"] > 0 and 0 <= rows[0]["judge/failed"] <= rows[0]["judge/asked"]
+def test_the_initial_model_judges_while_training(trained):
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["judge/asked"] > 0
+    assert 0 <= rows[0]["judge/failed"] <= rows[0]["judge/asked"]
 
 
 def test_a_damaged_checkpoint_is_not_evaluated(trained, tmp_path):
