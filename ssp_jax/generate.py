@@ -44,7 +44,7 @@ from ssp_jax import assemble
 from ssp_jax.config import BOUNDS, CHOICES
 from ssp_jax.data import Row, read_rows
 from ssp_jax.errors import InputError, json_line, printable
-from ssp_jax.game import prompts, roles
+from ssp_jax.game import chat, prompts, roles
 from ssp_jax.game.roles import (
     ASSISTANT,
     SEARCH_ENGINE,
@@ -239,7 +239,7 @@ def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
         for key in keys:
             row.text(f"messages.{key}", f".{turn[key]}")  # may be empty, but no half of an emoji
     with _of(row):
-        return prompts.encode_prompt(tokenizer, turns, template)
+        return chat.encode_prompt(tokenizer, turns, template)
 
 
 @contextlib.contextmanager

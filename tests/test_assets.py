@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ssp_jax.data import iterate_corpus, load_answers, load_questions
-from ssp_jax.game.prompts import STYLES, encode_prompt, observation, solver_messages
+from ssp_jax.game.chat import encode_prompt
+from ssp_jax.game.prompts import STYLES, observation, solver_messages
 from ssp_jax.game.rewards import normalize_answer
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"

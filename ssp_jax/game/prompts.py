@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssp_jax.data import Document
-from ssp_jax.game.chat import encode_prompt as encode_prompt
 
 SEARCH_STOP = "</search>"
 ANSWER_STOP = "</answer>"

@@ -10,7 +10,7 @@ import transformers
 
 from ssp_jax.data import Document
 from ssp_jax.errors import InputError
-from ssp_jax.game import prompts
+from ssp_jax.game import chat, prompts
 from ssp_jax.model import hf_load
 
 STYLES = list(prompts.STYLES.values())
@@ -175,8 +175,7 @@ def test_templates():
     tokenizer = hf_load.load_tokenizer(Path("assets/tiny/model"))
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     chat, raw = (
-        tokenizer.decode(prompts.encode_prompt(tokenizer, messages, t))
-        for t in ("chat", "raw_chatml")
+        tokenizer.decode(chat.encode_prompt(tokenizer, messages, t)) for t in ("chat", "raw_chatml")
     )
     assert (
         chat
@@ -184,13 +183,13 @@ def test_templates():
     )
     assert raw == "<|im_start|>system\nS<|im_start|>user\nU<|im_start|>assistant\n"
     with pytest.raises(InputError, match="prompt.template"):
-        prompts.encode_prompt(tokenizer, messages, "chatml")
+        chat.encode_prompt(tokenizer, messages, "chatml")
 
 
 def test_raw_chatml_writes_an_example_without_ends_of_turns():
     tokenizer = hf_load.load_tokenizer(Path("assets/tiny/model"))
     messages = prompts.solver_messages(WORKED[0], "Who?")
-    text = tokenizer.decode(prompts.encode_prompt(tokenizer, messages, "raw_chatml"))
+    text = tokenizer.decode(chat.encode_prompt(tokenizer, messages, "raw_chatml"))
     assert [part.split("\n")[0] for part in text.split("<|im_start|>")] == [
         "",
         "system",
@@ -207,13 +206,13 @@ def test_a_tokenizer_that_lacks_what_a_template_needs_is_named():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path="mine")
     messages = [{"role": "user", "content": "U"}]
     with pytest.raises(InputError, match="'mine' has no chat template"):
-        prompts.encode_prompt(tokenizer, messages, "chat")
+        chat.encode_prompt(tokenizer, messages, "chat")
     with pytest.raises(InputError, match=r"'mine' lacks <\|im_start\|>"):
-        prompts.encode_prompt(tokenizer, messages, "raw_chatml")
+        chat.encode_prompt(tokenizer, messages, "raw_chatml")
 
 
 def test_a_template_that_refuses_the_messages_is_told():
     tokenizer = hf_load.load_tokenizer(Path("assets/tiny/model"))
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match="roles must alternate"):
-        prompts.encode_prompt(tokenizer, [{"role": "user", "content": "U"}], "chat")
+        chat.encode_prompt(tokenizer, [{"role": "user", "content": "U"}], "chat")
