@@ -61,7 +61,7 @@ _OTHER_FILES = {  # kinds, by their first bytes
 
 @dataclass(frozen=True)
 class Document:
-    """One passage. `title` is the first line of a corpus entry, with its quotes, as in Search-R1."""
+    """A passage. `title` is the first line of a corpus entry, with its quotes, as in Search-R1."""
 
     id: str
     title: str
@@ -492,7 +492,7 @@ def parse_document(row: Row) -> Document:
 
 
 def title_and_text(row: Row) -> tuple[str, str]:
-    """From {"contents": "\\"Title\\"\\ntext"}, as in Search-R1, or {"title", "text"}, as in FlashRAG.
+    """From {"contents": "\\"Title\\"\\ntext"} of Search-R1, or {"title", "text"} of FlashRAG.
 
     Contents of one line are a title alone, as they are to Search-R1's own client.
     """

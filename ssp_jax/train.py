@@ -8,7 +8,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,29 +49,21 @@ def train(config: ConfigDict, workdir: str) -> None:
 
             # Play: propose, verify, solve, reward.
             with run.logger.phase("playing") as phase:
+                tasks = run.tasks(now.step)
                 params = run.to_sampler(now.state.params)
                 key = jax.random.fold_in(run.key, now.step + 1)
-                played, replay = run.game.play(
-                    now.step,
-                    run.tasks(now.step),
-                    now.replay,
-                    params,
-                    key,
-                    functools.partial(_show_play, phase, run.stop),
-                )
+                show = functools.partial(_show_play, phase, run.stop)
+                played, replay = run.game.play(now.step, tasks, now.replay, params, key, show)
                 del params  # the update needs its memory
 
             # Update: the solver, then the proposer, or as learner.update_order has it.
             with run.logger.phase("updating"), processes.watched():
                 start_of_update = time.monotonic()
                 metrics = played.metrics | {"memory/play_gib": pop_peak_memory_gib()}
-                for number, (role, training) in enumerate(_trainings(config, played)):
+                for number, (role, training, steps) in enumerate(_trainings(config, played)):
+                    order = _order(config, now.step, number)
                     now.state, report = run.learner.update(
-                        now.state,
-                        training.episodes,
-                        training.advantages,
-                        _order(config, now.step, number),
-                        assemble.updates(config)[role],
+                        now.state, training.episodes, training.advantages, order, steps
                     )
                     _add_report(metrics, role, report, first=number == 0)
                 _add_cost(metrics, time.monotonic() - start_of_update)
@@ -156,8 +148,8 @@ def _show_play(phase: Phase, stop: Stop, stats: Stats) -> None:
     phase.advance(stats.finished, total=stats.known, tokens=stats.tokens_per_second)
 
 
-def _trainings(config: ConfigDict, played: Round) -> Iterator[tuple[str, Training]]:
-    """The updates of a step in order, each by its name with what it learns from.
+def _trainings(config: ConfigDict, played: Round) -> Iterator[tuple[str, Training, int]]:
+    """The updates of a step in order: role, what it learns from, number of optimizer steps.
 
     Solver then proposer [P Alg.1], the other way round [C], or both in one update. A role without
     an episode has none.
@@ -165,19 +157,17 @@ def _trainings(config: ConfigDict, played: Round) -> Iterator[tuple[str, Trainin
     trainings = {
         "solver": played.solver,
         "proposer": played.proposer,
-        "both": _joined([played.solver, played.proposer]),
+        "both": _joined(played.solver, played.proposer),
     }
-    for name in assemble.updates(config):
-        if trainings[name].episodes:
-            yield name, trainings[name]
+    for role, steps in assemble.updates(config).items():
+        if trainings[role].episodes:
+            yield role, trainings[role], steps
 
 
-def _joined(parts: Sequence[Training]) -> Training:
-    return Training(
-        [episode for part in parts for episode in part.episodes],
-        np.concatenate([part.rewards for part in parts]),
-        np.concatenate([part.advantages for part in parts]),
-    )
+def _joined(a: Training, b: Training) -> Training:
+    rewards = np.concatenate([a.rewards, b.rewards])
+    advantages = np.concatenate([a.advantages, b.advantages])
+    return Training([*a.episodes, *b.episodes], rewards, advantages)
 
 
 def _order(config: ConfigDict, step: int, number: int) -> np.random.Generator:
@@ -211,11 +201,10 @@ def _log_step(
     run: TrainingRun, now: Progress, played: Round, metrics: dict[str, float], seconds: float
 ) -> None:
     run.logger.step(now.step, metrics | {"compiles": run.compiles.count}, seconds)
-    reply = played.useless_reply
-    if reply is not None:
+    if played.useless_reply is not None:
+        reply = judge.shown(played.useless_reply)
         run.logger.say(
-            "no reply of the judge was a verdict, so all that it judged is wrong: "
-            f"{judge.shown(reply)}"
+            f"no reply of the judge was a verdict, so all that it judged is wrong: {reply}"
         )
     every = run.config.log.episodes_every
     if every and now.step % every == 0:
@@ -263,11 +252,9 @@ def _evaluate(run: TrainingRun, now: Progress, step: int) -> Result:
     )
     params = current if step == now.step else run.initial
     result = evaluate.evaluate(context, step, name, params)
-    metrics = {
-        f"eval/{set_name}/{key}": value
-        for set_name, values in result.document["sets"].items()
-        for key, value in values.items()
-    }
+    metrics: dict[str, float] = {}
+    for set_name, values in result.document["sets"].items():
+        metrics |= {f"eval/{set_name}/{key}": value for key, value in values.items()}
     if metrics and run.logger.evaluation(step, metrics):
         evaluate.show(run.logger, result)
     return result
@@ -288,12 +275,10 @@ def _finish(run: TrainingRun, now: Progress) -> None:
             hf_save.save(now.state.params, run.inputs.model_config, folder, config.model.path)
 
     names = list(run.inputs.eval_sets)
-    scores = {when: result.document["sets"] for when, result in results.items()}
-    summary = {
-        "steps": now.step,
-        "seconds": round(now.seconds, 1),
-        "eval": {when: {name: sets[name] for name in names} for when, sets in scores.items()},
-    }
+    scores = {}
+    for when, result in results.items():
+        scores[when] = {name: result.document["sets"][name] for name in names}
+    summary = {"steps": now.step, "seconds": round(now.seconds, 1), "eval": scores}
     if processes.is_coordinator():
         records.write_document(run.workdir / "summary.json", summary)
     if len(results) == 2 and names:

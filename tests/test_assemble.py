@@ -1,4 +1,4 @@
-"""What a run reads: whoever goes on from a workdir hears of any file in it that has changed."""
+"""What a run reads: each file that changes has another digest, for runs and evaluations."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ TINY = ROOT / "assets/tiny"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A copy of the tiny model, a few passages, answers and questions, and what a run reads there."""
+    """Copies of the tiny model, a few passages, answers and questions; and their digests."""
     folder = tmp_path_factory.mktemp("files")
     shutil.copytree(TINY / "model", folder / "model")
     lines = (TINY / "corpus.jsonl").read_text().splitlines(keepends=True)

@@ -109,7 +109,10 @@ def data(key: str, content: str | bytes, name: str = "rows.jsonl") -> Make:
 
 
 PROMPT = '{"prompt": "The capital of France is"}'
-CHAT = '{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]}'
+CHAT = (
+    '{"messages": [{"role": "system", "content": "Be brief."}, '
+    '{"role": "user", "content": "Who?"}]}'
+)
 KEPT = "results of hours"  # in out.jsonl, which no refused command may touch
 
 
@@ -853,7 +856,8 @@ GENERATE = [
     Case(
         "a prompt of 600,000 characters",
         ask(PROMPT + '\n{"prompt": "' + "The capital. " * 50_000 + '"}'),
-        r"in.jsonl line 2: the prompt has \d{3},\d{3} tokens; expected fewer than the 1,024 of the model's context",
+        r"in.jsonl line 2: the prompt has \d{3},\d{3} tokens; expected fewer than the 1,024 of the "
+        "model's context",
     ),
     Case(
         "messages that are too long",
@@ -1667,7 +1671,10 @@ def result(*items: Any) -> bytes:
     return json.dumps({"result": [list(items)] * 63}).encode()
 
 
-HTTP = r"retriever\.url: http://\*\*\*@127\.0\.0\.1:\d+/retrieve\?api_key=\*\*\*: expected a search server"
+HTTP = (
+    r"retriever\.url: http://\*\*\*@127\.0\.0\.1:\d+/retrieve\?api_key=\*\*\*: expected a search "
+    "server"
+)
 GZIP = "Content-Encoding: gzip\r\n"
 SERVERS_AND_JUDGES = [
     Case("no address", at(""), r"retriever\.url is empty; expected the address of a search server"),
@@ -1820,10 +1827,13 @@ def policy_judge(chat_template: str) -> Make:
     return make
 
 
-NO_SYSTEM = "{% for m in messages %}{{ m.content if m.role != 'system' else raise_exception('no system turn') }}{% endfor %}"
+NO_SYSTEM = (
+    "{% for m in messages %}{{ m.content if m.role != 'system' else "
+    "raise_exception('no system turn') }}{% endfor %}"
+)
 JUDGE = (
-    r"judge\.url: http://\*\*\*@127\.0\.0\.1:\d+/v1\?api_key=\*\*\*: expected a server that completes chats of "
-    r"judge\.model 'a-judge': "
+    r"judge\.url: http://\*\*\*@127\.0\.0\.1:\d+/v1\?api_key=\*\*\*: expected a server that "
+    r"completes chats of judge\.model 'a-judge': "
 )
 NO_TEXT = f"{JUDGE}it answers with no text of a model: "
 JUDGES = [
@@ -1874,7 +1884,8 @@ JUDGES = [
     Case(
         "a redirection",
         judged(b"", status="307 x", header="Location: http://u:p@other/\r\n"),
-        rf"{JUDGE}it redirects to http://\*\*\*@other/, which is not followed; expected the address itself$",
+        rf"{JUDGE}it redirects to http://\*\*\*@other/, which is not followed; expected the "
+        "address itself$",
     ),
     Case("a web page", judged(b"<html>Welcome"), f"{NO_TEXT}<html>Welcome$"),
     Case("an empty answer", judged(b""), NO_TEXT),

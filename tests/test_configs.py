@@ -139,7 +139,8 @@ def memory(name: str) -> list[tuple[str, int, int, int, str, list[str]]]:
     text = str(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["__doc__"])
     lines = text[text.index("memory") : text.index("\ntime")]
     found = re.findall(
-        r"(\S+:\S+) +(\d+) GiB playing, (\d+) updating of (\d+), (from shapes|compiled)(?:; with\s+(.*))?",
+        r"(\S+:\S+) +(\d+) GiB playing, (\d+) updating of (\d+), (from shapes|compiled)"
+        r"(?:; with\s+(.*))?",
         lines,
     )
     return [
