@@ -114,7 +114,7 @@ def check(folder: Path) -> bool:
     if asked != [row["prompt_ids"] for row in golden["rows"]]:
         print("the prompts have other token ids: another tokenizer than the golden's")
         return False
-    episodes = generate.play(m, generate.make_stage(m.tokenizer, NEW_TOKENS), ASSISTANT, asked)
+    episodes = generate.play(m, generate.make_context(m.tokenizer, NEW_TOKENS), ASSISTANT, asked)
     equal = 0
     for number, (episode, row) in enumerate(zip(episodes, golden["rows"], strict=True)):
         ours, theirs = episode.tokens[episode.prompt_length :], row["token_ids"]

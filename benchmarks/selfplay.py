@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ssp_jax import data
-from ssp_jax.assemble import make_game_config, make_stage  # noqa: E402
+from ssp_jax.assemble import make_context, make_game_config  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
 from ssp_jax.game import roles
 from ssp_jax.game.rounds import ReplayState, Round  # noqa: E402
@@ -139,7 +139,7 @@ class StaticLoop(engine.Engine):
 class Setting:
     config: ConfigDict
     tasks: list[data.Task]
-    stage: roles.EpisodeContext
+    context: roles.EpisodeContext
     retriever: Retriever
     params: decoder.Params
     arguments: tuple[Any, ...]  # of Engine, but sizes
@@ -148,7 +148,7 @@ class Setting:
         model_config, *others = self.arguments
         sizes = dataclasses.replace(engine.Sizes(**self.config.engine), **changes)
         player = kind(model_config, sizes, *others)
-        return SelfPlay(make_game_config(self.config), self.stage, player, self.retriever)
+        return SelfPlay(make_game_config(self.config), self.context, player, self.retriever)
 
 
 def prepare(config: ConfigDict, index: str) -> Setting:
@@ -171,7 +171,7 @@ def prepare(config: ConfigDict, index: str) -> Setting:
     return Setting(
         c,
         [everything[row] for row in rows],
-        make_stage(c, tokenizer),
+        make_context(c, tokenizer),
         retriever,
         sharding.sampler_copy(model_config, mesh, dtype)(loaded),
         (model_config, automata, eos, dtype, search),

@@ -59,7 +59,7 @@ class Inputs:
     model_config: decoder.ModelConfig
     weights: str  # digest of the initial ones
     tokenizer: Any
-    stage: roles.EpisodeContext
+    context: roles.EpisodeContext
     eos: tuple[int, ...]
     server: judge.OpenAI | None  # where one is asked
     stamps: dict[str, str]  # digests of the files that training depends on
@@ -78,13 +78,13 @@ class Inputs:
             self.tokenizer.special_tokens_map,
             self.eos,
         )
-        asked = prompts.solver_messages(self.stage.style, "Who?")  # worked example included
+        asked = prompts.solver_messages(self.context.style, "Who?")  # worked example included
         values = {
             "data.answers": self.tasks,
             "data.eval_sets": self.eval_sets,
             "the model's shape": self.model_config,
             "the tokenizer": tokenizer,
-            "the prompts": (self.stage.style, self.stage.template, asked),
+            "the prompts": (self.context.style, self.context.template, asked),
             "the search": self.retriever.source,
         }
         digests = {name: processes.digest(value) for name, value in values.items()}
@@ -141,8 +141,8 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     """The fields of Inputs, but for the servers."""
     model_config = hf_load.read_config(config.model.path)
     tokenizer = hf_load.load_tokenizer(config.model.path)
-    stage = make_stage(config, tokenizer)
-    roles.check_context(stage)
+    context = make_context(config, tokenizer)
+    roles.check_context(context)
     if config.mesh.tensor > 0:  # not -1, which takes what is left
         sharding.check_kv_heads(model_config.num_kv_heads, config.mesh.tensor)
     sets = data.load_question_sets(config.data.eval_sets)
@@ -162,7 +162,7 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
         "model_config": model_config,
         "weights": processes.digest((rows, sorted(weight_files.values()))),
         "tokenizer": tokenizer,
-        "stage": stage,
+        "context": context,
         "eos": roles.eos_tokens(tokenizer, hf_load.read_generation_config(config.model.path)),
         "stamps": training_files,
     }
@@ -177,7 +177,7 @@ def _open_judge(config: ConfigDict, found: dict[str, Any], evaluating: bool) -> 
     if not evaluating:
         kinds.add(config.reward.metric)
     if "policy" in kinds:
-        judge.check_policy(found["stage"])
+        judge.check_policy(found["context"])
     return judge.OpenAI(**config.judge) if "openai" in kinds else None
 
 
@@ -240,19 +240,19 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     return mesh
 
 
-def make_stage(config: ConfigDict, tokenizer: Any) -> roles.EpisodeContext:
+def make_context(config: ConfigDict, tokenizer: Any) -> roles.EpisodeContext:
     """Sections prompt and limits, with the tokenizer."""
     p = config.prompt
     limits = roles.Limits(**config.limits)
     style = dataclasses.replace(prompts.STYLES[p.style], worked_example=p.worked_example)
-    stage = roles.EpisodeContext(tokenizer, style, p.template, limits)
-    minimum = len(stage.encode(style.observation_text.format(documents="")))
+    context = roles.EpisodeContext(tokenizer, style, p.template, limits)
+    minimum = len(context.encode(style.observation_text.format(documents="")))
     if limits.observation_tokens <= minimum:
         raise InputError(
             f"config key limits.observation_tokens is {limits.observation_tokens}; expected more "
             f"than the {minimum} tokens of the tags around a result"
         )
-    return stage
+    return context
 
 
 def make_game_config(config: ConfigDict) -> rules.GameConfig:
@@ -429,7 +429,7 @@ def make_eval_context(
         training=processes.all_gather_objects(training)[0],
         sets=inputs.eval_sets,
         engine=engine,
-        episodes=inputs.stage,
+        episodes=inputs.context,
         key=jax.random.key(config.seed),
         temperature=config.sampling.eval_temperature,
         metric=metric,
@@ -527,9 +527,11 @@ def _make_run(
         return judging or load()
 
     engine = run_engine(config, inputs, mesh)
-    judges = make_judges(config, engine, inputs.stage, inputs.digests, inputs.server, initial)
+    judges = make_judges(config, engine, inputs.context, inputs.digests, inputs.server, initial)
     reward_judge = judges(config.reward.metric)
-    game = SelfPlay(make_game_config(config), inputs.stage, engine, inputs.retriever, reward_judge)
+    game = SelfPlay(
+        make_game_config(config), inputs.context, engine, inputs.retriever, reward_judge
+    )
     mute = not processes.is_coordinator()
     logger = Logger(workdir, config.steps, config.log.tensorboard, progress.step, mute=mute)
     run = TrainingRun(

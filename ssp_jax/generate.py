@@ -89,7 +89,7 @@ class Model:
     dtype: Any
     mesh: jax.sharding.Mesh
     params: decoder.Params  # the sampler's unstacked form
-    context: int  # the most tokens of an episode
+    context_tokens: int  # the longest episode
 
 
 def load_model(folder: str | Path, dtype: str = "") -> Model:
@@ -150,9 +150,9 @@ def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bo
     )
 
 
-def _room(m: Model, stage: EpisodeContext, longest: int) -> int:
+def _room(m: Model, context: EpisodeContext, longest: int) -> int:
     """Tokens after the longest prompt. A shorter context makes a shorter cache, which ends it."""
-    return max(1, min(stage.limits.response_tokens, m.context - longest))
+    return max(1, min(context.limits.response_tokens, m.context_tokens - longest))
 
 
 def make_engine(m: Model, sizes: Sizes, search: SearchFn) -> Engine:
@@ -165,7 +165,7 @@ def no_search(queries: list[str]) -> Sequence[Any]:
 
 def play(
     m: Model,
-    stage: EpisodeContext,
+    context: EpisodeContext,
     role: Role,
     prompt_tokens: Sequence[list[int]],
     temperature: float = 0.0,
@@ -179,11 +179,11 @@ def play(
     take(row, episode) is called as an episode ends. row: of its prompt.
     """
     lengths = [len(prompt) for prompt in prompt_tokens]
-    room = _room(m, stage, max(lengths))
+    room = _room(m, context, max(lengths))
     sizes = make_sizes(m, lengths, room, search is not no_search)
     engine = make_engine(m, sizes, search)
     players = [
-        EpisodePlayer(stage, role, episode_id(role, row, 0), temperature, list(prompt))
+        EpisodePlayer(context, role, episode_id(role, row, 0), temperature, list(prompt))
         for row, prompt in enumerate(prompt_tokens)
     ]
     rows = {player.uid: row for row, player in enumerate(players)}
@@ -199,7 +199,7 @@ def play(
     return [ended[row] for row in range(len(players))]
 
 
-def make_stage(
+def make_context(
     tokenizer: Any,
     max_tokens: int,
     max_searches: int = 0,
@@ -251,21 +251,21 @@ def _of(row: Row) -> Iterator[None]:
         raise InputError(f"{row.path} line {row.line}: {error}") from None
 
 
-def _encoded(f: Any, stage: EpisodeContext, rows: Sequence[Row]) -> list[list[int]]:
+def _encoded(f: Any, context: EpisodeContext, rows: Sequence[Row]) -> list[list[int]]:
     """The prompts of all lines. Raises InputError for one that the model cannot hold."""
-    context = hf_load.context_tokens(f.model)
+    limit = hf_load.context_tokens(f.model)
     encoded = []
     for row in rows:
         if f.index:
             question = row.text("question", row.values.get("question"))
             with _of(row):
-                prompt = stage.prompt(prompts.solver_messages(stage.style, question))
+                prompt = context.prompt(prompts.solver_messages(context.style, question))
         else:
-            prompt = _prompt_tokens(row, stage.tokenizer, f.template)
-        if len(prompt) >= context:
+            prompt = _prompt_tokens(row, context.tokenizer, f.template)
+        if len(prompt) >= limit:
             raise InputError(
                 f"{row.path} line {row.line}: the prompt has {len(prompt):,} tokens; expected "
-                f"fewer than the {context:,} of the model's context (max_position_embeddings in "
+                f"fewer than the {limit:,} of the model's context (max_position_embeddings in "
                 f"{f.model}/config.json)"
             )
         encoded.append(prompt)
@@ -349,9 +349,9 @@ class _Progress:
 def answer_file(f: Any) -> None:
     """Answers --prompts, all lines through the slots at once; replaces --out when all are there."""
     tokenizer = hf_load.load_tokenizer(f.model)
-    stage = _stage(f, tokenizer, sys.maxsize)
+    context = _context(f, tokenizer, sys.maxsize)
     rows = _rows(f.prompts)
-    encoded = _encoded(f, stage, rows)
+    encoded = _encoded(f, context, rows)
     named = [{"question": row.values["question"].strip()} if f.index else {} for row in rows]
     name = f"--out={f.out}" if f.out else "the standard output"
     opened = (
@@ -366,7 +366,9 @@ def answer_file(f: Any) -> None:
             out.take(row, named[row] | describe(episode, tokenizer))
 
         role = SOLVER if f.index else ASSISTANT
-        play(m, stage, role, encoded, f.temperature, f.seed, search, take, _Progress(len(encoded)))
+        play(
+            m, context, role, encoded, f.temperature, f.seed, search, take, _Progress(len(encoded))
+        )
 
 
 # --- questions typed by a person ------------------------------------------------------------------
@@ -397,10 +399,10 @@ def answer_typed(f: Any) -> None:
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     tokenizer = hf_load.load_tokenizer(f.model)
     longest = min(TYPED_PROMPT_TOKENS, hf_load.context_tokens(f.model) - 1)
-    stage = _stage(f, tokenizer, longest)
+    context = _context(f, tokenizer, longest)
     search = _search(f)
     m = _load(f)
-    sizes = make_sizes(m, [longest], _room(m, stage, longest), True)
+    sizes = make_sizes(m, [longest], _room(m, context, longest), True)
     # small chunks: words appear as they come
     engine = make_engine(m, dataclasses.replace(sizes, chunk=4), search)
 
@@ -414,15 +416,15 @@ def answer_typed(f: Any) -> None:
         messages = [{"role": "user", "content": question}]
         if f.index:
             role = SOLVER
-            messages = prompts.solver_messages(stage.style, question)
-        prompt = stage.prompt(messages)
+            messages = prompts.solver_messages(context.style, question)
+        prompt = context.prompt(messages)
         if len(prompt) > longest:
             console.print(
                 f"[the question makes a prompt of {len(prompt):,} tokens; expected at most "
                 f"{longest:,}]\n"
             )
             continue
-        player = Watched(stage, role, episode_id(role, number, 0), f.temperature, prompt)
+        player = Watched(context, role, episode_id(role, number, 0), f.temperature, prompt)
         player.show = show
         stats = engine.play(m.params, jax.random.key(f.seed), [player])
         line = describe(player.episode(), tokenizer)
@@ -447,19 +449,21 @@ def _typed(typing: bool) -> Iterator[str]:
             yield line
 
 
-def _stage(f: Any, tokenizer: Any, prompt_tokens: int) -> EpisodeContext:
+def _context(f: Any, tokenizer: Any, prompt_tokens: int) -> EpisodeContext:
     """Raises InputError where the tokenizer or its template does not serve."""
     style = dataclasses.replace(prompts.STYLES[f.style], worked_example=f.worked_example)
-    stage = make_stage(tokenizer, f.max_tokens, f.max_searches, style, f.template, prompt_tokens)
+    context = make_context(
+        tokenizer, f.max_tokens, f.max_searches, style, f.template, prompt_tokens
+    )
     if f.index:
         if not Path(f.index).is_dir():
             raise InputError(f"--index={f.index}: expected the folder of a built search index")
-        roles.check_context(stage)
+        roles.check_context(context)
     else:
         token_bytes(tokenizer)
         if not f.prompts:
-            stage.prompt([{"role": "user", "content": "Who?"}])
-    return stage
+            context.prompt([{"role": "user", "content": "Who?"}])
+    return context
 
 
 def _load(f: Any) -> Model:

@@ -159,12 +159,12 @@ def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys)
 
 def test_text_is_shown_once_however_chunks_cut_it():
     tokenizer = hf_load.load_tokenizer(TINY / "model")
-    stage = generate.make_stage(tokenizer, 50)
+    context = generate.make_context(tokenizer, 50)
     tokens = tokenizer.encode("Zürich, São Paulo", add_special_tokens=False)
     shown = []
     for size in (1, 2, 3):
         shown.clear()
-        player = generate.Watched(stage, generate.ASSISTANT, 0, 0.0, [5])
+        player = generate.Watched(context, generate.ASSISTANT, 0, 0.0, [5])
         player.show = lambda text, who: shown.append(text)
         for i in range(0, len(tokens), size):
             player.append(tokens[i : i + size], [0.0] * len(tokens[i : i + size]))
@@ -207,9 +207,9 @@ def test_sizes_hold_what_is_asked(lengths, room):
 
 def test_an_episode_ends_where_the_models_context_does():
     m = generate.load_model(TINY / "model", "float32")
-    assert m.context == 1024  # max_position_embeddings
-    stage = generate.make_stage(m.tokenizer, 500)
-    assert [generate._room(m, stage, longest) for longest in (10, 524, 1000, 1023)] == [
+    assert m.context_tokens == 1024  # max_position_embeddings
+    context = generate.make_context(m.tokenizer, 500)
+    assert [generate._room(m, context, longest) for longest in (10, 524, 1000, 1023)] == [
         500,
         500,
         24,

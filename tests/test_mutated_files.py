@@ -178,8 +178,8 @@ def read_weights(folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> None:
-    stage = generate.make_stage(hf_load.load_tokenizer(folder), 10)
-    stage.prompt([{"role": "user", "content": "Who?"}])
+    context = generate.make_context(hf_load.load_tokenizer(folder), 10)
+    context.prompt([{"role": "user", "content": "Who?"}])
 
 
 MODELS = [

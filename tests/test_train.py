@@ -211,7 +211,7 @@ def wait_for_step(workdir, process, step, seconds=200):
         path = workdir / "metrics.jsonl"
         if path.exists() and any(row["step"] >= step for row in steps_of(workdir)):
             return
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise AssertionError(f"no step {step}: exit code {process.poll()}")
 
 
@@ -225,7 +225,7 @@ def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, capsys, kill):
     The result is that of a run that never stopped.
     """
     process = start(tmp_path, eval__before=False)
-    wait_for_step(tmp_path, process, 2)
+    wait_for_step(tmp_path, process, 1)
     process.send_signal(kill)
     output, _ = process.communicate(timeout=120)
     if kill == signal.SIGINT:

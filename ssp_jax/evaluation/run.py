@@ -62,7 +62,7 @@ def _evaluation_run(
     engine = assemble.run_engine(config, inputs, mesh)
     initial = functools.partial(assemble.load_initial, config, inputs.model_config, mesh)
     judges = assemble.make_judges(
-        config, engine, inputs.stage, inputs.digests, inputs.server, initial
+        config, engine, inputs.context, inputs.digests, inputs.server, initial
     )
     folder = Path(workdir) / "eval"
     folder.mkdir(exist_ok=True)

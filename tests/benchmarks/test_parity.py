@@ -17,7 +17,7 @@ def rows():
     """What a golden would hold, had torch made it."""
     m = generate.load_model(MODEL, "float32")
     asked = parity.prompt_tokens(m.tokenizer)
-    made = generate.play(m, generate.make_stage(m.tokenizer, parity.NEW_TOKENS), ASSISTANT, asked)
+    made = generate.play(m, generate.make_context(m.tokenizer, parity.NEW_TOKENS), ASSISTANT, asked)
     return [
         {"prompt_ids": p, "token_ids": e.tokens[len(p) :], "gaps": [0.5] * e.num_sampled}
         for p, e in zip(asked, made, strict=True)

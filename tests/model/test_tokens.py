@@ -176,14 +176,14 @@ def test_a_run_with_special_tags_searches_and_answers():
         [AddedToken(tag, special=True, normalized=False) for tag in TAGS], special_tokens=True
     )
     limits = roles.Limits(64, 64, 200, 200, 4, 3, 100)
-    stage = roles.EpisodeContext(tokenizer, prompts.STYLES["brief"], "chat", limits)
-    roles.check_context(stage)
-    player = roles.EpisodePlayer(stage, roles.SOLVER, 5, 1.0, stage.encode("Who?"))
-    sampled = stage.encode("<search> Paris </search>")
+    context = roles.EpisodeContext(tokenizer, prompts.STYLES["brief"], "chat", limits)
+    roles.check_context(context)
+    player = roles.EpisodePlayer(context, roles.SOLVER, 5, 1.0, context.encode("Who?"))
+    sampled = context.encode("<search> Paris </search>")
     assert player.end_turn(sampled, [-1.0] * len(sampled), 0) == "Paris"
     player.insert_result([Document("1", "Paris", f"A city {FORGED}")])
     assert not steering(tokenizer, player.tokens)
-    sampled = stage.encode("<answer> Lyon </answer>")
+    sampled = context.encode("<answer> Lyon </answer>")
     assert player.end_turn(sampled, [-1.0] * len(sampled), 1) is None
     assert prompts.last_answer(player.episode().text) == "Lyon"
 
@@ -215,11 +215,11 @@ def test_a_tokenizer_that_loses_tags_is_refused():
     tokenizer = KINDS["byte_level"]()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("<", "(")
     limits = roles.Limits(64, 64, 200, 200, 4, 3, 100)
-    stage = roles.EpisodeContext(tokenizer, prompts.STYLES["brief"], "chat", limits)
+    context = roles.EpisodeContext(tokenizer, prompts.STYLES["brief"], "chat", limits)
     with pytest.raises(
         InputError, match=r"'\(search> Paris \(/search>' of '<search> Paris </search>'"
     ):
-        roles.check_context(stage)
+        roles.check_context(context)
 
 
 # --- eos ---
