@@ -1,0 +1,248 @@
+"""One-line breaks of the package, each with the test that must fail: are the tests awake?
+
+    python -m tests.mutants [--only=WORD]        # about 20 minutes; writes tests/mutants.txt
+
+Each mutant is played in a copy of the repository. `make test` checks that each line that is broken
+here is still there (tests/test_mutants.py).
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "tests" / "mutants.txt"
+SECONDS = 600  # a mutant may hang: that is a failure of its test too
+COPIED = ("ssp_jax", "configs", "tests", "assets", "benchmarks", "launch", "pyproject.toml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    file: str  # in ssp_jax/
+    line: str  # occurs once in the file
+    broken: str
+    test: str  # in tests/: a node id, which must fail
+
+
+MUTANTS = [
+    Mutant(
+        "learner/objective.py",
+        "if n == 1:",
+        "if n == 0:",
+        "learner/test_objective.py::test_group_of_one_keeps_its_reward",
+    ),
+    Mutant(
+        "learner/objective.py",
+        "centred -= centred.mean()",
+        "centred -= centred.min()",
+        "learner/test_objective.py::test_grpo_by_hand",
+    ),
+    Mutant(
+        "learner/objective.py",
+        "centred *= n / (n - 1)  #",
+        "centred *= 1  #",
+        "learner/test_objective.py::test_leave_one_out_is_reward_minus_mean_of_the_others",
+    ),
+    Mutant(
+        "learner/objective.py",
+        "return 1.0 / (np.maximum(num_tokens_E, 1) * episodes)",
+        "return 1.0 / np.maximum(num_tokens_E, 1)",
+        "learner/test_objective.py::test_sequence_weights_by_hand",
+    ),
+    Mutant(
+        "learner/objective.py",
+        "surrogate_BT = jnp.minimum(",
+        "surrogate_BT = jnp.maximum(",
+        "learner/test_objective.py::test_clipped_surrogate_by_hand",
+    ),
+    Mutant(
+        "learner/objective.py",
+        "jnp.where(advantage_BT < 0, dual_BT",
+        "jnp.where(advantage_BT > 0, dual_BT",
+        "learner/test_objective.py::test_dual_clip_by_hand",
+    ),
+    Mutant(
+        "learner/objective.py",
+        "k3 = jnp.exp(delta) - delta - 1",
+        "k3 = jnp.exp(-delta) + delta - 1",
+        "learner/test_objective.py::test_kl_estimates_by_hand",
+    ),
+    Mutant(
+        "learner/objective.py",
+        "real_BT = weight_BT != 0",
+        "real_BT = weight_BT == weight_BT",
+        "learner/test_objective.py::test_weight_zero_means_no_token_even_when_it_is_broken",
+    ),
+    Mutant(
+        "learner/batches.py",
+        "weight_E[index] * sampled",
+        "weight_E[index]",
+        "learner/test_update.py::test_gradient_reaches_sampled_tokens_only",
+    ),
+    Mutant(
+        "game/rewards.py",
+        "return 1.0 - scores_QG.mean(axis=1)",
+        "return scores_QG.mean(axis=1)",
+        "game/test_rewards.py::test_proposer_plus_mean_solver_is_one",
+    ),
+    Mutant(
+        "game/rewards.py",
+        "return score / 4 if tags",
+        "return score if tags",
+        "game/test_rewards.py::test_solver_reward",
+    ),
+    Mutant(
+        "game/rewards.py",
+        "(a|an|the)",
+        "(a|an)",
+        "game/test_rewards.py::test_normalize",
+    ),
+    Mutant(
+        "game/rules.py",
+        '"answer_in_question": hidden in text.lower()',
+        '"answer_in_question": hidden in text',
+        "game/test_rewards.py::test_question_fault",
+    ),
+    Mutant(
+        "game/noise.py",
+        "taken = set(own)",
+        "taken = set()",
+        "game/test_noise.py::test_own_documents_are_not_noise_and_others_take_their_place",
+    ),
+    Mutant(
+        "game/roles.py",
+        "self.sampled += [False] * len(tokens)",
+        "self.sampled += [True] * len(tokens)",
+        "game/test_roles.py::test_an_episode_of_two_turns",
+    ),
+    Mutant(
+        "game/roles.py",
+        "elif len(self.queries) >= self.context.limits.searches:",
+        "elif len(self.queries) > self.context.limits.searches:",
+        "game/test_roles.py::test_one_search_too_many_ends_it",
+    ),
+    Mutant(
+        "game/selfplay.py",
+        "played = [each for each in ended if each[1].num_sampled]",
+        "played = ended",
+        "game/test_selfplay.py::test_a_given_answer_without_room_in_the_prompt_is_an_outcome_of_the_game",
+    ),
+    Mutant(
+        "rollout/sampling.py",
+        "jnp.argmax(level_BU + noise_B[:, :U]",
+        "jnp.argmax(level_BU + 0 * noise_B[:, :U]",
+        "rollout/test_sampler.py::test_draw_follows_the_probabilities_in_and_across_blocks",
+    ),
+    Mutant(
+        "rollout/sampling.py",
+        "jax.random.fold_in(key, uid), position)",
+        "jax.random.fold_in(key, 0), position)",
+        "rollout/test_sampler.py::test_other_episode_id_other_tokens",
+    ),
+    Mutant(
+        "rollout/stops.py",
+        "next_A256[len(prefixes) + i] = len(prefixes) + i",
+        "next_A256[len(prefixes) + i] = 0",
+        "rollout/test_stops.py::test_found_stop_stays_whatever_follows",
+    ),
+    Mutant(
+        "model/tokens.py",
+        "return self._pattern.sub(self._new_mark, whole(value))",
+        "return value",
+        "model/test_tokens.py::test_text_never_becomes_a_control_token",
+    ),
+    Mutant(
+        "model/attention.py",
+        "scores = jnp.where(visible_BTS[:, None, None], scores * H**-0.5, NEG_INF)",
+        "scores = scores * H**-0.5",
+        "model/test_attention.py::test_parts_put_together_equal_attention_to_all_keys",
+    ),
+    Mutant(
+        "data.py",
+        "np.random.SeedSequence((seed, epoch))",
+        "np.random.SeedSequence((seed, 0))",
+        "test_data.py::test_order_depends_on_seed_and_epoch_only",
+    ),
+    Mutant(
+        "evaluation/scores.py",
+        "return self.after - self.before",
+        "return self.before - self.after",
+        "evaluation/test_scores.py::test_gains_are_paired",
+    ),
+    Mutant(
+        "runtime/records.py",
+        "            elif _skip_line(file):",
+        "            elif not _skip_line(file):",
+        "runtime/test_records.py::test_a_line_without_end_is_not_kept_in_memory",
+    ),
+    Mutant(
+        "runtime/checkpoint.py",
+        "for step in reversed(steps):",
+        "for step in steps:",
+        "runtime/test_checkpoint.py::test_a_damaged_step_is_set_aside_for_the_one_before",
+    ),
+]
+
+
+def play(mutant: Mutant, copy: Path) -> tuple[str, float]:
+    """What pytest says of the test once the line is broken, and its seconds."""
+    path = copy / "ssp_jax" / mutant.file
+    text = path.read_text()
+    path.write_text(text.replace(mutant.line, mutant.broken))
+    # One address as in a run of all tests; no cache of bytecode, which is found by time and size.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            [*command, f"tests/{mutant.test}"],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        # 1: tests ran and one failed. Others mean that no test has judged it.
+        verdict = {0: "SURVIVED", 1: "killed"}.get(done.returncode, f"pytest {done.returncode}")
+    except subprocess.TimeoutExpired:
+        verdict = "killed"
+    finally:
+        path.write_text(text)
+    return verdict, time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="mutants whose file or test has this word")
+    only = parser.parse_args().only
+    chosen = [m for m in MUTANTS if only in m.file or only in m.test]
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="ssp_jax_mutants_") as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / name)
+        for number, mutant in enumerate(chosen, 1):
+            verdict, seconds = play(mutant, copy)
+            row = f"{verdict:9} {mutant.file}: {mutant.broken.strip()} | {mutant.test}"
+            print(f"{number}/{len(chosen)} {seconds:4.0f} s  {row}", flush=True)
+            rows.append(row)
+    killed = sum(row.startswith("killed") for row in rows)
+    print(f"{killed} of {len(rows)} mutants killed")
+    if not only:
+        head = f"{killed} of {len(rows)} mutants killed by the test that must fail"
+        RESULT.write_text("\n".join([head, *rows]) + "\n")
+    return 0 if killed == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
