@@ -75,14 +75,14 @@ MUTANTS = [
     ),
     Mutant(
         "learner/objective.py",
-        "real_BT = weight_BT != 0",
-        "real_BT = weight_BT == weight_BT",
+        "is_token_BT = weight_BT != 0",
+        "is_token_BT = weight_BT == weight_BT",
         "learner/test_objective.py::test_weight_zero_means_no_token_even_when_it_is_broken",
     ),
     Mutant(
         "learner/batches.py",
-        "weight_E[index] * sampled",
-        "weight_E[index]",
+        "weight * np.asarray(episode.sampled[1:], np.float32)",
+        "weight",
         "learner/test_update.py::test_gradient_reaches_sampled_tokens_only",
     ),
     Mutant(

@@ -27,8 +27,12 @@ def test_one_thought_a_line():
 
 
 def test_lines_end_at_100_columns():
-    lines = {(file.name, i): line for file in FILES for i, line in enumerate(file.open(), 1)}
-    assert [place for place, line in lines.items() if len(line.rstrip("\n")) > 100] == []
+    found = []
+    for file in FILES:
+        for number, line in enumerate(file.read_text().split("\n"), 1):
+            if len(line) > 100:
+                found.append(f"{file.name}:{number}")
+    assert found == []
 
 
 def test_a_room_holds_a_dozen_files():
