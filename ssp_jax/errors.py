@@ -10,7 +10,8 @@ from typing import Any
 # Characters that act instead of being shown: control characters but newline and tab, those that
 # turn the direction of writing or break a line, half surrogates, and invisible tags.
 _UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
 )
 _SECRET_NAMES = "api[_-]?key|key|token|access[_-]?token|password|passwd|secret|signature|sig|auth"
 _USER_INFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#'\"]*@", re.IGNORECASE)

@@ -82,7 +82,8 @@ def _avoid_broken_shardy() -> None:
 
     It ends the process (SIGSEGV) as it compiles the sampler for several devices in bfloat16.
     """
-    if jax.__version__ == BROKEN_SHARDY and jax.config.jax_use_shardy_partitioner:  # type: ignore[attr-defined]
+    options: Any = jax.config  # which makes its attributes at import, unseen by a type checker
+    if jax.__version__ == BROKEN_SHARDY and options.jax_use_shardy_partitioner:
         jax.config.update("jax_use_shardy_partitioner", False)
         print(
             f"ssp_jax: jax {BROKEN_SHARDY} on several devices: Shardy, which crashes there, is off",
