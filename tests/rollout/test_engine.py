@@ -76,16 +76,21 @@ def make_players(kind=Searcher, groups=4, attempts=3, temperature=1.0):
     ]
 
 
-def play(sizes, players=None, **options):
+def collect(follow=lambda player: ()):
+    """The episodes by uid as they end, and what Engine.play calls for each; follow: who is next."""
     ended = {}
 
     def finished(player):
         ended[player.uid] = player.episode()
-        return []
+        return follow(player)
 
-    stats = make_engine(sizes, **options).play(
-        PARAMS, KEY, make_players() if players is None else players, finished
-    )
+    return ended, finished
+
+
+def play(sizes, players=None, **options):
+    players = make_players() if players is None else players
+    ended, finished = collect()
+    stats = make_engine(sizes, **options).play(PARAMS, KEY, players, finished)
     return ended, stats
 
 
@@ -141,12 +146,7 @@ def followers():
 def test_both_schedules_play_the_same_episodes(expected, schedule):
     """With barriers the followers of one player wait for the other player too."""
     first, follow = followers()
-    order, ended = [], {}
-
-    def finished(player):
-        order.append(player.uid)
-        ended[player.uid] = player.episode()
-        return follow(player)
+    ended, finished = collect(follow)
 
     # One slot: pipelined or not, a queue. The second of the first wave comes before all followers
     # in both.
@@ -154,7 +154,7 @@ def test_both_schedules_play_the_same_episodes(expected, schedule):
     same({uid: expected[uid] for uid in ended}, ended)
     assert len(ended) == 6
     if schedule == "barrier":
-        assert set(order[:2]) == {player.uid for player in first}
+        assert set(list(ended)[:2]) == {player.uid for player in first}
 
 
 def test_barriers_wait_for_the_whole_wave():
@@ -165,15 +165,11 @@ def test_barriers_wait_for_the_whole_wave():
         short, follower = (
             roles.EpisodePlayer(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)
         )
-        orders[schedule] = order = []
-
-        def finished(player, order=order, short=short, follower=follower):
-            order.append(player.uid)
-            return [follower] if player is short else []
-
-        make_engine(dataclasses.replace(SIZES, schedule=schedule)).play(
-            PARAMS, KEY, [long, short], finished
-        )
+        following = {short.uid: [follower]}
+        ended, finished = collect(lambda player, next_=following: next_.get(player.uid, ()))
+        one = make_engine(dataclasses.replace(SIZES, schedule=schedule))
+        one.play(PARAMS, KEY, [long, short], finished)
+        orders[schedule] = list(ended)
     assert orders == {"pipelined": [901, 902, 0], "barrier": [901, 0, 902]}
 
 
@@ -212,12 +208,7 @@ def warm_play(sizes, **axes):
     one.warm_up(params, KEY)
     counter = CompileCounter()
     one.play(params, KEY, make_players(groups=1))
-    ended = {}
-
-    def finished(player):
-        ended[player.uid] = player.episode()
-        return []
-
+    ended, finished = collect()
     stats = one.play(params, KEY, make_players(), finished)
     return Played(ended, stats, counter.count)
 
@@ -297,9 +288,9 @@ def test_a_budget_of_the_user_that_does_not_fit_is_told_with_one_that_does():
     free = int((ALL_KV_BYTES / 2 + needed()) / (1 - device_memory.RESERVE))
     with pytest.raises(
         InputError, match="does not fit into a device's memory: .* or 0, which takes what is"
-    ) as told:
+    ) as caught:
         layout_of(with_free(free, kv_cache_gib=1.0))
-    fits = float(re.search(r"kv_cache_gib=(\S+) or 0", str(told.value))[1])
+    fits = float(re.search(r"kv_cache_gib=(\S+) or 0", str(caught.value))[1])
     taken = layout_of(with_free(free, kv_cache_gib=fits)).tokens * TOKEN_BYTES
     assert 0.7 * ALL_KV_BYTES / 2 < taken <= ALL_KV_BYTES / 2
 
@@ -309,9 +300,9 @@ def test_programs_that_do_not_fit_are_told_with_what_would():
     free = needed(**changes) // 2 + ALL_KV_BYTES // 4
     with pytest.raises(
         InputError, match="extend takes .* expected engine.extend_rows=[1-9] instead of 8"
-    ) as told:
+    ) as caught:
         layout_of(with_free(free, **changes))
-    rows = int(re.search(r"extend_rows=(\d)", str(told.value))[1])
+    rows = int(re.search(r"extend_rows=(\d)", str(caught.value))[1])
     layout_of(with_free(free, **changes | {"extend_rows": rows}))
 
 
@@ -354,17 +345,15 @@ def test_searches_come_back_to_their_own_episode(expected):
 
 def test_a_search_that_finds_nothing_is_told_and_play_goes_on():
     ended, _ = play(SIZES, make_players(attempts=1), search=lambda queries: [[] for _ in queries])
-    told = STAGE.decode(STAGE.observation([]))
-    assert STAGE.style.no_result_text in told
+    nothing_found = STAGE.decode(STAGE.observation([]))
+    assert STAGE.style.no_result_text in nothing_found
     for episode in ended.values():
-        assert [text for who, text in episode.turns if who == "search engine"] == [told] * 2
+        shown = [text for who, text in episode.turns if who == "search engine"]
+        assert shown == [nothing_found] * 2
         assert episode.turns[-1][0] == "solver" and not episode.documents
-        read = [
-            token
-            for token, sampled in zip(episode.tokens, episode.sampled, strict=True)
-            if not sampled
-        ]
-        assert STAGE.decode(read).count(told) == 2
+        pairs = zip(episode.tokens, episode.sampled, strict=True)
+        read = [token for token, is_sampled in pairs if not is_sampled]
+        assert STAGE.decode(read).count(nothing_found) == 2
 
 
 def test_a_search_that_does_not_come_back_does_not_keep_a_signal_from_being_heard():
@@ -404,12 +393,7 @@ def test_late_attempts_share_the_prompt_of_one_that_plays(expected):
     """Several copies of one prompt in one call, none from another copy."""
     first, *rest = make_players(groups=1, attempts=3)
     short = roles.EpisodePlayer(STAGE, roles.SOLVER, 9999, 1.0, STAGE.encode("Question: short"))
-    ended = {}
-
-    def finished(player):
-        ended[player.uid] = player.episode()
-        return rest if player is short else []
-
+    ended, finished = collect(lambda player: rest if player is short else ())
     stats = make_engine(SIZES).play(PARAMS, KEY, [short, first], finished)
     assert stats.shared_tokens == 2 * (len(first.episode().tokens[: first.prompt_length]) - 1)
     del ended[short.uid]
@@ -418,14 +402,11 @@ def test_late_attempts_share_the_prompt_of_one_that_plays(expected):
 
 def test_players_that_follow_from_others_are_played():
     first, *rest = make_players(roles.EpisodePlayer, groups=2, attempts=2)
-    order = []
-
-    def finished(player):
-        order.append(player.uid)
-        return rest if player is first else []
-
-    make_engine(SIZES).play(PARAMS, KEY, [first], finished)
-    assert order[0] == first.uid and sorted(order[1:]) == sorted(p.uid for p in rest)
+    ended, finished = collect(lambda player: rest if player is first else ())
+    stats = make_engine(SIZES).play(PARAMS, KEY, [first], finished)
+    assert list(ended)[0] == first.uid
+    assert ended.keys() == {player.uid for player in [first, *rest]}
+    assert stats.finished == len(ended)
 
 
 def test_a_refused_prompt_ends_without_playing():
@@ -478,17 +459,13 @@ def test_different_prompts_go_to_different_parts_in_one_call():
 
 @pytest.mark.parametrize("groups,attempts", [(4, 2), (2, 3)])
 def test_parts_share_prompts_inside_themselves(expected, groups, attempts):
-    """Four parts of two slots: a group's second attempt copies the first one's prompt, a third
+    """Four shards of two slots: a group's second attempt copies the first one's prompt, a third
     computes it again.
     """
     many, params = on_mesh(FEW, data=2, fsdp=2)
-    players, ended = make_players(groups=groups, attempts=attempts), {}
+    players = make_players(groups=groups, attempts=attempts)
     prompts = [player.prompt_length - 1 for player in players[::attempts]]
-
-    def finished(player):
-        ended[player.uid] = player.episode()
-        return []
-
+    ended, finished = collect()
     stats = many.play(params, KEY, players, finished)
     assert stats.shared_tokens == sum(prompts)
     same({uid: expected[uid] for uid in ended}, ended)

@@ -16,20 +16,21 @@ from ssp_jax.rollout.kv_cache import full_layout, layout_for, put, scatter_seque
 from ssp_jax.rollout.scheduler import RowAllocator
 
 ENDS = (1024, 4096, 12288)
-WAYS = [jax.jit(way, static_argnames="axis") for way in (put, scatter_sequential)]
+WRITERS = [jax.jit(write, static_argnames="axis") for write in (put, scatter_sequential)]
 
 
 @settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(1, 4), st.integers(1, 64), st.integers(12288, 3_000_000))
-def test_a_layout_keeps_to_its_budget(parts, each, tokens):
-    tokens *= parts
-    layout = layout_for(ENDS, each * parts, tokens, parts)
+def test_a_layout_keeps_to_its_budget(shards, slots_of_shard, tokens):
+    tokens *= shards
+    slots = slots_of_shard * shards
+    layout = layout_for(ENDS, slots, tokens, shards)
     assert layout.tokens <= tokens
-    assert all(n % parts == 0 and n >= parts for n in layout.rows)
+    assert all(n % shards == 0 and n >= shards for n in layout.rows)
     assert list(layout.rows) == sorted(layout.rows, reverse=True)
-    if tokens >= parts * each * 12288:
-        assert layout == full_layout(ENDS, each * parts, parts)
-    elif layout.rows[0] == each * parts:
+    if tokens >= slots * 12288:
+        assert layout == full_layout(ENDS, slots, shards)
+    elif layout.rows[0] == slots:
         # No rows are left unbought that a flatter fall would have given: three quarters of the
         # budget are used.
         assert layout.tokens > 0.5 * tokens or layout.rows[0] == layout.rows[1]
@@ -67,9 +68,10 @@ def test_no_row_ever_has_two_owners(data):
         else:
             memory.release(slot)
         for piece in (1, 2):
-            each = layout.rows[piece] // 2
-            for part in (memory.rows_JB[piece - 1, :2], memory.rows_JB[piece - 1, 2:]):
-                taken = [row for row in part if row < each]
+            rows_of_shard = layout.rows[piece] // 2
+            for slots in (slice(0, 2), slice(2, 4)):
+                cache_rows = memory.rows_JB[piece - 1, slots]
+                taken = [row for row in cache_rows if row < rows_of_shard]
                 assert len(taken) == len(set(taken))
         has = (memory.rows_JB < [[layout.rows[1] // 2], [layout.rows[2] // 2]]).sum(0)
         assert [layout.ends[n] for n in has] == memory.room_B.tolist()
@@ -94,14 +96,15 @@ def test_both_ways_to_write_put_the_same_tokens_where_they_belong(axis, size, le
     new = -1 - np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     firsts = (-length, -1, 0, 1, 121, 127, 128, 250, size - length, size - 1, size + 1)
     for row, first, count in itertools.product((0, 4, 5), firsts, (0, 1, length // 2, length)):
-        rows, places, counts = (row, 2), (first, 3), (count, 2)
+        rows = (row, 2)
+        places = (first, 3)
+        counts = (count, 2)
         expected = np.moveaxis(old.copy(), axis, 1)
         for n, values in enumerate(np.moveaxis(new, axis, 1)):
             for i in range(counts[n]):
                 if rows[n] < 5 and 0 <= places[n] + i < size:
                     expected[rows[n], places[n] + i] = values[i]
-        for way in WAYS:
-            got = way(
-                *map(jnp.asarray, (old, new)), *map(jnp.array, (rows, places, counts)), axis=axis
-            )
-            np.testing.assert_array_equal(np.moveaxis(np.asarray(got), axis, 1), expected)
+        arrays = [jnp.asarray(x) for x in (old, new, rows, places, counts)]
+        for write in WRITERS:
+            got = np.moveaxis(np.asarray(write(*arrays, axis=axis)), axis, 1)
+            np.testing.assert_array_equal(got, expected)

@@ -15,7 +15,9 @@ from ssp_jax.rollout.stops import build_automaton
 from ssp_jax.train import make_learner_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-V, SLOTS, CACHE = 64, 4, 48
+V = 64
+SLOTS = 4
+CACHE = 48  # tokens of a slot
 CONFIG = decoder.ModelConfig(V, 2, 32, 4, 2, 8, 48, qkv_bias=True)
 PARAMS = decoder.init_params(CONFIG, jax.random.key(0))
 SETTINGS = dataclasses.replace(
@@ -48,9 +50,11 @@ def starts(rows):
 
 def extend(state, rows, tokens, counts):
     """One shape for all tests: SLOTS rows of 8 tokens."""
-    tokens_MT, count_M = np.zeros((SLOTS, 8), np.int32), np.zeros((SLOTS,), np.int32)
+    tokens_MT = np.zeros((SLOTS, 8), np.int32)
+    count_M = np.zeros((SLOTS,), np.int32)
     for i, (row, count) in enumerate(zip(tokens, counts, strict=True)):
-        tokens_MT[i, : len(row)], count_M[i] = row, count
+        tokens_MT[i, : len(row)] = row
+        count_M[i] = count
     return sampler.extend(
         UNSTACKED,
         state,
@@ -261,9 +265,11 @@ def test_rows_out_of_range_write_nothing():
 def forced(tokens):
     """Params whose next token is a function of the last one, as `tokens` (a dict) says."""
     zeros = jax.tree.map(jnp.zeros_like, UNSTACKED)
-    embed, head = np.zeros((V, 32), np.float32), np.zeros((V, 32), np.float32)
+    embed = np.zeros((V, 32), np.float32)
+    head = np.zeros((V, 32), np.float32)
     for axis, (last, following) in enumerate(tokens.items()):
-        embed[last, axis], head[following, axis] = 1.0, 100.0
+        embed[last, axis] = 1.0
+        head[following, axis] = 100.0
     ones = jnp.ones((32,))
     made = {
         "embed": {"weight": jnp.array(embed)},
