@@ -195,6 +195,14 @@ def scatter_sequential(
     return jax.lax.fori_loop(0, len(row_M), one, old)
 
 
+def _write_piece(old: jax.Array, new: jax.Array, *place: jax.Array, axis: int) -> jax.Array:
+    """`put` or `scatter_sequential`, whichever copies nothing on this platform."""
+    on_tpu = functools.partial(scatter_sequential, axis=axis)
+    elsewhere = functools.partial(put, axis=axis)
+    written: jax.Array = jax.lax.platform_dependent(old, new, *place, tpu=on_tpu, default=elsewhere)
+    return written
+
+
 def _pick(values: jax.Array, index: jax.Array, fill: float = 0) -> jax.Array:
     return values.at[index].get(mode="fill", fill_value=fill)
 
@@ -280,18 +288,13 @@ class View:
     ) -> KVCache:
         """The cache with each row's first count_M tokens at position first_M of its slot and on."""
 
-        def one(piece: int, old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-            row_M = self._rows_of_slots(piece, slot_M)
-            first_in_piece_M = first_M - self.layout.starts[piece]
-            arrays = (old, new, row_M, first_in_piece_M, count_M)
-            on_tpu = functools.partial(scatter_sequential, axis=axis)
-            elsewhere = functools.partial(put, axis=axis)
-            written: jax.Array = jax.lax.platform_dependent(*arrays, tpu=on_tpu, default=elsewhere)
-            return written
-
-        k = tuple(one(piece, old, k_MKHT, 3) for piece, old in enumerate(cache.k))
-        v = tuple(one(piece, old, v_MKTH, 2) for piece, old in enumerate(cache.v))
-        return KVCache(k, v)
+        k = []
+        v = []
+        for piece, start in enumerate(self.layout.starts):
+            place = (self._rows_of_slots(piece, slot_M), first_M - start, count_M)
+            k.append(_write_piece(cache.k[piece], k_MKHT, *place, axis=3))
+            v.append(_write_piece(cache.v[piece], v_MKTH, *place, axis=2))
+        return KVCache(tuple(k), tuple(v))
 
     def copy(self, cache: KVCache, source_M: jax.Array, slot_M: jax.Array) -> KVCache:
         """The cache with the pieces up to `depth` of some slots taken from other slots."""
