@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from configs import default
+from ssp_jax.assemble import make_learner_config
 from ssp_jax.learner import batches, update
 from ssp_jax.model import decoder
 from ssp_jax.rollout import kv_cache, sampler, sampling
 from ssp_jax.rollout.stops import build_automaton
-from ssp_jax.train import make_learner_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 V = 64
