@@ -172,7 +172,7 @@ def _joined(a: Training, b: Training) -> Training:
 
 def _order(config: ConfigDict, step: int, number: int) -> np.random.Generator:
     """Random numbers that shuffle the episodes of an update. number: of the update in its step."""
-    # 0 and 10: what runs have begun with so far, and go on with.
+    # Updates of a step are 10 apart. Another spacing would shuffle resumed runs differently.
     return np.random.default_rng((config.seed, 4, step, 10 * number))
 
 
