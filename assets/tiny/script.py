@@ -18,9 +18,9 @@ from assets.tiny import worlds
 from assets.tiny.facts import real_words
 from assets.tiny.worlds import Country, Passage, Question, World
 from ssp_jax.data import Document
+from ssp_jax.game.chat import encode_prompt
 from ssp_jax.game.prompts import (
     STYLES,
-    encode_prompt,
     observation,
     proposer_messages,
     solver_messages,
