@@ -92,7 +92,7 @@ def solver_reward(
 
 # Rewards of the proposer, from the solver's scores on its questions, of which s is the mean, as in
 # the paper's formula. The reference counts every score > 0 as solved, so there a quarter weighs as
-# much as a one.
+# much as a one. The report shows these docstrings.
 
 
 def one_minus_mean(scores_QG: np.ndarray) -> np.ndarray:
@@ -101,25 +101,25 @@ def one_minus_mean(scores_QG: np.ndarray) -> np.ndarray:
 
 
 def intermediate(scores_QG: np.ndarray) -> np.ndarray:
-    """4 s (1 - s): 1 where half of the attempts are right, 0 at both ends.
-
-    (Reference: intermediate_difficulty.)
+    """Highest where the solver wins half of its games, 0 at both ends (reference:
+    intermediate_difficulty).
     """
     solved_Q = scores_QG.mean(axis=1)
     return 4.0 * solved_Q * (1.0 - solved_Q)
 
 
 def azr(scores_QG: np.ndarray) -> np.ndarray:
-    """1 - s, and 0 for a question that no attempt solves (Absolute Zero, arXiv 2505.03335)."""
+    """The harder the better, as long as somebody solves it (Absolute Zero, arXiv 2505.03335)."""
     solved_Q = scores_QG.mean(axis=1)
     return np.where(solved_Q > 0, 1.0 - solved_Q, 0.0)
 
 
 def dr_zero(scores_QG: np.ndarray) -> np.ndarray:
-    """(G - k) / (G - 1) for k of G solved: 1 for a single success, 0 at both ends.
+    """(G - k) / (G - 1) for k of G solved, so 1 for a single success; 0 at both ends (Dr. Zero,
+    arXiv 2601.07055).
 
-    (Dr. Zero, arXiv 2601.07055.) k is the sum of the scores. A sum below one success (a lone
-    quarter) counts as one, else it would earn more than 1.
+    k is the sum of the rewards; a sum below one success (a lone quarter) counts as one, else it
+    would earn more than 1.
     """
     attempts = scores_QG.shape[1]
     solved_Q = scores_QG.sum(axis=1)
@@ -128,18 +128,16 @@ def dr_zero(scores_QG: np.ndarray) -> np.ndarray:
 
 
 def variance(scores_QG: np.ndarray) -> np.ndarray:
-    """exp(-(Var - 1/4)^2 / 0.02) of the solver's scores (SPICE, arXiv 2510.24684).
-
-    1 where half of them are right, the largest variance that scores in [0, 1] can have; 0.04 where
-    all agree.
+    """exp(-(Var - 1/4)^2 / 0.02) of the solver's scores: 1 where half of them are right, the
+    largest variance that scores in [0, 1] can have, and 0.04 where all agree (SPICE, arXiv
+    2510.24684).
     """
     return np.exp(-np.square(scores_QG.var(axis=1) - 0.25) / 0.02)
 
 
 def r_zero(scores_QG: np.ndarray) -> np.ndarray:
-    """1 - 2 |s - 1/2|: linear from half of the attempts right to both ends.
-
-    (R-Zero, arXiv 2508.05004.)
+    """1 - 2 |s - 1/2|: falls evenly from half of the games won to both ends (R-Zero, arXiv
+    2508.05004).
     """
     return 1.0 - 2.0 * np.abs(scores_QG.mean(axis=1) - 0.5)
 
