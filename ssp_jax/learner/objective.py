@@ -109,8 +109,7 @@ def policy_loss(
     Log-ratios are clamped to +-LOG_RATIO_BOUND. Where w is 0 there is no token, and whatever stands
     there adds nothing.
 
-    clip_dual bounds what one token with A < 0 can cost: S is at least clip_dual * A, and constant
-    where r is larger (dual clip, arXiv 1912.09729). kl_bound: see kl_estimate. 0 turns either off.
+    clip_dual: see _dual_clip. kl_bound: see kl_estimate. 0 turns either off.
     """
     is_token_BT = weight_BT != 0
 
@@ -126,8 +125,7 @@ def policy_loss(
     clipped_BT = jnp.clip(ratio_BT, 1 - clip_low, 1 + clip_high) * advantage_BT
     surrogate_BT = jnp.minimum(unclipped_BT, clipped_BT)
     if clip_dual:
-        dual_BT = jnp.maximum(surrogate_BT, clip_dual * advantage_BT)
-        surrogate_BT = jnp.where(advantage_BT < 0, dual_BT, surrogate_BT)
+        surrogate_BT = _dual_clip(surrogate_BT, advantage_BT, clip_dual)
 
     # c: the importance weight
     importance_BT = jnp.minimum(ratio(old_logp_BT, sampler_logp_BT), importance_cap)
@@ -139,6 +137,7 @@ def policy_loss(
         kl_BT = kl_estimate(masked(logp_BT), masked(ref_logp_BT), kl_type, kl_bound)
         loss_BT = loss_BT + kl_coef * kl_BT
 
+    # the sums, over tokens alone
     gap_BT = jnp.abs(masked(logp_BT - sampler_logp_BT))
     return LossSums(
         loss=(weight_BT * masked(loss_BT)).sum(),
@@ -148,6 +147,15 @@ def policy_loss(
         gap=gap_BT.sum(),
         gap_max=gap_BT.max(),
     )
+
+
+def _dual_clip(surrogate_BT: jax.Array, advantage_BT: jax.Array, bound: float) -> jax.Array:
+    """Bounds what one token with A < 0 can cost (dual clip, arXiv 1912.09729).
+
+    S is at least bound * A, and constant where the ratio is larger.
+    """
+    dual_BT = jnp.maximum(surrogate_BT, bound * advantage_BT)
+    return jnp.where(advantage_BT < 0, dual_BT, surrogate_BT)
 
 
 def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: str, bound: float = 0.0) -> jax.Array:

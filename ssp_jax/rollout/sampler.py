@@ -301,22 +301,30 @@ def decode_chunk(
     # All steps, which read the cache and write into the buffers.
     buffers = (_buffers(config, B, steps, dtype),) * config.num_layers
     turns = _Turns(state.token_B, state.length_B, state.match_B, state.stop_B)
-    end, sampled = jax.lax.scan(step, (buffers, turns), jnp.arange(steps))
-    buffers, turns = end
+    (buffers, turns), sampled = jax.lax.scan(step, (buffers, turns), jnp.arange(steps))
     tokens_CB, logprobs_CB, running_CB = sampled
 
-    # The cache takes the buffers' first count_B steps behind what it held. No token is negative,
-    # but this way all reads of the cache come before the write. XLA unrolls a loop of one step, and
-    # on CPU it then copied the whole cache first, half the time of a step (an optimization_barrier
-    # does not help).
+    # No token is negative, but this way all reads of the cache come before the write. XLA unrolls a
+    # loop of one step, and on CPU it then copied the whole cache first, half the time of a step (an
+    # optimization_barrier does not help).
     count_B = jnp.where(turns.token_B >= 0, running_CB.sum(0), 0)
-    slot_B = jnp.arange(B)
-    caches = tuple(
+    caches = _write_back(view, state, buffers, count_B)
+    state = dataclasses.replace(state, caches=caches, **turns._asdict())
+    return state, Chunk(tokens_CB, logprobs_CB, count_B, turns.stop_B)
+
+
+def _write_back(
+    view: kv_cache.View,
+    state: SamplerState,
+    buffers: tuple[tuple[jax.Array, jax.Array], ...],
+    count_B: jax.Array,
+) -> tuple[Any, ...]:
+    """The caches, with the first count_B steps of a chunk's buffers behind what they held."""
+    slot_B = jnp.arange(len(count_B))
+    return tuple(
         view.write(layer, *buffer, slot_B, state.length_B, count_B)
         for layer, buffer in zip(state.caches, buffers, strict=True)
     )
-    state = dataclasses.replace(state, caches=caches, **turns._asdict())
-    return state, Chunk(tokens_CB, logprobs_CB, count_B, turns.stop_B)
 
 
 def _buffers(
