@@ -11,6 +11,7 @@ from ssp_jax.config import longest_episode
 from ssp_jax.game import rules
 from ssp_jax.plan.hardware import Chip
 from ssp_jax.plan.memory import Target, abstract_params, cache_layout, persistent_bytes
+from ssp_jax.rollout.kv_cache import token_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +113,7 @@ def _decode(target: Target, load: Workload, costs: _TokenCosts, copy: float) -> 
     busy = target.hosts * min(layout.rows[0], layout.tokens / (load.tokens / 2))
     steps = math.ceil(load.played * load.sampled / busy)
     slots = busy / target.row_shards
-    keys_and_values = slots * load.tokens / 2 * 2 * m.num_layers * m.num_kv_heads / target.tensor
-    cache = keys_and_values * m.head_dim * item
+    cache = slots * load.tokens / 2 * token_bytes(m, target.dtype) / target.tensor
     # All weights are read but an embedding table that is not the head, of which a row is.
     weights = copy - (0 if m.tie_embeddings else costs.table * item / target.tensor)
     return Work(flops=steps * slots * costs.forward / target.tensor, hbm=steps * (weights + cache))
