@@ -107,16 +107,8 @@ def check_place(folder: Path) -> None:
 
 
 def _swap(folder: Path) -> FolderSwap:
-    return FolderSwap(folder, "a model folder", _written, ".unfinished", ".replaced")
-
-
-def _written(folder: Path) -> list[str]:
-    """Names of the files of an earlier export, from its manifest; none if it has no manifest."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return []
-    return [MANIFEST, *map(str, files)] if isinstance(files, list) else []
+    owned = functools.partial(folder_swap.listed_names, manifest=MANIFEST)
+    return FolderSwap(folder, "a model folder", owned, ".unfinished", ".replaced")
 
 
 def _write_small_files(

@@ -107,20 +107,16 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of an index. Raises InputError where there is no index of this format."""
-    meta = _read_json(folder)
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        meta = None
     fault = _fault(meta)
     if fault:
         raise InputError(
             f"{folder}: expected a search index of format {FORMAT}; its {META} {fault}"
         )
     return meta
-
-
-def _read_json(folder: Path) -> Any:
-    try:
-        return json.loads((folder / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _fault(meta: Any) -> str:
@@ -160,10 +156,7 @@ def _fault_of_files(files: dict[str, Any], sums: dict[str, Any]) -> str:
 
 def written(folder: Path) -> list[str]:
     """Names of the files that an index of any format has; none if the folder is no index."""
-    meta = _read_json(folder)
-    if not isinstance(meta, dict) or not {"format", "settings", "corpus", "files"} <= meta.keys():
-        return []
-    return [META, *map(str, meta["files"])] if isinstance(meta["files"], dict) else []
+    return folder_swap.listed_names(folder, META, ("format", "settings", "corpus"))
 
 
 def digest_in_meta(meta: dict[str, Any]) -> str:

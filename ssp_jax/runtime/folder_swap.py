@@ -16,6 +16,7 @@ refused and left as it is.
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -155,6 +156,22 @@ class FolderSwap:
 def written_names(folder: Path) -> list[str]:
     """Sorted names of what a folder holds, without the marker."""
     return sorted(path.name for path in folder.iterdir() if path.name != MARKER)
+
+
+def listed_names(folder: Path, manifest: str, keys: Iterable[str] = ()) -> list[str]:
+    """Names of the files that a folder's manifest lists, and the manifest's own.
+
+    The manifest is a JSON object with the names under "files", in a list or as the keys of an
+    object. keys: others that it must have. No names where there is no such manifest.
+    """
+    try:
+        values = json.loads((folder / manifest).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    if not isinstance(values, dict) or not {"files", *keys} <= values.keys():
+        return []
+    files = values["files"]
+    return [manifest, *map(str, files)] if isinstance(files, list | dict) else []
 
 
 def _is_leftover(path: Path) -> bool:
