@@ -1,6 +1,6 @@
 """Saving params as a Hugging Face folder. hf_load.py is the way back.
 
-Tensors are dealt out to the devices, and each process writes files with those of its own devices:
+Tensors are assigned to the devices, and each process writes files with those of its own devices:
 nothing is gathered on one host, and no host holds more than a few tensors at a time.
 """
 
@@ -140,8 +140,8 @@ def _write_small_files(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Deal:
-    """How the tensors of a parameter are dealt out to the devices that hold it, one to each."""
+class _Assignment:
+    """How the tensors of a parameter are assigned to the devices that hold it, one to each."""
 
     mesh: Mesh
     split: tuple[tuple[int, str], ...]  # axis of the parameter, mesh axis that splits it
@@ -159,7 +159,7 @@ class _Deal:
         return list(self.mesh.devices.transpose(axes).flat)
 
 
-def _make_deal(name: Name, sharding: jax.sharding.Sharding) -> _Deal:
+def _assign(name: Name, sharding: jax.sharding.Sharding) -> _Assignment:
     if not isinstance(sharding, NamedSharding):  # all of it on one device
         sharding = NamedSharding(Mesh(np.array(list(sharding.device_set)), ("device",)), P())
     split = []
@@ -173,14 +173,14 @@ def _make_deal(name: Name, sharding: jax.sharding.Sharding) -> _Deal:
     mesh = cast(Mesh, sharding.mesh)  # of devices: params are arrays
     splitting = {axis for _, axis in split}
     replicated = tuple(axis for axis in mesh.axis_names if axis not in splitting)
-    return _Deal(mesh, tuple(split), replicated)
+    return _Assignment(mesh, tuple(split), replicated)
 
 
 def _owners(params: Params, config: ModelConfig) -> dict[str, int]:
     """Tensor -> the process that writes it. Each tensor of the table goes to the next device."""
     owners: dict[str, int] = {}
     for name in hf_table.table(config):
-        devices = _make_deal(name, name.leaf(params).sharding).devices
+        devices = _assign(name, name.leaf(params).sharding).devices
         for tensor in hf_table.tensors(name, config):
             owners[tensor] = devices[len(owners) % len(devices)].process_index
     return owners
@@ -192,26 +192,26 @@ def _own_tensors(params: Params, config: ModelConfig, dtype: np.dtype) -> Iterat
     In each round every device gets one layer. So hosts fetch and write at the same time, and a
     device needs memory for a few tensors beside params.
     """
-    num_dealt = 0
+    num_assigned = 0
     for name in hf_table.table(config):
         leaf = name.leaf(params)
-        deal = _make_deal(name, leaf.sharding)
-        convert = _converter(name, config, dtype, deal)
+        assignment = _assign(name, leaf.sharding)
+        convert = _converter(name, config, dtype, assignment)
         num_layers = len(hf_table.tensors(name, config))
-        num_devices = deal.mesh.size
+        num_devices = assignment.mesh.size
         for begin in range(0, num_layers, num_devices):
             # The layer of each device; in the last round some exceed num_layers and are dropped.
-            layers = begin + (np.arange(num_devices, dtype=np.int32) - num_dealt) % num_devices
+            layers = begin + (np.arange(num_devices, dtype=np.int32) - num_assigned) % num_devices
             shards = convert(leaf, np.minimum(layers, num_layers - 1)).addressable_shards
             own = {int(layers[shard.index[0].start or 0]): shard.data for shard in shards}
             for layer in sorted(own):
                 if layer < num_layers:
                     yield np.asarray(own[layer])[0]
-        num_dealt += num_layers
+        num_assigned += num_layers
 
 
 @functools.cache
-def _converter(name: Name, config: ModelConfig, dtype: np.dtype, deal: _Deal) -> Any:
+def _converter(name: Name, config: ModelConfig, dtype: np.dtype, assignment: _Assignment) -> Any:
     """A jitted function: (leaf, one layer per device) -> these layers as tensors of the file.
 
     Its collectives are explicit: where two mesh axes split a parameter XLA by itself would gather
@@ -221,15 +221,17 @@ def _converter(name: Name, config: ModelConfig, dtype: np.dtype, deal: _Deal) ->
     def convert(leaf: jax.Array, layers: jax.Array) -> jax.Array:
         x = leaf[layers] if name.layered else jnp.broadcast_to(leaf, (len(layers), *leaf.shape))
         x = x.astype(dtype)
-        for i, axis in deal.split:
+        for i, axis in assignment.split:
             concat_axis = i if name.layered else i + 1
             x = jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=concat_axis, tiled=True)
         x = x.transpose(0, *name.as_in_file(range(1, x.ndim)))
         return x.reshape(-1, *name.file_shape(hf_table.sizes(config)))
 
     spec: list[Any] = [None] * (len(name.axes) + name.layered)
-    for i, axis in reversed(deal.split):
+    for i, axis in reversed(assignment.split):
         spec[i] = (*(spec[i] or ()), axis)
-    in_specs = (P(*spec), P(deal.replicated))
-    sharded = jax.shard_map(convert, mesh=deal.mesh, in_specs=in_specs, out_specs=P(deal.order))
+    in_specs = (P(*spec), P(assignment.replicated))
+    sharded = jax.shard_map(
+        convert, mesh=assignment.mesh, in_specs=in_specs, out_specs=P(assignment.order)
+    )
     return jax.jit(sharded)
