@@ -23,6 +23,26 @@ def get_config() -> ConfigDict:
     # Of the update. auto: the splash kernel on TPUs, XLA elsewhere | xla: XLA everywhere.
     c.model.attention = "auto"
 
+    # LoRA (arXiv 2106.09685): only low-rank matrices beside the frozen weights are trained. Not in
+    # the paper; a config with LoRA needs a learning_rate of its own, about ten times higher.
+    c.lora = ConfigDict()
+    # Of the matrices, 0 for full fine-tuning. 16 or 32 [H]: more than 64 can collapse under GRPO.
+    c.lora.rank = 0
+    # What they compute is multiplied by alpha / rank; 32 as in "LoRA Without Regret" (2025).
+    c.lora.alpha = 32.0
+    # The layers that have them, by their names in PEFT's folders: all linear ones (ibid.).
+    c.lora.targets = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    # Divide alpha by the root of the rank instead: rsLoRA, arXiv 2312.03732 [H].
+    c.lora.rank_stabilized = False
+
     c.mesh = ConfigDict()  # devices per axis; at most one is -1 and takes the rest
     c.mesh.data = 1  # replicas
     c.mesh.fsdp = -1  # shards of parameters and optimizer

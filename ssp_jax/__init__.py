@@ -25,6 +25,7 @@ Letters at the end of array names, one per axis (logits_BTV), the same in every 
   P  tasks of a step
   Q  questions that survived verification
   G  attempts per question
+  Y  rank of a LoRA adapter
   Z  draws of the bootstrap
 A number is an axis of that size (max_B1, next_A256).
 

@@ -27,10 +27,13 @@ from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.game import judge, prompts, roles, rules
 from ssp_jax.game.rounds import ReplayState
 from ssp_jax.game.selfplay import SelfPlay
+from ssp_jax.learner.batches import Batch
 from ssp_jax.learner.state import LearnerConfig, TrainState, init_state
 from ssp_jax.learner.update import MEMORY_REMEDY, Learner
 from ssp_jax.model import attention, decoder, hf_load, hf_save, sharding
 from ssp_jax.model.decoder import Params
+from ssp_jax.model.linear import Lora
+from ssp_jax.model.weights import FullWeights, LoraWeights, Weights
 from ssp_jax.retriever.build import ensure_index
 from ssp_jax.retriever.remote import RemoteRetriever
 from ssp_jax.retriever.search import Searcher, open_retriever
@@ -139,7 +142,8 @@ def _check_eval_sets(config: ConfigDict, evaluating: bool) -> None:
 
 def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     """The fields of Inputs, but for the servers."""
-    model_config = hf_load.read_config(config.model.path)
+    base = hf_load.read_config(config.model.path)
+    model_config = dataclasses.replace(base, lora=make_lora(config))
     tokenizer = hf_load.load_tokenizer(config.model.path)
     context = make_context(config, tokenizer)
     roles.check_context(context)
@@ -149,7 +153,7 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     for name, questions in sets.items():
         sets[name] = data.subsample(questions, config.eval.max_questions)
     roles.check_rows("questions of data.eval_sets", sum(map(len, sets.values())))
-    rows = hf_load.check_tensors(config.model.path, model_config)
+    rows = hf_load.check_tensors(config.model.path, base)
     weight_files = stamps.of_weights(config.model.path)
     tasks: list[Task] = []
     training_files: dict[str, str] = {}
@@ -238,6 +242,12 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     sharding.playing_meshes(mesh)
     sharding.check_rows(mesh, learner_rows=config.learner.rows, slots=config.engine.slots)
     return mesh
+
+
+def make_lora(config: ConfigDict) -> Lora | None:
+    """Section lora; None for full fine-tuning."""
+    c = config.lora
+    return Lora(c.rank, c.alpha, c.targets, c.rank_stabilized) if c.rank else None
 
 
 def make_context(config: ConfigDict, tokenizer: Any) -> roles.EpisodeContext:
@@ -368,28 +378,16 @@ def run_engine(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> E
     )
 
 
-def sampler_copy(
+def make_weights(
     config: ConfigDict, model_config: decoder.ModelConfig, mesh: jax.sharding.Mesh
-) -> Callable[[Params], Params]:
-    """Returns a function from params on the learner's mesh to what this process plays with.
-
-    All processes must call that function together.
-    """
-    everywhere, own = sharding.playing_meshes(mesh)
-    copy = sharding.sampler_copy(model_config, everywhere, jnp.dtype(config.model.dtype))
-    if not processes.is_multiprocess():
-        return copy
-    return lambda params: sharding.local_view(copy(params), own)
-
-
-def load_initial(
-    config: ConfigDict, model_config: decoder.ModelConfig, mesh: jax.sharding.Mesh
-) -> Params:
-    """The sampler's copy of the weights that the run starts from, read anew."""
-    shardings = sharding.param_shardings(decoder.abstract_params(model_config), mesh)
+) -> Weights:
+    """Where the weights of a run come from."""
+    folder = config.model.path
     dtype = jnp.dtype(config.model.dtype)
-    stacked = hf_load.load(config.model.path, model_config, shardings, dtype)
-    return sampler_copy(config, model_config, mesh)(stacked)
+    if model_config.lora is None:
+        return FullWeights(folder, model_config, mesh, dtype)
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)  # steps of play take 1, 2, ...
+    return LoraWeights(folder, model_config, mesh, dtype, key)
 
 
 def evaluation_inputs(config: ConfigDict, inputs: Inputs) -> dict[str, str]:
@@ -452,6 +450,7 @@ class TrainingRun:
     mesh: jax.sharding.Mesh
     key: jax.Array  # of random numbers
     attention: str  # of the update, in the words of attention.select_kernel
+    weights: Weights
     learner: Learner
     engine: Engine
     game: SelfPlay
@@ -460,7 +459,6 @@ class TrainingRun:
     logger: Logger
     compiles: CompileCounter
     stop: processes.Stop
-    to_sampler: Callable[[Params], Params]  # all processes call it together
     initial: Callable[[], Params]  # gives the sampler's copy of the initial weights
 
     def tasks(self, step: int) -> list[Task]:
@@ -514,17 +512,19 @@ def _make_run(
 
     model = inputs.model_config
     learner_config = make_learner_config(config, model, mesh, mesh.devices.flat[0].platform)
-    load = functools.partial(load_initial, config, model, mesh)
     with device_memory.must_fit("the train state", MEMORY_REMEDY):
-        learner, state = _make_learner(config, learner_config, mesh)
+        weights = make_weights(config, model, mesh)
+        weights.frozen()  # read here, where a model that does not fit gets a sentence
+        learner, state = _make_learner(learner_config, weights, mesh)
         progress = _restore(checkpoints, state)
         del state  # another one where a checkpoint was found
         # While it judges what is trained, the initial model is in memory beside the player, and
-        # the slots leave it room.
-        judging = load() if config.reward.metric == "policy" else None
+        # the slots leave it room. With LoRA both have one base, which must be free to move.
+        judges_always = config.reward.metric == "policy" and model.lora is None
+        judging = weights.initial_for_sampler() if judges_always else None
 
     def initial() -> Params:
-        return judging or load()
+        return judging or weights.initial_for_sampler()
 
     engine = run_engine(config, inputs, mesh)
     judges = make_judges(config, engine, inputs.context, inputs.digests, inputs.server, initial)
@@ -541,6 +541,7 @@ def _make_run(
         mesh=mesh,
         key=jax.random.key(config.seed),
         attention=learner_config.attention,
+        weights=weights,
         learner=learner,
         engine=engine,
         game=game,
@@ -549,24 +550,26 @@ def _make_run(
         logger=logger,
         compiles=compiles,
         stop=processes.Stop(),
-        to_sampler=sampler_copy(config, model, mesh),
         initial=initial,
     )
     return run, progress
 
 
 def _make_learner(
-    config: ConfigDict, c: LearnerConfig, mesh: jax.sharding.Mesh
+    c: LearnerConfig, weights: Weights, mesh: jax.sharding.Mesh
 ) -> tuple[Learner, TrainState]:
     """The learner, and its state before the first step."""
-    shardings = sharding.param_shardings(decoder.abstract_params(c.model), mesh)
-    initial = hf_load.load(config.model.path, c.model, shardings, jnp.float32)
+    initial = weights.initial()
+    shardings = jax.tree.map(lambda x: x.sharding, initial)
     cast = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p), out_shardings=shardings)
     reference = cast(initial) if c.kl_coef else None
     state = init_state(c, initial)
     rows = sharding.rows_sharding(mesh)
-    learner = Learner(c, state, reference, lambda batch: sharding.put_rows(batch, rows))
-    return learner, state
+
+    def put(batch: Batch) -> Batch:
+        return sharding.put_rows(batch, rows)
+
+    return Learner(c, state, reference, put, weights.frozen), state
 
 
 def _restore(checkpoints: Checkpoints, state: TrainState) -> Progress:

@@ -50,7 +50,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             # Play: propose, verify, solve, reward.
             with run.logger.phase("playing") as phase:
                 tasks = run.tasks(now.step)
-                params = run.to_sampler(now.state.params)
+                params = run.weights.to_sampler(now.state.params)
                 key = jax.random.fold_in(run.key, now.step + 1)
                 show = functools.partial(_show_play, phase, run.stop)
                 played, replay = run.game.play(now.step, tasks, now.replay, params, key, show)
@@ -128,7 +128,7 @@ def _warm_up(run: TrainingRun, now: Progress) -> None:
         leaf_digests(now.state)
         # Together: one process may find in its cache what another compiles, or have no memory for
         # it.
-        params = run.to_sampler(now.state.params)
+        params = run.weights.to_sampler(now.state.params)
         processes.run_on_all(functools.partial(run.engine.warm_up, params, run.key, run.stop))
         del params
         with device_memory.must_fit("the update", MEMORY_REMEDY):
@@ -244,7 +244,7 @@ def _evaluate(run: TrainingRun, now: Progress, step: int) -> Result:
     """Evaluates the current weights, or for step 0 of a run that has gone on the initial ones."""
 
     def current() -> Any:
-        return run.to_sampler(now.state.params)
+        return run.weights.to_sampler(now.state.params)
 
     name = f"after step {step}" if step else f"initial weights of {run.config.model.path}"
     context = assemble.make_eval_context(

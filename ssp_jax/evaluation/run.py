@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssp_jax import assemble
@@ -18,6 +17,7 @@ from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.model import decoder, sharding
 from ssp_jax.model.decoder import Params
+from ssp_jax.model.weights import Weights
 from ssp_jax.runtime import device_memory, processes
 from ssp_jax.runtime.checkpoint import Checkpoints, Damaged
 from ssp_jax.runtime.logger import Logger
@@ -60,7 +60,8 @@ def _evaluation_run(
     keep_config(workdir, config, evaluating=True)
     mesh = assemble.make_mesh(config)
     engine = assemble.run_engine(config, inputs, mesh)
-    initial = functools.partial(assemble.load_initial, config, inputs.model_config, mesh)
+    weights = assemble.make_weights(config, inputs.model_config, mesh)
+    initial = weights.initial_for_sampler
     judges = assemble.make_judges(
         config, engine, inputs.context, inputs.digests, inputs.server, initial
     )
@@ -78,14 +79,14 @@ def _evaluation_run(
         )
         newest = next(reversed(checkpoints.steps()), None)
         assemble.check_same_inputs(inputs, {"the newest checkpoint": newest})
-        weights: dict[int, tuple[str, LoadParams]] = {}
+        to_evaluate: dict[int, tuple[str, LoadParams]] = {}
         if config.eval.before or not newest:
-            weights[0] = f"initial weights of {config.model.path}", initial
+            to_evaluate[0] = f"initial weights of {config.model.path}", initial
         if newest:
-            restore = _restorer(config, workdir, inputs.model_config, mesh, checkpoints, newest)
-            weights[newest] = f"checkpoint of step {newest} in {workdir}", restore
+            restore = _restorer(workdir, inputs, weights, mesh, checkpoints, newest)
+            to_evaluate[newest] = f"checkpoint of step {newest} in {workdir}", restore
         try:
-            yield context, weights
+            yield context, to_evaluate
         except processes.Terminated:
             logger.say(
                 f"{stop.cause}: all that has ended is on disk; the same command goes on from there"
@@ -103,21 +104,20 @@ def _warmed(context: EvalContext, load: LoadParams) -> Params:
 
 
 def _restorer(
-    config: ConfigDict,
     workdir: str,
-    model_config: decoder.ModelConfig,
+    inputs: assemble.Inputs,
+    weights: Weights,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
     step: int,
 ) -> LoadParams:
     """Gives the sampler's copy of a checkpoint's weights; the optimizer's state stays on disk."""
-    dtype = jnp.dtype(config.model.dtype)
 
     def restore() -> Params:
-        abstract = decoder.abstract_params(model_config)
+        abstract = decoder.abstract_trainable(inputs.model_config)
         shardings = sharding.param_shardings(abstract, mesh)
         like = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place),
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, weights.dtype, sharding=place),
             abstract,
             shardings,
         )
@@ -128,6 +128,6 @@ def _restorer(
                 f"checkpoint {step} in {workdir} is damaged ({error}); without that folder the "
                 "same command evaluates the step before"
             ) from None
-        return assemble.sampler_copy(config, model_config, mesh)(params)
+        return weights.to_sampler(params)
 
     return restore

@@ -35,8 +35,14 @@ MiniBatch = list[Batch]  # the micro-batches of one optimizer step
 # What is differentiated
 
 
-def score(c: LearnerConfig, params: decoder.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies, [B, T] float32, of the batch's sampled targets; 0 elsewhere."""
+def score(
+    c: LearnerConfig, params: decoder.Params, frozen: decoder.Params, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropies, [B, T] float32, of the batch's sampled targets; 0 elsewhere.
+
+    params: what is trained. frozen: the other params, none in full fine-tuning.
+    """
+    all_params = decoder.join(frozen, params)
     packed_attention = _packed_attention(c)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
@@ -49,7 +55,7 @@ def score(c: LearnerConfig, params: decoder.Params, batch: Batch) -> tuple[jax.A
 
     hidden_BTD = decoder.forward(
         c.model,
-        params,
+        all_params,
         batch.tokens_BT,
         batch.positions_BT,
         attend,
@@ -59,7 +65,7 @@ def score(c: LearnerConfig, params: decoder.Params, batch: Batch) -> tuple[jax.A
     )
     return token_logprobs(
         hidden_BTD,
-        decoder.head_weight(params),
+        decoder.head_weight(all_params),
         batch.targets_BT,
         batch.weight_BT != 0,
         c.temperature,
@@ -81,12 +87,13 @@ def _packed_attention(c: LearnerConfig) -> Callable[..., jax.Array]:
 def loss(
     c: LearnerConfig,
     params: decoder.Params,
+    frozen: decoder.Params,
     batch: Batch,
     old_logp_BT: jax.Array,
     ref_logp_BT: jax.Array | None,
 ) -> tuple[jax.Array, objective.LossSums]:
     """The policy loss of one micro-batch, and the sums that are reported of it."""
-    logp_BT, entropy_BT = score(c, params, batch)
+    logp_BT, entropy_BT = score(c, params, frozen, batch)
     sums = objective.policy_loss(
         logp_BT,
         entropy_BT,
@@ -112,8 +119,9 @@ def loss(
 class Programs(NamedTuple):
     """The jitted programs of an update. Each compiles once for a configuration and mesh."""
 
-    score: Any  # (params, batch) -> log-probs [B, T] of the sampled targets
-    # (total or None, params, batch, old_logp_BT, ref_logp_BT or None) -> total; donates the total
+    score: Any  # (params, frozen, batch) -> log-probs [B, T] of the sampled targets
+    # (total or None, params, frozen, batch, old_logp_BT, ref_logp_BT or None) -> total; donates the
+    # total
     accumulate: Any
     apply: Any  # (state, gradient) -> (state, the gradient's global norm); donates the state
     zero_total: Any  # (params) -> the total of no micro-batch
@@ -129,7 +137,7 @@ def jit_programs(c: LearnerConfig, layout: TrainState) -> Programs:
     accumulate = functools.partial(_accumulate, c)
     apply = functools.partial(_apply, c)
     return Programs(
-        score=jax.jit(lambda params, batch: score(c, params, batch)[0]),
+        score=jax.jit(lambda params, frozen, batch: score(c, params, frozen, batch)[0]),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=total_layout),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(layout, None)),
         zero_total=jax.jit(_zero_total, out_shardings=total_layout),
@@ -145,6 +153,7 @@ def _accumulate(
     c: LearnerConfig,
     total: Total | None,
     params: decoder.Params,
+    frozen: decoder.Params,
     batch: Batch,
     old_logp_BT: jax.Array,
     ref_logp_BT: jax.Array | None,
@@ -154,7 +163,7 @@ def _accumulate(
     The first has no total: a program of its own, without that memory.
     """
     differentiate = jax.value_and_grad(functools.partial(loss, c), has_aux=True)
-    (_, sums), grads = differentiate(params, batch, old_logp_BT, ref_logp_BT)
+    (_, sums), grads = differentiate(params, frozen, batch, old_logp_BT, ref_logp_BT)
     if total is None:
         return grads, sums
     old_grads, old_sums = total
@@ -199,24 +208,28 @@ class Learner:
         state: TrainState,
         reference: decoder.Params | None,
         put_batch: Callable[[Batch], Batch],
+        frozen: Callable[[], decoder.Params] = dict,
     ):
         """state: only its layout is read.
 
-        reference: the initial model in the compute dtype, or None. put_batch: host to devices.
+        reference: state.params of the initial model in the compute dtype, or None. put_batch: host
+        to devices. frozen: gives the params that are not trained, of which there may be none.
         """
         if reference is not None and c.offload_reference:
             reference = sharding.to_host(reference, "learner.offload_reference")
         self._config = c
         self._reference = reference
         self._put = put_batch
+        self._frozen = frozen
         self._programs = jit_programs(c, sharding.device_layout(state))
 
     def warm_up(self, params: decoder.Params) -> None:
         """Compiles the long programs by running them on a batch without tokens."""
         batch = self._put(empty_batch(self._config.rows, self._config.row_tokens))
-        [[old_logp_BT]] = self._old_logprobs(params, [[batch]])
-        [[ref_logp_BT]] = self._reference_logprobs([[batch]])
-        arguments = (params, batch, old_logp_BT, ref_logp_BT)
+        frozen = self._frozen()
+        [[old_logp_BT]] = self._old_logprobs(params, frozen, [[batch]])
+        [[ref_logp_BT]] = self._reference_logprobs(frozen, [[batch]])
+        arguments = (params, frozen, batch, old_logp_BT, ref_logp_BT)
         total = self._programs.accumulate(None, *arguments)
         jax.block_until_ready(self._programs.accumulate(total, *arguments))
 
@@ -242,8 +255,9 @@ class Learner:
         batches = [[self._put(batch) for batch in mini_batch] for mini_batch in made]
 
         # Score all of them under the reference, and under the policy before the first step.
-        reference = self._reference_logprobs(batches)
-        old = self._old_logprobs(state.params, batches)
+        frozen = self._frozen()
+        reference = self._reference_logprobs(frozen, batches)
+        old = self._old_logprobs(state.params, frozen, batches)
 
         # For each mini-batch: the gradient, micro-batch by micro-batch, then the optimizer step.
         reports = []
@@ -251,7 +265,7 @@ class Learner:
             # A mini-batch from which all was dropped has no micro-batch.
             total: Any = None if mini_batch else self._programs.zero_total(state.params)
             for arguments in zip(mini_batch, old_logp, ref_logp, strict=True):
-                total = self._programs.accumulate(total, state.params, *arguments)
+                total = self._programs.accumulate(total, state.params, frozen, *arguments)
             state, norm = self._step(state, total[0])
             reports.append((total[1], norm))
 
@@ -268,24 +282,28 @@ class Learner:
         return dataclasses.replace(state, opt_state=opt_state), norm
 
     def _old_logprobs(
-        self, params: decoder.Params, batches: list[MiniBatch]
+        self, params: decoder.Params, frozen: decoder.Params, batches: list[MiniBatch]
     ) -> list[list[jax.Array]]:
         """The denominators of the ratios: recorded by the sampler, or computed by the learner."""
         if self._config.old_logprobs == "sampler":
             return [[batch.sampler_logp_BT for batch in mini_batch] for mini_batch in batches]
-        return self._score_all(params, batches)
+        return self._score_all(params, frozen, batches)
 
-    def _reference_logprobs(self, batches: list[MiniBatch]) -> list[list[jax.Array | None]]:
+    def _reference_logprobs(
+        self, frozen: decoder.Params, batches: list[MiniBatch]
+    ) -> list[list[jax.Array | None]]:
         """Ahead of all gradients: a reference that lives on the host is on the device only here."""
         if self._reference is None:
             return [[None] * len(mini_batch) for mini_batch in batches]
         reference = self._reference
         if self._config.offload_reference:
             reference = sharding.to_device(reference)
-        return self._score_all(reference, batches)
+        return self._score_all(reference, frozen, batches)
 
-    def _score_all(self, params: decoder.Params, batches: list[MiniBatch]) -> list[list[Any]]:
-        score_one = functools.partial(self._programs.score, params)
+    def _score_all(
+        self, params: decoder.Params, frozen: decoder.Params, batches: list[MiniBatch]
+    ) -> list[list[Any]]:
+        score_one = functools.partial(self._programs.score, params, frozen)
         return [list(map(score_one, mini_batch)) for mini_batch in batches]
 
 

@@ -17,7 +17,14 @@ import numpy as np
 from flax import nnx
 
 from ssp_jax.model import attention
-from ssp_jax.model.linear import Linear, TransposedLinear, matmul, skinny_matmul
+from ssp_jax.model.linear import (
+    LORA_LEAVES,
+    Linear,
+    Lora,
+    TransposedLinear,
+    matmul,
+    skinny_matmul,
+)
 
 Params = dict[str, Any]
 # (q, k, v) -> (o, what is kept: a cache, or None)
@@ -62,6 +69,29 @@ class ModelConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    lora: Lora | None = None  # of the model's adapter; config.json knows nothing of it
+
+    @property
+    def base(self) -> "ModelConfig":
+        """The same model without its adapter."""
+        return dataclasses.replace(self, lora=None)
+
+    def adapter(self, projection: str) -> Lora | None:
+        """The adapter of this projection of each layer, by its name in PEFT."""
+        has_one = self.lora is not None and projection in self.lora.targets
+        return self.lora if has_one else None
+
+
+# Linear layers that can have an adapter: name in PEFT's folders -> path in a layer.
+PROJECTIONS = {
+    "q_proj": "attention/q",
+    "k_proj": "attention/k",
+    "v_proj": "attention/v",
+    "o_proj": "attention/o",
+    "gate_proj": "mlp/gate",
+    "up_proj": "mlp/up",
+    "down_proj": "mlp/down",
+}
 
 
 class RMSNorm(nnx.Module):
@@ -89,10 +119,12 @@ class Attention(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         queries = (c.num_heads, c.head_dim)
         keys = (c.num_kv_heads, c.head_dim)
-        self.q = Linear((c.embed_dim,), queries, rngs, c.qkv_bias)
-        self.k = Linear((c.embed_dim,), keys, rngs, c.qkv_bias)
-        self.v = Linear((c.embed_dim,), keys, rngs, c.qkv_bias)
-        self.o = Linear(queries, (c.embed_dim,), rngs, gain=_residual_gain(c))
+        width = (c.embed_dim,)
+        self.q = Linear(width, queries, rngs, c.qkv_bias, lora=c.adapter("q_proj"))
+        self.k = Linear(width, keys, rngs, c.qkv_bias, lora=c.adapter("k_proj"))
+        self.v = Linear(width, keys, rngs, c.qkv_bias, lora=c.adapter("v_proj"))
+        gain = _residual_gain(c)
+        self.o = Linear(queries, width, rngs, gain=gain, lora=c.adapter("o_proj"))
         self.qk_norm = c.qk_norm
         if c.qk_norm:  # Qwen3
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
@@ -113,9 +145,12 @@ class Attention(nnx.Module):
 
 class MLP(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.gate = Linear((c.embed_dim,), (c.mlp_dim,), rngs)
-        self.up = Linear((c.embed_dim,), (c.mlp_dim,), rngs)
-        self.down = Linear((c.mlp_dim,), (c.embed_dim,), rngs, gain=_residual_gain(c))
+        width = (c.embed_dim,)
+        inner = (c.mlp_dim,)
+        self.gate = Linear(width, inner, rngs, lora=c.adapter("gate_proj"))
+        self.up = Linear(width, inner, rngs, lora=c.adapter("up_proj"))
+        gain = _residual_gain(c)
+        self.down = Linear(inner, width, rngs, gain=gain, lora=c.adapter("down_proj"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -165,6 +200,85 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 def abstract_params(config: ModelConfig) -> Params:
     """The params tree with jax.ShapeDtypeStruct leaves; nothing is allocated."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def abstract_trainable(config: ModelConfig) -> Params:
+    """The tree of what an update changes, with jax.ShapeDtypeStruct leaves."""
+    return trainable(config, abstract_params(config))
+
+
+# --- what is trained: all params, or the adapter alone --------------------------------------------
+
+
+def split_adapter(params: Params) -> tuple[Params, Params]:
+    """(base, adapter): the leaves of LoRA apart from all others. `join` is the way back.
+
+    params: stacked. Either part has only the branches in which it has leaves.
+    """
+    base: Params = {}
+    adapter: Params = {}
+    for name, node in params.items():
+        if isinstance(node, dict):
+            parts = split_adapter(node)
+            for part, child in zip((base, adapter), parts, strict=True):
+                if child:
+                    part[name] = child
+        elif name in LORA_LEAVES:
+            adapter[name] = node
+        else:
+            base[name] = node
+    return base, adapter
+
+
+def join(base: Params, adapter: Params) -> Params:
+    """One tree with the leaves of both; no array is copied."""
+    joined = dict(base)
+    for name, node in adapter.items():
+        own: Any = joined.get(name)
+        if own is None:
+            joined[name] = node
+        elif isinstance(node, tuple):
+            joined[name] = tuple(map(join, own, node))
+        else:
+            joined[name] = join(own, node)
+    return joined
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Path, such as layers/mlp/up/kernel, -> leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+def unflatten(leaves: dict[str, Any]) -> Params:
+    """The tree of these paths; `flatten` is the way back."""
+    params: Params = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return params
+
+
+def trainable(config: ModelConfig, params: Params) -> Params:
+    """The part of the params that an update changes: the adapter where there is one, or all."""
+    return params if config.lora is None else split_adapter(params)[1]
+
+
+# --- the layers' modules --------------------------------------------------------------------------
+
+
+@functools.cache
+def kernel_inputs(config: ModelConfig) -> dict[str, int]:
+    """Path of each Linear of a layer -> how many of its kernel's first axes are contracted."""
+    block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0)))
+    return {
+        path: getattr(getattr(block, owner), name).num_in
+        for path in PROJECTIONS.values()
+        for owner, name in [path.split("/")]
+    }
 
 
 def _transpose(block: Block) -> Block:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from ssp_jax.errors import InputError, shown
-from ssp_jax.model import hf_config, hf_files, hf_table, hf_tokenizer
+from ssp_jax.model import decoder, hf_config, hf_files, hf_table, hf_tokenizer
 from ssp_jax.model.decoder import ModelConfig, Params
 from ssp_jax.model.hf_files import Bounds, Folder, Tensor
 from ssp_jax.model.hf_table import EMBEDDING, HEAD, Name
@@ -164,7 +164,7 @@ def load(folder: str | Path, config: ModelConfig, shardings: Params | None, dtyp
     """
     tensors = _open_tensors(hf_files.find(folder), config)
     sizes = hf_table.sizes(config)
-    params: Params = {}
+    leaves: dict[str, jax.Array] = {}
     previous: Any = ()
     with ThreadPoolExecutor() as pool:
         for name in hf_table.table(config):
@@ -176,13 +176,8 @@ def load(folder: str | Path, config: ModelConfig, shardings: Params | None, dtyp
             leaf = _load_leaf(name, layers, sizes, sharding, np.dtype(dtype), pool.map)
             jax.block_until_ready(previous)
             previous = leaf
-
-            *parents, last = name.path.split("/")
-            node = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = leaf
-    return params
+            leaves[name.path] = leaf
+    return decoder.unflatten(leaves)
 
 
 @dataclasses.dataclass(frozen=True)

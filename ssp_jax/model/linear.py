@@ -1,5 +1,6 @@
-"""Matrix products and the linear layer, and both with kernels transposed for decoding on CPUs."""
+"""Matrix products and the linear layer, with LoRA, and with transposed kernels for CPU decoding."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -88,8 +89,29 @@ def matmul(x_XI: jax.Array, weight_OI: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.dot_general(x_XI, weight_OI, dimensions, preferred_element_type=dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): a layer computes W x + scale * B A x."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # layers that have one, by their names in PEFT: keys of PROJECTIONS
+    rank_stabilized: bool = False  # rsLoRA (arXiv 2312.03732)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+# Names of the two leaves that a layer with an adapter has beside its kernel: A and B.
+LORA_LEAVES = ("lora_a", "lora_b")
+
+
 class Linear(nnx.Module):
-    """Contracts the last len(in_shape) axes of x with a kernel of in_shape + out_shape."""
+    """Contracts the last len(in_shape) axes of x with a kernel of in_shape + out_shape.
+
+    lora: adds A [*in_shape, Y] and B [Y, *out_shape]. They start as in PEFT: A uniform, B zero.
+    """
 
     def __init__(
         self,
@@ -98,25 +120,51 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
         gain: float = 1.0,
+        lora: Lora | None = None,
     ):
-        std = gain / math.sqrt(math.prod(in_shape))
+        fan_in = math.prod(in_shape)
+        std = gain / math.sqrt(fan_in)
         shape = in_shape + out_shape
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+        key = rngs.params()
+        self.kernel = nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
         if bias:
             self.bias = nnx.Param(jnp.zeros(out_shape, jnp.float32))
+        if lora is not None:
+            bound = 1 / math.sqrt(fan_in)
+            a_shape = (*in_shape, lora.rank)
+            # A key made from the kernel's: kernels are the same with and without adapters.
+            key = jax.random.fold_in(key, 1)
+            a = jax.random.uniform(key, a_shape, jnp.float32, minval=-bound, maxval=bound)
+            self.lora_a = nnx.Param(a)
+            self.lora_b = nnx.Param(jnp.zeros((lora.rank, *out_shape), jnp.float32))
         self.num_in = len(in_shape)
         self.use_bias = bias
+        self.lora_scale = None if lora is None else lora.scale
 
     def product(self, x: jax.Array) -> jax.Array:
         return contract(self.num_in, x, self.kernel[...])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.product(x)
+        if self.lora_scale is not None:
+            # Not merged into the kernel: in bfloat16 the sum would round most of an update away.
+            low_rank = contract(self.num_in, x, self.lora_a[...])
+            y = y + contract(1, self.lora_scale * low_rank, self.lora_b[...])
         if self.use_bias:
             bias = self.bias[...].astype(x.dtype)
             leading = (1,) * (y.ndim - bias.ndim)
             y = y + bias.reshape(leading + bias.shape)
         return y
+
+
+def transpose(kernel: jax.Array, num_in: int) -> jax.Array:
+    """The kernel with its num_in contracted axes last."""
+    return jnp.moveaxis(kernel, range(num_in), range(-num_in, 0))
+
+
+def transpose_back(transposed: jax.Array, num_in: int) -> jax.Array:
+    """The kernel that `transpose` was given."""
+    return jnp.moveaxis(transposed, range(-num_in, 0), range(num_in))
 
 
 class TransposedLinear(Linear):
@@ -125,11 +173,13 @@ class TransposedLinear(Linear):
     def __init__(self, linear: Linear):
         self.num_in = linear.num_in
         self.use_bias = linear.use_bias
-        kernel = linear.kernel[...]
-        transposed = jnp.moveaxis(kernel, range(self.num_in), range(-self.num_in, 0))
-        self.transposed = nnx.Param(transposed)
-        if self.use_bias:
+        self.lora_scale = linear.lora_scale
+        self.transposed = nnx.Param(transpose(linear.kernel[...], linear.num_in))
+        if linear.use_bias:
             self.bias = linear.bias
+        if linear.lora_scale is not None:
+            self.lora_a = linear.lora_a
+            self.lora_b = linear.lora_b
 
     def product(self, x: jax.Array) -> jax.Array:
         kernel = self.transposed[...]

@@ -34,6 +34,13 @@ PARAM_RULES = (
     (r"attention/o/transposed", ("fsdp", "tensor", None)),  # D, N, H
     (r"mlp/(gate|up)/transposed", ("tensor", "fsdp")),  # F, D
     (r"mlp/down/transposed", ("fsdp", "tensor")),  # D, F
+    # LoRA: A is split like the inputs of its layer, B like the outputs.
+    (r"(attention/[qkv]|mlp/(gate|up))/lora_a", ("fsdp", None)),  # D, Y
+    (r"attention/[qkv]/lora_b", (None, "tensor", None)),  # Y, N, H
+    (r"mlp/(gate|up)/lora_b", (None, "tensor")),  # Y, F
+    (r"attention/o/lora_a", ("tensor", None, None)),  # N, H, Y
+    (r"mlp/down/lora_a", ("tensor", None)),  # F, Y
+    (r"(attention/o|mlp/down)/lora_b", (None, "fsdp")),  # Y, D
     (r"norm/scale", (None,)),
 )
 # Model width. Kernels of narrower models stay in a core's cache, and are faster as they are
@@ -183,7 +190,13 @@ def put_rows(batch: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(put, batch)
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...]) -> P:
+def param_sharding(
+    path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...] = ()
+) -> NamedSharding:
+    """The sharding of one parameter, by its path in params, such as layers/mlp/up/kernel.
+
+    drop: mesh axes over which each device keeps the whole (the sampler drops fsdp).
+    """
     axes = next((axes for pattern, axes in PARAM_RULES if re.search(pattern + "$", path)), None)
     if axes is None:
         raise ValueError(f"no sharding rule for parameter {path}")
@@ -192,32 +205,33 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...]) 
         # a size that does not divide stays whole
         is_split = axis is not None and axis not in drop and size % mesh.shape[axis] == 0
         spec.append(axis if is_split else None)
-    return P(*spec)
+    return NamedSharding(mesh, P(*spec))
 
 
 def param_shardings(params: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
-    """Shardings shaped like params.
-
-    drop: mesh axes over which each device keeps the whole (the sampler drops fsdp).
-    """
+    """Shardings shaped like params. drop: as in param_sharding."""
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
-        return NamedSharding(mesh, _spec(name, leaf.shape, mesh, drop))
+        return param_sharding(name, leaf.shape, mesh, drop)
 
     return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def plays_transposed(config: decoder.ModelConfig, mesh: Mesh) -> bool:
+    """True where the sampler's kernels are transposed: on CPUs, of models that are wide enough."""
+    return mesh.devices.flat[0].platform == "cpu" and config.embed_dim >= _TRANSPOSED_FROM
 
 
 def sampler_copy(
     config: decoder.ModelConfig, mesh: Mesh, dtype: Any
 ) -> Callable[[decoder.Params], decoder.Params]:
-    """One jitted cast and reshard: the learner's params to the sampler's.
+    """One jitted cast and reshard: what the learner trains, as the sampler has it.
 
-    From stacked and split over fsdp to unstacked and whole there; on CPUs, kernels of models that
-    are wide enough are also transposed.
+    From stacked and split over fsdp to unstacked and whole there. Where all params are trained,
+    kernels may also be transposed (plays_transposed).
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    transposed = on_cpu and config.embed_dim >= _TRANSPOSED_FROM
+    transposed = config.lora is None and plays_transposed(config, mesh)
 
     def copy(params: decoder.Params) -> decoder.Params:
         copied = decoder.unstack(params, dtype)
@@ -225,7 +239,7 @@ def sampler_copy(
             copied = decoder.transpose_kernels(config, copied)
         return copied
 
-    copied = jax.eval_shape(copy, decoder.abstract_params(config))
+    copied = jax.eval_shape(copy, decoder.abstract_trainable(config))
     return jax.jit(copy, out_shardings=param_shardings(copied, mesh, drop=("fsdp",)))
 
 

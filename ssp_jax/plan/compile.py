@@ -197,12 +197,12 @@ def _learner_sources(target: Target) -> Iterator[_Source]:
     batch = placed(batches.empty_batch(c.rows, c.row_tokens), by_rows)
     logp_BT = batch.sampler_logp_BT
     if c.kl_coef:
-        arguments: tuple[Any, ...] = (cast(state.params, c.dtype), batch)
+        arguments: tuple[Any, ...] = (cast(state.params, c.dtype), {}, batch)
         yield _Source("scores of the reference", "scores", programs.score, arguments, {})
 
     _, sums = jax.eval_shape(programs.zero_total, state.params)
     total = (state.params, placed(sums, replicated))
-    arguments = (total, state.params, batch, logp_BT, logp_BT if c.kl_coef else None)
+    arguments = (total, state.params, {}, batch, logp_BT, logp_BT if c.kl_coef else None)
     name = f"gradients of {c.rows} x {c.row_tokens}"
     yield _Source(name, "gradients", programs.accumulate, arguments, {})
 

@@ -111,7 +111,7 @@ def single_device():
 
 
 def logprobs(c, batch, params=PARAMS):
-    return programs(c).score(params, batch)
+    return programs(c).score(params, {}, batch)
 
 
 def gradient(c, episodes=EPISODES, advantages=ADVANTAGES):
@@ -120,8 +120,8 @@ def gradient(c, episodes=EPISODES, advantages=ADVANTAGES):
     jitted = programs(c)
     total = None if len(batches) == 1 else jitted.zero_total(PARAMS)
     for batch in batches:
-        reference = jitted.score(PARAMS, batch) if c.kl_coef else None
-        total = jitted.accumulate(total, PARAMS, batch, batch.sampler_logp_BT, reference)
+        reference = jitted.score(PARAMS, {}, batch) if c.kl_coef else None
+        total = jitted.accumulate(total, PARAMS, {}, batch, batch.sampler_logp_BT, reference)
     return total
 
 
@@ -289,7 +289,7 @@ def test_one_broken_token_does_not_take_the_gradient():
     for sampler, ref in ((unlikely, reference), (batch.sampler_logp_BT, far)):
         broken = dataclasses.replace(batch, sampler_logp_BT=sampler)
         norms = [
-            optax.tree.norm(programs(c).accumulate(None, PARAMS, broken, sampler, ref)[0])
+            optax.tree.norm(programs(c).accumulate(None, PARAMS, {}, broken, sampler, ref)[0])
             for c in (BASE, bounded)
         ]
         assert norms[0] > 1e3 * norms[1]
@@ -350,7 +350,7 @@ def test_a_split_vocabulary_is_not_gathered():
     rows = sharding.rows_sharding(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
     c = dataclasses.replace(BASE, model=config, rows_sharding=rows)
-    grad = jax.grad(lambda p, b: (score(c, p, b)[0] * b.weight_BT).sum())
+    grad = jax.grad(lambda p, b: (score(c, p, {}, b)[0] * b.weight_BT).sum())
     text = jax.jit(grad).lower(placed, batch).compile().as_text()
     assert "f32[2,16,40]" in text  # 8 rows over 4, chunk of 16, 80 words over 2
     assert not re.search(r"f32\[\d+,16,80\]", text)
@@ -500,7 +500,7 @@ def test_gradients_are_clipped_by_their_global_norm(most, factor):
 def test_what_a_step_replaces_is_given_back():
     state = fresh_state()
     (batch,) = make_batches(BASE, EPISODES, ADVANTAGES)
-    arguments = (state.params, batch, batch.sampler_logp_BT, batch.sampler_logp_BT)
+    arguments = (state.params, {}, batch, batch.sampler_logp_BT, batch.sampler_logp_BT)
     first = programs(BASE).accumulate(None, *arguments)
     total = programs(BASE).accumulate(first, *arguments)
     programs(BASE).apply(state, total[0])

@@ -114,7 +114,8 @@ def test_recorded_logprobs_equal_the_trainers(temperature):
             tokens, jnp.roll(tokens, -1, 1), jnp.arange(16)[None], ones, ones, ones, ones
         )
         settings = dataclasses.replace(SETTINGS, temperature=temperature)
-        logp = update.score(settings, PARAMS, batch)[0][0, len(prompt) - 1 : len(prompt) - 1 + n]
+        first = len(prompt) - 1
+        logp = update.score(settings, PARAMS, {}, batch)[0][0, first : first + n]
         np.testing.assert_allclose(chunk.logprobs_CB[:n, slot], logp, atol=1e-5)
 
 
