@@ -26,8 +26,8 @@ class Weights(Protocol):
 
     dtype: Any  # of the arithmetic
 
-    def initial(self, dtype: Any = jnp.float32) -> Params:
-        """What the run trains, before its first step, laid out as the learner has it."""
+    def initial(self) -> Params:
+        """What the run trains, before its first step: float32, laid out as the learner has it."""
 
     def frozen(self) -> Params:
         """What it does not train, in the compute dtype, laid out as the learner has it."""
@@ -50,14 +50,17 @@ class FullWeights:
         self.dtype = dtype
         self.to_sampler = _sampler_copy(config, mesh, dtype)
 
-    def initial(self, dtype: Any = jnp.float32) -> Params:
+    def initial(self) -> Params:
+        return self._load(jnp.float32)
+
+    def _load(self, dtype: Any) -> Params:
         return hf_load.load(self._folder, self._config, self._shardings, dtype)
 
     def frozen(self) -> Params:
         return {}
 
     def initial_for_sampler(self) -> Params:
-        return self.to_sampler(self.initial(self.dtype))
+        return self.to_sampler(self._load(self.dtype))
 
 
 class LoraWeights:
@@ -82,16 +85,20 @@ class LoraWeights:
         stacked = hf_load.load(self._folder, config, shardings, self.dtype)
         return FrozenBase(config, stacked, self._mesh)
 
-    def initial(self, dtype: Any = jnp.float32) -> Params:
-        """A new adapter: B is 0, so that the model is the base."""
+    @functools.cached_property
+    def _new(self) -> Any:
+        """A jitted function: key -> adapter."""
+        config = self._config
+        shardings = sharding.param_shardings(decoder.abstract_trainable(config), self._mesh)
 
         def new(key: jax.Array) -> Params:
-            adapter = decoder.trainable(self._config, decoder.init_params(self._config, key))
-            return jax.tree.map(lambda x: x.astype(dtype), adapter)
+            return decoder.trainable(config, decoder.init_params(config, key))
 
-        abstract = decoder.abstract_trainable(self._config)
-        shardings = sharding.param_shardings(abstract, self._mesh)
-        return jax.jit(new, out_shardings=shardings)(self._key)
+        return jax.jit(new, out_shardings=shardings)
+
+    def initial(self) -> Params:
+        """A new adapter: its B is 0, so that the model is the base."""
+        return self._new(self._key)
 
     def frozen(self) -> Params:
         return self._base.for_learner()

@@ -11,8 +11,10 @@ from configs import default
 from ssp_jax.assemble import make_learner_config
 from ssp_jax.learner import batches, update
 from ssp_jax.model import decoder
+from ssp_jax.model.linear import Lora
 from ssp_jax.rollout import kv_cache, sampler, sampling
 from ssp_jax.rollout.stops import build_automaton
+from tests.adapters import random_adapter
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 V = 64
@@ -24,6 +26,10 @@ SETTINGS = dataclasses.replace(
     make_learner_config(default.get_config(), CONFIG), dtype=jnp.float32, logprob_chunk=8
 )
 UNSTACKED = decoder.unstack(PARAMS, jnp.float32)
+# The same model with an adapter that changes it, as the trainer and as the sampler have it.
+LORA = dataclasses.replace(CONFIG, lora=Lora(4, 8.0, tuple(decoder.PROJECTIONS)))
+ADAPTER = random_adapter(LORA)
+UNSTACKED_LORA = decoder.join(UNSTACKED, decoder.unstack(ADAPTER, jnp.float32))
 KEY = jax.random.key(3)
 EOS = 63
 # Token i < 60 is the letter chr(48 + i); 60 is "</", 61 "s>": the stop "</s>" takes two tokens or
@@ -48,7 +54,7 @@ def starts(rows):
     return sampler.TurnStarts(*ints, jnp.array(temperature, jnp.float32))
 
 
-def extend(state, rows, tokens, counts):
+def extend(state, rows, tokens, counts, config=CONFIG, params=UNSTACKED):
     """One shape for all tests: SLOTS rows of 8 tokens."""
     tokens_MT = np.zeros((SLOTS, 8), np.int32)
     count_M = np.zeros((SLOTS,), np.int32)
@@ -56,19 +62,27 @@ def extend(state, rows, tokens, counts):
         tokens_MT[i, : len(row)] = row
         count_M[i] = count
     return sampler.extend(
-        UNSTACKED,
+        params,
         state,
         ROWS,
         starts(rows),
         tokens_MT,
         count_M,
-        config=CONFIG,
+        config=config,
         depth=2,
         dtype=jnp.float32,
     )
 
 
-def decode(state, steps=6, depth=2, params=UNSTACKED, room=ROOM, truncation=sampling.ALL_TOKENS):
+def decode(
+    state,
+    steps=6,
+    depth=2,
+    params=UNSTACKED,
+    room=ROOM,
+    truncation=sampling.ALL_TOKENS,
+    config=CONFIG,
+):
     return sampler.decode_chunk(
         params,
         state,
@@ -81,7 +95,7 @@ def decode(state, steps=6, depth=2, params=UNSTACKED, room=ROOM, truncation=samp
         depth=depth,
         dtype=jnp.float32,
         truncation=truncation,
-        config=CONFIG,
+        config=config,
     )
 
 
@@ -89,22 +103,31 @@ def fresh():
     return sampler.new_state(CONFIG, LAYOUT, jnp.float32)
 
 
-def generate(prompts, temperature=1.0, steps=6, uids=(10, 11, 12, 13), slots=None, limit=CACHE):
+def generate(
+    prompts,
+    temperature=1.0,
+    steps=6,
+    uids=(10, 11, 12, 13),
+    slots=None,
+    limit=CACHE,
+    config=CONFIG,
+    params=UNSTACKED,
+):
     slots = range(len(prompts)) if slots is None else slots
     rows = [
         (s, len(p) - 1, p[-1], limit, u, temperature)
         for s, p, u in zip(slots, prompts, uids, strict=False)
     ]
-    state = extend(fresh(), rows, [p[:-1] for p in prompts], [len(p) - 1 for p in prompts])
-    return decode(state, steps)
+    fed = [p[:-1] for p in prompts]
+    state = extend(fresh(), rows, fed, [len(p) - 1 for p in prompts], config, params)
+    return decode(state, steps, params=params, config=config)
 
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16], [3, 2, 1]]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_recorded_logprobs_equal_the_trainers(temperature):
-    _, chunk = generate(PROMPTS, temperature)
+def assert_trainers_logprobs(chunk, temperature, config=CONFIG, params=PARAMS, frozen=None):
+    """Asserts that the recorded log-probs are those that the trainer computes."""
     for slot, prompt in enumerate(PROMPTS):
         n = int(chunk.count_B[slot])
         new = np.asarray(chunk.tokens_CB[:n, slot]).tolist()
@@ -113,10 +136,31 @@ def test_recorded_logprobs_equal_the_trainers(temperature):
         batch = batches.Batch(
             tokens, jnp.roll(tokens, -1, 1), jnp.arange(16)[None], ones, ones, ones, ones
         )
-        settings = dataclasses.replace(SETTINGS, temperature=temperature)
+        settings = dataclasses.replace(SETTINGS, temperature=temperature, model=config)
         first = len(prompt) - 1
-        logp = update.score(settings, PARAMS, {}, batch)[0][0, first : first + n]
+        logp = update.score(settings, params, frozen or {}, batch)[0][0, first : first + n]
         np.testing.assert_allclose(chunk.logprobs_CB[:n, slot], logp, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_recorded_logprobs_equal_the_trainers(temperature):
+    _, chunk = generate(PROMPTS, temperature)
+    assert_trainers_logprobs(chunk, temperature)
+
+
+def test_recorded_logprobs_of_an_adapter_equal_the_trainers():
+    _, base = generate(PROMPTS)
+    _, chunk = generate(PROMPTS, config=LORA, params=UNSTACKED_LORA)
+    assert np.abs(np.subtract(base.logprobs_CB[0], chunk.logprobs_CB[0])).max() > 0.1
+    assert_trainers_logprobs(chunk, 1.0, LORA, ADAPTER, PARAMS)
+
+
+def test_an_adapter_whose_b_is_zero_samples_like_the_base_bit_for_bit():
+    _, adapter = decoder.split_adapter(decoder.init_params(LORA, jax.random.key(5)))
+    params = decoder.join(UNSTACKED, decoder.unstack(adapter, jnp.float32))
+    _, expected = generate(PROMPTS)
+    _, chunk = generate(PROMPTS, config=LORA, params=params)
+    jax.tree.map(np.testing.assert_array_equal, expected, chunk)
 
 
 def test_greedy_ignores_key_and_takes_the_likeliest():
