@@ -11,5 +11,5 @@ def random_adapter(config: ModelConfig) -> Params:
     adapter = decoder.trainable(config, decoder.init_params(config, jax.random.key(1)))
     leaves, tree = jax.tree.flatten(adapter)
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    drawn = [0.3 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+    drawn = [0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(tree, drawn)

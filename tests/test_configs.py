@@ -303,7 +303,8 @@ def numbers() -> dict[str, Any]:
     """Each key of the default that is a number, or has numbers."""
 
     def numeric(value: Any) -> bool:
-        return not isinstance(value, bool | str) and value != ()
+        values = value if isinstance(value, tuple) else (value,)
+        return value != () and not any(isinstance(x, bool | str) for x in values)
 
     return {
         key: value for key, value in flatten_config(default.get_config()).items() if numeric(value)
