@@ -125,43 +125,41 @@ def episodes(shape: Shape, lengths: list[int], prompt: int) -> list[Played]:
 
 
 def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
-    """Learner and train state. No old log-probs are computed: the sampler's serve, as in the
-    default config.
+    """Learner and train state of the default config, with the objective that the peers have.
+
+    No old log-probs are computed: the sampler's serve.
     """
     import jax
-    import jax.numpy as jnp
 
+    from configs import default
+    from ssp_jax.assemble import make_learner_config
     from ssp_jax.learner import update
-    from ssp_jax.learner.state import LearnerConfig, init_state
+    from ssp_jax.learner.state import init_state
     from ssp_jax.model import decoder
 
-    config = decoder.ModelConfig(
+    model_config = decoder.ModelConfig(
         shape.vocab, shape.layers, shape.width, shape.heads, shape.kv_heads, shape.head, shape.mlp,
         tie_embeddings=True, qkv_bias=True,
     )  # fmt: skip
-    c = LearnerConfig(
-        model=config,
-        dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
-        remat=shape.remat,
-        temperature=1.0,
+    config = default.get_config()
+    config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    config.model.remat = shape.remat
+    config.learner.update(
         learning_rate=RATE,
         warmup_steps=0,
-        adam_b1=0.9,
-        adam_b2=0.999,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
         row_tokens=row_tokens,
         rows=rows,
         logprob_chunk=128 if row_tokens % 128 == 0 else row_tokens,
         clip_low=CLIP_LOW,
         clip_high=CLIP_HIGH,
+        clip_dual=0.0,
         kl_coef=0.0,
-        kl_type="k3",
+        kl_bound=0.0,
         aggregation="token_mean",
-        old_logprobs="sampler",
-        importance_cap=2.0,
     )
-    state = init_state(c, jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0)))
+    c = make_learner_config(config, model_config)
+    init_params = jax.jit(decoder.init_params, static_argnums=0)
+    state = init_state(c, init_params(model_config, jax.random.key(0)))
     return update.Learner(c, state, None, jax.device_put), state
 
 

@@ -16,8 +16,10 @@ import numpy as np
 import optax
 
 from assets.tiny import script
-from ssp_jax.learner import state
+from configs import default
+from ssp_jax.assemble import make_learner_config
 from ssp_jax.learner.batches import Batch, make_batches
+from ssp_jax.learner.state import LearnerConfig
 from ssp_jax.learner.update import score
 from ssp_jax.model import decoder
 
@@ -135,7 +137,7 @@ def batches(episodes: Sequence[Shown], settings: Any, rng: np.random.Generator) 
 
 def train(
     params: decoder.Params,
-    settings: state.LearnerConfig,
+    settings: LearnerConfig,
     source: Iterator[Batch],
     steps: int,
     name: str,
@@ -151,7 +153,7 @@ def train(
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params: decoder.Params, opt_state: Any, batch: Batch) -> Any:
         def loss(params: decoder.Params) -> Any:
-            logp_BT = score(settings, params, batch)[0]
+            logp_BT = score(settings, params, {}, batch)[0]
             own_BT = batch.weight_BT == batch.weight_BT.max()
             return -(batch.weight_BT * logp_BT).sum(), -(own_BT * logp_BT).sum() / own_BT.sum()
 
@@ -172,30 +174,12 @@ def train(
     return params
 
 
-def settings(rows: int, row_tokens: int) -> state.LearnerConfig:
-    """What packing and scoring need; the policy-loss fields play no part here."""
-    return state.LearnerConfig(
-        model=CONFIG,
-        dtype=jnp.float32,
-        remat="full",
-        temperature=1.0,
-        learning_rate=LEARNING_RATE,
-        warmup_steps=0,
-        adam_b1=0.9,
-        adam_b2=0.98,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        row_tokens=row_tokens,
-        rows=rows,
-        logprob_chunk=COPY_TOKENS,
-        clip_low=0.2,
-        clip_high=0.2,
-        kl_coef=0.0,
-        kl_type="k3",
-        aggregation="token_mean",
-        old_logprobs="sampler",
-        importance_cap=1.0,
-    )
+def settings(rows: int, row_tokens: int) -> LearnerConfig:
+    """What packing and scoring need; the loss and the optimizer are those of train()."""
+    config = default.get_config()
+    config.model.dtype = "float32"
+    config.learner.update(rows=rows, row_tokens=row_tokens, logprob_chunk=COPY_TOKENS)
+    return make_learner_config(config, CONFIG)
 
 
 def warm_start(tokenizer: Any, seed: int) -> decoder.Params:
