@@ -2,7 +2,8 @@
 # make test    lint, types, tests: the fast set
 # make slow    the slow set: several processes, kills, whole runs; about an hour
 # make lint    lint and types only
-# PYTHON=python3.12 takes another interpreter, with a virtual environment of its own; ARGS=... goes to demo or slow: ARGS=--config.seed=1.
+# PYTHON=python3.12 takes another interpreter, with a virtual environment of its own; ARGS=... goes
+# to demo or slow: ARGS=--config.seed=1.
 PYTHON ?= python3
 WORKDIR ?= runs/tiny
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # Brings what a full-size run reads into one folder, and builds the search index:
 #
-#   launch/prepare.sh FOLDER [--model=Qwen/Qwen2.5-7B-Instruct] [--skip-model] [--skip-corpus] [--dry-run]
+#   launch/prepare.sh FOLDER [--model=Qwen/Qwen2.5-7B-Instruct] [--skip-model] [--skip-corpus]
+#                     [--dry-run]
 #
-# FOLDER/NAME            the model, from the Hugging Face hub, by its name there: Qwen2.5-7B-Instruct
-# FOLDER/wiki-18.jsonl   Wikipedia 2018 as Search-R1 uses it: 21 million passages; 5 GB packed, 14 GB unpacked
+# FOLDER/NAME            the model, from the Hugging Face hub, by its name there:
+#                        Qwen2.5-7B-Instruct
+# FOLDER/wiki-18.jsonl   Wikipedia 2018 as Search-R1 uses it: 21 million passages; 5 GB packed,
+#                        14 GB unpacked
 # FOLDER/wiki-18.index   its search index: hours, and tens of GB
 # FOLDER/ssp             given answers and the seven question sets, from the authors of SSP
 #
-# With FOLDER=data these are the names in configs/qwen7b.py.
-# Needs requirements.txt installed (PYTHON, default python3). What is there already is not fetched again. At the end it
-# prints the keys for ssp_jax.main. --dry-run prints every command and runs none.
+# With FOLDER=data these are the names in configs/qwen7b.py. Needs requirements.txt installed
+# (PYTHON, default python3). What is there already is not fetched again. At the end it prints the
+# keys for ssp_jax.main. --dry-run prints every command and runs none.
 set -euo pipefail
 
 usage() {
@@ -45,7 +48,8 @@ SSP_TEST_SHA256=871c7b7cdec2e090e8597ef26a9a973a46aad0830bb1e016679dddd748462f50
 download() { act "$PYTHON" -m huggingface_hub.cli.hf download "$@"; }
 
 if [[ -n $with_model ]]; then
-  parts=(--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model' --include '*.jinja')
+  parts=(--include '*.json' --include '*.safetensors' --include '*.txt' --include '*.model')
+  parts+=(--include '*.jinja')
   download "$model" --local-dir "$folder/${model##*/}" "${parts[@]}"
 fi
 if [[ -n $with_corpus ]]; then
@@ -54,10 +58,16 @@ if [[ -n $with_corpus ]]; then
 fi
 # One file after the other: as a data set the two do not share a schema.
 for file in "$SSP_ANSWERS" test.jsonl; do
-  download Quark-LLM/SSP "$file" --repo-type dataset --revision "$SSP_REVISION" --local-dir "$folder/ssp"
+  download Quark-LLM/SSP "$file" --repo-type dataset --revision "$SSP_REVISION" \
+    --local-dir "$folder/ssp"
 done
-if [[ -z $dry_run ]]; then sha256sum --check --quiet <<< "$SSP_TEST_SHA256  $folder/ssp/test.jsonl"; fi
-keys=("--config.retriever.corpus=$folder/wiki-18.jsonl" "--config.retriever.index=$folder/wiki-18.index")
+if [[ -z $dry_run ]]; then
+  sha256sum --check --quiet <<< "$SSP_TEST_SHA256  $folder/ssp/test.jsonl"
+fi
+keys=(
+  "--config.retriever.corpus=$folder/wiki-18.jsonl"
+  "--config.retriever.index=$folder/wiki-18.index"
+)
 if [[ -n $with_corpus ]]; then
   # With the settings of configs/default.py, which the run must share.
   act "$PYTHON" -c '
@@ -69,5 +79,6 @@ open_retriever(r.corpus, r.index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r
     --config=configs/default.py "${keys[@]}"
 fi
 echo "keys of a run with these files:"
-printf '  %s\n' "--config.model.path=$folder/${model##*/}" "--config.data.answers=$folder/ssp/$SSP_ANSWERS" \
+printf '  %s\n' "--config.model.path=$folder/${model##*/}" \
+  "--config.data.answers=$folder/ssp/$SSP_ANSWERS" \
   "--config.data.eval_sets.ssp=$folder/ssp/test.jsonl" "${keys[@]}"

@@ -9,12 +9,14 @@
 #
 # Runs ssp_jax on one or more GPU nodes of a Slurm cluster:
 #
-#   launch/slurm_gpu.sh [--dry-run] NODES GPUS_PER_NODE [SBATCH_OPTION ...] -- --config=configs/qwen7b.py --workdir=...
+#   launch/slurm_gpu.sh [--dry-run] NODES GPUS_PER_NODE [SBATCH_OPTION ...] --
+#                       --config=configs/qwen7b.py --workdir=...
 #
-# One process per node with all its GPUs; JAX finds the coordinator through Slurm's variables. The workdir must be on a
-# file system that all nodes see. Five minutes before the time limit Slurm sends SIGTERM: the run saves, and the job is
-# queued again and goes on. VENV (default .venv) has requirements.txt and 'jax[cuda12]' or 'jax[cuda13]' installed.
-# --dry-run prints every command and runs none.
+# One process per node with all its GPUs; JAX finds the coordinator through Slurm's variables. The
+# workdir must be on a file system that all nodes see. Five minutes before the time limit Slurm
+# sends SIGTERM: the run saves, and the job is queued again and goes on. VENV (default .venv) has
+# requirements.txt and 'jax[cuda12]' or 'jax[cuda13]' installed. --dry-run prints every command and
+# runs none.
 set -euo pipefail
 
 usage() {
@@ -23,16 +25,19 @@ usage() {
 }
 
 terminated="" code=0
-# To the processes of the run and not to srun, which would kill them at once; without --batch not to this script either.
+# To the processes of the run and not to srun, which would kill them at once; without --batch not to
+# this script either.
 stop() {
   terminated=yes
-  scancel --signal=TERM "$SLURM_JOB_ID" || true # the job would end with this script: whatever goes wrong, it waits
+  # The job would end with this script: whatever goes wrong, it waits.
+  scancel --signal=TERM "$SLURM_JOB_ID" || true
 }
 
 # What the job runs. SLURM_* come from Slurm; in a dry run from below.
 job() {
   local command child
-  # Without it JAX gives a Slurm task one GPU only. Not a part of --export, which srun cuts at each comma.
+  # Without it JAX gives a Slurm task one GPU only. Not a part of --export, which srun cuts at each
+  # comma.
   JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
   export JAX_LOCAL_DEVICE_IDS
   command=(srun --kill-on-bad-exit=1 --export=ALL "$VENV/bin/python" -m ssp_jax.main "$@")
@@ -70,8 +75,8 @@ while (($#)) && [[ $1 != -- ]]; do
 done
 (($# > 1)) || usage
 shift
-command=(sbatch "--nodes=$nodes" "--gpus-per-node=$gpus" "--export=ALL,SSP_JAX_SUBMITTED=yes,VENV=$VENV"
-  "${options[@]}" "${BASH_SOURCE[0]}" "$@")
+command=(sbatch "--nodes=$nodes" "--gpus-per-node=$gpus")
+command+=("--export=ALL,SSP_JAX_SUBMITTED=yes,VENV=$VENV" "${options[@]}" "${BASH_SOURCE[0]}" "$@")
 printf '%q ' "${command[@]}"
 printf '\n'
 if [[ -n $dry_run ]]; then

@@ -6,20 +6,24 @@
 #   launch/tpu_pod.sh logs   NAME ZONE [--dry-run]
 #   launch/tpu_pod.sh delete NAME ZONE [--dry-run]
 #
-# NAME of the slice and of its queued resource; TYPE as Cloud TPU calls it: v5p-16 is plan's v5p:2x2x2 (v4 and v5p count
-# two cores a chip), v5litepod-16 is v5e:4x4, v6e-16 is v6e:4x4. TPU7x slices come through GKE only: gke_jobset.yaml.
+# NAME of the slice and of its queued resource; TYPE as Cloud TPU calls it: v5p-16 is plan's
+# v5p:2x2x2 (v4 and v5p count two cores a chip), v5litepod-16 is v5e:4x4, v6e-16 is v6e:4x4. TPU7x
+# slices come through GKE only: gke_jobset.yaml.
 #
-# run: creates the slice or takes the one that is there, installs this commit on all workers, starts the same command on
-# all, and shows worker 0's log until the run ends. A lost connection is taken up again, and what fails on the way is
-# tried again; after a preemption the slice is made anew and the run goes on from its last checkpoint. So the workdir
-# must be where all workers see it and where it outlives them: --bucket mounts a Cloud Storage bucket at ~/bucket with
-# gcsfuse (best one with a hierarchical namespace, where a checkpoint's folder is renamed at once). It does not delete
-# the slice: `delete` does, and costs go on until then. --dry-run prints every command and runs none.
+# run: creates the slice or takes the one that is there, installs this commit on all workers, starts
+# the same command on all, and shows worker 0's log until the run ends. A lost connection is taken
+# up again, and what fails on the way is tried again; after a preemption the slice is made anew and
+# the run goes on from its last checkpoint. So the workdir must be where all workers see it and
+# where it outlives them: --bucket mounts a Cloud Storage bucket at ~/bucket with gcsfuse (best one
+# with a hierarchical namespace, where a checkpoint's folder is renamed at once). It does not delete
+# the slice: `delete` does, and costs go on until then. --dry-run prints every command and runs
+# none.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-POLL=${POLL:-30} # seconds between looks at a slice that is not ready yet, and before a failed step is tried again
-UNUSABLE=64      # how a step on the workers ends that will not do better later
+# Seconds between looks at a slice that is not ready yet, and before a failed step is tried again.
+POLL=${POLL:-30}
+UNUSABLE=64 # how a step on the workers ends that will not do better later
 
 usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" >&2
@@ -43,9 +47,11 @@ on_workers() { # WORKERS COMMAND
   act gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" "--worker=$1" "--command=$2"
 }
 
-# State of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; nothing when there is none.
+# State of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; nothing when there is
+# none.
 state() {
-  gcloud compute tpus queued-resources describe "$name" "--zone=$zone" '--format=value(state.state)' 2>/dev/null || true
+  gcloud compute tpus queued-resources describe "$name" "--zone=$zone" \
+    '--format=value(state.state)' 2>/dev/null || true
 }
 
 runtime() {
@@ -58,13 +64,14 @@ runtime() {
 }
 
 create() {
-  queue create "$name" "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$runtime_version" \
-    ${spot:+"$spot"}
+  queue create "$name" "--node-id=$name" "--accelerator-type=$type" \
+    "--runtime-version=$runtime_version" ${spot:+"$spot"}
 }
 
 delete() { queue delete "$name" --force --quiet; }
 
-# After a step that failed. Nothing does better later where no slice ever was: NAME, ZONE or TYPE may be wrong.
+# After a step that failed. Nothing does better later where no slice ever was: NAME, ZONE or TYPE
+# may be wrong.
 later() {
   [[ -n $seen ]] || exit 1
   echo "tpu_pod.sh: the command above failed; again in $POLL seconds" >&2
@@ -74,7 +81,8 @@ later() {
 # Until the slice is there. A preempted or failed request is deleted and made again.
 ensure() {
   if [[ -n $dry_run ]]; then
-    show gcloud compute tpus queued-resources describe "$name" "--zone=$zone" '--format=value(state.state)'
+    show gcloud compute tpus queued-resources describe "$name" "--zone=$zone" \
+      '--format=value(state.state)'
     create
     return
   fi
@@ -91,12 +99,13 @@ ensure() {
   seen=yes
 }
 
-# This commit, in a Python of its own: the image's is older than 3.11. Nothing is done twice for the same commit, and
-# nothing under a run that is going on.
+# This commit, in a Python of its own: the image's is older than 3.11. Nothing is done twice for the
+# same commit, and nothing under a run that is going on.
 install() {
   local archive="${TMPDIR:-/tmp}/ssp_jax-$commit.tar.gz"
   act git archive --format=tar.gz "--output=$archive" "$commit" &&
-    act gcloud compute tpus tpu-vm scp "$archive" "$name:ssp_jax.tar.gz" "--zone=$zone" --worker=all &&
+    act gcloud compute tpus tpu-vm scp "$archive" "$name:ssp_jax.tar.gz" "--zone=$zone" \
+      --worker=all &&
     on_workers all "set -e
     test \"\$(cat ssp_jax/COMMIT 2>/dev/null)\" != $commit || exit 0
     ! kill -0 \"\$(cat ssp_jax/run.pid 2>/dev/null)\" 2>/dev/null || exit 0
@@ -107,9 +116,11 @@ install() {
     echo $commit > COMMIT"
 }
 
-# At ~/bucket of all workers, whose image has no gcsfuse: as its documentation installs it. Folders are renamed object by
-# object where the bucket has no hierarchical namespace.
+# At ~/bucket of all workers, whose image has no gcsfuse: as its documentation installs it. Folders
+# are renamed object by object where the bucket has no hierarchical namespace.
 mount_bucket() {
+  local source
+  source=$(printf %q "$bucket")
   on_workers all "set -eo pipefail
     if ! command -v gcsfuse > /dev/null; then
       packages=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
@@ -120,7 +131,7 @@ mount_bucket() {
       sudo apt-get -qq install gcsfuse
     fi
     mkdir -p bucket
-    mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $(printf %q "$bucket") bucket ||
+    mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $source bucket ||
       exit $UNUSABLE"
 }
 
@@ -128,10 +139,12 @@ mount_bucket() {
 start() {
   local arguments
   arguments=$(printf '%q ' "$@")
+  # shellcheck disable=SC2016  # expanded on the worker
+  local program='.venv/bin/python -m ssp_jax.main "$@"; echo $? > run.exit'
   on_workers all "cd ssp_jax
     if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then exit 0; fi
     rm -f run.exit
-    nohup setsid bash -c '.venv/bin/python -m ssp_jax.main \"\$@\"; echo \$? > run.exit' - $arguments \\
+    nohup setsid bash -c '$program' - $arguments \\
       >> run.log 2>&1 < /dev/null &
     echo \$! > run.pid"
 }
@@ -144,7 +157,8 @@ logs() {
 
 # The run's exit code; nothing while it runs, or when nobody answers.
 exit_code() {
-  gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=0 '--command=cat ssp_jax/run.exit' 2>/dev/null || true
+  gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=0 \
+    '--command=cat ssp_jax/run.exit' 2>/dev/null || true
 }
 
 # Joined by && for `set -e` is off in here: run asks whether it failed.
@@ -164,7 +178,8 @@ run() {
     fi
     logs
     if [[ -n $dry_run ]]; then
-      show gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=0 '--command=cat ssp_jax/run.exit'
+      show gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=0 \
+        '--command=cat ssp_jax/run.exit'
       return
     fi
     code=$(exit_code)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ssp_jax.main, except that a run which SIGTERM made save and stop ends with 143, not 0: whoever started the container
-# must see that the run is not done.
+# ssp_jax.main, except that a run which SIGTERM made save and stop ends with 143, not 0: whoever
+# started the container must see that the run is not done.
 set -uo pipefail
 
 terminated="" child="" code=0
