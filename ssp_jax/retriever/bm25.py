@@ -478,7 +478,7 @@ def _accumulate(
         score += impacts[at]
         scores[row] = score
         if score >= threshold:
-            size = _heap_push(row, score, size, best_rows, best_scores)
+            size = _insert_sorted(row, score, size, best_rows, best_scores)
             if size > last:
                 threshold = best_scores[last]
     return num_candidates, size, threshold
@@ -534,7 +534,7 @@ def _complete(
         score = scores[row] + impacts[at]
         scores[row] = score
         if score >= threshold:
-            _heap_push(row, score, size, best_rows, best_scores)
+            _insert_sorted(row, score, size, best_rows, best_scores)
             threshold = best_scores[size - 1]
     return threshold
 
@@ -545,7 +545,7 @@ def _rank(impacts, rows, starts, terms, candidates, best_rows, best_scores):
     size = 0
     for row in candidates:
         score = _exact_score(impacts, rows, starts, terms, row)
-        size = _heap_push(row, score, size, best_rows, best_scores)
+        size = _insert_sorted(row, score, size, best_rows, best_scores)
     return size
 
 
@@ -573,10 +573,10 @@ def _find_posting(rows, low, high, row):
 
 
 @_compiled
-def _heap_push(row, score, size, best_rows, best_scores):
-    """Puts a row with its new score into the top k; the new size.
+def _insert_sorted(row, score, size, best_rows, best_scores):
+    """Inserts a row with its new score into the top k, or moves it up; the new size.
 
-    The higher score comes first, at equal scores the lower row. The heap is a sorted array: k is
+    The higher score comes first, at equal scores the lower row. A sorted array and no heap: k is
     small, and a row may already be in it.
     """
     last = len(best_rows) - 1
