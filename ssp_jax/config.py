@@ -105,7 +105,8 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     path = _find(user_path(values.config, "--config"))
     config = load_config(path)
     _override(config, rest)
-    return CommandLine(config, workdir or str(Path("runs") / path.stem), values.mode)
+    by_default = Path("runs") / path.stem
+    return CommandLine(config, workdir or str(by_default), values.mode)
 
 
 def load_config(path: Path) -> ConfigDict:
@@ -125,11 +126,10 @@ def load_config(path: Path) -> ConfigDict:
 
 
 def _expand_paths(config: ConfigDict) -> None:
-    paths = {
-        key: user_path(value, f"config key {key}")
-        for key, value in flatten_config(config).items()
-        if key in PATHS or key.startswith(f"{FREE_SECTION}.")
-    }
+    paths = {}
+    for key, value in flatten_config(config).items():
+        if key in PATHS or key.startswith(f"{FREE_SECTION}."):
+            paths[key] = user_path(value, f"config key {key}")
     with config.unlocked():
         config.update_from_flattened_dict(paths)
 
@@ -139,7 +139,8 @@ def _find(name: str) -> Path:
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path
-    known = [f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.py"))]
+    files = sorted((ROOT / "configs").glob("*.py"))
+    known = [f"configs/{path.name}" for path in files]
     raise InputError(
         f"--config={name}: there is no such file; the nearest is {nearest(name, known)}"
     )
@@ -158,7 +159,8 @@ def _override(config: ConfigDict, rest: list[str]) -> None:
             name = name.removeprefix("no")
         key = name.removeprefix("config.")
         if not name.startswith("config."):
-            expected = nearest(name, ["config", "workdir", "mode", *(f"config.{k}" for k in known)])
+            flags_of_keys = [f"config.{known_key}" for known_key in known]
+            expected = nearest(name, ["config", "workdir", "mode", *flags_of_keys])
             raise InputError(f"unknown flag --{name}; the nearest is --{expected}")
         if key not in known:
             raise InputError(f"--{name}: {_no_key(key, known)}")
@@ -170,8 +172,10 @@ def _override(config: ConfigDict, rest: list[str]) -> None:
         stray = values(rest)[1:]
     except (flags.Error, TypeError, ValueError) as error:
         found = re.search(r"flag --config\.([\w.]+)=(.*?): ", str(error), flags=re.DOTALL)
-        reason = _wrong_type(found[1], found[2], known) if found else one_line(error)
-        raise InputError(reason) from None
+        if found is None:
+            raise InputError(one_line(error)) from None
+        key, value = found.groups()
+        raise InputError(_wrong_type(key, repr(value), known)) from None
     if stray:
         raise InputError(f"unexpected argument {stray[0]!r}; write overrides as --config.KEY=VALUE")
     _check(config, "--config." + ", --config.".join(sorted(overridden)))
@@ -191,12 +195,14 @@ def _set_names(config: ConfigDict, rest: list[str]) -> set[str]:
         if flag is None:
             at += 1
             continue
-        words = 1 if flag[2] is not None else 2
-        if at + words > len(rest):
-            raise InputError(f"Missing value for flag --config.{flag[1]}")
-        found[flag[1]] = flag[2] if flag[2] is not None else rest[at + 1]
-        _check_name(f"--config.{flag[1]}", flag[1])
-        del rest[at : at + words]
+        key, value = flag.groups()
+        del rest[at]
+        if value is None:  # the next word
+            if at == len(rest):
+                raise InputError(f"Missing value for flag --config.{key}")
+            value = rest.pop(at)
+        found[key] = value
+        _check_name(f"--config.{key}", key)
     with config.unlocked():
         config.update_from_flattened_dict(found)
     return set(found)
@@ -230,9 +236,10 @@ def _check(config: ConfigDict, where: str) -> None:
             raise InputError(f"{where}: {_no_key(key, expected)}")
         same = type(value) is type(expected[key])
         if same and isinstance(value, tuple):
-            same = set(map(type, value)) <= set(map(type, expected[key]))
+            allowed = set(map(type, expected[key]))
+            same = set(map(type, value)) <= allowed
         if not same:
-            raise InputError(f"{where}: {_wrong_type(key, value, expected)}")
+            raise InputError(f"{where}: {_wrong_type(key, repr(value), expected)}")
     if missing := sorted(expected.keys() - found.keys()):
         raise InputError(
             f"{where}: key {missing[0]} is missing; start from configs/default.py, which has every "
@@ -246,17 +253,19 @@ def _no_key(key: str, known: dict[str, Any]) -> str:
     return f"there is no key {key}; the nearest is {nearest(key, known)}"
 
 
-def _wrong_type(key: str, value: Any, known: dict[str, Any]) -> str:
+def _wrong_type(key: str, shown: str, known: dict[str, Any]) -> str:
+    """shown: the value, as it stands in the sentence."""
     example = known[key]
     kind = type(example).__name__
     if isinstance(example, tuple):
         kind = f"tuple of {type(example[0]).__name__}"
-    return f"key {key} must be {kind}, such as {example!r}, and not {value!r}"
+    return f"key {key} must be {kind}, such as {example!r}, and not {shown}"
 
 
 def _file_error(path: Path, error: BaseException) -> str:
     """Where in the config file, which key, and the nearest one."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    whole_trace = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in whole_trace if frame.filename == str(path)]
     if isinstance(error, SyntaxError) or not frames:
         line = getattr(error, "lineno", None)
         where = f"{path} line {line}" if line else str(path)
@@ -269,9 +278,7 @@ def _file_error(path: Path, error: BaseException) -> str:
     if assigned and assigned[1] not in known:
         return f"{where}: {_no_key(assigned[1], known)}"
     if assigned and isinstance(error, TypeError | ValueError):
-        key = assigned[1]
-        kind = type(known[key]).__name__
-        return f"{where}: key {key} must be {kind}, such as {known[key]!r}, and not {assigned[2]}"
+        return f"{where}: {_wrong_type(assigned[1], assigned[2], known)}"
     if unknown := re.search(r'Key "([\w.]+)" does not exist', str(error)):
         return f"{where}: {_no_key(unknown[1], known)}"
     return f"{where}: {type(error).__name__}: {one_line(error)}"
@@ -316,14 +323,17 @@ class Range:
 
     def check(self, what: str, value: float) -> None:
         """what: the key or flag."""
+        high = f"{self.high:.15g}"
         if isinstance(value, float) and not math.isfinite(value):
             expected = "a finite number"
         elif value < self.low or (self.above and value == self.low):
             if self.zero and value == 0:
                 return
-            expected = f"{self._least()}, {'less than' if self.below else 'up to'} {self.high:.15g}"
+            to = "less than" if self.below else "up to"
+            expected = f"{self._minimum()}, {to} {high}"
         elif value > self.high or (self.below and value == self.high):
-            expected = f"{'less than' if self.below else 'at most'} {self.high:.15g}"
+            limit = "less than" if self.below else "at most"
+            expected = f"{limit} {high}"
         else:
             return
         shown: object = value
@@ -331,9 +341,10 @@ class Range:
             shown = f"a number of {value.bit_length()} bits"
         raise InputError(f"{what} is {shown}; expected {expected}")
 
-    def _least(self) -> str:
-        least = f"{'more than' if self.above else 'at least'} {self.low:.15g}"
-        return f"0, or {least}" if self.zero else least
+    def _minimum(self) -> str:
+        bound = "more than" if self.above else "at least"
+        minimum = f"{bound} {self.low:.15g}"
+        return f"0, or {minimum}" if self.zero else minimum
 
 
 # GRPO with rank 64 fell from 73.1 to 8.7 % at batch 128, and with 128 stayed near the floor; ranks
@@ -444,8 +455,8 @@ def check_numbers(config: ConfigDict) -> None:
                 f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}"
             )
     for key, bounds in BOUNDS.items():
-        numbers = values[key] if isinstance(values[key], tuple) else (values[key],)
-        for number in numbers:
+        value = values[key]
+        for number in value if isinstance(value, tuple) else (value,):
             bounds.check(f"config key {key}", number)
     _check_sizes(config, values)
     _check_lora(config.lora)

@@ -36,6 +36,7 @@ _TEXT = (str,)
 _NUMBER = (int, float)
 _LIST = (list,)
 _ASKED: records.Fields = {"set": _TEXT, "row": (int,), "question": _TEXT, "answers": _LIST}
+_CASE = ("question", "answers", "answer")  # what a judge is asked about
 _EPISODE: records.Fields = {
     **_ASKED,
     "answer": (str, type(None)),
@@ -74,8 +75,12 @@ class EvalContext:
     stop: Callable[[], None]  # called often; may raise
 
     @property
-    def questions(self) -> list[tuple[str, Task]]:
-        return [(name, task) for name, tasks in self.sets.items() for task in tasks]
+    def questions(self) -> dict[Key, Task]:
+        """Of all sets, in order."""
+        found: dict[Key, Task] = {}
+        for name, tasks in self.sets.items():
+            found |= {(name, task.uid): task for task in tasks}
+        return found
 
     def depends_on(self, step: int) -> dict[str, str]:
         """Digests of what an episode with the weights of a step depends on, beside its question."""
@@ -109,12 +114,11 @@ def evaluate(context: EvalContext, step: int, weights: str, params: Callable[[],
     facts["the step"] = step
 
     # Play what earlier starts have not played.
-    loaded = processes.all_gather_objects(
-        lambda: _load_episodes(context, folder, digests) if processes.is_coordinator() else {},
-        facts,
-    )
-    played: dict[Key, Record] = loaded[0]
-    missing = [(name, task) for name, task in context.questions if (name, task.uid) not in played]
+    def load() -> dict[Key, Record]:
+        return _load_episodes(context, folder, digests) if processes.is_coordinator() else {}
+
+    played = processes.all_gather_objects(load, facts)[0]
+    missing = [key for key in context.questions if key not in played]
     if missing:
         played |= _play_missing(context, folder, missing, digests, params)
 
@@ -138,12 +142,14 @@ def _document(
     verdicts: dict[Key, Verdict],
     values: Values,
 ) -> dict[str, Any]:
-    unjudged = [verdict.reply for _, verdict in sorted(verdicts.items()) if verdict.right is None]
+    judge = context.judge.name if context.judge else context.metric
+    in_order = [verdicts[key] for key in sorted(verdicts)]
+    unjudged = [verdict.reply for verdict in in_order if verdict.right is None]
     stop_reasons = Counter(record["stop_reason"] for record in played.values())
     return {
         "step": step,
         "weights": weights,
-        "judge": context.judge.name if context.judge else context.metric,
+        "judge": judge,
         "unjudged": len(unjudged),
         "unjudged_reply": unjudged[0] if unjudged else "",
         "stop_reasons": dict(stop_reasons),
@@ -158,7 +164,7 @@ def _values(
     played: list[Record], metric: str, verdicts: dict[Key, Verdict]
 ) -> dict[str, np.ndarray]:
     """The columns of scores.SHARES and scores.MEANS: one value an episode."""
-    columns: dict[str, list[float]] = {name: [] for name in (*scores.SHARES, *scores.MEANS)}
+    columns: dict[str, list[float]] = {name: [] for name in scores.COLUMNS}
     for record in played:
         answer = record["answer"]
         golds = record["answers"]
@@ -179,7 +185,7 @@ def _values(
 def _play_missing(
     context: EvalContext,
     folder: Path,
-    missing: list[tuple[str, Task]],
+    missing: list[Key],
     digests: Mapping[str, str],
     params: Callable[[], Any],
 ) -> dict[Key, Record]:
@@ -188,55 +194,61 @@ def _play_missing(
     The weights are freed when this returns: a judge needs the memory.
     """
     weights = params()
-    own = [missing[i] for i in processes.local_share([1.0] * len(missing))]
+    own = _own_share(missing)
     path = folder / _own_file("episodes")
     played: dict[Key, Record] = {}
-    for records_of_process in processes.all_gather_objects(
+    for of_process in processes.all_gather_objects(
         lambda: _play(context, own, digests, weights, path)
     ):
-        played |= records_of_process
+        played |= of_process
     return played
+
+
+def _own_share(keys: list[Key]) -> list[Key]:
+    """This process's share of questions, which are taken to cost the same. It may be empty."""
+    return [keys[i] for i in processes.local_share([1.0] * len(keys))]
 
 
 def _play(
     context: EvalContext,
-    questions: list[tuple[str, Task]],
+    keys: list[Key],
     digests: Mapping[str, str],
     params: Any,
     path: Path,
 ) -> dict[Key, Record]:
     """Plays questions of all sets at once, so that the slots stay full across sets."""
-    numbers = {(name, task.uid): i for i, (name, task) in enumerate(context.questions)}
+    questions = context.questions
+    numbers = {key: number for number, key in enumerate(questions)}
     began = round(time.time(), 3)
     start = time.monotonic()
     players = []
-    for name, task in questions:
-        messages = prompts.solver_messages(context.episodes.style, task.question)
+    for key in keys:
+        messages = prompts.solver_messages(context.episodes.style, questions[key].question)
         player = EpisodePlayer(
             context=context.episodes,
             role=SOLVER,
             # The same, whichever questions are left to play.
-            uid=episode_id(SOLVER, numbers[name, task.uid], 0),
+            uid=episode_id(SOLVER, numbers[key], 0),
             temperature=context.temperature,
             tokens=context.episodes.prompt(messages),
-            tag=(name, task),
+            tag=key,
         )
         players.append(player)
     played: dict[Key, Record] = {}
 
     with (
         open(path, "a", encoding="utf-8") as file,
-        context.logger.phase("evaluating", len(questions)) as phase,
+        context.logger.phase("evaluating", len(keys)) as phase,
     ):
 
         def finished(player: EpisodePlayer) -> list[EpisodePlayer]:
-            name, task = player.tag
-            record = _record(name, task, player.episode())
+            key = player.tag
+            record = _record(key, questions[key], player.episode())
             record["of"] = digests
             record["began"] = began
             record["process"] = path.stem
             record["seconds"] = round(time.monotonic() - start, 3)
-            played[name, task.uid] = record
+            played[key] = record
             _write(file, record)
             return []
 
@@ -248,10 +260,11 @@ def _play(
     return played
 
 
-def _record(name: str, task: Task, episode: Episode) -> Record:
+def _record(key: Key, task: Task, episode: Episode) -> Record:
+    name, row = key
     return {
         "set": name,
-        "row": task.uid,
+        "row": row,
         "question": task.question,
         "answers": list(task.answers),
         "answer": prompts.last_answer(episode.text),
@@ -282,7 +295,7 @@ def _load_episodes(
     context: EvalContext, folder: Path, digests: Mapping[str, str]
 ) -> dict[Key, Record]:
     """The episodes of earlier starts that would be the same if they were played now."""
-    questions = {(name, task.uid): task for name, task in context.questions}
+    questions = context.questions
     same: dict[Key, Record] = {}
     changed: dict[Key, set[str]] = {}
     for line in _lines(context, folder, "episodes", _EPISODE):
@@ -310,9 +323,10 @@ def _changes(line: Record, task: Task, digests: Mapping[str, str]) -> set[str]:
     before = line.get("of")
     if not isinstance(before, dict):
         before = {}
-    names = {
-        name for name in before.keys() | digests.keys() if before.get(name) != digests.get(name)
-    }
+    names = set()
+    for name in before.keys() | digests.keys():
+        if before.get(name) != digests.get(name):
+            names.add(name)
     if (line["question"], line["answers"]) != (task.question, list(task.answers)):
         names.add("the questions")
     return names
@@ -330,14 +344,16 @@ def _judge(context: EvalContext, folder: Path, played: dict[Key, Record]) -> dic
     for key, record in played.items():
         if rewards.needs_judge(record["answer"], record["answers"], context.metric):
             asked[key] = record
-    loaded = processes.all_gather_objects(
-        lambda: _load_verdicts(context, folder, judge, asked) if processes.is_coordinator() else {}
-    )
-    verdicts: dict[Key, Verdict] = loaded[0]
-    left = [key for key in asked if key not in verdicts or verdicts[key].right is None]
+
+    def load() -> dict[Key, Verdict]:
+        return _load_verdicts(context, folder, judge, asked) if processes.is_coordinator() else {}
+
+    verdicts = processes.all_gather_objects(load)[0]
+    judged = {key for key, verdict in verdicts.items() if verdict.right is not None}
+    left = [key for key in asked if key not in judged]
     if left:
-        # A share may be empty. Yet all processes ask, for the judge may load its weights.
-        own = [asked[left[i]] for i in processes.local_share([1.0] * len(left))]
+        # All processes ask, also with an empty share, for the judge may load its weights.
+        own = [asked[key] for key in _own_share(left)]
         path = folder / _own_file("verdicts")
         for of_process in processes.all_gather_objects(lambda: _ask(context, judge, own, path)):
             verdicts |= of_process
@@ -354,7 +370,7 @@ def _load_verdicts(
         if line.get("judge_of") != judge.identity or key not in asked:
             continue
         record = asked[key]
-        same = all(line[name] == record[name] for name in ("question", "answers", "answer"))
+        same = all(line[name] == record[name] for name in _CASE)
         known = key in verdicts and verdicts[key].right is not None
         if same and not known:
             verdicts[key] = Verdict(line["right"], line["reply"])
@@ -364,7 +380,8 @@ def _load_verdicts(
 def _ask(context: EvalContext, judge: Judge, asked: list[Record], path: Path) -> dict[Key, Verdict]:
     cases = []
     for record in asked:
-        cases.append(Case(record["question"], tuple(record["answers"]), record["answer"]))
+        answers = tuple(record["answers"])
+        cases.append(Case(record["question"], answers, record["answer"]))
     verdicts: dict[Key, Verdict] = {}
     with (
         open(path, "a", encoding="utf-8") as file,
@@ -372,8 +389,7 @@ def _ask(context: EvalContext, judge: Judge, asked: list[Record], path: Path) ->
     ):
 
         def on_verdict(i: int, verdict: Verdict) -> None:
-            names = ("set", "row", "question", "answers", "answer")
-            line = {name: asked[i][name] for name in names}
+            line = {name: asked[i][name] for name in ("set", "row", *_CASE)}
             line["judge"] = judge.name
             line["judge_of"] = judge.identity
             line["right"] = verdict.right

@@ -35,10 +35,10 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> None:
     with _evaluation_run(config, workdir) as (context, weights):
         names = " and ".join(name for name, _ in weights.values())
         context.logger.say(f"evaluating {names}; jax {jax.__version__}")
-        results = [
-            evaluate.evaluate(context, step, name, functools.partial(_warmed, context, load))
-            for step, (name, load) in weights.items()
-        ]
+        results = []
+        for step, (name, load) in weights.items():
+            params = functools.partial(_warmed, context, load)
+            results.append(evaluate.evaluate(context, step, name, params))
         for result in results:
             evaluate.show(context.logger, result)
         if len(results) == 2:
@@ -113,14 +113,13 @@ def _restorer(
 ) -> LoadParams:
     """Gives the sampler's copy of a checkpoint's weights; the optimizer's state stays on disk."""
 
+    def array_like(x: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, weights.dtype, sharding=place)
+
     def restore() -> Params:
         abstract = decoder.abstract_trainable(inputs.model_config)
         shardings = sharding.param_shardings(abstract, mesh)
-        like = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, weights.dtype, sharding=place),
-            abstract,
-            shardings,
-        )
+        like = jax.tree.map(array_like, abstract, shardings)
         try:
             params = checkpoints.restore_params(step, like)
         except Damaged as error:

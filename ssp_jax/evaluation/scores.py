@@ -15,8 +15,9 @@ AVERAGE = "average"  # plain mean over the sets, as in the paper's tables
 # Percent, with intervals; "right" is by config key eval.judge. Then plain means.
 SHARES = ("right", "em", "cover_em", "f1")
 MEANS = ("searches", "tokens")
+COLUMNS = (*SHARES, *MEANS)
 
-Values = dict[str, dict[str, np.ndarray]]  # set -> name of SHARES and MEANS -> values_E
+Values = dict[str, dict[str, np.ndarray]]  # set -> name of COLUMNS -> values_E
 
 
 def interval(means_Z: np.ndarray) -> tuple[float, float]:
@@ -46,9 +47,9 @@ def _with_average(
     """Means and draws of each set, and those of the average where there are several sets."""
     if len(found) < 2:
         return found
-    mean = float(np.mean([mean for mean, _ in found.values()]))
-    draws_Z = np.mean([draws for _, draws in found.values()], axis=0)
-    return found | {AVERAGE: (mean, draws_Z)}
+    means, draws_of_sets = zip(*found.values(), strict=True)
+    draws_Z = np.mean(draws_of_sets, axis=0)
+    return found | {AVERAGE: (float(np.mean(means)), draws_Z)}
 
 
 def summarize(values: Values) -> dict[str, dict[str, float]]:
@@ -60,19 +61,22 @@ def summarize(values: Values) -> dict[str, dict[str, float]]:
     for column in SHARES:
         found = {}
         for name, columns in values.items():
-            mean = float(100 * columns[column].mean())
-            found[name] = (mean, 100 * resampled(name, columns[column]))
+            values_E = columns[column]
+            mean = float(100 * values_E.mean())
+            found[name] = (mean, 100 * resampled(name, values_E))
         for name, (mean, draws_Z) in _with_average(found).items():
             low, high = interval(draws_Z)
             row = table.setdefault(name, {})
             row |= {column: mean, f"{column}_low": low, f"{column}_high": high}
     for column in MEANS:
         means = {name: float(columns[column].mean()) for name, columns in values.items()}
+        average = float(np.mean(list(means.values())))
         for name in table:
-            table[name][column] = means.get(name, float(np.mean(list(means.values()))))
+            table[name][column] = means.get(name, average)
     sizes = {name: len(columns["right"]) for name, columns in values.items()}
+    all_questions = sum(sizes.values())
     for name in table:
-        table[name]["n"] = sizes.get(name, sum(sizes.values()))
+        table[name]["n"] = sizes.get(name, all_questions)
     return table
 
 
@@ -109,11 +113,13 @@ def gains(
     found = {}
     for name, (old, new) in ends.items():
         low, high = interval(differences[name][1])
-        found[name] = Gain(old, new, low, high, paper.get(_own_name(name)))
+        theirs = paper.get(_own_name(name))
+        found[name] = Gain(old, new, low, high, theirs)
     whole = _with_average(differences)
     if AVERAGE in whole:
-        old = float(np.mean([old for old, _ in ends.values()]))
-        new = float(np.mean([new for _, new in ends.values()]))
+        all_old, all_new = zip(*ends.values(), strict=True)
+        old = float(np.mean(all_old))
+        new = float(np.mean(all_new))
         low, high = interval(whole[AVERAGE][1])
         # A mean over other sets is another one.
         theirs = None
@@ -143,7 +149,8 @@ def rows(
 ) -> tuple[list[list[object]], list[str]]:
     """Cells and heads of the table for people."""
     titles = {"right": judge.split()[0], "em": "EM", "cover_em": "cover EM", "f1": "F1"}
-    shares = [column for column in SHARES if column != "right" or judge not in ("em", "cover_em")]
+    is_rule = judge in ("em", "cover_em")  # whose own column has the same numbers as "right"
+    shares = [column for column in SHARES if not (is_rule and column == "right")]
     names = _short(list(table))
     cells = []
     for name, numbers in table.items():
@@ -156,7 +163,8 @@ def rows(
         row.append(f"{numbers['tokens']:.0f}")
         row.append(numbers["n"])
         cells.append(row)
-    return cells, ["set", *(titles[column] for column in shares), "searches", "tokens", "n"]
+    heads = [titles[column] for column in shares]
+    return cells, ["set", *heads, "searches", "tokens", "n"]
 
 
 def gain_rows(found: Mapping[str, Gain]) -> tuple[list[list[object]], list[str]]:
@@ -165,7 +173,8 @@ def gain_rows(found: Mapping[str, Gain]) -> tuple[list[list[object]], list[str]]
     names = _short(list(found))
     cells = []
     for name, gain in found.items():
-        row: list[object] = [names[name], f"{gain.before:.1f}", f"{gain.after:.1f}"]
+        row: list[object] = [names[name]]
+        row += [f"{gain.before:.1f}", f"{gain.after:.1f}"]
         row.append(f"{gain.gain:+.1f}")
         row.append(f"{gain.low:+.1f} to {gain.high:+.1f}")
         if gain.paper:
