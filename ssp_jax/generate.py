@@ -98,7 +98,8 @@ def load_model(folder: str | Path, dtype: str = "") -> Model:
     tokenizer = hf_load.load_tokenizer(folder)
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     abstract = decoder.abstract_params(config)
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) * kind.itemsize
+    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+    size = numbers * kind.itemsize
     tensor = devices_per_copy(config.num_kv_heads, jax.device_count(), size, _device_bytes())
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": tensor})
     stacked = hf_load.load(folder, config, sharding.param_shardings(abstract, mesh), kind)
@@ -113,39 +114,45 @@ def _device_bytes() -> int | None:
 
 
 def devices_per_copy(kv_heads: int, devices: int, size: int, limit: int | None) -> int:
-    """The fewest devices, of `limit` bytes each, that hold `size` bytes of weights twice, as
-    loading needs.
+    """The fewest devices, of `limit` bytes each, that hold `size` bytes of weights twice.
+
+    Loading needs them twice. Where no number is enough: the most that can share a copy.
     """
-    numbers = [
-        n
-        for n in range(1, kv_heads + 1)
-        if sharding.tensor_divides(kv_heads, n) and devices % n == 0
-    ]
-    return next((n for n in numbers if limit is None or 2 * size <= n * limit), numbers[-1])
+    divisors = [n for n in range(1, kv_heads + 1) if sharding.tensor_divides(kv_heads, n)]
+    numbers = [n for n in divisors if devices % n == 0]
+    for number in numbers:
+        if limit is None or 2 * size <= number * limit:
+            return number
+    return numbers[-1]
 
 
 def make_sizes(m: Model, prompt_lengths: Sequence[int], room: int, searching: bool) -> Sizes:
-    """Engine sizes that hold these prompts with `room` tokens after each; nothing is left for the
-    user to choose.
+    """Engine sizes that hold these prompts with `room` tokens after each.
+
+    Nothing is left for the user to choose.
     """
-    parts = sharding.row_shards(m.mesh)
+    shards = sharding.row_shards(m.mesh)
     longest = max(prompt_lengths)
     cache = -(-(longest + room) // 128) * 128
     slot_bytes = cache * kv_cache.token_bytes(m.config, m.dtype)
     limit = _device_bytes()
     # A third of what the weights leave: a decode chunk may hold a second copy of the cache.
-    used = sum(leaf.nbytes for leaf in jax.tree.leaves(m.params)) // m.mesh.shape["tensor"]
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(m.params))
+    used = weights // m.mesh.shape["tensor"]
     room_bytes = CPU_CACHE_BYTES if limit is None else (limit - used) // 3 * m.mesh.size
-    slots = max(1, min(len(prompt_lengths), SLOTS_PER_DEVICE * parts, room_bytes // slot_bytes))
+    useful = min(len(prompt_lengths), SLOTS_PER_DEVICE * shards)
+    slots = max(1, min(useful, room_bytes // slot_bytes))
+
+    # A call has the length of a prompt, or of a search result: shorter ones and longer ones.
     first = min(1024, 1 << (longest - 1).bit_length())
+    lengths = (first, 256, 1024) if searching else (first,)
+    extend_buckets = {min(length, cache) for length in lengths}
     return Sizes(
-        slots=-(-slots // parts) * parts,
+        slots=-(-slots // shards) * shards,
         chunk=16,
         cache_tokens=cache,
         cache_buckets=tuple(b for b in (1024, 4096) if b < cache),
-        extend_buckets=tuple(
-            sorted({min(b, cache) for b in ((first, 256, 1024) if searching else (first,))})
-        ),
+        extend_buckets=tuple(sorted(extend_buckets)),
         extend_rows=min(8, slots),
     )
 
@@ -171,28 +178,27 @@ def play(
     temperature: float = 0.0,
     seed: int = 0,
     search: SearchFn = no_search,
-    take: Callable[[int, Episode], None] = lambda row, episode: None,
+    on_episode: Callable[[int, Episode], None] = lambda row, episode: None,
     progress: Callable[[Stats], None] = lambda stats: None,
 ) -> list[Episode]:
     """Plays one episode for each prompt, all through the slots at once; returns them in order.
 
-    take(row, episode) is called as an episode ends. row: of its prompt.
+    on_episode(row, episode) is called as an episode ends. row: of its prompt.
     """
     lengths = [len(prompt) for prompt in prompt_tokens]
     room = _room(m, context, max(lengths))
     sizes = make_sizes(m, lengths, room, search is not no_search)
     engine = make_engine(m, sizes, search)
-    players = [
-        EpisodePlayer(context, role, episode_id(role, row, 0), temperature, list(prompt))
-        for row, prompt in enumerate(prompt_tokens)
-    ]
-    rows = {player.uid: row for row, player in enumerate(players)}
+    players = []
+    for row, prompt in enumerate(prompt_tokens):
+        uid = episode_id(role, row, 0)
+        players.append(EpisodePlayer(context, role, uid, temperature, list(prompt), tag=row))
     ended: dict[int, Episode] = {}
 
     def finished(player: EpisodePlayer) -> list[EpisodePlayer]:
-        row = rows[player.uid]
+        row = player.tag
         ended[row] = player.episode()
-        take(row, ended[row])
+        on_episode(row, ended[row])
         return []
 
     engine.play(m.params, jax.random.key(seed), players, finished, progress)
@@ -283,13 +289,18 @@ def _rows(path: str) -> list[Row]:
 
 def describe(episode: Episode, tokenizer: Any) -> dict[str, Any]:
     """An output line: what came after the prompt."""
-    n, reason = episode.prompt_length, episode.stop_reason
-    pairs = zip(episode.logprobs[n:], episode.sampled[n:], strict=True)
+    begin = episode.prompt_length
+    tokens = episode.tokens[begin:]
+    pairs = zip(episode.logprobs[begin:], episode.sampled[begin:], strict=True)
+    logprobs = [logprob if sampled else None for logprob, sampled in pairs]
+    reason = episode.stop_reason
+    if reason in ("response_tokens", "turn_tokens"):
+        reason = "max_tokens"
     line: dict[str, Any] = {
-        "token_ids": episode.tokens[n:],
-        "logprobs": [logprob if sampled else None for logprob, sampled in pairs],
-        "text": decode(tokenizer, episode.tokens[n:]),
-        "stop_reason": "max_tokens" if reason in ("response_tokens", "turn_tokens") else reason,
+        "token_ids": tokens,
+        "logprobs": logprobs,
+        "text": decode(tokenizer, tokens),
+        "stop_reason": reason,
     }
     if episode.role == SOLVER.name:
         line |= {
@@ -301,7 +312,7 @@ def describe(episode: Episode, tokenizer: Any) -> dict[str, Any]:
 
 
 class _InOrder:
-    """take(row, line) writes each line as soon as all before it are written."""
+    """Writes each line as soon as all before it are written."""
 
     def __init__(self, file: IO[str], name: str):
         self._file = file
@@ -309,11 +320,12 @@ class _InOrder:
         self._next = 0
         self._waiting: dict[int, dict[str, Any]] = {}
 
-    def take(self, row: int, line: dict[str, Any]) -> None:
+    def write(self, row: int, line: dict[str, Any]) -> None:
         self._waiting[row] = line
         try:
             while self._next in self._waiting:
-                self._file.write(json_line(self._waiting.pop(self._next)) + "\n")
+                text = json_line(self._waiting.pop(self._next))
+                self._file.write(text + "\n")
                 self._next += 1
             self._file.flush()
         except OSError as error:
@@ -352,7 +364,7 @@ def answer_file(f: Any) -> None:
     context = _context(f, tokenizer, sys.maxsize)
     rows = _rows(f.prompts)
     encoded = _encoded(f, context, rows)
-    named = [{"question": row.values["question"].strip()} if f.index else {} for row in rows]
+    role = SOLVER if f.index else ASSISTANT
     name = f"--out={f.out}" if f.out else "the standard output"
     opened = (
         files.replacing(f.out, name, keep=True) if f.out else contextlib.nullcontext(sys.stdout)
@@ -362,13 +374,14 @@ def answer_file(f: Any) -> None:
         m = _load(f)
         out = _InOrder(file, name)
 
-        def take(row: int, episode: Episode) -> None:
-            out.take(row, named[row] | describe(episode, tokenizer))
+        def on_episode(row: int, episode: Episode) -> None:
+            line = describe(episode, tokenizer)
+            if f.index:
+                line = {"question": rows[row].values["question"].strip()} | line
+            out.write(row, line)
 
-        role = SOLVER if f.index else ASSISTANT
-        play(
-            m, context, role, encoded, f.temperature, f.seed, search, take, _Progress(len(encoded))
-        )
+        progress = _Progress(len(encoded))
+        play(m, context, role, encoded, f.temperature, f.seed, search, on_episode, progress)
 
 
 # --- questions typed by a person ------------------------------------------------------------------
@@ -403,8 +416,8 @@ def answer_typed(f: Any) -> None:
     search = _search(f)
     m = _load(f)
     sizes = make_sizes(m, [longest], _room(m, context, longest), True)
-    # small chunks: words appear as they come
-    engine = make_engine(m, dataclasses.replace(sizes, chunk=4), search)
+    sizes = dataclasses.replace(sizes, chunk=4)  # words appear as they come
+    engine = make_engine(m, sizes, search)
 
     def show(text: str, who: str) -> None:
         console.print(printable(text), end="", style="dim" if who == SEARCH_ENGINE else None)
@@ -428,10 +441,13 @@ def answer_typed(f: Any) -> None:
         player.show = show
         stats = engine.play(m.params, jax.random.key(f.seed), [player])
         line = describe(player.episode(), tokenizer)
-        said = f"answer: {line['answer']} · searches: {len(line['searches'])} · " if f.index else ""
-        cost = f"{stats.sampled_tokens} tokens in {stats.seconds:.1f} s"
-        end = f"\n[{said}{cost} · ended by {line['stop_reason']}]\n"
-        console.print(printable(end), style="bold")
+        facts = [f"{stats.sampled_tokens} tokens in {stats.seconds:.1f} s"]
+        facts.append(f"ended by {line['stop_reason']}")
+        if f.index:
+            searches = len(line["searches"])
+            facts = [f"answer: {line['answer']}", f"searches: {searches}", *facts]
+        end = " · ".join(facts)
+        console.print(printable(f"\n[{end}]\n"), style="bold")
 
 
 def _typed(typing: bool) -> Iterator[str]:

@@ -285,8 +285,8 @@ def shown_game(step: int, game: dict[str, Any]) -> dict[str, Any]:
         golds = question["answers"]
     else:
         proposer = game["proposer"] or {"turns": []}
-        said = [turn["text"] for turn in proposer["turns"] if turn["who"] == "proposer"]
-        text = prompts.first_question("".join(said))
+        texts = [turn["text"] for turn in proposer["turns"] if turn["who"] == "proposer"]
+        text = prompts.first_question("".join(texts))
         golds = [game["answer"]]
 
     episodes = []
