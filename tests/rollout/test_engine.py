@@ -29,7 +29,7 @@ CONFIG = decoder.ModelConfig(2048, 1, 32, 4, 2, 8, 48)  # one layer: the program
 PARAMS = decoder.unstack(decoder.init_params(CONFIG, jax.random.key(0)), jnp.float32)
 KEY = jax.random.key(7)
 LIMITS = roles.Limits(64, 200, 120, 12, 4, 3, 60)
-STAGE = roles.EpisodeContext(TOKENIZER, STYLES["brief"], "chat", LIMITS)
+CONTEXT = roles.EpisodeContext(TOKENIZER, STYLES["brief"], "chat", LIMITS)
 SIZES = Sizes(
     slots=8, chunk=4, cache_tokens=256, cache_buckets=(64,), extend_buckets=(16, 64), extend_rows=4
 )
@@ -65,11 +65,11 @@ def make_engine(sizes, config=CONFIG, search=search, **options):
 def make_players(kind=Searcher, groups=4, attempts=3, temperature=1.0):
     return [
         kind(
-            STAGE,
+            CONTEXT,
             roles.SOLVER,
             roles.episode_id(roles.SOLVER, row, attempt),
             temperature,
-            STAGE.encode(f"Question: number {row} " + "and so on " * row),
+            CONTEXT.encode(f"Question: number {row} " + "and so on " * row),
         )
         for row in range(groups)
         for attempt in range(attempts)
@@ -163,7 +163,8 @@ def test_barriers_wait_for_the_whole_wave():
     for schedule in engine.SCHEDULES:
         long = make_players(groups=1, attempts=1)[0]
         short, follower = (
-            roles.EpisodePlayer(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)
+            roles.EpisodePlayer(CONTEXT, roles.VERIFIER, uid, 1.0, [7, 8, uid])
+            for uid in (901, 902)
         )
         following = {short.uid: [follower]}
         ended, finished = collect(lambda player, next_=following: next_.get(player.uid, ()))
@@ -345,15 +346,15 @@ def test_searches_come_back_to_their_own_episode(expected):
 
 def test_a_search_that_finds_nothing_is_told_and_play_goes_on():
     ended, _ = play(SIZES, make_players(attempts=1), search=lambda queries: [[] for _ in queries])
-    nothing_found = STAGE.decode(STAGE.observation([]))
-    assert STAGE.style.no_result_text in nothing_found
+    nothing_found = CONTEXT.decode(CONTEXT.observation([]))
+    assert CONTEXT.style.no_result_text in nothing_found
     for episode in ended.values():
         shown = [text for who, text in episode.turns if who == "search engine"]
         assert shown == [nothing_found] * 2
         assert episode.turns[-1][0] == "solver" and not episode.documents
         pairs = zip(episode.tokens, episode.sampled, strict=True)
         read = [token for token, is_sampled in pairs if not is_sampled]
-        assert STAGE.decode(read).count(nothing_found) == 2
+        assert CONTEXT.decode(read).count(nothing_found) == 2
 
 
 def test_a_search_that_does_not_come_back_does_not_keep_a_signal_from_being_heard():
@@ -392,7 +393,7 @@ def test_attempts_of_a_group_share_its_prompt_and_differ():
 def test_late_attempts_share_the_prompt_of_one_that_plays(expected):
     """Several copies of one prompt in one call, none from another copy."""
     first, *rest = make_players(groups=1, attempts=3)
-    short = roles.EpisodePlayer(STAGE, roles.SOLVER, 9999, 1.0, STAGE.encode("Question: short"))
+    short = roles.EpisodePlayer(CONTEXT, roles.SOLVER, 9999, 1.0, CONTEXT.encode("Question: short"))
     ended, finished = collect(lambda player: rest if player is short else ())
     stats = make_engine(SIZES).play(PARAMS, KEY, [short, first], finished)
     assert stats.shared_tokens == 2 * (len(first.episode().tokens[: first.prompt_length]) - 1)
@@ -410,7 +411,7 @@ def test_players_that_follow_from_others_are_played():
 
 
 def test_a_refused_prompt_ends_without_playing():
-    refused = roles.EpisodePlayer(STAGE, roles.SOLVER, 1, 1.0, [5] * 65)
+    refused = roles.EpisodePlayer(CONTEXT, roles.SOLVER, 1, 1.0, [5] * 65)
     ended, stats = play(SIZES, [refused, *make_players(groups=1, attempts=1)])
     assert ended[1].stop_reason == "prompt_tokens" and ended[1].num_sampled == 0
     assert stats.finished == 2
@@ -427,7 +428,7 @@ def test_nothing_compiles_after_warm_up(devices, request):
 
 def test_no_chunk_is_decoded_when_all_turns_reach_their_limits_in_the_one_before():
     players = [
-        roles.EpisodePlayer(STAGE, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)
+        roles.EpisodePlayer(CONTEXT, roles.VERIFIER, uid, 1.0, [7, 8, uid]) for uid in (901, 902)
     ]
     ended, stats = play(SIZES, players)
     assert [episode.num_sampled for episode in ended.values()] == [LIMITS.turn_tokens] * 2
