@@ -48,6 +48,7 @@ from ssp_jax.workdir import (
     keep_compiled,
     keep_config,
     lock_workdir,
+    made_workdir,
     trained_with,
 )
 
@@ -487,7 +488,7 @@ def training_run(config: ConfigDict, workdir: str) -> Iterator[tuple[TrainingRun
     In the context a signal only sets run.stop, so that what is being saved gets onto the disk.
     """
     keep_compiled(workdir)
-    with lock_workdir(workdir):
+    with made_workdir(workdir), lock_workdir(workdir):
         inputs = read_inputs(config, workdir)
         mesh = make_mesh(config)
         # After the inputs: a mistyped path must not become the workdir's config.

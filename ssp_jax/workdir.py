@@ -45,6 +45,30 @@ EVALUATION_MAY_CHANGE = (
 
 
 @contextlib.contextmanager
+def made_workdir(workdir: str) -> Iterator[None]:
+    """Makes the workdir. Removes it at the end if it is empty: the command was refused.
+
+    Its parents that were missing are made and removed too. Raises InputError.
+    """
+    path = Path(workdir)
+    try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(workdir, error) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # one that is not empty, and its parents, stay
+            for folder in missing:
+                folder.rmdir()
+
+
+def _unusable(workdir: str, error: OSError) -> InputError:
+    return InputError(f"workdir {workdir} cannot be used: {error}")
+
+
+@contextlib.contextmanager
 def lock_workdir(workdir: str) -> Iterator[None]:
     """Locks the workdir. A second run on this machine gets InputError: both would write its files.
 
@@ -63,10 +87,9 @@ def lock_workdir(workdir: str) -> Iterator[None]:
             print(f"ssp_jax: {sentence(unlocked)}", file=sys.stderr)
 
     try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
         folder = os.open(workdir, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"workdir {workdir} cannot be used: {error}") from error
+        raise _unusable(workdir, error) from error
     try:
         processes.run_on_all(lambda: lock() if processes.is_coordinator() else None)
         yield
@@ -106,11 +129,10 @@ def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False)
     """
     now = as_read(config)
     try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
         before = _config_before(workdir)
         trained = (Path(workdir) / "metrics.jsonl").exists() or checkpoint.finished_steps(workdir)
     except OSError as error:
-        raise InputError(f"workdir {workdir} cannot be used: {error}") from error
+        raise _unusable(workdir, error) from error
     if before is None:
         return
     free = MAY_CHANGE if trained and not evaluating else EVALUATION_MAY_CHANGE
@@ -162,7 +184,7 @@ def keep_config(workdir: str, config: ConfigDict, *, evaluating: bool = False) -
         try:
             records.write_document(path, as_read(config))
         except OSError as error:
-            raise InputError(f"workdir {workdir} cannot be used: {error}") from error
+            raise _unusable(workdir, error) from error
 
     processes.run_on_all(write)
 

@@ -2483,6 +2483,10 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def empty_folders(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_refused_in_one_sentence(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -2490,6 +2494,7 @@ def test_bad_input_is_refused_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     command, *arguments = case.make(tmp_path)
     before = contents(tmp_path)
+    empty_before = empty_folders(tmp_path)
     compiles = CompileCounter()
     code = COMMANDS[command](arguments)
     said = capsys.readouterr().err
@@ -2499,4 +2504,5 @@ def test_bad_input_is_refused_in_one_sentence(
     assert not [line for line in progress if re.search("ssp_jax: |Traceback", line)], said
     after = contents(tmp_path)
     assert {path: after.get(path) for path in before} == before
+    assert empty_folders(tmp_path) <= empty_before  # a mistyped path makes no folder
     assert compiles.count == 0

@@ -21,7 +21,7 @@ from ssp_jax.model.weights import Weights
 from ssp_jax.runtime import device_memory, processes
 from ssp_jax.runtime.checkpoint import Checkpoints, Damaged
 from ssp_jax.runtime.logger import Logger
-from ssp_jax.workdir import keep_compiled, keep_config, lock_workdir
+from ssp_jax.workdir import keep_compiled, keep_config, lock_workdir, made_workdir
 
 LoadParams = Callable[[], Params]  # gives the sampler's copy of weights
 
@@ -56,8 +56,9 @@ def _evaluation_run(
     A signal ends it between decode chunks.
     """
     keep_compiled(workdir)
-    inputs = assemble.read_inputs(config, workdir, evaluating=True)
-    keep_config(workdir, config, evaluating=True)
+    with made_workdir(workdir):
+        inputs = assemble.read_inputs(config, workdir, evaluating=True)
+        keep_config(workdir, config, evaluating=True)
     mesh = assemble.make_mesh(config)
     engine = assemble.run_engine(config, inputs, mesh)
     weights = assemble.make_weights(config, inputs.model_config, mesh)

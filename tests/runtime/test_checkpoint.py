@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from configs import default
 from ssp_jax.errors import InputError
 from ssp_jax.runtime.checkpoint import Checkpoints, leaf_digests
-from ssp_jax.workdir import check_workdir, keep_config, lock_workdir
+from ssp_jax.workdir import check_workdir, keep_config, lock_workdir, made_workdir
 from tests.conftest import files_of_at_most
 
 GAME = {
@@ -455,10 +455,28 @@ def test_a_workdir_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_workdir_stays_only_with_something_in_it(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b"
+    with pytest.raises(InputError, match="refused"), made_workdir(str(deep)):
+        assert deep.is_dir()
+        raise InputError("refused")
+    assert not (tmp_path / "a").exists()
+
+    with made_workdir(str(deep)):
+        (tmp_path / "a" / "theirs").touch()  # such as another run's workdir
+    assert not deep.exists() and (tmp_path / "a").is_dir()
+
+    deep.mkdir()
+    with made_workdir(str(deep)):
+        pass
+    assert deep.is_dir()  # was there before
+
+
 def test_workdir_belongs_to_one_config(tmp_path: Path) -> None:
     config = default.get_config()
     check_workdir(str(tmp_path / "run"), config)
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
     keep_config(str(tmp_path / "run"), config)
     (tmp_path / "run" / "metrics.jsonl").touch()  # as a run's logger does
     check_workdir(str(tmp_path / "run"), config)
