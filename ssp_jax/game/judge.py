@@ -280,16 +280,20 @@ class OpenAI:
     ) -> None:
         left = iter(enumerate(cases))
         at_once = min(self._concurrency, len(cases))
-        failed_in_a_row = 0  # as many as there are workers: perhaps the server has gone away
+        unjudged = len(cases)
+        # As many as there are workers, or the last cases: perhaps the server has gone away. Then
+        # their failures say nothing of the answers.
+        failed_in_a_row = 0
         async with self._connect(self._timeout_s) as client:
 
             async def work() -> None:
-                nonlocal failed_in_a_row
+                nonlocal failed_in_a_row, unjudged
                 for i, case in left:
                     verdict = await self._judge(client, case)
                     on_verdict(i, verdict)
+                    unjudged -= 1
                     failed_in_a_row = failed_in_a_row + 1 if verdict.failed else 0
-                    if failed_in_a_row == at_once:
+                    if failed_in_a_row == at_once or (failed_in_a_row and not unjudged):
                         failed_in_a_row = 0
                         await self._check(client)
 

@@ -509,6 +509,24 @@ def test_a_server_that_has_gone_away_ends_the_judging(serve, gone):
     assert len(heard) < 10  # and not 50: nobody waits for each of them
 
 
+def test_a_server_that_goes_away_before_the_last_case_ends_the_judging_too(serve):
+    """One failure of four workers, and no case left that would fail as well."""
+    heard = []
+
+    def last(handler):
+        while len(heard) < 4:
+            time.sleep(0.01)
+        hang_up(handler)
+
+    server = serve(xyzzy=[last])
+    connected = connect(server, retries=0, concurrency=4)
+    server.says["week"] = [503]
+    cases = [*CASES[:4], Case("Q?", ("Paris",), "xyzzy")]
+    with pytest.raises(InputError, match=r"judge\.url: .*expected a server that completes chats"):
+        connected.ask(cases, lambda i, verdict: heard.append(verdict), lambda: None)
+    assert [verdict.right for verdict in heard] == [True] * 4 + [None]
+
+
 def test_cases_that_fail_are_no_server_that_has_gone_away(serve):
     server = serve(xyzzy=[400])
     verdicts = ask(connect(server, retries=0, concurrency=2), [Case("Q?", ("Paris",), "xyzzy")] * 5)
