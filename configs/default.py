@@ -65,9 +65,9 @@ def get_config() -> ConfigDict:
     c.retriever.threads = 0
     # http: http://HOST:PORT/retrieve.
     c.retriever.url = ""
-    # http: seconds until a whole request counts as failed [H].
+    # http: seconds of a try, from the look-up of the host to the last byte of the reply [H].
     c.retriever.timeout_s = 30.0
-    # http: of a failed request: at once, then after 1, 2, 4, ... seconds [H].
+    # http: further tries after one that fails: at once, then after 1, 2, 4, ... seconds [H].
     c.retriever.retries = 5
     # Passages per search [P s4.1].
     c.retriever.top_k = 3
@@ -140,9 +140,9 @@ def get_config() -> ConfigDict:
     c.judge.model = ""
     # openai: requests at the same time; 32 to 50 in [C].
     c.judge.concurrency = 32
-    # openai: seconds until a request counts as failed [C].
+    # openai: seconds of a try, up to the last byte of the reply [C].
     c.judge.timeout_s = 30.0
-    # openai: of a failed request, after pauses that grow from half a second [H].
+    # openai: further tries after one that fails, after pauses from half a second up [H].
     c.judge.retries = 5
     # Tokens of a verdict; more for models that think first [H]; 10 in [C].
     c.judge.max_tokens = 16
