@@ -4,10 +4,10 @@
         [--steps=40] [--jobs=1]
 
 Runs `python -m ssp_jax.main --config=configs/tiny.py` once per variant and seed and prints the
-tables in Markdown, for the README. A variant of several tables is run once, a finished run is not
-repeated, and one that was ended goes on. A run takes about as long as `make demo`; all four tables
-are 15 runs for each seed. --jobs runs share the machine. At Ctrl-C, SIGTERM or SIGHUP the runs at
-work save, and then all ends, after Ctrl-C with code 130.
+tables in Markdown, for the README. A variant of several tables is run once, a finished run of the
+same config is not repeated, and one that was ended goes on. A run takes about as long as `make
+demo`; all four tables are 15 runs for each seed. --jobs runs share the machine. At Ctrl-C, SIGTERM
+or SIGHUP the runs at work save, and then all ends, after Ctrl-C with code 130.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 SSP = "SSP"  # the default, a row of every table
 VARIANTS = {
     SSP: "",
@@ -48,14 +49,12 @@ BEFORE = "before"
 
 @dataclass(frozen=True)
 class Table:
-    """rows: variant -> the paper's figures under `columns`, percent right by a judge; `called`
-    renames rows.
-    """
+    """A table of the paper."""
 
     title: str
     columns: Sequence[str]
-    rows: dict[str, Sequence[float]]
-    called: dict[str, str]
+    rows: dict[str, Sequence[float]]  # variant -> the paper's figures, percent right by a judge
+    titles: dict[str, str]  # of rows whose variant has another name
     seconds: bool = False  # with our seconds a step
 
 
@@ -112,27 +111,44 @@ class Plan:
         name = "".join(c if c.isalnum() else "_" for c in variant.replace("+", "p"))
         return self.out / f"{name}_seed{seed}_steps{self.steps}"
 
+    def arguments(self, variant: str, seed: int) -> list[str]:
+        """The command line of a run."""
+        arguments = [
+            "ssp_jax.main",
+            "--config=configs/tiny.py",
+            f"--workdir={self.workdir(variant, seed)}",
+            f"--config.seed={seed}",
+            f"--config.steps={self.steps}",
+            "--noconfig.checkpoint.export",
+        ]
+        if VARIANTS[variant]:
+            arguments.append(f"--config.{VARIANTS[variant]}")
+        return arguments
+
+    def config(self, variant: str, seed: int) -> dict[str, Any]:
+        """The config of a run, as its workdir has it."""
+        from ssp_jax.config import parse_command_line
+        from ssp_jax.workdir import as_read
+
+        return as_read(parse_command_line(self.arguments(variant, seed)).config)
+
     def finished(self, variant: str, seed: int) -> bool:
-        """By its summary: a run that a signal has ended saves, and its exit code is 0 too."""
-        return (self.workdir(variant, seed) / "summary.json").exists()
+        """Whether the workdir has a summary of this config and number of steps.
+
+        The exit code does not say it: a run that a signal has ended saves and ends with 0 too.
+        """
+        workdir = self.workdir(variant, seed)
+        if not all((workdir / name).exists() for name in ("summary.json", "config.json")):
+            return False
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        done = self.summary(variant, seed)["steps"]
+        return done == self.steps and config == self.config(variant, seed)
 
     def start(self, variant: str, seed: int) -> subprocess.Popen[bytes]:
         """Starts or resumes a run; its output goes to log.txt in its workdir."""
         workdir = self.workdir(variant, seed)
         workdir.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "ssp_jax.main",
-            "--config=configs/tiny.py",
-            f"--workdir={workdir}",
-        ]
-        command += [
-            f"--config.seed={seed}",
-            f"--config.steps={self.steps}",
-            "--noconfig.checkpoint.export",
-        ]
-        command += [f"--config.{VARIANTS[variant]}"] if VARIANTS[variant] else []
+        command = [sys.executable, "-m", *self.arguments(variant, seed)]
         # Runs of the same shapes share their programs.
         environment = {"JAX_COMPILATION_CACHE_DIR": str(self.out / "compiled")} | os.environ
         with open(workdir / "log.txt", "a", encoding="utf-8") as log:
@@ -178,7 +194,10 @@ def spread(values: Sequence[float]) -> str:
 
 def table_lines(number: int, plan: Plan, seeds: Sequence[int]) -> list[str]:
     table = TABLES[number]
-    heads = ["", *SETS, *(["s a step"] if table.seconds else []), *table.columns]
+    heads = ["", *SETS]
+    if table.seconds:
+        heads.append("s a step")
+    heads += table.columns
     lines = [
         f"Table {number}, {table.title}:",
         "",
@@ -187,16 +206,24 @@ def table_lines(number: int, plan: Plan, seeds: Sequence[int]) -> list[str]:
     ]
     for variant, figures in table.rows.items():
         when = "before" if variant == BEFORE else "after"
-        runs = [plan.summary(SSP if variant == BEFORE else variant, seed) for seed in seeds]
-        found = [run["eval"][when] for run in runs]
-        cells = [
-            spread([np.mean([sets[name]["em"] for name in of]) for sets in found])
-            for of in SETS.values()
-        ]
-        cells += [spread([run["seconds"] / run["steps"] for run in runs])] if table.seconds else []
+        played = SSP if variant == BEFORE else variant
+        runs = [plan.summary(played, seed) for seed in seeds]
+        cells = []
+        for names in SETS.values():
+            means = [exact_match(run["eval"][when], names) for run in runs]
+            cells.append(spread(means))
+        if table.seconds:
+            seconds = [run["seconds"] / run["steps"] for run in runs]
+            cells.append(spread(seconds))
         cells += [f"{figure:.1f}" for figure in figures]
-        lines.append(f"| {table.called.get(variant, variant)} | {' | '.join(cells)} |")
+        title = table.titles.get(variant, variant)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def exact_match(scores: dict[str, dict[str, float]], sets: Sequence[str]) -> float:
+    """Mean over these sets, percent. scores: of an evaluation, by set."""
+    return float(np.mean([scores[name]["em"] for name in sets]))
 
 
 def numbers(text: str) -> list[int]:
@@ -218,10 +245,11 @@ def main() -> None:
     if args.jobs < 1:
         parser.error(f"--jobs: expected 1 or more, got {args.jobs}")
     plan = Plan(args.out.resolve(), args.steps)
-    wanted = {variant for number in args.tables for variant in TABLES[number].rows} - {BEFORE} | {
-        SSP
-    }
-    todo = [(variant, seed) for seed in args.seeds for variant in VARIANTS if variant in wanted]
+    wanted = {SSP}  # which "before" is a row of
+    for number in args.tables:
+        wanted |= TABLES[number].rows.keys()
+    variants = [variant for variant in VARIANTS if variant in wanted]
+    todo = [(variant, seed) for seed in args.seeds for variant in variants]
     plan.run(todo, args.jobs)
     left = [pair for pair in todo if not plan.finished(*pair)]
     for variant, seed in left:

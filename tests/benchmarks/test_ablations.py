@@ -35,7 +35,7 @@ def test_a_variant_is_a_config(variant):
 
 @pytest.fixture
 def finished(tmp_path):
-    """Summaries as runs leave them, of all variants but one."""
+    """Configs and summaries as runs leave them, of all variants."""
     plan = ablations.Plan(tmp_path, 40)
     for variant in ablations.VARIANTS:
         for seed in SEEDS:
@@ -51,6 +51,7 @@ def finished(tmp_path):
                 "steps": 40,
             }
             (folder / "summary.json").write_text(json.dumps(summary))
+            (folder / "config.json").write_text(json.dumps(plan.config(variant, seed)))
     return plan
 
 
@@ -78,6 +79,17 @@ def test_finished_runs_are_not_repeated_and_each_row_has_mean_and_deviation(
     assert "| SSP | 60.0 | 0.0 | 30.0 | 49.5 |" in run(
         monkeypatch, capsys, f"--out={finished.out}", "--seeds=0"
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [("summary.json", {"steps": 39}), ("config.json", {"learner.kl_coef": 0.5})],
+)
+def test_a_run_of_another_length_or_config_is_not_finished(finished, file, change):
+    path = finished.workdir("solver only", 1) / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert finished.finished("solver only", 0)
+    assert not finished.finished("solver only", 1)
 
 
 def test_a_run_that_fails_is_named_and_the_others_count(finished, monkeypatch, capsys):
