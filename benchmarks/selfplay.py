@@ -30,35 +30,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ssp_jax import data
-from ssp_jax.assemble import make_context, make_game_config  # noqa: E402
+from ssp_jax import assemble, data  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
-from ssp_jax.game import roles
+from ssp_jax.game import roles  # noqa: E402
 from ssp_jax.game.rounds import ReplayState, Round  # noqa: E402
 from ssp_jax.game.selfplay import SelfPlay  # noqa: E402
-from ssp_jax.model import (
-    decoder,
-    hf_load,  # noqa: E402
-    sharding,
-)
-from ssp_jax.retriever.search import (
-    Retriever,
-    open_retriever,  # noqa: E402
-)
-from ssp_jax.rollout import engine, sampler
-from ssp_jax.rollout.scheduler import (
-    PendingWrite,
-    Player,
-    Stats,  # noqa: E402
-)
-from ssp_jax.runtime import platform
+from ssp_jax.model import decoder  # noqa: E402
+from ssp_jax.rollout import engine, sampler  # noqa: E402
+from ssp_jax.rollout.scheduler import PendingWrite, Player, Stats  # noqa: E402
+from ssp_jax.runtime import platform  # noqa: E402
 
 Progress = Callable[[Stats], None]
 
 
 class StaticLoop(engine.Engine):
-    """Batches of as many players as there are slots, turn by turn; nothing stays in the cache
-    between turns.
+    """Batches of as many players as there are slots, turn by turn.
+
+    Nothing stays in the cache between turns.
     """
 
     def play(
@@ -69,12 +57,18 @@ class StaticLoop(engine.Engine):
         finished: Callable[[Any], Iterable[Player]] = lambda player: (),
         progress: Progress = lambda stats: None,
     ) -> Stats:
-        start, stats, device = time.monotonic(), Stats(), self.device(params, key)
-        waiting, following = list(players), list[Player]()
+        start = time.monotonic()
+        stats = Stats()
+        device = self.device(params, key)
+        slots = device.layout.rows[0]
+        waiting = list(players)
+        following: list[Player] = []
         while waiting or following:
             if not waiting:
-                waiting, following = following, []
-            batch, waiting = waiting[: device.layout.rows[0]], waiting[device.layout.rows[0] :]
+                waiting = following
+                following = []
+            batch = waiting[:slots]
+            waiting = waiting[slots:]
             active = [player for player in batch if not player.stop_reason]
             while active:
                 active = self._turn(device, active, stats, lambda: progress(stats))
@@ -89,25 +83,31 @@ class StaticLoop(engine.Engine):
         self, device: engine.Device, active: list[Player], stats: Stats, tick: Callable[[], None]
     ) -> list[Player]:
         """One turn of all, searches included; those that go on."""
-        slots, none = device.layout.rows[0], np.zeros((0, device.layout.rows[0]), np.int32)
+        slots = device.layout.rows[0]
+        none = np.zeros((0, slots), np.int32)  # rows of later pieces: the cache has one piece
         room_B = np.full((slots,), device.layout.ends[-1], np.int32)
-        rows = [
-            PendingWrite(
-                i,
-                p.tokens,
+
+        # Everything is written from the start.
+        writes = []
+        for slot, player in enumerate(active):
+            write = PendingWrite(
+                slot,
+                player.tokens,
                 0,
-                len(p.tokens) - 1,
-                p.token_limit(),
-                p.stop_automaton,
-                p.uid,
-                p.temperature,
+                len(player.tokens) - 1,
+                player.token_limit(),
+                player.stop_automaton,
+                player.uid,
+                player.temperature,
             )
-            for i, p in enumerate(active)
-        ]
-        stats.written_tokens += sum(row.count for row in rows)
-        for i in range(0, len(rows), device.rows_per_shard):
-            part = rows[i : i + device.rows_per_shard]
-            device.extend(none, part, self._sizes.extend_len(max(row.count for row in part)), 0)
+            writes.append(write)
+        stats.written_tokens += sum(write.count for write in writes)
+        for begin in range(0, len(writes), device.rows_per_shard):
+            writes_of_call = writes[begin : begin + device.rows_per_shard]
+            longest = max(write.count for write in writes_of_call)
+            device.extend(none, writes_of_call, self._sizes.extend_len(longest), 0)
+
+        # All decode until the last one stops.
         stops: dict[int, int] = {}
         new: list[tuple[list[int], list[float]]] = [([], []) for _ in active]
         while len(stops) < len(active):
@@ -121,7 +121,10 @@ class StaticLoop(engine.Engine):
                 if chunk.stop_B[i] != sampler.RUNNING:
                     stops[i] = int(chunk.stop_B[i])
             tick()
-        searching, queries = [], []
+
+        # All search at once.
+        searching = []
+        queries = []
         for i, player in enumerate(active):
             stats.sampled_tokens += len(new[i][0])
             query = player.end_turn(*new[i], stops[i])
@@ -137,45 +140,34 @@ class StaticLoop(engine.Engine):
 
 @dataclasses.dataclass
 class Setting:
+    """What all schedules play with."""
+
     config: ConfigDict
+    inputs: assemble.Inputs
     tasks: list[data.Task]
-    context: roles.EpisodeContext
-    retriever: Retriever
     params: decoder.Params
-    arguments: tuple[Any, ...]  # of Engine, but sizes
 
     def game(self, kind: type[engine.Engine], **changes: Any) -> SelfPlay:
-        model_config, *others = self.arguments
-        sizes = dataclasses.replace(engine.Sizes(**self.config.engine), **changes)
-        player = kind(model_config, sizes, *others)
-        return SelfPlay(make_game_config(self.config), self.context, player, self.retriever)
+        """changes: of the engine's sizes."""
+        config = self.config
+        inputs = self.inputs
+        sizes = dataclasses.replace(assemble.make_sizes(config, hosts=1), **changes)
+        automata = roles.role_automata(inputs.tokenizer, inputs.model_config.vocab_size)
+        dtype = jnp.dtype(config.model.dtype)
+        search = functools.partial(inputs.retriever.search, top_k=config.retriever.top_k)
+        player = kind(inputs.model_config, sizes, automata, inputs.eos, dtype, search)
+        game_config = assemble.make_game_config(config)
+        return SelfPlay(game_config, inputs.context, player, inputs.retriever)
 
 
-def prepare(config: ConfigDict, index: str) -> Setting:
-    c, r = config, config.retriever
-    model_config, tokenizer = (
-        hf_load.read_config(c.model.path),
-        hf_load.load_tokenizer(c.model.path),
-    )
-    dtype = jnp.dtype(c.model.dtype)
-    retriever = open_retriever(
-        r.corpus, index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r.k1, b=r.b
-    )
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    loaded = hf_load.load(c.model.path, model_config, None, jnp.float32)
-    everything = data.load_answers(c.data.answers)
-    rows = data.batch_indices(len(everything), c.game.answers_per_step, c.seed, 0)
-    automata = roles.role_automata(tokenizer, model_config.vocab_size)
-    eos = roles.eos_tokens(tokenizer, hf_load.read_generation_config(c.model.path))
-    search = functools.partial(retriever.search, top_k=r.top_k)
-    return Setting(
-        c,
-        [everything[row] for row in rows],
-        make_context(c, tokenizer),
-        retriever,
-        sharding.sampler_copy(model_config, mesh, dtype)(loaded),
-        (model_config, automata, eos, dtype, search),
-    )
+def prepare(config: ConfigDict, workdir: str) -> Setting:
+    inputs = assemble.read_inputs(config, workdir)
+    mesh = assemble.make_mesh(config)
+    number = config.game.answers_per_step
+    rows = data.batch_indices(len(inputs.tasks), number, config.seed, 0)
+    tasks = [inputs.tasks[row] for row in rows]
+    params = assemble.make_weights(config, inputs.model_config, mesh).initial_for_sampler()
+    return Setting(config, inputs, tasks, params)
 
 
 def play(setting: Setting, game: SelfPlay) -> tuple[dict[int, list[int]], dict[str, float]]:
@@ -186,21 +178,15 @@ def play(setting: Setting, game: SelfPlay) -> tuple[dict[int, list[int]], dict[s
         seen.append((stats.finished, stats.busy_steps, stats.slot_steps))
 
     start = time.monotonic()
-    round_, _ = game.play(
-        0,
-        setting.tasks,
-        ReplayState(),
-        setting.params,
-        jax.random.key(setting.config.seed),
-        progress,
-    )
+    key = jax.random.key(setting.config.seed)
+    round_, _ = game.play(0, setting.tasks, ReplayState(), setting.params, key, progress)
     seconds = time.monotonic() - start
     finished, busy, steps = np.array(seen).T
-    most = int(np.searchsorted(finished, 0.9 * finished[-1]))
+    nine_tenths = int(np.searchsorted(finished, 0.9 * finished[-1]))
     cost = {
         "seconds": seconds,
         "occupancy": busy[-1] / steps[-1],
-        "occupancy_until_90%": busy[most] / max(steps[most], 1),
+        "occupancy_until_90%": busy[nine_tenths] / max(steps[nine_tenths], 1),
         "decode_steps": steps[-1] / setting.config.engine.slots,
         "written_tokens": round_.stats.written_tokens,
         "episodes": round_.stats.finished,
@@ -208,11 +194,17 @@ def play(setting: Setting, game: SelfPlay) -> tuple[dict[int, list[int]], dict[s
     return _tokens(round_), {key: float(value) for key, value in cost.items()}
 
 
+def shown(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
 def _tokens(round_: Round) -> dict[int, list[int]]:
-    played = [
-        e for g in round_.games for e in (g.proposer, g.verifier, *g.attempts) if e is not None
-    ]
-    return {episode.uid: episode.tokens for episode in played}
+    tokens = {}
+    for game in round_.games:
+        for episode in (game.proposer, game.verifier, *game.attempts):
+            if episode is not None:
+                tokens[episode.uid] = episode.tokens
+    return tokens
 
 
 def main() -> None:
@@ -231,6 +223,7 @@ def main() -> None:
     config = load_config(args.config)
     config.game.answers_per_step = args.answers or config.game.answers_per_step
     config.engine.slots = args.slots or config.engine.slots
+    config.mesh.update(data=1, fsdp=1, tensor=1)
     with tempfile.TemporaryDirectory() as folder:
         setting = prepare(config, folder)
         games = {
@@ -247,23 +240,22 @@ def main() -> None:
             for name, game in games.items():
                 tokens, cost = play(setting, game)
                 expected = expected or tokens
-                differing = (
-                    sum(tokens[uid] != expected[uid] for uid in expected)
-                    if tokens.keys() == expected.keys()
-                    else -1
-                )
-                costs[name] += [cost | {"differing_episodes": differing}] * (repeat > 0)
-    median = {
-        name: {key: statistics.median(c[key] for c in each) for key in each[0]}
-        for name, each in costs.items()
-    }
+                differing = -1  # other episodes
+                if tokens.keys() == expected.keys():
+                    differing = sum(tokens[uid] != expected[uid] for uid in expected)
+                cost["differing_episodes"] = differing
+                if repeat:
+                    costs[name].append(cost)
+    median: dict[str, dict[str, float]] = {}
+    for name, each in costs.items():
+        median[name] = {key: statistics.median(cost[key] for cost in each) for key in each[0]}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
     keys = list(median["pipelined"])
     print(f"| schedule | {' | '.join(keys)} | time / pipelined |")
     print("|---" * (len(keys) + 2) + "|")
     for name, row in median.items():
-        cells = [f"{row[key]:.3g}" if row[key] < 1000 else f"{row[key]:,.0f}" for key in keys]
+        cells = [shown(row[key]) for key in keys]
         times = row["seconds"] / median["pipelined"]["seconds"]
         print(f"| {name} | {' | '.join(cells)} | {times:.2f} |")
 
