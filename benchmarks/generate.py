@@ -17,7 +17,6 @@ import argparse
 import functools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.peers import interpreter  # noqa: E402
+
 Shape = tuple[int, int, int, int, int, int, int]
 # Qwen2 shapes: vocabulary, layers, width, query heads, key/value heads, head size, feed-forward
 # width; new tokens.
@@ -35,10 +37,6 @@ SHAPES = {
     "15M": ((8192, 8, 384, 6, 2, 64, 1536), 128),
     "0.5B": ((151936, 24, 896, 14, 2, 64, 4864), 32),
     "1.5B": ((151936, 28, 1536, 12, 2, 128, 8960), 32),
-}
-PEERS = {
-    "tunix": ("google-tunix==0.1.7", "jax==0.12.0.1"),
-    "torch": ("torch==2.13.0", "transformers==5.23.0"),
 }
 PROMPT, ROPE_THETA = 128, 1_000_000
 CHUNK = 16  # decode steps that the engine dispatches at once
@@ -261,24 +259,11 @@ def run_torch(
 RUNS = {"ssp_jax": run_ssp_jax, "tunix": run_tunix, "torch": run_torch}
 
 
-def environment(name: str, out: Path, python312: str) -> str | None:
-    """The interpreter that runs a contender, installed when missing; None if it cannot be."""
+def contender_python(name: str, out: Path, python312: str) -> str | None:
+    """The interpreter that runs a contender; None where a peer cannot be installed."""
     if name == "ssp_jax":
         return sys.executable
-    base = python312 if name == "tunix" else sys.executable
-    found = shutil.which(base)
-    if found is None or subprocess.run([found, "--version"], capture_output=True).returncode:
-        print(f"{name} is left out: there is no {base}")
-        return None
-    folder = out / "envs" / name
-    python, stamp = folder / "bin" / "python", folder / "installed"
-    if not stamp.exists():
-        subprocess.run([found, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", *PEERS[name], "numpy"], check=True
-        )
-        stamp.write_text(" ".join(PEERS[name]) + "\n", encoding="utf-8")
-    return str(python)
+    return interpreter(name, out / "envs" / name, python312)
 
 
 def measure(python: str, name: str, cell: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -342,7 +327,8 @@ def main() -> None:
         return
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    pythons = {name: environment(name, out, args.python312) for name in args.contenders.split(",")}
+    contenders = args.contenders.split(",")
+    pythons = {name: contender_python(name, out, args.python312) for name in contenders}
     names = [name for name, python in pythons.items() if python]
     results: dict[str, dict[str, Any]] = {}
     for cell in args.cells.split(","):

@@ -19,7 +19,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,13 +28,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.peers import PACKAGES, interpreter  # noqa: E402
+
 PROMPT, RESPONSE = 128, 384
 CLIP_LOW, CLIP_HIGH, RATE = 0.2, 0.28, 1e-6
 TIME_LIMIT = 120.0
-PEERS = {
-    "tunix": ("python3.12", ["google-tunix==0.1.7", "jax==0.12.0.1"]),
-    "torch": (sys.executable, ["torch==2.13.0", "transformers==5.23.0", "numpy"]),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,40 +320,13 @@ def run_packing(shape: Shape, repeats: int) -> dict[str, Any]:
 WORKERS = {"ssp_jax": run_ssp_jax, "tunix": run_tunix, "torch": run_torch, "packing": run_packing}
 
 
-def environment(contender: str, out: Path) -> str | None:
-    """The interpreter of a contender, installed on first use; None, with a line why, where it
-    cannot be.
-    """
-    if contender not in PEERS:
-        return sys.executable
-    name, packages = PEERS[contender]
-    versions = Path.home() / ".pyenv" / "versions"
-    found = (
-        next((str(p) for p in sorted(versions.glob("3.12*/bin/python3.12"))), None)
-        if "3.12" in name
-        else None
-    )
-    base = found or shutil.which(name)
-    if base is None:
-        print(f"{contender} is left out: it needs {name}, which is not on PATH", flush=True)
-        return None
-    python, stamp = (
-        out / "venvs" / contender / "bin" / "python",
-        out / "venvs" / contender / "installed",
-    )
-    if not stamp.exists() or stamp.read_text() != " ".join(packages):
-        print(f"installing {' '.join(packages)}", flush=True)
-        subprocess.run([base, "-m", "venv", "--clear", str(out / "venvs" / contender)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
-        stamp.write_text(" ".join(packages))
-    return str(python)
-
-
 def measure(contender: str, shape: str, repeats: int, out: Path) -> dict[str, Any] | None:
     """What the worker process prints last; None if it fails. Its steps and errors go to stderr as
     they come.
     """
-    python = environment(contender, out)
+    python: str | None = sys.executable
+    if contender in PACKAGES:
+        python = interpreter(contender, out / "envs" / contender)
     if python is None:
         return None
     command = [

@@ -19,13 +19,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH = ("torch==2.13.0", "transformers==5.23.0")
+sys.path.insert(0, str(ROOT))
+from benchmarks.peers import interpreter  # noqa: E402
+
 MIB = 2**20
 
 
 def load_ssp_jax(folder: str) -> dict[str, float]:
     """Loads all of it on one device."""
-    sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
 
@@ -76,15 +77,6 @@ def peak() -> float:
 LOADERS = {"ssp_jax": load_ssp_jax, "transformers": load_transformers}
 
 
-def torch_python() -> str:
-    """An environment of the benchmark's own: transformers loads models only where PyTorch is."""
-    python = ROOT / ".venv-torch" / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *TORCH], check=True)
-    return str(python)
-
-
 def measure(python: str, loader: str, folder: Path) -> dict[str, float]:
     command = [python, __file__, f"--folder={folder}", f"--loader={loader}"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -103,7 +95,9 @@ def main() -> None:
         figures = LOADERS[args.loader](str(args.folder))
         print(json.dumps(figures | {"peak": peak()}))
         return
-    pythons = {"ssp_jax": sys.executable, "transformers": args.torch_python or torch_python()}
+    # Transformers loads models only where PyTorch is.
+    torch_python = args.torch_python or str(interpreter("torch", ROOT / ".venv-torch"))
+    pythons = {"ssp_jax": sys.executable, "transformers": torch_python}
     for file in args.folder.glob("*.safetensors"):
         # Into the system's cache. In pieces, for a child starts with its parent's peak memory.
         with file.open("rb") as stream:
