@@ -101,40 +101,46 @@ def run_ssp_jax(
     from ssp_jax.runtime import platform
 
     platform.prepare()
+    kind = jnp.dtype(dtype)
     config = decoder.ModelConfig(*shape, rope_theta=ROPE_THETA, tie_embeddings=True, qkv_bias=True)
-    copy = sharding.sampler_copy(
-        config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), jnp.dtype(dtype)
-    )
-    params, vocab = (
-        copy(jax.jit(functools.partial(decoder.init_params, config))(jax.random.key(0))),
-        shape[0],
-    )
-    automaton = stops.build_automaton([], [b"x"] * vocab, vocab)
-    sizes = engine.Sizes(batch, CHUNK, length + new, (), (length,), min(batch, 8))
-    one = engine.Engine(
-        config, sizes, [automaton], (vocab,), jnp.dtype(dtype), search=lambda queries: []
-    )
-    given, steps = prompts(vocab, batch, length), new
+    vocab = config.vocab_size
 
-    def rollout() -> int:
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    init_params = jax.jit(functools.partial(decoder.init_params, config))
+    params = sharding.sampler_copy(config, mesh, kind)(init_params(jax.random.key(0)))
+
+    # Nothing ends a turn but its length.
+    automaton = stops.build_automaton([], [b"x"] * vocab, vocab)
+    sizes = engine.Sizes(
+        slots=batch,
+        chunk=CHUNK,
+        cache_tokens=length + new,
+        cache_buckets=(),
+        extend_buckets=(length,),
+        extend_rows=min(batch, 8),
+    )
+    one = engine.Engine(config, sizes, [automaton], (vocab,), kind, search=lambda queries: [])
+    given = prompts(vocab, batch, length)
+
+    def rollout(steps: int) -> int:
         players = [Rollout(uid, row.tolist(), steps) for uid, row in enumerate(given)]
         one.play(params, jax.random.key(1), players)
         return sum(len(player.logprobs) for player in players)
 
-    result = timed(rollout, repeats, batch * new)
-    steps = 1  # prompts and one chunk: the rest is decode steps alone, where there is a rest
-    shortest = timed(rollout, repeats, batch)["seconds"]
+    result = timed(lambda: rollout(new), repeats, batch * new)
+    # Prompts and one chunk: the rest is decode steps alone, where there is a rest.
+    shortest = timed(lambda: rollout(1), repeats, batch)
+    seconds = statistics.median(result["seconds"]) - statistics.median(shortest["seconds"])
+    step_seconds = seconds / (new - CHUNK)
+
+    # A decode step reads all weights, and the keys and values of half a rollout on average.
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    keys = batch * (length + new / 2) * kv_cache.token_bytes(config, jnp.dtype(dtype))
+    cache = batch * (length + new / 2) * kv_cache.token_bytes(config, kind)
     bandwidth = measure_bandwidth()
-    step_seconds = (statistics.median(result["seconds"]) - statistics.median(shortest)) / (
-        new - CHUNK
-    )
-    share = (weights + keys) / bandwidth / step_seconds
     return result | {
         "step_seconds": step_seconds,
         "gb_per_second": bandwidth / 1e9,
-        "bandwidth_share": share,
+        "bandwidth_share": (weights + cache) / bandwidth / step_seconds,
     }
 
 
