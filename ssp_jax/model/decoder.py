@@ -8,6 +8,7 @@ slicing a stacked weight inside a decode loop copies it on CPU.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -205,6 +206,17 @@ def abstract_params(config: ModelConfig) -> Params:
 def abstract_trainable(config: ModelConfig) -> Params:
     """The tree of what an update changes, with jax.ShapeDtypeStruct leaves."""
     return trainable(config, abstract_params(config))
+
+
+@functools.cache
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """How many numbers an update changes, and how many the model has with its adapter."""
+
+    def count(params: Params) -> int:
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+    params = abstract_params(config)
+    return count(trainable(config, params)), count(params)
 
 
 # --- what is trained: all params, or the adapter alone --------------------------------------------

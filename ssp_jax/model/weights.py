@@ -194,18 +194,18 @@ class FrozenBase:
         name = self._sampler_path(path)
         target = sharding.param_sharding(name, shape, self._playing, drop=("fsdp",))
         if is_stacked:
-            return _unstacker(len(leaf), num_in, target)(leaf)
+            return unstacker(len(leaf), num_in, target)(leaf)
         return _resharded(leaf, target)
 
     def _stack(self, path: str, leaf: Any) -> _Leaf:
         target = self._shardings[path]
         if isinstance(leaf, tuple):
-            return _stacker(self._num_in(path), target)(leaf)
+            return stacker(self._num_in(path), target)(leaf)
         return _resharded(leaf, target)
 
 
 @functools.cache
-def _unstacker(num_layers: int, num_in: int, target: NamedSharding) -> Any:
+def unstacker(num_layers: int, num_in: int, target: NamedSharding) -> Any:
     """A jitted function: stacked parameter -> that of each layer, num_in axes transposed."""
 
     def unstack(stacked: jax.Array) -> tuple[jax.Array, ...]:
@@ -216,8 +216,8 @@ def _unstacker(num_layers: int, num_in: int, target: NamedSharding) -> Any:
 
 
 @functools.cache
-def _stacker(num_in: int, target: NamedSharding) -> Any:
-    """A jitted function: the way back from what _unstacker made."""
+def stacker(num_in: int, target: NamedSharding) -> Any:
+    """A jitted function: the way back from what `unstacker` made."""
 
     def stack(layers: tuple[jax.Array, ...]) -> jax.Array:
         return jnp.stack([transpose_back(x, num_in) if num_in else x for x in layers])

@@ -24,6 +24,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from ssp_jax import assemble
 from ssp_jax.config import BOUNDS, Range, check_numbers, flatten_config, parse_command_line
 from ssp_jax.errors import InputError, printable
 from ssp_jax.model import hf_load, presets, sharding
@@ -77,6 +78,7 @@ class Plan:
 
 def make_target(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compiled: bool) -> Target:
     """The config on the slice; compiled: on devices of its compiler, else on an abstract mesh."""
+    model = dataclasses.replace(model, lora=assemble.make_lora(config))
     host = None
     if compiled:
         mesh: Any = sharding.make_mesh(config.mesh.to_dict(), compile.make_devices(slice_))
@@ -288,19 +290,21 @@ def _notes(target: Target) -> dict[str, str]:
     """A few words on each kind of persistent array."""
     c = target.config.learner
     on_host = ", in host memory but for the "
+    lora = target.model.lora
     optimizer = "Adam's moments"
     if c.offload_moments:
         optimizer += f"{on_host}optimizer step"
     reference = "kl_coef is 0"
     if c.kl_coef:
-        reference = f"{target.dtype}"
+        reference = f"{target.dtype}" if lora is None else f"the initial adapter, {target.dtype}"
         if c.offload_reference:
             reference += f"{on_host}scores"
     return {
-        "parameters": "float32",
+        "parameters": "float32" if lora is None else f"an adapter of rank {lora.rank}, float32",
         "optimizer": optimizer,
         "reference": reference,
         "sampler copy": f"{target.dtype}, while playing",
+        "frozen base": f"{target.dtype}, while updating; while playing, in the sampler copy",
         "key/value cache": "while playing",
         "gradients": "float32, while updating",
     }
@@ -414,6 +418,12 @@ def _change_lines(plan: Plan) -> Iterator[str]:
             "  no change of mesh, rows, slots or buckets alone: "
             "shorten limits.* and learner.row_tokens"
         )
+    if not config.lora.rank:
+        rank = {"lora.rank": 32}
+        more = _fitting(with_values(config, rank), model, plan.slice, change=True)
+        if more is not None:
+            note = "trains an adapter, with a learning rate of its own: docs/lora.md"
+            yield f"  {_overrides(rank | more)}  ({note})"
 
 
 def smallest_slices(config: ConfigDict, model: ModelConfig) -> Iterator[str]:

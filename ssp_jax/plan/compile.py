@@ -19,12 +19,14 @@ from jax.sharding import PartitionSpec as P
 from ssp_jax.errors import InputError
 from ssp_jax.game.roles import ROLES
 from ssp_jax.learner import batches, update
-from ssp_jax.model import sharding
+from ssp_jax.model import sharding, weights
 from ssp_jax.plan.hardware import Slice
 from ssp_jax.plan.memory import (
     Target,
     cast,
     device_bytes,
+    frozen_base,
+    largest_moved,
     sampler_params,
     sampler_state,
     train_state,
@@ -119,7 +121,8 @@ class _Source:
             self.phase,
             seconds=time.monotonic() - start,
             temporaries=needed - arguments - self.persistent_outputs,
-            flops=cost["flops"],
+            # A program without arithmetic has no entry for it.
+            flops=cost.get("flops", 0.0),
             hbm=cost["bytes accessed"],
             fits=True,
         )
@@ -179,14 +182,35 @@ def _sampler_sources(target: Target) -> Iterator[_Source]:
     yield _Source(name, "decode", sampler.decode_chunk, arguments, options)
 
 
+def _reshard_sources(target: Target) -> Iterator[_Source]:
+    """The sampler's copy of what is trained, and, of LoRA, a move of the base to it and back."""
+    params = train_state(target).params
+    copy = sharding.sampler_copy(target.model, target.mesh, target.dtype)
+    copy_bytes = device_bytes(sampler_params(target))
+    if target.model.lora is None:
+        yield _Source("reshard", "reshard", copy, (params,), {}, copy_bytes)
+        return
+    base = dataclasses.replace(target, model=target.model.base)
+    copy_bytes -= device_bytes(sampler_params(base))
+    yield _Source("copy of the adapter", "reshard", copy, (params,), {}, copy_bytes)
+
+    # The layers are what is not temporary, wherever they are: an output, and then an argument.
+    path, stacked = largest_moved(target)
+    shape = stacked.shape[1:]
+    place = sharding.param_sharding(path, shape, target.mesh, drop=("fsdp",))
+    layers = (jax.ShapeDtypeStruct(shape, stacked.dtype, sharding=place),) * len(stacked)
+    there = weights.unstacker(len(layers), 0, place)
+    back = weights.stacker(0, stacked.sharding)
+    more = device_bytes(layers) - device_bytes(stacked)
+    yield _Source(f"move of {path}", "reshard", there, (stacked,), {}, more)
+    yield _Source(f"move of {path} back", "reshard", back, (layers,), {})
+
+
 def _learner_sources(target: Target) -> Iterator[_Source]:
-    """The programs of the sampler's copy and of an update, over all devices."""
+    """The programs of an update, over all devices."""
     c = target.learner
     state = train_state(target)
-    reshard = sharding.sampler_copy(target.model, target.mesh, target.dtype)
-    copy_bytes = device_bytes(sampler_params(target))
-    yield _Source("reshard", "reshard", reshard, (state.params,), {}, copy_bytes)
-
+    frozen = frozen_base(target)
     by_rows = sharding.rows_sharding(target.mesh)
     replicated = NamedSharding(target.mesh, P())
 
@@ -197,12 +221,12 @@ def _learner_sources(target: Target) -> Iterator[_Source]:
     batch = placed(batches.empty_batch(c.rows, c.row_tokens), by_rows)
     logp_BT = batch.sampler_logp_BT
     if c.kl_coef:
-        arguments: tuple[Any, ...] = (cast(state.params, c.dtype), {}, batch)
+        arguments: tuple[Any, ...] = (cast(state.params, c.dtype), frozen, batch)
         yield _Source("scores of the reference", "scores", programs.score, arguments, {})
 
     _, sums = jax.eval_shape(programs.zero_total, state.params)
     total = (state.params, placed(sums, replicated))
-    arguments = (total, state.params, {}, batch, logp_BT, logp_BT if c.kl_coef else None)
+    arguments = (total, state.params, frozen, batch, logp_BT, logp_BT if c.kl_coef else None)
     name = f"gradients of {c.rows} x {c.row_tokens}"
     yield _Source(name, "gradients", programs.accumulate, arguments, {})
 
@@ -215,7 +239,7 @@ def compile_all(target: Target, log: Callable[[str], None]) -> list[Program]:
 
     One after the other: each compilation takes all cores and much memory.
     """
-    sources = [*_sampler_sources(target), *_learner_sources(target)]
+    sources = [*_sampler_sources(target), *_reshard_sources(target), *_learner_sources(target)]
     programs: list[Program] = []
     start = time.monotonic()
     for number, source in enumerate(sources, 1):

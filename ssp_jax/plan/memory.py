@@ -25,16 +25,17 @@ from ssp_jax.rollout.engine import Sizes, cache_budget, choose_layout
 
 # Phase -> the arrays in memory while its program runs. The sampler's copy and its keys and values
 # exist during play only; the reference scores before there are gradients. An offloaded array is
-# there only in the phase that uses it.
+# there only in the phase that uses it. The frozen base of LoRA is in the sampler's copy, or, during
+# the update, apart: model.weights moves it.
 PLAY = {
     "reshard": ("parameters", "optimizer", "reference", "sampler copy"),
     "prefill": ("parameters", "optimizer", "reference", "sampler copy", "key/value cache"),
     "decode": ("parameters", "optimizer", "reference", "sampler copy", "key/value cache"),
 }
 UPDATE = {
-    "scores": ("parameters", "optimizer", "reference"),
-    "gradients": ("parameters", "optimizer", "reference", "gradients"),
-    "optimizer": ("parameters", "optimizer", "reference", "gradients"),
+    "scores": ("parameters", "optimizer", "reference", "frozen base"),
+    "gradients": ("parameters", "optimizer", "reference", "frozen base", "gradients"),
+    "optimizer": ("parameters", "optimizer", "reference", "frozen base", "gradients"),
 }
 PHASES = PLAY | UPDATE
 CACHED = ("prefill", "decode")  # phases with a key/value cache
@@ -123,6 +124,7 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 # Tracing takes most of a plan's time, and a search for changes that fit needs each of these often.
 abstract_params = functools.cache(decoder.abstract_params)
+abstract_trainable = functools.cache(decoder.abstract_trainable)
 
 
 @functools.cache
@@ -139,12 +141,12 @@ def _abstract_slots(
 
 @functools.cache
 def _abstract_optimizer(c: LearnerConfig) -> Any:
-    return jax.eval_shape(optimizer(c).init, abstract_params(c.model))
+    return jax.eval_shape(optimizer(c).init, abstract_trainable(c.model))
 
 
 def train_state(target: Target) -> TrainState:
     """Shapes and shardings of the learner's state."""
-    abstract = abstract_params(target.model)
+    abstract = abstract_trainable(target.model)
     params = place(abstract, sharding.param_shardings(abstract, target.mesh))
     # Fields that the optimizer does not read are made equal: a search over them traces once.
     c = dataclasses.replace(
@@ -166,6 +168,25 @@ def train_state(target: Target) -> TrainState:
         transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
     )
     return TrainState(params, opt_state, number, number)
+
+
+def frozen_base(target: Target) -> decoder.Params:
+    """Shapes and shardings of what is not trained, as the learner has it; none without LoRA."""
+    if target.model.lora is None:
+        return {}
+    base = abstract_params(target.model.base)
+    return cast(place(base, sharding.param_shardings(base, target.mesh)), target.dtype)
+
+
+def largest_moved(target: Target) -> tuple[str, Any]:
+    """Path, shape and sharding of the base's stacked parameter that takes most memory.
+
+    While it moves to the sampler's layout, or back, it is in memory twice.
+    """
+    leaves = decoder.flatten(frozen_base(target))
+    stacked = [path for path in leaves if path.startswith("layers/")]
+    path = max(stacked, key=lambda path: device_bytes(leaves[path]))
+    return path, leaves[path]
 
 
 def sampler_params(target: Target) -> decoder.Params:
@@ -226,13 +247,15 @@ def _bytes_without_cache(target: Target) -> dict[str, float]:
         reference = device_bytes(cast(state.params, target.dtype))
     copy = sampler_params(dataclasses.replace(target, model=_one_layer(target.model)))
     more_layers = target.model.num_layers - 1
-    return {
+    found = {
         "parameters": parameters,
         "optimizer": device_bytes(state.opt_state),
         "reference": reference,
         "sampler copy": device_bytes(copy) + more_layers * device_bytes(copy["layers"]),
-        "gradients": parameters,  # float32, sharded like the parameters
     }
+    if target.model.lora is not None:
+        found["frozen base"] = device_bytes(frozen_base(target))
+    return found | {"gradients": parameters}  # float32, sharded like the parameters
 
 
 def _one_layer(config: decoder.ModelConfig) -> decoder.ModelConfig:
@@ -259,7 +282,7 @@ def resident_bytes(target: Target, persistent: dict[str, float], phase: str) -> 
     total = 0.0
     for name in PHASES[phase]:
         if not offloaded.get(name) or _USED_IN[name] == phase:
-            total += persistent[name]
+            total += persistent.get(name, 0.0)  # only LoRA has a frozen base
     return total
 
 
@@ -312,8 +335,11 @@ def _play_temporaries(target: Target) -> dict[str, float]:
     prefill = M * T * _activations(target) / 2 * item + scores(M, T, bucket, 2) + 2 * cache_rows
     copied = slots * sizes.chunk * L * layer_token  # the chunk's own keys and values
     decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
-    # A weight of all layers is gathered at a time, while another is cast.
-    reshard = 2 * L * m.embed_dim * m.mlp_dim / t * item
+    if m.lora is None:
+        # A weight of all layers is gathered at a time, while another is cast.
+        reshard = 2 * L * m.embed_dim * m.mlp_dim / t * item
+    else:
+        reshard = device_bytes(largest_moved(target)[1])
     return {"reshard": reshard, "prefill": prefill, "decode": decode}
 
 
@@ -347,14 +373,21 @@ def _update_temporaries(target: Target, parameters: float) -> dict[str, float]:
     forward = rows * T * activations / 2 * item + attention_forward + 2 * layer * item
     forward += V * D / t * item + 2 * rows * c.logprob_chunk * V / t * 4
     backward = rows * T * activations / 2 * item + attention_backward
-    backward = backward + layer * 4 + 2 * V * D / t * 4
+    # Gradients of weights, before they are added to others: of a layer, and of the head.
+    if m.lora is None:
+        of_layer = layer * 4
+        of_head = 2 * V * D / t * 4
+    else:
+        of_layer = parameters / m.num_layers
+        of_head = 0.0
+    backward = backward + of_layer + of_head
     gradients = forward + backward + rows * T * m.num_layers * stored * item
     found = {}
     if c.kl_coef or c.old_logprobs == "recompute":
         found["scores"] = forward
     # The micro-batch's gradients exist before they are added. The optimizer step works in place,
     # number by number.
-    return found | {"gradients": gradients + parameters, "optimizer": layer * 4}
+    return found | {"gradients": gradients + parameters, "optimizer": of_layer}
 
 
 def peaks(

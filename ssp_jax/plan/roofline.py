@@ -3,14 +3,14 @@
 import dataclasses
 import math
 
-import jax
 from ml_collections import ConfigDict
 
 from ssp_jax import assemble
 from ssp_jax.config import longest_episode
 from ssp_jax.game import rules
+from ssp_jax.model import decoder
 from ssp_jax.plan.hardware import Chip
-from ssp_jax.plan.memory import Target, abstract_params, cache_layout, persistent_bytes
+from ssp_jax.plan.memory import Target, cache_layout, persistent_bytes
 from ssp_jax.rollout.kv_cache import token_bytes
 
 
@@ -58,13 +58,15 @@ def work(target: Target, load: Workload) -> dict[str, Work]:
     bytes_ = persistent_bytes(target)
     costs = _token_costs(target, load)
     copy = bytes_["sampler copy"]
-    # Each device of fsdp receives the other devices' shards.
-    reshard = Work(hbm=bytes_["parameters"] + copy, link=copy * _received(target))
+    frozen = bytes_.get("frozen base", 0.0)
+    # Each device of fsdp receives the other devices' shards. A frozen base is moved there and back.
+    moved = bytes_["parameters"] + copy + (2 * frozen + copy if frozen else 0.0)
+    reshard = Work(hbm=moved, link=copy * _received(target))
     return {
         "prefill": _prefill(target, load, costs),
         "decode": _decode(target, load, costs, copy),
         "reshard": reshard,
-        "update": _update(target, load, costs, bytes_["parameters"]),
+        "update": _update(target, load, costs, bytes_["parameters"], frozen),
     }
 
 
@@ -73,6 +75,7 @@ class _TokenCosts:
     """Parameters of a model, and FLOPs of a token."""
 
     parameters: int  # all
+    trained: int  # of these
     table: int  # of one embedding table
     layers: int  # of the layers
     attention: int  # FLOPs of a token's scores and values, on average over an episode
@@ -82,15 +85,21 @@ class _TokenCosts:
         """FLOPs of a token whose logits are computed."""
         return 2 * (self.layers + self.table) + self.attention
 
+    @property
+    def weight_gradients(self) -> int:
+        """FLOPs of a token for the gradients of the weights that it meets."""
+        is_frozen = self.trained < self.parameters
+        return 2 * (self.trained if is_frozen else self.layers + self.table)
+
 
 def _token_costs(target: Target, load: Workload) -> _TokenCosts:
     m = target.model
-    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(m)))
+    trained, parameters = decoder.parameter_counts(m)
     table = m.vocab_size * m.embed_dim
     layers = parameters - table * (1 if m.tie_embeddings else 2)
     # 4 FLOPs for each head's number and each key, of which there are half an episode on average.
     attention = 2 * m.num_layers * m.num_heads * m.head_dim * load.tokens
-    return _TokenCosts(parameters, table, layers, attention)
+    return _TokenCosts(parameters, trained, table, layers, attention)
 
 
 def _received(target: Target) -> float:
@@ -119,23 +128,26 @@ def _decode(target: Target, load: Workload, costs: _TokenCosts, copy: float) -> 
     return Work(flops=steps * slots * costs.forward / target.tensor, hbm=steps * (weights + cache))
 
 
-def _update(target: Target, load: Workload, costs: _TokenCosts, parameters: float) -> Work:
-    """parameters: bytes on a device."""
+def _update(
+    target: Target, load: Workload, costs: _TokenCosts, parameters: float, frozen: float
+) -> Work:
+    """parameters, frozen: bytes on a device, of what is trained and of LoRA's base."""
     c = target.config.learner
-    # Forward, twice as much backward, and forward again.
-    passes = (
-        3
+    forwards = (
+        1
         + (target.config.model.remat in ("full", "attention"))
         + (c.kl_coef > 0)
         + (c.old_logprobs == "recompute")
     )
+    # As much as forward for the gradients of activations; attention is twice of that kind.
+    backward = costs.forward + costs.attention + costs.weight_gradients
     tokens = load.trained * load.tokens
     micro_batches = math.ceil(tokens / (c.rows * c.row_tokens))
     optimizer_steps = sum(assemble.updates(target.config).values())
-    # Bytes over links of a parameter: weights in each forward pass, gradients once.
-    gathered = (passes - 2) * target.dtype.itemsize + 4
+    # Bytes over links: weights in each forward pass, gradients once.
+    sent = costs.parameters * forwards * target.dtype.itemsize + costs.trained * 4
     return Work(
-        flops=tokens * passes * costs.forward / (target.row_shards * target.tensor),
-        hbm=7 * parameters * optimizer_steps + 3 * micro_batches * parameters,
-        link=micro_batches * costs.parameters / target.tensor * gathered * _received(target),
+        flops=tokens * (forwards * costs.forward + backward) / (target.row_shards * target.tensor),
+        hbm=7 * parameters * optimizer_steps + micro_batches * (3 * parameters + frozen),
+        link=micro_batches * sent / target.tensor * _received(target),
     )

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from configs import default
 from ssp_jax import assemble
 from ssp_jax.errors import InputError
-from ssp_jax.model import decoder, presets, sharding
+from ssp_jax.model import decoder, presets, sharding, weights
 from ssp_jax.plan import __main__ as plan
 from ssp_jax.plan import compile, hardware, memory, roofline
 from ssp_jax.plan.hardware import GIB
@@ -90,17 +90,10 @@ def test_what_is_kept_is_what_a_run_allocates() -> None:
     """Bytes on one device of the real arrays, on the 8 fake devices of the tests."""
     c = config(engine__cache_tokens=64, engine__slots=8, mesh__tensor=2, model__path="x")
     s = memory.Target(c, SMALL, assemble.make_mesh(c))
-    zeros = jax.tree.map(
-        lambda x: jax.device_put(jax.numpy.zeros(x.shape, x.dtype), x.sharding),
-        memory.train_state(s),
-    )
-
-    def on_one_device(tree: Any) -> int:
-        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
-
+    state = zeros(memory.train_state(s))
     kept = memory.persistent_bytes(s)
-    assert kept["parameters"] == on_one_device(zeros.params) == kept["gradients"]
-    assert kept["optimizer"] == on_one_device(zeros.opt_state) > 1.99 * kept["parameters"]
+    assert kept["parameters"] == on_one_device(state.params) == kept["gradients"]
+    assert kept["optimizer"] == on_one_device(state.opt_state) > 1.99 * kept["parameters"]
     # Two key/value heads over tensor=2, eight slots over fsdp=4; bfloat16; the small int columns
     # come on top.
     cache = 2 * SMALL.num_layers * (8 // 4) * (2 // 2) * 64 * SMALL.head_dim * 2
@@ -110,6 +103,82 @@ def test_what_is_kept_is_what_a_run_allocates() -> None:
     # whole over fsdp, most of it split over tensor
     assert total * 2 / 2 < kept["sampler copy"] < total * 2
     assert memory.persistent_bytes(target(SMALL, learner__kl_coef=0.0))["reference"] == 0
+
+
+def on_one_device(tree: Any) -> int:
+    """Bytes of these arrays on a device."""
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+def zeros(tree: Any) -> Any:
+    """Arrays of these shapes and shardings."""
+    return jax.tree.map(
+        lambda x: jax.device_put(jax.numpy.zeros(x.shape, x.dtype), x.sharding), tree
+    )
+
+
+def test_with_lora_the_base_is_kept_once_in_two_layouts() -> None:
+    c = config(mesh__tensor=2, lora__rank=4, engine__cache_tokens=64, engine__slots=8)
+    model = dataclasses.replace(SMALL, lora=assemble.make_lora(c))
+    s = memory.Target(c, model, assemble.make_mesh(c))
+    state = zeros(memory.train_state(s))
+    kept = memory.persistent_bytes(s)
+    assert decoder.split_adapter(state.params)[0] == {}
+    assert kept["parameters"] == kept["gradients"] == 2 * kept["reference"]
+    assert kept["parameters"] == on_one_device(state.params)
+    assert kept["optimizer"] == on_one_device(state.opt_state)
+
+    base = weights.FrozenBase(SMALL, zeros(memory.frozen_base(s)), s.mesh)
+    assert kept["frozen base"] == on_one_device(base.for_learner())
+    adapter = sharding.sampler_copy(model, s.mesh, s.dtype)(state.params)
+    assert kept["sampler copy"] == on_one_device(base.for_sampler()) + on_one_device(adapter)
+
+
+def test_with_lora_a_phase_has_the_base_once() -> None:
+    p = small_plan(GIB, learner__row_tokens=512, learner__rows=4, engine__slots=16, lora__rank=4)
+    sizes = {name: 2.0**i for i, name in enumerate(p.persistent)}
+    peaks = memory.peaks(p.target, sizes, dict.fromkeys(memory.PHASES, 0.0))
+    adapter = sizes["parameters"] + sizes["optimizer"] + sizes["reference"]
+    updating = adapter + sizes["frozen base"]
+    playing = adapter + sizes["sampler copy"]
+    assert peaks == {
+        "reshard": playing,
+        "prefill": playing + sizes["key/value cache"],
+        "decode": playing + sizes["key/value cache"],
+        "scores": updating,
+        "gradients": updating + sizes["gradients"],
+        "optimizer": updating + sizes["gradients"],
+    }
+    # of a layer's kernels the widest, in bfloat16, which moves as a whole, over four devices
+    largest = SMALL.num_layers * SMALL.embed_dim * SMALL.mlp_dim * 2 / 4
+    assert p.temporaries["reshard"] == largest
+    text = "\n".join(plan.report(p, roofline.workload(config(), 300, 100)))
+    assert "an adapter of rank 4, float32" in text and "frozen base" in text
+
+
+def test_the_7b_arithmetic_with_lora_by_hand() -> None:
+    c = config(lora__rank=32, learner__rows=1, engine__slots=8)
+    model = presets.ARCHITECTURES["Qwen2.5-7B"]
+    slice_ = hardware.parse_topology("gpu:h100x1")
+    s = plan.make_target(c, model, slice_, compiled=False)
+    s = dataclasses.replace(s, hbm=None)  # of which full fine-tuning needs more
+    kept = memory.persistent_bytes(s)
+    # Inputs and outputs of q, k, v, o, gate, up and down, for each of 32 ranks and 28 layers.
+    adapter = 32 * 28 * (7168 + 2 * 4096 + 7168 + 3 * 22528)
+    assert (kept["parameters"], kept["reference"]) == (4 * adapter, 2 * adapter)
+    assert kept["frozen base"] == 2 * COUNTS["Qwen2.5-7B"]
+    assert kept["sampler copy"] == 2 * (COUNTS["Qwen2.5-7B"] + adapter)
+
+    load = roofline.workload(c, 3000, 1000)
+    full = dataclasses.replace(s, model=model)
+    work, of_full = (roofline.work(target, load) for target in (s, full))
+    # Forward, recomputed, of the reference, and gradients of activations: one of five is gone.
+    saved = 2 * (COUNTS["Qwen2.5-7B"] - 152064 * 3584) * load.trained * 3000
+    added = 10 * adapter * load.trained * 3000
+    flops = of_full["update"].flops - saved + added
+    assert work["update"].flops == pytest.approx(flops, rel=1e-4)
+    assert 1.01 < work["prefill"].flops / of_full["prefill"].flops < 1.02
+    assert work["decode"].hbm > of_full["decode"].hbm
 
 
 def test_the_7b_arithmetic_by_hand() -> None:
@@ -327,6 +396,25 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
         assert p.temporaries[phase] < 0.4 * in_blocks[phase], phase
     text = "\n".join(plan.report(p, roofline.workload(c, 300, 100)))
     assert "compiled by libtpu" in text and "attention of the update: splash" in text
+
+
+@pytest.mark.skipif(
+    not platform.tpu_installed(), reason="libtpu is not installed: pip install '.[plan]'"
+)
+def test_the_tpu_compiler_moves_one_parameter_of_a_base_at_a_time() -> None:
+    c = config(lora__rank=4, mesh__tensor=2, engine__slots=4, learner__rows=4)
+    slice_ = hardware.parse_topology("v5p:2x2x1")
+    s = plan.make_target(c, SMALL, slice_, compiled=True)
+    programs = [source.compile() for source in compile._reshard_sources(s)]
+    assert [program.phase for program in programs] == ["reshard"] * 3
+    _, there, back = programs
+    largest = memory.device_bytes(memory.largest_moved(s)[1])
+    base = memory.device_bytes(memory.frozen_base(s))
+    assert largest <= min(there.temporaries, back.temporaries)
+    assert max(there.temporaries, back.temporaries) < base
+    # the update takes the base beside the adapter
+    *_, gradients, _ = compile._learner_sources(s)
+    assert gradients.function.lower(*gradients.arguments)
 
 
 @pytest.mark.skipif(
