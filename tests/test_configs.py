@@ -44,22 +44,28 @@ class Shape:
 
 _7B = Shape(7_615_616_512, 28, 28, 4, 128, 3584, 18944)
 _05B = Shape(494_032_768, 24, 14, 2, 64, 896, 4864)
+_1P5B = Shape(1_543_714_304, 28, 12, 2, 128, 1536, 8960)
+_3B = Shape(3_085_938_688, 36, 16, 2, 128, 2048, 11008)
 SHAPES = {
     "llama3p1_8b": Shape(8_030_261_248, 32, 32, 8, 128, 4096, 14336),
     "qwen0p5b": _05B,
     "qwen14b": Shape(14_770_033_664, 48, 40, 8, 128, 5120, 13824),
-    "qwen1p5b": Shape(1_543_714_304, 28, 12, 2, 128, 1536, 8960),
+    "qwen1p5b": _1P5B,
+    "qwen1p5b_lora": _1P5B,
     "qwen32b": Shape(32_763_876_352, 64, 40, 8, 128, 5120, 27648),
     "qwen3_8b": Shape(8_190_735_360, 36, 32, 8, 128, 4096, 12288),
-    "qwen3b": Shape(3_085_938_688, 36, 16, 2, 128, 2048, 11008),
+    "qwen3b": _3B,
+    "qwen3b_lora": _3B,
     "qwen7b": _7B,
     "qwen7b_base": _7B,
+    "qwen7b_lora": _7B,
     "r_search_7b": _7B,
     "search_r1_7b": _7B,
     "smollm2_135m": Shape(134_515_008, 30, 9, 3, 64, 576, 1536),
     "vital_0p5b": _05B,
     "zerosearch_7b": _7B,
 }
+LAPTOP = ("tiny", "tiny_lora")  # for CPUs, so that no plan is made
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 DEFAULT = "--config=configs/default.py"
 README = (ROOT / "README.md").read_text()
@@ -116,14 +122,11 @@ def contract(name: str) -> dict[str, str]:
 
 
 def test_every_config_has_a_shape_here() -> None:
-    assert set(SHAPES) == {name.removesuffix(".py") for name in CONFIGS} - {
-        "default",
-        "tiny",
-        "__init__",
-    }
+    names = {name.removesuffix(".py") for name in CONFIGS}
+    assert set(SHAPES) == names - {"default", *LAPTOP, "__init__"}
 
 
-@pytest.mark.parametrize("name", [*SHAPES, "tiny"])
+@pytest.mark.parametrize("name", [*SHAPES, *LAPTOP])
 def test_a_config_states_command_hardware_memory_time_and_score(name: str) -> None:
     lines = contract(name)
     assert set(lines) == {"command", "hardware", "memory", "time", "score"}
@@ -215,6 +218,30 @@ def test_memory_by_hand() -> None:
     assert 1.0 < playing / while_playing < 1.5 and 1.0 < updating / while_updating < 3.0
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "_lora" in name])
+def test_a_config_with_lora_has_a_rank_and_a_learning_rate_of_its_own(name: str) -> None:
+    """Ten times that of full fine-tuning; more than rank 64 may collapse."""
+    with_lora = parse(f"--config=configs/{name}")[0]
+    full = parse(f"--config=configs/{name.replace('_lora', '')}")[0]
+    assert 0 < with_lora.lora.rank <= 64 and full.lora.rank == 0
+    assert with_lora.learner.learning_rate == pytest.approx(10 * full.learner.learning_rate)
+
+
+def test_a_7b_plays_128_episodes_of_3000_tokens_on_one_gpu_with_lora() -> None:
+    """What is resident is the base, what is trained with its moments and copies, and the cache."""
+    config = parse("--config=configs/qwen7b_lora.py")[0]
+    model = plan.read_model(config.model.path)
+    slice_ = parse_topology("gpu:h100x1")
+    target = plan.make_target(config, model, slice_, compiled=False)
+    layout = plan.memory.cache_layout(target)
+    assert min(layout.rows[0], layout.tokens // 3000) >= 128
+    assert layout.ends[-1] == config.engine.cache_tokens == 12288
+    kept = plan.memory.persistent_bytes(target)
+    adapter = kept["parameters"] + kept["optimizer"] + kept["reference"]
+    needed = 2 * _7B.params + adapter + kept["key/value cache"]
+    assert plan.memory.resident_bytes(target, kept, "decode") < 1.15 * needed
+
+
 def test_the_papers_hyper_parameters() -> None:
     """arXiv 2510.18821v1, Table 4, sections 3.3, 4.1 and B; clip_high and the kind of KL are the
     reference script's.
@@ -243,9 +270,8 @@ def test_no_turn_ends_before_the_response_does_unless_a_config_says_so(name: str
     """The paper limits the response only, and a thinking model's turn may fill it; also a longer
     one.
     """
-    own = (
-        "c.limits.turn_tokens = " in (ROOT / "configs" / name).read_text() and name != "default.py"
-    )
+    source = (ROOT / "configs" / name.replace("tiny_lora", "tiny")).read_text()
+    own = "c.limits.turn_tokens = " in source and name != "default.py"
     for response in ((), ("--config.limits.response_tokens=9999",)):
         limits = parse(f"--config=configs/{name}", *response)[0].limits
         assert (limits.turn_tokens == limits.response_tokens) != own
