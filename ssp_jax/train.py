@@ -24,7 +24,7 @@ from ssp_jax.evaluation.evaluate import Result
 from ssp_jax.game import judge
 from ssp_jax.game.rounds import Round, Training, readable
 from ssp_jax.learner.update import MEMORY_REMEDY
-from ssp_jax.model import hf_save
+from ssp_jax.model import decoder, hf_save
 from ssp_jax.rollout.engine import Stats
 from ssp_jax.runtime import device_memory, processes, records
 from ssp_jax.runtime.checkpoint import leaf_digests
@@ -120,6 +120,13 @@ def _warm_up(run: TrainingRun, now: Progress) -> None:
         devices += f" of {jax.process_count()} processes"
     say(f"{start} in {run.workdir} on {devices}; jax {jax.__version__}")
     say(f"attention of the update: {run.attention}")
+    model = run.inputs.model_config
+    if model.lora is not None:
+        trained, total = (number / 1e6 for number in decoder.parameter_counts(model))
+        say(
+            f"LoRA of rank {model.lora.rank} on {len(model.lora.targets)} projections: "
+            f"{trained:,.1f}M of {total:,.1f}M parameters are trained"
+        )
     for line in advice(run.config):
         say(line)
 
@@ -200,7 +207,12 @@ def _add_cost(metrics: dict[str, float], seconds: float) -> None:
 def _log_step(
     run: TrainingRun, now: Progress, played: Round, metrics: dict[str, float], seconds: float
 ) -> None:
-    run.logger.step(now.step, metrics | {"compiles": run.compiles.count}, seconds)
+    metrics |= {"compiles": run.compiles.count}
+    model = run.inputs.model_config
+    if model.lora is not None:
+        trained, total = decoder.parameter_counts(model)
+        metrics |= {"lora/parameters": trained, "lora/share": trained / total}
+    run.logger.step(now.step, metrics, seconds)
     if played.useless_reply is not None:
         reply = judge.shown(played.useless_reply)
         run.logger.say(

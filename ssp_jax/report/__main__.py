@@ -144,6 +144,7 @@ class Steps:
 
     last: int = 0
     seconds: float = 0.0
+    lora: tuple[float, float] | None = None  # with it: trained parameters, and their share
     curves: Curves = field(default_factory=Curves)
     spoilt: int = 0  # lines that were skipped
 
@@ -151,6 +152,10 @@ class Steps:
         values = {name: value for name, value in row.items() if name.startswith("fault/")}
         for name, metric in _LINES:
             values[name] = metric(row) if callable(metric) else row.get(metric)
+        trained = row.get("lora/parameters")
+        share = row.get("lora/share")
+        if trained and share:
+            self.lora = trained, share
         self.last = step
         self.seconds += seconds
         self.curves.add(step, {name: value for name, value in values.items() if value is not None})
@@ -475,6 +480,25 @@ def reward_note(config: str) -> str:
     )
 
 
+def lora_note(config: str, steps: Steps) -> str:
+    """The adapter that a run trains, in words; "" of full fine-tuning.
+
+    config: the text of its config.json, "" where there is none.
+    """
+    values = json.loads(config) if config else {}
+    rank = values.get("lora.rank")
+    if not rank:
+        return ""
+    note = (
+        f"LoRA of rank {rank}, alpha {values['lora.alpha']:g}, on {len(values['lora.targets'])} "
+        "projections"
+    )
+    if steps.lora is None:
+        return note
+    trained, share = steps.lora
+    return f"{note}: {trained / 1e6:,.1f}M parameters are trained, {share:.1%} of the model"
+
+
 def comparable(evals: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Groups of evaluations by the same judge and of the same inputs; the last one's group first.
 
@@ -531,6 +555,8 @@ def page(workdir: Path, most_games: int) -> str:
     evals = read_evaluations(workdir)
     games = read_games(workdir, most_games)
     config, rewarded = read_config(workdir)
+    with _expecting_run_files(workdir / "config.json"):
+        lora = lora_note(config, steps)
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, finalize=_as_text
@@ -539,6 +565,7 @@ def page(workdir: Path, most_games: int) -> str:
         name=workdir.resolve().name,
         steps=steps.last,
         minutes=steps.seconds / 60,
+        lora=lora,
         evaluations=_ends(evals),
         judge=evals[-1]["judge"] if evals else "",
         charts=_charts(steps, evals, rewarded),

@@ -197,6 +197,21 @@ def test_what_the_reward_is_stands_in_the_config(tmp_path):
     assert report.reward_note("{}") == ""
 
 
+def test_a_page_says_what_lora_trains(tmp_path):
+    workdir = run_folder(tmp_path)
+    (workdir / "config.json").write_text("{}")
+    assert "LoRA" not in report.page(workdir, 0)
+    values = {"lora.rank": 32, "lora.alpha": 32.0, "lora.targets": ["q_proj", "v_proj"]}
+    (workdir / "config.json").write_text(json.dumps(values))
+    assert "LoRA of rank 32, alpha 32, on 2 projections</p>" in report.page(workdir, 0)
+    size = {"lora/parameters": 80_740_352, "lora/share": 0.01049}
+    metrics = workdir / "metrics.jsonl"
+    first = json.dumps({"step": 1, "seconds": 60.0} | size)
+    metrics.write_text(f"{first}\n{metrics.read_text()}")
+    text = report.page(workdir, 0)
+    assert "2 projections: 80.7M parameters are trained, 1.0% of the model</p>" in text
+
+
 def test_a_run_that_goes_on_is_shown_with_what_is_whole(tmp_path):
     """Files end in the middle of a line, of a letter, or are empty; a fault that came up later has
     its place.
