@@ -1,7 +1,7 @@
 """One GRPO update, ours beside Tunix's learner and a PyTorch loop; and the gain of packing.
 
     python benchmarks/update.py --out=runs/bench_update [--shapes=1m,15m,0.5b]
-        [--contenders=ssp_jax,tunix,torch]
+        [--contenders=ssp_jax,lora,tunix,torch]
 
 Runs on whatever JAX (and PyTorch) find, float32 on CPU and bfloat16 compute elsewhere, each
 contender and shape in a process of its own, so that peak memory is its own. The peers get virtual
@@ -10,7 +10,8 @@ that says so, where there is none. Compare within one run only.
 
 The update: a batch of episodes of 128 prompt and 384 sampled tokens (8; 1 for 0.5b and 1.5b),
 on-policy clipped surrogate without KL, no reference model, AdamW and clipping by the global norm.
-Tokens a second count all tokens. And, for the first of the shapes, with log-normal lengths (mean
+Tokens a second count all tokens. lora: ours with an adapter of rank 32 on all projections, its base
+frozen. And, for the first of the shapes, with log-normal lengths (mean
 400, at most 2,048), ours packed against ours with one episode a row.
 """
 
@@ -33,6 +34,7 @@ from benchmarks.peers import PACKAGES, interpreter  # noqa: E402
 
 PROMPT, RESPONSE = 128, 384
 CLIP_LOW, CLIP_HIGH, RATE = 0.2, 0.28, 1e-6
+RANK = 32  # of lora
 TIME_LIMIT = 120.0
 
 
@@ -57,9 +59,13 @@ class Shape:
         attention = self.width * self.head * (2 * self.heads + 2 * self.kv_heads)
         return self.vocab * self.width + self.layers * (attention + 3 * self.width * self.mlp)
 
-    def flops(self, tokens: int, length: int) -> float:
-        """Forward and backward, causal attention counted once, recomputation not at all."""
-        return tokens * 6.0 * (self.params + self.layers * self.heads * self.head * length)
+    def flops(self, tokens: int, length: int, frozen: bool = False) -> float:
+        """Forward and backward, causal attention counted once, recomputation not at all.
+
+        frozen: of these weights there are no gradients; what trains beside them is not counted.
+        """
+        attention = self.layers * self.heads * self.head * length
+        return tokens * (self.params * (4.0 if frozen else 6.0) + 6.0 * attention)
 
 
 SHAPES = {
@@ -122,7 +128,7 @@ def episodes(shape: Shape, lengths: list[int], prompt: int) -> list[Played]:
     ]
 
 
-def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
+def our_learner(shape: Shape, rows: int, row_tokens: int, rank: int) -> tuple[Any, Any]:
     """Learner and train state of the default config, with the objective that the peers have.
 
     No old log-probs are computed: the sampler's serve.
@@ -134,10 +140,12 @@ def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
     from ssp_jax.learner import update
     from ssp_jax.learner.state import init_state
     from ssp_jax.model import decoder
+    from ssp_jax.model.linear import Lora
 
+    lora = Lora(rank, 32.0, tuple(decoder.PROJECTIONS)) if rank else None
     model_config = decoder.ModelConfig(
         shape.vocab, shape.layers, shape.width, shape.heads, shape.kv_heads, shape.head, shape.mlp,
-        tie_embeddings=True, qkv_bias=True,
+        tie_embeddings=True, qkv_bias=True, lora=lora,
     )  # fmt: skip
     config = default.get_config()
     config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -157,17 +165,25 @@ def our_learner(shape: Shape, rows: int, row_tokens: int) -> tuple[Any, Any]:
     )
     c = make_learner_config(config, model_config)
     init_params = jax.jit(decoder.init_params, static_argnums=0)
-    state = init_state(c, init_params(model_config, jax.random.key(0)))
-    return update.Learner(c, state, None, jax.device_put), state
+    params = init_params(model_config, jax.random.key(0))
+    base, adapter = decoder.split_adapter(params)
+    if lora is None:
+        trained, frozen = base, {}
+    else:
+        trained = adapter
+        frozen = jax.tree.map(lambda x: x.astype(c.dtype), base)
+    del params, base
+    state = init_state(c, trained)
+    return update.Learner(c, state, None, jax.device_put, lambda: frozen), state
 
 
 def our_seconds(
-    shape: Shape, played: list[Played], rows: int, row_tokens: int, repeats: int
+    shape: Shape, played: list[Played], rows: int, row_tokens: int, repeats: int, rank: int = 0
 ) -> list[float]:
     import jax
     import numpy as np
 
-    learner, state = our_learner(shape, rows, row_tokens)
+    learner, state = our_learner(shape, rows, row_tokens, rank)
     states, advantages = [state], np.linspace(-1, 1, len(played) + 1)[1:].astype(np.float32)
     del state
 
@@ -178,11 +194,15 @@ def our_seconds(
     return timed(step, repeats)
 
 
-def run_ssp_jax(shape: Shape, repeats: int) -> dict[str, Any]:
+def run_ssp_jax(shape: Shape, repeats: int, rank: int = 0) -> dict[str, Any]:
     played = episodes(shape, [PROMPT + RESPONSE] * shape.batch, PROMPT)
-    seconds = our_seconds(shape, played, shape.rows, PROMPT + RESPONSE, repeats)
+    seconds = our_seconds(shape, played, shape.rows, PROMPT + RESPONSE, repeats, rank)
     kind, peak = jax_device()
     return {"seconds": seconds, "peak_gib": peak_gib(peak), "device": kind}
+
+
+def run_lora(shape: Shape, repeats: int) -> dict[str, Any]:
+    return run_ssp_jax(shape, repeats, RANK)
 
 
 def run_tunix(shape: Shape, repeats: int) -> dict[str, Any]:
@@ -317,7 +337,13 @@ def run_packing(shape: Shape, repeats: int) -> dict[str, Any]:
     return result
 
 
-WORKERS = {"ssp_jax": run_ssp_jax, "tunix": run_tunix, "torch": run_torch, "packing": run_packing}
+WORKERS = {
+    "ssp_jax": run_ssp_jax,
+    "lora": run_lora,
+    "tunix": run_tunix,
+    "torch": run_torch,
+    "packing": run_packing,
+}
 
 
 def measure(contender: str, shape: str, repeats: int, out: Path) -> dict[str, Any] | None:
@@ -347,14 +373,14 @@ def measure(contender: str, shape: str, repeats: int, out: Path) -> dict[str, An
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summarize(name: str, result: dict[str, Any]) -> dict[str, Any]:
+def summarize(name: str, contender: str, result: dict[str, Any]) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     from ssp_jax.plan.hardware import peak_flops
 
     shape = SHAPES[name]
     seconds = statistics.median(result["seconds"])
     tokens = shape.batch * (PROMPT + RESPONSE)
-    rate = shape.flops(tokens, PROMPT + RESPONSE) / seconds
+    rate = shape.flops(tokens, PROMPT + RESPONSE, contender == "lora") / seconds
     peak = peak_flops(result["device"])
     return result | {
         "tokens_per_second": tokens / seconds,
@@ -367,12 +393,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=lambda path: Path(path).expanduser())
     parser.add_argument("--shapes", default="1m,15m,0.5b")
-    parser.add_argument("--contenders", default="ssp_jax,tunix,torch,packing")
+    parser.add_argument("--contenders", default="ssp_jax,lora,tunix,torch,packing")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        if args.worker in ("ssp_jax", "packing"):
+        if args.worker in ("ssp_jax", "lora", "packing"):
             from ssp_jax.runtime import platform
 
             platform.prepare()
@@ -388,14 +414,15 @@ def main() -> None:
             continue
         if result := measure(contender, shape, args.repeats, out):
             results[f"{shape} {contender}"] = (
-                result if contender == "packing" else summarize(shape, result)
+                result if contender == "packing" else summarize(shape, contender, result)
             )
             (out / "update.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     show(results)
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    print("| shape and contender | tokens/s | GFLOP/s | MFU | peak GiB |\n|---|---|---|---|---|")
+    print("| shape and contender | seconds | tokens/s | GFLOP/s | MFU | peak GiB |")
+    print("|---|---|---|---|---|---|")
     packed = []
     for name, r in results.items():
         if name.endswith("packing"):
@@ -403,7 +430,8 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             continue
         mfu = f"{r['mfu']:.1%}" if r["mfu"] else "-"
         rates = f"{r['tokens_per_second']:,.0f} | {r['gflops']:,.1f}"
-        print(f"| {name} | {rates} | {mfu} | {r['peak_gib']:.2f} |")
+        seconds = statistics.median(r["seconds"])
+        print(f"| {name} | {seconds:.3g} | {rates} | {mfu} | {r['peak_gib']:.2f} |")
     if packed:
         print("\n| log-normal lengths | useful tokens/s | useful share of rows |\n|---|---|---|")
     for name, result in packed:
