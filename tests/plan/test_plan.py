@@ -305,6 +305,21 @@ def test_changes_make_it_fit() -> None:
     )
 
 
+def test_a_plan_that_does_not_fit_names_lora_where_it_is_enough() -> None:
+    """Last, for it is another training; a plan that has it already does not."""
+    values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 4, "engine__slots": 16}
+    p = small_plan(GIB, **values)
+    states = p.persistent["optimizer"] + p.persistent["parameters"]
+    load = roofline.workload(p.target.config, 300, 100)
+    tight = small_plan(max(p.peaks.values()) - states / 2, **values)
+    assert not tight.fits
+    assert "--config.lora.rank=32" in list(plan.report(tight, load))[-1]
+    assert "lora" not in "\n".join(plan.report(p, load))
+    for hbm in (1e5, tight.slice.device.hbm):
+        with_lora = small_plan(hbm, **values, lora__rank=32)
+        assert "lora" not in "\n".join(plan.report(with_lora, load))
+
+
 def test_a_smaller_cache_or_offloading_is_offered_where_it_is_enough() -> None:
     values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 4, "engine__slots": 2048}
     values |= {"engine__extend_rows": 1, "engine__kv_cache_gib": 1.0}
