@@ -13,13 +13,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-_cache = tempfile.TemporaryDirectory(prefix="ssp_jax_tests_")  # gone when the tests end
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
-    "JAX_COMPILATION_CACHE_DIR": _cache.name,  # a test's process finds what another has compiled
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-}
+if "PYTEST_XDIST_WORKER" not in os.environ:  # whose environment is that of the first process
+    _cache = tempfile.TemporaryDirectory(prefix="ssp_jax_tests_")  # gone when the tests end
+    _flags = (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # As fast programs as at the highest level, of tests, and a fifth less of compiling.
+        "--xla_backend_optimization_level=1",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(_flags),
+        # Each process finds what another has compiled, the short programs too.
+        "JAX_COMPILATION_CACHE_DIR": _cache.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -23,7 +23,6 @@ from ssp_jax.runtime.checkpoint import Checkpoints
 from ssp_jax.workdir import keep_compiled
 from tests.model_folders import edit_tensors
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).parent.parent
 SMALL = {
     "steps": 4,
@@ -112,8 +111,7 @@ print(len(hits))
 
 
 def test_a_workdir_that_was_moved_has_its_programs_the_short_ones_too(tmp_path):
-    environment = dict(os.environ)
-    del environment["JAX_COMPILATION_CACHE_DIR"]
+    environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
 
     def found(workdir, code=COMPILES):
         command = [sys.executable, "-c", code, str(workdir)]
@@ -127,8 +125,23 @@ def test_a_workdir_that_was_moved_has_its_programs_the_short_ones_too(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """A run of four steps. A signal comes while its last step is written, and is not `missed`: the
+    run holds signals until then.
+    """
     workdir = tmp_path_factory.mktemp("whole")
-    train.train(small(), str(workdir))
+    missed = []
+    close = Checkpoints.close
+
+    def signalled(checkpoints):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(checkpoints)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: missed.append(True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "close", signalled)
+        train.train(small(), str(workdir))
+    signal.signal(signal.SIGTERM, before)
+    assert not missed
     return workdir
 
 
@@ -167,21 +180,10 @@ def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
     assert hf_load.load_tokenizer(whole / "export").eos_token_id == 2
 
 
-def test_two_and_two_steps_equal_four_bitwise(whole, tmp_path, monkeypatch):
-    """Also where a signal comes while the last step is being written: the run holds it then."""
-    early = []
-    close = Checkpoints.close
-
-    def signalled(checkpoints):
-        os.kill(os.getpid(), signal.SIGTERM)
-        close(checkpoints)
-
-    monkeypatch.setattr(Checkpoints, "close", signalled)
-    before = signal.signal(signal.SIGTERM, lambda *_: early.append(True))
+@pytest.mark.slow  # the run that Ctrl-C stops, below, is resumed in the fast set
+def test_two_and_two_steps_equal_four_bitwise(whole, tmp_path):
     train.train(small(steps=2, **NO_EVALUATION), str(tmp_path))
     train.train(small(), str(tmp_path))
-    signal.signal(signal.SIGTERM, before)
-    assert not early
     assert steps_of(tmp_path) == steps_of(whole)
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), params_of(whole))
 
@@ -194,12 +196,9 @@ def start(workdir, **changes):
         f"--config={ROOT}/configs/tiny.py",
         f"--workdir={workdir}",
     ]
-    # The programs of quick_compile, whose results are compared with those of this process.
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
     return subprocess.Popen(
         [*command, *arguments(**changes)],
         cwd=ROOT,
-        env=environment,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -303,7 +302,9 @@ def test_an_evaluation_that_a_signal_ends_is_finished_when_the_run_goes_on(whole
     )
 
 
-@pytest.mark.parametrize("order", ["proposer_first", "combined"])
+@pytest.mark.parametrize(
+    "order", [pytest.param("proposer_first", marks=pytest.mark.slow), "combined"]
+)
 def test_update_orders(tmp_path, order):
     changes = NO_EVALUATION | {"learner__update_order": order, "checkpoint__export": False}
     train.train(small(steps=1, **changes), str(tmp_path))

@@ -16,7 +16,8 @@ from ssp_jax.workdir import lock_workdir
 from tests.conftest import ROOT
 from tests.test_train import arguments, small
 
-QUESTIONS = {"eval__max_questions": 12}
+QUESTIONS = {"eval__max_questions": 8}
+PLAYED = 16  # in both question sets
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def answers(workdir, step=0):
 def test_both_weights_are_evaluated_and_compared(trained):
     assert document(trained, 0)["weights"] == "initial weights of assets/tiny/model"
     assert document(trained, 1)["weights"] == f"checkpoint of step 1 in {trained}"
-    assert len(episodes(trained, 0)) == len(episodes(trained, 1)) == 24
+    assert len(episodes(trained, 0)) == len(episodes(trained, 1)) == PLAYED
     gain = json.loads((trained / "eval" / "gain.json").read_text())
     assert gain["sets"]["one_hop"]["before"] == document(trained, 0)["sets"]["one_hop"]["right"]
     assert gain["sets"]["average"]["after"] == pytest.approx(
@@ -63,6 +64,7 @@ def test_both_weights_are_evaluated_and_compared(trained):
     assert answers(trained, 0) != answers(trained, 1)  # a step at that rate moves the model
 
 
+@pytest.mark.slow  # the same in one process: test_evaluate.py
 def test_a_killed_evaluation_goes_on(trained, tmp_path):
     """SIGKILL in the middle; the same command plays what is left.
 
@@ -82,11 +84,11 @@ def test_a_killed_evaluation_goes_on(trained, tmp_path):
     process.send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     before = episodes_so_far(tmp_path)
-    assert process.returncode == -signal.SIGKILL and 2 <= len(before) < 24, output
+    assert process.returncode == -signal.SIGKILL and 2 <= len(before) < PLAYED, output
     # with more slots, which an evaluation may change
     run.evaluate_workdir(small(**QUESTIONS), str(tmp_path))
     after = episodes(tmp_path)
-    assert after[: len(before)] == before and len(after) == 24
+    assert after[: len(before)] == before and len(after) == PLAYED
     assert answers(tmp_path) == answers(trained)
     assert document(tmp_path, 0)["sets"] == document(trained, 0)["sets"]
 

@@ -294,13 +294,8 @@ def test_a_server_that_is_lost_costs_no_finished_step(server, tmp_path, capsys):
         "eval__after": False,
         "checkpoint__export": False,
         "checkpoint__every": 0,
-        "engine__cache_buckets": (),
-        "engine__extend_buckets": (448,),
         "limits__searches": 1,
-        "mesh__fsdp": 1,
         "game__answers_per_step": 2,
-        "engine__slots": 4,
-        "learner__rows": 1,
         "log__tensorboard": False,
     }
     config = small(steps=2, retriever__kind="http", retriever__url=server.url, **changes)
