@@ -13,17 +13,22 @@ from ssp_jax.learner import logprobs, objective
 SETTINGS = dict(clip_low=0.2, clip_high=0.3, kl_coef=0.0, kl_type="k3", importance_cap=2.0)
 
 
+# eager, each operation would compile for itself
+policy_loss = jax.jit(objective.policy_loss, static_argnames=(*SETTINGS, "clip_dual", "kl_bound"))
+
+
 def loss_of(logp, *, old=None, sampler=None, ref=None, advantage=1.0, weight=None, **changes):
-    logp = jnp.asarray(logp, jnp.float32)[None]
-    old = logp if old is None else jnp.asarray(old, jnp.float32)[None]
-    return objective.policy_loss(
+    logp = jnp.asarray(logp, jnp.float32).reshape(1, -1)
+    row = logp.shape
+    old = logp if old is None else np.float32(old).reshape(row)
+    return policy_loss(
         logp,
-        jnp.zeros_like(logp),
+        np.zeros(row, np.float32),
         old_logp_BT=old,
-        sampler_logp_BT=old if sampler is None else jnp.asarray(sampler, jnp.float32)[None],
-        ref_logp_BT=None if ref is None else jnp.asarray(ref, jnp.float32)[None],
-        advantage_BT=jnp.broadcast_to(jnp.asarray(advantage, jnp.float32), logp.shape),
-        weight_BT=jnp.ones_like(logp) if weight is None else jnp.asarray(weight, jnp.float32)[None],
+        sampler_logp_BT=old if sampler is None else np.float32(sampler).reshape(row),
+        ref_logp_BT=None if ref is None else np.float32(ref).reshape(row),
+        advantage_BT=np.broadcast_to(np.float32(advantage), row),
+        weight_BT=np.ones(row, np.float32) if weight is None else np.float32(weight).reshape(row),
         **{**SETTINGS, **changes},
     )
 
@@ -147,7 +152,7 @@ def test_loss_and_gradient_equal_an_independent_reference(clip_dual, kl_bound):
     @jax.value_and_grad
     def differentiate(x):
         given = dict(old=old, sampler=sampler, ref=ref, weight=weight)
-        return loss_of(x, advantage=jnp.asarray(advantage), **given, **s).loss
+        return loss_of(x, advantage=advantage, **given, **s).loss
 
     loss, grad = differentiate(jnp.asarray(logp, jnp.float32))
     np.testing.assert_allclose(loss, weight @ expected[:, 0], rtol=1e-4)
@@ -345,16 +350,10 @@ def test_reinforce_by_hand():
     logp = jnp.array([[-1.0, -2.0, -3.0]])
 
     def total(logp_BT):
-        return objective.policy_loss(
-            logp_BT,
-            jnp.zeros_like(logp),
-            old_logp_BT=logp,
-            sampler_logp_BT=logp,
-            ref_logp_BT=None,
-            advantage_BT=jnp.asarray(advantages[np.array([[0, 1, 1]])]),
-            weight_BT=jnp.asarray(weights[np.array([[0, 1, 1]])], jnp.float32),
-            **SETTINGS,
-        ).loss
+        episodes = [0, 1, 1]
+        given = dict(advantage=advantages[episodes], weight=weights[episodes])
+        return loss_of(logp_BT, old=logp, **given).loss
 
-    np.testing.assert_allclose(total(logp), -(1 / 2) * (1.0 + 0.5), rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(total)(logp), [[-0.5, -0.125, -0.125]], rtol=1e-6)
+    loss, grad = jax.value_and_grad(total)(logp)
+    np.testing.assert_allclose(loss, -(1 / 2) * (1.0 + 0.5), rtol=1e-6)
+    np.testing.assert_allclose(grad, [[-0.5, -0.125, -0.125]], rtol=1e-6)

@@ -1,6 +1,7 @@
 """Model: causal, equal in all its forms, and with Hugging Face's logits (tests/goldens, float32).
 
-Compiling is nearly all of the time here: tests share models, shapes, and so compiled programs.
+Compiling is nearly all of the time here: tests share models, shapes, and so compiled programs, and
+read results with numpy, for an operation on a jax.Array compiles too.
 """
 
 import functools
@@ -18,6 +19,7 @@ from ssp_jax.model import attention, decoder, hf_load, linear
 from ssp_jax.rollout import kv_cache, sampler
 from ssp_jax.rollout.stops import build_automaton
 from tests.model_folders import edit_config
+from tests.random_params import random_params
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -37,7 +39,7 @@ def golden(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_huggingface(name, prompt):
     config, params, numbers = golden(name)
-    got_BTV = full_logits(config, params, jnp.asarray(numbers[f"{prompt}_tokens"])[None])
+    got_BTV = np.asarray(full_logits(config, params, numbers[f"{prompt}_tokens"][None]))
     np.testing.assert_allclose(got_BTV[0], numbers[f"{prompt}_logits"], atol=2e-4)
 
 
@@ -66,7 +68,7 @@ def test_other_configs_of_the_same_model_equal_huggingface(tmp_path, name, chang
     config = hf_load.read_config(folder)
     params = hf_load.load(folder, config, None, jnp.float32)
     _, _, numbers = golden(name)
-    got_BTV = full_logits(config, params, jnp.asarray(numbers["long_tokens"])[None])
+    got_BTV = np.asarray(full_logits(config, params, numbers["long_tokens"][None]))
     np.testing.assert_allclose(got_BTV[0], numbers["long_logits"], atol=2e-4)
 
 
@@ -81,7 +83,7 @@ def test_right_padding_and_packing_give_huggingfaces_logits(name):
     rows = np.stack([np.pad(short, (0, m)), np.concatenate([short, long[:m]])])
     segments = np.array([[1] * n + [0] * m, [1] * n + [2] * m])
     positions = np.array([[*range(n), *[0] * m], [*range(n), *range(m)]])
-    got_BTV = full_logits(config, params, rows, jnp.asarray(segments), jnp.asarray(positions))
+    got_BTV = np.asarray(full_logits(config, params, rows, segments, positions))
     np.testing.assert_allclose(got_BTV[0, :n], numbers["padded_logits"], atol=2e-4)
     np.testing.assert_allclose(got_BTV[1, :n], numbers["short_logits"], atol=2e-4)
     np.testing.assert_allclose(got_BTV[1, n:], numbers["long_logits"][:m], atol=2e-4)
@@ -93,7 +95,7 @@ def test_cached_decoding_gives_huggingfaces_tokens(name):
     """Through the sampler, greedily: a prompt, then one token after the other."""
     config, params, numbers = golden(name)
     prompt, expected = numbers["short_tokens"], numbers["greedy_tokens"]
-    params = decoder.unstack(params, jnp.float32)
+    params = decoder.unstack(jax.device_get(params), np.float32)
     no_stop = build_automaton(["</s>"], [b""] * config.vocab_size, config.vocab_size)
     start = [np.array([x], np.int32) for x in (0, len(prompt) - 1, prompt[-1], 100, 0, 0)]
     rows = np.zeros((0, 1), np.int32)  # the cache is one piece: no row of a later one
@@ -117,6 +119,7 @@ def test_cached_decoding_gives_huggingfaces_tokens(name):
     _, chunk = sampler.decode_chunk(
         params, state, rows, room, stops, key, steps=len(expected), **options
     )
+    chunk = jax.device_get(chunk)
     np.testing.assert_array_equal(chunk.tokens_CB[:, 0], expected)
     np.testing.assert_allclose(chunk.logprobs_CB[:, 0], numbers["greedy_logprobs"], atol=2e-4)
 
@@ -136,8 +139,9 @@ def random_model(**changes):
         mlp_dim=48,
     )
     config = decoder.ModelConfig(**(shape | changes))
-    params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
-    return config, params, jax.random.randint(jax.random.key(1), (2, 12), 0, config.vocab_size)
+    params = jax.device_put(random_params(config))
+    tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (2, 12), np.int32)
+    return config, params, tokens_BT
 
 
 def full_logits(config, params, tokens_BT, segments_BT=None, positions_BT=None, remat="none"):
@@ -164,9 +168,10 @@ def _full_logits(config, params, tokens_BT, segments_BT, positions_BT, remat):
 
 def test_future_tokens_change_nothing():
     config, params, tokens_BT = random_model()
-    changed_BT = tokens_BT.at[:, 7:].set(0)
-    a = full_logits(config, params, tokens_BT)
-    b = full_logits(config, params, changed_BT)
+    changed_BT = tokens_BT.copy()
+    changed_BT[:, 7:] = 0
+    a = np.asarray(full_logits(config, params, tokens_BT))
+    b = np.asarray(full_logits(config, params, changed_BT))
     np.testing.assert_array_equal(a[:, :7], b[:, :7])
     assert (a[:, 7:] != b[:, 7:]).any()
 
@@ -175,7 +180,7 @@ def test_packed_segments_equal_rows_of_their_own():
     config, params, tokens_BT = random_model(qkv_bias=True)
     segments = np.array([[1] * 5 + [2] * 7] * 2)
     positions = np.array([[*range(5), *range(7)]])
-    packed = full_logits(config, params, tokens_BT, segments, positions)
+    packed = np.asarray(full_logits(config, params, tokens_BT, segments, positions))
     first = full_logits(config, params, tokens_BT[:, :5])
     second = full_logits(config, params, tokens_BT[:, 5:])
     np.testing.assert_allclose(packed[:, :5], first, atol=1e-4)
@@ -185,10 +190,10 @@ def test_packed_segments_equal_rows_of_their_own():
 def test_right_padding_changes_nothing():
     config, params, tokens_BT = random_model(qk_norm=True)
     segments = np.array([[1] * 9 + [0] * 3] * 2)
-    padded = full_logits(config, params, tokens_BT, segments)
+    padded = np.asarray(full_logits(config, params, tokens_BT, segments))
     alone = full_logits(config, params, tokens_BT[:, :9])
     np.testing.assert_allclose(padded[:, :9], alone, atol=1e-4)
-    assert jnp.isfinite(padded).all()
+    assert np.isfinite(padded).all()
 
 
 def test_remat_changes_no_gradient_but_what_is_kept():
@@ -233,7 +238,7 @@ def test_gradient_of_a_kernel_comes_in_its_own_dtype():
 @pytest.mark.parametrize("copies", [1, 8])  # 24 rows, for skinny_matmul, and 192
 def test_unstacked_layers_give_the_same_hidden_states(copies, is_transposed):
     config, params, tokens_BT = random_model(qkv_bias=True, qk_norm=True)
-    tokens_BT = jnp.tile(tokens_BT, (copies, 1))
+    tokens_BT = np.tile(tokens_BT, (copies, 1))
     positions = np.broadcast_to(np.arange(12), tokens_BT.shape)
 
     def attend(cache, q, k, v):
@@ -262,7 +267,8 @@ def test_tied_and_untied_heads():
 
 
 def test_abstract_params_are_the_params():
-    config, params, _ = random_model(qkv_bias=True, qk_norm=True)
+    config, _, _ = random_model(qkv_bias=True, qk_norm=True)
+    params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     expected = jax.tree.map(lambda x: (x.shape, x.dtype), params)
     got = jax.tree.map(lambda x: (x.shape, x.dtype), decoder.abstract_params(config))
     assert got == expected

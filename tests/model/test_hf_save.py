@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ssp_jax.errors import InputError
 from ssp_jax.model import hf_load, hf_save
-from ssp_jax.model.decoder import init_params
 from tests.model_folders import GOLDENS, NAMES, assert_same, edit_config, load
+from tests.random_params import random_params
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,7 +87,7 @@ def test_shards_hold_the_same_values(tmp_path):
         tie_word_embeddings=False,
     )
     config = hf_load.read_config(source)
-    whole = init_params(config, jax.random.key(0))
+    whole = jax.device_put(random_params(config))
     hf_save.save(whole, config, tmp_path / "saved", source, "float32")
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
     for axis in range(4):

@@ -8,10 +8,11 @@ import pytest
 from ssp_jax.model import decoder, sharding
 from ssp_jax.model.decoder import ModelConfig
 from ssp_jax.model.weights import FrozenBase
+from tests.random_params import random_params
 
 # Wide enough for transposed kernels; all kinds of leaves.
 CONFIG = ModelConfig(61, 2, 256, 4, 2, 64, 96, qkv_bias=True, qk_norm=True)
-PARAMS = jax.device_get(decoder.init_params(CONFIG, jax.random.key(0)))
+PARAMS = random_params(CONFIG)
 
 
 @pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)])
@@ -50,7 +51,7 @@ def test_the_base_moves_between_learner_and_sampler_and_keeps_its_bytes(axes):
 
 def test_base_and_adapter_are_one_tree_apart_and_joined():
     config = ModelConfig(61, 2, 32, 4, 2, 8, 48, lora=None)
-    params = decoder.init_params(config, jax.random.key(0))
+    params = random_params(config)
     base, adapter = decoder.split_adapter(params)
     assert adapter == {} and jax.tree.structure(base) == jax.tree.structure(params)
     assert jax.tree.structure(decoder.join(base, adapter)) == jax.tree.structure(params)

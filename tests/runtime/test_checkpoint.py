@@ -34,19 +34,13 @@ GAME = {
 def train_state(seed: int) -> dict[str, Any]:
     """Leaves of each dtype that a train state has, two of them sharded over a 4 x 2 mesh."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
-    kernel_key, moment_key = jax.random.split(jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    kernel = rng.standard_normal((48, 66), np.float32)
+    moment = rng.standard_normal((16, 3), np.float32).astype(jnp.bfloat16)
     return {
-        "params": {
-            "kernel": jax.device_put(
-                jax.random.normal(kernel_key, (48, 66)), _on(mesh, "fsdp", "tensor")
-            )
-        },
-        "adam": [
-            jax.device_put(
-                jax.random.normal(moment_key, (16, 3), jnp.bfloat16), _on(mesh, ("fsdp", "tensor"))
-            )
-        ],
-        "step": jax.device_put(jnp.int32(seed), _on(mesh)),
+        "params": {"kernel": jax.device_put(kernel, _on(mesh, "fsdp", "tensor"))},
+        "adam": [jax.device_put(moment, _on(mesh, ("fsdp", "tensor")))],
+        "step": jax.device_put(np.int32(seed), _on(mesh)),
     }
 
 
@@ -179,7 +173,8 @@ def test_kill_9_leaves_only_whole_steps(tmp_path: Path, seconds: float) -> None:
 def test_a_full_disk_is_told_in_a_line_after_the_next_step_and_costs_no_older_one(
     tmp_path: Path,
 ) -> None:
-    state = {"weight": jax.random.normal(jax.random.key(0), (2**18,))}
+    weight = np.random.default_rng(0).standard_normal(2**18, np.float32)
+    state = {"weight": jax.device_put(weight)}
     with Checkpoints(str(tmp_path), every=10, keep=2) as checkpoints:
         checkpoints.save(10, state, GAME)
         checkpoints.wait()
