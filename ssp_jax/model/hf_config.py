@@ -37,6 +37,7 @@ _INTS = {
     "intermediate_size": 2**20,
     "max_position_embeddings": 2**32,
     "original_max_position_embeddings": 2**32,
+    "r": 2**14,
 }
 _FLOATS = {
     "rms_norm_eps": 1.0,
@@ -44,6 +45,7 @@ _FLOATS = {
     "factor": 1e6,
     "low_freq_factor": 1e6,
     "high_freq_factor": 1e6,
+    "lora_alpha": 1e6,
 }
 # Values with which we compute what transformers computes. A missing key counts as the first one.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -67,7 +69,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Keys:
+class Keys:
     """The keys of a JSON object, and where it is, for messages."""
 
     place: str
@@ -94,6 +96,7 @@ class _Keys:
         return kind(value)
 
     def is_true(self, key: str) -> bool:
+        """Whether the key is there and true. Raises InputError for what is no boolean."""
         value = self.values.get(key, False)
         if not isinstance(value, bool):
             raise self.wrong(key, f"expected true or false, found {shown(value)}")
@@ -102,7 +105,7 @@ class _Keys:
 
 def read(folder: Folder) -> ModelConfig:
     """The shape of the model as config.json declares it. Raises InputError."""
-    keys = _Keys(folder.place(FILE), folder.read_json(FILE))
+    keys = Keys(folder.place(FILE), folder.read_json(FILE))
     kind = _architecture(keys)
     refuse_code(folder, FILE, keys.values)
     _check_supported(keys, kind)
@@ -130,7 +133,7 @@ def read(folder: Folder) -> ModelConfig:
 
 def context_tokens(folder: Folder) -> int:
     """The longest context, in tokens, for which the model has positions, with RoPE scaling."""
-    keys = _Keys(folder.place(FILE), folder.read_json(FILE))
+    keys = Keys(folder.place(FILE), folder.read_json(FILE))
     kind = _architecture(keys)
     tokens = keys.number("max_position_embeddings", _CONTEXT_TOKENS[kind])
     _, scaling = _rope(keys, kind)
@@ -151,7 +154,7 @@ def refuse_code(folder: Folder, file: str, values: Mapping[str, Any]) -> None:
         )
 
 
-def _architecture(keys: _Keys) -> str:
+def _architecture(keys: Keys) -> str:
     """The model type, a key of ARCHITECTURES."""
     listed = keys.values.get("architectures")
     if listed is not None and not isinstance(listed, list):
@@ -164,7 +167,7 @@ def _architecture(keys: _Keys) -> str:
     raise keys.wrong("architectures", f"is {shown(architecture)}; supported are {supported}")
 
 
-def _check_model_type(keys: _Keys, kind: str) -> None:
+def _check_model_type(keys: Keys, kind: str) -> None:
     """transformers reads this key alone, so it must agree with `architectures`."""
     found = keys.values.get("model_type", kind)
     if found != kind:
@@ -172,7 +175,7 @@ def _check_model_type(keys: _Keys, kind: str) -> None:
         raise keys.wrong("model_type", f"is {shown(found)}; {expected}")
 
 
-def _check_supported(keys: _Keys, kind: str) -> None:
+def _check_supported(keys: Keys, kind: str) -> None:
     for key, supported in _SUPPORTED.items():
         if key == "attention_bias" and kind == "qwen2":
             continue  # its code has biases at q, k and v and ignores the key
@@ -190,7 +193,7 @@ def _check_supported(keys: _Keys, kind: str) -> None:
             raise keys.wrong("layer_types", f"contains {shown(layer)}; {only}")
 
 
-def _kv_heads(keys: _Keys, kind: str, heads: int) -> int:
+def _kv_heads(keys: Keys, kind: str, heads: int) -> int:
     """Key/value heads of grouped-query attention. Older Llamas have no key: as many as heads."""
     key = "num_key_value_heads"
     is_absent = key not in keys.values
@@ -202,7 +205,7 @@ def _kv_heads(keys: _Keys, kind: str, heads: int) -> int:
     return kv_heads
 
 
-def _head_dim(keys: _Keys, kind: str, embed_dim: int, heads: int) -> int:
+def _head_dim(keys: Keys, kind: str, embed_dim: int, heads: int) -> int:
     head_dim: int
     if keys.values.get("head_dim") is not None or (kind == "qwen3" and "head_dim" in keys.values):
         head_dim = keys.number("head_dim")
@@ -218,7 +221,7 @@ def _head_dim(keys: _Keys, kind: str, embed_dim: int, heads: int) -> int:
     return head_dim
 
 
-def _rope(keys: _Keys, kind: str) -> tuple[float, RopeScaling | None]:
+def _rope(keys: Keys, kind: str) -> tuple[float, RopeScaling | None]:
     """rope_theta and the RoPE scaling.
 
     transformers 5 writes both into rope_parameters, 4 wrote rope_theta and rope_scaling. Where both
@@ -229,7 +232,7 @@ def _rope(keys: _Keys, kind: str) -> tuple[float, RopeScaling | None]:
     parameters = _object(keys, "rope_parameters")
     beside = {key: keys.values[key] for key in ("rope_theta",) if key in keys.values}
     default = {"rope_theta": LLAMA_ROPE_THETA} if kind == "llama" else {}
-    rope = _Keys(keys.place, default | beside | (scaling or parameters))
+    rope = Keys(keys.place, default | beside | (scaling or parameters))
     for key, value in rope.values.items():
         if isinstance(value, dict):
             raise rope.wrong(key, "is an object; rotary positions are the same in all layers here")
@@ -249,14 +252,14 @@ def _rope(keys: _Keys, kind: str) -> tuple[float, RopeScaling | None]:
     return theta, _llama3(keys, rope)
 
 
-def _object(keys: _Keys, key: str) -> dict[str, Any]:
+def _object(keys: Keys, key: str) -> dict[str, Any]:
     value = keys.values.get(key)
     if value is not None and not isinstance(value, dict):
         raise keys.wrong(key, f"expected a JSON object, found {shown(value)}")
     return value or {}
 
 
-def _llama3(keys: _Keys, rope: _Keys) -> RopeScaling:
+def _llama3(keys: Keys, rope: Keys) -> RopeScaling:
     factors = {key: rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
     if factors["low_freq_factor"] >= factors["high_freq_factor"]:
         raise rope.wrong("low_freq_factor", "expected a number below high_freq_factor")
@@ -265,7 +268,7 @@ def _llama3(keys: _Keys, rope: _Keys) -> RopeScaling:
     if key in keys.values:
         length = keys.number(key)
     elif key not in rope.values and "max_position_embeddings" in keys.values:
-        length = _Keys(keys.place, {key: keys.values["max_position_embeddings"]}).number(key)
+        length = Keys(keys.place, {key: keys.values["max_position_embeddings"]}).number(key)
     else:
         length = rope.number(key)
     return RopeScaling(**factors, original_max_position_embeddings=length)

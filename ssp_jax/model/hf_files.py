@@ -29,6 +29,9 @@ from ssp_jax.errors import InputError, first_line, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Of a folder of PEFT, which holds an adapter and not its base.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -246,7 +249,7 @@ class Tensor:
 def tensor_names(folder: Folder) -> frozenset[str]:
     """Names of all tensors; none of a folder without weights. Raises InputError."""
     if folder.has(SINGLE_FILE):
-        return frozenset(_open_file(folder, SINGLE_FILE))
+        return frozenset(open_file(folder, SINGLE_FILE))
     if folder.has(INDEX_FILE):
         return frozenset(_weight_map(folder))
     return frozenset()
@@ -258,7 +261,7 @@ def open_tensors(folder: Folder) -> dict[str, Tensor]:
     Raises InputError.
     """
     if folder.has(SINGLE_FILE):  # as in transformers, it wins over an index
-        return _open_file(folder, SINGLE_FILE)
+        return open_file(folder, SINGLE_FILE)
     if not folder.has(INDEX_FILE):
         raise InputError(
             f"{folder.name} has no model weights; expected {SINGLE_FILE} or {INDEX_FILE}"
@@ -266,7 +269,7 @@ def open_tensors(folder: Folder) -> dict[str, Tensor]:
     weight_map = _weight_map(folder)
     files = sorted(set(weight_map.values()))
     with ThreadPoolExecutor() as pool:
-        opened = pool.map(functools.partial(_open_file, folder), files)
+        opened = pool.map(functools.partial(open_file, folder), files)
         tensors_of_file = dict(zip(files, opened, strict=True))
     _check_weight_map(folder, weight_map, tensors_of_file)
     return {name: tensors_of_file[file][name] for name, file in weight_map.items()}
@@ -314,7 +317,7 @@ def _is_object_of_texts(value: Any) -> TypeGuard[dict[str, str]]:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-def _open_file(folder: Folder, name: str) -> dict[str, Tensor]:
+def open_file(folder: Folder, name: str) -> dict[str, Tensor]:
     """The tensors of a file. Raises InputError.
 
     They must fill exactly the bytes after the header, as safetensors' own reader demands.
@@ -409,10 +412,17 @@ Shapes = dict[str, tuple[int, ...]]  # tensor -> its shape
 FilePlan = dict[str, tuple[int, Shapes]]  # file -> the process that writes it, its tensors
 
 
-def plan_files(owners: dict[str, int], shapes: Shapes, dtype: np.dtype, max_bytes: int) -> FilePlan:
+def plan_files(
+    owners: dict[str, int],
+    shapes: Shapes,
+    dtype: np.dtype,
+    max_bytes: float,
+    single_file: str = SINGLE_FILE,
+) -> FilePlan:
     """Deals tensors out to files of at most `max_bytes`, each with tensors of one process.
 
     owners: tensor -> process. A tensor of more than `max_bytes` has a file of its own.
+    single_file: the name where one file holds all.
     """
     files: list[tuple[int, Shapes]] = []
     for process in sorted(set(owners.values())):
@@ -429,7 +439,7 @@ def plan_files(owners: dict[str, int], shapes: Shapes, dtype: np.dtype, max_byte
             own[tensor] = shape
             filled += size
     if len(files) == 1:
-        return {SINGLE_FILE: files[0]}
+        return {single_file: files[0]}
     names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     return dict(zip(names, files, strict=True))
 

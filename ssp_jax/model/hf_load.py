@@ -24,12 +24,16 @@ from ssp_jax.model.decoder import ModelConfig, Params
 from ssp_jax.model.hf_files import Bounds, Folder, Tensor
 from ssp_jax.model.hf_table import EMBEDDING, HEAD, Name
 
-ADAPTER = "adapter_config.json"  # of LoRA: transformers would add it to the weights
-
 
 def read_config(folder: str | Path) -> ModelConfig:
     """The shape of the model in a folder, as transformers would run it. Raises InputError."""
     found = hf_files.find(folder)
+    if found.has(hf_files.ADAPTER_CONFIG) and not found.has(hf_config.FILE):
+        raise InputError(
+            f"{found.place(hf_config.FILE)} does not exist and {hf_files.ADAPTER_CONFIG} does; "
+            "expected the folder of the adapter's base here, and this one as model.adapter "
+            "(--adapter of generate)"
+        )
     config = hf_config.read(found)
     if config.tie_embeddings and _has_own_head(found):
         return dataclasses.replace(config, tie_embeddings=False)
@@ -107,7 +111,11 @@ def check_tensors(folder: str | Path, config: ModelConfig) -> str:
     Returns a digest of these rows, which changes when the model is trained: that moves all tensors.
     A model that has diverged is NaN in all rows; one that is NaN in a few is refused by `load`.
     """
-    tensors = _open_tensors(hf_files.find(folder), config)
+    return digest_rows(_open_tensors(hf_files.find(folder), config))
+
+
+def digest_rows(tensors: dict[str, Tensor]) -> str:
+    """A digest of the middle row of each tensor. Raises InputError where one is not finite."""
 
     def middle_row(name: str) -> bytes:
         tensor = tensors[name]
@@ -127,17 +135,17 @@ def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
 
     Raises InputError if one is missing, has another shape, or would not be used by the model.
     """
-    if folder.has(ADAPTER):
+    if folder.has(hf_files.ADAPTER_CONFIG):  # transformers would add it to the weights
         raise InputError(
-            f"{folder.place(ADAPTER)} asks for an adapter beside the weights; "
-            "expected weights that it is merged into, and no such file"
+            f"{folder.place(hf_files.ADAPTER_CONFIG)} asks for an adapter beside the weights; "
+            "expected it in another folder, given as model.adapter (--adapter of generate)"
         )
     tensors = hf_files.open_tensors(folder)
     # Of a tied model, whose head is equal (read_config has compared) or all that the file has.
     if config.tie_embeddings and HEAD in tensors:
         head = tensors.pop(HEAD)
         tensors.setdefault(EMBEDDING, head)
-    expected = hf_table.file_shapes(config)
+    expected = hf_table.file_shapes(hf_table.table(config), config)
     for name, shape in expected.items():
         if name not in tensors:
             is_single = folder.has(hf_files.SINGLE_FILE)
@@ -155,19 +163,33 @@ def _open_tensors(folder: Folder, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def load(folder: str | Path, config: ModelConfig, shardings: Params | None, dtype: Any) -> Params:
-    """Params of a folder, of `dtype`. Raises InputError.
+    """Params of a folder without an adapter, of `dtype`. Raises InputError.
 
     shardings: shaped like params, or None for all of them on the default device.
+    """
+    tensors = _open_tensors(hf_files.find(folder), config)
+    return read_params(hf_table.table(config), tensors, config, shardings, dtype)
+
+
+def read_params(
+    names: Sequence[Name],
+    tensors: dict[str, Tensor],
+    config: ModelConfig,
+    shardings: Params | None,
+    dtype: Any,
+) -> Params:
+    """The parameters of these names, from tensors of the right shapes. Raises InputError.
+
+    shardings: as in `load`.
 
     Threads read one parameter and transpose it while the one before it goes to the devices. No more
     of the model than these two is in host memory, besides the params on a CPU.
     """
-    tensors = _open_tensors(hf_files.find(folder), config)
     sizes = hf_table.sizes(config)
     leaves: dict[str, jax.Array] = {}
     previous: Any = ()
     with ThreadPoolExecutor() as pool:
-        for name in hf_table.table(config):
+        for name in names:
             if shardings is None:
                 sharding = SingleDeviceSharding(jax.local_devices()[0])
             else:

@@ -1,4 +1,4 @@
-"""Saving params as a Hugging Face folder. hf_load.py is the way back.
+"""Saving params as a Hugging Face folder, or an adapter as PEFT's. hf_load.py is the way back.
 
 Tensors are assigned to the devices, and each process writes files with those of its own devices:
 nothing is gathered on one host, and no host holds more than a few tensors at a time.
@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssp_jax.errors import InputError
-from ssp_jax.model import hf_files, hf_load, hf_table
+from ssp_jax.model import hf_adapter, hf_files, hf_load, hf_table, linear
 from ssp_jax.model.decoder import ModelConfig, Params
 from ssp_jax.model.hf_files import Folder
 from ssp_jax.model.hf_table import Name
+from ssp_jax.model.linear import LORA_LEAVES
 from ssp_jax.runtime import durable, folder_swap, processes
 from ssp_jax.runtime.folder_swap import FolderSwap
 
@@ -57,21 +58,55 @@ def save(
 ) -> None:
     """Writes a complete Hugging Face folder, which appears only once it is whole.
 
-    Tokenizer and config come from `source_folder`. Several processes call this together. Each one
-    writes files of its own, so the folder must be on a file system that they share. Raises
-    InputError if another folder is in the way, or the source has another shape.
+    Adapters in params are merged into their layers. Tokenizer and config come from `source_folder`.
+    Several processes call this together. Each one writes files of its own, so the folder must be on
+    a file system that they share. Raises InputError if another folder is in the way, or the source
+    has another shape.
     """
     source = hf_files.find(source_folder)
-    if hf_load.read_config(source_folder) != config:
+    if hf_load.read_config(source_folder) != config.base:
         raise InputError(
             f"{source.place('config.json')} describes another model than the one to be saved"
         )
 
-    tag = _TAGS[dtype]
-    file_dtype = hf_files.DTYPES[tag]
+    names = hf_table.table(config)
+    tensors = _Tensors(names, params, config, dtype)
+    plan = tensors.plan(max_shard_bytes)
 
+    def write_small_files(work: Path) -> None:
+        _write_small_files(work, source, plan, dtype, config.tie_embeddings)
+
+    _write(Path(folder), tensors, plan, write_small_files)
+
+
+def save_adapter(adapter: Params, config: ModelConfig, folder: str | Path, base: str) -> None:
+    """Writes an adapter as PEFT's folder, in float32, which appears only once it is whole.
+
+    base: name or folder of its base, for the readers of adapter_config.json. Several processes call
+    this together; the first one writes, for PEFT reads a single file. Raises InputError if another
+    folder is in the way.
+    """
+    assert config.lora is not None
+    document = hf_adapter.document(config.lora, base)
+    names = hf_table.adapter_table(config)
+    tensors = _Tensors(names, adapter, config, "float32", only_process=0)
+    plan = tensors.plan(math.inf, hf_files.ADAPTER_FILE)
+
+    def write_config(work: Path) -> None:
+        (work / hf_files.ADAPTER_CONFIG).write_text(json.dumps(document, indent=2))
+
+    _write(Path(folder), tensors, plan, write_config)
+
+
+def _write(
+    folder: Path,
+    tensors: "_Tensors",
+    plan: hf_files.FilePlan,
+    write_small_files: Callable[[Path], None],
+) -> None:
+    """Writes the files of a plan and some small files; all of them appear together."""
     # One process makes the folder, after all have checked that nothing is in the way.
-    swap = _swap(Path(folder))
+    swap = _swap(folder)
     is_first = jax.process_index() == 0
     swap.check()
     multihost_utils.sync_global_devices("ssp_jax: all have seen that nothing is in the way")
@@ -81,12 +116,10 @@ def save(
     processes.check_shared(swap.work)
 
     # All processes write weights.
-    shapes = hf_table.file_shapes(config)
-    plan = hf_files.plan_files(_owners(params, config), shapes, file_dtype, max_shard_bytes)
-    arrays = _own_tensors(params, config, file_dtype)
-    for file, (owner, shapes_of_file) in plan.items():
+    arrays = tensors.own()
+    for file, (owner, shapes) in plan.items():
         if owner == jax.process_index():
-            hf_files.write_file(swap.work / file, shapes_of_file, arrays, tag)
+            hf_files.write_file(swap.work / file, shapes, arrays, _TAGS[tensors.dtype])
             durable.sync(swap.work / file)
     for _ in arrays:  # takes part in the collectives for other processes' tensors
         pass
@@ -94,7 +127,7 @@ def save(
 
     # One process writes everything else and puts the folder into its place.
     if is_first:
-        _write_small_files(swap.work, source, plan, dtype, config.tie_embeddings)
+        write_small_files(swap.work)
         files = folder_swap.written_names(swap.work)
         (swap.work / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
         swap.commit()
@@ -176,38 +209,95 @@ def _assign(name: Name, sharding: jax.sharding.Sharding) -> _Assignment:
     return _Assignment(mesh, tuple(split), replicated)
 
 
-def _owners(params: Params, config: ModelConfig) -> dict[str, int]:
-    """Tensor -> the process that writes it. Each tensor of the table goes to the next device."""
-    owners: dict[str, int] = {}
-    for name in hf_table.table(config):
-        devices = _assign(name, name.leaf(params).sharding).devices
-        for tensor in hf_table.tensors(name, config):
-            owners[tensor] = devices[len(owners) % len(devices)].process_index
-    return owners
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """The tensors that are written, each by a process that has the device that it is assigned to.
 
-
-def _own_tensors(params: Params, config: ModelConfig, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The tensors of this process in the order of the table.
-
-    In each round every device gets one layer. So hosts fetch and write at the same time, and a
-    device needs memory for a few tensors beside params.
+    Each tensor of the table goes to the next device.
     """
-    num_assigned = 0
-    for name in hf_table.table(config):
-        leaf = name.leaf(params)
-        assignment = _assign(name, leaf.sharding)
-        convert = _converter(name, config, dtype, assignment)
-        num_layers = len(hf_table.tensors(name, config))
-        num_devices = assignment.mesh.size
-        for begin in range(0, num_layers, num_devices):
-            # The layer of each device; in the last round some exceed num_layers and are dropped.
-            layers = begin + (np.arange(num_devices, dtype=np.int32) - num_assigned) % num_devices
-            shards = convert(leaf, np.minimum(layers, num_layers - 1)).addressable_shards
-            own = {int(layers[shard.index[0].start or 0]): shard.data for shard in shards}
-            for layer in sorted(own):
-                if layer < num_layers:
-                    yield np.asarray(own[layer])[0]
-        num_assigned += num_layers
+
+    names: list[Name]
+    params: Params
+    config: ModelConfig
+    dtype: str  # of the files
+    only_process: int | None = None  # writes all, where it is given
+
+    def plan(
+        self, max_shard_bytes: float, single_file: str = hf_files.SINGLE_FILE
+    ) -> hf_files.FilePlan:
+        """Which file has which tensors, and which process writes it."""
+        owners: dict[str, int] = {}
+        for name in self.names:
+            assignment = _assign(name, name.leaf(self.params).sharding)
+            receivers = self._receivers(assignment)
+            for tensor in hf_table.tensors(name, self.config):
+                device = assignment.devices[receivers[len(owners) % len(receivers)]]
+                owners[tensor] = device.process_index
+        shapes = hf_table.file_shapes(self.names, self.config)
+        dtype = hf_files.DTYPES[_TAGS[self.dtype]]
+        return hf_files.plan_files(owners, shapes, dtype, max_shard_bytes, single_file)
+
+    def own(self) -> Iterator[np.ndarray]:
+        """The tensors of this process in the order of the table.
+
+        In each round every device gets one layer. So hosts fetch and write at the same time, and a
+        device needs memory for a few tensors beside params.
+        """
+        dtype = hf_files.DTYPES[_TAGS[self.dtype]]
+        num_assigned = 0
+        for name in self.names:
+            leaf = _merged(name, self.params, self.config, dtype)
+            assignment = _assign(name, leaf.sharding)
+            receivers = self._receivers(assignment)
+            convert = _converter(name, self.config, dtype, assignment)
+            num_layers = len(hf_table.tensors(name, self.config))
+            # The layer of each device; those that exceed num_layers are dropped.
+            layers = np.full(assignment.mesh.size, num_layers, np.int32)
+            turns = (np.arange(len(receivers)) - num_assigned) % len(receivers)
+            for begin in range(0, num_layers, len(receivers)):
+                layers[receivers] = begin + turns
+                shards = convert(leaf, np.minimum(layers, num_layers - 1)).addressable_shards
+                own = {int(layers[shard.index[0].start or 0]): shard.data for shard in shards}
+                for layer in sorted(own):
+                    if layer < num_layers:
+                        yield np.asarray(own[layer])[0]
+            num_assigned += num_layers
+
+    def _receivers(self, assignment: _Assignment) -> list[int]:
+        """Positions of the devices that may get a tensor, in the order of the assignment."""
+        return [
+            position
+            for position, device in enumerate(assignment.devices)
+            if self.only_process in (None, device.process_index)
+        ]
+
+
+def _merged(name: Name, params: Params, config: ModelConfig, dtype: np.dtype) -> jax.Array:
+    """A parameter, with the adapter of its layer merged into it where there is one.
+
+    dtype: of what is merged.
+    """
+    leaf = name.leaf(params)
+    module = name.module(params)
+    if not name.path.endswith("kernel") or LORA_LEAVES[0] not in module:
+        return leaf
+    a, b = (module[key] for key in LORA_LEAVES)
+    assert config.lora is not None
+    return _merger(config.lora.scale, dtype, leaf.sharding)(leaf, a, b)
+
+
+@functools.cache
+def _merger(scale: float, dtype: np.dtype, sharding: jax.sharding.Sharding) -> Any:
+    """A jitted function: (kernel, A, B), stacked, -> the merged kernel, one layer at a time."""
+
+    def merge(layer: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        kernel, a, b = layer
+        return linear.merge(kernel, a, b, scale).astype(dtype)
+
+    def merge_stacked(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.map(merge, (kernel, a, b))
+
+    return jax.jit(merge_stacked, out_shardings=sharding)
 
 
 @functools.cache

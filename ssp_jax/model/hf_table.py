@@ -1,11 +1,14 @@
-"""The table of names: where each parameter is in a Hugging Face file, and in what order of axes."""
+"""The table of names: where each parameter is in a Hugging Face file, and in what order of axes.
+
+An adapter's names follow from those of the kernels beside which it is, as PEFT makes them.
+"""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from ssp_jax.model.decoder import ModelConfig, Params
+from ssp_jax.model.decoder import PROJECTIONS, ModelConfig, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +25,16 @@ class Name:
         """Whether the file has a tensor for each layer, which params stack."""
         return "{}" in self.tensor
 
-    def leaf(self, tree: Params) -> Any:
-        """This parameter of a tree that is shaped like params."""
+    def module(self, tree: Params) -> Any:
+        """The parameters of this one's module, in a tree that is shaped like params."""
         node: Any = tree
-        for key in self.path.split("/"):
+        for key in self.path.split("/")[:-1]:
             node = node[key]
         return node
+
+    def leaf(self, tree: Params) -> Any:
+        """This parameter of a tree that is shaped like params."""
+        return self.module(tree)[self.path.rpartition("/")[2]]
 
     def file_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """The shape of the tensor in the file. sizes: letter -> size."""
@@ -51,7 +58,8 @@ class Name:
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 _LAYER = "model.layers.{}."
-_NAMES = (
+# Parameters of all models; `table` has those of one.
+EVERY = (
     Name("embed/weight", EMBEDDING, "V D", "VD"),
     Name("layers/attention_norm/scale", _LAYER + "input_layernorm.weight", "D", "D"),
     Name("layers/attention/q/kernel", _LAYER + "self_attn.q_proj.weight", "NH D", "DNH"),
@@ -72,8 +80,12 @@ _NAMES = (
 )
 
 
+# PEFT wraps a model twice, and names its modules from outside.
+_ADAPTER_PREFIX = "base_model.model."
+
+
 def table(config: ModelConfig) -> list[Name]:
-    """The parameters of a model of this shape, in the order of the table."""
+    """The parameters of a model of this shape without its adapter, in the order of the table."""
     absent = set()
     if not config.qkv_bias:
         absent |= {"bias"}
@@ -81,12 +93,36 @@ def table(config: ModelConfig) -> list[Name]:
         absent |= {"q_norm", "k_norm"}
     if config.tie_embeddings:
         absent |= {"head"}
-    return [name for name in _NAMES if absent.isdisjoint(name.path.split("/"))]
+    return [name for name in EVERY if absent.isdisjoint(name.path.split("/"))]
+
+
+def kernel(projection: str) -> Name:
+    """The kernel of a projection of each layer, by its name in PEFT."""
+    path = f"layers/{PROJECTIONS[projection]}/kernel"
+    return next(name for name in EVERY if name.path == path)
+
+
+def adapter_table(config: ModelConfig) -> list[Name]:
+    """The parameters of the model's adapter: A and B of each projection that has one."""
+    if config.lora is None:
+        return []
+    names = []
+    for projection in config.lora.targets:
+        of = kernel(projection)
+        outputs, inputs = of.file_axes.split()
+        path = of.path.removesuffix("kernel")
+        tensor = _ADAPTER_PREFIX + of.tensor.removesuffix("weight")
+        names += [
+            Name(path + "lora_a", tensor + "lora_A.weight", f"Y {inputs}", f"{inputs}Y"),
+            Name(path + "lora_b", tensor + "lora_B.weight", f"{outputs} Y", f"Y{outputs}"),
+        ]
+    return names
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
     """The size of each letter."""
-    return {
+    rank = {} if config.lora is None else {"Y": config.lora.rank}
+    return rank | {
         "V": config.vocab_size,
         "D": config.embed_dim,
         "F": config.mlp_dim,
@@ -103,10 +139,10 @@ def tensors(name: Name, config: ModelConfig) -> list[str]:
     return [name.tensor.format(layer) for layer in range(config.num_layers)]
 
 
-def file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all tensors of a model, in the order in which they are written."""
+def file_shapes(names: Sequence[Name], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all tensors of these parameters, in the order in which they are written."""
     shapes = {}
-    for name in table(config):
+    for name in names:
         shape = name.file_shape(sizes(config))
         for tensor in tensors(name, config):
             shapes[tensor] = shape

@@ -103,6 +103,19 @@ class Lora:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
+def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """kernel + scale * A B in float32: the kernel of a layer that computes what both compute.
+
+    a: [*in_shape, Y]. b: [Y, *out_shape].
+    """
+    axes = (((a.ndim - 1,), (0,)), ((), ()))
+    a32 = a.astype(jnp.float32)
+    b32 = b.astype(jnp.float32)
+    # else TPUs multiply in bfloat16
+    product = jax.lax.dot_general(a32, b32, axes, precision=jax.lax.Precision.HIGHEST)
+    return kernel.astype(jnp.float32) + scale * product
+
+
 # Names of the two leaves that a layer with an adapter has beside its kernel: A and B.
 LORA_LEAVES = ("lora_a", "lora_b")
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from ssp_jax.model import decoder, hf_load, sharding
+from ssp_jax.model import decoder, hf_adapter, hf_load, sharding
 from ssp_jax.model.decoder import ModelConfig, Params
 from ssp_jax.model.linear import transpose, transpose_back
 
@@ -66,16 +66,20 @@ class FullWeights:
 class LoraWeights:
     """An adapter is trained, beside the frozen weights of a Hugging Face folder."""
 
-    def __init__(self, folder: str, config: ModelConfig, mesh: Mesh, dtype: Any, key: jax.Array):
-        """mesh: the learner's. dtype: of the arithmetic. key: of the random part of a new adapter.
+    def __init__(
+        self, folder: str, config: ModelConfig, mesh: Mesh, dtype: Any, start: str | jax.Array
+    ):
+        """mesh: the learner's. dtype: of the arithmetic.
 
-        The folder's weights are read when they are first asked for.
+        start: the folder of an adapter, or a key for the random part of a new one. Weights are read
+        when they are first asked for.
         """
         self._folder = folder
         self._config = config
         self._mesh = mesh
         self.dtype = dtype
-        self._key = key
+        self._start = start
+        self._shardings = sharding.param_shardings(decoder.abstract_trainable(config), mesh)
         self._adapter_to_sampler = _sampler_copy(config, mesh, dtype)
 
     @functools.cached_property
@@ -89,16 +93,17 @@ class LoraWeights:
     def _new(self) -> Any:
         """A jitted function: key -> adapter."""
         config = self._config
-        shardings = sharding.param_shardings(decoder.abstract_trainable(config), self._mesh)
 
         def new(key: jax.Array) -> Params:
             return decoder.trainable(config, decoder.init_params(config, key))
 
-        return jax.jit(new, out_shardings=shardings)
+        return jax.jit(new, out_shardings=self._shardings)
 
     def initial(self) -> Params:
-        """A new adapter: its B is 0, so that the model is the base."""
-        return self._new(self._key)
+        """The adapter of a folder, or a new one: its B is 0, so that the model is the base."""
+        if isinstance(self._start, str):
+            return hf_adapter.load(self._start, self._config, self._shardings, jnp.float32)
+        return self._new(self._start)
 
     def frozen(self) -> Params:
         return self._base.for_learner()
