@@ -119,7 +119,7 @@ class Plan:
             f"--workdir={self.workdir(variant, seed)}",
             f"--config.seed={seed}",
             f"--config.steps={self.steps}",
-            "--noconfig.checkpoint.export",
+            "--config.checkpoint.export=none",
         ]
         if VARIANTS[variant]:
             arguments.append(f"--config.{VARIANTS[variant]}")

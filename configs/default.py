@@ -16,6 +16,9 @@ def get_config() -> ConfigDict:
     c.model = ConfigDict()
     # Hugging Face folder: config.json, *.safetensors, tokenizer.
     c.model.path = ""
+    # Folder of PEFT with the adapter to start from, "" for none; in training section lora must say
+    # what it is. In an evaluation it says itself.
+    c.model.adapter = ""
     # bfloat16 | float32: compute and sampler; master weights are always float32.
     c.model.dtype = "bfloat16"
     # full | attention | dots | none: activations that the update recomputes; see model.REMAT.
@@ -273,7 +276,9 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 5  # steps between saves, 0 for never [C]
     c.checkpoint.minutes = 0.0  # and after a step that ends so long after a save; 0 for never [H]
     c.checkpoint.keep = 2  # newest kept
-    c.checkpoint.export = True  # write a Hugging Face folder at the end
+    # What the end writes. auto: the adapter with LoRA, else the model | model: a Hugging Face folder,
+    # with LoRA the merged weights | adapter: PEFT's folder | none.
+    c.checkpoint.export = "auto"
 
     c.log = ConfigDict()
     c.log.episodes_every = 10  # steps between dumps of readable episodes, 0 for never

@@ -30,7 +30,7 @@ which answer it leads to, none of 56 proposals was verified.
         --config.limits.verify_prompt_tokens=1024 --config.engine.slots=8 \\
         --config.engine.cache_tokens=1152 --config.engine.cache_buckets='()' \\
         --config.engine.extend_buckets='(128, 512)' --config.engine.extend_rows=1 \\
-        --noconfig.eval.before --noconfig.eval.after --noconfig.checkpoint.export \\
+        --noconfig.eval.before --noconfig.eval.after --config.checkpoint.export=none \\
         --config.log.episodes_every=1
 """
 

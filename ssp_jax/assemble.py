@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssp_jax import data, stamps
-from ssp_jax.config import check_values, flatten_config
+from ssp_jax.config import check_values, export_kind, flatten_config
 from ssp_jax.data import Task
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, printable
 from ssp_jax.evaluation import scores
 from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.game import judge, prompts, roles, rules
@@ -30,7 +30,7 @@ from ssp_jax.game.selfplay import SelfPlay
 from ssp_jax.learner.batches import Batch
 from ssp_jax.learner.state import LearnerConfig, TrainState, init_state
 from ssp_jax.learner.update import MEMORY_REMEDY, Learner
-from ssp_jax.model import attention, decoder, hf_load, hf_save, sharding
+from ssp_jax.model import attention, decoder, hf_adapter, hf_load, hf_save, sharding
 from ssp_jax.model.decoder import Params
 from ssp_jax.model.linear import Lora
 from ssp_jax.model.weights import FullWeights, LoraWeights, Weights
@@ -110,7 +110,7 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
         check_values(config, evaluating=evaluating)
         _check_eval_sets(config, evaluating)
         check_workdir(workdir, config, evaluating=evaluating)
-        if config.checkpoint.export and not evaluating:
+        if export_kind(config) != "none" and not evaluating:
             hf_save.check_place(Path(workdir) / hf_save.FOLDER)
         found = _read_files(config, evaluating)
         if processes.is_coordinator() and not evaluating:
@@ -144,7 +144,8 @@ def _check_eval_sets(config: ConfigDict, evaluating: bool) -> None:
 def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     """The fields of Inputs, but for the servers."""
     base = hf_load.read_config(config.model.path)
-    model_config = dataclasses.replace(base, lora=make_lora(config))
+    lora = _read_lora(config, base, evaluating) if config.model.adapter else make_lora(config)
+    model_config = dataclasses.replace(base, lora=lora)
     tokenizer = hf_load.load_tokenizer(config.model.path)
     context = make_context(config, tokenizer)
     roles.check_context(context)
@@ -154,8 +155,7 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     for name, questions in sets.items():
         sets[name] = data.subsample(questions, config.eval.max_questions)
     roles.check_rows("questions of data.eval_sets", sum(map(len, sets.values())))
-    rows = hf_load.check_tensors(config.model.path, base)
-    weight_files = stamps.of_weights(config.model.path)
+    weights, weight_files = _check_weights(config, model_config)
     tasks: list[Task] = []
     training_files: dict[str, str] = {}
     if not evaluating:
@@ -165,12 +165,59 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
         "tasks": tasks,
         "eval_sets": sets,
         "model_config": model_config,
-        "weights": processes.digest((rows, sorted(weight_files.values()))),
+        "weights": weights,
         "tokenizer": tokenizer,
         "context": context,
         "eos": roles.eos_tokens(tokenizer, hf_load.read_generation_config(config.model.path)),
         "stamps": training_files,
     }
+
+
+def _read_lora(config: ConfigDict, base: decoder.ModelConfig, evaluating: bool) -> Lora:
+    """What the adapter of model.adapter is; in training section lora must say the same.
+
+    Raises InputError.
+    """
+    adapter = hf_adapter.read(config.model.adapter, base)
+    if evaluating:
+        return adapter.lora
+    found = dataclasses.asdict(adapter.lora)
+    asked = dataclasses.asdict(_of_section(config.lora))
+    changes = [
+        f"lora.{key} is {asked[key]!r}; expected {found[key]!r}"
+        for key in found
+        if asked[key] != found[key]
+    ]
+    if changes:
+        raise InputError(
+            f"config section lora is not that of model.adapter={config.model.adapter}: "
+            f"{', '.join(changes)}"
+        )
+    if adapter.dropout and processes.is_coordinator():
+        print(
+            f"ssp_jax: {printable(config.model.adapter)} was trained with lora_dropout "
+            f"{adapter.dropout:g}; this run drops nothing",
+            file=sys.stderr,
+        )
+    return adapter.lora
+
+
+def _check_weights(
+    config: ConfigDict, model_config: decoder.ModelConfig
+) -> tuple[str, dict[str, str]]:
+    """Checks the files of the initial weights; their digest, and one of each file by its name.
+
+    Raises InputError.
+    """
+    rows = hf_load.check_tensors(config.model.path, model_config.base)
+    files = stamps.of_weights(config.model.path)
+    facts: tuple[Any, ...] = (rows, sorted(files.values()))
+    if config.model.adapter:
+        adapter_rows = hf_adapter.check_tensors(config.model.adapter, model_config)
+        adapter_files = stamps.of_adapter(config.model.adapter)
+        facts += (adapter_rows, sorted(adapter_files.values()))
+        files |= adapter_files
+    return processes.digest(facts), files
 
 
 def _open_judge(config: ConfigDict, found: dict[str, Any], evaluating: bool) -> judge.OpenAI | None:
@@ -247,8 +294,13 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
 
 def make_lora(config: ConfigDict) -> Lora | None:
     """Section lora; None for full fine-tuning."""
-    c = config.lora
-    return Lora(c.rank, c.alpha, c.targets, c.rank_stabilized) if c.rank else None
+    return _of_section(config.lora) if config.lora.rank else None
+
+
+def _of_section(c: ConfigDict) -> Lora:
+    """c: section lora."""
+    targets = tuple(name for name in decoder.PROJECTIONS if name in c.targets)
+    return Lora(c.rank, c.alpha, targets, c.rank_stabilized)
 
 
 def make_context(config: ConfigDict, tokenizer: Any) -> roles.EpisodeContext:
@@ -388,7 +440,13 @@ def make_weights(
     if model_config.lora is None:
         return FullWeights(folder, model_config, mesh, dtype)
     key = jax.random.fold_in(jax.random.key(config.seed), 0)  # steps of play take 1, 2, ...
-    return LoraWeights(folder, model_config, mesh, dtype, key)
+    return LoraWeights(folder, model_config, mesh, dtype, config.model.adapter or key)
+
+
+def initial_name(config: ConfigDict) -> str:
+    """How tables and logs name the weights that a run starts from."""
+    name = f"initial weights of {config.model.path}"
+    return f"{name} with {config.model.adapter}" if config.model.adapter else name
 
 
 def evaluation_inputs(config: ConfigDict, inputs: Inputs) -> dict[str, str]:

@@ -28,7 +28,7 @@ from ssp_jax.runtime.command import one_line, parse_known_flags, user_path
 ROOT = Path(default.__file__).parent.parent
 FREE_SECTION = "data.eval_sets"  # its keys are names of the user's own choice, its values files
 # Keys of paths, besides those of FREE_SECTION.
-PATHS = ("model.path", "data.answers", "retriever.corpus", "retriever.index")
+PATHS = ("model.path", "model.adapter", "data.answers", "retriever.corpus", "retriever.index")
 # What a file of assignments can do wrong; anything else is a defect and keeps its traceback.
 _FILE_ERRORS = (
     SyntaxError,
@@ -308,6 +308,7 @@ CHOICES: dict[str, Iterable[str]] = {
     "learner.momentum_dtype": ("float32", "bfloat16"),
     "learner.update_order": ("solver_first", "proposer_first", "combined"),
     "learner.old_logprobs": ("sampler", "recompute"),
+    "checkpoint.export": ("auto", "model", "adapter", "none"),
 }
 
 
@@ -460,6 +461,7 @@ def check_numbers(config: ConfigDict) -> None:
             bounds.check(f"config key {key}", number)
     _check_sizes(config, values)
     _check_lora(config.lora)
+    _check_export(config)
     _check_rules(config)
 
 
@@ -543,6 +545,22 @@ def _check_lora(c: ConfigDict) -> None:
         raise InputError(f"config key lora.targets is empty; expected some of {names}")
     if len(set(c.targets)) < len(c.targets):
         raise InputError("config key lora.targets has a name twice; expected each once")
+
+
+def _check_export(config: ConfigDict) -> None:
+    if config.checkpoint.export == "adapter" and not (config.lora.rank or config.model.adapter):
+        raise InputError(
+            "config key checkpoint.export is 'adapter' and lora.rank is 0, so that there is none; "
+            "expected auto, model or none, or a rank"
+        )
+
+
+def export_kind(config: ConfigDict) -> str:
+    """What a run writes at its end: "model", "adapter" or "none"."""
+    kind = str(config.checkpoint.export)
+    if kind == "auto":
+        return "adapter" if config.lora.rank else "model"
+    return kind
 
 
 def _check_ids(config: ConfigDict) -> None:

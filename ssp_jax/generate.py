@@ -5,6 +5,7 @@
     python -m ssp_jax.generate --model=FOLDER --index=INDEX --prompts=QUESTIONS.jsonl \\
         --out=OUT.jsonl
     python -m ssp_jax.generate --model=FOLDER --index=INDEX  # type a question and watch it search
+    python -m ssp_jax.generate --model=FOLDER --adapter=FOLDER ...  # with a LoRA adapter
 
 --prompts has lines {"prompt": text}, continued as it stands, or {"messages": [{"role", "content"},
 ...]}, put through the chat template. OUT has as many lines in the same order: {"token_ids",
@@ -16,6 +17,8 @@ are read from the standard input, one a line. Without --out lines go to the stan
 "prompt" is taken as it stands, control tokens such as <|im_end|> included; in all other texts they
 are plain text. OUT is replaced when all lines are there.
 
+--adapter=FOLDER   an adapter of the model, as PEFT and --config.checkpoint.export=adapter write it;
+                   it is applied beside the weights, not merged into them
 --max_tokens=1024  tokens after the prompt, search results included, within the model's context
 --temperature=0    0 is greedy; otherwise --seed=0 fixes the random numbers
 --dtype=float32    or bfloat16; by default bfloat16 on accelerators and float32 on CPUs
@@ -56,8 +59,9 @@ from ssp_jax.game.roles import (
     Role,
     episode_id,
 )
-from ssp_jax.model import decoder, hf_load, sharding
+from ssp_jax.model import decoder, hf_adapter, hf_load, sharding
 from ssp_jax.model.tokens import decode
+from ssp_jax.model.weights import FullWeights, LoraWeights, Weights
 from ssp_jax.retriever.search import Retriever
 from ssp_jax.rollout import kv_cache
 from ssp_jax.rollout.engine import Engine, SearchFn, Sizes, Stats
@@ -67,7 +71,7 @@ from ssp_jax.runtime.command import user_path
 from ssp_jax.runtime.logger import PLAIN_SECONDS, Phase
 
 CPU_CACHE_BYTES = 2 << 30  # keys and values of all slots on a CPU; accelerators say what they have
-PATHS = ("model", "prompts", "out", "index")  # flags
+PATHS = ("model", "adapter", "prompts", "out", "index")  # flags
 BOUNDED = {  # flag -> the config key whose bounds it has
     "max_tokens": "limits.response_tokens",
     "top_k": "retriever.top_k",
@@ -81,7 +85,7 @@ TYPED_PROMPT_TOKENS = 2048  # longest prompt of a typed question
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A Hugging Face folder, ready to generate."""
+    """A Hugging Face folder, with or without an adapter, ready to generate."""
 
     config: decoder.ModelConfig
     tokenizer: Any
@@ -92,9 +96,14 @@ class Model:
     context_tokens: int  # the longest episode
 
 
-def load_model(folder: str | Path, dtype: str = "") -> Model:
-    """Loads the model onto all devices: whole on each, or split where one is too small for it."""
+def load_model(folder: str | Path, dtype: str = "", adapter: str = "") -> Model:
+    """Loads the model onto all devices: whole on each, or split where one is too small for it.
+
+    adapter: its folder, or "" for none. Raises InputError.
+    """
     config = hf_load.read_config(folder)
+    if adapter:
+        config = dataclasses.replace(config, lora=hf_adapter.read(adapter, config).lora)
     tokenizer = hf_load.load_tokenizer(folder)
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     abstract = decoder.abstract_params(config)
@@ -102,8 +111,12 @@ def load_model(folder: str | Path, dtype: str = "") -> Model:
     size = numbers * kind.itemsize
     tensor = devices_per_copy(config.num_kv_heads, jax.device_count(), size, _device_bytes())
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": tensor})
-    stacked = hf_load.load(folder, config, sharding.param_shardings(abstract, mesh), kind)
-    params = sharding.sampler_copy(config, mesh, kind)(stacked)
+    weights: Weights
+    if adapter:
+        weights = LoraWeights(str(folder), config, mesh, kind, adapter)
+    else:
+        weights = FullWeights(str(folder), config, mesh, kind)
+    params = weights.initial_for_sampler()
     eos = roles.eos_tokens(tokenizer, hf_load.read_generation_config(folder))
     return Model(config, tokenizer, eos, kind, mesh, params, hf_load.context_tokens(folder))
 
@@ -485,7 +498,7 @@ def _context(f: Any, tokenizer: Any, prompt_tokens: int) -> EpisodeContext:
 def _load(f: Any) -> Model:
     print(f"loading {printable(f.model)}", file=sys.stderr, flush=True)
     with device_memory.must_fit("the model", "--dtype=bfloat16, or more or larger devices"):
-        return load_model(f.model, f.dtype)
+        return load_model(f.model, f.dtype, f.adapter)
 
 
 def _search(f: Any) -> SearchFn:

@@ -31,6 +31,15 @@ def of_weights(path: str) -> dict[str, str]:
     return {masked(model.place(name)): digest for name, digest in zip(names, digests, strict=True)}
 
 
+def of_adapter(path: str) -> dict[str, str]:
+    """Digests of the files of the adapter's folder, by name."""
+    adapter = hf_files.find(path)
+    config = _of_file(adapter.path / hf_files.ADAPTER_CONFIG)
+    weights = _of_weights(adapter, hf_files.ADAPTER_FILE)
+    stamps = {hf_files.ADAPTER_CONFIG: config, hf_files.ADAPTER_FILE: weights}
+    return {masked(adapter.place(name)): digest for name, digest in stamps.items()}
+
+
 def of_files(model_path: str, answers: str) -> dict[str, str]:
     """Digests of the file of answers and of the model folder's other files, by name."""
     model = hf_files.find(model_path)

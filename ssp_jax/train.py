@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from ssp_jax import assemble
 from ssp_jax.assemble import Progress, TrainingRun
-from ssp_jax.config import advice
-from ssp_jax.errors import InputError, sentence
+from ssp_jax.config import advice, export_kind
+from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import Result
 from ssp_jax.game import judge
@@ -258,7 +258,7 @@ def _evaluate(run: TrainingRun, now: Progress, step: int) -> Result:
     def current() -> Any:
         return run.weights.to_sampler(now.state.params)
 
-    name = f"after step {step}" if step else f"initial weights of {run.config.model.path}"
+    name = f"after step {step}" if step else assemble.initial_name(run.config)
     context = assemble.make_eval_context(
         run.config, run.workdir, run.inputs, run.engine, run.judges, run.logger, run.stop
     )
@@ -272,6 +272,22 @@ def _evaluate(run: TrainingRun, now: Progress, step: int) -> Result:
     return result
 
 
+def _export(run: TrainingRun, now: Progress) -> None:
+    """Writes what was trained, as checkpoint.export says."""
+    kind = export_kind(run.config)
+    if kind == "none":
+        return
+    base = run.config.model.path
+    model = run.inputs.model_config
+    folder = run.workdir / hf_save.FOLDER
+    with run.logger.phase("exporting"):
+        if kind == "adapter":
+            hf_save.save_adapter(now.state.params, model, folder, masked(base))
+        else:
+            params = decoder.join(run.weights.frozen(), now.state.params)
+            hf_save.save(params, model, folder, base)
+
+
 def _finish(run: TrainingRun, now: Progress) -> None:
     """The last evaluation, the export, summary.json, and the table of before and after."""
     config = run.config
@@ -281,10 +297,7 @@ def _finish(run: TrainingRun, now: Progress) -> None:
     if config.eval.after:
         results["after"] = _evaluate(run, now, now.step)
 
-    if config.checkpoint.export:
-        with run.logger.phase("exporting"):
-            folder = run.workdir / hf_save.FOLDER
-            hf_save.save(now.state.params, run.inputs.model_config, folder, config.model.path)
+    _export(run, now)
 
     names = list(run.inputs.eval_sets)
     scores = {}

@@ -282,7 +282,7 @@ def test_an_evaluation_that_a_signal_ends_is_finished_when_the_run_goes_on(whole
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    config = small(eval__every=4, eval__after=False, checkpoint__every=4, checkpoint__export=False)
+    config = small(eval__every=4, eval__after=False, checkpoint__every=4, checkpoint__export="none")
     with pytest.raises(SystemExit, match="^0$"):
         train.train(config, str(workdir))
     thread.join()
@@ -306,7 +306,7 @@ def test_an_evaluation_that_a_signal_ends_is_finished_when_the_run_goes_on(whole
     "order", [pytest.param("proposer_first", marks=pytest.mark.slow), "combined"]
 )
 def test_update_orders(tmp_path, order):
-    changes = NO_EVALUATION | {"learner__update_order": order, "checkpoint__export": False}
+    changes = NO_EVALUATION | {"learner__update_order": order, "checkpoint__export": "none"}
     train.train(small(steps=1, **changes), str(tmp_path))
     (metrics,) = rows_of(tmp_path)
     assert any(key.startswith("update/both/") for key in metrics) == (order == "combined")

@@ -82,7 +82,7 @@ def _evaluation_run(
         assemble.check_same_inputs(inputs, {"the newest checkpoint": newest})
         to_evaluate: dict[int, tuple[str, LoadParams]] = {}
         if config.eval.before or not newest:
-            to_evaluate[0] = f"initial weights of {config.model.path}", initial
+            to_evaluate[0] = assemble.initial_name(config), initial
         if newest:
             restore = _restorer(workdir, inputs, weights, mesh, checkpoints, newest)
             to_evaluate[newest] = f"checkpoint of step {newest} in {workdir}", restore
