@@ -276,8 +276,8 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 5  # steps between saves, 0 for never [C]
     c.checkpoint.minutes = 0.0  # and after a step that ends so long after a save; 0 for never [H]
     c.checkpoint.keep = 2  # newest kept
-    # What the end writes. auto: the adapter with LoRA, else the model | model: a Hugging Face folder,
-    # with LoRA the merged weights | adapter: PEFT's folder | none.
+    # Written at the end. auto: adapter with LoRA, else model | model: a Hugging Face folder, with
+    # LoRA of the merged weights | adapter: PEFT's folder | none.
     c.checkpoint.export = "auto"
 
     c.log = ConfigDict()

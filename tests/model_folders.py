@@ -1,5 +1,6 @@
 """Helpers for tests of model folders: damage a copy, load it, compare it bit by bit."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from ssp_jax.model import hf_load
+from ssp_jax.model import hf_adapter, hf_load, hf_table
+from ssp_jax.model.linear import Lora
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = ["qwen2", "qwen3", "llama3", "qwen2_untied", "llama3_tied"]
@@ -72,4 +74,20 @@ def split(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda weight_
     changed = change(files)
     weight_map = files if changed is None else changed
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def write_adapter(folder: Path, base: Path, lora: Lora, **changes: Any) -> Path:
+    """A random adapter of a base, as PEFT has it, with changed keys in its config."""
+    config = dataclasses.replace(hf_load.read_config(base), lora=lora)
+    names = hf_table.adapter_table(config)
+    chance = np.random.default_rng(0)
+    tensors = {
+        name: 0.1 * chance.standard_normal(shape, np.float32)
+        for name, shape in hf_table.file_shapes(names, config).items()
+    }
+    folder.mkdir()
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    document = hf_adapter.document(lora, base.name) | changes
+    (folder / "adapter_config.json").write_text(json.dumps(document))
     return folder

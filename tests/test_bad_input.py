@@ -31,6 +31,7 @@ from ssp_jax import audit, generate, main, stamps
 from ssp_jax.config import CHOICES, parse_command_line
 from ssp_jax.errors import shown
 from ssp_jax.game.rounds import ReplayState
+from ssp_jax.model.linear import Lora
 from ssp_jax.plan import __main__ as plan
 from ssp_jax.report import __main__ as report
 from ssp_jax.retriever import __main__ as retriever
@@ -40,7 +41,14 @@ from ssp_jax.runtime.checkpoint import Checkpoints
 from ssp_jax.runtime.logger import CompileCounter
 from ssp_jax.workdir import as_read, keep_config
 from tests.conftest import ROOT
-from tests.model_folders import edit_config, edit_header, edit_tensors, split, write_header
+from tests.model_folders import (
+    edit_config,
+    edit_header,
+    edit_tensors,
+    split,
+    write_adapter,
+    write_header,
+)
 from tests.report.test_report import run_folder
 
 # an empty folder -> a command line; its first word is a key of COMMANDS
@@ -104,6 +112,35 @@ def data(key: str, content: str | bytes, name: str = "rows.jsonl") -> Make:
         raw = content if isinstance(content, bytes) else content.encode()
         (folder / name).write_bytes(raw)
         return tiny(f"{key}={folder / name}")(folder)
+
+    return make
+
+
+LORA = Lora(4, 8.0, ("q_proj", "v_proj"))
+
+
+def of_adapter(folder: Path) -> list[str]:
+    """Overrides of a run that starts from an adapter of LORA."""
+    section = {"lora.rank": LORA.rank, "lora.alpha": LORA.alpha, "lora.targets": LORA.targets}
+    return [f"model.adapter={folder}", *(f"{key}={value}" for key, value in section.items())]
+
+
+def adapted(*overrides: str, base: Path = TINY / "model", **changes: Any) -> Make:
+    """A training run that starts from an adapter of LORA, with changed keys in its config."""
+
+    def make(folder: Path) -> list[str]:
+        write_adapter(folder / "adapter", base, LORA, **changes)
+        return tiny(*of_adapter(folder / "adapter"), *overrides)(folder)
+
+    return make
+
+
+def asked_with(damage: Callable[[Path], Any], **changes: Any) -> Make:
+    """generate with a damaged adapter of LORA, with changed keys in its config."""
+
+    def make(folder: Path) -> list[str]:
+        damage(write_adapter(folder / "adapter", TINY / "model", LORA, **changes))
+        return ask(PROMPT, "--adapter=adapter")(folder)
 
     return make
 
@@ -873,6 +910,89 @@ GENERATE = [
         "weights that are too few, and the output is there",
         ask(PROMPT, damage=lambda folder: edit_tensors(folder, **{"model.norm.weight": None})),
         "model.norm.weight",
+    ),
+]
+
+OTHER_BASE = ROOT / "tests/goldens/qwen2"
+ADAPTERS = [
+    Case(
+        "generate: no such adapter",
+        ask(PROMPT, "--adapter=nowhere"),
+        "nowhere does not exist",
+    ),
+    Case(
+        "generate: a model as its adapter",
+        ask(PROMPT, f"--adapter={TINY}/model"),
+        "adapter_config.json does not exist; expected",
+    ),
+    Case(
+        "generate: an adapter as the model",
+        lambda folder: [
+            write_adapter(folder / "adapter", TINY / "model", LORA),
+            ["generate", "--model=adapter", "--prompts=in.jsonl"],
+        ][1],
+        "config.json does not exist and adapter_config.json does; .* as model.adapter",
+    ),
+    Case(
+        "generate: DoRA",
+        asked_with(lambda f: None, use_dora=True),
+        'adapter/adapter_config.json: key "use_dora" is True; only False is supported',
+    ),
+    Case(
+        "generate: an adapter that is cut short",
+        asked_with(lambda f: os.truncate(f / "adapter_model.safetensors", 3000)),
+        "adapter/adapter_model.safetensors: tensor .* but the file is truncated",
+    ),
+    Case(
+        "generate: an adapter without weights",
+        asked_with(lambda f: os.remove(f / "adapter_model.safetensors")),
+        "adapter/adapter_model.safetensors does not exist",
+    ),
+    Case(
+        "train: no such adapter",
+        tiny("model.adapter=nowhere", "lora.rank=4"),
+        "nowhere does not exist",
+    ),
+    Case(
+        "train: an adapter of another base",
+        adapted(base=OTHER_BASE),
+        r"q_proj.lora_A.weight\" has shape \(4, 64\); expected \(4, 128\), for the base's q_proj",
+    ),
+    Case("train: PiSSA", adapted(init_lora_weights="pissa"), "is 'pissa', which may change"),
+    Case(
+        "train: an adapter and rank 0",
+        adapted("lora.rank=0"),
+        "section lora is not that of model.adapter=.*: lora.rank is 0; expected 4$",
+    ),
+    Case(
+        "train: another alpha, and other layers",
+        adapted("lora.alpha=32.0", "lora.targets=('v_proj',)"),
+        r"lora.alpha is 32.0; expected 8.0, lora.targets is .'v_proj',.; expected .'q_proj', 'v_p",
+    ),
+    Case(
+        "train: rsLoRA",
+        adapted(use_rslora=True),
+        "lora.rank_stabilized is False; expected True$",
+    ),
+    Case(
+        "evaluation: an adapter of more layers than it has",
+        lambda folder: [*adapted(target_modules="all-linear")(folder), "--mode=eval"],
+        '"base_model.*k_proj.lora_A.weight" is missing; key "target_modules" of adapter_config',
+    ),
+    Case(
+        "an export of an adapter without one",
+        tiny("checkpoint.export=adapter"),
+        "checkpoint.export is 'adapter' and lora.rank is 0.*; expected auto, model or none",
+    ),
+    Case(
+        "an export as it was once said",
+        line("main DEFAULT --config.checkpoint.export=False"),
+        "checkpoint.export is 'False'; expected one of auto, model, adapter, none",
+    ),
+    Case(
+        "no export as it was once said",
+        line("main DEFAULT --noconfig.checkpoint.export"),
+        "checkpoint.export",
     ),
 ]
 
@@ -2120,6 +2240,8 @@ def with_step(run: Path, config: ConfigDict) -> None:
     """One checkpoint, and nothing else."""
     files = stamps.of_weights(config.model.path)
     files |= stamps.of_files(config.model.path, config.data.answers)
+    if config.model.adapter:
+        files |= stamps.of_adapter(config.model.adapter)
     files |= stamps.of_index(config.retriever.corpus, config.retriever.index)
     game = {
         "memory": ReplayState().to_json(),
@@ -2139,11 +2261,11 @@ def damaged_step(damage: Callable[[Path], Any]) -> Callable[[Path, ConfigDict], 
     return prepare
 
 
-def resumed(change: Callable[[Path], Any], *, index: bool = False) -> Make:
+def resumed(change: Callable[[Path], Any], *, index: bool = False, adapter: bool = False) -> Make:
     """A run that has a checkpoint, and whose files (model/, answers.jsonl, corpus.jsonl) then
     change in place.
 
-    index: it searches a given index, without the corpus.
+    index: it searches a given index, without the corpus. adapter: it starts from adapter/.
     """
 
     def make(folder: Path) -> list[str]:
@@ -2156,6 +2278,8 @@ def resumed(change: Callable[[Path], Any], *, index: bool = False) -> Make:
         own[2:] = own[2:] if index else [f"retriever.corpus={folder}/corpus.jsonl"]
         if index:
             retriever.main(["build", f"--corpus={folder}/corpus.jsonl", f"--out={folder}/given"])
+        if adapter:
+            own += of_adapter(write_adapter(folder / "adapter", TINY / "model", LORA))
         argv = tiny(*own)(folder)
         with_step(folder / "run", parse_command_line(argv).config)
         change(folder)
@@ -2339,6 +2463,16 @@ WORKDIRS = [
         "model/model.safetensors has changed since step 1",
     ),
     Case(
+        "another adapter since",
+        resumed(lambda f: flip_a_bit(f / "adapter" / "adapter_model.safetensors"), adapter=True),
+        "adapter/adapter_model.safetensors has changed since step 1",
+    ),
+    Case(
+        "no adapter since",
+        with_workdir(trained, "model.adapter=x", "lora.rank=4"),
+        'lora.rank was 0 and is 4, model.adapter was "" and is "x"',
+    ),
+    Case(
         "another config of the model since",
         resumed(lambda f: edit_config(f / "model", x=1)),
         "model/config.json has",
@@ -2460,6 +2594,7 @@ PROCESSES = [
 SECTIONS = {
     "model folder": MODEL_FOLDERS,
     "tokenizer": TOKENIZERS,
+    "adapter": ADAPTERS,
     "config": CONFIGS_AND_FLAGS,
     "game": GAME_AND_UPDATE,
     "generate": GENERATE,

@@ -2,6 +2,7 @@
 sentence.
 """
 
+import dataclasses
 import io
 import json
 import math
@@ -16,8 +17,10 @@ from ssp_jax import generate
 from ssp_jax.data import load_questions
 from ssp_jax.errors import printable
 from ssp_jax.game import prompts
-from ssp_jax.model import attention, decoder, hf_load
+from ssp_jax.model import attention, decoder, hf_adapter, hf_load
+from ssp_jax.model.linear import Lora
 from ssp_jax.retriever.search import open_retriever
+from tests.model_folders import write_adapter
 
 TINY = Path("assets/tiny")
 MODEL = f"--model={TINY / 'model'}"
@@ -47,10 +50,14 @@ def ask(folder, lines, *arguments):
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
-def greedy(prompt, steps):
-    """The same by whole forward passes, without cache or engine: (token ids, log-probs)."""
+def tiny_model():
     config = hf_load.read_config(TINY / "model")
-    params = hf_load.load(TINY / "model", config, None, jnp.float32)
+    return config, hf_load.load(TINY / "model", config, None, jnp.float32)
+
+
+def greedy(prompt, steps, model=None):
+    """The same by whole forward passes, without cache or engine: (token ids, log-probs)."""
+    config, params = model or tiny_model()
     T = len(prompt) + steps
 
     @jax.jit
@@ -89,6 +96,24 @@ def test_greedy_lines_are_the_models_own_words_in_order(tmp_path):
         np.testing.assert_allclose(line["logprobs"], logprobs[:n], atol=1e-4)
         assert line["text"] == tokenizer.decode(line["token_ids"], skip_special_tokens=True)
         assert line.keys() == {"token_ids", "logprobs", "text", "stop_reason"}
+
+
+def test_lines_with_an_adapter_are_the_words_of_both_in_order(tmp_path):
+    tokenizer = hf_load.load_tokenizer(TINY / "model")
+    lora = Lora(3, 6.0, ("q_proj", "o_proj", "down_proj"), rank_stabilized=True)
+    folder = write_adapter(tmp_path / "adapter", TINY / "model", lora)
+    base, params = tiny_model()
+    config = dataclasses.replace(base, lora=lora)
+    adapter = hf_adapter.load(folder, config, None, jnp.float32)
+    prompt = " The capital of Norway is "
+    (line,) = ask(tmp_path, [{"prompt": prompt}], "--max_tokens=6", f"--adapter={folder}")
+    number = len(line["token_ids"])
+    model = config, decoder.join(params, adapter)
+    token_ids, logprobs = greedy(tokenizer.encode(prompt), 6, model)
+    assert line["token_ids"] == token_ids[:number]
+    np.testing.assert_allclose(line["logprobs"], logprobs[:number], atol=1e-4)
+    _, of_base = greedy(tokenizer.encode(prompt), 6)
+    assert abs(logprobs[0] - of_base[0]) > 0.01  # the adapter alone makes the difference
 
 
 def test_messages_go_through_the_chat_template_and_seeds_matter(tmp_path):

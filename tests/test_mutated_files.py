@@ -27,7 +27,7 @@ from configs import default
 from ssp_jax import config, data, generate
 from ssp_jax.errors import InputError
 from ssp_jax.evaluation import evaluate
-from ssp_jax.model import hf_load
+from ssp_jax.model import hf_adapter, hf_load
 from ssp_jax.report import __main__ as report
 from ssp_jax.retriever import build
 from ssp_jax.retriever.index import write_meta
@@ -182,7 +182,28 @@ def read_tokenizer(folder: Path) -> None:
     context.prompt([{"role": "user", "content": "Who?"}])
 
 
+def golden_adapter(folder: Path) -> None:
+    shutil.copytree(ROOT / "tests/goldens/qwen3_rslora", folder, dirs_exist_ok=True)
+
+
+def read_adapter(folder: Path) -> None:
+    base = hf_load.read_config(ROOT / "tests/goldens/qwen3")
+    config = dataclasses.replace(base, lora=hf_adapter.read(folder, base).lora)
+    hf_adapter.check_tensors(folder, config)
+    params = hf_adapter.load(folder, config, None, jnp.float32)
+    assert len(jax.tree.leaves(params)) == 4
+
+
 MODELS = [
+    Reader("adapter_config.json", golden_adapter, "adapter_config.json", read_adapter, "json", 150),
+    Reader(
+        "an adapter",
+        golden_adapter,
+        "adapter_model.safetensors",
+        read_adapter,
+        "safetensors",
+        100,
+    ),
     Reader("config.json", golden, "config.json", read_config, "json", 150),
     Reader("generation_config.json", golden, "generation_config.json", read_config, "json", 60),
     Reader("weights", golden, "model.safetensors", read_weights, "safetensors", 60),

@@ -205,13 +205,13 @@ def test_source_of_another_shape(folder, tmp_path):
 # --- several processes ---
 
 WORKER = """
-import os, sys
+import dataclasses, os, sys
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 os.umask(int(sys.argv[3], 8))  # so that a file tells who wrote it
 import fsspec, fsspec.implementations.local, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from ssp_jax.model import decoder, hf_load, hf_save, hf_table, sharding
+from ssp_jax.model import decoder, hf_adapter, hf_load, hf_save, hf_table, sharding
 
 class Counting(fsspec.implementations.local.LocalFileSystem):
     protocol, bytes = "counting", 0
@@ -220,7 +220,7 @@ class Counting(fsspec.implementations.local.LocalFileSystem):
         return super().cat_file(path, start, end, **kwargs)
 
 fsspec.register_implementation("counting", Counting)
-source, out = sys.argv[4:]
+source, out, adapter = sys.argv[4:]
 config = hf_load.read_config(source)
 like = decoder.abstract_params(config)
 mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
@@ -237,6 +237,11 @@ hf_load.load("counting://" + source, config, shardings, np.float32)
 print("read", Counting.bytes)
 params = hf_load.load(source, config, sharding.param_shardings(like, mesh), "bfloat16")
 hf_save.save(params, config, out, source, max_shard_bytes=60_000)
+
+config = dataclasses.replace(config, lora=hf_adapter.read(adapter, config).lora)
+shardings = sharding.param_shardings(decoder.abstract_trainable(config), mesh)
+params = hf_adapter.load(adapter, config, shardings, np.float32)
+hf_save.save_adapter(params, config, out + "_adapter", "qwen2")
 """
 
 
@@ -248,9 +253,10 @@ def test_two_processes_read_their_own_bytes_and_write_their_own_files(folder, tm
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     masks = ("022", "077")
     out = tmp_path / "out"
+    folders = [str(path) for path in (folder, out, GOLDENS / "qwen2_lora")]
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, address, str(process), mask, str(folder), str(out)],
+            [sys.executable, "-c", WORKER, address, str(process), mask, *folders],
             **dict(env=environment, stdout=subprocess.PIPE, text=True),
         )
         for process, mask in enumerate(masks)
@@ -272,3 +278,6 @@ def test_two_processes_read_their_own_bytes_and_write_their_own_files(folder, tm
         written.append(sum(stat.st_size for stat in stats if stat.st_mode & 0o777 == mode))
     assert min(written) > 0.3 * sum(written)
     assert sum(written) == sum(file.stat().st_size for file in files)
+    # PEFT reads one file of an adapter: the first process writes all of it.
+    for file in (GOLDENS / "qwen2_lora_written").iterdir():
+        assert (tmp_path / "out_adapter" / file.name).read_bytes() == file.read_bytes()
