@@ -11,7 +11,7 @@ from typing import Any
 
 from ssp_jax.errors import InputError, shown
 from ssp_jax.model.decoder import ModelConfig, RopeScaling
-from ssp_jax.model.hf_files import Folder
+from ssp_jax.model.hf_files import ADAPTER_CONFIG, Folder
 
 FILE = "config.json"
 # model_type -> what `architectures` says beside it
@@ -105,6 +105,11 @@ class Keys:
 
 def read(folder: Folder) -> ModelConfig:
     """The shape of the model as config.json declares it. Raises InputError."""
+    if folder.has(ADAPTER_CONFIG) and not folder.has(FILE):
+        raise InputError(
+            f"{folder.place(FILE)} does not exist and {ADAPTER_CONFIG} does; expected the folder "
+            "of the adapter's base here, and this one as model.adapter (--adapter of generate)"
+        )
     keys = Keys(folder.place(FILE), folder.read_json(FILE))
     kind = _architecture(keys)
     refuse_code(folder, FILE, keys.values)

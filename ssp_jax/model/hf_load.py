@@ -28,12 +28,6 @@ from ssp_jax.model.hf_table import EMBEDDING, HEAD, Name
 def read_config(folder: str | Path) -> ModelConfig:
     """The shape of the model in a folder, as transformers would run it. Raises InputError."""
     found = hf_files.find(folder)
-    if found.has(hf_files.ADAPTER_CONFIG) and not found.has(hf_config.FILE):
-        raise InputError(
-            f"{found.place(hf_config.FILE)} does not exist and {hf_files.ADAPTER_CONFIG} does; "
-            "expected the folder of the adapter's base here, and this one as model.adapter "
-            "(--adapter of generate)"
-        )
     config = hf_config.read(found)
     if config.tie_embeddings and _has_own_head(found):
         return dataclasses.replace(config, tie_embeddings=False)
