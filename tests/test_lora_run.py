@@ -24,7 +24,7 @@ LORA = {
     "mesh__data": 2,
     "mesh__fsdp": 2,
     "reward__metric": "policy",
-    "checkpoint__export": False,
+    "checkpoint__export": "none",
     **NO_EVALUATION,
 }
 

@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
     changes = {
         "eval__before": False,
         "eval__after": False,
-        "checkpoint__export": False,
+        "checkpoint__export": "none",
         "log__episodes_every": 1,
         "reward__metric": "policy",
         "learner__learning_rate": 0.02,

@@ -292,7 +292,7 @@ def test_a_server_that_is_lost_costs_no_finished_step(server, tmp_path, capsys):
     changes = {
         "eval__before": False,
         "eval__after": False,
-        "checkpoint__export": False,
+        "checkpoint__export": "none",
         "checkpoint__every": 0,
         "limits__searches": 1,
         "game__answers_per_step": 2,
