@@ -163,6 +163,30 @@ MUTANTS = [
         "model/test_tokens.py::test_text_never_becomes_a_control_token",
     ),
     Mutant(
+        "model/linear.py",
+        "return kernel.astype(jnp.float32) + scale * product",
+        "return kernel.astype(jnp.float32) + product",
+        "model/test_hf_adapter.py::test_logits_of_the_merged_export_equal_pefts",
+    ),
+    Mutant(
+        "model/hf_adapter.py",
+        "return is_target(module) and not is_excluded(module)",
+        "return is_target(module)",
+        "model/test_hf_adapter.py::test_keys_are_read_as_peft_reads_them",
+    ),
+    Mutant(
+        "model/hf_adapter.py",
+        "if key not in known and value not in _EMPTY:",
+        "if False:",
+        "model/test_hf_adapter.py::test_a_config_of_another_function_is_refused",
+    ),
+    Mutant(
+        "model/hf_save.py",
+        "if self.only_process in (None, device.process_index)",
+        "if True",
+        "model/test_hf_save.py::test_two_processes_read_their_own_bytes_and_write_their_own_files",
+    ),
+    Mutant(
         "model/attention.py",
         "scores = jnp.where(visible_BTS[:, None, None], scores * H**-0.5, NEG_INF)",
         "scores = scores * H**-0.5",
