@@ -166,9 +166,9 @@ def test_qwen_sized_table_is_built_quickly():
     lengths = random.poisson(6, 151_000)
     lengths[:2] = 128  # the longest tokens of Qwen2.5 are 128 spaces
     vocabulary = [random.bytes(n) for n in lengths]
-    start = time.perf_counter()
+    start = time.process_time()
     automaton = build_automaton(STOPS, vocabulary, vocab_size=151_936)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
     assert automaton.table_AV.shape == (23 + 3, 151_936) and automaton.table_AV.dtype == np.int8
 
 
