@@ -495,6 +495,21 @@ def test_any_number_of_processes_plays_the_same_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_train_the_adapter_that_one_trains(tmp_path: Path) -> None:
+    """The base moves between the learner's mesh of all devices and each process's own."""
+    changes: dict[str, Any] = {
+        "mesh__data": 2,
+        "mesh__fsdp": 2,
+        "lora__rank": 4,
+        "checkpoint__export": "model",
+    }
+    here(tmp_path / "one", **changes)
+    run = Run(tmp_path / "two", 2, 2, tmp_path / "logs", **changes)
+    assert run.codes() == [0, 0], run.said()
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_sigterm_at_one_process_saves_once_for_all_and_four_go_on(tmp_path: Path) -> None:
     # JAX takes a second or two to tell all of a signal
     changes = {"steps": 4, "mesh__data": 2, "mesh__fsdp": 2}
