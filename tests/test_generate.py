@@ -55,10 +55,10 @@ def tiny_model():
     return config, hf_load.load(TINY / "model", config, None, jnp.float32)
 
 
-def greedy(prompt, steps, model=None):
-    """The same by whole forward passes, without cache or engine: (token ids, log-probs)."""
+def greedy(prompts, steps, model=None):
+    """The same by whole forward passes, without cache or engine: (token ids, log-probs) of each."""
     config, params = model or tiny_model()
-    T = len(prompt) + steps
+    T = max(map(len, prompts)) + steps
 
     @jax.jit
     def logp(tokens_1T):
@@ -72,23 +72,29 @@ def greedy(prompt, steps, model=None):
         )
         return jax.nn.log_softmax(decoder.logits(params, hidden_1TD[0]), axis=-1)
 
-    tokens = list(prompt)
-    logprobs = []
-    for _ in range(steps):
-        padded = np.zeros((1, T), np.int32)
-        padded[0, : len(tokens)] = tokens
-        row = np.asarray(logp(padded)[len(tokens) - 1])
-        tokens.append(int(row.argmax()))
-        logprobs.append(float(row.max()))
-    return tokens[len(prompt) :], logprobs
+    def goes_on(prompt):
+        tokens = list(prompt)
+        logprobs = []
+        for _ in range(steps):
+            padded = np.zeros((1, T), np.int32)
+            padded[0, : len(tokens)] = tokens
+            row = np.asarray(logp(padded))[len(tokens) - 1]
+            tokens.append(int(row.argmax()))
+            logprobs.append(float(row.max()))
+        return tokens[len(prompt) :], logprobs
+
+    return [goes_on(prompt) for prompt in prompts]
 
 
 def test_greedy_lines_are_the_models_own_words_in_order(tmp_path):
     tokenizer = hf_load.load_tokenizer(TINY / "model")
-    texts = ["Question: Which", " The capital of Norway is ", "a"]
+    long = (
+        " The capital of Norway is Oslo, the capital of Peru is Lima and the capital of Kenya is "
+    )
+    texts = ["Question: Which", long, "a"]
     lines = ask(tmp_path, [{"prompt": text} for text in texts], "--max_tokens=6")
-    for text, line in zip(texts, lines, strict=True):
-        token_ids, logprobs = greedy(tokenizer.encode(text), 6)
+    expected = greedy([tokenizer.encode(text) for text in texts], 6)
+    for line, (token_ids, logprobs) in zip(lines, expected, strict=True):
         n = len(line["token_ids"])
         assert line["token_ids"] == token_ids[:n] and line["stop_reason"] == (
             "max_tokens" if n == 6 else "eos"
@@ -109,10 +115,11 @@ def test_lines_with_an_adapter_are_the_words_of_both_in_order(tmp_path):
     (line,) = ask(tmp_path, [{"prompt": prompt}], "--max_tokens=6", f"--adapter={folder}")
     number = len(line["token_ids"])
     model = config, decoder.join(params, adapter)
-    token_ids, logprobs = greedy(tokenizer.encode(prompt), 6, model)
+    prompts = [tokenizer.encode(prompt)]
+    ((token_ids, logprobs),) = greedy(prompts, 6, model)
     assert line["token_ids"] == token_ids[:number]
     np.testing.assert_allclose(line["logprobs"], logprobs[:number], atol=1e-4)
-    _, of_base = greedy(tokenizer.encode(prompt), 6)
+    ((_, of_base),) = greedy(prompts, 6)
     assert abs(logprobs[0] - of_base[0]) > 0.01  # the adapter alone makes the difference
 
 
@@ -120,8 +127,9 @@ def test_messages_go_through_the_chat_template_and_seeds_matter(tmp_path):
     tokenizer = hf_load.load_tokenizer(TINY / "model")
     messages = [{"role": "user", "content": "Question: Which city?"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    lines = [{"messages": messages}, {"prompt": text}]
-    chat, plain = ask(tmp_path, lines, "--max_tokens=12")
+    # as many lines as above, of as many tokens to the next power of two: the same programs
+    lines = [{"messages": messages}, {"prompt": text}, {"prompt": "a"}]
+    chat, plain, _ = ask(tmp_path, lines, "--max_tokens=12")
     assert chat == plain
     hot = ("--max_tokens=12", "--temperature=1.5")
     first, again, other = (ask(tmp_path, lines, *hot, f"--seed={seed}") for seed in (1, 1, 2))

@@ -22,11 +22,12 @@ from ssp_jax.rollout.engine import Sizes
 from ssp_jax.rollout.scheduler import Scheduler, Stats
 from ssp_jax.runtime import device_memory
 from ssp_jax.runtime.logger import CompileCounter
+from tests.random_params import random_params
 
 TOKENIZER = hf_load.load_tokenizer(Path("assets/tiny/model"))
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = decoder.ModelConfig(2048, 1, 32, 4, 2, 8, 48)  # one layer: the programs unroll them
-PARAMS = decoder.unstack(decoder.init_params(CONFIG, jax.random.key(0)), jnp.float32)
+PARAMS = jax.device_put(decoder.unstack(random_params(CONFIG), np.float32))
 KEY = jax.random.key(7)
 LIMITS = roles.Limits(64, 200, 120, 12, 4, 3, 60)
 CONTEXT = roles.EpisodeContext(TOKENIZER, STYLES["brief"], "chat", LIMITS)
