@@ -62,6 +62,15 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(whole):
     assert len(arrays) > 14 and all(name.endswith(("lora_a", "lora_b")) for name in arrays)
 
 
+def test_a_run_that_lost_its_last_step_plays_it_again_bitwise(whole, model, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(workdir / checkpoint.FOLDER / "4")
+    train.train(small(**LORA, model__path=str(model)), str(workdir))
+    assert steps_of(workdir) == steps_of(whole)
+    assert leaves_of(workdir, 4) == leaves_of(whole, 4)
+
+
+@pytest.mark.slow
 def test_two_and_two_steps_equal_four_bitwise(whole, model, tmp_path):
     settings = {**LORA, "model__path": str(model)}
     train.train(small(**{**settings, "steps": 2}), str(tmp_path))
