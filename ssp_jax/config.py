@@ -21,7 +21,6 @@ from ml_collections import ConfigDict, config_flags
 from configs import default
 from ssp_jax.errors import InputError
 from ssp_jax.game import prompts, rewards, rules
-from ssp_jax.model import decoder
 from ssp_jax.runtime.command import one_line, parse_known_flags, user_path
 
 # of the repository, or where `pip install .` has put configs/
@@ -537,9 +536,10 @@ def _check_engine(config: ConfigDict) -> None:
 
 
 def _check_lora(c: ConfigDict) -> None:
-    names = ", ".join(decoder.PROJECTIONS)
+    all_targets = default_values()["lora.targets"]
+    names = ", ".join(all_targets)
     for target in c.targets:
-        if target not in decoder.PROJECTIONS:
+        if target not in all_targets:
             raise InputError(f"config key lora.targets has {target!r}; expected some of {names}")
     if c.rank and not c.targets:
         raise InputError(f"config key lora.targets is empty; expected some of {names}")

@@ -46,6 +46,15 @@ def programs_of_a_file() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_a_file() -> Iterator[None]:
+    """Variables that a test file sets are gone at its end: the planner sets some for libtpu."""
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+
+
 @pytest.fixture(scope="module")
 def quick_compile() -> Iterator[None]:
     """For files whose programs run once or twice: most of LLVM's optimizations cost more than they
