@@ -21,6 +21,7 @@ from ssp_jax.learner.batches import Batch, Trajectory, empty_batch, make_batches
 from ssp_jax.learner.logprobs import token_logprobs
 from ssp_jax.learner.state import LearnerConfig, TrainState, optimizer
 from ssp_jax.model import attention, decoder, sharding
+from ssp_jax.runtime.dispatch import in_turn
 
 # What to change where the update does not fit.
 MEMORY_REMEDY = (
@@ -265,7 +266,8 @@ class Learner:
             # A mini-batch from which all was dropped has no micro-batch.
             total: Any = None if mini_batch else self._programs.zero_total(state.params)
             for arguments in zip(mini_batch, old_logp, ref_logp, strict=True):
-                total = self._programs.accumulate(total, state.params, frozen, *arguments)
+                accumulated = self._programs.accumulate(total, state.params, frozen, *arguments)
+                total = in_turn(accumulated)
             state, norm = self._step(state, total[0])
             reports.append((total[1], norm))
 
@@ -303,7 +305,9 @@ class Learner:
     def _score_all(
         self, params: decoder.Params, frozen: decoder.Params, batches: list[MiniBatch]
     ) -> list[list[Any]]:
-        score_one = functools.partial(self._programs.score, params, frozen)
+        def score_one(batch: Batch) -> Any:
+            return in_turn(self._programs.score(params, frozen, batch))
+
         return [list(map(score_one, mini_batch)) for mini_batch in batches]
 
 

@@ -1,0 +1,54 @@
+"""Many programs in a row, on CPU devices that exchange data: none waits for ever.
+
+In processes of their own, for what waits for ever cannot be interrupted.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+SECONDS = 300
+DIGESTS = """
+import jax
+import numpy as np
+from ssp_jax.model import sharding
+from ssp_jax.runtime.checkpoint import leaf_digests
+
+rows = sharding.rows_sharding(sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1}))
+leaves = [jax.device_put(np.full((8, 4), i), rows) for i in range(100)]
+for _ in range(5):
+    print(len(set(leaf_digests(leaves).values())))
+"""
+MICRO_BATCHES = """
+import dataclasses
+import jax
+import numpy as np
+from ssp_jax.learner.update import Learner
+from ssp_jax.model import sharding
+from tests.learner.test_update import BASE, PARAMS, fresh_state, make_episodes
+
+mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+rows = sharding.rows_sharding(mesh)
+c = dataclasses.replace(BASE, rows_sharding=rows)
+params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh))
+state = fresh_state(c, params)
+learner = Learner(c, state, params, lambda batch: jax.device_put(batch, rows))
+episodes = make_episodes([c.row_tokens] * c.rows * 40)
+for _ in range(3):
+    state, _ = learner.update(state, episodes, np.ones(len(episodes)), np.random.default_rng(0))
+    print(int(state.updates))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(DIGESTS, [100] * 5), (MICRO_BATCHES, [1, 2, 3])],
+    ids=["digests", "micro-batches"],
+)
+def test_no_number_of_programs_waits_for_ever(code: str, said: list[int]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0
+    assert list(map(int, done.stdout.split())) == said
