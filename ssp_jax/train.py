@@ -141,9 +141,8 @@ def _warm_up(run: TrainingRun, now: Progress) -> None:
         with device_memory.must_fit("the update", MEMORY_REMEDY):
             run.learner.warm_up(now.state.params)
     say(f"{'each process: ' if processes.is_multiprocess() else ''}{run.engine.memory}")
-    took = time.monotonic() - began
-    compiles = run.compiles
-    say(f"warm-up took {took:.1f} s: {compiles.count} programs, {compiles.seconds:.1f} s")
+    compiled = f"{run.compiles.count} programs, {run.compiles.seconds:.1f} s of compiling"
+    say(f"warm-up took {time.monotonic() - began:.1f} s: {compiled}")
 
 
 # --- play and update ------------------------------------------------------------------------------

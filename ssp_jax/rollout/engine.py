@@ -10,9 +10,9 @@ for bit. The engine knows nothing of the game: a `Player` says what follows a st
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from ssp_jax.rollout import kv_cache, sampler, sampling
 from ssp_jax.rollout.scheduler import PendingWrite, Player, RowAllocator, Scheduler, Stats
 from ssp_jax.rollout.stops import Automaton
 from ssp_jax.runtime import device_memory
+from ssp_jax.runtime.dispatch import compile_together
 
 __all__ = ["Engine", "Player", "Sizes", "Stats"]
 
@@ -201,21 +202,19 @@ class Engine:
     def warm_up(
         self, params: decoder.Params, key: jax.Array, stop: Callable[[], None] = lambda: None
     ) -> None:
-        """Runs every program once on rows that write nothing; after this nothing compiles.
+        """Compiles every program and runs it once on rows that write nothing.
+
+        After this nothing compiles.
 
         stop: called between programs; may raise.
         """
         with device_memory.must_fit("the engine", _REMEDY):
             device = self.device(params, key)
-            memory = RowAllocator(device.layout)
-            for depth in range(len(device.layout.ends) + 1):
-                for length in sorted(set(self._sizes.extend_buckets)):
-                    stop()
-                    device.extend(memory.rows_JB, [], length, depth)
-                if depth:
-                    stop()
-                    device.copy_prefix(memory.rows_JB, [], depth)
-                    device.decode(memory.rows_JB, memory.room_B, depth)
+            lengths = sorted(set(self._sizes.extend_buckets))
+            compile_together([call.lower() for call in device.empty_calls(lengths)], stop)
+            for call in device.empty_calls(lengths):
+                stop()
+                device.run(call)
             jax.block_until_ready(device.state)  # what fails on the device, fails here
 
     def play(
@@ -292,6 +291,16 @@ class Engine:
         state = sampler.new_state(self._config, shapes.layout, self._dtype, shardings)
         return self._device(state, shardings, params, key)
 
+    def abstract_device(
+        self, params: decoder.Params, key: jax.Array, layout: kv_cache.Layout | None = None
+    ) -> "Device":
+        """Slots that take no memory, to compile programs for.
+
+        params: may be shapes. layout: None is that of a device which does not say what is free.
+        """
+        shapes, shardings = self._shapes(layout or self._layout_for(None))
+        return self._device(shapes, shardings, params, key)
+
     def _shapes(
         self, layout: kv_cache.Layout
     ) -> tuple[sampler.SamplerState, sampler.SamplerState | None]:
@@ -342,7 +351,7 @@ class Engine:
             return layout
 
         # The programs are compiled for shapes: no memory is taken.
-        device = self._device(*self._shapes(layout), params, key)
+        device = self.abstract_device(params, key, layout)
         needs = device.program_bytes(max(sizes.extend_buckets))
         room = int((1 - device_memory.RESERVE) * free) - max(needs.values())
 
@@ -397,7 +406,16 @@ def _without(done: list[PendingWrite], pending: list[PendingWrite]) -> list[Pend
     return [write for write in pending if write.slot not in slots]
 
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a program: its arrays, its static options
+class Call(NamedTuple):
+    """A program of the sampler and what it is called with."""
+
+    program: Any
+    arrays: tuple[Any, ...]
+    options: dict[str, Any]  # static ones
+
+    def lower(self) -> jax.stages.Lowered:
+        lowered: jax.stages.Lowered = self.program.lower(*self.arrays, **self.options)
+        return lowered
 
 
 @dataclasses.dataclass
@@ -422,32 +440,48 @@ class Device:
 
         longest: a bucket of extend.
         """
-        memory = RowAllocator(self.layout)
+        rows = RowAllocator(self.layout)
         depth = len(self.layout.ends)
-        extend = self._extend_arguments(memory.rows_JB, [], longest, depth)
-        decode = self._decode_arguments(memory.rows_JB, memory.room_B, depth)
-        copy = self._copy_arguments(memory.rows_JB, [], depth)
-
-        def needs(program: Any, arguments: Arguments) -> int:
-            arrays, options = arguments
-            return device_memory.program_bytes(program.lower(*arrays, **options).compile())
-
-        return {
-            "extend": needs(sampler.extend, extend),
-            "decode": needs(sampler.decode_chunk, decode),
-            "share": needs(sampler.copy_prefix, copy),
+        calls = {
+            "extend": self._extend_call(rows.rows_JB, [], longest, depth),
+            "decode": self._decode_call(rows.rows_JB, rows.room_B, depth),
+            "share": self._copy_call(rows.rows_JB, [], depth),
         }
+        compiled = compile_together([call.lower() for call in calls.values()])
+        return dict(zip(calls, map(device_memory.program_bytes, compiled), strict=True))
 
-    def decode(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> sampler.Chunk:
-        arrays, options = self._decode_arguments(rows_JB, room_B, depth)
-        self.state, chunk = sampler.decode_chunk(*arrays, **options)
+    def empty_calls(self, lengths: Sequence[int]) -> Iterator[Call]:
+        """A call of each program that writes nothing, with the state as it is when it is asked for.
+
+        lengths: the buckets of extend.
+        """
+        rows = RowAllocator(self.layout)
+        for depth in range(len(self.layout.ends) + 1):
+            for length in lengths:
+                yield self._extend_call(rows.rows_JB, [], length, depth)
+            if depth:
+                yield self._copy_call(rows.rows_JB, [], depth)
+                yield self._decode_call(rows.rows_JB, rows.room_B, depth)
+
+    def run(self, call: Call) -> sampler.Chunk | None:
+        """The chunk, of a call that decodes one."""
+        result = call.program(*call.arrays, **call.options)
+        if isinstance(result, sampler.SamplerState):
+            self.state = result
+            return None
+        self.state, chunk = result
         return chunk
 
-    def _decode_arguments(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> Arguments:
+    def decode(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> sampler.Chunk:
+        chunk = self.run(self._decode_call(rows_JB, room_B, depth))
+        assert chunk is not None
+        return chunk
+
+    def _decode_call(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> Call:
         # copies: the host goes on writing into its own
         own = (rows_JB.copy(), room_B.copy())
         arrays = (self.params, self.state, *own, self.stops, self.key)
-        return arrays, self.decode_options | {"depth": depth}
+        return Call(sampler.decode_chunk, arrays, self.decode_options | {"depth": depth})
 
     def batch(self, writes: Iterable[PendingWrite]) -> list[PendingWrite]:
         """The first of these writes that go in one call."""
@@ -463,12 +497,11 @@ class Device:
     def extend(
         self, rows_JB: np.ndarray, writes: Sequence[PendingWrite], length: int, depth: int
     ) -> None:
-        arrays, options = self._extend_arguments(rows_JB, writes, length, depth)
-        self.state = sampler.extend(*arrays, **options)
+        self.run(self._extend_call(rows_JB, writes, length, depth))
 
-    def _extend_arguments(
+    def _extend_call(
         self, rows_JB: np.ndarray, writes: Sequence[PendingWrite], length: int, depth: int
-    ) -> Arguments:
+    ) -> Call:
         rows = self._call_rows(writes)
         tokens_MT = np.zeros((len(rows), length), np.int32)
         count_M = np.zeros((len(rows),), np.int32)
@@ -479,21 +512,19 @@ class Device:
                 tokens_MT[m, : write.count] = new
         starts = self._starts(rows)
         arrays = (self.params, self.state, rows_JB.copy(), starts, tokens_MT, count_M)
-        return arrays, self.options | {"depth": depth}
+        return Call(sampler.extend, arrays, self.options | {"depth": depth})
 
     def copy_prefix(self, rows_JB: np.ndarray, writes: Sequence[PendingWrite], depth: int) -> None:
-        arrays, options = self._copy_arguments(rows_JB, writes, depth)
-        self.state = sampler.copy_prefix(*arrays, **options)
+        self.run(self._copy_call(rows_JB, writes, depth))
 
-    def _copy_arguments(
-        self, rows_JB: np.ndarray, writes: Sequence[PendingWrite], depth: int
-    ) -> Arguments:
+    def _copy_call(self, rows_JB: np.ndarray, writes: Sequence[PendingWrite], depth: int) -> Call:
         rows = self._call_rows(writes)
         slots = self.layout.per_shard.rows[0]
         sources = [write.source % slots if write else 0 for write in rows]
         source_M = np.array(sources, np.int32)
         arrays = (self.state, rows_JB.copy(), source_M, self._starts(rows))
-        return arrays, {"depth": depth, "shardings": self.options["shardings"]}
+        options = {"depth": depth, "shardings": self.options["shardings"]}
+        return Call(sampler.copy_prefix, arrays, options)
 
     def _call_rows(self, writes: Sequence[PendingWrite]) -> list[PendingWrite | None]:
         """The rows of a call, those of the first shard first; None is padding."""

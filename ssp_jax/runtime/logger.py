@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,13 +96,15 @@ class CompileCounter:
 
     def __init__(self) -> None:
         self.count = 0
-        self.seconds = 0.0
+        self.seconds = 0.0  # of all threads
+        self._counting = threading.Lock()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == COMPILE_EVENT:
-            self.count += 1
-            self.seconds += duration_secs
+            with self._counting:
+                self.count += 1
+                self.seconds += duration_secs
 
 
 class Phase:
