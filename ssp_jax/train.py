@@ -139,7 +139,7 @@ def _warm_up(run: TrainingRun, now: Progress) -> None:
         processes.run_on_all(functools.partial(run.engine.warm_up, params, run.key, run.stop))
         del params
         with device_memory.must_fit("the update", MEMORY_REMEDY):
-            run.learner.warm_up(now.state.params)
+            run.learner.warm_up(now.state)
     say(f"{'each process: ' if processes.is_multiprocess() else ''}{run.engine.memory}")
     compiled = f"{run.compiles.count} programs, {run.compiles.seconds:.1f} s of compiling"
     say(f"warm-up took {time.monotonic() - began:.1f} s: {compiled}")

@@ -21,7 +21,7 @@ from ssp_jax.learner.batches import Batch, Trajectory, empty_batch, make_batches
 from ssp_jax.learner.logprobs import token_logprobs
 from ssp_jax.learner.state import LearnerConfig, TrainState, optimizer
 from ssp_jax.model import attention, decoder, sharding
-from ssp_jax.runtime.dispatch import in_turn
+from ssp_jax.runtime.dispatch import compile_together, in_turn
 
 # What to change where the update does not fit.
 MEMORY_REMEDY = (
@@ -134,7 +134,7 @@ def jit_programs(c: LearnerConfig, layout: TrainState) -> Programs:
     Results have them explicitly. Left to XLA, a gradient or moment may come out whole on every
     device, and not fit there.
     """
-    total_layout = (layout.params, None)
+    total_layout = (layout.params, layout.updates)
     accumulate = functools.partial(_accumulate, c)
     apply = functools.partial(_apply, c)
     return Programs(
@@ -200,6 +200,18 @@ def _apply(
     return TrainState(params, opt_state, updates, bad_updates), norm
 
 
+def _abstract(tree: Any, layout: Any) -> Any:
+    """Shapes of arrays with this layout: shardings, each of an array or of a part of the tree."""
+
+    def of(sharding_: Any, part: Any) -> Any:
+        def shape(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_)
+
+        return jax.tree.map(shape, part)
+
+    return jax.tree.map(of, layout, tree)
+
+
 class Learner:
     """Compiled programs for one configuration and mesh; all state is passed in and returned."""
 
@@ -222,17 +234,26 @@ class Learner:
         self._reference = reference
         self._put = put_batch
         self._frozen = frozen
-        self._programs = jit_programs(c, sharding.device_layout(state))
+        self._layout = sharding.device_layout(state)
+        self._programs = jit_programs(c, self._layout)
 
-    def warm_up(self, params: decoder.Params) -> None:
-        """Compiles the long programs by running them on a batch without tokens."""
+    def warm_up(self, state: TrainState) -> None:
+        """Compiles the programs, and runs those of the gradient on a batch without tokens."""
         batch = self._put(empty_batch(self._config.rows, self._config.row_tokens))
         frozen = self._frozen()
-        [[old_logp_BT]] = self._old_logprobs(params, frozen, [[batch]])
+        [[old_logp_BT]] = self._old_logprobs(state.params, frozen, [[batch]])
         [[ref_logp_BT]] = self._reference_logprobs(frozen, [[batch]])
-        arguments = (params, frozen, batch, old_logp_BT, ref_logp_BT)
-        total = self._programs.accumulate(None, *arguments)
-        jax.block_until_ready(self._programs.accumulate(total, *arguments))
+
+        accumulate, apply = self._programs.accumulate, self._programs.apply
+        arguments = (state.params, frozen, batch, old_logp_BT, ref_logp_BT)
+        first = accumulate.lower(None, *arguments)
+        total = _abstract(first.out_info, (self._layout.params, self._layout.updates))
+        later = accumulate.lower(total, *arguments)
+        step = apply.lower(_abstract(state, self._layout), total[0])
+        compile_together([first, later, step])
+
+        total = accumulate(None, *arguments)
+        jax.block_until_ready(accumulate(total, *arguments))
 
     def update(
         self,

@@ -18,8 +18,11 @@ def compile_together(
     JAX keeps what it has lowered: a call of the jitted function with such arguments compiles
     nothing more. stop: called after each program; may raise.
     """
+    # GPUs of several processes share the tuning of a program, and wait for each other's part of it:
+    # all must compile in the same order.
+    in_order = jax.process_count() > 1 and jax.default_backend() == "gpu"
+    pool = ThreadPoolExecutor(1 if in_order else os.cpu_count())
     compiled = []
-    pool = ThreadPoolExecutor(os.cpu_count())
     try:
         for program in pool.map(lambda lowered: lowered.compile(), programs):
             compiled.append(program)

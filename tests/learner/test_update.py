@@ -103,6 +103,16 @@ def learner(c):
     return Learner(c, fresh_state(c), PARAMS if c.kl_coef else None, lambda batch: batch)
 
 
+def on_mesh(c, *axes):
+    """A learner of its own on a mesh of these axes, and a train state that lies there."""
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))
+    rows = sharding.rows_sharding(mesh)
+    params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh))
+    c = dataclasses.replace(c, rows_sharding=rows)
+    state = fresh_state(c, params)
+    return Learner(c, state, params, lambda batch: jax.device_put(batch, rows)), state
+
+
 def update(c, state=None, episodes=EPISODES, advantages=ADVANTAGES, seed=0, mini_batches=1):
     order = np.random.default_rng(seed)
     state = fresh_state(c) if state is None else state
@@ -318,13 +328,8 @@ def test_sharded_update_equals_single_device(axes, attention):
     The kernel is interpreted.
     """
     expected, reported = single_device()
-    mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))
-    laid_out = sharding.param_shardings(PARAMS, mesh)
-    rows = sharding.rows_sharding(mesh)
-    c = dataclasses.replace(BASE, rows_sharding=rows, attention=attention)
-    params = jax.device_put(PARAMS, laid_out)
-    state = fresh_state(c, params)
-    split = Learner(c, state, params, lambda batch: jax.device_put(batch, rows))
+    split, state = on_mesh(dataclasses.replace(BASE, attention=attention), *axes)
+    laid_out = jax.tree.map(lambda x: x.sharding, state.params)
     state, report = split.update(state, EPISODES, ADVANTAGES, np.random.default_rng(0))
     assert_same_update(expected, state, BASE)
     assert report == pytest.approx(reported, rel=1e-3, abs=1e-5)
@@ -421,16 +426,16 @@ def test_offloaded_moments_and_reference_change_nothing_but_where_they_are():
     assert jax.tree.leaves(state.params)[0].sharding.memory_kind != sharding.HOST
 
 
-def test_compiles_do_not_grow_with_content():
-    state = fresh_state()
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)])
+def test_nothing_compiles_after_the_warm_up_whatever_was_played(axes):
+    one, state = on_mesh(BASE, *axes)
     rng = np.random.default_rng(0)
-    learner(BASE).warm_up(state.params)
-    state, _ = learner(BASE).update(state, EPISODES, ADVANTAGES, rng)
+    one.warm_up(state)
     counter = CompileCounter()
     for lengths in ([4], [32] * 20, [5, 6, 7] * 9):
         episodes = make_episodes(lengths)
         advantages = np.ones(len(lengths), np.float32)
-        state, _ = learner(BASE).update(state, episodes, advantages, rng)
+        state, _ = one.update(state, episodes, advantages, rng)
     assert counter.count == 0
 
 

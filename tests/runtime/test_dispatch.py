@@ -21,20 +21,11 @@ for _ in range(5):
     print(len(set(leaf_digests(leaves).values())))
 """
 MICRO_BATCHES = """
-import dataclasses
-import jax
 import numpy as np
-from ssp_jax.learner.update import Learner
-from ssp_jax.model import sharding
-from tests.learner.test_update import BASE, PARAMS, fresh_state, make_episodes
+from tests.learner.test_update import BASE, make_episodes, on_mesh
 
-mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-rows = sharding.rows_sharding(mesh)
-c = dataclasses.replace(BASE, rows_sharding=rows)
-params = jax.device_put(PARAMS, sharding.param_shardings(PARAMS, mesh))
-state = fresh_state(c, params)
-learner = Learner(c, state, params, lambda batch: jax.device_put(batch, rows))
-episodes = make_episodes([c.row_tokens] * c.rows * 40)
+learner, state = on_mesh(BASE, 2, 2, 2)
+episodes = make_episodes([BASE.row_tokens] * BASE.rows * 40)
 for _ in range(3):
     state, _ = learner.update(state, episodes, np.ones(len(episodes)), np.random.default_rng(0))
     print(int(state.updates))
