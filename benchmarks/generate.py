@@ -144,13 +144,13 @@ def run_ssp_jax(
     }
 
 
-def measure_bandwidth() -> float:
-    """Bytes a second that a pass over 1 GiB reads and writes, best of 5."""
+def measure_bandwidth(numbers: int = 1 << 28) -> float:
+    """Bytes a second that a pass over so many float32 numbers reads and writes, best of 5."""
     import jax
     import jax.numpy as jnp
 
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = step(jnp.zeros((1 << 28,), jnp.float32)).block_until_ready()
+    x = step(jnp.zeros((numbers,), jnp.float32)).block_until_ready()
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

@@ -128,10 +128,13 @@ def episodes(shape: Shape, lengths: list[int], prompt: int) -> list[Played]:
     ]
 
 
-def our_learner(shape: Shape, rows: int, row_tokens: int, rank: int) -> tuple[Any, Any]:
+def our_learner(
+    shape: Shape, rows: int, row_tokens: int, rank: int, attention: str = "auto", **changes: Any
+) -> tuple[Any, Any]:
     """Learner and train state of the default config, with the objective that the peers have.
 
-    No old log-probs are computed: the sampler's serve.
+    No old log-probs are computed: the sampler's serve. attention: of config key model.attention.
+    changes: other values of config section learner.
     """
     import jax
 
@@ -150,6 +153,7 @@ def our_learner(shape: Shape, rows: int, row_tokens: int, rank: int) -> tuple[An
     config = default.get_config()
     config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config.model.remat = shape.remat
+    config.model.attention = attention
     config.learner.update(
         learning_rate=RATE,
         warmup_steps=0,
@@ -163,7 +167,8 @@ def our_learner(shape: Shape, rows: int, row_tokens: int, rank: int) -> tuple[An
         kl_bound=0.0,
         aggregation="token_mean",
     )
-    c = make_learner_config(config, model_config)
+    config.learner.update(changes)
+    c = make_learner_config(config, model_config, platform=jax.default_backend())
     init_params = jax.jit(decoder.init_params, static_argnums=0)
     params = init_params(model_config, jax.random.key(0))
     base, adapter = decoder.split_adapter(params)
@@ -178,12 +183,18 @@ def our_learner(shape: Shape, rows: int, row_tokens: int, rank: int) -> tuple[An
 
 
 def our_seconds(
-    shape: Shape, played: list[Played], rows: int, row_tokens: int, repeats: int, rank: int = 0
+    shape: Shape,
+    played: list[Played],
+    rows: int,
+    row_tokens: int,
+    repeats: int,
+    rank: int = 0,
+    attention: str = "auto",
 ) -> list[float]:
     import jax
     import numpy as np
 
-    learner, state = our_learner(shape, rows, row_tokens, rank)
+    learner, state = our_learner(shape, rows, row_tokens, rank, attention)
     states, advantages = [state], np.linspace(-1, 1, len(played) + 1)[1:].astype(np.float32)
     del state
 

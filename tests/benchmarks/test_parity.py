@@ -42,7 +42,9 @@ def test_a_golden_that_differs_anywhere_is_told(rows, change, said, tmp_path, mo
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", sorted(parity.GOLDENS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(parity.GOLDENS.glob("parity_*.json")), ids=lambda path: path.stem
+)
 def test_committed_goldens_are_whole(path):
     golden = json.loads(path.read_text())
     assert golden["made_by"].startswith("torch ") and len(golden["rows"]) == len(parity.PROMPTS)

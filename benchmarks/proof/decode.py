@@ -1,0 +1,175 @@
+"""Check 5: a decode step of Qwen2.5-0.5B at each depth of the cache, and its memory."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import generate
+from benchmarks.proof.rows import Row, Setting, bound, near, noted, skipped
+from benchmarks.proof.shapes import Case, qwen_0p5b
+from ssp_jax.model import decoder, sharding
+from ssp_jax.plan import memory
+from ssp_jax.rollout import kv_cache, sampler
+from ssp_jax.rollout.scheduler import RowAllocator
+from ssp_jax.rollout.stops import NO_STOP
+from ssp_jax.runtime import device_memory
+
+CHUNKS = 5  # timed at each depth, after one that is not
+BANDWIDTH_SHARE = 0.4  # of what a copy reaches: a step may take 2.5 times its bytes' time
+MEMORY_SHARE = 0.1  # by which the peak may differ from the plan
+
+
+def check(setting: Setting) -> Iterator[Row]:
+    case = qwen_0p5b(setting)
+    bandwidth = generate.measure_bandwidth(1 << (24 if setting.small else 28))
+    depths = range(1, len(case.sizes.cache_ends()) + 1)
+    slots = Slots(case)
+    start = time.perf_counter()
+    slots.compile(depths)
+    yield noted("seconds of compiling the decode programs", f"{time.perf_counter() - start:.1f}")
+    for depth in depths:
+        yield from speed(setting, slots, depth, bandwidth)
+    yield peak_against_plan(slots)
+    planned = memory.temporaries(case.target(), 0.0)["decode"]
+    found = device_memory.program_bytes(slots.programs[depths[-1]])
+    sizes = f"{found / 2**30:.3f}, the planner estimates {planned / 2**30:.3f}"
+    yield noted("temporaries of a decode chunk, GiB", sizes)
+
+
+def speed(setting: Setting, slots: "Slots", depth: int, bandwidth: float) -> Iterator[Row]:
+    seconds = slots.step_seconds(depth)
+    size = slots.step_bytes(depth)
+    number = slots.case.sizes.slots
+    name = f"decode of {number} slots, depth {depth}"
+    rate = f"{1e3 * seconds:.3f} ms, {number / seconds:,.0f} tokens/s"
+    yield noted(f"{name}: a step", f"{rate}, {size / 1e9:.3g} GB of weights, keys and values")
+    share = 100 * size / bandwidth / seconds
+    yield bound(setting, f"{name}: share of a copy's bandwidth", share, 100 * BANDWIDTH_SHARE, " %")
+
+
+@dataclass
+class Slots:
+    """Slots that all run, with random weights, keys and values, and the programs over them."""
+
+    case: Case
+
+    def __post_init__(self) -> None:
+        case = self.case
+        layout = kv_cache.full_layout(case.sizes.cache_ends(), case.sizes.slots)
+        memory_of_slots = RowAllocator(layout)
+        for slot in range(case.sizes.slots):
+            memory_of_slots.grow(slot, layout.ends[-1])
+        self._rows_JB = memory_of_slots.rows_JB
+        self._room_B = memory_of_slots.room_B
+        self._params = random_params(case)
+        self._state = random_state(case, layout)
+        vocab = case.model.vocab_size
+        # Nothing ends a turn.
+        self._stops = sampler.Stops(jnp.zeros((1, vocab), jnp.int8), jnp.full((1,), NO_STOP))
+        self._key = jax.random.key(2)
+        self.programs: dict[int, Any] = {}  # by depth
+
+    def _arrays(self) -> tuple[Any, ...]:
+        return (self._params, self._state, self._rows_JB, self._room_B, self._stops, self._key)
+
+    def compile(self, depths: Sequence[int]) -> None:
+        """Compiles the chunks of these depths side by side."""
+        options = {
+            "config": self.case.model,
+            "eos": (self.case.model.vocab_size,),  # none
+            "steps": self.case.sizes.chunk,
+            "dtype": self.case.dtype,
+        }
+        lowered = [
+            sampler.decode_chunk.lower(*self._arrays(), depth=depth, **options) for depth in depths
+        ]
+        with ThreadPoolExecutor() as pool:
+            compiled = pool.map(lambda program: program.compile(), lowered)
+        self.programs = dict(zip(depths, compiled, strict=True))
+
+    def chunk(self, depth: int) -> None:
+        """Decodes a chunk, and returns when it is done."""
+        self._state, chunk = self.programs[depth](*self._arrays())
+        tokens = int(np.asarray(chunk.count_B).sum())
+        expected = self.case.sizes.slots * self.case.sizes.chunk
+        assert tokens == expected, f"{tokens} tokens, expected {expected}"
+
+    def step_seconds(self, depth: int) -> float:
+        """Of one step, median over chunks."""
+        self.chunk(depth)
+        seconds = []
+        for _ in range(CHUNKS):
+            start = time.perf_counter()
+            self.chunk(depth)
+            seconds.append(time.perf_counter() - start)
+        return float(np.median(seconds)) / self.case.sizes.chunk
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights that a step reads: of an embedding that is not the head, a row."""
+        params = self._params
+        read = {key: params[key] for key in params if key != "embed" or "head" not in params}
+        return sum(x.nbytes for x in jax.tree.leaves(read))
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the part of them that is there whatever the number of layers."""
+        return self.weight_bytes - sum(x.nbytes for x in jax.tree.leaves(self._params["layers"]))
+
+    def step_bytes(self, depth: int) -> int:
+        """Weights, and keys and values of all pieces up to the depth, whatever of them is used."""
+        token = kv_cache.token_bytes(self.case.model, self.case.dtype)
+        sizes = self.case.sizes
+        return self.weight_bytes + sizes.slots * sizes.cache_ends()[depth - 1] * token
+
+
+def random_params(case: Case) -> decoder.Params:
+    """As the sampler has them."""
+    init = jax.jit(decoder.init_params, static_argnums=0)
+    copy = sharding.sampler_copy(case.model, case.mesh, case.dtype)
+    return copy(init(case.model, jax.random.key(0)))
+
+
+def random_state(case: Case, layout: kv_cache.Layout) -> sampler.SamplerState:
+    """All slots in the middle of a turn that none of them ends."""
+
+    def fill(x: jax.Array) -> jax.Array:
+        # One row of random numbers in all rows: zeros would be faster than what a run has.
+        row = jax.random.normal(jax.random.key(1), (1, *x.shape[1:]), x.dtype)
+        return jnp.broadcast_to(row, x.shape)
+
+    @jax.jit
+    def make() -> sampler.SamplerState:
+        state = sampler.init_state(case.model, layout, case.dtype)
+        slots = state.uid_B.shape
+        return dataclasses.replace(
+            state,
+            caches=jax.tree.map(fill, state.caches),
+            length_B=jnp.full(slots, case.sizes.chunk, jnp.int32),
+            limit_B=jnp.full(slots, 1 << 30, jnp.int32),
+            stop_B=jnp.full(slots, sampler.RUNNING, jnp.int32),
+            uid_B=jnp.arange(layout.rows[0], dtype=jnp.int32),
+            temperature_B=jnp.ones(slots),
+        )
+
+    return make()
+
+
+def peak_against_plan(slots: Slots) -> Row:
+    """What is in memory here: the sampler's copy, keys and values, and a chunk's temporaries."""
+    name = "peak while decoding, GiB, against the planner's estimate"
+    stats = jax.devices()[0].memory_stats()
+    if not stats:
+        return skipped(name, "this device does not say")
+    target = slots.case.target()
+    kept = memory.persistent_bytes(target)
+    temporary = memory.temporaries(target, kept["parameters"])["decode"]
+    planned = kept["sampler copy"] + kept["key/value cache"] + temporary
+    return near(name, stats["peak_bytes_in_use"] / 2**30, planned / 2**30, MEMORY_SHARE)
