@@ -110,6 +110,7 @@ def raised(error: BaseException) -> Row:
 def environment(check: Check, cache: Path) -> dict[str, str]:
     """Of the check's process."""
     values = dict(os.environ)
+    values.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the proof is of one GPU
     values.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     values.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if check.exact:

@@ -20,6 +20,7 @@ from ssp_jax.rollout import kv_cache, sampler
 from ssp_jax.rollout.scheduler import RowAllocator
 from ssp_jax.rollout.stops import NO_STOP
 from ssp_jax.runtime import device_memory
+from ssp_jax.runtime.device_memory import GIB
 
 CHUNKS = 5  # timed at each depth, after one that is not
 BANDWIDTH_SHARE = 0.4  # of what a copy reaches: a step may take 2.5 times its bytes' time
@@ -39,7 +40,7 @@ def check(setting: Setting) -> Iterator[Row]:
     yield peak_against_plan(slots)
     planned = memory.temporaries(case.target(), 0.0)["decode"]
     found = device_memory.program_bytes(slots.programs[depths[-1]])
-    sizes = f"{found / 2**30:.3f}, the planner estimates {planned / 2**30:.3f}"
+    sizes = f"{found / GIB:.3f}, the planner estimates {planned / GIB:.3f}"
     yield noted("temporaries of a decode chunk, GiB", sizes)
 
 
@@ -163,13 +164,21 @@ def random_state(case: Case, layout: kv_cache.Layout) -> sampler.SamplerState:
 
 
 def peak_against_plan(slots: Slots) -> Row:
+    return against_plan("peak while decoding, GiB", planned_bytes(slots.case), MEMORY_SHARE)
+
+
+def planned_bytes(case: Case) -> float:
     """What is in memory here: the sampler's copy, keys and values, and a chunk's temporaries."""
-    name = "peak while decoding, GiB, against the planner's estimate"
-    stats = jax.devices()[0].memory_stats()
-    if not stats:
-        return skipped(name, "this device does not say")
-    target = slots.case.target()
+    target = case.target()
     kept = memory.persistent_bytes(target)
     temporary = memory.temporaries(target, kept["parameters"])["decode"]
-    planned = kept["sampler copy"] + kept["key/value cache"] + temporary
-    return near(name, stats["peak_bytes_in_use"] / 2**30, planned / 2**30, MEMORY_SHARE)
+    return kept["sampler copy"] + kept["key/value cache"] + temporary
+
+
+def against_plan(name: str, planned: float, share: float) -> Row:
+    """The peak of this process beside the planner's estimate, in bytes."""
+    name = f"{name}, against the planner's estimate"
+    stats = jax.devices()[0].memory_stats()
+    if not stats:
+        return skipped(name, f"this device does not say; planned are {planned / GIB:.3g}")
+    return near(name, stats["peak_bytes_in_use"] / GIB, planned / GIB, share)

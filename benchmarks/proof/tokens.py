@@ -107,7 +107,9 @@ def play(
 ) -> tuple[list[roles.Episode], Stats]:
     """Greedy episodes, prompt after prompt, `attempts` of each."""
     automata = roles.role_automata(model.context.tokenizer, model.config.vocab_size)
-    engine = Engine(model.config, sizes, automata, model.eos, jnp.float32, search)
+    # Memory is not asked for: the tiny model's keys and values fit anywhere.
+    options: dict[str, Any] = {"free_bytes": lambda: None}
+    engine = Engine(model.config, sizes, automata, model.eos, jnp.float32, search, **options)
     players = []
     for row, (role, prompt) in enumerate(prompts):
         for attempt in range(attempts):
