@@ -1,7 +1,7 @@
 """One command that shows what ssp_jax does on the device that is here: right, and how fast.
 
     python benchmarks/gpu_proof.py --out=runs/proof [--checks=1,2,3] [--minutes=8] [--small]
-    python benchmarks/gpu_proof.py --write    # makes the tokens that check 3 compares with
+    python benchmarks/gpu_proof.py --write    # makes what checks 3 and 4 compare with, on a CPU
 
 No network, at most 8 minutes on one Hopper GPU. Each check runs in a process of its own with a
 budget of seconds: one that raises, hangs, crashes or runs out of memory is reported, and the next
@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=Path(tempfile.gettempdir()) / "ssp_jax_proof",
         help="compiled programs",
     )
-    parser.add_argument("--write", action="store_true", help="make the golden of check 3")
+    parser.add_argument("--write", action="store_true", help="make the goldens of checks 3 and 4")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--rows_fd", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Makes benchmarks/goldens/greedy_tiny.json, which check 3 compares with.
+"""Makes the goldens of checks 3 and 4: benchmarks/goldens/greedy_tiny.json and rewards_tiny.json.
 
     JAX_PLATFORMS=cpu python benchmarks/gpu_proof.py --write
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.proof import tiny_run
 from benchmarks.proof.tokens import GOLDEN, ONE_PIECE, ROOT, Model, Overlap, load_model, play
 from ssp_jax.game import prompts, roles
 from ssp_jax.model import attention, decoder
@@ -26,6 +27,11 @@ MATERIALS = (1, 2, 6)  # documents of a verifier's prompt, a kind each
 
 
 def write() -> None:
+    write_tokens()
+    tiny_run.write()
+
+
+def write_tokens() -> None:
     model = load_model()
     search = Overlap()
     rows = []

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import gpu_proof
 from benchmarks.gpu_proof import Check
-from benchmarks.proof import attention, golden, tokens, trace
+from benchmarks.proof import attention, golden, tiny_run, tokens, trace
 from benchmarks.proof.rows import FAILED, NOTED, OK, SKIPPED, Setting, at_most, near
 
 BAD = "tests.benchmarks.bad_checks"
@@ -130,3 +130,11 @@ def test_no_rounding_changes_the_golden():
 
 def test_kernels_that_overlap_are_not_counted_twice():
     assert trace.spans([(0, 4), (1, 3), (2, 6), (8, 10)]) == (8, 10)
+
+
+def test_the_first_steps_rewards_are_committed():
+    document = json.loads(tiny_run.GOLDEN.read_text(encoding="utf-8"))
+    assert all(0 < document[name] < 1 for name in tiny_run.REWARDS)
+    assert {row.verdict for row in tiny_run.of_rewards(document)} == {OK}
+    moved = {name: document[name] + 1.1 * tiny_run.REWARD_LIMIT for name in tiny_run.REWARDS}
+    assert {row.verdict for row in tiny_run.of_rewards(moved)} == {FAILED}
