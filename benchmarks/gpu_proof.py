@@ -59,7 +59,7 @@ class Check:
     run: str
     seconds: float  # its budget
     needs: tuple[str, ...] = ()  # modules that not every machine with JAX has
-    exact: bool = False  # float32 products are rounded to float32, and no kernel is tuned
+    exact: bool = False  # float32 products are not rounded to TF32, and no kernel is tuned
 
 
 _CONFIG = ("ml_collections",)
@@ -67,7 +67,7 @@ _RUN = ("ml_collections", "bm25s", "Stemmer", "tensorboardX", "orbax.checkpoint"
 # What decides between right and wrong comes before speed.
 CHECKS = (
     Check(1, "device", "benchmarks.proof.device:check", 30),
-    Check(2, "attention", "benchmarks.proof.attention:check", 50, exact=True),
+    Check(2, "attention", "benchmarks.proof.attention:check", 50),
     Check(3, "tokens", "benchmarks.proof.tokens:check", 75, exact=True),
     Check(4, "a run", "benchmarks.proof.tiny_run:check", 90, _RUN, exact=True),
     Check(5, "decode", "benchmarks.proof.decode:check", 75, _CONFIG),

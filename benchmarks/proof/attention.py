@@ -135,7 +135,10 @@ def compute(kernel: Callable[..., jax.Array], case: Case) -> dict[str, np.ndarra
         o, back = jax.vjp(lambda *qkv: kernel(*qkv, segments_BT), q, k, v)
         return (o, *back(do))
 
-    values = run(*map(on_device, (case.q_TNH, case.k_TKH, case.v_TKH, case.do_TNH)))
+    # In float32 a GPU would round to TF32; in bfloat16 it computes as a run does.
+    precision = "highest" if case.dtype == "float32" else None
+    with jax.default_matmul_precision(precision):
+        values = run(*map(on_device, (case.q_TNH, case.k_TKH, case.v_TKH, case.do_TNH)))
     is_real_T11 = (case.segments_T > 0)[:, None, None]
     arrays = [np.asarray(x[0]).astype(np.float64) for x in values]
     # NaN in the padding stays NaN, and fails.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import generate
+from benchmarks.proof import device
 from benchmarks.proof.rows import Row, Setting, bound, near, noted, skipped
 from benchmarks.proof.shapes import Case, qwen_0p5b
 from ssp_jax.model import decoder, sharding
@@ -29,7 +29,7 @@ MEMORY_SHARE = 0.1  # by which the peak may differ from the plan
 
 def check(setting: Setting) -> Iterator[Row]:
     case = qwen_0p5b(setting)
-    bandwidth = generate.measure_bandwidth(1 << (24 if setting.small else 28))
+    bandwidth = device.copy_rate(setting)
     depths = range(1, len(case.sizes.cache_ends()) + 1)
     slots = Slots(case)
     start = time.perf_counter()

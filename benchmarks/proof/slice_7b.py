@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from benchmarks import generate
-from benchmarks.proof import decode, gradient
+from benchmarks.proof import decode, device, gradient
 from benchmarks.proof.rows import Row, Setting, noted
 from benchmarks.proof.shapes import slice_of_7b
 from ssp_jax.model import presets
@@ -21,7 +20,7 @@ def of_decode(setting: Setting, whole: int) -> Iterator[Row]:
     """The arrays of the slots are gone when this ends."""
     case = slice_of_7b(setting)
     depth = len(case.sizes.cache_ends())
-    bandwidth = generate.measure_bandwidth(1 << (24 if setting.small else 28))
+    bandwidth = device.copy_rate(setting)
     slots = decode.Slots(case)
     slots.compile([depth])
     yield from decode.speed(setting, slots, depth, bandwidth)

@@ -13,6 +13,7 @@ from ssp_jax.model.sharding import HOST
 
 SHAPE = update.SHAPES["1m"]
 ROW_TOKENS = 256
+UPDATES = 2  # between them the moments are on the host
 KEY = "learner.offload_moments"
 
 
@@ -25,22 +26,25 @@ def check(setting: Setting) -> Iterator[Row]:
     there = sharding.to_host(plain.opt_state, KEY)
     back = sharding.to_device(there)
     yield equal("moments to the host and back", plain.opt_state, back)
-    error = distance(plain.params, offloaded.params)
-    yield at_most("weights of an update with moments on the host differ by", error, 1e-5)
+    # A GPU adds the gradients of an embedding in any order.
+    error = distance(plain.opt_state, offloaded.opt_state)
+    yield at_most("moments of updates with and without the host differ by", error, 1e-4)
 
     before = jax.device_get(offloaded.params)
     after, report = step(learner, offloaded, np.inf)
-    yield noted("norm of the gradient of infinite advantages", f"{report['grad_norm']}")
+    yield noted("norm of a gradient that is not finite", f"{report['grad_norm']}")
     counts = f"{int(after.bad_updates)} skipped in a row, {int(after.updates)} taken"
-    is_skipped = int(after.bad_updates) == 1 and int(after.updates) == 1
-    yield verdict("such an update", counts, "1 skipped in a row, 1 taken", is_skipped)
+    is_skipped = int(after.bad_updates) == 1 and int(after.updates) == UPDATES
+    expected = f"1 skipped in a row, {UPDATES} taken"
+    yield verdict("such an update", counts, expected, is_skipped)
     yield equal("the weights after it", before, after.params)
 
 
 def trained(**changes: Any) -> tuple[Any, Any]:
-    """A learner, and its state after one update."""
+    """A learner, and its state after some updates."""
     learner, state = update.our_learner(SHAPE, SHAPE.rows, ROW_TOKENS, 0, **changes)
-    state, _ = step(learner, state, 1.0)
+    for _ in range(UPDATES):
+        state, _ = step(learner, state, 1.0)
     return learner, state
 
 
