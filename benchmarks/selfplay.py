@@ -37,7 +37,7 @@ from ssp_jax.game.rounds import ReplayState, Round  # noqa: E402
 from ssp_jax.game.selfplay import SelfPlay  # noqa: E402
 from ssp_jax.model import decoder  # noqa: E402
 from ssp_jax.rollout import engine, sampler  # noqa: E402
-from ssp_jax.rollout.scheduler import PendingWrite, Player, Stats  # noqa: E402
+from ssp_jax.rollout.scheduler import PendingWrite, Player, RowAllocator, Stats  # noqa: E402
 from ssp_jax.runtime import platform  # noqa: E402
 
 Progress = Callable[[Stats], None]
@@ -83,9 +83,7 @@ class StaticLoop(engine.Engine):
         self, device: engine.Device, active: list[Player], stats: Stats, tick: Callable[[], None]
     ) -> list[Player]:
         """One turn of all, searches included; those that go on."""
-        slots = device.layout.rows[0]
-        none = np.zeros((0, slots), np.int32)  # rows of later pieces: the cache has one piece
-        room_B = np.full((slots,), device.layout.ends[-1], np.int32)
+        memory = RowAllocator(device.layout)  # the cache has one piece
 
         # Everything is written from the start.
         writes = []
@@ -105,13 +103,13 @@ class StaticLoop(engine.Engine):
         for begin in range(0, len(writes), device.rows_per_shard):
             writes_of_call = writes[begin : begin + device.rows_per_shard]
             longest = max(write.count for write in writes_of_call)
-            device.extend(none, writes_of_call, self._sizes.extend_len(longest), 0)
+            device.extend(memory.rows_JB, writes_of_call, self._sizes.extend_len(longest), 0)
 
         # All decode until the last one stops.
         stops: dict[int, int] = {}
         new: list[tuple[list[int], list[float]]] = [([], []) for _ in active]
         while len(stops) < len(active):
-            chunk = jax.device_get(device.decode(none, room_B, 1))
+            chunk = jax.device_get(device.decode(memory, 1, device.layout.per_shard.rows[0]))
             stats.slot_steps += chunk.tokens_CB.size
             for i in set(range(len(active))) - stops.keys():
                 count = int(chunk.count_B[i])

@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     c.engine.extend_rows = 1
     c.engine.cache_tokens = 448
     c.engine.cache_buckets = (256,)
+    c.engine.row_shares = ()
     c.engine.extend_buckets = (32, 64, 128, 256, 448)
 
     c.learner.learning_rate = 3e-4

@@ -408,6 +408,7 @@ BOUNDS: dict[str, Range] = {
     "engine.chunk": Range(0, 1 << 16, above=True),
     "engine.cache_tokens": _TOKENS,
     "engine.cache_buckets": _TOKENS,
+    "engine.row_shares": Range(0, 1, above=True),
     "engine.kv_cache_gib": _FACTOR,
     "engine.extend_buckets": _TOKENS,
     "engine.extend_rows": _ROWS,

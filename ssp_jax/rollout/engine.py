@@ -49,6 +49,7 @@ class Sizes:
     cache_buckets: tuple[int, ...]
     extend_buckets: tuple[int, ...]
     extend_rows: int
+    row_shares: tuple[float, ...] = ()
     kv_cache_gib: float = 0.0
     schedule: str = "pipelined"
 
@@ -252,8 +253,7 @@ class Engine:
             turns = scheduler.running()
             chunk = None
             if turns and not scheduler.ending(turns, in_flight_turns):
-                depth = scheduler.depth(turns)
-                chunk = device.decode(scheduler.memory.rows_JB, scheduler.memory.room_B, depth)
+                chunk = device.decode(scheduler.memory, *scheduler.reach(turns))
 
             # The host reads the chunk before it, and hands out its searches.
             if in_flight is not None:
@@ -326,6 +326,7 @@ class Engine:
         chunk = dict(eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation)
         return Device(
             rows_per_shard=self._sizes.rows_per_shard(state.layout.shards),
+            row_shares=self._sizes.row_shares,
             stops=self._stops,
             roots=self._roots,
             params=params,
@@ -423,6 +424,7 @@ class Device:
     """The sampler's programs over one state, fed with the host's pending writes."""
 
     rows_per_shard: int  # in a call of extend or copy_prefix
+    row_shares: tuple[float, ...]  # of a piece's rows, that a chunk may read
     stops: sampler.Stops
     roots: list[int]  # of each automaton in `stops`
     params: decoder.Params
@@ -440,12 +442,12 @@ class Device:
 
         longest: a bucket of extend.
         """
-        rows = RowAllocator(self.layout)
+        memory = RowAllocator(self.layout)
         depth = len(self.layout.ends)
         calls = {
-            "extend": self._extend_call(rows.rows_JB, [], longest, depth),
-            "decode": self._decode_call(rows.rows_JB, rows.room_B, depth),
-            "share": self._copy_call(rows.rows_JB, [], depth),
+            "extend": self._extend_call(memory.rows_JB, [], longest, depth),
+            "decode": self._decode_call(memory, depth, self.layout.per_shard.rows[-1]),
+            "share": self._copy_call(memory.rows_JB, [], depth),
         }
         compiled = compile_together([call.lower() for call in calls.values()])
         return dict(zip(calls, map(device_memory.program_bytes, compiled), strict=True))
@@ -455,13 +457,15 @@ class Device:
 
         lengths: the buckets of extend.
         """
-        rows = RowAllocator(self.layout)
+        memory = RowAllocator(self.layout)
         for depth in range(len(self.layout.ends) + 1):
             for length in lengths:
-                yield self._extend_call(rows.rows_JB, [], length, depth)
-            if depth:
-                yield self._copy_call(rows.rows_JB, [], depth)
-                yield self._decode_call(rows.rows_JB, rows.room_B, depth)
+                yield self._extend_call(memory.rows_JB, [], length, depth)
+            if not depth:
+                continue
+            yield self._copy_call(memory.rows_JB, [], depth)
+            for rows in self.layout.row_buckets(depth, self.row_shares):
+                yield self._decode_call(memory, depth, rows)
 
     def run(self, call: Call) -> sampler.Chunk | None:
         """The chunk, of a call that decodes one."""
@@ -472,16 +476,20 @@ class Device:
         self.state, chunk = result
         return chunk
 
-    def decode(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> sampler.Chunk:
-        chunk = self.run(self._decode_call(rows_JB, room_B, depth))
+    def decode(self, memory: RowAllocator, depth: int, rows: int) -> sampler.Chunk:
+        """The next chunk of all slots. rows: of the deepest piece that must be read, or more."""
+        buckets = self.layout.row_buckets(depth, self.row_shares)
+        bucket = next(bucket for bucket in buckets if rows <= bucket)
+        chunk = self.run(self._decode_call(memory, depth, bucket))
         assert chunk is not None
         return chunk
 
-    def _decode_call(self, rows_JB: np.ndarray, room_B: np.ndarray, depth: int) -> Call:
+    def _decode_call(self, memory: RowAllocator, depth: int, rows: int) -> Call:
         # copies: the host goes on writing into its own
-        own = (rows_JB.copy(), room_B.copy())
+        own = (memory.rows_JB.copy(), memory.room_B.copy())
         arrays = (self.params, self.state, *own, self.stops, self.key)
-        return Call(sampler.decode_chunk, arrays, self.decode_options | {"depth": depth})
+        options = self.decode_options | {"depth": depth, "rows": rows}
+        return Call(sampler.decode_chunk, arrays, options)
 
     def batch(self, writes: Iterable[PendingWrite]) -> list[PendingWrite]:
         """The first of these writes that go in one call."""

@@ -9,6 +9,7 @@ program reads dense arrays: no page table to gather from.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,6 +52,15 @@ class Layout:
     def per_shard(self) -> "Layout":
         """The layout of one shard."""
         return Layout(self.ends, tuple(n // self.shards for n in self.rows))
+
+    def row_buckets(self, depth: int, shares: Sequence[float]) -> list[int]:
+        """Numbers of rows of a shard that a program may read of the deepest of `depth` pieces.
+
+        shares: of all its rows, which are always the last number. Of the first piece all are read.
+        """
+        rows = self.per_shard.rows[depth - 1]
+        fewer = {math.ceil(share * rows) for share in shares} if depth > 1 else set()
+        return sorted({*fewer, rows})
 
     def shard_of(self, slot: int) -> int:
         return slot // (self.rows[0] // self.shards)
@@ -212,17 +222,23 @@ class View:
     """The cache of one shard's slots as a program sees it.
 
     rows_JB: the row that each slot has taken of each later piece; the number of rows where it has
-    none. depth: how many pieces are read; no slot in play has tokens beyond them.
+    none. depth: how many pieces are read; no slot in play has tokens beyond them. rows: how many
+    rows of the deepest of these attend_all reads; no slot in play has a higher one.
     """
 
     layout: Layout  # of a shard
     rows_JB: jax.Array
     depth: int
+    rows: int | None = None  # all
+
+    def _rows_read(self, piece: int) -> int:
+        is_deepest = piece == self.depth - 1
+        return self.rows if is_deepest and self.rows else self.layout.rows[piece]
 
     def _slots_of_rows(self, piece: int) -> jax.Array:
-        """For each row of a later piece its slot, or the number of slots."""
+        """For each row that is read of a later piece its slot, or the number of slots."""
         slots = self.layout.rows[0]
-        none = jnp.full((self.layout.rows[piece],), slots, jnp.int32)
+        none = jnp.full((self._rows_read(piece),), slots, jnp.int32)
         slot_B = jnp.arange(slots, dtype=jnp.int32)
         return none.at[self.rows_JB[piece - 1]].set(slot_B, mode="drop")
 
@@ -250,7 +266,9 @@ class View:
             slots = self._slots_of_rows(piece)
             q = _pick(q_BTNH, slots)
             seen = self._seen(piece, _pick(length_B, slots))
-            rows = attention.partial_softmax(q, cache.k[piece], cache.v[piece], seen)
+            k = cache.k[piece][: len(slots)]
+            v = cache.v[piece][: len(slots)]
+            rows = attention.partial_softmax(q, k, v, seen)
             row_B = self.rows_JB[piece - 1]
             o_BTNH = _pick(rows.o_BTNH, row_B)
             max_BTN = _pick(rows.max_BTN, row_B, attention.NEG_INF)

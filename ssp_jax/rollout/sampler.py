@@ -116,7 +116,7 @@ def new_state(
     return _pinned(init_state(config, layout, dtype), shardings)
 
 
-_STATIC = ("config", "eos", "steps", "depth", "dtype", "truncation", "shardings")
+_STATIC = ("config", "eos", "steps", "depth", "rows", "dtype", "truncation", "shardings")
 _CHUNK_AXES = Chunk(tokens_CB=1, logprobs_CB=1, count_B=0, stop_B=0)  # of the slots
 
 
@@ -263,18 +263,20 @@ def decode_chunk(
     eos: tuple[int, ...],
     steps: int,
     depth: int,
+    rows: int | None = None,
     dtype: Any,
     truncation: Truncation = ALL_TOKENS,
 ) -> tuple[SamplerState, Chunk]:
     """Decodes `steps` tokens in every slot; a slot that stops stays as it is until it is extended.
 
-    room_B: how many tokens there is memory for; a slot waits when it has no more. depth: pieces of
-    the cache that are read; they stay as they are inside the loop. The chunk's own keys and values
-    lie in a buffer of `steps` positions, where all slots write at the same place, and go to the
-    cache once, at the end. A slot that does not run computes along, and nothing of it is kept.
+    room_B: how many tokens there is memory for; a slot waits when it has no more. depth, rows: the
+    pieces of the cache that are read, and the rows of the deepest of these, None for all; they stay
+    as they are inside the loop. The chunk's own keys and values lie in a buffer of `steps`
+    positions, where all slots write at the same place, and go to the cache once, at the end. A slot
+    that does not run computes along, and nothing of it is kept.
     """
     B = len(state.token_B)
-    view = kv_cache.View(state.layout.per_shard, rows_JB, depth)
+    view = kv_cache.View(state.layout.per_shard, rows_JB, depth, rows)
 
     def step(carry: tuple[Any, _Turns], i: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         buffers, turns = carry

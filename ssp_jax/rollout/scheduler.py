@@ -7,7 +7,8 @@ last piece never waits, and the game goes on.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import heapq
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -101,7 +102,8 @@ class RowAllocator:
     """Which rows of the cache's pieces belong to which slot.
 
     rows_JB, int32: the row inside its shard that each slot has taken of each later piece; the
-    number of rows where it has none. room_B, int32: tokens that a slot has memory for.
+    number of rows where it has none. A slot takes the lowest that is free, so that the rows in use
+    lie together. room_B, int32: tokens that a slot has memory for.
     """
 
     def __init__(self, layout: Layout):
@@ -119,9 +121,16 @@ class RowAllocator:
         for piece in range(self._pieces(slot), self._layout.depth(tokens)):
             if not self._free[piece][shard]:
                 return
-            row = self._free[piece][shard].pop()
+            row = heapq.heappop(self._free[piece][shard])
             self.rows_JB[piece - 1, slot] = row
             self.room_B[slot] = self._layout.ends[piece]
+
+    def rows_of(self, slots: Iterable[int], piece: int) -> int:
+        """How many rows of a piece hold all of these slots' rows, counted from the lowest."""
+        if piece == 0:
+            return self._rows[0]
+        rows = self.rows_JB[piece - 1, list(slots)]
+        return 1 + int(rows[rows < self._rows[piece]].max(initial=0))
 
     def fits(self, slot: int, tokens: int) -> bool:
         """Whether a slot that holds nothing could grow to so many tokens."""
@@ -134,7 +143,7 @@ class RowAllocator:
         shard = self._layout.shard_of(slot)
         for piece in range(1, self._pieces(slot)):
             row = int(self.rows_JB[piece - 1, slot])
-            self._free[piece][shard].append(row)
+            heapq.heappush(self._free[piece][shard], row)
             self.rows_JB[piece - 1, slot] = self._rows[piece]
         self.room_B[slot] = self._layout.ends[0]
 
@@ -215,10 +224,14 @@ class Scheduler:
             else:
                 self.memory.grow(slot, len(player.tokens) - 1)
 
-    def depth(self, running: Iterable[int]) -> int:
-        """Pieces of the cache that hold what these slots have when the coming chunk starts."""
+    def reach(self, running: Collection[int]) -> tuple[int, int]:
+        """What holds all that these slots have when the coming chunk starts.
+
+        Pieces of the cache, and rows of the deepest of these.
+        """
         longest = max(self._filled[slot] for slot in running) + self._chunk
-        return self._layout.depth(min(self._layout.ends[-1], longest))
+        depth = self._layout.depth(min(self._layout.ends[-1], longest))
+        return depth, self.memory.rows_of(running, depth - 1)
 
     def take_results(self, waiting: Callable[[], None]) -> None:
         """Gives the results of the searches that the last chunk asked for to their players.

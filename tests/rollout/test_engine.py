@@ -135,6 +135,20 @@ def test_4_16_and_64_slots_play_the_same_tokens(temperature):
     same(played[0], played[2])
 
 
+def test_reading_few_rows_of_a_piece_plays_the_same_episodes(expected, monkeypatch):
+    """And many chunks do: the slots that have grown into it hold its lowest rows."""
+    read = []
+    decode = engine.Device._decode_call
+
+    def noted(device, memory, depth, rows):
+        read.append((depth, rows))
+        return decode(device, memory, depth, rows)
+
+    monkeypatch.setattr(engine.Device, "_decode_call", noted)
+    same(expected, play(dataclasses.replace(SIZES, row_shares=(0.25, 0.5)))[0])
+    assert min(rows for depth, rows in read if depth > 1) < SIZES.slots
+
+
 def followers():
     """The first attempts of two groups, each with two more that follow when it has ended."""
     players = make_players(groups=2)
@@ -455,7 +469,7 @@ def test_different_prompts_go_to_different_parts_in_one_call():
     writes = scheduler.pending_prefills()
     assert {layout.shard_of(write.slot) for write in writes} == {0, 1, 2, 3}
     state = jax.eval_shape(lambda: sampler.init_state(CONFIG, layout, jnp.float32))
-    device = engine.Device(1, None, [], PARAMS, KEY, state, {}, {})
+    device = engine.Device(1, (), None, [], PARAMS, KEY, state, {}, {})
     assert device.batch([*writes, *writes]) == writes
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssp_jax.errors import InputError
-from ssp_jax.rollout.kv_cache import full_layout, layout_for, put, scatter_sequential
+from ssp_jax.rollout.kv_cache import Layout, full_layout, layout_for, put, scatter_sequential
 from ssp_jax.rollout.scheduler import RowAllocator
 
 ENDS = (1024, 4096, 12288)
@@ -108,3 +108,29 @@ def test_both_ways_to_write_put_the_same_tokens_where_they_belong(axis, size, le
         for write in WRITERS:
             got = np.moveaxis(np.asarray(write(*arrays, axis=axis)), axis, 1)
             np.testing.assert_array_equal(got, expected)
+
+
+@given(st.integers(1, 3), st.integers(1, 40), st.lists(st.floats(0.01, 1), max_size=4))
+def test_row_buckets_hold_any_number_of_rows(shards, rows, shares):
+    layout = Layout((4, 8, 16), (40 * shards, rows * shards, rows * shards), shards)
+    assert layout.row_buckets(1, shares) == [40]
+    for depth in (2, 3):
+        buckets = layout.row_buckets(depth, shares)
+        assert buckets[-1] == rows and all(1 <= bucket <= rows for bucket in buckets)
+        assert buckets == sorted(set(buckets))
+    assert layout.row_buckets(2, [0.5]) == sorted({-(-rows // 2), rows})
+
+
+def test_slots_take_the_lowest_rows():
+    """So that a chunk need not read the others; rows are counted in each shard on its own."""
+    memory = RowAllocator(Layout((4, 8), (8, 8), shards=2))
+    for slot in (3, 1, 2, 7):
+        memory.grow(slot, 5)
+    assert memory.rows_JB.tolist() == [[4, 1, 2, 0, 4, 4, 4, 0]]
+    assert memory.rows_of([0, 1, 2, 3, 7], 1) == 3 and memory.rows_of([3, 7], 1) == 1
+    assert memory.rows_of([0, 4], 1) == 1  # none: a program reads at least one
+    assert memory.rows_of([0], 0) == 4  # a slot each
+    memory.release(3)
+    memory.release(1)
+    memory.grow(0, 8)
+    assert memory.rows_JB.tolist() == [[0, 4, 2, 4, 4, 4, 4, 0]]

@@ -30,12 +30,14 @@ def compiled(
     dtype="float32",
     devices=None,
     steps=8,
+    rows_read=None,
     names=("extend", "share", "decode"),
 ):
     """Each program for a mesh that is split so, and the bytes of keys and values on one of its
     devices.
 
-    written: rows and tokens of each in a call of extend. names: the programs to compile.
+    written: rows and tokens of each in a call of extend. rows_read: of the second piece, by a
+    chunk. names: the programs to compile.
     """
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)), devices)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -61,7 +63,7 @@ def compiled(
     tokens_MT = numbers(*written)
     common = dict(depth=2, shardings=shardings)
     model = dict(config=config, dtype=dtype)
-    chunk = dict(eos=(1,), steps=steps)
+    chunk = dict(eos=(1,), steps=steps, rows=rows_read)
     extended = (params, state, rows_JB, begun, tokens_MT, some)
     decoded = (params, state, rows_JB, slots, stops, key)
     lower = {
@@ -85,6 +87,18 @@ def test_the_cache_is_not_copied(steps):
     programs, size = compiled((1, 1, 1), DEEP, **sizes, steps=steps, names=IN_PLACE)
     for name in IN_PLACE:
         assert programs[name].memory_analysis().temp_size_in_bytes < 0.3 * size, name
+
+
+def test_a_chunk_reads_only_the_rows_that_it_is_told():
+    """Few rows of the second piece, which is nearly all of the cache: where they are, uncopied."""
+    sizes = dict(ends=(16, 1024), rows=(64, 64), written=(4, 16), names=("decode",))
+    read = {}
+    for rows in (4, 64):
+        programs, size = compiled((1, 1, 1), DEEP, **sizes, rows_read=rows)
+        decode = programs["decode"]
+        assert decode.memory_analysis().temp_size_in_bytes < 0.3 * size
+        read[rows] = decode.cost_analysis()["bytes accessed"]
+    assert read[64] - read[4] > 0.9 * size
 
 
 def test_bfloat16_programs_of_two_devices_compile_and_send_nothing():
