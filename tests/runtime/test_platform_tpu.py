@@ -1,4 +1,4 @@
-"""Whether JAX looks for a TPU."""
+"""Whether JAX looks for a TPU, or for a GPU of which only the compiler is there."""
 
 from pathlib import Path
 
@@ -20,29 +20,32 @@ def machine(folder: Path, *, vendor: str = "0x1af4", device: str = "") -> tuple[
 
 
 @pytest.mark.parametrize(
-    ("libtpu", "there", "environment", "expected"),
+    ("installed", "there", "environment", "expected"),
     [
-        (True, {}, {}, "cpu"),
-        (False, {}, {}, None),  # JAX says nothing
-        (True, {"vendor": "0x1ae0"}, {}, None),
-        (True, {"device": "accel0"}, {}, None),
-        (True, {"device": "vfio/0"}, {}, None),
-        (True, {"device": "vfio/vfio"}, {}, "cpu"),  # there without any device
-        (True, {}, {"TPU_WORKER_HOSTNAMES": "a-0,a-1"}, None),
-        (True, {}, {"MEGASCALE_NUM_SLICES": "2"}, None),
-        (True, {}, {"JAX_PLATFORMS": "tpu"}, None),  # the user has said it
-        (True, {}, {"JAX_PLATFORMS": ""}, "cpu"),
+        ("libtpu", {}, {}, "cpu"),
+        ("", {}, {}, None),  # JAX says nothing
+        ("jax_cuda12_plugin", {}, {}, "cpu"),
+        ("jax_cuda12_plugin", {}, {"JAX_PLATFORMS": "cuda"}, None),
+        ("libtpu", {"vendor": "0x1ae0"}, {}, None),
+        ("libtpu", {"device": "accel0"}, {}, None),
+        ("libtpu", {"device": "vfio/0"}, {}, None),
+        ("libtpu", {"device": "vfio/vfio"}, {}, "cpu"),  # there without any device
+        ("libtpu", {}, {"TPU_WORKER_HOSTNAMES": "a-0,a-1"}, None),
+        ("libtpu", {}, {"MEGASCALE_NUM_SLICES": "2"}, None),
+        ("libtpu", {}, {"JAX_PLATFORMS": "tpu"}, None),  # the user has said it
+        ("libtpu", {}, {"JAX_PLATFORMS": ""}, "cpu"),
     ],
 )
-def test_jax_does_not_look_for_a_tpu_where_none_can_be(
+def test_jax_does_not_look_for_a_device_where_none_can_be(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    libtpu: bool,
+    installed: str,
     there: dict[str, str],
     environment: dict[str, str],
     expected: str | None,
 ) -> None:
-    found = {"libtpu": object()} if libtpu else {}
+    """Of a package that is installed for its compiler."""
+    found = {installed: object()}
     monkeypatch.setattr(platform.importlib.util, "find_spec", found.get)
     assert platform.platforms_without(environment, *machine(tmp_path, **there)) == expected
 
