@@ -23,7 +23,7 @@ MODEL = dataclasses.replace(presets.ARCHITECTURES["Qwen2.5-7B"], num_layers=2, v
 SHORT = {
     "engine.extend_rows": 1,
     "engine.extend_buckets": (64,),
-    "learner.row_tokens": 1024,
+    "learner.row_tokens": 512,
 }
 
 
