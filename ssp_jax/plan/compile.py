@@ -236,11 +236,8 @@ def _reshard_sources(target: Target) -> Iterator[_Source]:
     yield _Source("copy of the adapter", "reshard", copy, (params,), {}, copy_bytes)
 
     # The layers are what is not temporary, wherever they are: an output, and then an argument.
-    path, stacked = largest_moved(target)
-    shape = stacked.shape[1:]
-    place = sharding.param_sharding(path, shape, target.mesh, drop=("fsdp",))
-    layers = (jax.ShapeDtypeStruct(shape, stacked.dtype, sharding=place),) * len(stacked)
-    there = weights.unstacker(len(layers), 0, place)
+    path, stacked, layers = largest_moved(target)
+    there = weights.unstacker(len(layers), 0, layers[0].sharding)
     back = weights.stacker(0, stacked.sharding)
     more = device_bytes(layers) - device_bytes(stacked)
     yield _Source(f"move of {path}", "reshard", there, (stacked,), {}, more)

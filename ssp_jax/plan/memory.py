@@ -179,15 +179,19 @@ def frozen_base(target: Target) -> decoder.Params:
     return cast(place(base, sharding.param_shardings(base, target.mesh)), target.dtype)
 
 
-def largest_moved(target: Target) -> tuple[str, Any]:
-    """Path, shape and sharding of the base's stacked parameter that takes most memory.
+def largest_moved(target: Target) -> tuple[str, Any, tuple[Any, ...]]:
+    """The base's parameter that takes most memory: its path, stacked, and as the sampler's layers.
 
     While it moves to the sampler's layout, or back, it is in memory twice.
     """
     leaves = decoder.flatten(frozen_base(target))
     stacked = [path for path in leaves if path.startswith("layers/")]
     path = max(stacked, key=lambda path: device_bytes(leaves[path]))
-    return path, leaves[path]
+    stacked = leaves[path]
+    shape = stacked.shape[1:]
+    place = sharding.param_sharding(path, shape, target.mesh, drop=("fsdp",))
+    layer = jax.ShapeDtypeStruct(shape, stacked.dtype, sharding=place)
+    return path, stacked, (layer,) * len(stacked)
 
 
 def sampler_params(target: Target) -> decoder.Params:
@@ -343,7 +347,10 @@ def _play_temporaries(target: Target) -> dict[str, float]:
         # A weight of all layers is gathered at a time, while another is cast.
         reshard = 2 * L * m.embed_dim * m.mlp_dim / t * item
     else:
-        reshard = device_bytes(largest_moved(target)[1])
+        # The shards of a parameter are gathered, or the whole is cut up, beside both layouts.
+        _, stacked, layers = largest_moved(target)
+        gathered = device_bytes(layers) if target.mesh.shape["fsdp"] > 1 else 0
+        reshard = device_bytes(stacked) + gathered
     return {"reshard": reshard, "prefill": prefill, "decode": decode}
 
 
