@@ -110,7 +110,10 @@ def raised(error: BaseException) -> Row:
 def environment(check: Check, cache: Path) -> dict[str, str]:
     """Of the check's process."""
     values = dict(os.environ)
-    values.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the proof is of one GPU
+    if platform.gpu_will_be_used(values):
+        # One GPU, and an error where JAX cannot use it: by itself it would take the CPU.
+        values.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        values.setdefault("JAX_PLATFORMS", "cuda,cpu")
     values.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     values.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if check.exact:

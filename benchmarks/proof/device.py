@@ -31,21 +31,17 @@ def check(setting: Setting) -> Iterator[Row]:
     yield noted("page-locked memory, GB", os.environ.get(platform.HOST_MEMORY, "not set"))
 
     chip = published(kind)
-    bandwidth = copy_rate(setting) / 1e9
-    name = "copy, GB/s read and written"
-    if chip is None:
-        yield noted(name, f"{bandwidth:.3g}")
-    else:
-        yield at_least(name, bandwidth, COPY_SHARE * chip.bandwidth / 1e9)
-
-    rate = gemm_rate(512 if setting.small else 8192) / 1e12
-    name = "bfloat16 matrix product, TFLOP/s"
+    minimum = None if chip is None else COPY_SHARE * chip.bandwidth / 1e9
+    yield ceiling("copy, GB/s read and written", copy_rate(setting) / 1e9, minimum)
     peak = hardware.peak_flops(kind)
-    yield (
-        noted(name, f"{rate:.3g}")
-        if peak is None
-        else at_least(name, rate, GEMM_SHARE * peak / 1e12)
-    )
+    minimum = None if peak is None else GEMM_SHARE * peak / 1e12
+    rate = gemm_rate(512 if setting.small else 8192) / 1e12
+    yield ceiling("bfloat16 matrix product, TFLOP/s", rate, minimum)
+
+
+def ceiling(name: str, value: float, minimum: float | None) -> Row:
+    """minimum: None where nothing is published of the device."""
+    return noted(name, f"{value:.3g}") if minimum is None else at_least(name, value, minimum)
 
 
 def copy_rate(setting: Setting) -> float:
