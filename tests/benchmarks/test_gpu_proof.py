@@ -11,6 +11,7 @@ from benchmarks.gpu_proof import Check
 from benchmarks.proof import attention, golden, tiny_run, tokens, trace
 from benchmarks.proof.rows import FAILED, NOTED, OK, SKIPPED, Setting, at_most, near
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 BAD = "tests.benchmarks.bad_checks"
 
 
