@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/qwen1p5b_lora.py --workdir=runs/qwen1p5b_lora
 hardware   v5e:1x1
-memory     v5e:1x1  14 GiB playing, 8 updating of 16, from shapes
+memory     v5e:1x1  14 GiB playing, 7 updating of 16, compiled
 time       not measured
 score      not measured; not in the paper
 """
