@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from jax.profiler import ProfileData
 
 from benchmarks import gpu_proof
 from benchmarks.gpu_proof import Check
@@ -127,6 +128,28 @@ def test_no_rounding_changes_the_golden():
     measured, expected, is_ok = tokens.depths(tokens.SIZES, prompts)
     assert is_ok, (measured, expected)
     assert {row["stop_reason"] for row in rows} >= {"answer", "question"}
+
+
+# Two streams of a GPU; lines that repeat their kernels as operations; and the host.
+XSPACE = """
+planes { name: "/host:CPU" lines { name: "Stream #1" events { metadata_id: 1 duration_ps: 9000 } } }
+planes {
+  name: "/device:GPU:0"
+  lines { name: "Stream #14(Compute)" timestamp_ns: 100
+    events { metadata_id: 1 offset_ps: 4000 duration_ps: 2000 }
+    events { metadata_id: 1 duration_ps: 3000 } }
+  lines { name: "Stream #15(MemcpyD2H)" timestamp_ns: 102
+    events { metadata_id: 1 duration_ps: 3000 } }
+  lines { name: "XLA Ops" timestamp_ns: 100 events { metadata_id: 1 duration_ps: 9000 } }
+  event_metadata { key: 1 value { id: 1 name: "kernel" } }
+}
+"""
+
+
+def test_kernels_are_those_of_the_streams_of_a_gpu(tmp_path):
+    file = tmp_path / "trace.xplane.pb"
+    file.write_bytes(ProfileData.text_proto_to_serialized_xspace(XSPACE))
+    assert trace.kernels(file) == [(100, 103), (102, 105), (104, 106)]
 
 
 def test_kernels_that_overlap_are_not_counted_twice():
