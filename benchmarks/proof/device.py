@@ -31,17 +31,14 @@ def check(setting: Setting) -> Iterator[Row]:
     yield noted("page-locked memory, GB", os.environ.get(platform.HOST_MEMORY, "not set"))
 
     chip = published(kind)
-    minimum = None if chip is None else COPY_SHARE * chip.bandwidth / 1e9
-    yield ceiling("copy, GB/s read and written", copy_rate(setting) / 1e9, minimum)
-    peak = hardware.peak_flops(kind)
-    minimum = None if peak is None else GEMM_SHARE * peak / 1e12
+    copied = ("copy, GB/s read and written", copy_rate(setting) / 1e9)
     rate = gemm_rate(512 if setting.small else 8192) / 1e12
-    yield ceiling("bfloat16 matrix product, TFLOP/s", rate, minimum)
-
-
-def ceiling(name: str, value: float, minimum: float | None) -> Row:
-    """minimum: None where nothing is published of the device."""
-    return noted(name, f"{value:.3g}") if minimum is None else at_least(name, value, minimum)
+    multiplied = ("bfloat16 matrix product, TFLOP/s", rate)
+    if chip is None:
+        yield from (noted(name, f"{value:.3g}") for name, value in (copied, multiplied))
+        return
+    yield at_least(*copied, COPY_SHARE * chip.bandwidth / 1e9)
+    yield at_least(*multiplied, GEMM_SHARE * chip.flops / 1e12)
 
 
 def copy_rate(setting: Setting) -> float:

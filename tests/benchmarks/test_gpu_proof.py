@@ -9,8 +9,9 @@ from jax.profiler import ProfileData
 
 from benchmarks import gpu_proof
 from benchmarks.gpu_proof import Check
-from benchmarks.proof import attention, golden, tiny_run, tokens, trace
+from benchmarks.proof import attention, device, golden, tiny_run, tokens, trace
 from benchmarks.proof.rows import FAILED, NOTED, OK, SKIPPED, Setting, at_most, near
+from ssp_jax.plan.hardware import GPUS
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 BAD = "tests.benchmarks.bad_checks"
@@ -128,6 +129,14 @@ def test_no_rounding_changes_the_golden():
     measured, expected, is_ok = tokens.depths(tokens.SIZES, prompts)
     assert is_ok, (measured, expected)
     assert {row["stop_reason"] for row in rows} >= {"answer", "question"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA L4", "l4"), ("cpu", "")],
+)
+def test_a_device_is_known_by_jaxs_name_of_it(kind, name):
+    assert device.published(kind) is (GPUS[name] if name else None)
 
 
 # Two streams of a GPU; lines that repeat their kernels as operations; and the host.
