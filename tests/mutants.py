@@ -253,6 +253,24 @@ MUTANTS = [
         "self._base.for_sampler(), self._adapter_to_sampler(self.initial()))",
         "test_lora_run.py::test_sampler_and_trainer_use_one_adapter",
     ),
+    Mutant(
+        "plan/hardware.py",
+        "return (1 - RESERVE) * self.hbm",
+        "return self.hbm",
+        "plan/test_plan.py::test_a_twentieth_of_the_memory_is_left_free",
+    ),
+    Mutant(
+        "plan/memory.py",
+        "if longest_episode(target) <= room < size:",
+        "if False:",
+        "plan/test_plan.py::test_the_cache_gives_up_what_the_programs_need",
+    ),
+    Mutant(
+        "plan/__main__.py",
+        "if after is None or after.excess >= present.excess:",
+        "if after is None or chosen:",
+        "plan/test_plan.py::test_a_change_is_made_as_often_as_it_helps",
+    ),
 ]
 
 

@@ -68,11 +68,11 @@ def test_a_slice_of_the_7b_compiles_for_gpus(topology: str) -> None:
     expected = {"all-gather", "reduce-scatter"} if target.mesh.size > 1 else set()
     assert communication == expected
 
-    # Shapes say what the optimizer step takes.
+    # Shapes say what the optimizer step takes at most.
     parameters = memory.device_bytes(memory.train_state(target).params)
     estimate = memory.temporaries(target, parameters)["optimizer"]
     taken = device_memory.program_bytes(programs["optimizer"])
-    assert 0.7 * estimate < taken < 1.3 * estimate
+    assert taken < 1.1 * estimate
 
 
 @needs_compiler

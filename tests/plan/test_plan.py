@@ -404,9 +404,11 @@ def test_a_change_is_made_as_often_as_it_helps() -> None:
     values |= {"engine__extend_rows": 512, "engine__kv_cache_gib": 0.005}
     need = small_plan(GIB, **values).peaks["prefill"]
     tight = small_plan(need * 0.3, **values)
+    search = plan._Search(tight.target.config, SMALL, tight.slice, plan._NO_SCALE)
+    rows = search.with_one("engine.extend_rows")["engine.extend_rows"]
+    assert rows <= 128
     found = plan.changes_that_fit(tight.target.config, SMALL, tight.slice, plan._NO_SCALE)
-    rows = fixed(found, "engine.extend_rows")
-    assert rows and rows <= 128
+    assert fixed(found, "engine.extend_rows") == rows
     assert small_plan(need * 0.3, **values | {"engine__extend_rows": rows}).fits
     assert not small_plan(need * 0.3, **values | {"engine__extend_rows": 2 * rows}).fits
 
