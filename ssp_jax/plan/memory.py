@@ -401,8 +401,7 @@ def _update_temporaries(target: Target, parameters: float) -> dict[str, float]:
     # The optimizer step works in place, number by number.
     found["optimizer"] = of_layer
     if target.platform == "gpu":
-        # With JAX 0.10.2 its branch has results of its own there: parameters and both moments. (With
-        # 0.12 it works in place.)
+        # Not in JAX 0.10.2, where its branch has results of its own: parameters and both moments.
         found["optimizer"] = parameters * (2 + jnp.dtype(c.momentum_dtype).itemsize / 4)
     return found
 
