@@ -364,7 +364,8 @@ with checkpoint.Checkpoints(str(workdir), 1, 3) as checkpoints:
     checkpoints.wait()
     if process == 0:
         (workdir / "checkpoints/3/game/metadata").unlink()
-        files = (workdir / "checkpoints/2/state").rglob("*")
+        paths = (workdir / "checkpoints/2/state").rglob("*")
+        files = [path for path in paths if path.is_file()]
         largest = max(files, key=lambda path: path.stat().st_size)
         largest.write_bytes(bytes(largest.stat().st_size))
     processes.barrier()
