@@ -188,8 +188,8 @@ def get_config() -> ConfigDict:
     c.engine.cache_tokens = 12288
     # Tokens after which a slot takes more memory, and a chunk reads more.
     c.engine.cache_buckets = (1024, 4096)
-    # A chunk reads the memory after the last of these tokens that it needs for a share of the slots
-    # that have it: the smallest of these, or all. Each is another program to compile [H].
+    # Shares of the rows of the cache's last piece in use: a chunk reads the smallest that holds the
+    # slots in play, or all rows. Each share is one more program to compile for each piece [H].
     c.engine.row_shares = (0.125, 0.25, 0.5)
     # Keys and values, GiB a device; 0: the free memory, all that slots can need on CPU [H].
     c.engine.kv_cache_gib = 0.0

@@ -238,7 +238,10 @@ class Learner:
         self._programs = jit_programs(c, self._layout)
 
     def warm_up(self, state: TrainState) -> None:
-        """Compiles the programs, and runs those of the gradient on a batch without tokens."""
+        """Compiles the programs, and runs those of the gradient on a batch without tokens.
+
+        But for zero_total, which only a mini-batch without rows needs.
+        """
         batch = self._put(empty_batch(self._config.rows, self._config.row_tokens))
         frozen = self._frozen()
         [[old_logp_BT]] = self._old_logprobs(state.params, frozen, [[batch]])
