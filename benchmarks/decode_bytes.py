@@ -16,6 +16,7 @@ lognormal), prompts of 450 to 500; half of the questions pass the verifier.
 
 import argparse
 import collections
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -44,7 +45,7 @@ WAYS = ("in use", "engine", "all rows")
 class Scripted:
     """A player whose turns have lengths that are known from the start."""
 
-    stop_automaton, temperature = 0, 1.0
+    stop_automaton, shared_prefix, temperature = 0, 0, 1.0
 
     def __init__(self, uid: int, prompt: int, turns: list[Turn], follow: Sequence["Scripted"] = ()):
         self.uid = uid
@@ -143,7 +144,7 @@ def replay(layout: kv_cache.Layout, steps: int, players: list[Scripted], seen: S
     in_flight_turns: dict[int, int] = {}
     while in_flight is not None or not scheduler.is_done():
         scheduler.take_results(lambda: None)
-        for write in scheduler.pending_prefills() + scheduler.pending_prefix_copies():
+        for write in itertools.chain(*scheduler.pending()):
             turn = write.limit - len(write.tokens) - 1
             slots.start(write.slot, write.filled + write.count, turn)
         turns = scheduler.running()

@@ -70,7 +70,7 @@ def timed(rollout: Callable[[], int], repeats: int, expected: int) -> dict[str, 
 class Rollout:
     """A player of the engine that plays one turn of a fixed length."""
 
-    stop_automaton, stop_reason, temperature = 0, "", 1.0
+    stop_automaton, stop_reason, shared_prefix, temperature = 0, "", 0, 1.0
 
     def __init__(self, uid: int, prompt: list[int], new: int):
         self.uid, self.tokens, self._limit = uid, list(prompt), len(prompt) + new

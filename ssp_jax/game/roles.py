@@ -5,6 +5,8 @@ and the sampler's log-prob. Both are made here once and only carried afterwards.
 the tokens, decoded for parsing and for people.
 """
 
+import functools
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +34,8 @@ VERIFIER = Role("verifier", (prompts.ANSWER_STOP,), 2)
 ASSISTANT = Role("assistant", (), 3)  # outside the game: judges, and plain prompts (generate.py)
 ROLES = (SOLVER, PROPOSER, VERIFIER, ASSISTANT)
 
+# Tokens. Taking a prefix from another prompt costs a call of its own.
+_SHORTEST_PREFIX = 64
 SEARCH_ENGINE = "search engine"  # the author of a turn that no role wrote
 
 
@@ -91,6 +95,28 @@ class EpisodeContext:
     template: str
     limits: Limits
 
+    @functools.cached_property
+    def prefixes(self) -> tuple[tuple[int, ...], ...]:
+        """What the prompts of each role begin with, whatever they are about; the longest first."""
+        style = self.style
+        probes = ("Who?", "7 is", "an")  # no two begin alike
+        documents = [Document(text, text, text) for text in probes]
+        same = [
+            [prompts.solver_messages(style, text) for text in probes],
+            [prompts.proposer_messages(style, text, n, "") for n, text in enumerate(probes)],
+            # What comes before the examples of an answer that has some.
+            [prompts.proposer_messages(style, text, n, text) for n, text in enumerate(probes)],
+            [prompts.verifier_messages(style, d.text, [d]) for d in documents],
+        ]
+        found = {_common([self.prompt(messages) for messages in role]) for role in same}
+        return tuple(sorted(found, key=len, reverse=True))
+
+    def shared_prefix(self, prompt: Sequence[int]) -> int:
+        """How many tokens a prompt begins with that others have too; 0 where they are few."""
+        fitting = (len(p) for p in self.prefixes if tuple(prompt[: len(p)]) == p)
+        length = min(next(fitting, 0), len(prompt) - 2)
+        return length if length >= _SHORTEST_PREFIX else 0
+
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
         return chat.encode_prompt(self.tokenizer, messages, self.template)
 
@@ -111,6 +137,14 @@ class EpisodeContext:
             return ids
         closing = self.encode(self.style.observation_text.split("{documents}")[1])
         return ids[: max(0, limit - len(closing))] + closing
+
+
+def _common(prompts_: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The longest sequence that all begin with."""
+    columns = itertools.takewhile(
+        lambda column: len(set(column)) == 1, zip(*prompts_, strict=False)
+    )
+    return tuple(column[0] for column in columns)
 
 
 def check_context(context: EpisodeContext) -> None:
@@ -176,6 +210,7 @@ class EpisodePlayer:
     tokens: list[int]
     tag: Any = None  # what the episode belongs to: a game, a question, a line of a file
     prompt_length: int = field(init=False)
+    shared_prefix: int = field(init=False)  # tokens
     sampled: list[bool] = field(init=False)
     logprobs: list[float] = field(init=False)
     queries: list[str] = field(init=False, default_factory=list)
@@ -188,6 +223,8 @@ class EpisodePlayer:
         self._turn_start = len(self.tokens)
         self.sampled = [False] * len(self.tokens)
         self.logprobs = [0.0] * len(self.tokens)
+        of_the_game = self.role is not ASSISTANT
+        self.shared_prefix = self.context.shared_prefix(self.tokens) if of_the_game else 0
         if len(self.tokens) > self.context.limits.prompt(self.role):
             self.stop_reason = "prompt_tokens"
 

@@ -246,8 +246,11 @@ class Engine:
             scheduler.take_results(lambda: progress(stats))
 
             # Slots take what their caches lack: new prompts, copies of prompts, observations.
-            self._write_prompts(device, scheduler)
-            self._copy_prompts(device, scheduler)
+            pending = scheduler.pending()
+            self._compute(device, scheduler, pending.prefixes)
+            self._copy(device, scheduler, pending.prefix_copies)
+            self._compute(device, scheduler, pending.tokens)
+            self._copy(device, scheduler, pending.prompt_copies)
 
             # The next chunk starts behind the one in flight, unless no turn would go on in it.
             turns = scheduler.running()
@@ -365,8 +368,8 @@ class Engine:
             raise InputError(_too_large(sizes, free, needs, room, int(wanted), int(minimum)))
         return self._layout_for(room)
 
-    def _write_prompts(self, device: "Device", scheduler: Scheduler) -> None:
-        """Writes the prompts and observations that the slots' caches lack.
+    def _compute(self, device: "Device", scheduler: Scheduler, pending: list[PendingWrite]) -> None:
+        """Computes and writes tokens of prompts and observations.
 
         The cost of a call is that of its bucket and depth, full or not. So the write that needs the
         longest bucket takes along what fits beside it, and nothing that asks for more: a few long
@@ -379,9 +382,8 @@ class Engine:
         def needs(write: PendingWrite) -> tuple[int, int]:
             return sizes.extend_len(write.count), device.layout.depth(write.filled)
 
-        pending = scheduler.pending_prefills()
         while pending:
-            pending.sort(key=needs, reverse=True)
+            pending = sorted(pending, key=needs, reverse=True)
             length, depth = needs(pending[0])
             beside = [write for write in pending if needs(write)[1] <= depth]
             batch = device.batch(beside)
@@ -390,9 +392,8 @@ class Engine:
             pending = _without(batch, pending)
             pending += [write.after(longest) for write in batch if write.count > longest]
 
-    def _copy_prompts(self, device: "Device", scheduler: Scheduler) -> None:
-        """Copies prompts to the slots that share them with another slot."""
-        pending = scheduler.pending_prefix_copies()
+    def _copy(self, device: "Device", scheduler: Scheduler, pending: list[PendingWrite]) -> None:
+        """Copies tokens to slots that share them with another slot; one that has them is right."""
         while pending:
             batch = device.batch(pending)
             longest = max(write.count for write in batch)

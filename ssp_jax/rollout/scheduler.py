@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,6 +32,14 @@ class Player(Protocol):
     @property
     def stop_automaton(self) -> int:
         """Index of the engine's automaton that finds this player's stop strings."""
+        ...
+
+    @property
+    def shared_prefix(self) -> int:
+        """How many tokens the prompt begins with that stand before many prompts; 0 for none.
+
+        A property of the prompt alone, and less than the prompt.
+        """
         ...
 
     def token_limit(self) -> int:
@@ -61,7 +69,7 @@ class Stats:
     seconds: float = 0.0
     sampled_tokens: int = 0
     written_tokens: int = 0  # prompt and observation tokens computed
-    shared_tokens: int = 0  # prompt tokens copied from another slot instead
+    shared_tokens: int = 0  # prompt tokens taken from another prompt instead
     searches: int = 0
     busy_steps: int = 0  # of slots, in which a token was sampled
     slot_steps: int = 0  # of all slots
@@ -89,13 +97,37 @@ class PendingWrite:
     stop_automaton: int
     uid: int
     temperature: float
-    source: int = -1  # the slot to copy from, for shared prompts
+    source: int = -1  # the slot to copy from, for shared tokens
 
     def first(self, longest: int) -> "PendingWrite":
         return dataclasses.replace(self, count=min(self.count, longest))
 
     def after(self, longest: int) -> "PendingWrite":
         return dataclasses.replace(self, filled=self.filled + longest, count=self.count - longest)
+
+
+class Pending(NamedTuple):
+    """What the slots' caches lack, in the order in which it is to be written."""
+
+    prefixes: list[PendingWrite]  # to compute
+    prefix_copies: list[PendingWrite]
+    tokens: list[PendingWrite]  # to compute: the rest of the prompts, and observations
+    prompt_copies: list[PendingWrite]
+
+    @property
+    def computed(self) -> list[PendingWrite]:
+        return self.prefixes + self.tokens
+
+
+class _Seat(NamedTuple):
+    """A free slot with memory for a prompt, and slots of its shard that hold parts of it.
+
+    The slot itself may be one. -1 where there is none.
+    """
+
+    slot: int
+    prompt_in: int
+    prefix_in: int
 
 
 class RowAllocator:
@@ -182,9 +214,9 @@ class Scheduler:
         self._turn = [0] * layout.rows[0]  # counts stops: tells a slot's old turn from its new one
         self._playing: set[int] = set()  # slots in the middle of a turn
         self._stale: list[int] = []  # active slots whose cache lacks tokens
-        # slot -> prompt that its cache begins with
+        # slot -> prompt that its cache begins with, and the shared prefix of one
         self._prompt_in: dict[int, tuple[int, ...]] = {}
-        self._copies: list[PendingWrite] = []
+        self._prefix_in: dict[int, tuple[int, ...]] = {}
         self._search: tuple[Future[Sequence[Any]], list[int]] | None = None
 
     def is_done(self) -> bool:
@@ -295,83 +327,111 @@ class Scheduler:
             self.stats.searches += len(queries)
             self._search = (self._submit(list(queries.values())), list(queries))
 
-    def pending_prefills(self) -> list[PendingWrite]:
-        """Gives free slots to waiting players, and lists all tokens to compute.
+    def pending(self) -> Pending:
+        """Gives free slots to waiting players, and lists all tokens that the caches lack.
 
-        Those that can copy a prompt are kept for pending_prefix_copies.
+        They must be written before the next call.
         """
         self._grow_active()  # before any new player gets a slot
         ready = [slot for slot in self._stale if self._has_room(slot)]
         self._stale = [slot for slot in self._stale if slot not in ready]
-        writes = [self._start_turn(slot) for slot in ready]
-        writes += self._seat_waiting()
-        self.stats.written_tokens += sum(write.count for write in writes)
-        return writes
+        found = Pending([], [], [self._start_turn(slot) for slot in ready], [])
+        self._seat_waiting(found)
+
+        # Counts, and what the slots hold when all this is written.
+        copied = found.prefix_copies + found.prompt_copies
+        self.stats.written_tokens += sum(write.count for write in found.computed)
+        self.stats.shared_tokens += sum(write.count for write in copied)
+        for write in found.prompt_copies:
+            self._prompt_in[write.slot] = tuple(write.tokens)
+        for write in copied:
+            self._prefix_in[write.slot] = self._prefix(self._active[write.slot])
+        return found
 
     def _has_room(self, slot: int) -> bool:
         cached = len(self._active[slot].tokens) - 1
         return cached <= int(self.memory.room_B[slot])
 
-    def _seat_waiting(self) -> list[PendingWrite]:
-        """Gives free slots to waiting players; returns the prompts to compute."""
-        writes = []
+    def _seat_waiting(self, found: Pending) -> None:
+        """Gives free slots to waiting players; adds what these lack to `found`."""
         free = [slot for slot in range(self._layout.rows[0]) if slot not in self._active]
         passed: list[Player] = []  # no memory for them now; shorter ones may go ahead
         while free and (player := self._next_waiting()) is not None:
-            prompt = tuple(player.tokens)
-            slot, source = self._place(prompt, free)
-            if slot < 0:
+            seat = self._place(player, free)
+            if seat.slot < 0:
                 passed.append(player)
                 continue
-            free.remove(slot)
-            self.memory.grow(slot, len(prompt) - 1)
-            self._active[slot] = player
-            self._filled[slot] = 0
-            write = self._start_turn(slot, source)
-            if source < 0:
-                self._prompt_in[slot] = prompt
-                writes.append(write)
-                continue
-            if source != slot:
-                # No other may copy from a copy that is not made yet: see pending_prefix_copies.
-                self._prompt_in.pop(slot, None)
-            self._copies.append(write)
-            self.stats.shared_tokens += write.count
+            free.remove(seat.slot)
+            self.memory.grow(seat.slot, len(player.tokens) - 1)
+            self._active[seat.slot] = player
+            self._filled[seat.slot] = 0
+            self._share(player, seat, found)
         self._waiting.extendleft(reversed(passed))
-        return writes
 
-    def _place(self, prompt: tuple[int, ...], free: list[int]) -> tuple[int, int]:
-        """A free slot with memory for this prompt, and the slot of its shard that holds it.
+    def _share(self, player: Player, seat: _Seat, found: Pending) -> None:
+        """Adds to `found` what a new player's slot lacks, after what it takes from others.
 
-        -1 where there is none.
+        A prefix is always computed by itself, also where nobody shares it: so the numbers do not
+        depend on who plays beside.
         """
+        slot = seat.slot
+        prefix = self._prefix(player)
+        write = self._start_turn(slot)
+        held = self._prefix_in.pop(slot, ())
+
+        # The whole prompt. No other may copy from a copy that is not made yet: see `pending`.
+        if seat.prompt_in >= 0:
+            if seat.prompt_in != slot:
+                self._prompt_in.pop(slot, None)
+            found.prompt_copies.append(dataclasses.replace(write, source=seat.prompt_in))
+            return
+
+        # Its prefix: there already, or to be copied or computed.
+        self._prompt_in[slot] = tuple(player.tokens)
+        first = write.first(len(prefix))
+        if seat.prefix_in == slot:
+            self._prefix_in[slot] = held
+            self.stats.shared_tokens += first.count
+        elif seat.prefix_in >= 0:
+            found.prefix_copies.append(dataclasses.replace(first, source=seat.prefix_in))
+        elif prefix:
+            self._prefix_in[slot] = prefix
+            found.prefixes.append(first)
+
+        # The rest.
+        found.tokens.append(write.after(len(prefix)))
+
+    def _prefix(self, player: Player) -> tuple[int, ...]:
+        """The part of a prompt that prompts share, as far as a slot keeps it after an episode."""
+        return tuple(player.tokens[: min(player.shared_prefix, self._layout.ends[0])])
+
+    def _place(self, player: Player, free: list[int]) -> _Seat:
         shard_of = self._layout.shard_of
+        prompt = tuple(player.tokens)
         holders = [slot for slot, held in self._prompt_in.items() if held == prompt]
+        prefix = self._prefix(player)
+        prefixed = [slot for slot, held in self._prefix_in.items() if prefix and held == prefix]
         near = {shard_of(slot) for slot in holders}
         room = collections.Counter(shard_of(slot) for slot in free)
 
-        def preference(slot: int) -> tuple[bool, int]:
+        def preference(slot: int) -> tuple[bool, int, bool]:
             # A slot where the prompt need not be computed, else one in the emptiest shard: shards
             # compute prompts side by side.
-            return shard_of(slot) not in near, -room[shard_of(slot)]
+            shard = shard_of(slot)
+            return shard not in near, -room[shard], slot not in prefixed
 
-        # A free slot that holds the prompt is taken itself: another player must not overwrite it
-        # before the copy.
+        # A free slot that holds the prompt is taken itself, and so is one of the shard that holds
+        # the prefix: another player must not overwrite it before the copy.
         free_holders = [slot for slot in holders if slot in free]
         wanted = free_holders or sorted(free, key=preference)
         fitting = (slot for slot in wanted if self.memory.fits(slot, len(prompt) - 1))
         slot = next(fitting, -1)
-        if slot in holders:
-            return slot, slot
-        sources = (holder for holder in holders if shard_of(holder) == shard_of(slot))
-        return slot, next(sources, -1)
 
-    def pending_prefix_copies(self) -> list[PendingWrite]:
-        """Prompts to copy from another slot; after this their slots hold them too."""
-        copies = self._copies
-        self._copies = []
-        self._prompt_in |= {write.slot: tuple(write.tokens) for write in copies}
-        return copies
+        def source(holding: list[int]) -> int:
+            near = (holder for holder in holding if shard_of(holder) == shard_of(slot))
+            return slot if slot in holding else next(near, -1)
+
+        return _Seat(slot, source(holders), source(prefixed))
 
     def _next_waiting(self) -> Player | None:
         """The next player that has something to play.
@@ -394,7 +454,7 @@ class Scheduler:
     def _limit(self, player: Player) -> int:
         return min(player.token_limit(), self._layout.ends[-1])
 
-    def _start_turn(self, slot: int, source: int = -1) -> PendingWrite:
+    def _start_turn(self, slot: int) -> PendingWrite:
         """Starts a turn in a slot; returns what its cache lacks."""
         player = self._active[slot]
         filled = self._filled[slot]
@@ -410,7 +470,6 @@ class Scheduler:
             stop_automaton=player.stop_automaton,
             uid=player.uid,
             temperature=player.temperature,
-            source=source,
         )
 
     def _finish(self, slot: int) -> None:

@@ -192,3 +192,50 @@ def test_eos_tokens_come_from_tokenizer_and_generation_config():
     nameless = type("Tokenizer", (), {"eos_token_id": None})
     with pytest.raises(InputError, match="eos"):
         roles.eos_tokens(nameless, {})
+
+
+STYLES = [
+    dataclasses.replace(style, worked_example=shown)
+    for style in prompts.STYLES.values()
+    for shown in (False, True)
+]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("role", [SOLVER, PROPOSER, VERIFIER])
+def test_what_the_prompts_of_a_role_share_is_found(role, style):
+    """The rest is what differs, and what follows from there."""
+    context = dataclasses.replace(CONTEXT, style=style)
+
+    def messages(text, number):
+        if role is PROPOSER:
+            return prompts.proposer_messages(style, text, number, "")
+        if role is VERIFIER:
+            return prompts.verifier_messages(style, text, [Document(text, text, text)])
+        return prompts.solver_messages(style, text)
+
+    ours = context.prompt(messages("Who built it?", 2))
+    others = context.prompt(messages("1,000 rivers", 5))
+    shared = EpisodePlayer(context, role, 0, 1.0, ours).shared_prefix
+    assert ours[:shared] == others[:shared]
+    fixed = next(n for n, pair in enumerate(zip(ours, others, strict=False)) if len({*pair}) > 1)
+    assert shared == (fixed if fixed >= 64 else 0)
+    assert style.worked_example <= (shared > 0)
+
+
+def test_the_examples_of_an_answer_come_after_what_proposers_share():
+    style = prompts.STYLES["search_r1"]
+    context = dataclasses.replace(CONTEXT, style=style)
+    plain, with_examples = (
+        context.prompt(prompts.proposer_messages(style, "Paris", 2, examples))
+        for examples in ("", "1. Why?")
+    )
+    assert 64 < context.shared_prefix(with_examples) < context.shared_prefix(plain)
+
+
+def test_prompts_outside_the_game_share_nothing():
+    style = prompts.STYLES["search_r1"]
+    context = dataclasses.replace(CONTEXT, style=style)
+    prompt = context.prompt(prompts.solver_messages(style, "Who?"))
+    assert EpisodePlayer(context, SOLVER, 0, 1.0, prompt).shared_prefix > 64
+    assert EpisodePlayer(context, roles.ASSISTANT, 0, 1.0, prompt).shared_prefix == 0

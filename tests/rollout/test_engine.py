@@ -405,6 +405,68 @@ def test_attempts_of_a_group_share_its_prompt_and_differ():
     assert len({tuple(e.tokens) for e in ended.values()}) == 6
 
 
+INSTRUCTIONS = [
+    CONTEXT.encode(text)
+    for text in ("Everybody reads these same words. ", "To others a second role is given. ")
+]
+
+
+def instructed(number, roles_=1):
+    """Players whose prompts begin with the instruction of one of so many roles."""
+    players = []
+    for row in range(number):
+        instruction = INSTRUCTIONS[row % roles_]
+        uid = roles.episode_id(roles.SOLVER, row, 0)
+        own = CONTEXT.encode(f"Question {row}?" + " again" * row)
+        player = Searcher(CONTEXT, roles.SOLVER, uid, 1.0, instruction + own)
+        player.shared_prefix = len(instruction)
+        players.append(player)
+    return players
+
+
+@functools.cache
+def played_alone(number, roles_):
+    one = make_engine(FEW)
+    ended, finished = collect()
+    for player in instructed(number, roles_):
+        stats = one.play(PARAMS, KEY, [player], finished)
+        assert stats.shared_tokens == 0
+    return ended
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_a_prefix_of_many_prompts_is_computed_once(slots):
+    """A slot keeps it for the player that comes next."""
+    players = instructed(8)
+    prompts = sum(player.prompt_length - 1 for player in players)
+    ended, stats = play(dataclasses.replace(FEW, slots=slots), players)
+    same(played_alone(8, 1), ended)
+    assert stats.shared_tokens == 7 * len(INSTRUCTIONS[0])
+    results = sum(len(CONTEXT.observation([d])) for e in ended.values() for d in e.documents)
+    assert stats.written_tokens == prompts - stats.shared_tokens + results
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_prefixes_of_two_roles_do_not_mix(slots):
+    ended, stats = play(dataclasses.replace(FEW, slots=slots), instructed(8, 2))
+    same(played_alone(8, 2), ended)
+    assert stats.shared_tokens == {1: 0}.get(slots, stats.shared_tokens)
+
+
+def test_each_part_computes_a_prefix_for_its_own():
+    many, params = on_mesh(FEW, data=2, fsdp=2)
+    ended, finished = collect()
+    stats = many.play(params, KEY, instructed(8), finished)
+    same(played_alone(8, 1), ended)
+    assert stats.shared_tokens == (8 - 4) * len(INSTRUCTIONS[0])
+
+
+def test_a_prefix_longer_than_the_first_piece_is_shared_as_far_as_a_slot_keeps_it():
+    ended, stats = play(dataclasses.replace(FEW, cache_buckets=(16,)), instructed(8))
+    same(played_alone(8, 1), ended)
+    assert stats.shared_tokens == 7 * 16
+
+
 def test_late_attempts_share_the_prompt_of_one_that_plays(expected):
     """Several copies of one prompt in one call, none from another copy."""
     first, *rest = make_players(groups=1, attempts=3)
@@ -466,7 +528,7 @@ def test_different_prompts_go_to_different_parts_in_one_call():
     scheduler = Scheduler(
         layout, 4, make_players(attempts=1), lambda player: (), lambda queries: None, False
     )
-    writes = scheduler.pending_prefills()
+    writes = scheduler.pending().tokens
     assert {layout.shard_of(write.slot) for write in writes} == {0, 1, 2, 3}
     state = jax.eval_shape(lambda: sampler.init_state(CONFIG, layout, jnp.float32))
     device = engine.Device(1, (), None, [], PARAMS, KEY, state, {}, {})
