@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 from ssp_jax import assemble  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
 from ssp_jax.model import decoder  # noqa: E402
-from ssp_jax.plan.__main__ import read_model  # noqa: E402
+from ssp_jax.plan.planner import read_model  # noqa: E402
 from ssp_jax.rollout import kv_cache, sampler  # noqa: E402
 from ssp_jax.rollout.scheduler import Scheduler  # noqa: E402
 

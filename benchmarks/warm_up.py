@@ -29,7 +29,7 @@ def compile_all(name: str, way: str) -> dict[str, float]:
     from ssp_jax import assemble
     from ssp_jax.config import load_config
     from ssp_jax.model import decoder, hf_load, sharding
-    from ssp_jax.plan.__main__ import read_model
+    from ssp_jax.plan.planner import read_model
     from ssp_jax.runtime import platform
     from ssp_jax.runtime.dispatch import compile_together
 

@@ -266,7 +266,7 @@ MUTANTS = [
         "plan/test_plan.py::test_the_cache_gives_up_what_the_programs_need",
     ),
     Mutant(
-        "plan/__main__.py",
+        "plan/planner.py",
         "if after is None or after.excess >= present.excess:",
         "if after is None or chosen:",
         "plan/test_plan.py::test_a_change_is_made_as_often_as_it_helps",

@@ -24,7 +24,7 @@ from ssp_jax.config import (
 )
 from ssp_jax.errors import InputError
 from ssp_jax.model import decoder
-from ssp_jax.plan import __main__ as plan
+from ssp_jax.plan import planner as plan
 from ssp_jax.plan import roofline
 from ssp_jax.plan.hardware import GIB, parse_topology
 from tests.conftest import ROOT, RunMain

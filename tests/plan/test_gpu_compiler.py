@@ -9,8 +9,8 @@ import pytest
 
 from configs import qwen7b
 from ssp_jax.model import presets
-from ssp_jax.plan import __main__ as plan
 from ssp_jax.plan import compile, hardware, memory
+from ssp_jax.plan import planner as plan
 from ssp_jax.runtime import device_memory, platform
 
 needs_compiler = pytest.mark.skipif(

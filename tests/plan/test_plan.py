@@ -10,8 +10,9 @@ from configs import default
 from ssp_jax import assemble
 from ssp_jax.errors import InputError
 from ssp_jax.model import decoder, presets, sharding, weights
-from ssp_jax.plan import __main__ as plan
+from ssp_jax.plan import __main__ as command
 from ssp_jax.plan import compile, hardware, memory, roofline
+from ssp_jax.plan import planner as plan
 from ssp_jax.plan.hardware import GIB
 from ssp_jax.rollout import engine
 from ssp_jax.runtime import platform
@@ -443,14 +444,14 @@ def test_without_a_compiler_the_table_says_so(
         f"--config={ROOT / 'configs' / 'tiny.py'}",
         f"--config.model.path={ROOT / 'assets' / 'tiny' / 'model'}",
     ]
-    assert plan.main([*tiny, "--topology=gpu:h100x1", "--tokens=200", "--sampled=50"]) == 0
+    assert command.main([*tiny, "--topology=gpu:h100x1", "--tokens=200", "--sampled=50"]) == 0
     out, err = capsys.readouterr()
     for said in ("from shapes alone", "attention of the update: xla", "it fits", "72.8 GiB"):
         assert said in out
     assert "pip install '.[plan-gpu]'" in err
-    assert plan.main([*tiny, "--topology=v9:1"]) == 2
-    assert plan.main([*tiny, "--topolgy=v5p:2x2x1"]) == 2
-    assert plan.main(tiny) == 0
+    assert command.main([*tiny, "--topology=v9:1"]) == 2
+    assert command.main([*tiny, "--topolgy=v5p:2x2x1"]) == 2
+    assert command.main(tiny) == 0
     out = capsys.readouterr().out
     for slice_ in ("v6e-1", "v5p:2x2x1", "gpu:t4x1", "gpu:h100x1"):
         assert f"  {slice_} " in out
