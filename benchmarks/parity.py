@@ -105,16 +105,16 @@ def write(folder: Path) -> None:
 def check(folder: Path) -> bool:
     """Prints where ours and the golden part; True when all token ids are equal."""
     sys.path.insert(0, str(ROOT))
-    from ssp_jax import generate
     from ssp_jax.game.roles import ASSISTANT
+    from ssp_jax.generate import ask
 
     golden = json.loads(golden_path(folder).read_text(encoding="utf-8"))
-    m = generate.load_model(folder, "float32")
+    m = ask.load_model(folder, "float32")
     asked = prompt_tokens(m.tokenizer)
     if asked != [row["prompt_ids"] for row in golden["rows"]]:
         print("the prompts have other token ids: another tokenizer than the golden's")
         return False
-    episodes = generate.play(m, generate.make_context(m.tokenizer, NEW_TOKENS), ASSISTANT, asked)
+    episodes = ask.play(m, ask.make_context(m.tokenizer, NEW_TOKENS), ASSISTANT, asked)
     equal = 0
     for number, (episode, row) in enumerate(zip(episodes, golden["rows"], strict=True)):
         ours, theirs = episode.tokens[episode.prompt_length :], row["token_ids"]

@@ -27,10 +27,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ssp_jax import audit, generate, main, stamps
+from ssp_jax import audit, main, stamps
 from ssp_jax.config import CHOICES, parse_command_line
 from ssp_jax.errors import shown
 from ssp_jax.game.rounds import ReplayState
+from ssp_jax.generate import __main__ as generate
 from ssp_jax.model.linear import Lora
 from ssp_jax.plan import __main__ as plan
 from ssp_jax.report import __main__ as report

@@ -17,8 +17,16 @@ FLOORS = (
     ("game",),
     ("config",),
     ("evaluation", "stamps", "workdir"),
-    ("assemble",),
-    ("train", "evaluation.run", "plan", "generate", "report", "audit", "retriever.__main__"),
+    ("assemble", "report"),
+    (
+        "train",
+        "evaluation.run",
+        "plan",
+        "generate",
+        "report.__main__",
+        "audit",
+        "retriever.__main__",
+    ),
     ("main",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssp_jax import generate
 from ssp_jax.data import load_questions
 from ssp_jax.errors import printable
 from ssp_jax.game import prompts
+from ssp_jax.generate import __main__ as generate
+from ssp_jax.generate import ask
 from ssp_jax.model import attention, decoder, hf_adapter, hf_load
 from ssp_jax.model.linear import Lora
 from ssp_jax.retriever.search import open_retriever
@@ -34,7 +35,7 @@ def index(tmp_path_factory):
     return folder
 
 
-def ask(folder, lines, *arguments):
+def answers(folder, lines, *arguments):
     """The output lines for these input lines."""
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = [
@@ -92,7 +93,7 @@ def test_greedy_lines_are_the_models_own_words_in_order(tmp_path):
         " The capital of Norway is Oslo, the capital of Peru is Lima and the capital of Kenya is "
     )
     texts = ["Question: Which", long, "a"]
-    lines = ask(tmp_path, [{"prompt": text} for text in texts], "--max_tokens=6")
+    lines = answers(tmp_path, [{"prompt": text} for text in texts], "--max_tokens=6")
     expected = greedy([tokenizer.encode(text) for text in texts], 6)
     for line, (token_ids, logprobs) in zip(lines, expected, strict=True):
         n = len(line["token_ids"])
@@ -112,7 +113,7 @@ def test_lines_with_an_adapter_are_the_words_of_both_in_order(tmp_path):
     config = dataclasses.replace(base, lora=lora)
     adapter = hf_adapter.load(folder, config, None, jnp.float32)
     prompt = " The capital of Norway is "
-    (line,) = ask(tmp_path, [{"prompt": prompt}], "--max_tokens=6", f"--adapter={folder}")
+    (line,) = answers(tmp_path, [{"prompt": prompt}], "--max_tokens=6", f"--adapter={folder}")
     number = len(line["token_ids"])
     model = config, decoder.join(params, adapter)
     prompts = [tokenizer.encode(prompt)]
@@ -129,16 +130,16 @@ def test_messages_go_through_the_chat_template_and_seeds_matter(tmp_path):
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     # as many lines as above, of as many tokens to the next power of two: the same programs
     lines = [{"messages": messages}, {"prompt": text}, {"prompt": "a"}]
-    chat, plain, _ = ask(tmp_path, lines, "--max_tokens=12")
+    chat, plain, _ = answers(tmp_path, lines, "--max_tokens=12")
     assert chat == plain
     hot = ("--max_tokens=12", "--temperature=1.5")
-    first, again, other = (ask(tmp_path, lines, *hot, f"--seed={seed}") for seed in (1, 1, 2))
+    first, again, other = (answers(tmp_path, lines, *hot, f"--seed={seed}") for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_the_solver_searches_and_answers(tmp_path, index):
     questions = [task.question for task in load_questions(TINY / "qa" / "one_hop.jsonl")[:5]]
-    lines = ask(
+    lines = answers(
         tmp_path,
         [{"question": q} for q in questions],
         f"--index={index}",
@@ -167,7 +168,7 @@ def test_the_solver_searches_and_answers(tmp_path, index):
         given = sum(logprob is None for logprob in line["logprobs"])
         assert bool(given) == bool(found) and len(line["logprobs"]) == len(line["token_ids"])
     assert any(line["searches"] and line["answer"] for line in lines)
-    limited = ask(tmp_path, [{"question": questions[0]}], f"--index={index}", "--max_tokens=20")
+    limited = answers(tmp_path, [{"question": questions[0]}], f"--index={index}", "--max_tokens=20")
     assert limited[0]["stop_reason"] == "max_tokens" and len(limited[0]["token_ids"]) <= 20
 
 
@@ -192,12 +193,12 @@ def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys)
 
 def test_text_is_shown_once_however_chunks_cut_it():
     tokenizer = hf_load.load_tokenizer(TINY / "model")
-    context = generate.make_context(tokenizer, 50)
+    context = ask.make_context(tokenizer, 50)
     tokens = tokenizer.encode("Zürich, São Paulo", add_special_tokens=False)
     shown = []
     for size in (1, 2, 3):
         shown.clear()
-        player = generate.Watched(context, generate.ASSISTANT, 0, 0.0, [5])
+        player = ask.Watched(context, ask.ASSISTANT, 0, 0.0, [5])
         player.show = lambda text, who: shown.append(text)
         for i in range(0, len(tokens), size):
             player.append(tokens[i : i + size], [0.0] * len(tokens[i : i + size]))
@@ -216,14 +217,14 @@ def test_text_is_shown_once_however_chunks_cut_it():
     ],
 )
 def test_a_model_takes_as_few_devices_as_hold_it(kv_heads, devices, size, limit, expected):
-    assert generate.devices_per_copy(kv_heads, devices, size, limit) == expected
+    assert ask.devices_per_copy(kv_heads, devices, size, limit) == expected
 
 
 @pytest.mark.parametrize("lengths", [[1], [130, 7], [3000] * 100])
 @pytest.mark.parametrize("room", [1, 500])
 def test_sizes_hold_what_is_asked(lengths, room):
-    m = generate.load_model(TINY / "model", "float32")
-    sizes = generate.make_sizes(m, lengths, room, True)
+    m = ask.load_model(TINY / "model", "float32")
+    sizes = ask.make_sizes(m, lengths, room, True)
     parts = m.mesh.shape["data"]
     assert (
         sizes.cache_tokens >= max(lengths) + room
@@ -232,17 +233,15 @@ def test_sizes_hold_what_is_asked(lengths, room):
     assert sizes.slots % parts == 0 and sizes.slots < len(lengths) + parts
     c = m.config
     held = 2 * c.num_layers * c.num_kv_heads * c.head_dim * 4 * sizes.cache_tokens * sizes.slots
-    assert held <= generate.CPU_CACHE_BYTES * (1 + parts)
-    assert sizes.slots == min(
-        math.ceil(len(lengths) / parts) * parts, generate.SLOTS_PER_DEVICE * parts
-    )
+    assert held <= ask.CPU_CACHE_BYTES * (1 + parts)
+    assert sizes.slots == min(math.ceil(len(lengths) / parts) * parts, ask.SLOTS_PER_DEVICE * parts)
 
 
 def test_an_episode_ends_where_the_models_context_does():
-    m = generate.load_model(TINY / "model", "float32")
+    m = ask.load_model(TINY / "model", "float32")
     assert m.context_tokens == 1024  # max_position_embeddings
-    context = generate.make_context(m.tokenizer, 500)
-    assert [generate._room(m, context, longest) for longest in (10, 524, 1000, 1023)] == [
+    context = ask.make_context(m.tokenizer, 500)
+    assert [ask._room(m, context, longest) for longest in (10, 524, 1000, 1023)] == [
         500,
         500,
         24,

@@ -24,11 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from ssp_jax import config, data, generate
+from ssp_jax import config, data
 from ssp_jax.errors import InputError
 from ssp_jax.evaluation import evaluate
+from ssp_jax.generate import ask
 from ssp_jax.model import hf_adapter, hf_load
-from ssp_jax.report import __main__ as report
+from ssp_jax.report import page as report
 from ssp_jax.retriever import build
 from ssp_jax.retriever.index import write_meta
 from ssp_jax.retriever.search import Retriever
@@ -178,7 +179,7 @@ def read_weights(folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> None:
-    context = generate.make_context(hf_load.load_tokenizer(folder), 10)
+    context = ask.make_context(hf_load.load_tokenizer(folder), 10)
     context.prompt([{"role": "user", "content": "Who?"}])
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from ssp_jax import audit, generate
+from ssp_jax import audit
 from ssp_jax.errors import json_line, printable
+from ssp_jax.generate import __main__ as generate
 from ssp_jax.report import __main__ as report
 from ssp_jax.retriever import __main__ as retriever
 from ssp_jax.runtime.logger import Logger

@@ -31,7 +31,7 @@ class Role:
 SOLVER = Role("solver", (prompts.SEARCH_STOP, prompts.ANSWER_STOP), 0)
 PROPOSER = Role("proposer", (prompts.SEARCH_STOP, prompts.QUESTION_STOP), 1)
 VERIFIER = Role("verifier", (prompts.ANSWER_STOP,), 2)
-ASSISTANT = Role("assistant", (), 3)  # outside the game: judges, and plain prompts (generate.py)
+ASSISTANT = Role("assistant", (), 3)  # outside the game: judges, and plain prompts (generate)
 ROLES = (SOLVER, PROPOSER, VERIFIER, ASSISTANT)
 
 # Tokens. Taking a prefix from another prompt costs a call of its own.

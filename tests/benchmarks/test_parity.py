@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import parity
-from ssp_jax import generate
 from ssp_jax.game.roles import ASSISTANT
+from ssp_jax.generate import ask
 
 MODEL = Path("assets/tiny/model")
 
@@ -15,9 +15,9 @@ MODEL = Path("assets/tiny/model")
 @pytest.fixture(scope="module")
 def rows():
     """What a golden would hold, had torch made it."""
-    m = generate.load_model(MODEL, "float32")
+    m = ask.load_model(MODEL, "float32")
     asked = parity.prompt_tokens(m.tokenizer)
-    made = generate.play(m, generate.make_context(m.tokenizer, parity.NEW_TOKENS), ASSISTANT, asked)
+    made = ask.play(m, ask.make_context(m.tokenizer, parity.NEW_TOKENS), ASSISTANT, asked)
     return [
         {"prompt_ids": p, "token_ids": e.tokens[len(p) :], "gaps": [0.5] * e.num_sampled}
         for p, e in zip(asked, made, strict=True)

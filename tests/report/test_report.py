@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from ssp_jax.evaluation.scores import MEANS, SHARES
-from ssp_jax.report import __main__ as report
+from ssp_jax.report import __main__ as command
+from ssp_jax.report import page as report
 from ssp_jax.report.curves import Curves, Point
 
 
@@ -125,7 +126,7 @@ def test_a_page_shows_no_secrets(tmp_path):
 
 def test_page(tmp_path, capsys):
     records = [game(), game("Why?", fault="too_short"), game("When?", reused=True)]
-    assert report.main([str(run_folder(tmp_path, games=[(2, records)]))]) == 0
+    assert command.main([str(run_folder(tmp_path, games=[(2, records)]))]) == 0
     assert "report.html" in capsys.readouterr().out
     page = Page((tmp_path / "report.html").read_text())
     assert page.sources and all(
@@ -340,7 +341,7 @@ def test_what_is_not_text_is_shown_as_an_escape(tmp_path):
     run_folder(tmp_path, games=[(1, [game(question="Q \ud83d \u202e \x1b[31m")])])
     for path in (tmp_path / "eval").iterdir():
         path.write_text(path.read_text().replace("paper/nq", "a\\u202e\\u0001\\ud83d"))
-    assert report.main([str(tmp_path)]) == 0
+    assert command.main([str(tmp_path)]) == 0
     text = (tmp_path / "report.html").read_text()
     assert r"Q \ud83d \u202e \x1b[31m" in text and r"a\u202e\x01\ud83d" in text
     assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", text)
