@@ -1,21 +1,25 @@
 # make demo    the main job on this machine: play, train, evaluate; about 4 minutes on 2 cores
 # make test    lint, types, tests: the fast set
+# make ci      the tests that take tens of seconds each: compilers, meshes, runs that are killed
 # make slow    the slow set: several processes, kills, whole runs; about an hour
 # make lint    lint and types only
 # PYTHON=python3.12 takes another interpreter, with a virtual environment of its own; ARGS=... goes
-# to demo or slow: ARGS=--config.seed=1.
+# to demo, ci or slow: ARGS=--config.seed=1.
 PYTHON ?= python3
 WORKDIR ?= runs/tiny
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test ci slow lint clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python -m ssp_jax.main --config=configs/tiny.py --workdir=$(WORKDIR) $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist=worksteal
+
+ci: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n auto --dist=worksteal -m "ci and not slow" $(ARGS)
 
 slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow $(ARGS)

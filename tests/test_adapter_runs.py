@@ -14,7 +14,7 @@ from ssp_jax.model import decoder, hf_adapter, hf_load, hf_save
 from tests.model_folders import load
 from tests.test_train import NO_EVALUATION, TINY, small
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_compile")]
 LORA = {"lora__rank": 2, "lora__targets": ("v_proj", "q_proj"), "learner__learning_rate": 1e-3}
 
 

@@ -105,6 +105,7 @@ def test_greedy_lines_are_the_models_own_words_in_order(tmp_path):
         assert line.keys() == {"token_ids", "logprobs", "text", "stop_reason"}
 
 
+@pytest.mark.ci
 def test_lines_with_an_adapter_are_the_words_of_both_in_order(tmp_path):
     tokenizer = hf_load.load_tokenizer(TINY / "model")
     lora = Lora(3, 6.0, ("q_proj", "o_proj", "down_proj"), rank_stabilized=True)
@@ -172,6 +173,7 @@ def test_the_solver_searches_and_answers(tmp_path, index):
     assert limited[0]["stop_reason"] == "max_tokens" and len(limited[0]["token_ids"]) <= 20
 
 
+@pytest.mark.ci
 def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys):
     question = load_questions(TINY / "qa" / "one_hop.jsonl")[0].question
     long = "Who? " * 2000

@@ -12,7 +12,7 @@ from ssp_jax.runtime import checkpoint
 from tests.model_folders import edit_tensors
 from tests.test_train import NO_EVALUATION, TINY, small, steps_of
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_compile")]
 
 NORM = "model.norm.weight"
 # The base is split over fsdp while it is trained on, and whole there while it plays. The judge is

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT, RunMain
 
 UNTOUCHED = """
@@ -50,6 +52,7 @@ def test_help_tells_how_to_start(run_main: RunMain) -> None:
     assert done.returncode == 0 and "--config=configs/tiny.py" in done.stdout and done.stderr == ""
 
 
+@pytest.mark.ci
 def test_bad_input_inside_the_run_is_one_line_and_code_2(run_main: RunMain, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"seed": 5}')

@@ -215,6 +215,7 @@ def wait_for_step(workdir, process, step, seconds=200):
 
 
 # SIGKILL at all moments: benchmarks/kills.py, which the slow set runs.
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "kill", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
 )
@@ -247,6 +248,7 @@ def without_step_4(whole, tmp_path):
     return workdir
 
 
+@pytest.mark.ci
 def test_a_damaged_newest_checkpoint_costs_a_step_and_not_the_run(whole, tmp_path, capsys):
     workdir = shutil.copytree(whole, tmp_path / "run")
     paths = (workdir / "checkpoints/4/state").rglob("*")
@@ -271,6 +273,7 @@ def evaluated(workdir):
     return [row["step"] for row in rows_of(workdir) if "eval/average/right" in row]
 
 
+@pytest.mark.ci
 def test_an_evaluation_that_a_signal_ends_is_finished_when_the_run_goes_on(whole, tmp_path):
     workdir = without_step_4(whole, tmp_path)
     folder = workdir / "eval" / "step_000004"
@@ -338,6 +341,7 @@ def test_roles_that_are_not_trained_do_not_move(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), load_params(TINY))
 
 
+@pytest.mark.ci
 def test_updates_that_are_never_finite_stop_the_run(tmp_path):
     diverging = {
         "learner__learning_rate": 1.0,

@@ -64,6 +64,7 @@ def test_nan_and_what_is_far_off_are_not_ok():
     assert near("", 0.85, 1.0, 0.1).verdict == FAILED
 
 
+@pytest.mark.ci
 def test_the_cheap_checks_pass_on_this_cpu(tmp_path, capsys):
     assert gpu_proof.main([f"--out={tmp_path}", "--checks=1,2"]) == 0
     document = json.loads((tmp_path / "gpu_proof.json").read_text())
@@ -110,6 +111,7 @@ def golden_rows():
     return json.loads(tokens.GOLDEN.read_text(encoding="utf-8"))["rows"]
 
 
+@pytest.mark.ci
 def test_this_cpu_writes_the_tokens_of_the_golden():
     """Of the episodes in one piece of the cache: that the schedule changes none is tested there."""
     rows = golden_rows()

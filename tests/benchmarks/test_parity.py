@@ -9,6 +9,7 @@ from benchmarks import parity
 from ssp_jax.game.roles import ASSISTANT
 from ssp_jax.generate import ask
 
+pytestmark = pytest.mark.ci
 MODEL = Path("assets/tiny/model")
 
 

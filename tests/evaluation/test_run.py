@@ -16,6 +16,7 @@ from ssp_jax.workdir import lock_workdir
 from tests.conftest import ROOT
 from tests.test_train import arguments, small
 
+pytestmark = pytest.mark.ci
 QUESTIONS = {"eval__max_questions": 8}
 PLAYED = 16  # in both question sets
 

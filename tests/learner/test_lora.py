@@ -95,6 +95,7 @@ def test_the_reference_is_the_initial_model_whatever_is_trained():
     assert report["kl"] == 0.0
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("axes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
 def test_a_sharded_update_equals_a_single_devices(axes):
     """The base moves to the sampler and back in between."""

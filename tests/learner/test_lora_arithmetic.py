@@ -15,6 +15,7 @@ from ssp_jax.model import decoder, sharding
 from ssp_jax.model.linear import Lora
 from tests.learner.test_update import BASE
 
+pytestmark = pytest.mark.ci
 # Attention is little beside the weights, and no activation has as many numbers as a kernel.
 MODEL = decoder.ModelConfig(1280, 2, 320, 5, 5, 64, 704)
 KERNELS = {1280 * 320, 320 * 320, 320 * 704}  # numbers of the head, and of a layer's kernels

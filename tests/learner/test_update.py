@@ -166,6 +166,7 @@ def a_percent_more_in_half(grad, rng):
     return grad * np.where(rng.random(grad.shape) < 0.5, np.float32(1.01), np.float32(1.0))
 
 
+@pytest.mark.ci
 def test_updates_are_compared_as_loosely_as_rounding_needs_and_no_looser():
     """A test of these tests: noise of rounding size passes, on any CPU; small mistakes do not."""
     exact = step_with(lambda grad, rng: grad)
@@ -276,6 +277,7 @@ def test_an_episode_in_which_nothing_was_sampled_is_not_packed():
     assert not make_batches(BASE, [REFUSED], advantages[:1])
 
 
+@pytest.mark.ci
 def test_an_update_takes_refused_episodes():
     """Also where nothing else is in a mini-batch, and where nothing else was played at all."""
     c = dataclasses.replace(BASE, old_logprobs="recompute")
@@ -288,6 +290,7 @@ def test_an_update_takes_refused_episodes():
     assert all(np.isfinite(value) for value in report.values())
 
 
+@pytest.mark.ci
 def test_one_broken_token_does_not_take_the_gradient():
     """Two such: 10^6 times likelier than when sampled, and unwanted; far from the reference."""
     (batch,) = make_batches(BASE, EPISODES, ADVANTAGES)
@@ -314,10 +317,10 @@ FACTORS_OF_8 = [x for x in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(
 SHARDED = [
     *(
         # all axes together; the others are minutes of compiling
-        pytest.param(x, "xla", marks=() if x == (2, 2, 2) else pytest.mark.slow)
+        pytest.param(x, "xla", marks=pytest.mark.ci if x == (2, 2, 2) else pytest.mark.slow)
         for x in FACTORS_OF_8
     ),
-    ((2, 2, 2), "splash"),
+    pytest.param((2, 2, 2), "splash", marks=pytest.mark.ci),
 ]
 
 
@@ -426,6 +429,7 @@ def test_offloaded_moments_and_reference_change_nothing_but_where_they_are():
     assert jax.tree.leaves(state.params)[0].sharding.memory_kind != sharding.HOST
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)])
 def test_nothing_compiles_after_the_warm_up_whatever_was_played(axes):
     one, state = on_mesh(BASE, *axes)
@@ -507,6 +511,7 @@ def test_gradients_are_clipped_by_their_global_norm(most, factor):
     close(state.params, expected)
 
 
+@pytest.mark.ci
 def test_what_a_step_replaces_is_given_back():
     state = fresh_state()
     (batch,) = make_batches(BASE, EPISODES, ADVANTAGES)
@@ -547,6 +552,7 @@ def test_the_reference_model_holds_the_policy():
     assert report["grad_norm"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.ci
 def test_rewarded_tokens_become_likelier():
     c = dataclasses.replace(BASE, kl_coef=0.0, clip_high=1e9, old_logprobs="recompute")
     state = fresh_state(c)

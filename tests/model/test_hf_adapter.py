@@ -104,6 +104,7 @@ def test_an_adapter_of_one_layer_for_each_device(tmp_path):
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.ci
 def test_a_merged_export_of_8_devices_is_that_of_one(tmp_path):
     """Integers, so that no sum of theirs is rounded, in whatever order it is made."""
     config, base, adapter = golden("qwen2_lora")

@@ -13,6 +13,7 @@ from ssp_jax.plan import compile, hardware, memory
 from ssp_jax.plan import planner as plan
 from ssp_jax.runtime import device_memory, platform
 
+pytestmark = pytest.mark.ci
 needs_compiler = pytest.mark.skipif(
     not platform.gpu_compiler_installed(),
     reason="JAX's CUDA plugin is not installed: pip install '.[plan-gpu]'",

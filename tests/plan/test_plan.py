@@ -147,6 +147,7 @@ def zeros(tree: Any) -> Any:
     )
 
 
+@pytest.mark.ci
 def test_with_lora_the_base_is_kept_once_in_two_layouts() -> None:
     c = config(mesh__tensor=2, lora__rank=4, engine__cache_tokens=64, engine__slots=8)
     model = dataclasses.replace(SMALL, lora=assemble.make_lora(c))
@@ -457,6 +458,7 @@ def test_without_a_compiler_the_table_says_so(
         assert f"  {slice_} " in out
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(
     not platform.tpu_installed(), reason="libtpu is not installed: pip install '.[plan]'"
 )
@@ -493,6 +495,7 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
     assert "compiled by libtpu" in text and "attention of the update: splash" in text
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(
     not platform.tpu_installed(), reason="libtpu is not installed: pip install '.[plan]'"
 )
@@ -513,6 +516,7 @@ def test_the_tpu_compiler_moves_one_parameter_of_a_base_at_a_time() -> None:
     assert gradients.function.lower(*gradients.arguments)
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(
     not platform.tpu_installed(), reason="libtpu is not installed: pip install '.[plan]'"
 )
@@ -531,6 +535,7 @@ def test_what_a_host_runs_compiles_where_its_chips_are_not_numbered_in_a_row() -
     assert all(source.compile().fits for source in compile._sampler_sources(s))
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(
     not platform.tpu_installed(), reason="libtpu is not installed: pip install '.[plan]'"
 )

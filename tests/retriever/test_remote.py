@@ -282,6 +282,7 @@ def test_no_server(server):
         retriever.search(["a"], 3)
 
 
+@pytest.mark.ci
 def test_a_server_that_is_lost_costs_no_finished_step(server, tmp_path, capsys):
     class Failing(Handler):
         def found(self, asked):

@@ -114,14 +114,15 @@ def expected():
     [
         (FEW, {"slots": 1}),
         (FEW, {"slots": 3, "chunk": 5}),
-        (FEW, {"slots": 16, "extend_rows": 1}),
-        (SIZES, {"extend_buckets": (8,)}),
+        pytest.param(FEW, {"slots": 16, "extend_rows": 1}, marks=pytest.mark.ci),
+        pytest.param(SIZES, {"extend_buckets": (8,)}, marks=pytest.mark.ci),
     ],
 )
 def test_episodes_do_not_depend_on_the_schedule(expected, sizes, changes):
     same(expected, play(dataclasses.replace(sizes, **changes))[0])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_4_16_and_64_slots_play_the_same_tokens(temperature):
     """Greedy, and sampled with the same keys, in float32."""
@@ -241,6 +242,7 @@ def eight_devices():
     return warm_play(memory_for(tokens / 8, cache_buckets=(64,)), data=2, fsdp=2, tensor=2)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "sizes", [ONE_LATER_ROW, pytest.param(TWO_LATER_ROWS, marks=pytest.mark.slow), FEWER_SLOTS]
 )
@@ -253,6 +255,7 @@ def test_little_memory_only_makes_episodes_wait(expected, one_later_row, sizes):
     assert played.stats.known == played.stats.finished == len(expected)
 
 
+@pytest.mark.ci
 def test_memory_that_is_short_is_waited_for(one_later_row):
     _, rich = play(SIZES)
     assert rich.stalled_steps == 0 < one_later_row.stats.stalled_steps
@@ -322,6 +325,7 @@ def test_programs_that_do_not_fit_are_told_with_what_would():
     layout_of(with_free(free, **changes | {"extend_rows": rows}))
 
 
+@pytest.mark.ci
 def test_an_allocation_that_fails_is_one_sentence():
     """More than a process can address."""
     sizes = dataclasses.replace(SIZES, slots=1 << 12, cache_tokens=1 << 30, cache_buckets=())
@@ -453,6 +457,7 @@ def test_prefixes_of_two_roles_do_not_mix(slots):
     assert stats.shared_tokens == {1: 0}.get(slots, stats.shared_tokens)
 
 
+@pytest.mark.ci
 def test_each_part_computes_a_prefix_for_its_own():
     many, params = on_mesh(FEW, data=2, fsdp=2)
     ended, finished = collect()
@@ -494,6 +499,7 @@ def test_a_refused_prompt_ends_without_playing():
     assert stats.finished == 2
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("devices", [1, 8])
 def test_nothing_compiles_after_warm_up(devices, request):
     """Over runs of varied lengths, with little memory; on a mesh too, where what a program gives
@@ -519,6 +525,7 @@ def test_counts_add_up(expected):
     assert stats.slot_steps >= stats.busy_steps
 
 
+@pytest.mark.ci
 def test_eight_devices_play_the_same_episodes(expected, eight_devices):
     same(expected, eight_devices.ended)
 
@@ -535,6 +542,7 @@ def test_different_prompts_go_to_different_parts_in_one_call():
     assert device.batch([*writes, *writes]) == writes
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("groups,attempts", [(4, 2), (2, 3)])
 def test_parts_share_prompts_inside_themselves(expected, groups, attempts):
     """Four shards of two slots: a group's second attempt copies the first one's prompt, a third

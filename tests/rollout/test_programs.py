@@ -89,6 +89,7 @@ def test_the_cache_is_not_copied(steps):
         assert programs[name].memory_analysis().temp_size_in_bytes < 0.3 * size, name
 
 
+@pytest.mark.ci
 def test_a_chunk_reads_only_the_rows_that_it_is_told():
     """Few rows of the second piece, which is nearly all of the cache: where they are, uncopied."""
     sizes = dict(ends=(16, 1024), rows=(64, 64), written=(4, 16), names=("decode",))
@@ -101,12 +102,14 @@ def test_a_chunk_reads_only_the_rows_that_it_is_told():
     assert read[64] - read[4] > 0.9 * size
 
 
+@pytest.mark.ci
 def test_bfloat16_programs_of_two_devices_compile_and_send_nothing():
     """What accelerators run: JAX 0.11.2 has a compiler that crashes here, and only in bfloat16."""
     for name, program in compiled((1, 2, 1), dtype="bfloat16")[0].items():
         assert not re.findall(r" (?:all-|collective-|reduce-scatter)\w*\(", program.as_text()), name
 
 
+@pytest.mark.ci
 def test_each_part_of_a_mesh_computes_its_own_rows_and_sends_nothing():
     """On 8 devices each computes an eighth, and with `tensor` nothing goes beyond the two that
     share heads.
@@ -149,6 +152,7 @@ print(json.dumps(max(temporaries) / size))
 """
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="needs `pip install libtpu`: compiles for TPU",

@@ -135,6 +135,7 @@ for step in range(1, 1000):
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("seconds", [0.0, 0.15, 0.5])
 def test_kill_9_leaves_only_whole_steps(tmp_path: Path, seconds: float) -> None:
     child = subprocess.Popen(
@@ -387,6 +388,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.mark.ci
 def test_several_processes_fall_back_together_to_the_step_that_the_first_one_sees(
     tmp_path: Path,
 ) -> None:

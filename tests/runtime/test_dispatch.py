@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.ci
 SECONDS = 300
 DIGESTS = """
 import jax

@@ -270,6 +270,7 @@ def assert_lost(run: Run, victim: int) -> None:
             assert len(said) == 1 and "another process of the run is gone" in said[0], run.said()
 
 
+@pytest.mark.ci
 def test_a_process_that_stays_alone_says_so() -> None:
     code = (
         "from ssp_jax.runtime import launchers, processes\n"
@@ -310,6 +311,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_first_of_several_processes_builds_the_index(tmp_path: Path, broken: bool) -> None:
     lines = (ROOT / "assets/tiny/corpus.jsonl").read_text().splitlines(keepends=True)[:50]
