@@ -127,7 +127,7 @@ def _warm_up(run: TrainingRun, now: Progress) -> None:
             f"LoRA of rank {model.lora.rank} on {len(model.lora.targets)} projections: "
             f"{trained:,} of {total:,} parameters are trained"
         )
-    for line in advice(run.config):
+    for line in advice(run.config, run.mesh.devices.flat[0].platform):
         say(line)
 
     began = time.monotonic()

@@ -87,6 +87,7 @@ def greedy(prompts, steps, model=None):
     return [goes_on(prompt) for prompt in prompts]
 
 
+@pytest.mark.ci
 def test_greedy_lines_are_the_models_own_words_in_order(tmp_path):
     tokenizer = hf_load.load_tokenizer(TINY / "model")
     long = (

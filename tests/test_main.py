@@ -32,6 +32,7 @@ def test_importing_train_leaves_the_backend_uninitialised() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.ci
 def test_the_check_above_can_fail() -> None:
     done = import_train("again")
     assert done.returncode != 0 and "jax_num_cpu_devices" in done.stderr

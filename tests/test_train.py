@@ -145,6 +145,7 @@ def whole(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.ci
 def test_a_run_leaves_what_it_promises(whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["seconds"] > 0
@@ -173,6 +174,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert list((whole / "tensorboard").iterdir())
 
 
+@pytest.mark.ci
 def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
     initial = load_params(TINY)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params_of(whole), initial)
@@ -334,6 +336,7 @@ def test_updates_of_a_step_and_their_optimizer_steps(order, trained, expected):
     assert list(assemble.updates(config).items()) == expected
 
 
+@pytest.mark.ci
 def test_roles_that_are_not_trained_do_not_move(tmp_path):
     """Solver-only with questions nobody verifies: no update at all."""
     changes = NO_EVALUATION | {"game__train": "solver", "rules__min_chars": 999}
@@ -458,11 +461,20 @@ def test_the_judge_of_evaluations_is_asked_before_anything_is_played(tmp_path):
 
 
 def test_a_truncation_that_the_trainer_does_not_know_of_is_told():
-    assert configuration.advice(small()) == []
+    def advice(**changes):
+        return configuration.advice(small(**changes), "cpu")
+
+    assert advice() == []
     for key, value in (("top_k", 20), ("top_p", 0.9)):
         changes = {f"sampling__{key}": value}
-        assert "learner.old_logprobs=recompute" in configuration.advice(small(**changes))[0]
-        assert configuration.advice(small(**changes, learner__old_logprobs="recompute")) == []
+        assert "learner.old_logprobs=recompute" in advice(**changes)[0]
+        assert advice(**changes, learner__old_logprobs="recompute") == []
+
+
+def test_a_cpu_is_advised_to_compute_in_float32():
+    halves = small(model__dtype="bfloat16")
+    assert "model.dtype=float32 is faster" in configuration.advice(halves, "cpu")[0]
+    assert configuration.advice(halves, "gpu") == []
 
 
 def test_a_model_that_cannot_be_used_is_told_before_the_index_is_built(tmp_path):

@@ -343,6 +343,7 @@ def test_sharded_update_equals_single_device(axes, attention):
         )
 
 
+@pytest.mark.ci
 def test_a_split_vocabulary_is_not_gathered():
     """Over `tensor` each device keeps the logits of its own shard of the vocabulary.
 
@@ -370,6 +371,7 @@ def test_a_split_vocabulary_is_not_gathered():
     assert sent.search(program) and not sent.search(loops)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
 def test_dropping_what_has_no_advantage_changes_rows_and_nothing_else(aggregation):
     c = dataclasses.replace(BASE, kl_coef=0.0, aggregation=aggregation)
@@ -402,6 +404,7 @@ def test_schedules_by_hand():
     np.testing.assert_allclose(quarter, [0.8, 0.2 + 0.8 * (1 + np.cos(np.pi / 4)) / 2], rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_momentum_in_bfloat16_keeps_the_second_moment_in_float32():
     state, _ = jax.device_get(update(dataclasses.replace(BASE, momentum_dtype="bfloat16")))
     adam = state.opt_state[0]
@@ -418,6 +421,7 @@ def test_momentum_in_bfloat16_keeps_the_second_moment_in_float32():
     )
 
 
+@pytest.mark.ci
 def test_offloaded_moments_and_reference_change_nothing_but_where_they_are():
     c = dataclasses.replace(BASE, offload_moments=True, offload_reference=True)
     state, report = update(c)

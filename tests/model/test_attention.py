@@ -97,6 +97,7 @@ def both(attend):
     return run
 
 
+@pytest.mark.ci
 def test_splash_equals_packed(monkeypatch):
     """Two blocks, several segments, rows that must be padded, a row of padding alone."""
     monkeypatch.setattr(attention, "_SPLASH_KEYS", 256)

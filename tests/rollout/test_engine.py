@@ -113,7 +113,7 @@ def expected():
     "sizes,changes",
     [
         (FEW, {"slots": 1}),
-        (FEW, {"slots": 3, "chunk": 5}),
+        pytest.param(FEW, {"slots": 3, "chunk": 5}, marks=pytest.mark.ci),
         pytest.param(FEW, {"slots": 16, "extend_rows": 1}, marks=pytest.mark.ci),
         pytest.param(SIZES, {"extend_buckets": (8,)}, marks=pytest.mark.ci),
     ],
@@ -303,6 +303,7 @@ def test_keys_and_values_take_what_the_programs_leave():
     assert 0.6 * ALL_KV_BYTES < taken <= (1 - device_memory.RESERVE) * free - needed()
 
 
+@pytest.mark.ci
 def test_a_budget_of_the_user_that_does_not_fit_is_told_with_one_that_does():
     free = int((ALL_KV_BYTES / 2 + needed()) / (1 - device_memory.RESERVE))
     with pytest.raises(
@@ -314,6 +315,7 @@ def test_a_budget_of_the_user_that_does_not_fit_is_told_with_one_that_does():
     assert 0.7 * ALL_KV_BYTES / 2 < taken <= ALL_KV_BYTES / 2
 
 
+@pytest.mark.ci
 def test_programs_that_do_not_fit_are_told_with_what_would():
     changes = {"extend_buckets": (16, 256), "extend_rows": 8}
     free = needed(**changes) // 2 + ALL_KV_BYTES // 4
@@ -466,6 +468,7 @@ def test_each_part_computes_a_prefix_for_its_own():
     assert stats.shared_tokens == (8 - 4) * len(INSTRUCTIONS[0])
 
 
+@pytest.mark.ci
 def test_a_prefix_longer_than_the_first_piece_is_shared_as_far_as_a_slot_keeps_it():
     ended, stats = play(dataclasses.replace(FEW, cache_buckets=(16,)), instructed(8))
     same(played_alone(8, 1), ended)

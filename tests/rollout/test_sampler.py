@@ -289,6 +289,7 @@ def test_an_episode_that_crosses_pieces_equals_one_in_a_single_piece(length):
         np.testing.assert_allclose(got[:, :3], whole[:, :3], atol=1e-5)
 
 
+@pytest.mark.ci
 def test_a_slot_without_room_waits_and_goes_on():
     """Memory for 6 tokens, then for all: the same tokens as without waiting, and the neighbours do
     not notice.

@@ -385,6 +385,7 @@ processes.run_on_all(lambda: None)
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("stuck", ["os.kill(os.getpid(), signal.SIGSTOP)", "time.sleep(10**6)"])
 def test_a_process_that_is_alive_and_stuck_does_not_hang_the_others(stuck: str) -> None:
     """Stopped as a whole, or in one thread, where heartbeats go on."""
