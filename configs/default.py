@@ -210,11 +210,11 @@ def get_config() -> ConfigDict:
     c.learner.decay_steps = 600
     # Share of learning_rate where cosine and linear end [H].
     c.learner.final_rate = 0.1
-    # The next four are defaults of verl.
+    # Decay of Adam's first moment; this and the next three are defaults of verl.
     c.learner.adam_b1 = 0.9
-    c.learner.adam_b2 = 0.999
-    c.learner.weight_decay = 0.01
-    c.learner.max_grad_norm = 1.0
+    c.learner.adam_b2 = 0.999  # of its second moment
+    c.learner.weight_decay = 0.01  # decoupled, as in AdamW
+    c.learner.max_grad_norm = 1.0  # a larger gradient is scaled down to this norm
     # float32 | bfloat16: Adam's first moment; the second is always float32 [H].
     c.learner.momentum_dtype = "float32"
     # Adam's moments in host memory between optimizer steps [H]; True in [C].
@@ -225,7 +225,7 @@ def get_config() -> ConfigDict:
     # not say of what. [C] counts trajectories, 128 x 5 = 640 in a mini-batch: the solver's 1,280
     # make two, the proposer's 256 one. learner.update_order=combined takes the larger number.
     c.learner.solver_mini_batches = 2
-    c.learner.proposer_mini_batches = 1
+    c.learner.proposer_mini_batches = 1  # see solver_mini_batches
     # Packed row length, tokens; at least the longest episode.
     c.learner.row_tokens = 12288
     # Packed rows of one micro-batch, over all devices.
@@ -285,5 +285,5 @@ def get_config() -> ConfigDict:
 
     c.log = ConfigDict()
     c.log.episodes_every = 10  # steps between dumps of readable episodes, 0 for never
-    c.log.tensorboard = True
+    c.log.tensorboard = True  # event files in workdir/tensorboard
     return c.lock()

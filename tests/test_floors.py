@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 # From the ground up. Rooms of one floor do not know each other. A module of a room that has a floor
 # of its own is something that you type.
 FLOORS = (
-    ("errors",),
+    ("errors", "config_comments", "metric_table"),
     ("runtime",),
     ("data",),
     ("model",),

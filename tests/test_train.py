@@ -22,6 +22,7 @@ from ssp_jax.model import hf_load
 from ssp_jax.runtime.checkpoint import Checkpoints
 from ssp_jax.workdir import keep_compiled
 from tests.model_folders import edit_tensors
+from tests.test_docs import TABLE, table_name
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -175,6 +176,12 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 @pytest.mark.ci
+def test_what_a_run_writes_is_in_the_table_of_metrics(whole):
+    written = {table_name(name) for row in all_rows_of(whole) for name in row}
+    assert written <= TABLE
+    assert {name.partition("/")[0] for name in TABLE - written} == {"judge", "lora"}
+
+
 def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
     initial = load_params(TINY)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params_of(whole), initial)

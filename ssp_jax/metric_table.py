@@ -1,0 +1,134 @@
+"""What each number of metrics.jsonl and TensorBoard means.
+
+In names ROLE stands for solver, proposer, or both (learner.update_order = combined), and SET for
+the name of an evaluation set, or average; its percentages have a 95 % interval beside them, as
+NAME_low and NAME_high. The page docs/metrics.md is made from this table.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """written: where it is there, "" for always."""
+
+    name: str
+    unit: str
+    meaning: str
+    written: str = ""
+
+
+_JUDGED = "a model judges (`reward.metric`)"
+_LORA = "`lora.rank` is not 0"
+
+# Heading -> metrics.
+METRICS = {
+    "Each line": (
+        Metric(
+            "step", "steps", "Steps of self-play so far; an evaluation has that of its weights."
+        ),
+        Metric("time", "s", "When the line was written, since 1970."),
+        Metric("seconds", "s", "A whole step, without saves and evaluations."),
+        Metric("compiles", "programs", "XLA compilations of this process so far."),
+    ),
+    "The funnel of questions": (
+        Metric("funnel/proposed", "questions", "Proposals of the step."),
+        Metric("funnel/well_formed", "questions", "Of these, those that keep all rules."),
+        Metric(
+            "funnel/verified", "questions", "Of these, those that the verifier answered rightly."
+        ),
+        Metric(
+            "funnel/reused", "questions", "Questions from the pool, played for those that failed."
+        ),
+        Metric("funnel/solved", "share", "Of attempts at new questions that were right."),
+    ),
+    "Why proposals failed: the first reason of each": (
+        Metric("fault/no_question", "proposals", "The episode has no question in its tags."),
+        Metric("fault/empty", "proposals", "The question is empty."),
+        Metric("fault/too_short", "proposals", "It has fewer characters than rules.min_chars."),
+        Metric("fault/too_long", "proposals", "It has more characters than rules.max_chars."),
+        Metric("fault/too_few_words", "proposals", "It has fewer words than rules.min_words."),
+        Metric("fault/answer_in_question", "proposals", "It has the given answer in it."),
+        Metric("fault/too_few_searches", "proposals", "Fewer searches than rules.min_searches."),
+        Metric("fault/repeated_search", "proposals", "A query twice (rules.distinct_searches)."),
+        Metric(
+            "fault/answer_in_search", "proposals", "A query has the answer in it, where forbidden."
+        ),
+        Metric("fault/no_documents", "proposals", "No search found anything."),
+        Metric(
+            "fault/too_long_to_propose", "proposals", "The given answer makes too long a prompt."
+        ),
+        Metric("fault/too_long_to_solve", "proposals", "The question makes too long a prompt."),
+        Metric("fault/unverified", "proposals", "The verifier's answer is not the given one."),
+        Metric("fault/too_long_to_verify", "proposals", "The documents make too long a prompt."),
+    ),
+    "The roles": (
+        Metric(
+            "verifier/noise", "documents", "Foreign documents that a verifier read, on average."
+        ),
+        Metric("reward/proposer", "reward", "Mean over all proposals, failed ones included."),
+        Metric("reward/solver", "reward", "Mean over all attempts, reused questions included."),
+        Metric("solver/answered", "share", "Of solver episodes that ended with an answer."),
+        Metric("solver/searches", "searches", "Of a solver episode, on average."),
+        Metric("solver/tokens", "tokens", "Sampled in a solver episode, on average."),
+        Metric(
+            "solver/length", "tokens", "Prompt, sampled and inserted tokens of a solver episode."
+        ),
+        Metric("proposer/searches", "searches", "Of a proposer episode, on average."),
+        Metric("proposer/tokens", "tokens", "Sampled in a proposer episode, on average."),
+        Metric("proposer/length", "tokens", "Prompt, sampled and inserted tokens of one."),
+        Metric("judge/asked", "verdicts", "Answers that the judge was asked about.", _JUDGED),
+        Metric("judge/failed", "verdicts", "Of these, those without a verdict.", _JUDGED),
+    ),
+    "Play": (
+        Metric("play/seconds", "s", "Of the slowest process."),
+        Metric("play/episodes", "episodes", "Of all roles and processes."),
+        Metric("play/tokens_per_second", "tokens/s", "Sampled tokens of all processes."),
+        Metric(
+            "play/written_tokens_per_second", "tokens/s", "Prompts and inserted results computed."
+        ),
+        Metric("play/occupancy", "share", "Of decode steps of slots in which a token was sampled."),
+        Metric("play/stalled", "share", "Of decode steps of slots that waited for cache memory."),
+        Metric("play/waiting", "share", "Of the processes' time spent waiting for the slowest."),
+        Metric("play/searches_per_second", "searches/s", "Of all processes."),
+    ),
+    "The update": (
+        Metric("update/seconds", "s", "All updates of a step."),
+        Metric("update/tokens", "tokens", "In packed rows of all updates, prompts included."),
+        Metric("update/tokens_per_second", "tokens/s", "update/tokens in update/seconds."),
+        Metric(
+            "update/logprob_gap", "nats", "Between sampler and learner, mean of a sampled token."
+        ),
+        Metric("update/logprob_gap_max", "nats", "The same, the largest of a token."),
+        Metric("update/ROLE/loss", "loss", "Mean over the optimizer steps."),
+        Metric(
+            "update/ROLE/kl", "nats", "Of a sampled token, to the initial model (learner.kl_type)."
+        ),
+        Metric("update/ROLE/entropy", "nats", "Of the policy at a sampled token."),
+        Metric("update/ROLE/clip_fraction", "share", "Of sampled tokens that a bound has changed."),
+        Metric(
+            "update/ROLE/grad_norm", "norm", "Of the gradient before clipping, mean over steps."
+        ),
+        Metric("update/ROLE/packed", "share", "Of the rows' places that have a token."),
+        Metric("update/ROLE/tokens", "tokens", "In packed rows, prompts included."),
+    ),
+    "LoRA": (
+        Metric("lora/parameters", "parameters", "Trained ones.", _LORA),
+        Metric("lora/share", "share", "Of all parameters that are trained.", _LORA),
+    ),
+    "Memory of the fullest device of a host; on a CPU, of the process": (
+        Metric(
+            "memory/play_gib", "GiB", "The peak of play, or the highest so far on accelerators."
+        ),
+        Metric("memory/update_gib", "GiB", "The peak of the update, likewise."),
+    ),
+    "Evaluations, in lines of their own": (
+        Metric("eval/SET/right", "%", "Answers that are right by eval.judge."),
+        Metric("eval/SET/em", "%", "Exact match."),
+        Metric("eval/SET/cover_em", "%", "A golden answer stands in the answer."),
+        Metric("eval/SET/f1", "%", "F1 over words, the best of the golden answers."),
+        Metric("eval/SET/searches", "searches", "Of an episode, on average."),
+        Metric("eval/SET/tokens", "tokens", "Sampled in an episode, on average."),
+        Metric("eval/SET/n", "questions", "Of the set."),
+    ),
+}
