@@ -4,10 +4,10 @@
         [--steps=40] [--jobs=1]
 
 Runs `python -m ssp_jax.main --config=configs/tiny.py` once per variant and seed and prints the
-tables in Markdown, for the README. A variant of several tables is run once, a finished run of the
-same config is not repeated, and one that was ended goes on. A run takes about as long as `make
-demo`; all four tables are 15 runs for each seed. --jobs runs share the machine. At Ctrl-C, SIGTERM
-or SIGHUP the runs at work save, and then all ends, after Ctrl-C with code 130.
+tables in Markdown, for docs/ablations.md. A variant of several tables is run once, a finished run
+of the same config is not repeated, and one that was ended goes on. A run takes about as long as
+`make demo`; all four tables are 15 runs for each seed. --jobs runs share the machine. At Ctrl-C,
+SIGTERM or SIGHUP the runs at work save, and then all ends, after Ctrl-C with code 130.
 """
 
 import argparse

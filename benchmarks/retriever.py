@@ -3,7 +3,7 @@
     python benchmarks/retriever.py --out=runs/bench_retriever [--passages=1000000]
         [--corpus=corpus.jsonl.gz]
 
-Prints, as tables for the README: seconds and peak memory of building, seconds and memory of
+Prints, as tables for docs/retrieval.md: seconds and peak memory of building, seconds and memory of
 loading, and queries a second in batches of 64 with k = 3. bm25s searches the very same arrays, held
 in memory, with the best of its backends and thread counts. Synthetic passages have 100 words of a
 Zipf law without its 50 most frequent words, which would be stop words; a query has 3 to 9 words of

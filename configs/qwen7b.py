@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     with c.unlocked():
         c.data.eval_sets.ssp = "data/ssp/test.jsonl"  # 3,125 questions of seven sets
     c.retriever.corpus = "data/wiki-18.jsonl"
-    c.retriever.index = "data/wiki-18.index"  # some 30 GB (see README), so not one in each workdir
+    c.retriever.index = "data/wiki-18.index"  # some 30 GB, so not one in each workdir
 
     c.engine.slots = 256
     # Scores of a prefill are float32 numbers, one for each head, query and key: 4 GiB a row for

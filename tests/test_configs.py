@@ -69,7 +69,7 @@ SHAPES = {
 LAPTOP = ("tiny", "tiny_lora")  # for CPUs, so that no plan is made
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 DEFAULT = "--config=configs/default.py"
-README = (ROOT / "README.md").read_text()
+PLAN_PAGE = (ROOT / "docs" / "plan.md").read_text()
 
 
 def parse(*arguments: str) -> tuple[ConfigDict, str]:
@@ -194,10 +194,10 @@ def test_a_config_fits_its_hardware_as_its_docstring_says(name: str) -> None:
     assert memory(name)
 
 
-def test_the_readme_quotes_the_docstrings() -> None:
+def test_the_page_of_plans_quotes_the_docstrings() -> None:
     number = r" (\d+) \|"
     row = rf"^\| (\w+) \| (\S+?:\w+)( \*)?(?:, (.*?))? \|{number * 4}"
-    rows = re.findall(row, README, flags=re.MULTILINE)
+    rows = re.findall(row, PLAN_PAGE, flags=re.MULTILINE)
     assert Counter(name for name, *_ in rows) == {"qwen7b": 3, "qwen14b": 3, "qwen32b": 3}
     for name, topology, star, keys, *numbers, slots in rows:
         overrides = [f"--config.{key}" for key in keys.replace("`", "").split()]

@@ -21,8 +21,3 @@ def test_each_letter_of_an_array_name_is_in_the_table():
                 if not set(letters) <= set(TABLE):
                     unknown[name] = file.name
     assert len(TABLE) > 20 and unknown == {}
-
-
-def test_the_readme_shows_the_same_table():
-    rows = re.findall(r"^\| ([A-Z]) \| (.+) \|$", (ROOT.parent / "README.md").read_text(), re.M)
-    assert dict(rows) == TABLE
