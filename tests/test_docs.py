@@ -9,6 +9,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from configs import default
@@ -20,6 +22,7 @@ from ssp_jax.config import (
     parse_command_line,
 )
 from ssp_jax.config_comments import read_sections
+from ssp_jax.data import load_answers
 from ssp_jax.evaluation import scores
 from ssp_jax.game.rounds import round_metrics
 from ssp_jax.game.rules import FAULTS
@@ -226,3 +229,18 @@ def test_the_commands_of_a_page_are_ones_that_the_programs_take(page: Path) -> N
     for words in commands_of(page):
         if words:
             check(words)
+
+
+def test_answers_of_search_r1s_training_rows_become_given_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Python of the page for those who come from verl, on rows as Search-R1 writes them."""
+    targets = [["Paris", "City of Paris"], ["81"], ["Paris"]]
+    rows = [{"reward_model": {"style": "rule", "ground_truth": {"target": t}}} for t in targets]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    page = (DOCS / "migrating_from_verl.md").read_text()
+    (code,) = (block for language, block in CODE.findall(page) if language == "python")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    tasks = load_answers(tmp_path / "answers.txt")
+    assert [task.answers for task in tasks] == [("81",), ("Paris",)]
