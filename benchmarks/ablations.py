@@ -112,9 +112,8 @@ class Plan:
         return self.out / f"{name}_seed{seed}_steps{self.steps}"
 
     def arguments(self, variant: str, seed: int) -> list[str]:
-        """The command line of a run."""
+        """The arguments of a run."""
         arguments = [
-            "ssp_jax.main",
             "--config=configs/tiny.py",
             f"--workdir={self.workdir(variant, seed)}",
             f"--config.seed={seed}",
@@ -148,7 +147,7 @@ class Plan:
         """Starts or resumes a run; its output goes to log.txt in its workdir."""
         workdir = self.workdir(variant, seed)
         workdir.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", *self.arguments(variant, seed)]
+        command = [sys.executable, "-m", "ssp_jax.main", *self.arguments(variant, seed)]
         # Runs of the same shapes share their programs.
         environment = {"JAX_COMPILATION_CACHE_DIR": str(self.out / "compiled")} | os.environ
         with open(workdir / "log.txt", "a", encoding="utf-8") as log:

@@ -74,7 +74,7 @@ if [[ -n $with_corpus ]]; then
 import sys
 from ssp_jax.config import parse_command_line
 from ssp_jax.retriever.search import open_retriever
-r = parse_command_line(sys.argv).config.retriever
+r = parse_command_line(sys.argv[1:]).config.retriever
 open_retriever(r.corpus, r.index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r.k1, b=r.b)' \
     --config=configs/default.py "${keys[@]}"
 fi

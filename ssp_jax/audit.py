@@ -1,4 +1,4 @@
-"""Statistics of the training answers, and their overlap with answers of the evaluation:
+"""Statistics of the training answers, and their overlap with answers of the evaluation.
 
     python -m ssp_jax.audit --answers=answers.jsonl [--eval=test.parquet --eval=dev.jsonl ...]
 
@@ -21,7 +21,8 @@ from rich.table import Table
 from ssp_jax.data import Task, load_answers, load_question_sets
 from ssp_jax.errors import printable
 from ssp_jax.game.rewards import comparable, normalize_answer
-from ssp_jax.runtime.command import Parser, run_command, user_path
+from ssp_jax.runtime import signals
+from ssp_jax.runtime.command import Parser, exit_code, user_path
 
 EXAMPLES = 3
 
@@ -118,17 +119,17 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_command(_run, arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ssp_jax.audit") -> int:
+    return exit_code(lambda: _run(arguments, prog))
 
 
-def _run(arguments: Sequence[str] | None) -> None:
-    parser = Parser(prog="python -m ssp_jax.audit", description=__doc__.partition("\n")[0])
-    parser.add_argument("--answers", required=True, help="config key data.answers")
-    parser.add_argument(
-        "--eval", action="append", default=[], help="a file of data.eval_sets; may be repeated"
-    )
-    args = parser.parse_args(arguments)
+def _run(arguments: Sequence[str] | None, prog: str) -> None:
+    parser = Parser(prog=prog, description=__doc__)
+    answers_help = "config key data.answers"
+    parser.add_argument("--answers", required=True, metavar="FILE", help=answers_help)
+    eval_help = "a file of data.eval_sets; may be repeated"
+    parser.add_argument("--eval", action="append", default=[], metavar="FILE", help=eval_help)
+    args = parser.parse(arguments)
     files = [user_path(path, "--eval") for path in args.eval]
     names = [Path(path).name for path in files]
     if len(set(names)) < len(names):
@@ -144,4 +145,4 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals.leave(main())

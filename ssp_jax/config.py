@@ -4,14 +4,14 @@ A config file is Python with `get_config() -> ConfigDict`; it starts from config
 owns every key. `--config.SECTION.KEY=VALUE` overrides one key, through ml_collections.config_flags.
 """
 
+import argparse
 import dataclasses
 import math
 import re
 import runpy
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import default
 from ssp_jax.errors import InputError
 from ssp_jax.game import prompts, rewards, rules
-from ssp_jax.runtime.command import one_line, parse_known_flags, user_path
+from ssp_jax.runtime.command import Parser, nearest, one_line, user_path
 
 # of the repository, or where `pip install .` has put configs/
 ROOT = Path(default.__file__).parent.parent
@@ -56,21 +56,6 @@ def flatten_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The likeliest intended name: alike as a whole, and in its section or in its last part."""
-
-    def alike(a: str, b: str) -> float:
-        return SequenceMatcher(None, a, b).ratio()
-
-    def likeness(candidate: str) -> float:
-        section, _, last = name.rpartition(".")
-        their_section, _, their_last = candidate.rpartition(".")
-        of_sections = alike(section, their_section) if section else 0
-        return alike(name, candidate) + max(alike(last, their_last), of_sections)
-
-    return max(names, key=likeness)
-
-
 MODES = ("train", "eval")
 
 
@@ -81,31 +66,41 @@ class CommandLine:
     mode: str  # of MODES
 
 
-def parse_command_line(argv: list[str]) -> CommandLine:
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of a command that takes a config; overrides of its keys are what is left."""
+    parser.add_argument("--config", default="", metavar="FILE", help="such as configs/tiny.py")
+    workdir = "of the run; runs/NAME for configs/NAME.py"
+    parser.add_argument("--workdir", default="", metavar="FOLDER", help=workdir)
+    mode = "eval plays the question sets alone"
+    parser.add_argument("--mode", default=MODES[0], choices=MODES, help=mode)
+
+
+def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     """Parses `--config=FILE [--workdir=FOLDER] [--mode=MODE] [--config.KEY=VALUE ...]`.
 
-    argv[0] is the program. Raises InputError.
+    Raises InputError.
     """
-    values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "config file", flag_values=values)
-    flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
-    flags.DEFINE_enum("mode", MODES[0], MODES, "what to do", flag_values=values)
-    rest = parse_known_flags(values, argv)
-    if not values.config:
+    parser = Parser(prog="python -m ssp_jax.main", add_help=False)
+    add_flags(parser)
+    return command_line(*parser.parse_known_args(arguments))
+
+
+def command_line(given: argparse.Namespace, overrides: list[str]) -> CommandLine:
+    """The config that flags of add_flags() and overrides of keys give. Raises InputError."""
+    if not given.config:
         raise InputError(
             "flag --config is missing; expected a config file, such as --config=configs/tiny.py"
         )
-    if "://" in (values.workdir or ""):
+    if "://" in given.workdir:
         raise InputError(
-            f"--workdir={values.workdir} is a URL; expected a folder (gcsfuse makes one of a "
-            "bucket)"
+            f"--workdir={given.workdir} is a URL; expected a folder (gcsfuse makes one of a bucket)"
         )
-    workdir = user_path(values.workdir or "", "--workdir")
-    path = _find(user_path(values.config, "--config"))
+    workdir = user_path(given.workdir, "--workdir")
+    path = _find(user_path(given.config, "--config"))
     config = load_config(path)
-    _override(config, rest)
+    _override(config, overrides)
     by_default = Path("runs") / path.stem
-    return CommandLine(config, workdir or str(by_default), values.mode)
+    return CommandLine(config, workdir or str(by_default), given.mode)
 
 
 def load_config(path: Path) -> ConfigDict:
@@ -138,15 +133,15 @@ def _find(name: str) -> Path:
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path
-    files = sorted((ROOT / "configs").glob("*.py"))
-    known = [f"configs/{path.name}" for path in files]
-    raise InputError(
-        f"--config={name}: there is no such file; the nearest is {nearest(name, known)}"
-    )
+    names = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))]
+    found = nearest(Path(name).stem, names)
+    known = f"the nearest is configs/{found}.py" if found else f"configs has {', '.join(names)}"
+    raise InputError(f"--config={name}: there is no such file; {known}")
 
 
-def _override(config: ConfigDict, rest: list[str]) -> None:
-    """Applies `--config.KEY=VALUE` arguments in place; rest[0] is the program."""
+def _override(config: ConfigDict, overrides: list[str]) -> None:
+    """Applies `--config.KEY=VALUE` arguments in place."""
+    rest = ["ssp_jax", *overrides]  # absl expects a program first
     overridden = _set_names(config, rest)
     known = default_values() | flatten_config(config)
     for argument in rest[1:]:
@@ -158,9 +153,7 @@ def _override(config: ConfigDict, rest: list[str]) -> None:
             name = name.removeprefix("no")
         key = name.removeprefix("config.")
         if not name.startswith("config."):
-            flags_of_keys = [f"config.{known_key}" for known_key in known]
-            expected = nearest(name, ["config", "workdir", "mode", *flags_of_keys])
-            raise InputError(f"unknown flag --{name}; the nearest is --{expected}")
+            raise InputError(_no_flag(name, known))
         if key not in known:
             raise InputError(f"--{name}: {_no_key(key, known)}")
         overridden.add(key)
@@ -249,7 +242,17 @@ def _check(config: ConfigDict, where: str) -> None:
 def _no_key(key: str, known: dict[str, Any]) -> str:
     if inside := [k for k in known if k.startswith(f"{key}.")]:
         return f"{key} is a section; set one of its keys, such as {inside[0]}"
-    return f"there is no key {key}; the nearest is {nearest(key, known)}"
+    sections = dict.fromkeys(known_key.partition(".")[0] for known_key in known)
+    found = nearest(key, [*known, *sections])
+    expected = f"the nearest is {found}" if found else "--help=WORD finds keys by a word"
+    return f"there is no key {key}; {expected}"
+
+
+def _no_flag(name: str, known: dict[str, Any]) -> str:
+    keys = [f"config.{key}" for key in known]
+    found = nearest(name, ["config", "workdir", "mode", *keys])
+    expected = f"the nearest is --{found}" if found else "--help lists the flags"
+    return f"unknown flag --{name}; {expected}"
 
 
 def _wrong_type(key: str, shown: str, known: dict[str, Any]) -> str:

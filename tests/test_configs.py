@@ -19,7 +19,6 @@ from ssp_jax.config import (
     check_values,
     flatten_config,
     load_config,
-    nearest,
     parse_command_line,
 )
 from ssp_jax.errors import InputError
@@ -27,6 +26,7 @@ from ssp_jax.model import decoder
 from ssp_jax.plan import planner as plan
 from ssp_jax.plan import roofline
 from ssp_jax.plan.hardware import GIB, parse_topology
+from ssp_jax.runtime.command import nearest
 from tests.conftest import ROOT, RunMain
 
 
@@ -73,7 +73,7 @@ PLAN_PAGE = (ROOT / "docs" / "plan.md").read_text()
 
 
 def parse(*arguments: str) -> tuple[ConfigDict, str]:
-    found = parse_command_line(["main.py", *arguments])
+    found = parse_command_line(arguments)
     return found.config, found.workdir
 
 
@@ -452,9 +452,11 @@ def test_evaluation_sets_are_free_names_of_files(tmp_path: Path) -> None:
 
 def test_nearest_looks_at_section_and_last_part() -> None:
     names = ["learner.rows", "retriever.index", "model.path", "learner.learning_rate"]
-    assert nearest("lerner.x", names) == "learner.rows"
+    assert nearest("lerner.row", names) == "learner.rows"
     assert nearest("model.learning_rate", names) == "learner.learning_rate"
     assert nearest("path", names) == "model.path"
+    assert nearest("learner.batch", names) is None
+    assert nearest("wandb", names) is None
 
 
 @pytest.mark.parametrize(

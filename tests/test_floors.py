@@ -15,7 +15,7 @@ FLOORS = (
     ("model",),
     ("retriever", "rollout", "learner"),
     ("game",),
-    ("config",),
+    ("config", "config_help"),
     ("evaluation", "stamps", "workdir"),
     ("assemble", "report"),
     (
@@ -28,6 +28,7 @@ FLOORS = (
         "retriever.__main__",
     ),
     ("main",),
+    ("__main__",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "ssp_jax").rglob("*.py"))

@@ -39,7 +39,6 @@ def answers(folder, lines, *arguments):
     """The output lines for these input lines."""
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = [
-        "generate",
         MODEL,
         f"--prompts={folder / 'in.jsonl'}",
         f"--out={folder / 'out.jsonl'}",
@@ -180,7 +179,7 @@ def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys)
     long = "Who? " * 2000
     acts = "\x1b]0;owned\x07[bold]:cat:<|im_end|>"
     monkeypatch.setattr("sys.stdin", io.StringIO(f"\n{question}\n\n{long}\n{acts}\n"))
-    assert generate.main(["generate", MODEL, *BRIEF, f"--index={index}", "--max_tokens=200"]) == 0
+    assert generate.main([MODEL, *BRIEF, f"--index={index}", "--max_tokens=200"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"question: {question}\n") and shown.count("question: ") == 3
     assert "tokens; expected at most 1,023]" in shown
@@ -254,8 +253,5 @@ def test_an_episode_ends_where_the_models_context_does():
 
 def test_a_line_without_a_question_is_named(tmp_path, capsys, index):
     (tmp_path / "in.jsonl").write_text('{"question": "Who?"}\n{"prompt": "a"}\n')
-    assert (
-        generate.main(["generate", MODEL, f"--prompts={tmp_path / 'in.jsonl'}", f"--index={index}"])
-        == 2
-    )
+    assert generate.main([MODEL, f"--prompts={tmp_path / 'in.jsonl'}", f"--index={index}"]) == 2
     assert 'in.jsonl line 2: field "question" expected non-empty text' in capsys.readouterr().err

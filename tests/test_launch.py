@@ -392,7 +392,7 @@ def test_prepare_prints_keys_that_a_run_takes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" download ") == 4 and "--revision" in done.stdout
     keys = [line.strip() for line in done.stdout.splitlines() if line.startswith("  --config.")]
-    config = parse_command_line(["main.py", "--config=configs/default.py", *keys]).config
+    config = parse_command_line(["--config=configs/default.py", *keys]).config
     assert (
         config.model.path == f"{tmp_path}/a folder/Qwen2.5-7B-Instruct"
         and "ssp" in config.data.eval_sets
@@ -483,7 +483,7 @@ def test_the_jobset_is_a_run_that_survives_preemptions() -> None:
     assert pod["restartPolicy"] == "Never" and job["podFailurePolicy"]["rules"][0]["onExitCodes"][
         "values"
     ] == [2]
-    given = parse_command_line(["main.py", *pod["containers"][0]["args"]])
+    given = parse_command_line(pod["containers"][0]["args"])
     (bucket,) = (
         mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "bucket"
     )

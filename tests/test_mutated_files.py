@@ -416,7 +416,7 @@ FLAGS = (
 
 def parse_flags(folder: Path) -> None:
     argv = (folder / "flags").read_bytes().decode("utf-8", "surrogateescape").splitlines()
-    config.check_numbers(config.parse_command_line(["main", *argv]).config)
+    config.check_numbers(config.parse_command_line(argv).config)
 
 
 def config_file(folder: Path) -> None:

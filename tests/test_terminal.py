@@ -68,7 +68,7 @@ def test_lines_and_tables_of_a_run(tmp_path, capsys):
 
 
 def test_names_of_files_in_sentences(capsys):
-    assert generate.main(["generate", f"--model={ACTS}"]) == 2
+    assert generate.main([f"--model={ACTS}"]) == 2
     assert_inert(capsys.readouterr().err)
     assert report.main([f"nowhere{ACTS}"]) == 2
     assert_inert(capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""Ask a model, through the same slot engine that training uses:
+"""Asks a model, through the same slot engine that training uses.
 
     python -m ssp_jax.generate --model=FOLDER --prompts=IN.jsonl --out=OUT.jsonl \\
         --max_tokens=256 --temperature=0
@@ -16,25 +16,14 @@ are read from the standard input, one a line. Without --out lines go to the stan
 
 "prompt" is taken as it stands, control tokens such as <|im_end|> included; in all other texts they
 are plain text. OUT is replaced when all lines are there.
-
---adapter=FOLDER   an adapter of the model, as PEFT and --config.checkpoint.export=adapter write it;
-                   it is applied beside the weights, not merged into them
---max_tokens=1024  tokens after the prompt, search results included, within the model's context
---temperature=0    0 is greedy; otherwise --seed=0 fixes the random numbers
---dtype=float32    or bfloat16; by default bfloat16 on accelerators and float32 on CPUs
---top_k=3          passages per search; --max_searches=10 searches per question
---style=search_r1  search_r1 | r_search | brief: what the model was trained on
---template=chat    chat | raw_chatml
---worked_example   show a played example first, to a model that was never trained to search
 """
 
-import sys
-
-from absl import flags
+import argparse
+from collections.abc import Sequence
 
 from ssp_jax.config import BOUNDS, CHOICES
 from ssp_jax.errors import InputError
-from ssp_jax.runtime import command, platform
+from ssp_jax.runtime import command, platform, signals
 from ssp_jax.runtime.command import user_path
 
 PATHS = ("model", "adapter", "prompts", "out", "index")  # flags
@@ -47,50 +36,65 @@ BOUNDED = {  # flag -> the config key whose bounds it has
 }
 
 
-def parse_flags(argv: list[str]) -> flags.FlagValues:
-    f = flags.FlagValues()
-    for name in PATHS:
-        flags.DEFINE_string(name, "", name, flag_values=f)
-    choices = {
-        "dtype": ["", "float32", "bfloat16"],
-        "style": list(CHOICES["prompt.style"]),
-        "template": list(CHOICES["prompt.template"]),
-    }
-    for name, values in choices.items():
-        flags.DEFINE_enum(name, values[0], values, name, flag_values=f)
-    for name, value in (("max_tokens", 1024), ("top_k", 3), ("max_searches", 10), ("seed", 0)):
-        flags.DEFINE_integer(name, value, name, flag_values=f)
-    flags.DEFINE_float("temperature", 0.0, "temperature", flag_values=f)
-    flags.DEFINE_bool("worked_example", False, "example", flag_values=f)
-    try:
-        stray = f(argv)[1:]
-    except flags.Error as error:
-        raise InputError(command.one_line(error)) from None
-    if stray:
-        raise InputError(f"unexpected argument {stray[0]!r}; write flags as --NAME=VALUE")
+def parse_flags(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = command.Parser(prog=prog, description=__doc__)
+    _add_files(parser)
+    _add_settings(parser)
+    f = parser.parse(arguments)
     if not f.model:
         raise InputError("flag --model is missing; expected a Hugging Face folder")
     for name, key in BOUNDED.items():
         BOUNDS[key].check(f"flag --{name}", getattr(f, name))
     for name in PATHS:
-        f[name].value = user_path(getattr(f, name), f"--{name}")
+        setattr(f, name, user_path(getattr(f, name), f"--{name}"))
     if f.out and not f.prompts:
         raise InputError("flag --out needs --prompts; typed questions are answered on the screen")
     return f
 
 
-def main(argv: list[str]) -> int:
-    return command.run_command(_run, argv, help=__doc__)
+def _add_files(parser: command.Parser) -> None:
+    adapter = (
+        "an adapter of the model, as PEFT and --config.checkpoint.export=adapter write it; applied "
+        "beside the weights, not merged into them"
+    )
+    parser.add_argument("--model", default="", metavar="FOLDER", help="Hugging Face folder")
+    parser.add_argument("--adapter", default="", metavar="FOLDER", help=adapter)
+    parser.add_argument("--index", default="", metavar="FOLDER", help="a built search index")
+    parser.add_argument("--prompts", default="", metavar="IN.jsonl", help="typed without it")
+    parser.add_argument("--out", default="", metavar="OUT.jsonl", help="of --prompts")
 
 
-def _run(argv: list[str]) -> None:
-    f = parse_flags(argv)
-    # Imported here, so that mistakes above are reported before the seconds that JAX takes to load.
+def _add_settings(parser: command.Parser) -> None:
+    max_tokens = "tokens after the prompt, search results included, in the model's context (1024)"
+    worked = "show a played example first, to a model that was never trained to search"
+    styles = tuple(CHOICES["prompt.style"])
+    templates = tuple(CHOICES["prompt.template"])
+    dtypes = ("", "float32", "bfloat16")
+    add = parser.add_argument
+    add("--max_tokens", default=1024, type=int, metavar="N", help=max_tokens)
+    add("--temperature", default=0.0, type=float, metavar="X", help="0 is greedy (0)")
+    add("--seed", default=0, type=int, metavar="N", help="of the random numbers (0)")
+    add("--dtype", default="", choices=dtypes, help="bfloat16 on accelerators, else float32")
+    add("--top_k", default=3, type=int, metavar="N", help="passages per search (3)")
+    add("--max_searches", default=10, type=int, metavar="N", help="per question (10)")
+    add("--style", default=styles[0], choices=styles, help=f"of the training ({styles[0]})")
+    add("--template", default=templates[0], choices=templates, help=f"likewise ({templates[0]})")
+    add("--worked_example", action="store_true", help=worked)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ssp_jax.generate") -> int:
+    return command.exit_code(lambda: _run(arguments, prog))
+
+
+def _run(arguments: Sequence[str] | None, prog: str) -> None:
+    flags = parse_flags(arguments, prog)
+
+    # From here on JAX is needed: mistakes above are reported before the seconds that it takes.
+    platform.prepare_once()
     from ssp_jax.generate import ask
 
-    ask.answer(f)
+    ask.answer(flags)
 
 
 if __name__ == "__main__":
-    platform.prepare()
-    sys.exit(main(sys.argv))
+    signals.leave(main())

@@ -2,54 +2,54 @@
 
     python -m ssp_jax.plan --config=configs/qwen7b.py --topology=v5p:2x2x2 [--config.KEY=VALUE ...]
 
---topology   v5e:4x4, v6e-8 (a host of 8 chips), v5p:2x2x2, tpu7x:2x2x1, gpu:h100x8, ...; without
-             it: the smallest slice of each TPU generation and number of each GPU that fits, from
-             shapes alone
---shapes     no compiler: estimates from shapes alone, in a second
---tokens     tokens of a mean episode (3000), of which the model writes --sampled (1000)
-
 The run's programs are compiled ahead of time by the hardware's own compiler, which needs a CPU only
 and reports the memory that they take: for TPUs pip install '.[plan]', for GPUs '.[plan-gpu]'.
-Without it temporaries are estimates.
+Without it temporaries are estimates. Exit codes: 0 it fits; 1 it does not; 2 bad input.
 """
 
-import sys
-from typing import Any
+from collections.abc import Sequence
 
-from absl import flags
-
-from ssp_jax.config import BOUNDS, Range, check_numbers, parse_command_line
-from ssp_jax.runtime.command import parse_known_flags, run_command
+from ssp_jax import config, config_help
+from ssp_jax.config import BOUNDS, Range
+from ssp_jax.runtime import command, signals
 
 
-def main(argv: list[str]) -> int:
-    return run_command(_run, argv, help=__doc__ or "")
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ssp_jax.plan") -> int:
+    return command.exit_code(lambda: _run(arguments, prog))
 
 
-def _run(argv: list[str]) -> int:
-    own, rest = _parse(argv)
-    config = parse_command_line(rest).config
-    check_numbers(config)
-    # Imported here, so that mistakes above are reported before the seconds that JAX takes to load.
+def _run(arguments: Sequence[str] | None, prog: str) -> int:
+    parser = _parser(prog)
+    own, overrides = parser.parse_known_args(arguments)
+    BOUNDS["engine.cache_tokens"].check("flag --tokens", own.tokens)
+    Range(0, own.tokens, above=True).check("flag --sampled", own.sampled)
+    given = config.command_line(own, overrides)
+    config.check_numbers(given.config)
+
+    # From here on JAX is needed: mistakes above are reported before the seconds that it takes.
     from ssp_jax.plan import planner
 
     return planner.show(
-        config, own.topology, shapes=own.shapes, tokens=own.tokens, sampled=own.sampled
+        given.config, own.topology, shapes=own.shapes, tokens=own.tokens, sampled=own.sampled
     )
 
 
-def _parse(argv: list[str]) -> tuple[Any, list[str]]:
-    """This command's own flags, and the rest, which is ssp_jax.main's."""
-    values = flags.FlagValues()
-    flags.DEFINE_string("topology", None, "chips", flag_values=values)
-    flags.DEFINE_bool("shapes", False, "do not compile", flag_values=values)
-    flags.DEFINE_integer("tokens", 3000, "of a mean episode", flag_values=values)
-    flags.DEFINE_integer("sampled", 1000, "of these, written by the model", flag_values=values)
-    rest = parse_known_flags(values, argv)
-    BOUNDS["engine.cache_tokens"].check("flag --tokens", values.tokens)
-    Range(0, values.tokens, above=True).check("flag --sampled", values.sampled)
-    return values, rest
+def _parser(prog: str) -> command.Parser:
+    parser = command.Parser(prog=prog, description=__doc__, find=config_help.find)
+    topology = (
+        "v5e:4x4, v6e-8 (a host of 8 chips), v5p:2x2x2, tpu7x:2x2x1, gpu:h100x8, ...; without it: "
+        "the smallest slice of each TPU generation and number of each GPU that fits, from shapes"
+    )
+    shapes = "no compiler: estimates from shapes alone, in a second"
+    parser.add_argument("--topology", metavar="CHIPS", help=topology)
+    parser.add_argument("--shapes", action="store_true", help=shapes)
+    tokens = "tokens of a mean episode (3000)"
+    parser.add_argument("--tokens", default=3000, type=int, metavar="N", help=tokens)
+    sampled = "of these, written by the model (1000)"
+    parser.add_argument("--sampled", default=1000, type=int, metavar="N", help=sampled)
+    config.add_flags(parser)
+    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    signals.leave(main())

@@ -27,7 +27,8 @@ from ssp_jax.report.curves import Curves, Point
 from ssp_jax.runtime import records
 from ssp_jax.runtime.files import replacing
 
-EVALUATIONS = "eval/step_*.json"  # in a run folder
+FILE = "report.html"  # where a page is written, in a run folder
+EVALUATIONS = "eval/step_*.json"  # there, too
 EVALUATIONS_SHOWN = 200  # at most as points of a curve
 GAMES = 300  # shown at most, spread over the dumps of a run
 SMOOTHED_POINTS = 60  # lines of more points get a running mean over a twentieth of them

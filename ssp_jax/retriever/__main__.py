@@ -8,7 +8,6 @@ Exit codes: 0 for success, 2 for bad input, 130 for Ctrl-C.
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,21 +17,28 @@ from ssp_jax.errors import printable
 from ssp_jax.retriever import index
 from ssp_jax.retriever.build import build_index
 from ssp_jax.retriever.search import Retriever
-from ssp_jax.runtime.command import Parser, run_command, user_path
+from ssp_jax.runtime import signals
+from ssp_jax.runtime.command import Parser, exit_code, user_path
+
+_PROG = "python -m ssp_jax.retriever"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; its exit code."""
-    return run_command(_run, arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "") -> int:
+    """Runs the command; its exit code.
+
+    prog: what the user has typed, verb included; "" for python -m ssp_jax.retriever.
+    """
+    # bm25s starts JAX when it is imported, and an index needs no device: on the CPU no memory of a
+    # GPU is reserved, and no TPU is looked for.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return exit_code(lambda: _run(arguments, prog))
 
 
-def _run(arguments: Sequence[str] | None) -> None:
-    parser = Parser(
-        prog="python -m ssp_jax.retriever", description="Build a BM25 index, or ask one."
-    )
+def _run(arguments: Sequence[str] | None, prog: str) -> None:
+    parser = Parser(prog=_PROG, description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    build = verbs.add_parser("build", help="index a corpus")
+    build = verbs.add_parser("build", help="index a corpus", prog=prog or f"{_PROG} build")
     corpus_help = 'jsonl or jsonl.gz of {"id", "contents"}, Search-R1\'s format'
     build.add_argument("--corpus", required=True, help=corpus_help)
     out_help = "folder of the index: config key retriever.index"
@@ -42,12 +48,14 @@ def _run(arguments: Sequence[str] | None) -> None:
     build.add_argument("--k1", default=1.5, type=float)
     build.add_argument("--b", default=0.75, type=float)
 
-    search = verbs.add_parser("search", help="show the best passages of a query")
+    search_prog = prog or f"{_PROG} search"
+    search_help = "show the best passages of a query"
+    search = verbs.add_parser("search", help=search_help, prog=search_prog)
     search.add_argument("--index", required=True)
     search.add_argument("--top_k", default=3, type=int)
     search.add_argument("query")
 
-    args = parser.parse_args(arguments)
+    args = parser.parse(arguments)
     if args.verb == "build":
         _build_command(args)
     else:
@@ -80,7 +88,4 @@ def _search_command(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    # bm25s starts JAX when it is imported, and an index needs no device: on the CPU no memory of a
-    # GPU is reserved, and no TPU is looked for.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    sys.exit(main())
+    signals.leave(main())

@@ -3,14 +3,13 @@
 Imports no JAX, so that a mistaken flag is reported at once.
 """
 
+import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from absl import flags
-
 from ssp_jax.errors import InputError
-from ssp_jax.runtime.command import parse_known_flags
+from ssp_jax.runtime.command import Parser
 
 
 @dataclass(frozen=True)
@@ -22,19 +21,25 @@ class ProcessSpec:
     process: int | None = None
 
 
-def parse_process_flags(argv: list[str]) -> tuple[list[str], ProcessSpec]:
-    """Returns argv without the flags of processes, and what they say.
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of processes: all three are given, or none of them, or --processes=1."""
+    group = parser.add_argument_group("where no launcher numbers the processes of a run")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", metavar="N", type=int, help="how many; 1 asks nobody")
+    group.add_argument("--process", metavar="I", type=int, help="this one, from 0 to N - 1")
 
-    `--coordinator=HOST:PORT --processes=N --process=I`, all or none of them, or `--processes=1`.
-    """
-    values = flags.FlagValues()
-    flags.DEFINE_string("coordinator", None, "address of process 0", flag_values=values)
-    flags.DEFINE_integer("processes", None, "of the run", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("process", None, "this one", lower_bound=0, flag_values=values)
-    rest = parse_known_flags(values, argv)
-    spec = ProcessSpec(values.coordinator, values.processes, values.process)
+
+def process_spec(given: argparse.Namespace) -> ProcessSpec:
+    """What the flags of processes say. Raises InputError."""
+    for name, number, minimum in (
+        ("processes", given.processes, 1),
+        ("process", given.process, 0),
+    ):
+        if number is not None and number < minimum:
+            raise InputError(f"flag --{name} is {number}; expected at least {minimum}")
+    spec = ProcessSpec(given.coordinator, given.processes, given.process)
     if spec in (ProcessSpec(), ProcessSpec(processes=1)):
-        return rest, spec
+        return spec
     if spec.coordinator is None or spec.processes is None or spec.process is None:
         raise InputError(
             "expected --coordinator=HOST:PORT, --processes=N and --process=I together, or none of "
@@ -46,7 +51,7 @@ def parse_process_flags(argv: list[str]) -> tuple[list[str], ProcessSpec]:
             f"--process={spec.process}: expected HOST:PORT of process 0, and for each process its "
             "own number from 0 to N - 1"
         )
-    return rest, spec
+    return spec
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

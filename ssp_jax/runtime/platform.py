@@ -197,6 +197,12 @@ def set_huge_pages(environment: MutableMapping[str, str]) -> bool:
     return True
 
 
+def prepare_once() -> None:
+    """prepare(), unless JAX is loaded: then a program that has prepared itself calls a command."""
+    if "jax" not in sys.modules:
+        prepare()
+
+
 def prepare() -> None:
     """Prepares the environment for the device that JAX is about to take.
 

@@ -441,7 +441,6 @@ def test_without_a_compiler_the_table_says_so(
 ) -> None:
     monkeypatch.setattr(platform, "_PLUGINS", ())
     tiny = [
-        "plan",
         f"--config={ROOT / 'configs' / 'tiny.py'}",
         f"--config.model.path={ROOT / 'assets' / 'tiny' / 'model'}",
     ]

@@ -19,7 +19,9 @@ from ssp_jax import train
 from ssp_jax.config import load_config
 from ssp_jax.errors import InputError
 from ssp_jax.model import hf_load
-from ssp_jax.runtime.launchers import ProcessSpec, parse_process_flags
+from ssp_jax.runtime import launchers
+from ssp_jax.runtime.command import Parser
+from ssp_jax.runtime.launchers import ProcessSpec
 from ssp_jax.runtime.processes import HEARTBEAT_SECONDS, balance, check_alike, detected, fail_fast
 from tests.conftest import ROOT
 
@@ -96,23 +98,18 @@ def test_clusters_are_seen_in_the_environment(
 
 
 def test_place_is_taken_from_the_command_line() -> None:
-    given = [
-        "main.py",
-        "--config=a.py",
-        "--coordinator=host0:1234",
-        "--processes=2",
-        "--process=1",
-        "--config.seed=1",
-    ]
-    assert parse_process_flags(given) == (
-        ["main.py", "--config=a.py", "--config.seed=1"],
-        ProcessSpec("host0:1234", 2, 1),
-    )
-    assert parse_process_flags(["main.py", "--processes=1"]) == (
-        ["main.py"],
-        ProcessSpec(processes=1),
-    )
-    assert parse_process_flags(["main.py"]) == (["main.py"], ProcessSpec())
+    parser = Parser()
+    launchers.add_flags(parser)
+
+    def parsed(*arguments: str) -> tuple[ProcessSpec, list[str]]:
+        given, rest = parser.parse_known_args(arguments)
+        return launchers.process_spec(given), rest
+
+    place = ("--coordinator=host0:1234", "--processes=2", "--process=1")
+    others = ["--config=a.py", "--config.seed=1"]
+    assert parsed(others[0], *place, others[1]) == (ProcessSpec("host0:1234", 2, 1), others)
+    assert parsed("--processes=1") == (ProcessSpec(processes=1), [])
+    assert parsed() == (ProcessSpec(), [])
 
 
 DISK_FULL = 'OSError(28, "No space left on device", "x")'
