@@ -21,23 +21,33 @@ from collections.abc import Sequence
 from absl import logging
 
 from ssp_jax import config, config_help
+from ssp_jax.config import CommandLine
 from ssp_jax.runtime import command, launchers, platform, signals
 
+_PROG = "python -m ssp_jax.main"
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m ssp_jax.main") -> int:
+
+def main(arguments: Sequence[str] | None = None, prog: str = _PROG) -> int:
     # Orbax logs each of its steps through absl, and traces of what fails, which it also raises.
     logging.set_verbosity(logging.FATAL)
     interrupted = "interrupted; the same command goes on from what is saved"
     return command.exit_code(lambda: _run(arguments, prog), interrupted)
 
 
-def _run(arguments: Sequence[str] | None, prog: str) -> None:
+def parse(
+    arguments: Sequence[str] | None, prog: str = _PROG
+) -> tuple[CommandLine, launchers.ProcessSpec]:
+    """What to run, and as which process. Raises InputError."""
     parser = command.Parser(prog=prog, description=__doc__, find=config_help.find)
     config.add_flags(parser)
     launchers.add_flags(parser)
     flags, overrides = parser.parse_known_args(arguments)
     spec = launchers.process_spec(flags)
-    given = config.command_line(flags, overrides)
+    return config.command_line(flags, overrides), spec
+
+
+def _run(arguments: Sequence[str] | None, prog: str) -> None:
+    given, spec = parse(arguments, prog)
 
     # From here on JAX is needed: mistakes above are reported before the seconds that it takes.
     platform.prepare_once()

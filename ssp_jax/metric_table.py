@@ -5,6 +5,7 @@ the name of an evaluation set, or average; its percentages have a 95 % interval 
 NAME_low and NAME_high. The page docs/metrics.md is made from this table.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -132,3 +133,11 @@ METRICS = {
         Metric("eval/SET/n", "questions", "Of the set."),
     ),
 }
+
+
+_MEANINGS = {metric.name: metric.meaning for group in METRICS.values() for metric in group}
+
+
+def meaning(name: str) -> str:
+    """What a metric of a step means."""
+    return _MEANINGS[re.sub("^update/(solver|proposer|both)/", "update/ROLE/", name)]

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble
+from ssp_jax import assemble, next_steps
 from ssp_jax.assemble import Progress, TrainingRun
 from ssp_jax.config import advice, export_kind
 from ssp_jax.errors import InputError, masked, sentence
@@ -131,7 +131,7 @@ def _warm_up(run: TrainingRun, now: Progress) -> None:
         say(line)
 
     began = time.monotonic()
-    with run.logger.phase("compiling"):
+    with run.logger.phase("compiling", state=lambda: f"{run.compiles.count} programs"):
         leaf_digests(now.state)
         # Together: one process may find in its cache what another compiles, or have no memory for
         # it.
@@ -288,7 +288,7 @@ def _export(run: TrainingRun, now: Progress) -> None:
 
 
 def _finish(run: TrainingRun, now: Progress) -> None:
-    """The last evaluation, the export, summary.json, and the table of before and after."""
+    """The last evaluation, export, summary, table of before and after, report and next steps."""
     config = run.config
     results: dict[str, Result] = {}
     if config.eval.before:
@@ -310,3 +310,5 @@ def _finish(run: TrainingRun, now: Progress) -> None:
         before = results["before"]
         after = results["after"]
         evaluate.compare(run.logger, run.workdir / "eval", before, after, figures)
+    if processes.is_coordinator():
+        next_steps.show(config, run.workdir, run.logger)

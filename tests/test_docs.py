@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs import default
+from ssp_jax import main
 from ssp_jax.config import (
     FREE_SECTION,
     check_numbers,
@@ -30,7 +31,6 @@ from ssp_jax.generate.__main__ import parse_flags
 from ssp_jax.metric_table import METRICS
 from ssp_jax.report.page import CHARTS
 from ssp_jax.rollout.engine import Stats
-from ssp_jax.runtime.launchers import parse_process_flags
 from ssp_jax.runtime.logger import COLUMNS
 from tests.conftest import ROOT
 
@@ -132,7 +132,7 @@ def test_the_keys_of_a_page_are_keys_of_a_config(page: Path) -> None:
             continue
         assert key in known, span
         if is_set and not value.startswith("<"):
-            config = parse_command_line(["main", DEFAULT, f"--config.{span}"]).config
+            config = parse_command_line([DEFAULT, f"--config.{span}"]).config
             check_numbers(config)
 
 
@@ -162,8 +162,8 @@ def check_python(words: list[str]) -> None:
     if words[:2] == ["-m", "pip"]:
         return check_pip(words[2:])
     if words[:2] == ["-m", "ssp_jax.main"]:
-        rest, _ = parse_process_flags(words[1:])
-        check_values(parse_command_line(rest).config)
+        given, _ = main.parse(words[2:])
+        check_values(given.config)
         return None
     if words[0] == "-m":
         parts = words[1].split(".")
@@ -172,11 +172,11 @@ def check_python(words: list[str]) -> None:
     else:
         file = ROOT / words[0]
     if file.parent.name == "generate":
-        parse_flags(words[1:])
+        parse_flags(words[2:])
         return None
     of_config = [word for word in words if word.startswith("--config")]
     if of_config:
-        parse_command_line(["main", *of_config])
+        parse_command_line(of_config)
     for word in words[1:]:
         flag = re.match(r"--(\w+)", word)
         assert flag is None or word in of_config or flag[1] in flags_in(file), word

@@ -18,6 +18,7 @@ FLOORS = (
     ("config", "config_help"),
     ("evaluation", "stamps", "workdir"),
     ("assemble", "report"),
+    ("next_steps",),
     (
         "train",
         "evaluation.run",

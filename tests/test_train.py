@@ -173,6 +173,7 @@ def test_a_run_leaves_what_it_promises(whole):
     games = [json.loads(line) for line in lines]
     assert len(games) == 4 and all(game["proposer"]["turns"] for game in games)
     assert list((whole / "tensorboard").iterdir())
+    assert "held-out questions" in (whole / "report.html").read_text()
 
 
 @pytest.mark.ci

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble
+from ssp_jax import assemble, next_steps
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.model import decoder, sharding
@@ -45,6 +45,8 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> None:
             figures = paper_table.table_1(config.model.path)
             before, after = results
             evaluate.compare(context.logger, context.folder, before, after, figures)
+        if processes.is_coordinator():
+            next_steps.write_report(Path(workdir), context.logger)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,11 @@ BOUNDED = {  # flag -> the config key whose bounds it has
 }
 
 
-def parse_flags(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+_PROG = "python -m ssp_jax.generate"
+
+
+def parse_flags(arguments: Sequence[str] | None, prog: str = _PROG) -> argparse.Namespace:
+    """The checked flags. Raises InputError."""
     parser = command.Parser(prog=prog, description=__doc__)
     _add_files(parser)
     _add_settings(parser)
@@ -82,7 +86,7 @@ def _add_settings(parser: command.Parser) -> None:
     add("--worked_example", action="store_true", help=worked)
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m ssp_jax.generate") -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = _PROG) -> int:
     return command.exit_code(lambda: _run(arguments, prog))
 
 

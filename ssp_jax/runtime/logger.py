@@ -1,8 +1,8 @@
 """Output of a run: console, metrics.jsonl, TensorBoard, readable episodes, compile count.
 
 In a terminal a live display (the phases at work, the whole run) stays under a growing table with
-one row per step. Anywhere else there are plain lines with the time in front, and progress at most
-every few seconds. The lines of steps fit into 100 columns.
+one row per step. Anywhere else there are plain lines with the time in front, and progress every ten
+seconds, also of a phase that reports none. The lines of steps fit into 100 columns.
 """
 
 import json
@@ -30,11 +30,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from ssp_jax.errors import json_line, printable
+from ssp_jax.metric_table import meaning
 from ssp_jax.runtime.files import replacing
 from ssp_jax.runtime.records import read_lines
 
 HEADER_EVERY = 20  # rows
 PLAIN_SECONDS = 10.0  # between progress lines that do not go to a terminal
+BEAT_SECONDS = 1.0  # between looks whether such a line is due
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -114,8 +116,14 @@ class Phase:
         self.name = name
         self.total = total
         self.done = 0.0
+        self.detail = ""  # what was shown last
         self._start = time.monotonic()
         self._show = show
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._start
 
     def advance(self, done: float, *, total: float | None = None, **rates: float) -> None:
         """Shows progress; cheap, so call it as often as you like.
@@ -126,14 +134,15 @@ class Phase:
         self.done = done
         if total is not None:
             self.total = total
-        rate = done / max(1e-9, time.monotonic() - self._start)
+        rate = done / max(1e-9, self.seconds)
         words = [f"{done:g}/{self.total:g}" if self.total else f"{done:g}"]
         if done:
             words.append(f"{short_number(rate)}/s")
         words += [f"{short_number(value)} {name}/s" for name, value in rates.items()]
         if done and self.total and self.total >= done:
             words.append(f"{clock((self.total - done) / rate)} left")
-        self._show(" · ".join(words))
+        self.detail = " · ".join(words)
+        self._show(self.detail)
 
 
 class Logger:
@@ -186,7 +195,11 @@ class Logger:
             detail=f"{resume_step}/{total_steps} steps",
         )
         self._columns: tuple[Column, ...] = ()
+        self._explained: set[str] = set()  # titles of columns
         self._rows_since_header = 0
+        self._phases: list[tuple[Phase, Callable[[], str]]] = []  # at work, the innermost last
+        self._speaking = threading.Lock()
+        self._closed = threading.Event()
         # When the last steps ended: their distance includes saves and evaluations.
         self._ends: deque[float] = deque(maxlen=11)
         self._last_line = -math.inf
@@ -197,9 +210,12 @@ class Logger:
     def __enter__(self) -> Self:
         if self._live:
             self._bars.start()
+        elif not self._mute:
+            threading.Thread(target=self._keep_speaking, daemon=True, name="progress").start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closed.set()
         if self._live:
             self._bars.stop()
         self._metrics_file.close()
@@ -207,14 +223,21 @@ class Logger:
             self._events.close()
 
     @contextmanager
-    def phase(self, name: str, total: float | None = None) -> Iterator[Phase]:
-        """Live progress while the body runs; a phase may stand inside another."""
+    def phase(
+        self, name: str, total: float | None = None, state: Callable[[], str] = lambda: ""
+    ) -> Iterator[Phase]:
+        """Live progress while the body runs; a phase may stand inside another.
+
+        state: how far it is, in words, where it reports no progress; any thread calls it.
+        """
         bar = self._bars.add_task(name, total=total, detail="")
         phase = Phase(name, total, lambda detail: self._progress(phase, bar, detail))
         self._progress(phase, bar, "")
+        self._phases.append((phase, state))
         try:
             yield phase
         finally:
+            self._phases.pop()
             self._bars.remove_task(bar)
 
     def step(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
@@ -230,6 +253,7 @@ class Logger:
             self._columns = columns
             self._rows_since_header = 0
             self._row("step", [(c.title, "bold") for c in columns], "s/step", "left")
+            self._explain(columns)
         self._rows_since_header += 1
         cells = []
         for column in columns:
@@ -316,8 +340,29 @@ class Logger:
     def _progress(self, phase: Phase, bar: TaskID, detail: str) -> None:
         if self._live:
             self._bars.update(bar, completed=phase.done, total=phase.total, detail=detail)
-        elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
-            self._line(Text(f"{phase.name} {detail or '...'}"))
+        else:
+            self._line_if_due(f"{phase.name} {detail or '...'}")
+
+    def _keep_speaking(self) -> None:
+        """In a thread: says how far the phase at work is that has said nothing for a while."""
+        while not self._closed.wait(BEAT_SECONDS):
+            with suppress(IndexError):  # no phase is at work
+                phase, state = self._phases[-1]
+                words = [state() or phase.detail, clock(phase.seconds)]
+                self._line_if_due(f"{phase.name} {' · '.join(filter(None, words))}")
+
+    def _line_if_due(self, text: str) -> None:
+        with self._speaking:
+            if time.monotonic() - self._last_line >= PLAIN_SECONDS:
+                self._line(Text(text))
+
+    def _explain(self, columns: Sequence[Column]) -> None:
+        """Says once what each column shows, below the first header that has it."""
+        shown = [(column.title, column.metric) for column in columns]
+        for title, metric in [*shown, ("s/step", "seconds")]:
+            if title not in self._explained:
+                self._explained.add(title)
+                self._line(Text(f"  {title:<6} = {metric}: {meaning(metric)}", "dim"))
 
     def _row(self, first: str, cells: Sequence[tuple[str, str]], seconds: str, left: str) -> None:
         """One line of the table of steps. cells: text and style of each column."""

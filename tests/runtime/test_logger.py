@@ -4,6 +4,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -162,10 +163,11 @@ def test_plain_output_is_dated_lines_that_fit(
         large = {"funnel/solved": 1.0, "solver/tokens": 8192, "play/tokens_per_second": 98765}
         logger.step(2, everything | large, 123.4)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
     assert lines[0].endswith(" a [bold] folder") and "\x1b" not in "".join(lines)
     assert max(map(len, lines)) <= 100
-    header, first, second = (line[9:].split() for line in lines[1:])
+    table = [lines[1], *lines[-2:]]
+    header, first, second = (line[9:].split() for line in table)
     titles = [c.title for c in metrics.COLUMNS if c.metric in everything]
     assert header == ["step", *titles, "s/step", "left"] and len(set(titles)) == len(titles)
     shown = dict(zip(header, second, strict=True))
@@ -176,7 +178,9 @@ def test_plain_output_is_dated_lines_that_fit(
         "98.8k",
     )
     # columns stand below each other
-    assert [len(line) for line in lines[1:]] == [len(lines[1])] * 3
+    assert [len(line) for line in table] == [len(lines[1])] * 3
+    explained = [line[9:].split()[0] for line in lines[2:-2]]
+    assert explained == header[1:-1]  # not the step, and not the time that is left
     assert first[-1] == clock(199 * 12.3)
 
 
@@ -188,9 +192,43 @@ def test_console_shows_only_metrics_that_the_run_has(
         # its first update
         logger.step(2, {"reward/solver": float("nan"), "update/both/kl": 0.1}, 1.0)
         logger.step(3, {"reward/solver": 0.5}, 1.0)
-    lines = [line.split()[1:-2] for line in capsys.readouterr().out.splitlines()]
+    shown = capsys.readouterr().out.splitlines()
+    lines = [line.split()[1:-2] for line in shown if " = " not in line]
     assert lines[:2] == [["step", "solvR"], ["1/3", "0.50"]]
     assert lines[2:] == [["step", "solvR", "KL"], ["2/3", "nan", "0.1000"], ["3/3", "0.50", "-"]]
+
+
+def test_a_column_is_explained_once_below_the_first_header_that_has_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Logger(str(tmp_path), 99, tensorboard=False) as logger:
+        for step in range(1, 2 * metrics.HEADER_EVERY):
+            late = {"update/both/kl": 0.1} if step > 2 else {}
+            logger.step(step, {"reward/solver": 0.5} | late, 1.0)
+    lines = [line[9:].strip() for line in capsys.readouterr().out.splitlines()]
+    assert sum(line.startswith("step") for line in lines) == 3
+    explained = [line for line in lines if " = " in line]
+    assert [line.split()[0] for line in explained] == ["solvR", "s/step", "KL"]
+    assert explained[0].endswith(
+        "reward/solver: Mean over all attempts, reused questions included."
+    )
+    assert "update/both/kl: " in explained[2]
+
+
+def test_a_phase_that_reports_nothing_is_told_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "BEAT_SECONDS", 0.01)
+    said = ""
+    with Logger(str(tmp_path), 2, tensorboard=False) as logger:
+        with logger.phase("compiling", state=lambda: "3 programs"):
+            for _ in range(500):
+                said += capsys.readouterr().out
+                if "programs" in said:
+                    break
+                time.sleep(0.01)
+        assert re.search(r"compiling 3 programs · 0:0\d\n", said)
 
 
 def test_plain_progress_is_told_now_and_then(
