@@ -26,7 +26,7 @@ from ssp_jax.game.rounds import Round, Training, readable
 from ssp_jax.learner.update import MEMORY_REMEDY
 from ssp_jax.model import decoder, hf_save
 from ssp_jax.rollout.engine import Stats
-from ssp_jax.runtime import device_memory, processes, records
+from ssp_jax.runtime import device_memory, figures, processes, records
 from ssp_jax.runtime.checkpoint import leaf_digests
 from ssp_jax.runtime.logger import Phase, pop_peak_memory_gib
 from ssp_jax.runtime.processes import Stop, Terminated
@@ -125,7 +125,7 @@ def _warm_up(run: TrainingRun, now: Progress) -> None:
         trained, total = decoder.parameter_counts(model)
         say(
             f"LoRA of rank {model.lora.rank} on {len(model.lora.targets)} projections: "
-            f"{trained:,} of {total:,} parameters are trained"
+            f"{figures.trained_parameters(trained, total)}"
         )
     for line in advice(run.config, run.mesh.devices.flat[0].platform):
         say(line)
@@ -141,8 +141,9 @@ def _warm_up(run: TrainingRun, now: Progress) -> None:
         with device_memory.must_fit("the update", MEMORY_REMEDY):
             run.learner.warm_up(now.state)
     say(f"{'each process: ' if processes.is_multiprocess() else ''}{run.engine.memory}")
-    compiled = f"{run.compiles.count} programs, {run.compiles.seconds:.1f} s of compiling"
-    say(f"warm-up took {time.monotonic() - began:.1f} s: {compiled}")
+    compiling = f"{figures.seconds(run.compiles.seconds)} of compiling"
+    took = figures.seconds(time.monotonic() - began)
+    say(f"warm-up took {took}: {run.compiles.count} programs, {compiling}")
 
 
 # --- play and update ------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from ssp_jax.game.judge import Case, Judge, Verdict
 from ssp_jax.game.judge import shown as shown_reply
 from ssp_jax.game.roles import SOLVER, Episode, EpisodeContext, EpisodePlayer, episode_id
 from ssp_jax.rollout.engine import Engine, Stats
-from ssp_jax.runtime import processes, records
+from ssp_jax.runtime import figures, processes, records
 from ssp_jax.runtime.logger import Logger
 
 Record = dict[str, Any]  # a line of episodes.jsonl
@@ -439,7 +439,7 @@ def show(logger: Logger, result: Result) -> None:
     document = result.document
     cells, heads = scores.rows(document["sets"], document["judge"])
     title = f"Held-out questions, {document['weights']}: percent, 95 % interval; "
-    title += f"{document['seconds']:.0f} s of play"
+    title += f"{figures.seconds(document['seconds'])} of play"
     logger.table(title, cells, heads)
     if refused := document["stop_reasons"].get("prompt_tokens"):
         logger.say(f"{refused} questions are longer than limits.prompt_tokens and count as wrong")

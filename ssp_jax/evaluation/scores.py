@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ssp_jax.runtime.figures import difference, interval, percent
+
 RESAMPLES = 2000  # draws of the bootstrap
 _DRAWN = 1 << 20  # questions at a time
 AVERAGE = "average"  # plain mean over the sets, as in the paper's tables
@@ -20,7 +22,7 @@ COLUMNS = (*SHARES, *MEANS)
 Values = dict[str, dict[str, np.ndarray]]  # set -> name of COLUMNS -> values_E
 
 
-def interval(means_Z: np.ndarray) -> tuple[float, float]:
+def bounds(means_Z: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of bootstrap draws."""
     low, high = np.percentile(means_Z, (2.5, 97.5))
     return float(low), float(high)
@@ -65,7 +67,7 @@ def summarize(values: Values) -> dict[str, dict[str, float]]:
             mean = float(100 * values_E.mean())
             found[name] = (mean, 100 * resampled(name, values_E))
         for name, (mean, draws_Z) in _with_average(found).items():
-            low, high = interval(draws_Z)
+            low, high = bounds(draws_Z)
             row = table.setdefault(name, {})
             row |= {column: mean, f"{column}_low": low, f"{column}_high": high}
     for column in MEANS:
@@ -112,7 +114,7 @@ def gains(
         ends[name] = (float(old_E.mean()), float(new_E.mean()))
     found = {}
     for name, (old, new) in ends.items():
-        low, high = interval(differences[name][1])
+        low, high = bounds(differences[name][1])
         theirs = paper.get(_own_name(name))
         found[name] = Gain(old, new, low, high, theirs)
     whole = _with_average(differences)
@@ -120,7 +122,7 @@ def gains(
         all_old, all_new = zip(*ends.values(), strict=True)
         old = float(np.mean(all_old))
         new = float(np.mean(all_new))
-        low, high = interval(whole[AVERAGE][1])
+        low, high = bounds(whole[AVERAGE][1])
         # A mean over other sets is another one.
         theirs = None
         if sorted(map(_own_name, found)) == sorted(paper):
@@ -156,9 +158,8 @@ def rows(
     for name, numbers in table.items():
         row: list[object] = [names[name]]
         for column in shares:
-            low = numbers[f"{column}_low"]
-            high = numbers[f"{column}_high"]
-            row.append(f"{numbers[column]:.1f} ({low:.0f}-{high:.0f})")
+            ends = (percent(numbers[f"{column}_low"]), percent(numbers[f"{column}_high"]))
+            row.append(f"{percent(numbers[column])} ({interval(*ends)})")
         row.append(f"{numbers['searches']:.1f}")
         row.append(f"{numbers['tokens']:.0f}")
         row.append(numbers["n"])
@@ -174,12 +175,12 @@ def gain_rows(found: Mapping[str, Gain]) -> tuple[list[list[object]], list[str]]
     cells = []
     for name, gain in found.items():
         row: list[object] = [names[name]]
-        row += [f"{gain.before:.1f}", f"{gain.after:.1f}"]
-        row.append(f"{gain.gain:+.1f}")
-        row.append(f"{gain.low:+.1f} to {gain.high:+.1f}")
+        row += [percent(gain.before), percent(gain.after)]
+        row.append(difference(gain.gain))
+        row.append(interval(difference(gain.low), difference(gain.high)))
         if gain.paper:
             before, after = gain.paper
-            row += [f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"]
+            row += [percent(before), percent(after), difference(after - before)]
         elif compared:
             row += ["", "", ""]
         cells.append(row)

@@ -36,7 +36,7 @@ from ssp_jax.retriever.search import Retriever
 from ssp_jax.rollout import kv_cache
 from ssp_jax.rollout.engine import Engine, SearchFn, Sizes, Stats
 from ssp_jax.rollout.stops import token_bytes
-from ssp_jax.runtime import device_memory, files
+from ssp_jax.runtime import device_memory, figures, files
 from ssp_jax.runtime.logger import PLAIN_SECONDS, Phase
 
 CPU_CACHE_BYTES = 2 << 30  # keys and values of all slots on a CPU; accelerators say what they have
@@ -415,7 +415,7 @@ def answer_typed(f: Any) -> None:
         player.show = show
         stats = engine.play(m.params, jax.random.key(f.seed), [player])
         line = describe(player.episode(), tokenizer)
-        facts = [f"{stats.sampled_tokens} tokens in {stats.seconds:.1f} s"]
+        facts = [f"{stats.sampled_tokens} tokens in {figures.seconds(stats.seconds)}"]
         facts.append(f"ended by {line['stop_reason']}")
         if f.index:
             searches = len(line["searches"])

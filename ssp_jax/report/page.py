@@ -24,7 +24,7 @@ from ssp_jax.errors import InputError, masked, printable
 from ssp_jax.evaluation.scores import AVERAGE, MEANS, SHARES
 from ssp_jax.game import prompts, rewards
 from ssp_jax.report.curves import Curves, Point
-from ssp_jax.runtime import records
+from ssp_jax.runtime import figures, records
 from ssp_jax.runtime.files import replacing
 
 FILE = "report.html"  # where a page is written, in a run folder
@@ -493,7 +493,7 @@ def lora_note(config: str, steps: Steps) -> str:
     if steps.lora is None:
         return note
     trained, share = steps.lora
-    return f"{note}: {trained / 1e6:,.1f}M parameters are trained, {share:.1%} of the model"
+    return f"{note}: {figures.trained_parameters(trained, trained / share)}"
 
 
 def comparable(evals: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -558,6 +558,7 @@ def page(workdir: Path, most_games: int) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, finalize=_as_text
     )
+    environment.globals["figures"] = figures
     return environment.from_string(source).render(
         name=workdir.resolve().name,
         steps=steps.last,

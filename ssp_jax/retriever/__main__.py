@@ -17,7 +17,7 @@ from ssp_jax.errors import printable
 from ssp_jax.retriever import index
 from ssp_jax.retriever.build import build_index
 from ssp_jax.retriever.search import Retriever
-from ssp_jax.runtime import signals
+from ssp_jax.runtime import figures, signals
 from ssp_jax.runtime.command import Parser, exit_code, user_path
 
 _PROG = "python -m ssp_jax.retriever"
@@ -71,7 +71,7 @@ def _build_command(args: argparse.Namespace) -> None:
     )
     size = sum(path.stat().st_size for path in folder.iterdir())
     passages = len(Retriever.load(folder, threads=1))
-    cost = f"{size / 1e9:.2f} GB, built in {time.monotonic() - start:.0f} s"
+    cost = f"{size / 1e9:.2f} GB, built in {figures.seconds(time.monotonic() - start)}"
     print(printable(f"{folder}: {passages:,} passages, {cost}"))
 
 

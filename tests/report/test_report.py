@@ -134,8 +134,8 @@ def test_page(tmp_path, capsys):
     )
     text = " ".join(" ".join(page.words).split())
     for expected in (
-        "paper/nq 20.0 13 to 55 45.0 13 to 55 +25.0 30.0 30.0 30.0 30.0 30 100",
-        "average 21.0 13 to 55 46.0",
+        "paper/nq 20.0 12.6 to 54.8 45.0 12.6 to 54.8 +25.0 30.0 30.0 30.0 30.0 30 100",
+        "average 21.0 12.6 to 54.8 46.0",
         "judged by policy, with 95 % intervals, at the first and the last evaluation",
         "step 2 verified solved 1/2 proposer's reward 0.50 Which city? → Paris",
         "step 2 too short proposer's reward 0.50 Why? → Paris",
@@ -210,7 +210,7 @@ def test_a_page_says_what_lora_trains(tmp_path):
     first = json.dumps({"step": 1, "seconds": 60.0} | size)
     metrics.write_text(f"{first}\n{metrics.read_text()}")
     text = report.page(workdir, 0)
-    assert "2 projections: 80.7M parameters are trained, 1.0% of the model</p>" in text
+    assert "2 projections: LORA</p>" in text
 
 
 def test_a_run_that_goes_on_is_shown_with_what_is_whole(tmp_path):
@@ -297,15 +297,17 @@ def test_a_gain_is_of_two_evaluations_of_the_same_questions(tmp_path):
     document["sets"]["paper/nq"]["n"] = 50
     first.write_text(json.dumps(document))
     text = words_of(tmp_path)
-    assert "paper/nq 20.0 13 to 55 45.0 13 to 55 30.0 30.0 30.0 30.0 30 50, then 100 " in text
-    assert "average 21.0 13 to 55 46.0 13 to 55 +25.0 30.0 30.0 30.0 30.0 30 100 " in text
+    assert (
+        "paper/nq 20.0 12.6 to 54.8 45.0 12.6 to 54.8 30.0 30.0 30.0 30.0 30 50, then 100 " in text
+    )
+    assert "average 21.0 12.6 to 54.8 46.0 12.6 to 54.8 +25.0 30.0 30.0 30.0 30.0 30 100 " in text
     first.unlink()
-    assert "paper/nq 45.0 13 to 55 30.0 30.0 30.0 30.0 30 100 " in words_of(tmp_path)
+    assert "paper/nq 45.0 12.6 to 54.8 30.0 30.0 30.0 30.0 30 100 " in words_of(tmp_path)
 
 
 def test_a_workdir_that_was_only_evaluated_has_a_page(tmp_path):
     (run_folder(tmp_path) / "metrics.jsonl").unlink()
-    assert "0 steps" in (text := words_of(tmp_path)) and "paper/nq 20.0 13 to 55 45.0" in text
+    assert "0 steps" in (text := words_of(tmp_path)) and "paper/nq 20.0 12.6 to 54.8 45.0" in text
     assert list(charts_of(tmp_path)) == ["Right answers to held-out questions by policy, %"]
 
 
@@ -409,7 +411,7 @@ def test_evaluations_of_other_inputs_are_not_compared(tmp_path):
         "Right answers to held-out questions by policy, %",
         "Right answers to held-out questions by policy with earlier inputs, %",
     ]
-    assert "paper/nq 45.0 13 to 55 30.0" in words_of(tmp_path)
+    assert "paper/nq 45.0 12.6 to 54.8 30.0" in words_of(tmp_path)
 
 
 def test_a_gain_needs_the_same_questions_and_not_only_as_many(tmp_path):
@@ -421,9 +423,10 @@ def test_a_gain_needs_the_same_questions_and_not_only_as_many(tmp_path):
         path.write_text(json.dumps(document))
     text = words_of(tmp_path)
     assert (
-        "paper/nq 20.0 13 to 55 45.0 13 to 55 30.0 30.0 30.0 30.0 30 100, then others, 100" in text
+        "paper/nq 20.0 12.6 to 54.8 45.0 12.6 to 54.8 30.0 30.0 30.0 30.0 30 100, then others, 100"
+        in text
     )
-    assert "average 21.0 13 to 55 46.0 13 to 55 +25.0" in text
+    assert "average 21.0 12.6 to 54.8 46.0 12.6 to 54.8 +25.0" in text
 
 
 def test_a_run_that_has_just_begun(tmp_path):
