@@ -21,9 +21,8 @@ def show(config: ConfigDict, workdir: Path, logger: Logger) -> None:
     write_report(workdir, logger)
     logger.say(f"ask the model: {_to_ask(config, workdir)}")
     logger.say(
-        "your own data: the same command with another --workdir and "
-        "--config.retriever.corpus=PASSAGES.jsonl --config.data.answers=ANSWERS.txt; "
-        "docs/own_data.md has the formats"
+        "your own data, in the formats of docs/own_data.md: the same command with another "
+        "--workdir and --config.retriever.corpus=PASSAGES.jsonl --config.data.answers=ANSWERS.txt"
     )
 
 

@@ -57,7 +57,7 @@ def test_an_adapter_is_asked_beside_its_base(
 ) -> None:
     overrides = ("lora.rank=2", "prompt.worked_example=True", "retriever.kind=http")
     _, ask, _ = last_lines(run_folder(tmp_path), capsys, *overrides)
-    flags = parse_flags(shlex.split(ask)[5:])
+    flags = parse_flags(shlex.split(ask.removeprefix("ask the model: "))[3:])
     assert flags.model == "assets/tiny/model" and flags.adapter == f"{tmp_path}/export"
     assert flags.worked_example and not flags.index
 

@@ -210,7 +210,7 @@ def test_a_page_says_what_lora_trains(tmp_path):
     first = json.dumps({"step": 1, "seconds": 60.0} | size)
     metrics.write_text(f"{first}\n{metrics.read_text()}")
     text = report.page(workdir, 0)
-    assert "2 projections: LORA</p>" in text
+    assert "2 projections: 80,740,352 of 7,696,887,703 parameters are trained (1.0%)</p>" in text
 
 
 def test_a_run_that_goes_on_is_shown_with_what_is_whole(tmp_path):
