@@ -311,5 +311,4 @@ def _finish(run: TrainingRun, now: Progress) -> None:
         before = results["before"]
         after = results["after"]
         evaluate.compare(run.logger, run.workdir / "eval", before, after, figures)
-    if processes.is_coordinator():
-        next_steps.show(config, run.workdir, run.logger)
+    processes.run_on_coordinator(lambda: next_steps.show(config, run.workdir, run.logger))

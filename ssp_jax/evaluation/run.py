@@ -45,8 +45,8 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> None:
             figures = paper_table.table_1(config.model.path)
             before, after = results
             evaluate.compare(context.logger, context.folder, before, after, figures)
-        if processes.is_coordinator():
-            next_steps.write_report(Path(workdir), context.logger)
+        logger = context.logger
+        processes.run_on_coordinator(lambda: next_steps.write_report(Path(workdir), logger))
 
 
 @contextlib.contextmanager
