@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from ssp_jax.errors import InputError, sentence
 from ssp_jax.runtime import signals
 
-_ALIKE = 0.65  # names that differ by a slip of the fingers are more alike than that
+_ALIKE = 0.7  # names that differ by a slip of the fingers are more alike than that
 
 
 class Parser(argparse.ArgumentParser):
