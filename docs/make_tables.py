@@ -19,8 +19,8 @@ CONFIG_KEYS = """\
 
 Made from [configs/default.py](../configs/default.py) by `python docs/make_tables.py`: do not edit.
 A run takes each key as `--config.KEY=VALUE`; a wrong key, type or value ends it at once with one
-sentence. Sources: [P] the paper, arXiv 2510.18821v1; [C] its reference code; [H] this project's
-choice. `""` is an empty text.
+sentence. `python -m ssp_jax --help=WORD` finds keys by a word. Sources: [P] the paper, arXiv
+2510.18821v1; [C] its reference code; [H] this project's choice. `""` is an empty text.
 """
 
 METRICS_HEAD = """\

@@ -15,6 +15,7 @@ import pytest
 
 from configs import default
 from ssp_jax import main
+from ssp_jax.__main__ import COMMANDS
 from ssp_jax.config import (
     FREE_SECTION,
     check_numbers,
@@ -136,7 +137,8 @@ def test_the_keys_of_a_page_are_keys_of_a_config(page: Path) -> None:
             check_numbers(config)
 
 
-PROGRAMS = ("python", "pip", "make", "launch/", "pytest", "docker", "kubectl", "mkdir", "unzip")
+OTHERS = ("pytest", "docker", "kubectl", "mkdir", "unzip")
+PROGRAMS = ("python", "ssp-jax", "pip", "make", "launch/", *OTHERS)
 
 
 def commands_of(page: Path) -> Iterator[list[str]]:
@@ -161,6 +163,8 @@ def check_python(words: list[str]) -> None:
     words = [word for word in words if word not in ("...", "…")]
     if words[:2] == ["-m", "pip"]:
         return check_pip(words[2:])
+    if words[:2] == ["-m", "ssp_jax"]:
+        return check_command(words[2:])
     if words[:2] == ["-m", "ssp_jax.main"]:
         given, _ = main.parse(words[2:])
         check_values(given.config)
@@ -182,6 +186,15 @@ def check_python(words: list[str]) -> None:
         assert flag is None or word in of_config or flag[1] in flags_in(file), word
     assert file.is_file(), words
     return None
+
+
+def check_command(words: list[str]) -> None:
+    """A command of the list, by its name; alone, or with arguments that its module takes."""
+    if words and not words[0].startswith("--help"):
+        command = COMMANDS[words[0]]
+        if words[1:]:
+            module = command.module.removesuffix(".__main__")
+            check_python(["-m", module, *command.arguments, *words[1:]])
 
 
 def check_pip(words: list[str]) -> None:
@@ -211,6 +224,8 @@ def check(words: list[str]) -> None:
     program, *rest = words
     if program in ("python", "python3"):
         check_python(rest)
+    elif program == "ssp-jax":
+        check_command(rest)
     elif program == "pip":
         check_pip(rest)
     elif program.startswith("launch/"):
@@ -219,7 +234,7 @@ def check(words: list[str]) -> None:
         target = next(word for word in rest if "=" not in word)
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     else:
-        assert program in PROGRAMS, words
+        assert program in OTHERS, words
         files = [word for word in rest if re.search(r"/.*\.(py|yaml)$|Dockerfile$", word)]
         assert all((ROOT / word).is_file() for word in files), words
 
