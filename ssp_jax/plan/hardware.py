@@ -41,6 +41,7 @@ class Chip:
     slices: tuple[str, ...]  # that can be had, smallest first
     alone: int = 0  # chips of the largest host that is a slice of its own, if not per_host
     gpu: Gpu | None = None
+    clock: float = 0.0  # GHz, of a TPU's cores
 
     @property
     def usable(self) -> float:
@@ -53,12 +54,15 @@ _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS = ("1", "2", "4", "8", "16", "32", "64", "128")
 
 # cloud.google.com/tpu/docs, one page per generation; memory is the compiler's limit of a program,
-# which differs a little from the published size.
+# which differs a little from the published size. Clocks are not published for all: they are the
+# peak over the FLOPs of a cycle, 2^17 on v5e (four units of 128 x 128), 2^18 on v5p (two cores of
+# such four), 2^19 on v6e and on each core of tpu7x (the power of two above what libtpu's estimate
+# of a large product comes to: 0.78 and 0.85 of it; 0.92 and 0.94 on v5e and v5p).
 TPUS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 819 * GB, 200 * GB, 4, 1, _2D, alone=8),
-    "v6e": Chip(31.25 * GIB, 918e12, 1638 * GB, 400 * GB, 4, 1, _2D, alone=8),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765 * GB, 600 * GB, 4, 1, _3D),
-    "tpu7x": Chip(189.5 * GIB, 2307e12, 7380 * GB, 600 * GB, 4, 2, _3D),
+    "v5e": Chip(15.75 * GIB, 197e12, 819 * GB, 200 * GB, 4, 1, _2D, alone=8, clock=1.5),
+    "v6e": Chip(31.25 * GIB, 918e12, 1638 * GB, 400 * GB, 4, 1, _2D, alone=8, clock=1.75),
+    "v5p": Chip(95.74 * GIB, 459e12, 2765 * GB, 600 * GB, 4, 1, _3D, clock=1.75),
+    "tpu7x": Chip(189.5 * GIB, 2307e12, 7380 * GB, 600 * GB, 4, 2, _3D, clock=2.2),
 }
 
 

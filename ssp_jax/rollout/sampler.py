@@ -183,7 +183,9 @@ def extend(
         earlier = view.attend_slots(q, layer, starts.slot_M, before_M)
         o_MTNH = attention.combine([own, *earlier]).astype(dtype)
         first_M = _after(o_MTNH, before_M)
-        return o_MTNH, view.write(layer, k_MKHT, v_MKTH, starts.slot_M, first_M, count_M)
+        new = [(k_MKHT, v_MKTH)]
+        (written,) = view.write([layer], new, starts.slot_M, first_M, count_M)
+        return o_MTNH, written
 
     _, caches = decoder.forward_cached(
         config, params, tokens_MT, positions_MT, attend, state.caches, dtype=dtype
@@ -310,23 +312,11 @@ def decode_chunk(
     # loop of one step, and on CPU it then copied the whole cache first, half the time of a step (an
     # optimization_barrier does not help).
     count_B = jnp.where(turns.token_B >= 0, running_CB.sum(0), 0)
-    caches = _write_back(view, state, buffers, count_B)
+    # The first count_B steps of the buffers go behind what the caches held.
+    slot_B = jnp.arange(B)
+    caches = view.write(state.caches, buffers, slot_B, state.length_B, count_B)
     state = dataclasses.replace(state, caches=caches, **turns._asdict())
     return state, Chunk(tokens_CB, logprobs_CB, count_B, turns.stop_B)
-
-
-def _write_back(
-    view: kv_cache.View,
-    state: SamplerState,
-    buffers: tuple[tuple[jax.Array, jax.Array], ...],
-    count_B: jax.Array,
-) -> tuple[Any, ...]:
-    """The caches, with the first count_B steps of a chunk's buffers behind what they held."""
-    slot_B = jnp.arange(len(count_B))
-    return tuple(
-        view.write(layer, *buffer, slot_B, state.length_B, count_B)
-        for layer, buffer in zip(state.caches, buffers, strict=True)
-    )
 
 
 def _buffers(
