@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -11,7 +12,7 @@ from ssp_jax.game import rules
 from ssp_jax.model import decoder
 from ssp_jax.plan.hardware import Chip
 from ssp_jax.plan.memory import Target, cache_layout, persistent_bytes
-from ssp_jax.rollout.kv_cache import token_bytes
+from ssp_jax.rollout.kv_cache import Layout, token_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +118,37 @@ def _decode(target: Target, load: Workload, costs: _TokenCosts, copy: float) -> 
     """copy: bytes of the sampler's copy."""
     m = target.model
     item = target.dtype.itemsize
-    # An episode has half of its tokens on average; where memory is short fewer slots are busy.
     layout = cache_layout(target)
-    busy = target.hosts * min(layout.rows[0], layout.tokens / (load.tokens / 2))
-    steps = math.ceil(load.played * load.sampled / busy)
-    slots = busy / target.row_shards
-    cache = slots * load.tokens / 2 * token_bytes(m, target.dtype) / target.tensor
+    busy = _busy_slots(layout, load)
+    steps = math.ceil(load.played * load.sampled / (target.hosts * busy))
+    slots = busy / layout.shards
+    tokens = tokens_read(layout, target.sizes.row_shares, load.tokens, slots)
+    cache = tokens * token_bytes(m, target.dtype) / target.tensor
     # All weights are read but an embedding table that is not the head, of which a row is.
     weights = copy - (0 if m.tie_embeddings else costs.table * item / target.tensor)
     return Work(flops=steps * slots * costs.forward / target.tensor, hbm=steps * (weights + cache))
+
+
+def _busy_slots(layout: Layout, load: Workload) -> float:
+    """Slots of a host that decode: an episode has half of its tokens on average.
+
+    Where memory is short, they are fewer than all.
+    """
+    return min(layout.rows[0], layout.tokens / (load.tokens / 2))
+
+
+def tokens_read(layout: Layout, shares: Sequence[float], tokens: int, slots: float) -> int:
+    """Tokens whose keys and values a decode step reads in each shard of the slots.
+
+    It reads whole pieces of the cache, and of the deepest a share of the rows. tokens: of each
+    episode when it ends; slots: of a shard, as many at any length.
+    """
+    depth = layout.depth(tokens)
+    *earlier, deepest = zip(layout.per_shard.rows[:depth], layout.lengths[:depth], strict=True)
+    in_deepest = slots * (1 - layout.starts[depth - 1] / tokens)
+    buckets = layout.row_buckets(depth, shares)
+    rows = min(bucket for bucket in buckets if bucket >= min(in_deepest, buckets[-1]))
+    return rows * deepest[1] + sum(n * length for n, length in earlier)
 
 
 def _update(

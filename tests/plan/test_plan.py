@@ -14,7 +14,7 @@ from ssp_jax.plan import __main__ as command
 from ssp_jax.plan import compile, hardware, memory, roofline
 from ssp_jax.plan import planner as plan
 from ssp_jax.plan.hardware import GIB
-from ssp_jax.rollout import engine
+from ssp_jax.rollout import engine, kv_cache
 from ssp_jax.runtime import platform
 from tests.conftest import ROOT
 
@@ -226,6 +226,40 @@ def test_the_7b_arithmetic_by_hand() -> None:
     weights_only = 10 * (COUNTS["Qwen2.5-7B"] - 152064 * 3584) * load.trained * 3000 / 8
     assert weights_only < work["update"].flops < 1.1 * weights_only
     assert work["decode"].hbm > 1792 * 1000 / 64 * 13e9
+
+
+@pytest.mark.parametrize(
+    ("tokens", "read"),
+    [
+        (900, 64 * 1024),
+        # beyond 1,024 tokens are a ninth, a third and two thirds of the slots: 8, 22 and 43
+        (1152, 64 * 1024 + 8 * 3072),
+        (1536, 64 * 1024 + 32 * 3072),
+        (3072, 64 * 4096),
+        # beyond 4,096 a fifth, and all rows of the pieces before
+        (5120, 64 * 4096 + 16 * 8192),
+    ],
+)
+def test_a_step_reads_the_rows_of_the_deepest_piece_that_are_in_use(tokens: int, read: int) -> None:
+    layout = kv_cache.full_layout((1024, 4096, 12288), 128, shards=2)
+    assert roofline.tokens_read(layout, (0.125, 0.25, 0.5), tokens, 64) == read
+    # Where there are fewer rows than slots would take, all of them.
+    few = kv_cache.Layout(layout.ends, (128, 16, 4), shards=2)
+    of_few = {900: 64 * 1024, 5120: 64 * 1024 + 8 * 3072 + 2 * 8192}
+    assert roofline.tokens_read(few, (), tokens, 64) == of_few.get(tokens, 64 * 1024 + 8 * 3072)
+
+
+def test_the_decode_bound_counts_the_shares_of_rows() -> None:
+    model = presets.ARCHITECTURES["Qwen2.5-7B"]
+    token = 28 * 2 * 4 * 128 * 2
+    hbm = []
+    for shares in ((), (0.5,)):
+        s = target(model, engine__row_shares=shares)
+        # up to 1,280 tokens: a fifth of the 8 slots of a device is beyond 1,024
+        load = roofline.workload(s.config, 1280, 1000)
+        hbm.append(roofline.work(s, load)["decode"].hbm)
+    steps = 1792 * 1000 / 64
+    assert hbm[0] - hbm[1] == steps * 4 * 3072 * token
 
 
 def test_workload_follows_the_roles() -> None:
