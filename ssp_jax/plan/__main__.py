@@ -3,8 +3,9 @@
     python -m ssp_jax.plan --config=configs/qwen7b.py --topology=v5p:2x2x2 [--config.KEY=VALUE ...]
 
 The run's programs are compiled ahead of time by the hardware's own compiler, which needs a CPU only
-and reports the memory that they take: for TPUs pip install '.[plan]', for GPUs '.[plan-gpu]'.
-Without it temporaries are estimates. Exit codes: 0 it fits; 1 it does not; 2 bad input.
+and reports the memory that they take, and for TPUs what time it expects them to take: for TPUs
+pip install '.[plan]', for GPUs '.[plan-gpu]'. Without it temporaries are estimates. Exit codes: 0
+it fits; 1 it does not; 2 bad input.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Compiling a run's programs ahead of time for absent TPUs or GPUs: their memory and FLOPs.
+"""Compiling a run's programs ahead of time for absent TPUs or GPUs: their memory, FLOPs, cycles.
 
 The PyPI package libtpu holds the whole TPU compiler, JAX's CUDA plugin that for GPUs, and both run
 on any CPU.
@@ -22,6 +22,7 @@ from ssp_jax.game.roles import ROLES
 from ssp_jax.learner import batches, update
 from ssp_jax.model import sharding, weights
 from ssp_jax.plan import gpu_target
+from ssp_jax.plan.cycles import estimated_cycles
 from ssp_jax.plan.hardware import Slice
 from ssp_jax.plan.memory import (
     Target,
@@ -107,6 +108,7 @@ class Program:
     temporaries: float  # bytes beyond persistent arrays, padding and code included
     flops: float | None  # None: the compiler does not count them
     fits: bool  # False: the compiler gave up
+    cycles: float = 0.0  # of a TPU, in loops, too: see plan.cycles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,7 @@ class _Source:
     arguments: tuple[Any, ...]  # shapes with shardings
     options: dict[str, Any]
     persistent_outputs: float = 0.0  # bytes of outputs that are no temporaries
+    turns: float = 1.0  # mean number of turns of the loops for which it depends on data
 
     def executable(self, xla: Mapping[str, str | bool]) -> jax.stages.Compiled:
         """xla: of compile_options()."""
@@ -147,7 +150,8 @@ class _Source:
             seconds = time.monotonic() - start
             return Program(self.name, self.phase, seconds, temporaries, None, False)
         memory = compiled.memory_analysis()
-        assert memory is not None
+        text = compiled.as_text()
+        assert memory is not None and text is not None
         cost = compiled.cost_analysis()  # None of a GPU's program
         temporaries = (
             memory.output_size_in_bytes
@@ -166,6 +170,7 @@ class _Source:
             # A program without arithmetic has no entry for it.
             flops=None if cost is None else cost.get("flops", 0.0),
             fits=True,
+            cycles=estimated_cycles(text, self.turns),
         )
 
 
@@ -192,7 +197,7 @@ def _sampler_sources(target: Target) -> Iterator[_Source]:
 
     # Prefill.
     M = target.extend_rows * layout.shards
-    T = max(b for b in sizes.extend_buckets if b <= sizes.cache_tokens)
+    T = target.extend_tokens
     starts = {field.name: struct(jnp.int32, M) for field in dataclasses.fields(sampler.TurnStarts)}
     starts["temperature_M"] = struct(jnp.float32, M)
     arguments: tuple[Any, ...] = (
@@ -203,7 +208,11 @@ def _sampler_sources(target: Target) -> Iterator[_Source]:
         struct(jnp.int32, M, T),
         struct(jnp.int32, M),
     )
-    yield _Source(f"prefill of {M} x {T}", "prefill", sampler.extend, arguments, options)
+    # Each row is written into one of the pieces.
+    turns = target.extend_rows / buckets
+    yield _Source(
+        f"prefill of {M} x {T}", "prefill", sampler.extend, arguments, options, turns=turns
+    )
 
     # Decode. A stop automaton has at most one state a byte.
     V = target.model.vocab_size
@@ -220,7 +229,8 @@ def _sampler_sources(target: Target) -> Iterator[_Source]:
     # A new dict: the prefill has the other.
     options = options | {"eos": (0,), "steps": sizes.chunk}
     name = f"decode of {sizes.slots} slots"
-    yield _Source(name, "decode", sampler.decode_chunk, arguments, options)
+    turns = layout.per_shard.rows[0] / buckets
+    yield _Source(name, "decode", sampler.decode_chunk, arguments, options, turns=turns)
 
 
 def _reshard_sources(target: Target) -> Iterator[_Source]:
@@ -258,15 +268,18 @@ def _learner_sources(target: Target) -> Iterator[_Source]:
     programs = update.jit_programs(c, jax.tree.map(lambda x: x.sharding, state))
     batch = placed(batches.empty_batch(c.rows, c.row_tokens), by_rows)
     logp_BT = batch.sampler_logp_BT
+    # Chunks of logits, where all tokens of a row are sampled.
+    chunks = c.row_tokens / c.logprob_chunk
     if c.kl_coef:
         arguments: tuple[Any, ...] = (cast(state.params, c.dtype), frozen, batch)
-        yield _Source("scores of the reference", "scores", programs.score, arguments, {})
+        name = "scores of the reference"
+        yield _Source(name, "scores", programs.score, arguments, {}, turns=chunks)
 
     _, sums = jax.eval_shape(programs.zero_total, state.params)
     total = (state.params, placed(sums, replicated))
     arguments = (total, state.params, frozen, batch, logp_BT, logp_BT if c.kl_coef else None)
     name = f"gradients of {c.rows} x {c.row_tokens}"
-    yield _Source(name, "gradients", programs.accumulate, arguments, {})
+    yield _Source(name, "gradients", programs.accumulate, arguments, {}, turns=chunks)
 
     arguments = (state, state.params)
     yield _Source("optimizer step", "optimizer", programs.apply, arguments, {})

@@ -103,6 +103,12 @@ class Target:
         return self.sizes.rows_per_shard(self.row_shards // self.hosts)
 
     @property
+    def extend_tokens(self) -> int:
+        """Tokens of each row of the longest prefill."""
+        sizes = self.sizes
+        return max(bucket for bucket in sizes.extend_buckets if bucket <= sizes.cache_tokens)
+
+    @property
     def learner(self) -> LearnerConfig:
         return assemble.make_learner_config(self.config, self.model, self.mesh, self.platform)
 

@@ -445,6 +445,29 @@ def _time_lines(plan: Plan, load: roofline.Workload) -> Iterator[str]:
         yield f"  {phase:<10}{sizes}{seconds[bound]:10.2f}   {bound}"
     yield f"  {'total':<10}{total:46.2f}"
     yield from _flops_lines(plan)
+    yield from _cycle_lines(plan, load)
+
+
+def _cycle_lines(plan: Plan, load: roofline.Workload) -> Iterator[str]:
+    """What a TPU's compiler expects of the step, beside the lower bound."""
+    if not (plan.programs and plan.slice.is_tpu):
+        return
+    clock = plan.slice.device.clock
+    yield (
+        f"the compiler's own estimates at {clock} GHz, which nobody has run: operations one after "
+        "the other, no Pallas kernels (attention of the update)"
+    )
+    yield f"  {'':<30}{'ms a call':>12}{'calls':>10}{'seconds':>10}"
+    calls = roofline.calls(plan.target, load)
+    total = 0.0
+    for program in plan.programs:
+        if program.phase in calls:
+            number = calls[program.phase]
+            seconds = program.cycles / (clock * 1e9)
+            total += number * seconds
+            times = f"{1e3 * seconds:12.4g}{number:10.4g}{number * seconds:10.3g}"
+            yield f"  {program.name:<30}{times}"
+    yield f"  {'total':<30}{total:32.3g}"
 
 
 def _flops_lines(plan: Plan) -> Iterator[str]:

@@ -71,6 +71,28 @@ def work(target: Target, load: Workload) -> dict[str, Work]:
     }
 
 
+def calls(target: Target, load: Workload) -> dict[str, float]:
+    """How often a step calls the largest program of a phase of play or update, on each device."""
+    given = load.played * (load.tokens - load.sampled)
+    micro_batches = _micro_batches(target, load)
+    return {
+        "prefill": given / (target.row_shards * target.extend_rows * target.extend_tokens),
+        "decode": _decode_steps(target, cache_layout(target), load) / target.sizes.chunk,
+        "scores": micro_batches,
+        "gradients": micro_batches,
+        "optimizer": _optimizer_steps(target),
+    }
+
+
+def _micro_batches(target: Target, load: Workload) -> int:
+    c = target.config.learner
+    return math.ceil(load.trained * load.tokens / (c.rows * c.row_tokens))
+
+
+def _optimizer_steps(target: Target) -> int:
+    return sum(assemble.updates(target.config).values())
+
+
 @dataclasses.dataclass(frozen=True)
 class _TokenCosts:
     """Parameters of a model, and FLOPs of a token."""
@@ -119,9 +141,8 @@ def _decode(target: Target, load: Workload, costs: _TokenCosts, copy: float) -> 
     m = target.model
     item = target.dtype.itemsize
     layout = cache_layout(target)
-    busy = _busy_slots(layout, load)
-    steps = math.ceil(load.played * load.sampled / (target.hosts * busy))
-    slots = busy / layout.shards
+    slots = _busy_slots(layout, load) / layout.shards
+    steps = _decode_steps(target, layout, load)
     tokens = tokens_read(layout, target.sizes.row_shares, load.tokens, slots)
     cache = tokens * token_bytes(m, target.dtype) / target.tensor
     # All weights are read but an embedding table that is not the head, of which a row is.
@@ -135,6 +156,11 @@ def _busy_slots(layout: Layout, load: Workload) -> float:
     Where memory is short, they are fewer than all.
     """
     return min(layout.rows[0], layout.tokens / (load.tokens / 2))
+
+
+def _decode_steps(target: Target, layout: Layout, load: Workload) -> int:
+    busy = target.hosts * _busy_slots(layout, load)
+    return math.ceil(load.played * load.sampled / busy)
 
 
 def tokens_read(layout: Layout, shares: Sequence[float], tokens: int, slots: float) -> int:
@@ -165,8 +191,8 @@ def _update(
     # As much as forward for the gradients of activations; attention is twice of that kind.
     backward = costs.forward + costs.attention + costs.weight_gradients
     tokens = load.trained * load.tokens
-    micro_batches = math.ceil(tokens / (c.rows * c.row_tokens))
-    optimizer_steps = sum(assemble.updates(target.config).values())
+    micro_batches = _micro_batches(target, load)
+    optimizer_steps = _optimizer_steps(target)
     # Bytes over links: weights in each forward pass, gradients once.
     sent = costs.parameters * forwards * target.dtype.itemsize + costs.trained * 4
     return Work(

@@ -526,6 +526,12 @@ def test_the_tpu_compiler_agrees_with_the_shapes() -> None:
         assert p.temporaries[phase] < 0.4 * in_blocks[phase], phase
     text = "\n".join(plan.report(p, roofline.workload(c, 300, 100)))
     assert "compiled by libtpu" in text and "attention of the update: splash" in text
+    # of a step all programs but the reshard, with the optimizer step for each of two roles
+    *_, estimates = text.partition("the compiler's own estimates at 1.75 GHz")
+    lines = estimates.splitlines()[2:8]
+    names = ("prefill of", "decode of", "scores of", "gradients of", "optimizer step", "total")
+    assert all(name in line for name, line in zip(names, lines, strict=True))
+    assert all(float(line.split()[-1]) > 0 for line in lines)
 
 
 @pytest.mark.ci
