@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ssp_jax import assemble
 from ssp_jax.config import flatten_config
 from ssp_jax.errors import InputError, printable
-from ssp_jax.model import hf_load, presets, sharding
+from ssp_jax.model import decoder, hf_load, presets, sharding
 from ssp_jax.model.decoder import ModelConfig
 from ssp_jax.plan import compile, hardware, memory, roofline
 from ssp_jax.plan.hardware import GIB, Slice
@@ -526,9 +526,25 @@ def report(plan: Plan, load: roofline.Workload) -> Iterator[str]:
         yield from _change_lines(plan)
     elif math.isinf(plan.target.cache_room):
         yield "it fits"
+        yield from _remat_lines(plan)
     else:
         yield "it fits; keys and values get what the programs leave"
         yield from _room_lines(plan)
+        yield from _remat_lines(plan)
+
+
+def _remat_lines(plan: Plan) -> Iterator[str]:
+    """The flag with which the update computes least a second time, where it has the room."""
+    config = plan.target.config
+    for remat in reversed(decoder.REMAT):
+        if remat == config.model.remat:
+            return
+        values = {"model.remat": remat}
+        changed = with_values(config, values)
+        after = _estimate(changed, plan.target.model, plan.slice, plan.scale)
+        if after is not None and after.shortfall == 0:
+            yield f"there is room to compute less twice (estimate): {_overrides(values)}"
+            return
 
 
 def _slots_after(plan: Plan, values: Mapping[str, Any]) -> int:

@@ -411,6 +411,23 @@ def test_a_plan_that_does_not_fit_names_lora_where_it_is_enough() -> None:
         assert "lora" not in "\n".join(plan.report(with_lora, load))
 
 
+def test_the_remat_that_computes_least_is_offered_where_it_fits() -> None:
+    values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 64, "engine__slots": 16}
+
+    def offered(hbm: float, remat: str = "full") -> list[str]:
+        p = small_plan(hbm, **values, model__remat=remat)
+        lines = plan.report(p, roofline.workload(p.target.config, 300, 100))
+        return [line.split("=")[-1] for line in lines if "compute less twice" in line]
+
+    need = {
+        remat: max(small_plan(GIB, **values, model__remat=remat).peaks.values()) / 0.94
+        for remat in ("none", "dots", "attention", "full")
+    }
+    assert list(need.values()) == sorted(need.values(), reverse=True)
+    assert [offered(size) for size in need.values()] == [["none"], ["dots"], ["attention"], []]
+    assert offered(need["none"], "none") == offered(need["dots"], "dots") == []
+
+
 def test_a_smaller_cache_or_offloading_is_offered_where_it_is_enough() -> None:
     values: dict[str, Any] = {"learner__row_tokens": 512, "learner__rows": 4, "engine__slots": 2048}
     values |= {"engine__extend_rows": 1, "engine__kv_cache_gib": 1.0}
