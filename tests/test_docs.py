@@ -113,6 +113,14 @@ def test_the_readme_leads_to_every_page() -> None:
     assert {page.name for page in DOCS.glob("*.md")} <= linked
 
 
+def test_the_readme_has_the_bounds_of_the_page_of_plans() -> None:
+    row = re.compile(r"^\| qwen7b \| (\S+) .* (\d+) s \|$", re.MULTILINE)
+    bounds = dict(row.findall((DOCS / "plan.md").read_text()))
+    readme = (ROOT / "README.md").read_text()
+    assert f"at least {bounds['gpu:h100x8']} s a step" in readme
+    assert f"at least {bounds['v5p:2x2x2']} and {bounds['v6e:4x4']} s" in readme
+
+
 def keys_in(page: Path) -> Iterator[str]:
     """What stands in a page as `section.key` or `section.key=value`."""
     text = prose(page)
