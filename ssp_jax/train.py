@@ -36,7 +36,7 @@ from ssp_jax.workdir import as_read
 def train(config: ConfigDict, workdir: str) -> None:
     """Runs or resumes self-play up to config.steps.
 
-    Leaves metrics, checkpoints, summary.json and an export in the workdir.
+    Leaves metrics, checkpoints, summary.json, an export and report.html in the workdir.
     """
     with assemble.training_run(config, workdir) as (run, now), _saved_at_the_end(run, now):
         _warm_up(run, now)

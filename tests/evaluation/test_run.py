@@ -108,6 +108,8 @@ def test_a_complete_evaluation_is_shown_again_without_playing(trained, capsys):
         "Right by cover_em, 1 steps of self-play" in shown
         and "initial weights of assets/tiny/model" in shown
     )
+    assert f"report: {trained}/report.html, for a browser" in shown
+    assert "step 1" in (trained / "report.html").read_text()
     for path, text in before.items():
         assert (
             path.name in ("metrics.jsonl", "gain.json")
