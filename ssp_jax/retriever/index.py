@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from ssp_jax.data import Document, parse_document, parse_row
 from ssp_jax.errors import InputError, reading
 from ssp_jax.retriever import bm25
 from ssp_jax.retriever.progress import Progress
@@ -45,6 +46,7 @@ _ARRAYS = {
     OFFSETS: np.int64,
     LINE_SUMS: np.uint32,
 }
+_POSTINGS = (bm25.SCORES, bm25.ROWS, bm25.STARTS, bm25.MAX_IMPACT)
 _META_TYPES = {
     "format": int,
     "settings": dict,
@@ -58,6 +60,32 @@ ANEW = "delete the index to build it anew"
 
 
 @dataclass(frozen=True)
+class Passages:
+    """The passages of an index, mapped from disk. One is known by its row in the corpus, from 0."""
+
+    path: Path
+    offsets: np.ndarray  # int64 [passages + 1], where each line of `lines` begins
+    line_sums: np.ndarray  # uint32 [passages], the CRC-32 of each line
+    lines: np.ndarray  # uint8, the bytes of PASSAGES
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, corpus_row: int) -> Document:
+        """The passage of a row. Raises InputError if its bytes were changed on disk."""
+        if not 0 <= corpus_row < len(self):
+            raise IndexError(f"row {corpus_row} of an index with {len(self)} passages")
+        begin, end = self.offsets[corpus_row : corpus_row + 2]
+        line = self.lines[begin:end].tobytes()
+        number = corpus_row + 1
+        if zlib.crc32(line) != self.line_sums[corpus_row]:
+            raise InputError(
+                f"{self.path} line {number}: expected the bytes that were written; {ANEW}"
+            )
+        return parse_document(parse_row(str(self.path), number, line))
+
+
+@dataclass(frozen=True)
 class Index:
     """An open index. The arrays are mapped from files; plain ones, for Numba knows no np.memmap."""
 
@@ -67,9 +95,7 @@ class Index:
     rows: np.ndarray  # uint32 [postings], their corpus rows, ascending for each term
     starts: np.ndarray  # int64 [terms + 1], where the postings of each term begin
     max_impact: np.ndarray  # float32 [terms], the highest score of each term
-    offsets: np.ndarray  # int64 [passages + 1], where each line of `passages` begins
-    line_sums: np.ndarray  # uint32 [passages], the CRC-32 of each line
-    passages: np.ndarray  # uint8, the bytes of PASSAGES
+    passages: Passages
 
 
 def checked_settings(stemmer: object, stopwords: object, k1: object, b: object) -> dict[str, Any]:
@@ -170,17 +196,12 @@ def digest_in_meta(meta: dict[str, Any]) -> str:
 def open_index(folder: Path, progress: Progress) -> Index:
     """Maps the files and checks them. Raises InputError, one sentence that names the file."""
     meta = read_meta(folder)
-    for name, size in meta["files"].items():
-        path = folder / name
-        found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-        if found != f"{size} bytes":
-            raise InputError(f"{path}: expected {size} bytes, found {found}; {ANEW}")
-
+    _check_sizes(folder, meta["files"])
     with _pool() as pool:
         _check_sums(folder, meta["sums"], pool, progress)
         with reading(str(folder / VOCABULARY)):
             vocabulary = json.loads((folder / VOCABULARY).read_bytes())
-        arrays = {name: _open_array(folder / name, dtype) for name, dtype in _ARRAYS.items()}
+        arrays = {name: _open_array(folder / name, _ARRAYS[name]) for name in _POSTINGS}
         index = Index(
             meta=meta,
             vocabulary=vocabulary,
@@ -188,13 +209,41 @@ def open_index(folder: Path, progress: Progress) -> Index:
             rows=arrays[bm25.ROWS].view(np.uint32),
             starts=arrays[bm25.STARTS],
             max_impact=arrays[bm25.MAX_IMPACT],
-            offsets=arrays[OFFSETS],
-            line_sums=arrays[LINE_SUMS],
-            passages=np.asarray(np.memmap(folder / PASSAGES, np.uint8, mode="r")),
+            passages=_open_passages(folder),
         )
         _check_lengths(folder, index)
+        _check_passages(folder, index.passages, meta["passages"])
         _check_postings(folder, index, pool, progress)
     return index
+
+
+def open_passages(folder: Path, progress: Progress) -> tuple[dict[str, Any], Passages]:
+    """The meta and the passages of an index alone, checked. Raises InputError."""
+    meta = read_meta(folder)
+    _check_sizes(folder, {name: meta["files"][name] for name in (PASSAGES, OFFSETS, LINE_SUMS)})
+    with _pool() as pool:
+        sums = {name: meta["sums"][name] for name in (OFFSETS, LINE_SUMS)}
+        _check_sums(folder, sums, pool, progress)
+    passages = _open_passages(folder)
+    _check_passages(folder, passages, meta["passages"])
+    return meta, passages
+
+
+def _open_passages(folder: Path) -> Passages:
+    return Passages(
+        path=folder / PASSAGES,
+        offsets=_open_array(folder / OFFSETS, _ARRAYS[OFFSETS]),
+        line_sums=_open_array(folder / LINE_SUMS, _ARRAYS[LINE_SUMS]),
+        lines=np.asarray(np.memmap(folder / PASSAGES, np.uint8, mode="r")),
+    )
+
+
+def _check_sizes(folder: Path, files: dict[str, int]) -> None:
+    for name, size in files.items():
+        path = folder / name
+        found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+        if found != f"{size} bytes":
+            raise InputError(f"{path}: expected {size} bytes, found {found}; {ANEW}")
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -234,39 +283,42 @@ def _open_array(path: Path, dtype: type) -> np.ndarray:
     return np.asarray(array)
 
 
+def _check(is_right: bool, path: Path, expected: str) -> None:
+    if not is_right:
+        raise InputError(f"{path}: expected {expected}; {ANEW}")
+
+
 def _check_lengths(folder: Path, index: Index) -> None:
-    """Checks all that the kernels and the reading of passages rely on, but for the postings."""
+    """Checks what the kernels rely on, but for the postings."""
     terms = len(index.max_impact)
     postings = len(index.scores)
-    passages = index.meta["passages"]
-    size = len(index.passages)
-
-    def check(is_right: bool, name: str, expected: str) -> None:
-        if not is_right:
-            raise InputError(f"{folder / name}: expected {expected}; {ANEW}")
-
     is_positive = np.isfinite(index.max_impact) & (index.max_impact > 0)
-    check(bool(is_positive.all()), bm25.MAX_IMPACT, "finite scores above 0")
-    check(
+    _check(bool(is_positive.all()), folder / bm25.MAX_IMPACT, "finite scores above 0")
+    _check(
         _numbers_terms(index.vocabulary, terms),
-        VOCABULARY,
+        folder / VOCABULARY,
         f"words with the numbers 0 to {terms - 1}, each once",
     )
-    check(len(index.rows) == postings, bm25.ROWS, f"{postings} rows, one for each score")
-    check(
+    _check(len(index.rows) == postings, folder / bm25.ROWS, f"{postings} rows, one for each score")
+    _check(
         _ascends(index.starts, terms, postings),
-        bm25.STARTS,
+        folder / bm25.STARTS,
         f"{terms + 1} ascending numbers from 0 to {postings}, the number of scores",
     )
-    check(
-        0 < len(index.line_sums) == passages < 2**31,
-        LINE_SUMS,
-        f"{passages} numbers, one for each passage",
+
+
+def _check_passages(folder: Path, passages: Passages, number: int) -> None:
+    """Checks what the reading of passages relies on. number: of passages."""
+    size = len(passages.lines)
+    _check(
+        0 < len(passages.line_sums) == number < 2**31,
+        folder / LINE_SUMS,
+        f"{number} numbers, one for each passage",
     )
-    check(
-        _ascends(index.offsets, passages, size),
-        OFFSETS,
-        f"{passages + 1} ascending numbers from 0 to {size}, the bytes of {PASSAGES}",
+    _check(
+        _ascends(passages.offsets, number, size),
+        folder / OFFSETS,
+        f"{number + 1} ascending numbers from 0 to {size}, the bytes of {PASSAGES}",
     )
 
 
@@ -293,7 +345,7 @@ def _check_postings(
     comparison or none.
     """
     terms = len(index.max_impact)
-    passages = len(index.line_sums)
+    passages = len(index.passages)
     cuts = np.searchsorted(index.starts, np.arange(0, len(index.scores), RANGE_POSTINGS))
     ranges = list(itertools.pairwise([*np.unique(cuts).tolist(), terms]))
 

@@ -35,6 +35,8 @@ class RemoteRetriever:
     Raises InputError, which ends the run, if the server does not answer after all retries.
     """
 
+    program_bytes = 0  # on a device, that a search takes
+
     def __init__(
         self, url: str, probes: Sequence[str], *, top_k: int, timeout_s: float, retries: int
     ) -> None:

@@ -9,12 +9,12 @@ bm25s is imported inside functions only, when an index is built: `import bm25s` 
 which jax.distributed.initialize() raises. Open a retriever after the distributed start.
 """
 
+import abc
 import itertools
 import os
 import queue
 import sys
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +24,11 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from ssp_jax.data import Document, parse_document, parse_row
+from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.retriever import bm25, index
 from ssp_jax.retriever.build import ensure_index, recover
-from ssp_jax.retriever.index import Index
+from ssp_jax.retriever.index import Index, Passages
 from ssp_jax.retriever.progress import Progress
 
 # Some 100,000 queries of an index; 20,000 of a server, whose passages are cached as well.
@@ -48,12 +48,13 @@ Hits = tuple[tuple[int, float], ...]  # corpus row and score, best first
 
 
 class Searcher(Protocol):
-    """The search that a run needs: Retriever or RemoteRetriever.
+    """The search that a run needs: a LocalRetriever or a RemoteRetriever.
 
     Its corpus rows are those of the corpus, or the passages that a server found at the start.
     """
 
     source: str  # what is searched; if it differs, the same query may find other passages
+    program_bytes: int  # on a device, that a search takes beside what stays there
 
     def __len__(self) -> int: ...
     def document(self, corpus_row: int) -> Document: ...
@@ -124,13 +125,48 @@ class _Batch:
     found: np.ndarray  # int64 [queries]
 
 
-class Retriever:
-    """A loaded index. Several threads may search at the same time."""
+class LocalRetriever(abc.ABC):
+    """An index in this process. Several threads may search at the same time."""
 
-    def __init__(self, folder: Path, index_files: Index, threads: int = 0) -> None:
+    program_bytes = 0  # on a device, that a search takes beside what stays there
+
+    def __init__(self, passages: Passages, source: str) -> None:
+        self.passages = passages
+        self.source = source
+        self._cache: QueryCache[Hits] = QueryCache(CACHE_BYTES, lambda hits: _HIT_BYTES * len(hits))
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+    def document(self, corpus_row: int) -> Document:
+        """The passage of a row, from 0. Raises InputError if its bytes were changed on disk."""
+        return self.passages.document(corpus_row)
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
+        """For each query at most top_k passages, best first."""
+        results = []
+        for hits in self.hits(queries, top_k):
+            results.append([self.document(corpus_row) for corpus_row, _ in hits])
+        return results
+
+    def hits(self, queries: Sequence[str], top_k: int) -> list[Hits]:
+        """For each query the best top_k corpus rows and their scores.
+
+        The higher score comes first, at equal scores the lower row, also where top_k cuts a tie.
+        """
+        return self._cache.get([shortened(query) for query in queries], top_k, self._search)
+
+    @abc.abstractmethod
+    def _search(self, queries: Sequence[str], top_k: int) -> list[Hits]:
+        """The hits of each of these queries."""
+
+
+class Retriever(LocalRetriever):
+    """A loaded BM25 index. It finds passages that share a word with the query."""
+
+    def __init__(self, index_files: Index, threads: int = 0) -> None:
         """threads: how many search one batch together, 0 for all cores."""
-        self._path = str(folder / index.PASSAGES)
-        self.source = index.digest_in_meta(index_files.meta)
+        super().__init__(index_files.passages, index.digest_in_meta(index_files.meta))
         self._index = index_files
         # As the kernels take them.
         self._postings = (
@@ -146,7 +182,6 @@ class Retriever:
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
         self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
-        self._cache: QueryCache[Hits] = QueryCache(CACHE_BYTES, lambda hits: _HIT_BYTES * len(hits))
         self._search([""], 1)  # compiles the kernels, or loads them from Numba's cache
 
     @classmethod
@@ -158,40 +193,10 @@ class Retriever:
         folder = Path(index_dir)
         recover(folder)
         try:
-            return cls(folder, index.open_index(folder, Progress()), threads)
+            return cls(index.open_index(folder, Progress()), threads)
         # of the index, or of the folder where Numba caches the compiled kernels
         except OSError as error:
             raise InputError(f"{folder}: expected an index that can be read ({error})") from None
-
-    def __len__(self) -> int:
-        return len(self._index.offsets) - 1
-
-    def document(self, corpus_row: int) -> Document:
-        """The passage of a row, from 0. Raises InputError if its bytes were changed on disk."""
-        if not 0 <= corpus_row < len(self):
-            raise IndexError(f"row {corpus_row} of an index with {len(self)} passages")
-        begin, end = self._index.offsets[corpus_row : corpus_row + 2]
-        line = self._index.passages[begin:end].tobytes()
-        number = corpus_row + 1
-        if zlib.crc32(line) != self._index.line_sums[corpus_row]:
-            raise InputError(
-                f"{self._path} line {number}: expected the bytes that were written; {index.ANEW}"
-            )
-        return parse_document(parse_row(self._path, number, line))
-
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
-        """For each query at most top_k passages that share a word with it, best first."""
-        results = []
-        for hits in self.hits(queries, top_k):
-            results.append([self.document(corpus_row) for corpus_row, _ in hits])
-        return results
-
-    def hits(self, queries: Sequence[str], top_k: int) -> list[Hits]:
-        """For each query the best top_k corpus rows that share a word with it, and their scores.
-
-        The higher score comes first, at equal scores the lower row, also where top_k cuts a tie.
-        """
-        return self._cache.get([shortened(query) for query in queries], top_k, self._search)
 
     def _search(self, queries: Sequence[str], top_k: int) -> list[Hits]:
         batch = self._make_batch(queries, top_k)
