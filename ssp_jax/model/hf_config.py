@@ -41,6 +41,7 @@ _INTS = {
 }
 _FLOATS = {
     "rms_norm_eps": 1.0,
+    "layer_norm_eps": 1.0,
     "rope_theta": 1e15,
     "factor": 1e6,
     "low_freq_factor": 1e6,

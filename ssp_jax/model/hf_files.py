@@ -37,6 +37,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# The end of the name of a table of whole numbers that old folders of encoders hold; it is not read.
+POSITIONS = "embeddings.position_ids"
 Bounds = tuple[int, int]  # first, and one past the last
 _SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # all that a model has beside its weights
 _FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]{1,255}")
@@ -162,7 +164,8 @@ def _from_hub(name: str) -> Path:
 
     wanted = ["*.safetensors", *(f"*{suffix}" for suffix in _SMALL_FILES)]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        # Folders hold other forms of the same weights, but for an encoder's 1_Pooling.
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["[!1]*/*"]))
     # OSError: of the hub and the network. ValueError: no valid name.
     except (OSError, ValueError) as error:
         raise InputError(
@@ -394,16 +397,17 @@ def _open_tensor(file: Any, start: int, name: str, entry: Any) -> Tensor:
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         found = f"shape {shown(shape)} and offsets {shown([begin, end])}"
         raise InputError(f"{place} has {found}; expected natural numbers")
-    if not isinstance(tag, str) or tag not in DTYPES:
+    dtypes = DTYPES | {"I64": np.dtype(np.int64)} if name.endswith(POSITIONS) else DTYPES
+    if not isinstance(tag, str) or tag not in dtypes:
         found = tag[:20] if isinstance(tag, str) else shown(tag)
         raise InputError(f"{place} has dtype {found}; expected {', '.join(DTYPES)}")
     if start + end > file.size:
         raise InputError(
             f"{place} ends at byte {start + end}, but the file is truncated: it has {file.size}"
         )
-    if math.prod(shape) * DTYPES[tag].itemsize != end - begin:
+    if math.prod(shape) * dtypes[tag].itemsize != end - begin:
         raise InputError(f"{place} of shape {shown(shape)} has {end - begin} bytes")
-    return Tensor(file, name, DTYPES[tag], shape, start + begin)
+    return Tensor(file, name, dtypes[tag], shape, start + begin)
 
 
 # --- writing ---
