@@ -46,9 +46,9 @@ def by_torch(folder: str) -> list[list[float]]:
 def by_jax(folder: str) -> np.ndarray:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.path.insert(0, str(ROOT))
-    from ssp_jax.retriever import dense, encoder_files
+    from ssp_jax.retriever import dense, encoder_files, settings
 
-    found = encoder_files.load(folder, encoder_files.EncoderKeys())
+    found = encoder_files.load(folder, settings.EncoderKeys())
     tokens = found.passage_tokens(TEXTS)
     batch = encoder_files.padded(tokens, dense.GROUP, MAX_TOKENS)
     shape = dense.Shape(found.config, found.recipe.pooling, "float32")

@@ -58,12 +58,29 @@ def get_config() -> ConfigDict:
     c.data.eval_sets = ConfigDict()
 
     c.retriever = ConfigDict()
-    # bm25: an index in this process | http: a server with Search-R1's /retrieve.
+    # bm25: an index in this process | dense: vectors beside it, of an encoder such as the paper's
+    # E5 [P s4.1] | hybrid: both, fused by rank | http: a server with Search-R1's /retrieve.
     c.retriever.kind = "bm25"
-    # bm25: jsonl or jsonl.gz of Search-R1 or FlashRAG; "" uses the index as it is.
+    # All but http: jsonl or jsonl.gz of Search-R1 or FlashRAG; "" uses the index as it is.
     c.retriever.corpus = ""
-    # bm25: folder of the bm25s index, "" for workdir/index; built if it is missing or differs.
+    # All but http: folder of the bm25s index, "" for workdir/index; built if it is missing or
+    # differs. Missing vectors are built too, and others than those of the encoder are refused.
     c.retriever.index = ""
+    # dense, hybrid: Hugging Face folder of BERT architecture (E5, BGE, GTE, MiniLM).
+    c.retriever.encoder = ""
+    # dense, hybrid: mean | cls: of the hidden states, where the folder has no modules.json.
+    c.retriever.pooling = "mean"
+    # dense, hybrid: divide vectors by their length; likewise.
+    c.retriever.normalize = True
+    # dense, hybrid: before each query and passage, where the folder's
+    # config_sentence_transformers.json has no prompts. E5 needs "query: " and "passage: ".
+    c.retriever.query_prefix = ""
+    c.retriever.passage_prefix = ""
+    # dense, hybrid: GiB of vectors on each device; what does not fit is searched in host memory.
+    # -1: all vectors, on CPUs none.
+    c.retriever.device_gib = -1.0
+    # dense, hybrid: bfloat16 | int8, half the memory: vectors on devices. An index of int8 is int8.
+    c.retriever.device_dtype = "bfloat16"
     # bm25: threads that search a batch, 0 for all cores; each needs 8 bytes a passage.
     c.retriever.threads = 0
     # http: http://HOST:PORT/retrieve.

@@ -34,9 +34,12 @@ from ssp_jax.model import attention, decoder, hf_adapter, hf_load, hf_save, shar
 from ssp_jax.model.decoder import Params
 from ssp_jax.model.linear import Lora
 from ssp_jax.model.weights import FullWeights, LoraWeights, Weights
+from ssp_jax.retriever import dense, encoder_files
 from ssp_jax.retriever.build import ensure_index
+from ssp_jax.retriever.dense_build import ensure_vectors
 from ssp_jax.retriever.remote import RemoteRetriever
-from ssp_jax.retriever.search import Searcher, open_retriever
+from ssp_jax.retriever.search import Searcher
+from ssp_jax.retriever.settings import KINDS, DenseSettings, EncoderKeys
 from ssp_jax.rollout.engine import Engine, SearchFn, Sizes
 from ssp_jax.rollout.sampling import ALL_TOKENS, Truncation
 from ssp_jax.runtime import device_memory, processes
@@ -251,11 +254,24 @@ def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Searcher:
         )
         return processes.run_on_all(lambda: remote(c.url, probes))
     index = index_folder(c, workdir)
-    settings = {"stemmer": c.stemmer, "stopwords": c.stopwords, "k1": c.k1, "b": c.b}
-    settings_of_all = settings | {"threads": c.threads}
+    keys = EncoderKeys(c.pooling, c.normalize, c.query_prefix, c.passage_prefix)
+    settings = DenseSettings(c.encoder, keys, c.device_gib, c.device_dtype)
+
+    def build() -> None:
+        if c.kind in KINDS:
+            encoder_files.load(c.encoder, keys)  # what is wrong with it is said before long work
+        ensure_index(c.corpus, index, stemmer=c.stemmer, stopwords=c.stopwords, k1=c.k1, b=c.b)
+        if c.kind in KINDS:
+            ensure_vectors(index, c.encoder, keys)
+
+    def load() -> Searcher:
+        if not processes.is_multiprocess():
+            build()
+        return dense.load_local(c.kind, index, threads=c.threads, top_k=c.top_k, settings=settings)
+
     if processes.is_multiprocess():
-        processes.run_on_coordinator(lambda: ensure_index(c.corpus, index, **settings))
-    return processes.run_on_all(lambda: open_retriever(c.corpus, index, **settings_of_all))
+        processes.run_on_coordinator(build)
+    return processes.run_on_all(load)
 
 
 def _settings(config: ConfigDict) -> dict[str, Any]:
@@ -382,11 +398,20 @@ def make_engine(
     search: SearchFn,
     mesh: jax.sharding.Mesh,
     truncation: Truncation = ALL_TOKENS,
+    search_bytes: int = 0,
 ) -> Engine:
-    """The engine that plays all roles, on the devices of `mesh`."""
+    """The engine that plays all roles, on the devices of `mesh`.
+
+    search_bytes: of a device, that a search takes while the engine plays.
+    """
     automata = roles.role_automata(tokenizer, config.vocab_size)
     shardings = functools.partial(sharding.state_shardings, mesh=mesh)
-    return Engine(config, sizes, automata, eos, dtype, search, shardings, truncation)
+
+    def free_bytes() -> int | None:
+        free = device_memory.free_bytes()
+        return None if free is None else free - search_bytes
+
+    return Engine(config, sizes, automata, eos, dtype, search, shardings, truncation, free_bytes)
 
 
 def make_judges(
@@ -428,6 +453,7 @@ def run_engine(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> E
         functools.partial(inputs.retriever.search, top_k=config.retriever.top_k),
         own,
         Truncation(config.sampling.top_k, config.sampling.top_p),
+        inputs.retriever.program_bytes,
     )
 
 

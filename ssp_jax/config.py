@@ -21,13 +21,21 @@ from ml_collections import ConfigDict, config_flags
 from configs import default
 from ssp_jax.errors import InputError
 from ssp_jax.game import prompts, rewards, rules
+from ssp_jax.retriever import settings
 from ssp_jax.runtime.command import Parser, nearest, one_line, user_path
 
 # of the repository, or where `pip install .` has put configs/
 ROOT = Path(default.__file__).parent.parent
 FREE_SECTION = "data.eval_sets"  # its keys are names of the user's own choice, its values files
 # Keys of paths, besides those of FREE_SECTION.
-PATHS = ("model.path", "model.adapter", "data.answers", "retriever.corpus", "retriever.index")
+PATHS = (
+    "model.path",
+    "model.adapter",
+    "data.answers",
+    "retriever.corpus",
+    "retriever.index",
+    "retriever.encoder",
+)
 # What a file of assignments can do wrong; anything else is a defect and keeps its traceback.
 _FILE_ERRORS = (
     SyntaxError,
@@ -294,7 +302,9 @@ CHOICES: dict[str, Iterable[str]] = {
     "prompt.style": prompts.STYLES,
     "prompt.template": ("chat", "raw_chatml"),
     "game.rl_pair": rules.RL_PAIRS,
-    "retriever.kind": ("bm25", "http"),
+    "retriever.kind": ("bm25", "dense", "hybrid", "http"),
+    "retriever.pooling": settings.POOLINGS,
+    "retriever.device_dtype": settings.DTYPES,
     "game.train": get_args(rules.Trained),
     "game.noise_unit": get_args(rules.NoiseUnit),
     "game.noise_source": get_args(rules.NoiseSource),
@@ -378,6 +388,7 @@ BOUNDS: dict[str, Range] = {
     "retriever.timeout_s": _SECONDS,
     "retriever.retries": _RETRIES,
     "retriever.top_k": Range(0, 10_000, above=True),
+    "retriever.device_gib": Range(settings.ALL, 1e6),
     "retriever.k1": Range(0, 1000),
     "retriever.b": Range(0, 1),
     "game.answers_per_step": _ROWS,
@@ -463,6 +474,7 @@ def check_numbers(config: ConfigDict) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             bounds.check(f"config key {key}", number)
     _check_sizes(config, values)
+    _check_search(config.retriever)
     _check_lora(config.lora)
     _check_export(config)
     _check_rules(config)
@@ -480,6 +492,8 @@ def _check_given(values: dict[str, Any], evaluating: bool) -> None:
         )
     elif not values["retriever.index"]:
         needed["retriever.corpus"] = "a path"
+    if values["retriever.kind"] in settings.KINDS:
+        needed["retriever.encoder"] = "the Hugging Face folder of an encoder"
     if "openai" in (values["reward.metric"], values["eval.judge"]):
         needed["judge.url"] = "an address such as http://127.0.0.1:8000/v1"
         needed["judge.model"] = "its name on that server"
@@ -536,6 +550,14 @@ def _check_engine(config: ConfigDict) -> None:
         raise InputError(
             f"config key judge.max_tokens is {config.judge.max_tokens}; expected less than "
             f"engine.cache_tokens = {cache_tokens}, which must hold what is judged too"
+        )
+
+
+def _check_search(c: ConfigDict) -> None:
+    if c.kind in settings.KINDS and c.top_k > settings.MAX_TOP_K:
+        raise InputError(
+            f"config key retriever.top_k is {c.top_k}; expected at most {settings.MAX_TOP_K} with "
+            f"retriever.kind={c.kind}"
         )
 
 

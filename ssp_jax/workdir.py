@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "retriever.timeout_s",
     "retriever.retries",
     "retriever.threads",
+    "retriever.device_gib",
 )
 # What an evaluation may change besides: model, prompts, limits, search and sampling are those of
 # the run.

@@ -14,10 +14,11 @@ import os
 import re
 import shutil
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,11 @@ from ssp_jax.plan import __main__ as plan
 from ssp_jax.report import __main__ as report
 from ssp_jax.retriever import __main__ as retriever
 from ssp_jax.retriever import index as index_files
+from ssp_jax.retriever import vectors
 from ssp_jax.retriever.build import build_index
+from ssp_jax.retriever.encoder_files import load as load_encoder
+from ssp_jax.retriever.settings import EncoderKeys
+from ssp_jax.retriever.vectors import About
 from ssp_jax.runtime.checkpoint import Checkpoints
 from ssp_jax.runtime.logger import CompileCounter
 from ssp_jax.workdir import as_read, keep_config
@@ -1467,6 +1472,155 @@ CORPORA_AND_INDEXES = [
     ),
 ]
 
+BERT = ROOT / "tests/goldens/bert"
+
+
+def with_vectors(folder: Path, numbers: np.ndarray | None = None, **changes: Any) -> Path:
+    """An index of PASSAGES with vectors of BERT, in folder/index. changes: of what they say."""
+    index = built(folder)
+    corpus = index_files.read_meta(index)["corpus"]["sha256"]
+    about = replace(About.of(load_encoder(BERT, EncoderKeys()), corpus, 3, "bfloat16"), **changes)
+    rows = np.ones((about.passages, about.width), np.float32) if numbers is None else numbers
+    vectors.ensure(index, about, lambda first: iter([rows]), "writing")
+    return index
+
+
+def dense(
+    damage: Callable[[Path], Any] = lambda index: None,
+    *flags: str,
+    numbers: np.ndarray | None = None,
+    **changes: Any,
+) -> Make:
+    """retriever search by vectors, in a damaged index."""
+
+    def make(folder: Path) -> list[str]:
+        damage(with_vectors(folder, numbers, **changes))
+        kind = ["--kind=dense", f"--encoder={BERT}"]
+        return ["retriever", "search", *kind, "--index=index", *flags, "moon"]
+
+    return make
+
+
+def other_encoder(folder: Path) -> list[str]:
+    command = dense()(folder)
+    copy = Path(shutil.copytree(BERT, folder / "other"))
+    edit_tensors(copy, **{"embeddings.LayerNorm.bias": np.zeros(32, np.float32)})
+    return [*command, f"--encoder={copy}"]
+
+
+def faiss(content: bytes) -> Make:
+    """retriever import-faiss of a file with this content."""
+
+    def make(folder: Path) -> list[str]:
+        built(folder)
+        (folder / "flat.index").write_bytes(content)
+        flags = ["--file=flat.index", "--out=index", f"--encoder={BERT}"]
+        return ["retriever", "import-faiss", *flags]
+
+    return make
+
+
+def flat(rows: int = 3, width: int = 32, kind: bytes = b"IxFI", numbers: float = 1.0) -> bytes:
+    """As faiss writes an IndexFlatIP."""
+    header = struct.pack("<4siqqq?iQ", kind, width, rows, 1 << 20, 1 << 20, True, 0, rows * width)
+    return header + np.full((rows, width), numbers, np.float32).tobytes()
+
+
+DENSE = [
+    Case(
+        "no encoder",
+        into(lambda f: None, "--kind=dense"),
+        "flag --encoder is missing; expected a Hugging Face folder with --kind=dense",
+    ),
+    Case(
+        "an encoder of another architecture",
+        into(lambda f: None, "--kind=dense", f"--encoder={TINY}/model"),
+        'config.json: key "model_type" is \'qwen2\'; only encoders of "bert"',
+    ),
+    Case(
+        "an encoder that is not there",
+        into(lambda f: None, "--kind=dense", "--encoder=none"),
+        "model folder none does not exist",
+    ),
+    Case("no corpus to build from", line("retriever build --out=x"), "flag --corpus is missing"),
+    Case(
+        "passages of other vectors rebuilt",
+        lambda folder: [
+            *("retriever", "build", "--corpus=corpus.jsonl"),
+            f"--out={with_vectors(folder)}",
+        ],
+        f"{LEFT_ALONE}; found 'dense' in it",
+    ),
+    Case("no vectors", dense(lambda i: shutil.rmtree(i / "dense")), "index: has no vectors; build"),
+    Case("vectors of another encoder", other_encoder, "dense was built by another encoder, .*bert"),
+    Case(
+        "vectors of another width",
+        dense(width=31),
+        "dense was built with width 31; expected 32, or delete that folder",
+    ),
+    Case(
+        "vectors of another number",
+        dense(passages=4),
+        "dense has vectors of 4 passages of another corpus; expected those of the 3 beside",
+    ),
+    Case("vectors of another corpus", dense(corpus="x"), "passages of another corpus; expected"),
+    Case(
+        "vectors that are cut",
+        dense(lambda i: put(i / "dense/vectors.bin", b"short")),
+        "vectors.bin: expected 192 bytes, found 5",
+    ),
+    Case(
+        "a flipped bit in a vector",
+        dense(lambda i: flip(i / "dense/vectors.bin", 7)),
+        "vectors.bin: expected the bytes that were written, from row 0 on",
+    ),
+    Case(
+        "vectors that are NaN",
+        dense(numbers=np.full((3, 32), np.nan, np.float32)),
+        "vectors.bin: expected finite numbers, found NaN or infinity",
+    ),
+    Case(
+        "vectors without a meta.json",
+        dense(lambda i: (i / "dense/meta.json").unlink()),
+        "of format 1; its meta.json is missing",
+    ),
+    Case("too many passages", dense(lambda i: None, "--top_k=51"), "--top_k is 51; expected at mo"),
+    Case(
+        "the beginning of vectors of another dtype",
+        lambda folder: [
+            *into(lambda f: (with_vectors(f) / "dense").rename(f / "index/dense.building"))(folder),
+            *("--kind=dense", "--stemmer=", "--stopwords=", f"--encoder={BERT}", "--dtype=int8"),
+        ],
+        "dense.building was built with dtype 'bfloat16'; expected 'int8', or delete",
+    ),
+    Case("faiss: no file", faiss(b""), r"flat.index: is of type b''; expected faiss's IndexFlatIP"),
+    Case("faiss: HNSW", faiss(flat(kind=b"IHNf")), "is of type IndexHNSWFlat; expected faiss's In"),
+    Case("faiss: another width", faiss(flat(width=31)), "has the width 31; expected 32"),
+    Case("faiss: another number", faiss(flat(rows=4)), "has the number of vectors 4; expected 3"),
+    Case("faiss: cut", faiss(flat()[:-1]), "has the number of bytes 428; expected 429"),
+    Case(
+        "a run without an encoder", tiny("retriever.kind=dense"), "retriever.encoder is empty; ex"
+    ),
+    Case(
+        "a run with a decoder as encoder",
+        tiny("retriever.kind=hybrid", f"retriever.encoder={TINY}/model"),
+        "\"model_type\" is 'qwen2'; only encoders of",
+    ),
+    Case(
+        "a run with too many passages",
+        tiny("retriever.kind=dense", f"retriever.encoder={BERT}", "retriever.top_k=51"),
+        "retriever.top_k is 51; expected at most 50 with retriever.kind=dense",
+    ),
+    Case(
+        "less than no GiB", tiny("retriever.device_gib=-2.0"), "device_gib is -2.0; expected at l"
+    ),
+    Case(
+        "generate: no encoder",
+        ask(PROMPT, "--kind=dense", "--index=x"),
+        "flag --encoder is missing; expected a Hugging Face folder",
+    ),
+]
+
 HALF = "half an emoji \ud83d"  # a lone surrogate
 UTF8 = "expected lines of UTF-8 text, found"
 DEEP = "[" * 100_000
@@ -2600,6 +2754,7 @@ SECTIONS = {
     "game": GAME_AND_UPDATE,
     "generate": GENERATE,
     "index": CORPORA_AND_INDEXES,
+    "dense": DENSE,
     "data": ANSWERS_AND_QUESTIONS,
     "server": SERVERS_AND_JUDGES,
     "judge": JUDGES,

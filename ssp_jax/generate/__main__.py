@@ -23,10 +23,11 @@ from collections.abc import Sequence
 
 from ssp_jax.config import BOUNDS, CHOICES
 from ssp_jax.errors import InputError
+from ssp_jax.retriever import settings
 from ssp_jax.runtime import command, platform, signals
 from ssp_jax.runtime.command import user_path
 
-PATHS = ("model", "adapter", "prompts", "out", "index")  # flags
+PATHS = ("model", "adapter", "prompts", "out", "index", "encoder")  # flags
 BOUNDED = {  # flag -> the config key whose bounds it has
     "max_tokens": "limits.response_tokens",
     "top_k": "retriever.top_k",
@@ -51,6 +52,7 @@ def parse_flags(arguments: Sequence[str] | None, prog: str = _PROG) -> argparse.
         BOUNDS[key].check(f"flag --{name}", getattr(f, name))
     for name in PATHS:
         setattr(f, name, user_path(getattr(f, name), f"--{name}"))
+    settings.check_flags(f.kind, f.encoder, f.top_k)
     if f.out and not f.prompts:
         raise InputError("flag --out needs --prompts; typed questions are answered on the screen")
     return f
@@ -64,6 +66,8 @@ def _add_files(parser: command.Parser) -> None:
     parser.add_argument("--model", default="", metavar="FOLDER", help="Hugging Face folder")
     parser.add_argument("--adapter", default="", metavar="FOLDER", help=adapter)
     parser.add_argument("--index", default="", metavar="FOLDER", help="a built search index")
+    encoder = "that made the index's vectors, for --kind=dense and hybrid"
+    parser.add_argument("--encoder", default="", metavar="FOLDER", help=encoder)
     parser.add_argument("--prompts", default="", metavar="IN.jsonl", help="typed without it")
     parser.add_argument("--out", default="", metavar="OUT.jsonl", help="of --prompts")
 
@@ -79,6 +83,7 @@ def _add_settings(parser: command.Parser) -> None:
     add("--temperature", default=0.0, type=float, metavar="X", help="0 is greedy (0)")
     add("--seed", default=0, type=int, metavar="N", help="of the random numbers (0)")
     add("--dtype", default="", choices=dtypes, help="bfloat16 on accelerators, else float32")
+    add("--kind", default="bm25", choices=("bm25", *settings.KINDS), help="of search (bm25)")
     add("--top_k", default=3, type=int, metavar="N", help="passages per search (3)")
     add("--max_searches", default=10, type=int, metavar="N", help="per question (10)")
     add("--style", default=styles[0], choices=styles, help=f"of the training ({styles[0]})")

@@ -32,7 +32,8 @@ from ssp_jax.game.roles import (
 from ssp_jax.model import decoder, hf_adapter, hf_load, sharding
 from ssp_jax.model.tokens import decode
 from ssp_jax.model.weights import FullWeights, LoraWeights, Weights
-from ssp_jax.retriever.search import Retriever
+from ssp_jax.retriever import dense
+from ssp_jax.retriever.settings import DenseSettings
 from ssp_jax.rollout import kv_cache
 from ssp_jax.rollout.engine import Engine, SearchFn, Sizes, Stats
 from ssp_jax.rollout.stops import token_bytes
@@ -465,7 +466,9 @@ def _load(f: Any) -> Model:
 def _search(f: Any) -> SearchFn:
     if not f.index:
         return no_search
-    return functools.partial(Retriever.load(f.index).search, top_k=f.top_k)
+    settings = DenseSettings(f.encoder)
+    found = dense.load_local(f.kind, f.index, threads=0, top_k=f.top_k, settings=settings)
+    return functools.partial(found.search, top_k=f.top_k)
 
 
 def answer(f: Any) -> None:

@@ -20,11 +20,11 @@ from ssp_jax.model.hf_config import Keys
 from ssp_jax.model.hf_files import Folder, Tensor
 from ssp_jax.model.hf_table import Name
 from ssp_jax.retriever.encoder import EncoderConfig, Pooling
+from ssp_jax.retriever.settings import POOLINGS, EncoderKeys
 
 MODULES = "modules.json"  # what sentence-transformers does with a text, in order
 PROMPTS = "config_sentence_transformers.json"
 LENGTH = "sentence_bert_config.json"
-POOLINGS = ("mean", "cls")
 # Names of poolings in sentence-transformers, of new folders and of old ones.
 _POOLING_NAMES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 # Names of prompts for passages: "document" is sentence-transformers' own.
@@ -68,16 +68,6 @@ TABLE = (
 )
 # One row for each token type, of which a text alone has type 0.
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderKeys:
-    """What the user says of an encoder, where its folder does not."""
-
-    pooling: str = "mean"  # of POOLINGS
-    normalize: bool = True
-    query_prefix: str = ""
-    passage_prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

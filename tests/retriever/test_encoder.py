@@ -14,9 +14,9 @@ import safetensors.numpy
 
 from ssp_jax.errors import InputError
 from ssp_jax.model import hf_files
-from ssp_jax.retriever import encoder, encoder_files
+from ssp_jax.retriever import encoder, encoder_files, settings
 from ssp_jax.retriever.encoder import Pooling
-from ssp_jax.retriever.encoder_files import EncoderKeys
+from ssp_jax.retriever.settings import EncoderKeys
 from tests.conftest import ROOT
 from tests.model_folders import edit_config, edit_tensors
 
@@ -45,7 +45,7 @@ def hidden_and_vectors(pooling: Pooling, tokens_BT: Any, lengths_B: Any) -> Any:
     return hidden_BTD, encoder.encode(found.config, pooling, *arguments)
 
 
-@pytest.mark.parametrize("kind", encoder_files.POOLINGS)
+@pytest.mark.parametrize("kind", settings.POOLINGS)
 def test_hidden_states_and_vectors_equal_huggingface(kind: str) -> None:
     _, numbers = golden()
     pooling = Pooling(kind, normalize=True)
