@@ -34,6 +34,7 @@ from ssp_jax.plan.memory import (
     sampler_state,
     train_state,
 )
+from ssp_jax.plan.search import QUERIES
 from ssp_jax.rollout import sampler
 from ssp_jax.runtime import platform
 
@@ -233,6 +234,14 @@ def _sampler_sources(target: Target) -> Iterator[_Source]:
     yield _Source(name, "decode", sampler.decode_chunk, arguments, options, turns=turns)
 
 
+def _search_sources(target: Target) -> Iterator[_Source]:
+    """The largest batch of queries, on one host."""
+    search = target.search
+    if search is not None and search.rows:
+        program, arguments = search.program(target.playing.devices)
+        yield _Source(f"search of {QUERIES} queries", "search", program, arguments, {})
+
+
 def _reshard_sources(target: Target) -> Iterator[_Source]:
     """The sampler's copy of what is trained, and, of LoRA, a move of the base to it and back."""
     params = train_state(target).params
@@ -290,7 +299,12 @@ def compile_all(target: Target, log: Callable[[str], None]) -> list[Program]:
 
     One after the other: each compilation takes all cores and much memory.
     """
-    sources = [*_sampler_sources(target), *_reshard_sources(target), *_learner_sources(target)]
+    sources = [
+        *_sampler_sources(target),
+        *_search_sources(target),
+        *_reshard_sources(target),
+        *_learner_sources(target),
+    ]
     xla = compile_options(target.platform)
     programs: list[Program] = []
     start = time.monotonic()

@@ -20,25 +20,30 @@ from ssp_jax import assemble
 from ssp_jax.learner.state import LearnerConfig, TrainState, optimizer
 from ssp_jax.model import decoder, sharding
 from ssp_jax.model.attention import LANES, spans, splash_keys
+from ssp_jax.plan.search import DenseSearch, dense_search
 from ssp_jax.rollout import kv_cache, sampler
 from ssp_jax.rollout.engine import Sizes, cache_budget, choose_layout
 
 # Phase -> the arrays in memory while its program runs. The sampler's copy and its keys and values
 # exist during play only; the reference scores before there are gradients. An offloaded array is
-# there only in the phase that uses it. The frozen base of LoRA is in the sampler's copy, or, during
+# there only in the phase that uses it. Dense search has its vectors and its encoder on the devices
+# all the time. The frozen base of LoRA is in the sampler's copy, or, during
 # the update, apart: model.weights moves it.
+_PLAYING = ("parameters", "optimizer", "reference", "search index", "sampler copy")
+_UPDATING = ("parameters", "optimizer", "reference", "search index", "frozen base")
 PLAY = {
-    "reshard": ("parameters", "optimizer", "reference", "sampler copy"),
-    "prefill": ("parameters", "optimizer", "reference", "sampler copy", "key/value cache"),
-    "decode": ("parameters", "optimizer", "reference", "sampler copy", "key/value cache"),
+    "reshard": _PLAYING,
+    "prefill": (*_PLAYING, "key/value cache"),
+    "decode": (*_PLAYING, "key/value cache"),
+    "search": (*_PLAYING, "key/value cache"),
 }
 UPDATE = {
-    "scores": ("parameters", "optimizer", "reference", "frozen base"),
-    "gradients": ("parameters", "optimizer", "reference", "frozen base", "gradients"),
-    "optimizer": ("parameters", "optimizer", "reference", "frozen base", "gradients"),
+    "scores": _UPDATING,
+    "gradients": (*_UPDATING, "gradients"),
+    "optimizer": (*_UPDATING, "gradients"),
 }
 PHASES = PLAY | UPDATE
-CACHED = ("prefill", "decode")  # phases with a key/value cache
+CACHED = ("prefill", "decode", "search")  # phases with a key/value cache
 # Arrays that may be offloaded -> the phase that uses them.
 _USED_IN = {"optimizer": "optimizer", "reference": "scores"}
 
@@ -115,6 +120,11 @@ class Target:
     @property
     def dtype(self) -> Any:
         return jnp.dtype(self.config.model.dtype)
+
+    @property
+    def search(self) -> DenseSearch | None:
+        """Dense search on the devices of a host; None for a config without it."""
+        return dense_search(self.config, self.per_host or self.mesh.size)
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -269,6 +279,8 @@ def _bytes_without_cache(target: Target) -> dict[str, float]:
     }
     if target.model.lora is not None:
         found["frozen base"] = device_bytes(frozen_base(target))
+    if target.search is not None:
+        found["search index"] = target.search.bytes
     return found | {"gradients": parameters}  # float32, sharded like the parameters
 
 
@@ -296,7 +308,8 @@ def resident_bytes(target: Target, persistent: dict[str, float], phase: str) -> 
     total = 0.0
     for name in PHASES[phase]:
         if not offloaded.get(name) or _USED_IN[name] == phase:
-            total += persistent.get(name, 0.0)  # only LoRA has a frozen base
+            # only LoRA has a frozen base, and only dense search an index
+            total += persistent.get(name, 0.0)
     return total
 
 
@@ -357,7 +370,10 @@ def _play_temporaries(target: Target) -> dict[str, float]:
         _, stacked, layers = largest_moved(target)
         gathered = device_bytes(layers) if target.mesh.shape["fsdp"] > 1 else 0
         reshard = device_bytes(stacked) + gathered
-    return {"reshard": reshard, "prefill": prefill, "decode": decode}
+    found = {"reshard": reshard, "prefill": prefill, "decode": decode}
+    if target.search is not None and target.search.rows:
+        found["search"] = target.search.temporaries
+    return found
 
 
 def _update_temporaries(target: Target, parameters: float) -> dict[str, float]:
@@ -423,7 +439,7 @@ def with_cache_room(
         return target
     size = persistent["key/value cache"]
     found = peaks(target, persistent, temporary)
-    room = size + usable - max(found[phase] for phase in CACHED)
+    room = size + usable - max(found[phase] for phase in CACHED if phase in found)
     if longest_episode(target) <= room < size:
         return dataclasses.replace(target, cache_room=room)
     return target

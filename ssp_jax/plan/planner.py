@@ -120,7 +120,7 @@ def make_plan(
 
 def _cache_room(peaks: Mapping[str, float], usable: float) -> float:
     """Bytes by which the cache may grow; negative: by which it must shrink."""
-    return usable - max(peaks[phase] for phase in memory.CACHED)
+    return usable - max(peaks[phase] for phase in memory.CACHED if phase in peaks)
 
 
 def _longest_slots(target: Target, cache_budget: float) -> int:
@@ -184,6 +184,8 @@ def candidate_changes(target: Target, cache_room: float) -> Iterator[tuple[str, 
     if sharding.tensor_divides(target.model.num_kv_heads, config.mesh.tensor * 2):
         yield "mesh.tensor", config.mesh.tensor * 2
     savers: dict[str, Any] = {"model.remat": "full", "learner.offload_moments": True}
+    if target.search is not None and target.search.rows:
+        savers["retriever.device_dtype"] = "int8"
     if c.kl_coef:
         savers["learner.offload_reference"] = True
     present = flatten_config(config)
@@ -389,7 +391,18 @@ def _notes(target: Target) -> dict[str, str]:
         "frozen base": f"{target.dtype}, while updating; while playing, in the sampler copy",
         "key/value cache": "while playing",
         "gradients": "float32, while updating",
+        "search index": _search_note(target),
     }
+
+
+def _search_note(target: Target) -> str:
+    search = target.search
+    if search is None:
+        return ""
+    return (
+        f"{search.rows:,} of {search.passages:,} vectors of {search.encoder.embed_dim} x "
+        f"{search.dtype}, and the encoder"
+    )
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:

@@ -12,7 +12,11 @@ from ssp_jax.game import rules
 from ssp_jax.model import decoder
 from ssp_jax.plan.hardware import Chip
 from ssp_jax.plan.memory import Target, cache_layout, persistent_bytes
+from ssp_jax.plan.search import QUERIES, DenseSearch
+from ssp_jax.retriever.dense import QUERY_TOKENS
 from ssp_jax.rollout.kv_cache import Layout, token_bytes
+
+SEARCHES = 4  # of an episode that searches [H]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Workload:
     sampled: int  # of these, written by the model
     played: int  # episodes of all roles
     trained: int  # of these, in the update
+    searches: int  # of all episodes
 
 
 def workload(config: ConfigDict, tokens: int, sampled: int) -> Workload:
@@ -34,7 +39,8 @@ def workload(config: ConfigDict, tokens: int, sampled: int) -> Workload:
     trained = {"both": proposed + solved, "solver": solved, "proposer": proposed}[config.game.train]
     sampled = min(sampled, tokens, config.limits.response_tokens)
     tokens = min(tokens, longest_episode(config))
-    return Workload(tokens, sampled, proposed + verified + solved, trained)
+    searches = SEARCHES * (proposed + solved)
+    return Workload(tokens, sampled, proposed + verified + solved, trained, searches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +69,11 @@ def work(target: Target, load: Workload) -> dict[str, Work]:
     # Each device of fsdp receives the other devices' shards. A frozen base is moved there and back.
     moved = bytes_["parameters"] + copy + (2 * frozen + copy if frozen else 0.0)
     reshard = Work(hbm=moved, link=copy * _received(target))
+    search = {} if target.search is None else {"search": _search(target, target.search, load)}
     return {
         "prefill": _prefill(target, load, costs),
         "decode": _decode(target, load, costs, copy),
+        **search,
         "reshard": reshard,
         "update": _update(target, load, costs, bytes_["parameters"], frozen),
     }
@@ -175,6 +183,13 @@ def tokens_read(layout: Layout, shares: Sequence[float], tokens: int, slots: flo
     buckets = layout.row_buckets(depth, shares)
     rows = min(bucket for bucket in buckets if bucket >= min(in_deepest, buckets[-1]))
     return rows * deepest[1] + sum(n * length for n, length in earlier)
+
+
+def _search(target: Target, search: DenseSearch, load: Workload) -> Work:
+    """Each device of a host searches its own rows for all queries of that host."""
+    queries = load.searches / target.hosts
+    of_query = 2 * search.rows * search.encoder.embed_dim + 2 * search.parameters * QUERY_TOKENS[0]
+    return Work(flops=queries * of_query, hbm=queries / QUERIES * search.index_bytes)
 
 
 def _update(

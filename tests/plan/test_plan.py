@@ -11,7 +11,7 @@ from ssp_jax import assemble
 from ssp_jax.errors import InputError
 from ssp_jax.model import decoder, presets, sharding, weights
 from ssp_jax.plan import __main__ as command
-from ssp_jax.plan import compile, hardware, memory, roofline
+from ssp_jax.plan import compile, hardware, memory, roofline, search
 from ssp_jax.plan import planner as plan
 from ssp_jax.plan.hardware import GIB
 from ssp_jax.rollout import engine, kv_cache
@@ -382,6 +382,36 @@ def test_what_is_offloaded_is_there_only_where_it_is_used() -> None:
 
 def fixed(found: list[dict[str, Any]], key: str) -> Any:
     return next((values[key] for values in found if set(values) == {key}), None)
+
+
+# Parameters of the published encoders without their pooler and token types, by hand.
+@pytest.mark.parametrize(
+    ("name", "count"), [("intfloat/e5-base-v2", 108_890_112), ("all-MiniLM-L6-v2", 22_564_608)]
+)
+def test_published_encoders_have_the_published_number_of_parameters(name: str, count: int) -> None:
+    values = dict(retriever__kind="dense", retriever__encoder=name)
+    found = target(SMALL, **values).search
+    assert found is not None and found.parameters == count
+    with pytest.raises(InputError, match="retriever.encoder is 'a/b'.*one of e5-small-v2, e5-base"):
+        search.read_encoder("a/b")
+
+
+def test_vectors_are_on_the_devices_in_all_phases() -> None:
+    """21,015,324 rows on 8 devices are 41 chunks of 65,536 on each, and each has the encoder."""
+    plain = memory.persistent_bytes(target(SMALL))
+    dense = dict(retriever__kind="dense", retriever__encoder="e5-base-v2")
+    for dtype, row in (("bfloat16", 2 * 768), ("int8", 768 + 4)):
+        with_search = target(SMALL, retriever__device_dtype=dtype, **dense)
+        persistent = memory.persistent_bytes(with_search)
+        index = persistent.pop("search index")
+        assert index == 41 * 65_536 * row + 4 * 108_890_112 and persistent == plain
+        temporary = memory.temporaries(with_search, persistent["parameters"])
+        peaks = memory.peaks(with_search, persistent | {"search index": index}, temporary)
+        before = memory.peaks(target(SMALL), plain, temporary)
+        assert peaks.keys() == set(memory.PHASES)
+        assert all(peaks[phase] == before[phase] + index for phase in before)
+    host = memory.persistent_bytes(target(SMALL, retriever__device_gib=0.0, **dense))
+    assert host["search index"] == 4 * 108_890_112
 
 
 def test_changes_make_it_fit() -> None:
