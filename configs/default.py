@@ -72,9 +72,10 @@ def get_config() -> ConfigDict:
     c.retriever.pooling = "mean"
     # dense, hybrid: divide vectors by their length; likewise.
     c.retriever.normalize = True
-    # dense, hybrid: before each query and passage, where the folder's
-    # config_sentence_transformers.json has no prompts. E5 needs "query: " and "passage: ".
+    # dense, hybrid: before each query, where the folder's config_sentence_transformers.json has no
+    # prompt; "query: " for E5.
     c.retriever.query_prefix = ""
+    # dense, hybrid: before each passage, likewise; "passage: " for E5.
     c.retriever.passage_prefix = ""
     # dense, hybrid: GiB of vectors on each device; what does not fit is searched in host memory.
     # -1: all vectors, on CPUs none.

@@ -10,7 +10,7 @@ from ssp_jax.retriever import __main__ as command
 from tests.conftest import ROOT
 from tests.test_train import NO_EVALUATION, rows_of, small, steps_of
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_compile")]
 
 TINY = ROOT / "assets/tiny"
 ENCODER = str(TINY / "encoder")
