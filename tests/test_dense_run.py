@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from ssp_jax import generate, train
+from ssp_jax import train
 from ssp_jax.data import iterate_corpus, load_questions
+from ssp_jax.generate import __main__ as generate
 from ssp_jax.retriever import __main__ as command
 from tests.conftest import ROOT
 from tests.test_train import NO_EVALUATION, rows_of, small, steps_of
@@ -38,7 +39,7 @@ def test_the_solver_searches_by_vectors(index, tmp_path):
     questions = load_questions(TINY / "qa" / "one_hop.jsonl")[:5]
     rows = "".join(json.dumps({"question": task.question}) + "\n" for task in questions)
     (tmp_path / "in.jsonl").write_text(rows)
-    argv = ["generate", f"--model={TINY}/model", "--style=brief", "--dtype=float32"]
+    argv = [f"--model={TINY}/model", "--style=brief", "--dtype=float32"]
     argv += [f"--prompts={tmp_path}/in.jsonl", f"--out={tmp_path}/out.jsonl", "--max_tokens=200"]
     argv += [f"--index={index}", "--kind=dense", f"--encoder={ENCODER}"]
     assert generate.main(argv) == 0
