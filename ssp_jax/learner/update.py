@@ -54,6 +54,9 @@ def score(
             return x_BTD
         return jax.lax.with_sharding_constraint(x_BTD, c.rows_sharding)
 
+    look_up: Any = decoder.embed
+    if c.rows_sharding is not None:
+        look_up = functools.partial(sharding.embed_rows, c.rows_sharding)
     hidden_BTD = decoder.forward(
         c.model,
         all_params,
@@ -62,6 +65,7 @@ def score(
         attend,
         dtype=c.dtype,
         remat=c.remat,
+        look_up=look_up,
         place=place,
     )
     return token_logprobs(

@@ -366,13 +366,14 @@ def forward(
     *,
     dtype: Any,
     remat: str = "none",
+    look_up: Callable[[Params, jax.Array, Any], jax.Array] = embed,
     place: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD,
 ) -> jax.Array:
     """Hidden states [B, T, D] before the head; for training: stacked params, a scan over layers.
 
-    remat: a key of REMAT. place: constrains how hidden states are split over devices; left alone,
-    XLA may split D as the weights are, and then sends activations of all rows to all devices
-    instead of one layer's weights.
+    remat: a key of REMAT. look_up: `embed`, or what does the same on several devices. place:
+    constrains how hidden states are split over devices; left alone, XLA may split D as the weights
+    are, and then sends activations of all rows to all devices instead of one layer's weights.
     """
     rope = rotary(config, positions_BT)
 
@@ -381,7 +382,7 @@ def forward(
         return place(x_BTD), None
 
     step = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
-    x_BTD = place(embed(params, tokens_BT, dtype))
+    x_BTD = place(look_up(params, tokens_BT, dtype))
     x_BTD, _ = jax.lax.scan(step, x_BTD, params["layers"])
     return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps)
 

@@ -191,7 +191,7 @@ def put_rows(batch: Any, sharding: NamedSharding) -> Any:
 
 
 def param_sharding(
-    path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...] = ()
+    path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, drop: tuple[str, ...] = ()
 ) -> NamedSharding:
     """The sharding of one parameter, by its path in params, such as layers/mlp/up/kernel.
 
@@ -246,6 +246,21 @@ def sampler_copy(
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first axis is packed rows or slots."""
     return NamedSharding(mesh, ROWS)
+
+
+def embed_rows(
+    rows: NamedSharding, params: decoder.Params, tokens_BT: jax.Array, dtype: Any
+) -> jax.Array:
+    """decoder.embed of packed rows; each device looks up its columns for all that share its `data`.
+
+    So tokens go to the other devices, and columns back. Left alone, XLA gathers the table over
+    `tensor`, and where `data` splits rows, too, all rows' states.
+    """
+    mesh = rows.mesh
+    _, columns = param_sharding("embed/weight", params["embed"]["weight"].shape, mesh).spec
+    tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, NamedSharding(mesh, P("data")))
+    x_BTD = decoder.embed(params, tokens_BT, dtype)
+    return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, P("data", None, columns)))
 
 
 def to_host(tree: Any, key: str) -> Any:

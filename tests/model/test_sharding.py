@@ -1,5 +1,7 @@
 """Sharding: the mesh from the config, and the table that says what is split."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -60,6 +62,37 @@ def test_on_cpus_the_sampler_has_the_kernels_of_wide_models_turned_and_split_as_
         assert got.sharding.is_equivalent_to(NamedSharding(got.sharding.mesh, spec), got.ndim)
     given, copy = samplers_copy(128)
     np.testing.assert_array_equal(copy["down"]["kernel"], given["down"]["kernel"])
+
+
+@pytest.mark.parametrize("width", [8, 7])  # 7 columns stay whole
+def test_a_look_up_sends_no_table(width, capfd):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    rows = sharding.rows_sharding(mesh)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((64, width), np.float32)
+    tokens = rng.integers(0, 64, (8, 3), np.int32)
+    dx = rng.standard_normal((8, 3, width), np.float32)
+
+    def look_up(weight, tokens, dx):
+        """The states, and the gradient of the weight."""
+
+        def states(weight):
+            x = sharding.embed_rows(rows, {"embed": {"weight": weight}}, tokens, np.float32)
+            return jax.lax.with_sharding_constraint(x, rows)
+
+        x, pull_back = jax.vjp(states, weight)
+        return x, *pull_back(dx)
+
+    of_weight = sharding.param_sharding("embed/weight", weight.shape, mesh)
+    placed = jax.device_put((weight, tokens, dx), (of_weight, rows, rows))
+    program = jax.jit(look_up, out_shardings=(rows, of_weight)).lower(*placed).compile()
+    x, dweight = program(*placed)
+    np.testing.assert_array_equal(x, weight[tokens])
+    expected = np.zeros_like(weight)
+    np.add.at(expected, tokens, dx)
+    np.testing.assert_allclose(dweight, expected, rtol=1e-5, atol=1e-6)
+    assert not re.search(r"= [^=]*\[64,\d+\][^=]* all-[a-z]+\(", program.as_text())
+    assert "full rematerialization" not in capfd.readouterr().err
 
 
 def test_a_dropped_axis_splits_nothing():
