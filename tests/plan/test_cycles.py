@@ -51,6 +51,7 @@ def test_loops_count_as_often_as_they_turn_and_of_branches_the_longer(turns: flo
     assert cycles.estimated_cycles(TEXT, turns) == expected
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(
     not platform.tpu_installed(), reason="libtpu is not installed: pip install '.[plan]'"
 )
