@@ -257,7 +257,7 @@ def embed_rows(
     `tensor`, and where `data` splits rows, too, all rows' states.
     """
     mesh = rows.mesh
-    _, columns = param_sharding("embed/weight", params["embed"]["weight"].shape, mesh).spec
+    columns = param_sharding("embed/weight", params["embed"]["weight"].shape, mesh).spec[1]
     tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, NamedSharding(mesh, P("data")))
     x_BTD = decoder.embed(params, tokens_BT, dtype)
     return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, P("data", None, columns)))
