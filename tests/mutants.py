@@ -271,37 +271,6 @@ MUTANTS = [
         "if after is None or chosen:",
         "plan/test_plan.py::test_a_change_is_made_as_often_as_it_helps",
     ),
-    Mutant(
-        "plan/roofline.py",
-        "rows = min(bucket for bucket in buckets if bucket >= min(in_deepest, buckets[-1]))",
-        "rows = buckets[-1]",
-        "plan/test_plan.py::test_a_step_reads_the_rows_of_the_deepest_piece_that_are_in_use",
-    ),
-    Mutant(
-        "plan/cycles.py",
-        "total += _turns(program[condition], turns) * (of(condition) + of(body))",
-        "total += of(condition) + of(body)",
-        "plan/test_cycles.py::test_loops_count_as_often_as_they_turn_and_of_branches_the_longer",
-    ),
-    Mutant(
-        "rollout/kv_cache.py",
-        "fori_loop(0, writes_M.sum(), one, list(old))",
-        "fori_loop(0, len(row_M), one, list(old))",
-        "plan/test_cycles.py::"
-        "test_on_tpu_a_chunk_is_written_in_a_tenth_of_the_time_that_its_steps_read",
-    ),
-    Mutant(
-        "model/sharding.py",
-        'constraint(x_BTD, NamedSharding(mesh, P("data", None, columns)))',
-        'constraint(x_BTD, NamedSharding(mesh, P("data")))',
-        "model/test_sharding.py::test_a_look_up_sends_no_table",
-    ),
-    Mutant(
-        "learner/update.py",
-        "look_up = functools.partial(sharding.embed_rows, c.rows_sharding)",
-        "look_up = decoder.embed",
-        "learner/test_update.py::test_a_split_vocabulary_is_not_gathered",
-    ),
 ]
 
 

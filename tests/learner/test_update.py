@@ -363,7 +363,9 @@ def test_a_split_vocabulary_is_not_gathered():
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
     c = dataclasses.replace(BASE, model=config, rows_sharding=rows)
     grad = jax.grad(lambda p, b: (score(c, p, {}, b)[0] * b.weight_BT).sum())
-    text = jax.jit(grad).lower(placed, batch).compile().as_text()
+    like_params = jax.tree.map(lambda x: x.sharding, placed)
+    program = jax.jit(grad, out_shardings=like_params).lower(placed, batch)
+    text = program.compile().as_text()
     assert "f32[2,16,40]" in text  # 8 rows over 4, chunk of 16, 80 words over 2
     assert not re.search(r"f32\[\d+,16,80\]", text)
     loops, program = text.split("\nENTRY ")
