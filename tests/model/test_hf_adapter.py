@@ -140,7 +140,12 @@ def test_half_precision_is_read(adapter, dtype):
     safetensors.numpy.save_file(halves, file)
     config = config_of("qwen2_lora")
     found = hf_adapter.load(adapter, config, None, jnp.float32)
-    expected = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), golden("qwen2_lora")[2])
+
+    def rounded(x):
+        # Not by JAX: its CPU compiler has no float16 where the CPU has none.
+        return np.asarray(x).astype(dtype).astype(np.float32)
+
+    expected = jax.tree.map(rounded, golden("qwen2_lora")[2])
     assert_same(found, expected)
 
 
