@@ -26,7 +26,8 @@ from ssp_jax.model.decoder import ModelConfig, Params
 from ssp_jax.model.hf_files import Folder
 from ssp_jax.model.hf_table import Name
 from ssp_jax.model.linear import LORA_LEAVES
-from ssp_jax.runtime import durable, folder_swap, processes
+from ssp_jax.runtime import folder_swap, processes
+from ssp_jax.runtime.files import sync
 from ssp_jax.runtime.folder_swap import FolderSwap
 
 FOLDER = "export"  # in a workdir: where a run writes its model
@@ -120,7 +121,7 @@ def _write(
     for file, (owner, shapes) in plan.items():
         if owner == jax.process_index():
             hf_files.write_file(swap.work / file, shapes, arrays, _TAGS[tensors.dtype])
-            durable.sync(swap.work / file)
+            sync(swap.work / file)
     for _ in arrays:  # takes part in the collectives for other processes' tensors
         pass
     multihost_utils.sync_global_devices("ssp_jax: all weights are written")

@@ -27,7 +27,7 @@ from ssp_jax.retriever import settings
 from ssp_jax.retriever.encoder import Pooling
 from ssp_jax.retriever.encoder_files import Recipe, TextEncoder
 from ssp_jax.retriever.progress import Progress
-from ssp_jax.runtime.durable import sync
+from ssp_jax.runtime.files import sync
 
 FOLDER = "dense"  # in that of the index
 BUILDING = "dense.building"

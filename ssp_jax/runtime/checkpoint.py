@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from ssp_jax.errors import InputError
-from ssp_jax.runtime import device_memory, durable, processes
+from ssp_jax.runtime import device_memory, files, processes
 
 T = TypeVar("T")
 
@@ -228,7 +228,7 @@ class Checkpoints:
             for step in steps:
                 folder = self._folder / str(step)
                 folder.rename(_free_name(folder))
-            durable.sync(self._folder)
+            files.sync(self._folder)
 
         processes.run_on_all(rename)
         self._manager.reload()
@@ -238,7 +238,7 @@ class Checkpoints:
         for folder in self._folder.iterdir():
             is_final = folder.name.isdecimal() or folder.name.endswith(DAMAGED)
             if folder.is_dir() and not is_final:
-                durable.sync_all(folder)
+                files.sync_all(folder)
 
     def wait(self) -> None:
         """Returns when the last save is on disk."""

@@ -1,6 +1,7 @@
-"""Replacing a file of the user as a whole, once the new content is complete."""
+"""Files that survive a machine that goes down, and are replaced as a whole when complete."""
 
 import contextlib
+import errno
 import itertools
 import os
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from ssp_jax.errors import InputError, printable
-from ssp_jax.runtime.durable import sync
+
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that cannot flush a folder
 
 
 @contextlib.contextmanager
@@ -58,3 +60,22 @@ def _open_beside(target: Path, name: str) -> tuple[Path, IO[str]]:
             expected = f"{name}: expected a file that can be written"
             raise InputError(f"{expected} ({error.strerror})") from None
     raise AssertionError("an endless count has ended")
+
+
+def sync(path: Path) -> None:
+    """Returns when the file's bytes, or the folder's names, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """`sync` for everything below the folder, and for itself."""
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    sync(folder)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ssp_jax.errors import InputError
-from ssp_jax.runtime.durable import sync
+from ssp_jax.runtime.files import sync
 
 MARKER = ".ssp_jax_leftover"  # in a folder under one of the temporary names
 
