@@ -142,6 +142,7 @@ def our_learner(
     from ssp_jax.assemble import make_learner_config
     from ssp_jax.learner import update
     from ssp_jax.learner.state import init_state
+    from ssp_jax.model import attention as kernels
     from ssp_jax.model import decoder
     from ssp_jax.model.linear import Lora
 
@@ -168,7 +169,8 @@ def our_learner(
         aggregation="token_mean",
     )
     config.learner.update(changes)
-    c = make_learner_config(config, model_config, platform=jax.default_backend())
+    gpu = kernels.capability(jax.devices()[0])
+    c = make_learner_config(config, model_config, platform=jax.default_backend(), gpu=gpu)
     init_params = jax.jit(decoder.init_params, static_argnums=0)
     params = init_params(model_config, jax.random.key(0))
     base, adapter = decoder.split_adapter(params)

@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
     c.model.dtype = "bfloat16"
     # full | attention | dots | none: activations that the update recomputes; see model.REMAT.
     c.model.remat = "full"
-    # Of the update. auto: the splash kernel on TPUs, XLA elsewhere | xla: XLA everywhere.
+    # Of the update. auto: the best of the devices | splash: JAX's kernel for TPUs | flash: this
+    # project's for NVIDIA GPUs from Ampere on | xla: einsums of XLA, anywhere.
     c.model.attention = "auto"
 
     # LoRA (arXiv 2106.09685): only low-rank matrices beside the frozen weights are trained. Not in

@@ -2,9 +2,9 @@
 
 command    python -m ssp_jax.main --config=configs/qwen32b.py --workdir=runs/qwen32b
 hardware   32 x H100 80 GB (4 hosts of 8), v5p:4x4x2 or v6e:8x8
-memory     gpu:h100x32 55 GiB playing, 35 updating of 73, compiled
+memory     gpu:h100x32 55 GiB playing, 29 updating of 73, compiled
            v5p:4x4x2   56 GiB playing, 39 updating of 96, compiled
-           v6e:8x8     30 GiB playing, 22 updating of 31, from shapes; with
+           v6e:8x8     30 GiB playing, 20 updating of 31, from shapes; with
                        --config.learner.rows=16 --config.learner.offload_reference=True
 time       not measured
 score      average of seven sets, pass@1 by a judge: 55.1 before, 58.5 after (paper, Table 1);

@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/qwen3b_lora.py --workdir=runs/qwen3b_lora
 hardware   1 x L4 24 GB
-memory     gpu:l4x1  18 GiB playing, 16 updating of 20, compiled, as in configs/qwen7b_lora.py
+memory     gpu:l4x1  18 GiB playing, 10 updating of 20, compiled, as in configs/qwen7b_lora.py
 time       not measured
 score      not measured; not in the paper
 """

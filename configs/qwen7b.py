@@ -4,7 +4,7 @@ Other configs of the paper's size start here.
 
 command    python -m ssp_jax.main --config=configs/qwen7b.py --workdir=runs/qwen7b
 hardware   8 x H100 80 GB, v5p:2x2x2 or v6e:4x4
-memory     gpu:h100x8  51 GiB playing, 45 updating of 73, compiled
+memory     gpu:h100x8  51 GiB playing, 27 updating of 73, compiled
            v5p:2x2x2   50 GiB playing, 35 updating of 96, compiled
            v6e:4x4     27 GiB playing, 20 updating of 31, compiled; with --config.mesh.tensor=2
 time       not measured; the paper reports 83.4 s a step, 4.6 hours for 200 steps, on hardware

@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_0p5b
 hardware   1 x H100 80 GB, or a CPU for single steps (below)
-memory     gpu:h100x1  14 GiB playing, 21 updating of 73, from shapes
+memory     gpu:h100x1  14 GiB playing, 17 updating of 73, from shapes
 time       not measured
 score      not measured on these sets; greedy with the example shown the plain model answers 4 of
            8 one-hop and 3 of 8 two-hop questions (a small trial, not the whole sets)

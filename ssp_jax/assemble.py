@@ -29,7 +29,7 @@ from ssp_jax.game.rounds import ReplayState
 from ssp_jax.game.selfplay import SelfPlay
 from ssp_jax.learner.batches import Batch
 from ssp_jax.learner.state import LearnerConfig, TrainState, init_state
-from ssp_jax.learner.update import MEMORY_REMEDY, Learner
+from ssp_jax.learner.update import MEMORY_REMEDY, Learner, check_attention
 from ssp_jax.model import attention, decoder, hf_adapter, hf_load, hf_save, sharding
 from ssp_jax.model.decoder import Params
 from ssp_jax.model.linear import Lora
@@ -354,11 +354,16 @@ def make_sizes(config: ConfigDict, hosts: int) -> Sizes:
 
 
 def make_learner_config(
-    config: ConfigDict, model_config: decoder.ModelConfig, mesh: Any = None, platform: str = "cpu"
+    config: ConfigDict,
+    model_config: decoder.ModelConfig,
+    mesh: Any = None,
+    platform: str = "cpu",
+    gpu: tuple[int, int] | None = None,
 ) -> LearnerConfig:
     """Section learner, and the keys of others that the update depends on.
 
-    mesh: None for a single device; it may be abstract. platform: of its devices.
+    mesh: None for a single device; it may be abstract. platform: of its devices. gpu: compute
+    capability of NVIDIA GPUs.
     """
     names = {field.name for field in dataclasses.fields(LearnerConfig)}
     return LearnerConfig(
@@ -368,7 +373,7 @@ def make_learner_config(
         temperature=config.sampling.temperature,
         response_tokens=config.limits.response_tokens,
         rows_sharding=None if mesh is None else sharding.rows_sharding(mesh),
-        attention=attention.select_kernel(config.model.attention, platform),
+        attention=attention.select_kernel(config.model.attention, platform, gpu),
         **{name: value for name, value in config.learner.items() if name in names},
     )
 
@@ -596,7 +601,10 @@ def _make_run(
     checkpoints = Checkpoints(workdir, c.every, c.keep, minutes=c.minutes)
 
     model = inputs.model_config
-    learner_config = make_learner_config(config, model, mesh, mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    gpu = attention.capability(device)
+    learner_config = make_learner_config(config, model, mesh, device.platform, gpu)
+    processes.run_on_all(lambda: check_attention(learner_config))
     with device_memory.must_fit("the train state", MEMORY_REMEDY):
         weights = make_weights(config, model, mesh)
         weights.frozen()  # read here, where a model that does not fit gets a sentence

@@ -298,7 +298,7 @@ def _file_error(path: Path, error: BaseException) -> str:
 CHOICES: dict[str, Iterable[str]] = {
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("full", "attention", "dots", "none"),
-    "model.attention": ("auto", "xla"),
+    "model.attention": ("auto", "splash", "flash", "xla"),
     "prompt.style": prompts.STYLES,
     "prompt.template": ("chat", "raw_chatml"),
     "game.rl_pair": rules.RL_PAIRS,

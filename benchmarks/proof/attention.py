@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.proof.rows import Row, Setting, verdict
+from ssp_jax.learner import flash
 from ssp_jax.model import attention
 
 # Name, as attention.select_kernel returns it -> (q, k, v, segments) -> o.
 KERNELS: dict[str, Callable[..., jax.Array]] = {
     "xla": attention.packed,
     "splash": attention.splash,
+    "flash": flash.attend,
 }
 KEYS = ("auto", "xla")  # values of config key model.attention
 # Largest relative error; bfloat16 rounds to 2^-8 at each of several operations.
@@ -32,7 +34,8 @@ class Heads:
 def kernels() -> dict[str, str]:
     """All implementations that a run can choose on this device, and the key that chooses each."""
     platform = jax.default_backend()
-    return {attention.select_kernel(key, platform): key for key in KEYS}
+    gpu = attention.capability(jax.devices()[0])
+    return {attention.select_kernel(key, platform, gpu): key for key in KEYS}
 
 
 def check(setting: Setting) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from benchmarks.proof.rows import Setting
 from configs import qwen0p5b, qwen7b
 from ssp_jax import assemble
+from ssp_jax.model import attention as kernels
 from ssp_jax.model import decoder, presets, sharding
 from ssp_jax.plan import memory
 from ssp_jax.rollout.engine import Sizes
@@ -55,7 +56,9 @@ class Case:
         """What the planner plans for."""
         config = self.config.copy_and_resolve_references()
         config.model.attention = attention
-        return memory.Target(config, self.model, self.mesh, platform=jax.default_backend())
+        platform = jax.default_backend()
+        gpu = kernels.capability(jax.devices()[0])
+        return memory.Target(config, self.model, self.mesh, platform=platform, gpu=gpu)
 
 
 def qwen_0p5b(setting: Setting) -> Case:

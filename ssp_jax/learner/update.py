@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssp_jax.learner import objective
+from ssp_jax.learner import kernel_check, objective
 from ssp_jax.learner.batches import Batch, Trajectory, empty_batch, make_batches
 from ssp_jax.learner.logprobs import token_logprobs
 from ssp_jax.learner.state import LearnerConfig, TrainState, optimizer
@@ -44,6 +44,12 @@ def score(
     params: what is trained. frozen: the other params, none in full fine-tuning.
     """
     all_params = decoder.join(frozen, params)
+    hidden_BTD = decoder.forward(c.model, all_params, **_forward_options(c, batch))
+    return _token_logprobs(c, all_params, batch, hidden_BTD)
+
+
+def _forward_options(c: LearnerConfig, batch: Batch) -> dict[str, Any]:
+    """Arguments of decoder.forward and forward_adding, beside the model and its params."""
     packed_attention = _packed_attention(c)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
@@ -57,17 +63,20 @@ def score(
     look_up: Any = decoder.embed
     if c.rows_sharding is not None:
         look_up = functools.partial(sharding.embed_rows, c.rows_sharding)
-    hidden_BTD = decoder.forward(
-        c.model,
-        all_params,
-        batch.tokens_BT,
-        batch.positions_BT,
-        attend,
-        dtype=c.dtype,
-        remat=c.remat,
-        look_up=look_up,
-        place=place,
-    )
+    return {
+        "tokens_BT": batch.tokens_BT,
+        "positions_BT": batch.positions_BT,
+        "attend": attend,
+        "dtype": c.dtype,
+        "remat": c.remat,
+        "look_up": look_up,
+        "place": place,
+    }
+
+
+def _token_logprobs(
+    c: LearnerConfig, all_params: decoder.Params, batch: Batch, hidden_BTD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return token_logprobs(
         hidden_BTD,
         decoder.head_weight(all_params),
@@ -80,13 +89,33 @@ def score(
 
 
 def _packed_attention(c: LearnerConfig) -> Callable[..., jax.Array]:
-    """(q, k, v, segments) -> o. Off TPUs the kernel is interpreted, which only tests ask for."""
+    """(q, k, v, segments) -> o. Elsewhere a kernel is interpreted, which only tests ask for."""
     if c.attention == "xla":
         return attention.packed
     rows = c.rows_sharding
     platform = jax.default_backend() if rows is None else rows.mesh.devices.flat[0].platform
-    splash = functools.partial(attention.splash, interpret=platform != "tpu")
-    return sharding.shard_map_rows_and_heads(splash, rows)
+    kernel, compiled_for = _kernel(c.attention)
+    kernel = functools.partial(kernel, interpret=platform != compiled_for)
+    return sharding.shard_map_rows_and_heads(kernel, rows)
+
+
+def _kernel(name: str) -> tuple[Callable[..., jax.Array], str]:
+    """The kernel, and the platform of the devices that it is compiled for."""
+    if name == "splash":
+        return attention.splash, "tpu"
+    # Here: only GPUs need it.
+    from ssp_jax.learner import flash
+
+    return flash.attend, "gpu"
+
+
+def check_attention(c: LearnerConfig) -> None:
+    """Raises InputError where the kernel for GPUs is wrong on this process's first one."""
+    if c.attention != "flash":
+        return
+    tensor = 1 if c.rows_sharding is None else c.rows_sharding.mesh.shape["tensor"]
+    heads = (c.model.num_heads // tensor, c.model.num_kv_heads // tensor, c.model.head_dim)
+    kernel_check.check_kernel(c.attention, _kernel(c.attention)[0], heads, c.dtype)
 
 
 def loss(
@@ -99,6 +128,35 @@ def loss(
 ) -> tuple[jax.Array, objective.LossSums]:
     """The policy loss of one micro-batch, and the sums that are reported of it."""
     logp_BT, entropy_BT = score(c, params, frozen, batch)
+    return _policy_loss(c, batch, logp_BT, entropy_BT, old_logp_BT, ref_logp_BT)
+
+
+def loss_adding(
+    c: LearnerConfig,
+    params: decoder.Params,
+    layer_sums: decoder.Params,
+    frozen: decoder.Params,
+    batch: Batch,
+    old_logp_BT: jax.Array,
+    ref_logp_BT: jax.Array | None,
+) -> tuple[tuple[jax.Array, decoder.Params], objective.LossSums]:
+    """`loss`, with the layers' gradients added up as in decoder.forward_adding."""
+    all_params = decoder.join(frozen, params)
+    options = _forward_options(c, batch)
+    hidden_BTD, layer_sums = decoder.forward_adding(c.model, all_params, layer_sums, **options)
+    logp_BT, entropy_BT = _token_logprobs(c, all_params, batch, hidden_BTD)
+    value, sums = _policy_loss(c, batch, logp_BT, entropy_BT, old_logp_BT, ref_logp_BT)
+    return (value, layer_sums), sums
+
+
+def _policy_loss(
+    c: LearnerConfig,
+    batch: Batch,
+    logp_BT: jax.Array,
+    entropy_BT: jax.Array,
+    old_logp_BT: jax.Array,
+    ref_logp_BT: jax.Array | None,
+) -> tuple[jax.Array, objective.LossSums]:
     sums = objective.policy_loss(
         logp_BT,
         entropy_BT,
@@ -165,16 +223,29 @@ def _accumulate(
 ) -> Total:
     """The total with this micro-batch's gradient.
 
-    The first has no total: a program of its own, without that memory.
+    The first has no total: a program of its own, without that memory. Later ones add the gradient
+    of each layer as it comes, and keep that of no other.
     """
-    differentiate = jax.value_and_grad(functools.partial(loss, c), has_aux=True)
-    (_, sums), grads = differentiate(params, frozen, batch, old_logp_BT, ref_logp_BT)
+    inputs = (frozen, batch, old_logp_BT, ref_logp_BT)
     if total is None:
+        differentiate = jax.value_and_grad(functools.partial(loss, c), has_aux=True)
+        (_, sums), grads = differentiate(params, *inputs)
         return grads, sums
+
     old_grads, old_sums = total
+    layers = {"layers": params["layers"]}
+    old_layers = old_grads["layers"]
+
+    def differentiated(others: decoder.Params, layer_sums: decoder.Params) -> Any:
+        return loss_adding(c, others | layers, layer_sums, *inputs)
+
+    others = {name: part for name, part in params.items() if name != "layers"}
+    (value, _), back, sums = jax.vjp(differentiated, others, old_layers, has_aux=True)
+    grads, new_layers = back((jnp.ones_like(value), old_layers))
+    new_grads = {name: jax.tree.map(jnp.add, old_grads[name], part) for name, part in grads.items()}
     new_sums = objective.LossSums(*map(jnp.add, old_sums, sums))
     new_sums = new_sums._replace(gap_max=jnp.maximum(old_sums.gap_max, sums.gap_max))
-    return jax.tree.map(jnp.add, old_grads, grads), new_sums
+    return new_grads | {"layers": new_layers}, new_sums
 
 
 def _apply(

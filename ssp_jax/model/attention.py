@@ -1,17 +1,20 @@
 """Attention over packed rows, and over keys in several places. Nothing else decides how.
 
-Packed rows: XLA einsums in blocks (`packed`), on TPUs JAX's splash kernel (`splash`). Keys in
-several places: XLA einsums (`partial_softmax`, `combine`). Scores and softmax are float32 in all of
-them, so that sampler and trainer agree.
+Packed rows: XLA einsums in blocks (`packed`), on TPUs JAX's splash kernel (`splash`), on NVIDIA
+GPUs the kernels of learner/flash.py. Keys in several places: XLA einsums (`partial_softmax`,
+`combine`). Scores and softmax are float32 in all of them, so that sampler and trainer agree.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+
+from ssp_jax.errors import InputError
 
 # the name, for remat policies, of what the backward pass of packed attention wants back
 KEPT = "attention"
@@ -24,11 +27,31 @@ LANES = 128  # of a TPU; the kernel's blocks are multiples
 # with a byte of keys and values, and a v6e, which needs most, has 560 in that time. Blocks of 2048
 # queries do not fit the VMEM of a v5e or v5p.
 _SPLASH_KEYS = 2048
+_FLASH_FROM = (8, 0)  # compute capability: Triton compiles for Ampere and later GPUs
 
 
-def select_kernel(key: str, platform: str) -> str:
-    """ "splash" or "xla", from config key model.attention and the platform of the devices."""
-    return "splash" if key == "auto" and platform == "tpu" else "xla"
+def capability(device: Any) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU; None of any other device."""
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
+
+
+def select_kernel(key: str, platform: str, gpu: tuple[int, int] | None = None) -> str:
+    """ "splash", "flash" or "xla", from config key model.attention and the devices.
+
+    gpu: compute capability of NVIDIA GPUs. Raises InputError for a kernel that the devices lack.
+    """
+    best = "xla"
+    if platform == "tpu":
+        best = "splash"
+    elif gpu is not None and gpu >= _FLASH_FROM:
+        best = "flash"
+    if key not in ("auto", "xla", best):
+        others = "auto or xla" if best == "xla" else f"auto, {best} or xla"
+        raise InputError(
+            f"config key model.attention is {key!r}; expected {others} on these devices"
+        )
+    return best if key == "auto" else key
 
 
 def packed(

@@ -30,6 +30,9 @@ from ssp_jax.model.linear import (
 Params = dict[str, Any]
 # (q, k, v) -> (o, what is kept: a cache, or None)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# (params, tokens, dtype) -> [B, T, D]
+LookUp = Callable[[Params, jax.Array, Any], jax.Array]
+Place = Callable[[jax.Array], jax.Array]  # constrains how [B, T, D] is split over devices
 # What the forward pass keeps of a layer; the backward pass computes the rest again. From little
 # memory to much: full keeps the layer's input alone (about 4/3 of the arithmetic), none everything.
 REMAT = {
@@ -274,9 +277,14 @@ def unflatten(leaves: dict[str, Any]) -> Params:
     return params
 
 
+def split_trained(config: ModelConfig, params: Params) -> tuple[Params, Params]:
+    """(frozen, trained): an update changes the adapter where there is one, or all params."""
+    return ({}, params) if config.lora is None else split_adapter(params)
+
+
 def trainable(config: ModelConfig, params: Params) -> Params:
-    """The part of the params that an update changes: the adapter where there is one, or all."""
-    return params if config.lora is None else split_adapter(params)[1]
+    """The part of the params that an update changes."""
+    return split_trained(config, params)[1]
 
 
 # --- the layers' modules --------------------------------------------------------------------------
@@ -366,8 +374,8 @@ def forward(
     *,
     dtype: Any,
     remat: str = "none",
-    look_up: Callable[[Params, jax.Array, Any], jax.Array] = embed,
-    place: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD,
+    look_up: LookUp = embed,
+    place: Place = lambda x_BTD: x_BTD,
 ) -> jax.Array:
     """Hidden states [B, T, D] before the head; for training: stacked params, a scan over layers.
 
@@ -375,16 +383,80 @@ def forward(
     constrains how hidden states are split over devices; left alone, XLA may split D as the weights
     are, and then sends activations of all rows to all devices instead of one layer's weights.
     """
+    step = _layer_step(config, positions_BT, attend, remat, place)
+    x_BTD = place(look_up(params, tokens_BT, dtype))
+    x_BTD, _ = jax.lax.scan(step, x_BTD, params["layers"])
+    return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps)
+
+
+def _layer_step(
+    config: ModelConfig, positions_BT: jax.Array, attend: Attend, remat: str, place: Place
+) -> Callable[[jax.Array, Params], tuple[jax.Array, None]]:
+    """One layer, as a step of a scan."""
     rope = rotary(config, positions_BT)
 
     def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         x_BTD, _ = _run_block(config, weights, x_BTD, rope, attend)
         return place(x_BTD), None
 
-    step = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
+    return layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
+
+
+def forward_adding(
+    config: ModelConfig,
+    params: Params,
+    sums: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    attend: Attend,
+    *,
+    dtype: Any,
+    remat: str = "none",
+    look_up: LookUp = embed,
+    place: Place = lambda x_BTD: x_BTD,
+) -> tuple[jax.Array, Params]:
+    """What `forward` computes, and `sums`, by which layers' gradients are added up in place.
+
+    sums: shaped like the trained part of params["layers"]; their values are not read. Give the
+    returned ones earlier sums of gradients as cotangent, and the cotangent of the given ones is the
+    sums with this pass's gradients. They travel through the backward pass as the carry of its scan,
+    so a layer's gradient is added as soon as it is there, and those of all layers never exist
+    beside their sums. params["layers"] itself has no gradient.
+    """
+    step = _layer_step(config, positions_BT, attend, remat, place)
+
+    def layer(
+        carry: tuple[jax.Array, Params], inputs: tuple[jax.Array, Params]
+    ) -> tuple[tuple[jax.Array, Params], None]:
+        x_BTD, sums = carry
+        i, weights = inputs
+        frozen, trained = split_trained(config, weights)
+        trained, sums = _add_gradients(i, trained, sums)
+        x_BTD, _ = step(x_BTD, join(frozen, trained))
+        return (x_BTD, sums), None
+
     x_BTD = place(look_up(params, tokens_BT, dtype))
-    x_BTD, _ = jax.lax.scan(step, x_BTD, params["layers"])
-    return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps)
+    inputs = (jnp.arange(config.num_layers), params["layers"])
+    (x_BTD, sums), _ = jax.lax.scan(layer, (x_BTD, sums), jax.lax.stop_gradient(inputs))
+    return rms_norm(params["final_norm"]["scale"], x_BTD, config.norm_eps), sums
+
+
+@jax.custom_vjp
+def _add_gradients(i: jax.Array, weights: Params, sums: Params) -> tuple[Params, Params]:
+    """The weights of layer i, and sums whose cotangent gets their gradients in row i."""
+    return weights, sums
+
+
+def _add_gradients_forward(i: jax.Array, weights: Params, sums: Params) -> Any:
+    return (weights, sums), i
+
+
+def _add_gradients_backward(i: jax.Array, cotangents: tuple[Params, Params]) -> Any:
+    grads, sums = cotangents
+    return None, None, jax.tree.map(lambda total, grad: total.at[i].add(grad), sums, grads)
+
+
+_add_gradients.defvjp(_add_gradients_forward, _add_gradients_backward)
 
 
 def forward_cached(

@@ -17,16 +17,17 @@ class _Limits:
     threads: int
     shared_kib: int  # shared memory
     lanes: int  # float32 operations of a clock
+    name: str  # of a GPU that has these, as JAX 0.12 knows it: it lowers a kernel for what has one
 
 
 # By compute capability. Source: CUDA C++ Programming Guide, table of technical specifications, and
 # its table of throughput for the lanes.
 _LIMITS = {
-    (7, 5): _Limits(1024, 64, 64),
-    (8, 0): _Limits(2048, 164, 64),
-    (8, 9): _Limits(1536, 100, 128),
-    (9, 0): _Limits(2048, 228, 128),
-    (10, 0): _Limits(2048, 228, 128),
+    (7, 5): _Limits(1024, 64, 64, "Tesla T4"),
+    (8, 0): _Limits(2048, 164, 64, "NVIDIA A100"),
+    (8, 9): _Limits(1536, 100, 128, "NVIDIA L4"),
+    (9, 0): _Limits(2048, 228, 128, "NVIDIA H100"),
+    (10, 0): _Limits(2048, 228, 128, "NVIDIA B200"),
 }
 _REGISTERS = 65536  # of a multiprocessor and of a block, for all of these
 _SHARED_OF_BLOCK = 48 * 1024  # without an opt-in
@@ -68,6 +69,7 @@ def target_config(chip: Chip) -> str:
             f"  cuda_compute_capability {{ major: {major} minor: {minor} }}",
             "}",
             'platform_name: "CUDA"',
+            f'device_description_str: "{limits.name}"',
             "runtime_version {{ major: {} minor: {} patch: {} }}".format(*_CUDA),
             "dnn_version_info {{ major: {} minor: {} patch: {} }}".format(*_CUDNN),
         ]

@@ -63,6 +63,7 @@ class Target:
     per_host: int = 0  # devices of a host, 0: there is one host
     host: Any = None  # the devices of one host, where they are not the first of the mesh
     platform: str = "cpu"  # of the devices
+    gpu: tuple[int, int] | None = None  # compute capability of NVIDIA GPUs
 
     def __post_init__(self) -> None:
         sharding.check_rows(
@@ -115,7 +116,9 @@ class Target:
 
     @property
     def learner(self) -> LearnerConfig:
-        return assemble.make_learner_config(self.config, self.model, self.mesh, self.platform)
+        return assemble.make_learner_config(
+            self.config, self.model, self.mesh, self.platform, self.gpu
+        )
 
     @property
     def dtype(self) -> Any:
@@ -322,6 +325,9 @@ def _attention_bytes(target: Target) -> tuple[float, float]:
         # A sum for each lane; the gradient of the queries for each block of keys.
         blocks = -(-T // splash_keys(T))
         return queries * LANES * 4, queries * m.head_dim * target.dtype.itemsize * blocks
+    if target.learner.attention == "flash":
+        # A sum for each query, and what the softmax's gradient takes off.
+        return queries * 4, queries * 4
     longest = max(end - start for start, end in spans(T))
     # On TPU the scores of several blocks exist at the same time.
     return 2 * queries * longest * 4, 6 * queries * longest * 4
@@ -418,8 +424,10 @@ def _update_temporaries(target: Target, parameters: float) -> dict[str, float]:
     found = {}
     if c.kl_coef or c.old_logprobs == "recompute":
         found["scores"] = forward
-    # The micro-batch's gradients exist before they are added.
-    found["gradients"] = gradients + parameters
+    # Gradients of layers are added in place; the others exist before they are added.
+    params = train_state(target).params
+    others = [part for name, part in params.items() if name != "layers"]
+    found["gradients"] = gradients + device_bytes(others)
     # The optimizer step works in place, number by number.
     found["optimizer"] = of_layer
     if target.platform == "gpu":

@@ -93,6 +93,7 @@ def make_target(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compil
         per_host=slice_.per_host,
         host=host,
         platform="tpu" if slice_.is_tpu else "gpu",
+        gpu=slice_.chip.gpu.capability if slice_.chip.gpu else None,
     )
 
 

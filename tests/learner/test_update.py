@@ -530,16 +530,48 @@ def test_what_a_step_replaces_is_given_back():
         assert all(x.is_deleted() for x in jax.tree.leaves(replaced))
 
 
-def test_the_optimizer_step_needs_no_memory_of_its_own():
-    """Less than a tenth of the gradients in temporaries: a clipped copy would be all of them."""
-    c = dataclasses.replace(BASE, model=dataclasses.replace(MODEL, vocab_size=2048, mlp_dim=512))
+def abstract_programs(c):
+    """A train state's shapes, and the programs of one device, of a model that is never made."""
     params = decoder.abstract_params(c.model)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(params, jax.eval_shape(optimizer(c).init, params), count, count)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    apply = jit_programs(c, jax.tree.map(lambda _: place, state)).apply
-    temporaries = apply.lower(state, params).compile().memory_analysis().temp_size_in_bytes
-    assert temporaries < 0.1 * 4 * sum(x.size for x in jax.tree.leaves(params))
+    return state, jit_programs(c, jax.tree.map(lambda _: place, state))
+
+
+def test_the_optimizer_step_needs_no_memory_of_its_own():
+    """Less than a tenth of the gradients in temporaries: a clipped copy would be all of them."""
+    c = dataclasses.replace(BASE, model=dataclasses.replace(MODEL, vocab_size=2048, mlp_dim=512))
+    state, jitted = abstract_programs(c)
+    program = jitted.apply.lower(state, state.params).compile()
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    assert temporaries < 0.1 * 4 * sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def test_a_later_gradient_is_added_to_the_total_bit_for_bit():
+    """Though it is added layer by layer, inside of the backward pass."""
+    (batch,) = make_batches(BASE, EPISODES, ADVANTAGES)
+    arguments = (PARAMS, {}, batch, batch.sampler_logp_BT, logprobs(BASE, batch))
+    grads, sums = jax.device_get(programs(BASE).accumulate(None, *arguments))
+    rng = np.random.default_rng(2)
+    earlier = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), grads)
+    total, _ = programs(BASE).accumulate((earlier, sums), *arguments)
+    expected = jax.tree.map(np.add, earlier, grads)
+    jax.tree.map(np.testing.assert_array_equal, total["layers"], expected["layers"])
+    close(total, expected)  # XLA adds to the embedding's total token by token
+
+
+def test_the_layers_gradients_never_exist_beside_their_total():
+    """Less than half of them in temporaries: a second copy would be all of them."""
+    model = dataclasses.replace(MODEL, num_layers=16, mlp_dim=1024)
+    c = dataclasses.replace(BASE, model=model, rows=1, kl_coef=0.0)
+    state, jitted = abstract_programs(c)
+    (batch,) = make_batches(c, EPISODES[:1], ADVANTAGES[:1])
+    arguments = (state.params, {}, batch, batch.sampler_logp_BT, None)
+    total = jax.eval_shape(jitted.zero_total, state.params)
+    program = jitted.accumulate.lower(total, *arguments).compile()
+    layers = 4 * sum(x.size for x in jax.tree.leaves(state.params["layers"]))
+    assert program.memory_analysis().temp_size_in_bytes < layers / 2
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ssp_jax.errors import InputError
+from ssp_jax.learner import flash, kernel_check
 from ssp_jax.model import attention, decoder, sharding
 
 B, T, N, K, H = 2, 6, 4, 2, 8
@@ -80,10 +82,32 @@ def test_packed_has_no_gradient_across_segments_or_from_the_future():
     assert grad[:, [3, 4]].any()
 
 
-def test_the_kernel_is_for_tpus_and_can_be_declined():
+def test_kernels_are_for_tpus_and_newer_gpus_and_can_be_declined():
     assert attention.select_kernel("auto", "tpu") == "splash"
-    others = (("auto", "cpu"), ("auto", "gpu"), ("xla", "tpu"))
+    assert attention.select_kernel("auto", "gpu", (8, 0)) == "flash"
+    turing, hopper = (7, 5), (9, 0)
+    others = (
+        ("auto", "cpu"),
+        ("auto", "gpu"),  # AMD's
+        ("auto", "gpu", turing),
+        ("xla", "tpu"),
+        ("xla", "gpu", hopper),
+    )
     assert {attention.select_kernel(*x) for x in others} == {"xla"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        (("flash", "cpu"), "expected auto or xla"),
+        (("flash", "gpu", (7, 5)), "expected auto or xla"),
+        (("flash", "tpu"), "expected auto, splash or xla"),
+        (("splash", "gpu", (9, 0)), "expected auto, flash or xla"),
+    ],
+)
+def test_a_kernel_that_the_devices_lack_is_refused(devices, expected):
+    with pytest.raises(InputError, match=expected):
+        attention.select_kernel(*devices)
 
 
 def both(attend):
@@ -109,6 +133,62 @@ def test_splash_equals_packed(monkeypatch):
     got = both(interpreted)(q, k, v, segments)
     expected = both(attention.packed)(q, k, v, segments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), got, expected)
+
+
+def test_flash_equals_packed_on_each_shard():
+    """Five tiles, several segments, rows and heads that are padded, a row of padding alone."""
+    T = 150
+    q, k, v = random_qkv(4, T, 24)
+    ends = jnp.array([[T // 5, T // 2, T - 9], [T, T, T], [0, 0, 0], [1, 64, 128]])
+    segments = (jnp.arange(T)[None, :, None] < ends[:, None]).sum(-1)
+    rows = sharding.rows_sharding(sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}))
+    interpreted = functools.partial(flash.attend, interpret=True)
+    got = both(sharding.shard_map_rows_and_heads(interpreted, rows))(q, k, v, segments)
+    expected = both(attention.packed)(q, k, v, segments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), got, expected)
+
+
+def test_the_check_of_a_kernel_passes_one_that_is_right():
+    interpreted = functools.partial(flash.attend, interpret=True)
+    kernel_check.check_kernel("flash", interpreted, (2, 1, 16), jnp.bfloat16)
+
+
+def across_segments(q, k, v, segments):
+    return attention.packed(q, k, v, jnp.minimum(segments, 1))
+
+
+def of_other_heads(q, k, v, segments):
+    return attention.packed(q, k[:, :, ::-1], v[:, :, ::-1], segments)
+
+
+def without_a_gradient(q, k, v, segments):
+    return attention.packed(q, jax.lax.stop_gradient(k), v, segments)
+
+
+def without_a_number(q, k, v, segments):
+    return jnp.nan * attention.packed(q, k, v, segments)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "array"),
+    [
+        (across_segments, "o"),
+        (of_other_heads, "o"),
+        (without_a_gradient, "dk"),
+        (without_a_number, "o"),
+    ],
+)
+def test_the_check_of_a_kernel_refuses_one_that_is_wrong(kernel, array):
+    with pytest.raises(InputError, match=f"its {array} differs .* model.attention=xla"):
+        kernel_check.check_kernel("some", kernel, (4, 2, 8), jnp.float32)
+
+
+def test_the_check_of_a_kernel_refuses_one_that_does_not_run():
+    def fails(q, k, v, segments):
+        raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Triton is for Ampere\nand more")
+
+    with pytest.raises(InputError, match=r"does not run .* \(FAILED_PRECONDITION: .*Ampere\)"):
+        kernel_check.check_kernel("some", fails, (4, 2, 8), jnp.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What XLA's compiler for GPUs makes of a run's programs, on a machine without a GPU."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import qwen7b
-from ssp_jax.model import presets
+from ssp_jax.learner import flash
+from ssp_jax.model import decoder, presets, sharding
 from ssp_jax.plan import compile, hardware, memory
 from ssp_jax.plan import planner as plan
 from ssp_jax.runtime import device_memory, platform
@@ -18,13 +20,13 @@ needs_compiler = pytest.mark.skipif(
     not platform.gpu_compiler_installed(),
     reason="JAX's CUDA plugin is not installed: pip install '.[plan-gpu]'",
 )
-# The 7B's layers, two of them, and fewer words, rows of the prefill and tokens of the update: what
-# is tested does not depend on these, and half a minute of compiling does.
+# The 7B's layers, two of them, and fewer words and rows of the prefill: what is tested does not
+# depend on these, and half a minute of compiling does.
 MODEL = dataclasses.replace(presets.ARCHITECTURES["Qwen2.5-7B"], num_layers=2, vocab_size=16384)
+TRITON = "__gpu$xla.gpu.triton"
 SHORT = {
     "engine.extend_rows": 1,
     "engine.extend_buckets": (64,),
-    "learner.row_tokens": 512,
 }
 
 
@@ -58,10 +60,18 @@ def test_a_slice_of_the_7b_compiles_for_gpus(topology: str) -> None:
         made = re.findall(r"= bf16\[([\d,]+)\]\S* (?:copy|transpose)\(", programs[name].as_text())
         assert not [x for x in made if sorted(map(int, x.split(","))) in of_a_device], name
 
-    # Attention is XLA's own operations, as in a run: no kernel, and nothing that asks the host.
-    assert target.learner.attention == "xla"
+    # Attention of the update is in kernels, as in a run, and all else in XLA's own operations.
+    assert target.learner.attention == "flash"
     for name, program in programs.items():
-        assert "custom_call_target=" not in program.as_text(), name
+        targets = set(re.findall(r'custom_call_target="([^"]+)"', program.as_text()))
+        assert targets == ({TRITON} if name == "gradients" else set()), name
+
+    # So scores never exist, which are most of what XLA's blocks need. Gradients of layers do not
+    # exist beside their sum either: on one GPU they would be too much.
+    parameters = memory.device_bytes(memory.train_state(target).params)
+    xla = plan.with_values(target.config, {"model.attention": "xla"})
+    in_blocks = memory.temporaries(dataclasses.replace(target, config=xla), parameters)
+    assert device_memory.program_bytes(programs["gradients"]) < in_blocks["gradients"] / 3.5
 
     # Each GPU gathers its layers, and gets its share of their gradients.
     text = programs["gradients"].as_text()
@@ -70,10 +80,36 @@ def test_a_slice_of_the_7b_compiles_for_gpus(topology: str) -> None:
     assert communication == expected
 
     # Shapes say what the optimizer step takes at most.
-    parameters = memory.device_bytes(memory.train_state(target).params)
     estimate = memory.temporaries(target, parameters)["optimizer"]
     taken = device_memory.program_bytes(programs["optimizer"])
     assert taken < 1.1 * estimate
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("remat", "dtype", "kernels"), [("full", jnp.bfloat16, 4), ("attention", jnp.float32, 3)]
+)
+def test_what_remat_keeps_of_flash_is_not_computed_again(
+    remat: str, dtype: jnp.dtype, kernels: int
+) -> None:
+    """One kernel forward, two backward; only where nothing is kept another forward.
+
+    And all fit the L4, whose multiprocessors have the least memory.
+    """
+    devices = compile.make_devices(hardware.parse_topology("gpu:l4x1"))
+    rows = sharding.rows_sharding(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices))
+    attend = sharding.shard_map_rows_and_heads(flash.attend, rows)
+    q = jax.ShapeDtypeStruct((1, 256, 4, 128), dtype, sharding=rows)
+    k = jax.ShapeDtypeStruct((1, 256, 2, 128), dtype, sharding=rows)
+    segments = jax.ShapeDtypeStruct((1, 256), jnp.int32, sharding=rows)
+
+    @functools.partial(jax.checkpoint, policy=decoder.REMAT[remat])
+    def layer(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return attend(jnp.sin(q), jnp.sin(k), jnp.sin(v), segments).astype(jnp.float32).sum()
+
+    grads = jax.jit(jax.value_and_grad(layer, argnums=(0, 1, 2)))
+    program = grads.lower(q, k, k, segments).compile(compile.compile_options("gpu"))
+    assert program.as_text().count(f'custom_call_target="{TRITON}"') == kernels
 
 
 @needs_compiler

@@ -527,7 +527,7 @@ def test_without_a_compiler_the_table_says_so(
     ]
     assert command.main([*tiny, "--topology=gpu:h100x1", "--tokens=200", "--sampled=50"]) == 0
     out, err = capsys.readouterr()
-    for said in ("from shapes alone", "attention of the update: xla", "it fits", "72.8 GiB"):
+    for said in ("from shapes alone", "attention of the update: flash", "it fits", "72.8 GiB"):
         assert said in out
     assert "pip install '.[plan-gpu]'" in err
     assert command.main([*tiny, "--topology=v9:1"]) == 2
