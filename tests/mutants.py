@@ -230,7 +230,7 @@ MUTANTS = [
     ),
     Mutant(
         "model/decoder.py",
-        "return params if config.lora is None else split_adapter(params)[1]",
+        "return split_trained(config, params)[1]",
         "return params",
         "learner/test_lora.py::test_an_update_trains_the_adapter_alone",
     ),
