@@ -13,6 +13,7 @@ from ssp_jax.config import default_values, export_kind
 from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.model import hf_save
 from ssp_jax.report import page
+from ssp_jax.retriever import settings
 from ssp_jax.runtime.logger import Logger
 
 
@@ -54,6 +55,9 @@ def _flags(config: ConfigDict, workdir: Path) -> Iterator[str]:
         yield f"--model={export}"
     if config.retriever.kind != "http":
         yield f"--index={index_folder(config.retriever, str(workdir))}"
+    if config.retriever.kind in settings.KINDS:
+        yield f"--kind={config.retriever.kind}"
+        yield f"--encoder={config.retriever.encoder}"
     defaults = default_values()
     for name in ("style", "template"):
         if config.prompt[name] != defaults[f"prompt.{name}"]:

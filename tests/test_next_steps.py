@@ -62,6 +62,15 @@ def test_an_adapter_is_asked_beside_its_base(
     assert flags.worked_example and not flags.index
 
 
+def test_what_searched_by_vectors_is_asked_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ("retriever.kind=hybrid", "retriever.encoder=assets/tiny/encoder")
+    _, ask, _ = last_lines(run_folder(tmp_path), capsys, *overrides)
+    flags = parse_flags(shlex.split(ask.removeprefix("ask the model: "))[3:])
+    assert (flags.kind, flags.encoder) == ("hybrid", "assets/tiny/encoder")
+
+
 def test_a_run_without_an_export_or_a_report_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
