@@ -138,6 +138,7 @@ def test_messages_go_through_the_chat_template_and_seeds_matter(tmp_path):
     assert first == again != other
 
 
+@pytest.mark.ci
 def test_the_solver_searches_and_answers(tmp_path, index):
     questions = [task.question for task in load_questions(TINY / "qa" / "one_hop.jsonl")[:5]]
     lines = answers(

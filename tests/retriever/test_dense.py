@@ -21,6 +21,7 @@ from tests.conftest import ROOT
 from tests.model_folders import edit_tensors
 from tests.retriever.test_search import corpus_of
 
+pytestmark = pytest.mark.ci
 ENCODER = str(ROOT / "tests/goldens/bert")
 KEYS = EncoderKeys(passage_prefix="p: ")
 NUMBER = 300

@@ -78,7 +78,8 @@ def compiled(
 IN_PLACE = ("extend", "decode")  # programs that must write into the cache where it is
 
 
-@pytest.mark.parametrize("steps", [1, pytest.param(8, marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("steps", [1, 8])
 def test_the_cache_is_not_copied(steps):
     """Temporaries are about what one of many layers has: a chunk reads the cache where it is, and
     writes into it.

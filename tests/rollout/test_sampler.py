@@ -264,6 +264,7 @@ def written(prompts, layout=LAYOUT, rows=ROWS, temperature=1.0):
     return state
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("length", [10, 15, 16, 17, 30])
 def test_an_episode_that_crosses_pieces_equals_one_in_a_single_piece(length):
     """Written before, at and behind the border, and decoded over it."""
