@@ -380,7 +380,9 @@ def play_one(tally: Tally, unbroken: dict[str, Any], seconds: float, most: int) 
         tally.fail(f"{workdir} is not the unbroken run: {', '.join(differ[:5])}")
     else:
         shutil.rmtree(workdir)
-        shutil.rmtree(workdir.with_name(workdir.name + ".logs"))
+        logs = workdir.with_name(workdir.name + ".logs")
+        if not any(str(logs) in failure for failure in tally.failures):
+            shutil.rmtree(logs)
     print(
         f"run {tally.runs}: {'DIFFERS' if differ else 'the same as the unbroken one'}", flush=True
     )

@@ -288,6 +288,9 @@ def commit(tree: Any, like: Any) -> Any:
     if isinstance(everywhere, NamedSharding):
         everywhere = NamedSharding(everywhere.mesh, P())
     places = jax.tree.map(lambda x: x.sharding if x.ndim else everywhere, tree)
+    # From the host: a scalar that JAX 0.10.2 sends from one device to those of several processes
+    # has no shards, and Orbax cannot save it.
+    tree = jax.tree.map(lambda x: x if x.ndim else np.asarray(x), tree)
     return jax.device_put(tree, places)
 
 

@@ -328,6 +328,38 @@ def test_the_first_of_several_processes_builds_the_index(tmp_path: Path, broken:
     assert not (tmp_path / "index.building").exists()
 
 
+SAVE_AT_ONCE = """
+import sys
+import jax
+from ssp_jax.runtime import processes
+from ssp_jax.runtime.launchers import ProcessSpec
+folder, coordinator, process = sys.argv[1:]
+processes.start(ProcessSpec(coordinator, 2, int(process)), {})
+from ssp_jax.learner.state import init_state
+from ssp_jax.model import sharding
+from ssp_jax.runtime.checkpoint import Checkpoints
+from tests.learner.test_update import BASE, PARAMS
+mesh = sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1})
+params = jax.device_put(jax.device_get(PARAMS), sharding.param_shardings(PARAMS, mesh))
+state = init_state(BASE, params)
+with Checkpoints(folder, 1, 1) as checkpoints:
+    checkpoints.save(0, state, {})
+    checkpoints.wait()
+    print(checkpoints.steps())
+"""
+
+
+@pytest.mark.ci
+def test_several_processes_save_a_state_that_no_update_has_seen(tmp_path: Path) -> None:
+    """As a run does that a signal ends while it compiles."""
+    command = [sys.executable, "-c", SAVE_AT_ONCE, str(tmp_path), f"127.0.0.1:{free_port()}"]
+    started = [
+        subprocess.Popen([*command, i], cwd=ROOT, stdout=subprocess.PIPE, text=True) for i in "01"
+    ]
+    said = [process.communicate(timeout=SECONDS)[0].splitlines()[-1] for process in started]
+    assert said == ["[0]", "[0]"]
+
+
 TOLD_ALONE = """
 import sys
 from ssp_jax.runtime import processes
