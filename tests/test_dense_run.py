@@ -56,4 +56,4 @@ def test_a_run_that_searches_by_vectors_goes_on_as_the_unbroken_one(tmp_path):
     for steps in (1, 2):
         train.train(small(steps=steps, **values), str(tmp_path / "parts"))
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
-    assert all(row["solver/searches"] > 0 for row in steps_of(tmp_path / "whole"))
+    assert all(row["proposer/searches"] > 0 for row in steps_of(tmp_path / "whole"))
