@@ -271,6 +271,92 @@ MUTANTS = [
         "if after is None or chosen:",
         "plan/test_plan.py::test_a_change_is_made_as_often_as_it_helps",
     ),
+    Mutant(
+        "learner/flash.py",
+        "return (first <= key) & (key <= query)",
+        "return key <= query",
+        "model/test_attention.py::test_flash_equals_packed_on_each_shard",
+    ),
+    Mutant(
+        "learner/flash.py",
+        "dk_ref[...] = (dk_TH * scale).astype(dk_ref.dtype)",
+        "dk_ref[...] = dk_TH.astype(dk_ref.dtype)",
+        "model/test_attention.py::test_the_check_of_a_kernel_passes_one_that_is_right",
+    ),
+    Mutant(
+        "learner/kernel_check.py",
+        "if not difference < _TOLERANCE:",
+        "if difference > _TOLERANCE:",
+        "model/test_attention.py::test_the_check_of_a_kernel_refuses_one_that_is_wrong",
+    ),
+    Mutant(
+        "model/decoder.py",
+        "total.at[i].add(grad)",
+        "total.at[i].set(grad)",
+        "learner/test_update.py::test_a_later_gradient_is_added_to_the_total_bit_for_bit",
+    ),
+    Mutant(
+        "plan/roofline.py",
+        "rows = min(bucket for bucket in buckets if bucket >= min(in_deepest, buckets[-1]))",
+        "rows = buckets[-1]",
+        "plan/test_plan.py::test_a_step_reads_the_rows_of_the_deepest_piece_that_are_in_use",
+    ),
+    Mutant(
+        "plan/cycles.py",
+        "total += _turns(program[condition], turns) * (of(condition) + of(body))",
+        "total += of(condition) + of(body)",
+        "plan/test_cycles.py::test_loops_count_as_often_as_they_turn_and_of_branches_the_longer",
+    ),
+    Mutant(
+        "rollout/kv_cache.py",
+        "fori_loop(0, writes_M.sum(), one, list(old))",
+        "fori_loop(0, len(row_M), one, list(old))",
+        "plan/test_cycles.py::"
+        "test_on_tpu_a_chunk_is_written_in_a_tenth_of_the_time_that_its_steps_read",
+    ),
+    Mutant(
+        "model/sharding.py",
+        "return jax.lax.with_sharding_constraint"
+        '(x_BTD, NamedSharding(mesh, P("data", None, columns)))',
+        "return x_BTD",
+        "model/test_sharding.py::test_a_look_up_sends_no_table",
+    ),
+    Mutant(
+        "learner/update.py",
+        "look_up = functools.partial(sharding.embed_rows, c.rows_sharding)",
+        "look_up = decoder.embed",
+        "learner/test_update.py::test_a_split_vocabulary_is_not_gathered",
+    ),
+    Mutant(
+        "rollout/scheduler.py",
+        "held = self._prefix_in.pop(slot, ())",
+        "held = self._prefix_in.get(slot, ())",
+        "rollout/test_scheduler.py::test_each_slot_holds_its_players_tokens",
+    ),
+    Mutant(
+        "model/sharding.py",
+        "tree = jax.tree.map(lambda x: x if x.ndim else np.asarray(x), tree)",
+        "tree = jax.tree.map(lambda x: x, tree)",
+        "runtime/test_processes.py::test_several_processes_save_a_state_that_no_update_has_seen",
+    ),
+    Mutant(
+        "retriever/topk.py",
+        "return jnp.where(is_row[None], scores, -jnp.inf)",
+        "return scores",
+        "retriever/test_topk.py::test_no_row_is_missed_where_all_scores_are_negative_or_equal",
+    ),
+    Mutant(
+        "retriever/topk.py",
+        "candidates = np.flatnonzero(own_scores >= threshold)",
+        "candidates = np.argpartition(-own_scores, k - 1)[:k]",
+        "retriever/test_topk.py::test_the_host_finds_what_a_sort_finds",
+    ),
+    Mutant(
+        "retriever/vectors.py",
+        "return min(counts)",
+        "return max(counts)",
+        "retriever/test_vectors.py::test_a_build_that_is_killed_anywhere_ends_as_the_unbroken_one",
+    ),
 ]
 
 

@@ -82,9 +82,10 @@ def test_a_build_that_is_killed_anywhere_ends_as_the_unbroken_one(
 
         with pytest.raises(KeyboardInterrupt):
             vectors.ensure(index, about(dtype), killed, "encoding")
-        # What a loss of power may leave: part of a block, and no sum of it.
+        # What a loss of power may leave: a block and a part of one, and no sum of them.
+        sizes = [about(dtype).sizes(kill_at + n)[vectors.ROWS] for n in (0, 1)]
         with open(index / vectors.BUILDING / vectors.ROWS, "ab") as file:
-            file.write(b"half a row")
+            file.write(b"?" * (sizes[1] - sizes[0]) + b"half a row")
         asked = []
 
         def rest(first: int, asked: list[int] = asked) -> Iterator[np.ndarray]:
