@@ -633,6 +633,14 @@ def advice(config: ConfigDict, platform: str) -> list[str]:
             f"lora.rank is {config.lora.rank}: ranks above {_HIGHEST_RANK} can collapse under "
             "GRPO; 16 or 32 are enough"
         )
+    c = config.retriever
+    is_e5 = "e5" in Path(c.encoder).name.lower()
+    if c.kind in settings.KINDS and is_e5 and not c.query_prefix:
+        sentences.append(
+            "retriever.query_prefix is empty: E5 encoders were trained with query_prefix "
+            "'query: ' and passage_prefix 'passage: ', and find less without, unless the "
+            "encoder's folder has prompts of its own"
+        )
     if platform == "cpu" and config.model.dtype == "bfloat16":
         # A decode step of Qwen2.5-0.5B: 450 ms and not 120, on 2 cores.
         sentences.append(

@@ -479,6 +479,12 @@ def test_a_truncation_that_the_trainer_does_not_know_of_is_told():
         assert advice(**changes, learner__old_logprobs="recompute") == []
 
 
+def test_an_e5_encoder_without_its_prefixes_is_told():
+    values = {"retriever__kind": "dense", "retriever__encoder": "models/e5-base-v2"}
+    assert "'query: '" in configuration.advice(small(**values), "cpu")[0]
+    assert configuration.advice(small(**values, retriever__query_prefix="query: "), "cpu") == []
+
+
 def test_a_cpu_is_advised_to_compute_in_float32():
     halves = small(model__dtype="bfloat16")
     assert "model.dtype=float32 is faster" in configuration.advice(halves, "cpu")[0]
