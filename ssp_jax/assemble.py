@@ -527,36 +527,34 @@ def make_eval_context(
     )
 
 
-# --- a run of self-play ---------------------------------------------------------------------------
+# --- a run that trains a model --------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingRun:
-    """The parts of a run. What changes from step to step is in Progress."""
+class ModelRun:
+    """The parts of every run that trains. What changes from step to step is in Progress."""
 
     config: ConfigDict
     workdir: Path
-    inputs: Inputs
+    model_config: decoder.ModelConfig
+    stamps: dict[str, str]  # digests of the files that training depends on
     mesh: jax.sharding.Mesh
     key: jax.Array  # of random numbers
     attention: str  # of the update, in the words of attention.select_kernel
     weights: Weights
     learner: Learner
-    engine: Engine
-    game: SelfPlay
-    judges: Callable[[str], judge.Judge | None]  # by metric
     checkpoints: Checkpoints
-    logger: Logger
     compiles: CompileCounter
     stop: processes.Stop
-    initial: Callable[[], Params]  # gives the sampler's copy of the initial weights
+    steps: int  # of the whole run
+    resumed: int  # the step that it goes on from
 
-    def tasks(self, step: int) -> list[Task]:
-        """The given answers of a step."""
-        tasks = self.inputs.tasks
-        number = self.config.game.answers_per_step
-        rows = data.batch_indices(len(tasks), number, self.config.seed, step)
-        return [tasks[row] for row in rows]
+    @functools.cached_property
+    def logger(self) -> Logger:
+        """Made when it is first asked for: a run that is refused before leaves no file of steps."""
+        tensorboard = self.config.log.tensorboard
+        mute = not processes.is_coordinator()
+        return Logger(str(self.workdir), self.steps, tensorboard, self.resumed, mute=mute)
 
 
 @dataclasses.dataclass
@@ -570,40 +568,27 @@ class Progress:
     damaged: dict[int, str]  # step -> reason, of checkpoints that were set aside at the start
 
 
-@contextlib.contextmanager
-def training_run(config: ConfigDict, workdir: str) -> Iterator[tuple[TrainingRun, Progress]]:
-    """The parts of a run in its locked workdir, and how far it is; all is closed at the end.
+def make_model_run(
+    config: ConfigDict,
+    workdir: str,
+    model: decoder.ModelConfig,
+    stamps: dict[str, str],
+    mesh: jax.sharding.Mesh,
+    steps: int,
+    **learner_keys: Any,
+) -> tuple[ModelRun, Progress]:
+    """The parts of a run in its locked workdir, and how far it is.
 
-    In the context a signal only sets run.stop, so that what is being saved gets onto the disk.
+    steps: of the whole run. learner_keys: fields of LearnerConfig that are not the config's.
     """
-    keep_compiled(workdir)
-    with made_workdir(workdir), lock_workdir(workdir):
-        inputs = read_inputs(config, workdir)
-        mesh = make_mesh(config)
-        # After the inputs: a mistyped path must not become the workdir's config.
-        keep_config(workdir, config)
-        processes.check_shared(Path(workdir))
-        run, progress = _make_run(config, workdir, inputs, mesh)
-        facts = {
-            "the newest checkpoint": progress.step,
-            "the memory": processes.digest(progress.replay),
-        }
-        check_same_inputs(inputs, facts)
-        with run.stop, run.logger, run.checkpoints:
-            yield run, progress
-
-
-def _make_run(
-    config: ConfigDict, workdir: str, inputs: Inputs, mesh: jax.sharding.Mesh
-) -> tuple[TrainingRun, Progress]:
     compiles = CompileCounter()
     c = config.checkpoint
     checkpoints = Checkpoints(workdir, c.every, c.keep, minutes=c.minutes)
 
-    model = inputs.model_config
     device = mesh.devices.flat[0]
     gpu = attention.capability(device)
     learner_config = make_learner_config(config, model, mesh, device.platform, gpu)
+    learner_config = dataclasses.replace(learner_config, **learner_keys)
     processes.run_on_all(lambda: check_attention(learner_config))
     with device_memory.must_fit("the train state", MEMORY_REMEDY):
         weights = make_weights(config, model, mesh)
@@ -611,39 +596,22 @@ def _make_run(
         learner, state = _make_learner(learner_config, weights, mesh)
         progress = _restore(checkpoints, state)
         del state  # another one where a checkpoint was found
-        # While it judges what is trained, the initial model is in memory beside the player, and
-        # the slots leave it room. With LoRA both have one base, which must be free to move.
-        judges_always = config.reward.metric == "policy" and model.lora is None
-        judging = weights.initial_for_sampler() if judges_always else None
 
-    def initial() -> Params:
-        return judging or weights.initial_for_sampler()
-
-    engine = run_engine(config, inputs, mesh)
-    judges = make_judges(config, engine, inputs.context, inputs.digests, inputs.server, initial)
-    reward_judge = judges(config.reward.metric)
-    game = SelfPlay(
-        make_game_config(config), inputs.context, engine, inputs.retriever, reward_judge
-    )
-    mute = not processes.is_coordinator()
-    logger = Logger(workdir, config.steps, config.log.tensorboard, progress.step, mute=mute)
-    run = TrainingRun(
+    run = ModelRun(
         config=config,
         workdir=Path(workdir),
-        inputs=inputs,
+        model_config=model,
+        stamps=stamps,
         mesh=mesh,
         key=jax.random.key(config.seed),
         attention=learner_config.attention,
         weights=weights,
         learner=learner,
-        engine=engine,
-        game=game,
-        judges=judges,
         checkpoints=checkpoints,
-        logger=logger,
         compiles=compiles,
         stop=processes.Stop(),
-        initial=initial,
+        steps=steps,
+        resumed=progress.step,
     )
     return run, progress
 
@@ -676,3 +644,73 @@ def _restore(checkpoints: Checkpoints, state: TrainState) -> Progress:
     replay = ReplayState.from_json(restored.game["memory"])
     seconds = restored.game["seconds"]
     return Progress(restored.step, restored.state, replay, seconds, restored.damaged)
+
+
+# --- a run of self-play ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun(ModelRun):
+    """The parts of a run of self-play."""
+
+    inputs: Inputs
+    engine: Engine
+    game: SelfPlay
+    judges: Callable[[str], judge.Judge | None]  # by metric
+    initial: Callable[[], Params]  # gives the sampler's copy of the initial weights
+
+    def tasks(self, step: int) -> list[Task]:
+        """The given answers of a step."""
+        tasks = self.inputs.tasks
+        number = self.config.game.answers_per_step
+        rows = data.batch_indices(len(tasks), number, self.config.seed, step)
+        return [tasks[row] for row in rows]
+
+
+@contextlib.contextmanager
+def training_run(config: ConfigDict, workdir: str) -> Iterator[tuple[TrainingRun, Progress]]:
+    """The parts of a run in its locked workdir, and how far it is; all is closed at the end.
+
+    In the context a signal only sets run.stop, so that what is being saved gets onto the disk.
+    """
+    keep_compiled(workdir)
+    with made_workdir(workdir), lock_workdir(workdir):
+        inputs = read_inputs(config, workdir)
+        mesh = make_mesh(config)
+        # After the inputs: a mistyped path must not become the workdir's config.
+        keep_config(workdir, config)
+        processes.check_shared(Path(workdir))
+        run, progress = _make_run(config, workdir, inputs, mesh)
+        facts = {
+            "the newest checkpoint": progress.step,
+            "the memory": processes.digest(progress.replay),
+        }
+        check_same_inputs(inputs, facts)
+        with run.stop, run.logger, run.checkpoints:
+            yield run, progress
+
+
+def _make_run(
+    config: ConfigDict, workdir: str, inputs: Inputs, mesh: jax.sharding.Mesh
+) -> tuple[TrainingRun, Progress]:
+    model = inputs.model_config
+    base, progress = make_model_run(config, workdir, model, inputs.stamps, mesh, config.steps)
+    # While it judges what is trained, the initial model is in memory beside the player, and the
+    # slots leave it room. With LoRA both have one base, which must be free to move.
+    judges_always = config.reward.metric == "policy" and model.lora is None
+    with device_memory.must_fit("the train state", MEMORY_REMEDY):
+        judging = base.weights.initial_for_sampler() if judges_always else None
+
+    def initial() -> Params:
+        return judging or base.weights.initial_for_sampler()
+
+    engine = run_engine(config, inputs, mesh)
+    judges = make_judges(config, engine, inputs.context, inputs.digests, inputs.server, initial)
+    reward_judge = judges(config.reward.metric)
+    game = SelfPlay(
+        make_game_config(config), inputs.context, engine, inputs.retriever, reward_judge
+    )
+    run = TrainingRun(
+        **vars(base), inputs=inputs, engine=engine, game=game, judges=judges, initial=initial
+    )
+    return run, progress

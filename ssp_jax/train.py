@@ -4,9 +4,7 @@ The same command in the same workdir goes on where it stopped. SIGTERM, SIGHUP a
 run at the next decode chunk, with a checkpoint of the last finished step.
 """
 
-import contextlib
 import functools
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,22 +13,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble, next_steps
+from ssp_jax import assemble, lifecycle, next_steps
 from ssp_jax.assemble import Progress, TrainingRun
-from ssp_jax.config import advice, export_kind
-from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import Result
 from ssp_jax.game import judge
 from ssp_jax.game.rounds import Round, Training, readable
 from ssp_jax.learner.update import MEMORY_REMEDY
-from ssp_jax.model import decoder, hf_save
 from ssp_jax.rollout.engine import Stats
 from ssp_jax.runtime import device_memory, figures, processes, records
 from ssp_jax.runtime.checkpoint import leaf_digests
 from ssp_jax.runtime.logger import Phase, pop_peak_memory_gib
-from ssp_jax.runtime.processes import Stop, Terminated
-from ssp_jax.workdir import as_read
+from ssp_jax.runtime.processes import Stop
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -38,7 +32,8 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     Leaves metrics, checkpoints, summary.json, an export and report.html in the workdir.
     """
-    with assemble.training_run(config, workdir) as (run, now), _saved_at_the_end(run, now):
+    started = assemble.training_run(config, workdir)
+    with started as (run, now), lifecycle.saved_at_the_end(run, now):
         _warm_up(run, now)
         if config.eval.before:
             _evaluate(run, now, 0)
@@ -66,70 +61,28 @@ def train(config: ConfigDict, workdir: str) -> None:
                         now.state, training.episodes, training.advantages, order, steps
                     )
                     _add_report(metrics, role, report, first=number == 0)
-                _add_cost(metrics, time.monotonic() - start_of_update)
+                metrics |= lifecycle.cost(metrics, time.monotonic() - start_of_update)
 
             # The step is over.
             now.replay = replay
             now.step += 1
             now.seconds += time.monotonic() - start
             _log_step(run, now, played, metrics, time.monotonic() - start)
-            _stop_if_diverged(run, now)
+            lifecycle.stop_if_diverged(run, now)
 
             # Save before the evaluation, which may take long and may be killed.
             if run.checkpoints.due(now.step):
-                _save(run, now)
+                lifecycle.save(run, now)
             _evaluate_if_due(run, now)
 
-        _save(run, now)
+        lifecycle.save(run, now)
         _finish(run, now)
-
-
-@contextlib.contextmanager
-def _saved_at_the_end(run: TrainingRun, now: Progress) -> Iterator[None]:
-    """A signal, or input that becomes unusable, ends the run with a checkpoint of the last step."""
-    goes_on = "the same command goes on from there"
-    try:
-        yield
-    except Terminated:
-        _save(run, now)
-        run.logger.say(f"{run.stop.cause}: saved step {now.step}; {goes_on}")
-        run.checkpoints.wait()
-        sys.exit(run.stop.code)
-    except InputError as error:  # such as a search server that stays away; no update raises one
-        if not processes.is_collective(error):
-            raise
-        if now.step:
-            _save(run, now)
-            run.logger.say(f"saved step {now.step}; {goes_on}")
-        # Code 1 and not 2, for it was usable when the run began: a cluster that starts it again
-        # may have more luck.
-        sys.exit(f"ssp_jax: {sentence(error)}")
 
 
 def _warm_up(run: TrainingRun, now: Progress) -> None:
     """Says how the run begins, and compiles its programs."""
+    lifecycle.say_start(run, now)
     say = run.logger.say
-    for step, reason in now.damaged.items():
-        say(
-            f"checkpoint {step} is damaged ({reason}) and was set aside; going on from step "
-            f"{now.step}"
-        )
-    start = f"resuming after step {now.step}" if now.step else "starting"
-    devices = f"{run.mesh.devices.size} x {jax.devices()[0].device_kind}"
-    if processes.is_multiprocess():
-        devices += f" of {jax.process_count()} processes"
-    say(f"{start} in {run.workdir} on {devices}; jax {jax.__version__}")
-    say(f"attention of the update: {run.attention}")
-    model = run.inputs.model_config
-    if model.lora is not None:
-        trained, total = decoder.parameter_counts(model)
-        say(
-            f"LoRA of rank {model.lora.rank} on {len(model.lora.targets)} projections: "
-            f"{figures.trained_parameters(trained, total)}"
-        )
-    for line in advice(run.config, run.mesh.devices.flat[0].platform):
-        say(line)
-
     began = time.monotonic()
     with run.logger.phase("compiling", state=lambda: f"{run.compiles.count} programs"):
         leaf_digests(now.state)
@@ -197,22 +150,10 @@ def _add_report(
     metrics["update/tokens"] = metrics.get("update/tokens", 0.0) + report["tokens"]
 
 
-def _add_cost(metrics: dict[str, float], seconds: float) -> None:
-    """Adds what all updates of a step cost."""
-    metrics["memory/update_gib"] = pop_peak_memory_gib()
-    metrics["update/seconds"] = seconds
-    metrics["update/tokens_per_second"] = metrics.get("update/tokens", 0.0) / seconds
-
-
 def _log_step(
     run: TrainingRun, now: Progress, played: Round, metrics: dict[str, float], seconds: float
 ) -> None:
-    metrics |= {"compiles": run.compiles.count}
-    model = run.inputs.model_config
-    if model.lora is not None:
-        trained, total = decoder.parameter_counts(model)
-        metrics |= {"lora/parameters": trained, "lora/share": trained / total}
-    run.logger.step(now.step, metrics, seconds)
+    run.logger.step(now.step, metrics | lifecycle.about(run), seconds)
     if played.useless_reply is not None:
         reply = judge.shown(played.useless_reply)
         run.logger.say(
@@ -223,27 +164,7 @@ def _log_step(
         run.logger.episodes(now.step, [readable(game) for game in played.games])
 
 
-def _stop_if_diverged(run: TrainingRun, now: Progress) -> None:
-    limit = run.config.learner.max_bad_updates
-    if int(now.state.bad_updates) >= limit:
-        sys.exit(
-            f"ssp_jax: {limit} updates in a row were not finite; stopped after step {now.step}"
-        )
-
-
-# --- save and evaluate ----------------------------------------------------------------------------
-
-
-def _save(run: TrainingRun, now: Progress) -> None:
-    with run.logger.phase("saving"):
-        run.logger.sync()  # a step that outlives a crash of the machine has its metrics
-        game = {
-            "memory": now.replay.to_json(),
-            "seconds": now.seconds,
-            "config": as_read(run.config),
-            "stamps": run.inputs.stamps,
-        }
-        run.checkpoints.save(now.step, now.state, game)
+# --- evaluate -------------------------------------------------------------------------------------
 
 
 def _evaluate_if_due(run: TrainingRun, now: Progress) -> None:
@@ -272,22 +193,6 @@ def _evaluate(run: TrainingRun, now: Progress, step: int) -> Result:
     return result
 
 
-def _export(run: TrainingRun, now: Progress) -> None:
-    """Writes what was trained, as checkpoint.export says."""
-    kind = export_kind(run.config)
-    if kind == "none":
-        return
-    base = run.config.model.path
-    model = run.inputs.model_config
-    folder = run.workdir / hf_save.FOLDER
-    with run.logger.phase("exporting"):
-        if kind == "adapter":
-            hf_save.save_adapter(now.state.params, model, folder, masked(base))
-        else:
-            params = decoder.join(run.weights.frozen(), now.state.params)
-            hf_save.save(params, model, folder, base)
-
-
 def _finish(run: TrainingRun, now: Progress) -> None:
     """The last evaluation, export, summary, table of before and after, report and next steps."""
     config = run.config
@@ -297,7 +202,7 @@ def _finish(run: TrainingRun, now: Progress) -> None:
     if config.eval.after:
         results["after"] = _evaluate(run, now, now.step)
 
-    _export(run, now)
+    lifecycle.export(run, now)
 
     names = list(run.inputs.eval_sets)
     scores = {}
