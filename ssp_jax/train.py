@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble, lifecycle, next_steps
+from ssp_jax import assemble
 from ssp_jax.assemble import Progress, TrainingRun
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import Result
 from ssp_jax.game import judge
 from ssp_jax.game.rounds import Round, Training, readable
 from ssp_jax.learner.update import MEMORY_REMEDY
+from ssp_jax.lifecycle import keeping, next_steps
 from ssp_jax.rollout.engine import Stats
 from ssp_jax.runtime import device_memory, figures, processes, records
 from ssp_jax.runtime.checkpoint import leaf_digests
@@ -33,7 +34,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     Leaves metrics, checkpoints, summary.json, an export and report.html in the workdir.
     """
     started = assemble.training_run(config, workdir)
-    with started as (run, now), lifecycle.saved_at_the_end(run, now):
+    with started as (run, now), keeping.saved_at_the_end(run, now):
         _warm_up(run, now)
         if config.eval.before:
             _evaluate(run, now, 0)
@@ -61,27 +62,27 @@ def train(config: ConfigDict, workdir: str) -> None:
                         now.state, training.episodes, training.advantages, order, steps
                     )
                     _add_report(metrics, role, report, first=number == 0)
-                metrics |= lifecycle.cost(metrics, time.monotonic() - start_of_update)
+                metrics |= keeping.cost(metrics, time.monotonic() - start_of_update)
 
             # The step is over.
             now.replay = replay
             now.step += 1
             now.seconds += time.monotonic() - start
             _log_step(run, now, played, metrics, time.monotonic() - start)
-            lifecycle.stop_if_diverged(run, now)
+            keeping.stop_if_diverged(run, now)
 
             # Save before the evaluation, which may take long and may be killed.
             if run.checkpoints.due(now.step):
-                lifecycle.save(run, now)
+                keeping.save(run, now)
             _evaluate_if_due(run, now)
 
-        lifecycle.save(run, now)
+        keeping.save(run, now)
         _finish(run, now)
 
 
 def _warm_up(run: TrainingRun, now: Progress) -> None:
     """Says how the run begins, and compiles its programs."""
-    lifecycle.say_start(run, now)
+    keeping.say_start(run, now)
     say = run.logger.say
     began = time.monotonic()
     with run.logger.phase("compiling", state=lambda: f"{run.compiles.count} programs"):
@@ -153,7 +154,7 @@ def _add_report(
 def _log_step(
     run: TrainingRun, now: Progress, played: Round, metrics: dict[str, float], seconds: float
 ) -> None:
-    run.logger.step(now.step, metrics | lifecycle.about(run), seconds)
+    run.logger.step(now.step, metrics | keeping.about(run), seconds)
     if played.useless_reply is not None:
         reply = judge.shown(played.useless_reply)
         run.logger.say(
@@ -202,7 +203,7 @@ def _finish(run: TrainingRun, now: Progress) -> None:
     if config.eval.after:
         results["after"] = _evaluate(run, now, now.step)
 
-    lifecycle.export(run, now)
+    keeping.export(run, now)
 
     names = list(run.inputs.eval_sets)
     scores = {}

@@ -18,7 +18,7 @@ FLOORS = (
     ("config", "config_help"),
     ("evaluation", "stamps", "workdir"),
     ("assemble", "report"),
-    ("next_steps", "lifecycle"),
+    ("lifecycle",),
     (
         "train",
         "evaluation.run",

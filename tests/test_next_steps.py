@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from ssp_jax import next_steps
 from ssp_jax.config import parse_command_line
 from ssp_jax.generate.__main__ import parse_flags
+from ssp_jax.lifecycle import next_steps
 from ssp_jax.runtime.logger import Logger
 from tests.conftest import ROOT
 from tests.report.test_report import run_folder

@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble, next_steps
+from ssp_jax import assemble
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import EvalContext
+from ssp_jax.lifecycle import next_steps
 from ssp_jax.model import decoder, sharding
 from ssp_jax.model.decoder import Params
 from ssp_jax.model.weights import Weights
