@@ -60,7 +60,9 @@ SETTINGS = {
 OF_THE_MACHINE = ("seconds", "per_second", "memory/", "compile", "play/waiting")  # parts of keys
 KILLS_OF_A_RUN = 10  # then it is left alone
 FINISHED_IN = 900  # seconds, at most, of a start that nobody kills
-ALONE_FOR = 300  # seconds until the processes that are left have ended
+# Seconds until the processes that are left have ended: they wait longest, 600 s, where one is
+# killed before it has reached the others (processes.START_SECONDS).
+ALONE_FOR = 700
 AT = {  # where a kill is aimed -> what is then in the workdir
     "a save": "checkpoints/*.orbax-checkpoint-tmp*",
     "an export": "export.unfinished",
