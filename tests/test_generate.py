@@ -6,6 +6,9 @@ import dataclasses
 import io
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 
 import jax
@@ -21,6 +24,7 @@ from ssp_jax.generate import ask
 from ssp_jax.model import attention, decoder, hf_adapter, hf_load
 from ssp_jax.model.linear import Lora
 from ssp_jax.retriever.search import open_retriever
+from ssp_jax.rollout.engine import Stats
 from tests.model_folders import write_adapter
 
 TINY = Path("assets/tiny")
@@ -192,6 +196,29 @@ def test_a_typed_question_is_played_before_ones_eyes(index, monkeypatch, capsys)
     answer = prompts.last_answer(shown)
     assert query and "</search>\n<information>Doc 1(Title: " in shown
     assert f"[answer: {answer} · " in shown and "ended by" in shown
+
+
+@pytest.mark.ci
+def test_questions_of_the_command_line_are_answered_and_nothing_is_read(index, monkeypatch, capsys):
+    questions = [task.question for task in load_questions(TINY / "qa" / "one_hop.jsonl")[:2]]
+    monkeypatch.setattr("sys.stdin", None)
+    flags = [*BRIEF, f"--index={index}", "--max_tokens=200"]
+    assert generate.main([str(TINY / "model"), *questions, *flags]) == 0
+    shown = capsys.readouterr().out
+    assert [q for q in questions if f"question: {q}\n" in shown] == questions
+    assert shown.count("[answer: ") == 2
+
+
+def test_ctrl_c_stops_what_checks_for_it_and_not_more():
+    with ask._stopped_by_a_key() as check:
+        check(Stats())
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(ask._Stopped):
+            while True:
+                check(Stats())
+                time.sleep(0.01)
+    with ask._stopped_by_a_key() as check:
+        check(Stats())
 
 
 def test_text_is_shown_once_however_chunks_cut_it():

@@ -5,6 +5,7 @@
     python -m ssp_jax.generate --model=FOLDER --index=INDEX --prompts=QUESTIONS.jsonl \\
         --out=OUT.jsonl
     python -m ssp_jax.generate --model=FOLDER --index=INDEX  # type a question and watch it search
+    python -m ssp_jax.generate FOLDER "Who wrote Emma?" --index=INDEX  # one question, then the end
     python -m ssp_jax.generate --model=FOLDER --adapter=FOLDER ...  # with a LoRA adapter
 
 --prompts has lines {"prompt": text}, continued as it stands, or {"messages": [{"role", "content"},
@@ -12,7 +13,8 @@
 "logprobs", "text", "stop_reason"}. With --index (a built search index) the lines are {"question":
 text}, the model plays the solver, and OUT adds "question", "searches", "answer" and "turns";
 token_ids then hold inserted results too, with null for their logprobs. Without --prompts questions
-are read from the standard input, one a line. Without --out lines go to the standard output.
+are those of the command line, or are read from the standard input, one a line; there Ctrl-C stops
+an answer, and Ctrl-D leaves. Without --out lines go to the standard output.
 
 "prompt" is taken as it stands, control tokens such as <|im_end|> included; in all other texts they
 are plain text. OUT is replaced when all lines are there.
@@ -46,6 +48,8 @@ def parse_flags(arguments: Sequence[str] | None, prog: str = _PROG) -> argparse.
     _add_files(parser)
     _add_settings(parser)
     f = parser.parse(arguments)
+    if not f.model and f.words:
+        f.model, *f.words = f.words
     if not f.model:
         raise InputError("flag --model is missing; expected a Hugging Face folder")
     for name, key in BOUNDED.items():
@@ -53,6 +57,8 @@ def parse_flags(arguments: Sequence[str] | None, prog: str = _PROG) -> argparse.
     for name in PATHS:
         setattr(f, name, user_path(getattr(f, name), f"--{name}"))
     settings.check_flags(f.kind, f.encoder, f.top_k)
+    if f.words and f.prompts:
+        raise InputError(f"expected --prompts or questions, found both: {f.words[0]!r}")
     if f.out and not f.prompts:
         raise InputError("flag --out needs --prompts; typed questions are answered on the screen")
     return f
@@ -63,6 +69,8 @@ def _add_files(parser: command.Parser) -> None:
         "an adapter of the model, as PEFT and --config.checkpoint.export=adapter write it; applied "
         "beside the weights, not merged into them"
     )
+    words = "the model, unless --model has it, and questions to be answered at once"
+    parser.add_argument("words", nargs="*", metavar="TEXT", help=words)
     parser.add_argument("--model", default="", metavar="FOLDER", help="Hugging Face folder")
     parser.add_argument("--adapter", default="", metavar="FOLDER", help=adapter)
     parser.add_argument("--index", default="", metavar="FOLDER", help="a built search index")

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +39,7 @@ from ssp_jax.retriever.settings import DenseSettings
 from ssp_jax.rollout import kv_cache
 from ssp_jax.rollout.engine import Engine, SearchFn, Sizes, Stats
 from ssp_jax.rollout.stops import token_bytes
-from ssp_jax.runtime import device_memory, figures, files
+from ssp_jax.runtime import device_memory, figures, files, signals
 from ssp_jax.runtime.logger import PLAIN_SECONDS, Phase
 
 CPU_CACHE_BYTES = 2 << 30  # keys and values of all slots on a CPU; accelerators say what they have
@@ -137,12 +139,32 @@ def _room(m: Model, context: EpisodeContext, longest: int) -> int:
     return max(1, min(context.limits.response_tokens, m.context_tokens - longest))
 
 
-def make_engine(m: Model, sizes: Sizes, search: SearchFn) -> Engine:
-    return assemble.make_engine(m.config, m.tokenizer, m.eos, sizes, m.dtype, search, m.mesh)
-
-
-def no_search(queries: list[str]) -> Sequence[Any]:
+def _no_search(queries: list[str]) -> Sequence[Any]:
     raise AssertionError("a player without a search tool asked for one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What answers searches. program_bytes: of a device, that it takes while the engine plays."""
+
+    call: SearchFn = _no_search
+    program_bytes: int = 0
+
+
+NO_SEARCH = Search()
+
+
+def make_engine(m: Model, sizes: Sizes, search: Search) -> Engine:
+    return assemble.make_engine(
+        m.config,
+        m.tokenizer,
+        m.eos,
+        sizes,
+        m.dtype,
+        search.call,
+        m.mesh,
+        search_bytes=search.program_bytes,
+    )
 
 
 def play(
@@ -152,7 +174,7 @@ def play(
     prompt_tokens: Sequence[list[int]],
     temperature: float = 0.0,
     seed: int = 0,
-    search: SearchFn = no_search,
+    search: Search = NO_SEARCH,
     on_episode: Callable[[int, Episode], None] = lambda row, episode: None,
     progress: Callable[[Stats], None] = lambda stats: None,
 ) -> list[Episode]:
@@ -162,7 +184,7 @@ def play(
     """
     lengths = [len(prompt) for prompt in prompt_tokens]
     room = _room(m, context, max(lengths))
-    sizes = make_sizes(m, lengths, room, search is not no_search)
+    sizes = make_sizes(m, lengths, room, search is not NO_SEARCH)
     engine = make_engine(m, sizes, search)
     players = []
     for row, prompt in enumerate(prompt_tokens):
@@ -383,7 +405,7 @@ class Watched(EpisodePlayer):
 
 def answer_typed(f: Any) -> None:
     """Without --prompts: one question after the other, each shown as it is played."""
-    typing = sys.stdin.isatty()
+    typing = not f.words and sys.stdin.isatty()
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     tokenizer = hf_load.load_tokenizer(f.model)
     longest = min(TYPED_PROMPT_TOKENS, hf_load.context_tokens(f.model) - 1)
@@ -394,10 +416,7 @@ def answer_typed(f: Any) -> None:
     sizes = dataclasses.replace(sizes, chunk=4)  # words appear as they come
     engine = make_engine(m, sizes, search)
 
-    def show(text: str, who: str) -> None:
-        console.print(printable(text), end="", style="dim" if who == SEARCH_ENGINE else None)
-
-    for number, question in enumerate(_typed(typing)):
+    for number, question in enumerate(f.words or _typed(typing)):
         if not typing:
             console.print(printable(f"question: {question}"), style="bold")
         role = ASSISTANT
@@ -413,20 +432,69 @@ def answer_typed(f: Any) -> None:
             )
             continue
         player = Watched(context, role, episode_id(role, number, 0), f.temperature, prompt)
-        player.show = show
-        stats = engine.play(m.params, jax.random.key(f.seed), [player])
-        line = describe(player.episode(), tokenizer)
-        facts = [f"{stats.sampled_tokens} tokens in {figures.seconds(stats.seconds)}"]
-        facts.append(f"ended by {line['stop_reason']}")
-        if f.index:
-            searches = len(line["searches"])
-            facts = [f"answer: {line['answer']}", f"searches: {searches}", *facts]
-        end = " · ".join(facts)
-        console.print(printable(f"\n[{end}]\n"), style="bold")
+        try:
+            with _stopped_by_a_key() if typing else contextlib.nullcontext(_go_on) as check:
+                facts = _show(player, engine, m.params, f, console, check)
+        except _Stopped:
+            facts = ["stopped", "Ctrl-D leaves"]
+        console.print(printable(f"\n[{' · '.join(facts)}]\n"), style="bold")
+
+
+def _show(
+    player: Watched,
+    engine: Engine,
+    params: decoder.Params,
+    f: Any,
+    console: Console,
+    check: Callable[[Stats], None],
+) -> list[str]:
+    """Plays before one's eyes; what is said below. check: called often, may raise."""
+
+    def show(text: str, who: str) -> None:
+        console.print(printable(text), end="", style="dim" if who == SEARCH_ENGINE else None)
+
+    player.show = show
+    stats = engine.play(params, jax.random.key(f.seed), [player], progress=check)
+    line = describe(player.episode(), player.context.tokenizer)
+    facts = [f"{stats.sampled_tokens} tokens in {figures.seconds(stats.seconds)}"]
+    facts.append(f"ended by {line['stop_reason']}")
+    if f.index:
+        searches = len(line["searches"])
+        facts = [f"answer: {line['answer']}", f"searches: {searches}", *facts]
+    return facts
+
+
+def _go_on(_: Stats) -> None:
+    """Stops nothing."""
+
+
+class _Stopped(Exception):
+    """The user wants no more of this answer."""
+
+
+@contextlib.contextmanager
+def _stopped_by_a_key() -> Iterator[Callable[[Stats], None]]:
+    """Ctrl-C, while this context is open, makes what it gives raise _Stopped; twice ends it all."""
+    presses: list[int] = []
+
+    def arrived(number: int) -> None:
+        presses.append(number)
+        if len(presses) > 1:
+            signals.leave_at_once()
+
+    def check(_: Stats) -> None:
+        if presses:
+            raise _Stopped
+
+    with signals.heard([signal.SIGINT], arrived):
+        yield check
 
 
 def _typed(typing: bool) -> Iterator[str]:
     """Lines of the standard input that are not blank, until its end."""
+    if typing:
+        with contextlib.suppress(ImportError):  # Windows has none
+            importlib.import_module("readline")  # gives input() arrow keys and a history
     while True:
         try:
             line = input("question> " if typing else "").strip()
@@ -463,12 +531,12 @@ def _load(f: Any) -> Model:
         return load_model(f.model, f.dtype, f.adapter)
 
 
-def _search(f: Any) -> SearchFn:
+def _search(f: Any) -> Search:
     if not f.index:
-        return no_search
+        return NO_SEARCH
     settings = DenseSettings(f.encoder)
     found = dense.load_local(f.kind, f.index, threads=0, top_k=f.top_k, settings=settings)
-    return functools.partial(found.search, top_k=f.top_k)
+    return Search(functools.partial(found.search, top_k=f.top_k), found.program_bytes)
 
 
 def answer(f: Any) -> None:
