@@ -26,6 +26,11 @@ COMMANDS = {
     "report": Command("ssp_jax.report.__main__", "a run as one HTML page: curves and games"),
     "plan": Command("ssp_jax.plan.__main__", "memory and time on hardware that you don't have"),
     "index": Command("ssp_jax.retriever.__main__", "build a search index of a corpus", ("build",)),
+    "import-faiss": Command(
+        "ssp_jax.retriever.__main__",
+        "take vectors from a flat index of faiss",
+        ("import-faiss",),
+    ),
     "search": Command("ssp_jax.retriever.__main__", "look a query up in an index", ("search",)),
     "audit": Command("ssp_jax.audit", "overlap of given answers with those of an evaluation"),
 }

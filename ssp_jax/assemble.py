@@ -22,7 +22,7 @@ from ssp_jax import data, stamps
 from ssp_jax.config import check_values, export_kind, flatten_config
 from ssp_jax.data import Task
 from ssp_jax.errors import InputError, printable
-from ssp_jax.evaluation import scores
+from ssp_jax.evaluation import conditions, scores
 from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.game import judge, prompts, roles, rules
 from ssp_jax.game.rounds import ReplayState
@@ -515,7 +515,9 @@ def make_eval_context(
         folder=workdir / "eval",
         inputs=evaluation_inputs(config, inputs),
         training=processes.all_gather_objects(training)[0],
+        conditions=conditions.of(config, len(inputs.retriever)),
         sets=inputs.eval_sets,
+        retriever=inputs.retriever,
         engine=engine,
         episodes=inputs.context,
         key=jax.random.key(config.seed),

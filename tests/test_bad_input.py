@@ -1641,6 +1641,14 @@ ANSWERS_AND_QUESTIONS = [
         r"missing\.jsonl: expected a readable file",
     ),
     Case("a folder", line("audit --answers=."), "expected a readable file"),
+    Case("nothing to audit", line("audit --eval=a.jsonl"), "--answers and --index are missing"),
+    Case("an index alone", line("audit --index=x"), "flag --index needs --eval"),
+    Case("a result of nothing", line("audit --answers=a.txt --out=x"), "flag --out needs --index"),
+    Case(
+        "dense without its encoder",
+        line("audit --index=x --eval=a.jsonl --kind=dense"),
+        "flag --encoder",
+    ),
     Case(
         "a list of lines",
         audited("--answers", "[1]"),

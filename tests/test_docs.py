@@ -145,7 +145,7 @@ def test_the_keys_of_a_page_are_keys_of_a_config(page: Path) -> None:
             check_numbers(config)
 
 
-OTHERS = ("pytest", "docker", "kubectl", "mkdir", "unzip")
+OTHERS = ("pytest", "docker", "kubectl", "mkdir", "unzip", "gunzip", "hf")
 PROGRAMS = ("python", "ssp-jax", "pip", "make", "launch/", *OTHERS)
 
 

@@ -19,12 +19,13 @@ import numpy as np
 
 from ssp_jax.data import Task
 from ssp_jax.errors import json_line
-from ssp_jax.evaluation import scores
+from ssp_jax.evaluation import conditions, coverage, scores
 from ssp_jax.evaluation.scores import Values
 from ssp_jax.game import prompts, rewards
 from ssp_jax.game.judge import Case, Judge, Verdict
 from ssp_jax.game.judge import shown as shown_reply
 from ssp_jax.game.roles import SOLVER, Episode, EpisodeContext, EpisodePlayer, episode_id
+from ssp_jax.retriever.search import Searcher
 from ssp_jax.rollout.engine import Engine, Stats
 from ssp_jax.runtime import figures, processes, records
 from ssp_jax.runtime.logger import Logger
@@ -64,7 +65,9 @@ class EvalContext:
     # Digests of what an episode depends on, beside its question, under names for people.
     inputs: Mapping[str, str]
     training: str  # digest of what the weights of later steps depend on besides
+    conditions: Mapping[str, Any]  # the same in words and numbers, for people
     sets: dict[str, list[Task]]
+    retriever: Searcher | None  # None: what it finds is not measured
     engine: Engine
     episodes: EpisodeContext
     key: Any  # of random numbers
@@ -130,6 +133,8 @@ def evaluate(context: EvalContext, step: int, weights: str, params: Callable[[],
         values[name] = _values(records_of_set, context.metric, verdicts)
     document = _document(context, step, weights, played, verdicts, values)
     if processes.is_coordinator():
+        found = coverage.of_run(context.folder, context.sets, context.retriever)
+        document["coverage"] = found
         records.write_document(folder.with_suffix(".json"), document)
     return Result(step, document, values)
 
@@ -154,6 +159,8 @@ def _document(
         "unjudged_reply": unjudged[0] if unjudged else "",
         "stop_reasons": dict(stop_reasons),
         "seconds": round(_seconds(played.values()), 1),
+        "date": _date(played.values()),
+        "conditions": context.conditions,
         "sets": scores.summarize(values),
         "inputs": context.inputs,
         "questions": {name: processes.digest(tasks) for name, tasks in context.sets.items()},
@@ -289,6 +296,12 @@ def _seconds(played: Iterable[Record]) -> float:
     for (process, _), seconds in starts.items():
         sums[process] = sums.get(process, 0.0) + seconds
     return max(sums.values(), default=0.0)
+
+
+def _date(played: Iterable[Record]) -> str:
+    """The day, in UTC, on which the last of these was played."""
+    last = max((record["began"] for record in played), default=0.0)
+    return time.strftime("%Y-%m-%d", time.gmtime(last))
 
 
 def _load_episodes(
@@ -441,6 +454,8 @@ def show(logger: Logger, result: Result) -> None:
     title = f"Held-out questions, {document['weights']}: percent, 95 % interval; "
     title += f"{figures.seconds(document['seconds'])} of play"
     logger.table(title, cells, heads)
+    for name, found in document.get("coverage", {}).items():
+        logger.say(coverage.sentence(name, found))
     if refused := document["stop_reasons"].get("prompt_tokens"):
         logger.say(f"{refused} questions are longer than limits.prompt_tokens and count as wrong")
     if document["unjudged"]:
@@ -467,6 +482,8 @@ def compare(
     cells, heads = scores.gain_rows(gains)
     judge = after.document["judge"]
     logger.table(f"Right by {judge}, {after.step} steps of self-play", cells, heads)
+    if any(gain.paper for gain in gains.values()):
+        logger.say(conditions.beside_the_paper(after.document["conditions"]))
     document = {
         "before": before.step,
         "after": after.step,

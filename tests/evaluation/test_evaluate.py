@@ -3,6 +3,7 @@ never right.
 """
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -27,6 +28,14 @@ ANSWERS = {"Norway": "oslo.", "Italy": "Paris", "bridge": "York", "Switzerland":
 
 
 INPUTS = {"weights": "w", "search": "s", "prompts": "p"}
+CONDITIONS = {
+    "retriever": "dense",
+    "encoder": "some-encoder",
+    "passages": 1_000,
+    "top_k": 3,
+    "judge": "openai",
+    "judge_model": "a judge",
+}
 
 
 def script(player):
@@ -68,7 +77,9 @@ def run(
             folder=folder / "eval",
             inputs=INPUTS | inputs,
             training=training,
+            conditions=CONDITIONS,
             sets=sets,
+            retriever=None,
             engine=engine or ScriptedEngine(script),
             episodes=CONTEXT,
             key=None,
@@ -325,12 +336,17 @@ def test_tables(tmp_path, capsys):
         "The first reply of them: 'reply'",
         "| first | 50.0 | 100.0 | +50.0 | +0.0 to +100.0 | 40.0 | 50.0 | +10.0",
         "| average | 25.0 | 75.0 | +50.0 |",
+        "these scores: dense (some-encoder) of 1,000 passages, 3 a search, judged by openai (a ",
+        "the paper searched Wikipedia 2018 by E5-base-v2",
     ):
         assert expected.replace("| first", "first").replace("| average", "average") in shown, (
             expected,
             shown,
         )
     assert json.loads((tmp_path / "gain.json").read_text()) == found
+    assert before.document["conditions"] == CONDITIONS
+    played = time.gmtime(max(line["began"] for line in lines(tmp_path / "before")))
+    assert before.document["date"] == time.strftime("%Y-%m-%d", played)
     assert (
         found["sets"]["first"]["paper_after"] == 50.0
         and "paper_after" not in found["sets"]["second"]

@@ -1,0 +1,49 @@
+"""Under what conditions scores were made: scores of other conditions are not comparable."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ssp_jax.errors import masked
+
+# Sections that bound what a solver may do and say what it is shown.
+_SECTIONS = ("limits", "prompt")
+_PAPER = (
+    "the paper searched Wikipedia 2018 by E5-base-v2, 3 passages a search, and was judged by "
+    "Qwen2.5-32B-Instruct"
+)
+
+
+def of(config: ConfigDict, passages: int) -> dict[str, Any]:
+    """What a run's evaluations have in common, for their documents. passages: in the index."""
+    r = config.retriever
+    found: dict[str, Any] = {"retriever": r.kind, "top_k": r.top_k}
+    if r.kind == "http":
+        found["server"] = masked(r.url)
+    else:
+        found["passages"] = passages
+    if r.kind in ("dense", "hybrid"):
+        found["encoder"] = r.encoder
+    found["judge"] = config.eval.judge
+    if config.eval.judge == "openai":
+        found["judge_model"] = config.judge.model
+    if config.eval.judge == "policy":
+        found["judge_model"] = config.model.path
+    found["temperature"] = config.sampling.eval_temperature
+    for section in _SECTIONS:
+        found |= {f"{section}.{name}": value for name, value in config[section].items()}
+    return found
+
+
+def beside_the_paper(found: Mapping[str, Any]) -> str:
+    """A sentence on the retriever and the judge of both sides of a table. found: by `of`."""
+    search = found["retriever"]
+    if "encoder" in found:
+        search += f" ({found['encoder']})"
+    where = found.get("server") or f"{found['passages']:,} passages"
+    judge = found["judge"]
+    if "judge_model" in found:
+        judge += f" ({found['judge_model']})"
+    ours = f"these scores: {search} of {where}, {found['top_k']} a search, judged by {judge}"
+    return f"{ours}; {_PAPER}"
