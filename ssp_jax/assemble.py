@@ -146,9 +146,7 @@ def _check_eval_sets(config: ConfigDict, evaluating: bool) -> None:
 
 def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     """The fields of Inputs, but for the servers."""
-    base = hf_load.read_config(config.model.path)
-    lora = _read_lora(config, base, evaluating) if config.model.adapter else make_lora(config)
-    model_config = dataclasses.replace(base, lora=lora)
+    model_config = read_model(config, evaluating=evaluating)
     tokenizer = hf_load.load_tokenizer(config.model.path)
     context = make_context(config, tokenizer)
     roles.check_context(context)
@@ -174,6 +172,13 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
         "eos": roles.eos_tokens(tokenizer, hf_load.read_generation_config(config.model.path)),
         "stamps": training_files,
     }
+
+
+def read_model(config: ConfigDict, *, evaluating: bool = False) -> decoder.ModelConfig:
+    """The shape of the model of section model, with its adapter. Raises InputError."""
+    base = hf_load.read_config(config.model.path)
+    lora = _read_lora(config, base, evaluating) if config.model.adapter else make_lora(config)
+    return dataclasses.replace(base, lora=lora)
 
 
 def _read_lora(config: ConfigDict, base: decoder.ModelConfig, evaluating: bool) -> Lora:
@@ -472,6 +477,27 @@ def make_weights(
         return FullWeights(folder, model_config, mesh, dtype)
     key = jax.random.fold_in(jax.random.key(config.seed), 0)  # steps of play take 1, 2, ...
     return LoraWeights(folder, model_config, mesh, dtype, config.model.adapter or key)
+
+
+def restore_trained(
+    checkpoints: Checkpoints,
+    step: int,
+    model_config: decoder.ModelConfig,
+    mesh: jax.sharding.Mesh,
+    dtype: Any,
+) -> Params:
+    """What a run trains, as it was after a step, laid out as the learner has it. Raises Damaged.
+
+    The optimizer's state stays on disk.
+    """
+
+    def array_like(x: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
+
+    abstract = decoder.abstract_trainable(model_config)
+    like = jax.tree.map(array_like, abstract, sharding.param_shardings(abstract, mesh))
+    params: Params = checkpoints.restore_params(step, like)
+    return params
 
 
 def initial_name(config: ConfigDict) -> str:

@@ -127,6 +127,25 @@ def load_config(path: Path) -> ConfigDict:
     return config.lock()
 
 
+def of_values(values: dict[str, Any], where: str) -> ConfigDict:
+    """The config of a run, from its keys as a file has them (workdir.as_read).
+
+    where: names the file. Keys that are younger than the run have their defaults. Raises
+    InputError.
+    """
+    defaults = default_values()
+    found = {}
+    for key, value in values.items():
+        is_tuple = isinstance(value, list) and isinstance(defaults.get(key), tuple)
+        found[key] = tuple(value) if is_tuple else value
+    config = default.get_config().copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict(found)
+    _check(config, where)
+    check_numbers(config)
+    return config.lock()
+
+
 def _expand_paths(config: ConfigDict) -> None:
     paths = {}
     for key, value in flatten_config(config).items():

@@ -195,15 +195,13 @@ def _evaluate(run: TrainingRun, now: Progress, step: int) -> Result:
 
 
 def _finish(run: TrainingRun, now: Progress) -> None:
-    """The last evaluation, export, summary, table of before and after, report and next steps."""
+    """The last evaluation, summary, table of before and after, export, report and next steps."""
     config = run.config
     results: dict[str, Result] = {}
     if config.eval.before:
         results["before"] = _evaluate(run, now, 0)
     if config.eval.after:
         results["after"] = _evaluate(run, now, now.step)
-
-    keeping.export(run, now)
 
     names = list(run.inputs.eval_sets)
     scores = {}
@@ -217,4 +215,5 @@ def _finish(run: TrainingRun, now: Progress) -> None:
         before = results["before"]
         after = results["after"]
         evaluate.compare(run.logger, run.workdir / "eval", before, after, figures)
+    keeping.export(run, now)  # after the scores, which its card shows
     processes.run_on_coordinator(lambda: next_steps.show(config, run.workdir, run.logger))

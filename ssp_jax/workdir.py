@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax.config import flatten_config
+from ssp_jax.config import flatten_config, of_values
 from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.runtime import checkpoint, processes, records
 
@@ -165,6 +165,14 @@ def _config_before(workdir: str) -> dict[str, Any] | None:
     return _without_secrets(found)
 
 
+def config_of(workdir: str) -> ConfigDict:
+    """The config of the run in a workdir. Raises InputError."""
+    values = _config_before(workdir)
+    if values is None:
+        raise InputError(f"{workdir}: expected a run folder, found no {CONFIG_FILE} in it")
+    return of_values(values, f"{workdir}/{CONFIG_FILE}")
+
+
 def _not_a_config(path: Path, reason: str) -> InputError:
     return InputError(
         f"{path} is not the config of a run: {reason}; expected a JSON object of keys "
@@ -225,8 +233,14 @@ def check_unchanged(workdir: str, stamps: Callable[[], Mapping[str, str]]) -> No
     if newest is None:
         return
     step, game = newest
-    before: Mapping[str, str] = game["stamps"]
-    now = stamps()
+    check_same_files(game["stamps"], stamps(), f"step {step} of {workdir}")
+
+
+def check_same_files(before: Mapping[str, str], now: Mapping[str, str], since: str) -> None:
+    """Raises InputError for a file whose digest differs, or that only one of both has.
+
+    since: when they were taken, in words.
+    """
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) == now.get(name):
             continue
@@ -236,6 +250,5 @@ def check_unchanged(workdir: str, stamps: Callable[[], Mapping[str, str]]) -> No
         elif name not in before:
             change = "is new"
         raise InputError(
-            f"{name} {change} since step {step} of {workdir}; expected it as it was, or another "
-            "--workdir"
+            f"{name} {change} since {since}; expected it as it was, or another --workdir"
         )

@@ -26,9 +26,10 @@ from ssp_jax.config import (
 from ssp_jax.config_comments import read_sections
 from ssp_jax.data import load_answers
 from ssp_jax.evaluation import scores
+from ssp_jax.export import __main__ as export
 from ssp_jax.game.rounds import round_metrics
 from ssp_jax.game.rules import FAULTS
-from ssp_jax.generate.__main__ import parse_flags
+from ssp_jax.generate import __main__ as generate
 from ssp_jax.metric_table import METRICS
 from ssp_jax.report.page import CHARTS
 from ssp_jax.rollout.engine import Stats
@@ -145,6 +146,8 @@ def test_the_keys_of_a_page_are_keys_of_a_config(page: Path) -> None:
             check_numbers(config)
 
 
+# Of commands that check their flags before they do anything.
+PARSERS = {"generate": generate.parse_flags, "export": export.parse_flags}
 OTHERS = ("pytest", "docker", "kubectl", "mkdir", "unzip", "gunzip", "hf")
 PROGRAMS = ("python", "ssp-jax", "pip", "make", "launch/", *OTHERS)
 
@@ -183,8 +186,8 @@ def check_python(words: list[str]) -> None:
         file = file if file.exists() else ROOT.joinpath(*parts, "__main__.py")
     else:
         file = ROOT / words[0]
-    if file.parent.name == "generate":
-        parse_flags(words[2:])
+    if file.parent.name in PARSERS:
+        PARSERS[file.parent.name](words[2:])
         return None
     of_config = [word for word in words if word.startswith("--config")]
     if of_config:

@@ -18,6 +18,7 @@ FLOORS = (
     ("config", "config_help"),
     ("evaluation", "stamps", "workdir"),
     ("assemble", "report"),
+    ("export",),
     ("lifecycle",),
     (
         "train",
@@ -25,6 +26,7 @@ FLOORS = (
         "plan",
         "generate",
         "report.__main__",
+        "export.__main__",
         "audit",
         "retriever.__main__",
     ),

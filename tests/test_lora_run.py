@@ -8,6 +8,8 @@ import safetensors.numpy
 
 from ssp_jax import train
 from ssp_jax.errors import InputError
+from ssp_jax.export import __main__ as export
+from ssp_jax.export import form
 from ssp_jax.runtime import checkpoint
 from tests.model_folders import edit_tensors
 from tests.test_train import NO_EVALUATION, TINY, small, steps_of
@@ -68,6 +70,18 @@ def test_a_run_that_lost_its_last_step_plays_it_again_bitwise(whole, model, tmp_
     train.train(small(**LORA, model__path=str(model)), str(workdir))
     assert steps_of(workdir) == steps_of(whole)
     assert leaves_of(workdir, 4) == leaves_of(whole, 4)
+
+
+def test_its_adapter_is_exported_alone_or_merged_into_its_base(whole, tmp_path):
+    written = {}
+    for kind in ("adapter", "model"):
+        folder = tmp_path / kind
+        assert export.main([str(whole), f"--kind={kind}", f"--out={folder}"]) == 0
+        assert form.read(str(folder))["prompt.style"] == "brief"
+        (file,) = folder.glob("*.safetensors")
+        written[kind] = safetensors.numpy.load_file(file)
+    assert len(written["adapter"]) == 2 * 7 * 4 and "lora_A" in min(written["adapter"])
+    assert written["model"].keys() == safetensors.numpy.load_file(TINY / "model.safetensors").keys()
 
 
 @pytest.mark.slow

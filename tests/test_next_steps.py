@@ -43,7 +43,7 @@ def test_a_run_ends_with_three_lines_that_lead_on(
     assert words[:2] == ["-m", "ssp_jax.generate"]
     flags = parse_flags(words[2:])
     assert (flags.model, flags.adapter) == (f"{tmp_path}/export", "")
-    assert (flags.index, flags.style) == (f"{tmp_path}/index", "brief")
+    assert flags.index == f"{tmp_path}/index"
 
     keys = [word for word in own.split() if word.startswith("--config.")]
     config = config_of(*(key.removeprefix("--config.") for key in keys))
@@ -55,11 +55,11 @@ def test_a_run_ends_with_three_lines_that_lead_on(
 def test_an_adapter_is_asked_beside_its_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = ("lora.rank=2", "prompt.worked_example=True", "retriever.kind=http")
+    overrides = ("lora.rank=2", "retriever.kind=http")
     _, ask, _ = last_lines(run_folder(tmp_path), capsys, *overrides)
     flags = parse_flags(shlex.split(ask.removeprefix("ask the model: "))[3:])
     assert flags.model == "assets/tiny/model" and flags.adapter == f"{tmp_path}/export"
-    assert flags.worked_example and not flags.index
+    assert not flags.index
 
 
 def test_what_searched_by_vectors_is_asked_so(
@@ -78,7 +78,7 @@ def test_a_run_without_an_export_or_a_report_says_so(
     (tmp_path / "config.json").write_text("[")
     report, ask, _ = last_lines(tmp_path, capsys, "checkpoint.export=none")
     assert report.startswith("report: none could be written (") and "config.json" in report
-    assert "--config.checkpoint.export=auto" in ask and "generate" not in ask
+    assert f"-m ssp_jax.export {tmp_path} exports it" in ask and "generate" not in ask
 
 
 def test_the_interpreter_is_named_as_a_shell_here_finds_it(

@@ -18,8 +18,10 @@ from configs import default
 from ssp_jax import assemble, data, train
 from ssp_jax import config as configuration
 from ssp_jax.config import load_config
+from ssp_jax.export import __main__ as export
+from ssp_jax.export import form
 from ssp_jax.model import hf_load
-from ssp_jax.runtime.checkpoint import Checkpoints
+from ssp_jax.runtime.checkpoint import Checkpoints, finished_steps
 from ssp_jax.workdir import keep_compiled
 from tests.model_folders import edit_tensors
 from tests.test_docs import TABLE, table_name
@@ -188,6 +190,38 @@ def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params_of(whole), initial)
     assert max(jax.tree.leaves(moved)) > 0
     assert hf_load.load_tokenizer(whole / "export").eos_token_id == 2
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_exported_checkpoint_is_what_the_run_itself_wrote(whole, tmp_path, capsys):
+    """From its files alone, on a mesh of other devices, with the same card."""
+    assert export.main([str(whole), f"--out={tmp_path}/last"]) == 0
+    assert files_of(tmp_path / "last") == files_of(whole / "export")
+    said = capsys.readouterr().out
+    assert "the model after step 4" in said and f"--model={tmp_path}/last" in said
+
+    steps = finished_steps(whole)
+    assert steps == [3, 4]
+    assert export.main([str(whole), "--step=3", f"--out={tmp_path}/3"]) == 0
+    saved = files_of(tmp_path / "3")
+    assert saved["model.safetensors"] != files_of(whole / "export")["model.safetensors"]
+    assert b"after 3 steps" in saved["README.md"]
+    # The run has evaluated its last step.
+    assert export.main([str(whole), "--best", f"--out={tmp_path}/best"]) == 0
+    assert files_of(tmp_path / "best") == files_of(whole / "export")
+
+
+def test_an_export_says_how_it_is_asked_and_sampled_and_has_its_scores(whole):
+    generation = json.loads((whole / "export/generation_config.json").read_text())
+    assert generation == {"eos_token_id": 2, "do_sample": False}
+    assert form.read(str(whole / "export"))["prompt.style"] == "brief"
+    card = (whole / "export/README.md").read_text()
+    assert "| one_hop | " in card and "gain (95 % interval)" in card
+    scores = json.loads((whole / "summary.json").read_text())["eval"]["after"]
+    assert f"| one_hop | {scores['one_hop']['right']:.1f} |" in card
 
 
 @pytest.mark.slow  # the run that Ctrl-C stops, below, is resumed in the fast set

@@ -16,7 +16,6 @@ from ssp_jax import assemble
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.lifecycle import next_steps
-from ssp_jax.model import decoder, sharding
 from ssp_jax.model.decoder import Params
 from ssp_jax.model.weights import Weights
 from ssp_jax.runtime import device_memory, processes
@@ -115,17 +114,13 @@ def _restorer(
     checkpoints: Checkpoints,
     step: int,
 ) -> LoadParams:
-    """Gives the sampler's copy of a checkpoint's weights; the optimizer's state stays on disk."""
-
-    def array_like(x: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, weights.dtype, sharding=place)
+    """Gives the sampler's copy of a checkpoint's weights."""
 
     def restore() -> Params:
-        abstract = decoder.abstract_trainable(inputs.model_config)
-        shardings = sharding.param_shardings(abstract, mesh)
-        like = jax.tree.map(array_like, abstract, shardings)
         try:
-            params = checkpoints.restore_params(step, like)
+            params = assemble.restore_trained(
+                checkpoints, step, inputs.model_config, mesh, weights.dtype
+            )
         except Damaged as error:
             raise processes.CollectiveInputError(
                 f"checkpoint {step} in {workdir} is damaged ({error}); without that folder the "

@@ -17,7 +17,10 @@ are those of the command line, or are read from the standard input, one a line; 
 an answer, and Ctrl-D leaves. Without --out lines go to the standard output.
 
 "prompt" is taken as it stands, control tokens such as <|im_end|> included; in all other texts they
-are plain text. OUT is replaced when all lines are there.
+are plain text. OUT is replaced when all lines are there. A model that was trained here is asked as
+it was trained, by the file ssp_jax_training.json beside its weights: --style, --template,
+--worked_example, and with --index --top_k, --max_searches and --max_tokens are then not needed (and
+else search_r1, chat, none, 3, 10 and 1024).
 """
 
 import argparse
@@ -25,6 +28,7 @@ from collections.abc import Sequence
 
 from ssp_jax.config import BOUNDS, CHOICES
 from ssp_jax.errors import InputError
+from ssp_jax.export import form
 from ssp_jax.retriever import settings
 from ssp_jax.runtime import command, platform, signals
 from ssp_jax.runtime.command import user_path
@@ -43,7 +47,7 @@ _PROG = "python -m ssp_jax.generate"
 
 
 def parse_flags(arguments: Sequence[str] | None, prog: str = _PROG) -> argparse.Namespace:
-    """The checked flags. Raises InputError."""
+    """The flags; those are None that form.fill gives a value. Raises InputError."""
     parser = command.Parser(prog=prog, description=__doc__)
     _add_files(parser)
     _add_settings(parser)
@@ -53,10 +57,10 @@ def parse_flags(arguments: Sequence[str] | None, prog: str = _PROG) -> argparse.
     if not f.model:
         raise InputError("flag --model is missing; expected a Hugging Face folder")
     for name, key in BOUNDED.items():
-        BOUNDS[key].check(f"flag --{name}", getattr(f, name))
+        if getattr(f, name) is not None:
+            BOUNDS[key].check(f"flag --{name}", getattr(f, name))
     for name in PATHS:
         setattr(f, name, user_path(getattr(f, name), f"--{name}"))
-    settings.check_flags(f.kind, f.encoder, f.top_k)
     if f.words and f.prompts:
         raise InputError(f"expected --prompts or questions, found both: {f.words[0]!r}")
     if f.out and not f.prompts:
@@ -81,22 +85,23 @@ def _add_files(parser: command.Parser) -> None:
 
 
 def _add_settings(parser: command.Parser) -> None:
-    max_tokens = "tokens after the prompt, search results included, in the model's context (1024)"
+    max_tokens = "tokens after the prompt, search results included, in the model's context"
     worked = "show a played example first, to a model that was never trained to search"
+    # What is None here has the value of the model's training.
     styles = tuple(CHOICES["prompt.style"])
     templates = tuple(CHOICES["prompt.template"])
     dtypes = ("", "float32", "bfloat16")
     add = parser.add_argument
-    add("--max_tokens", default=1024, type=int, metavar="N", help=max_tokens)
+    add("--max_tokens", default=None, type=int, metavar="N", help=max_tokens)
     add("--temperature", default=0.0, type=float, metavar="X", help="0 is greedy (0)")
     add("--seed", default=0, type=int, metavar="N", help="of the random numbers (0)")
     add("--dtype", default="", choices=dtypes, help="bfloat16 on accelerators, else float32")
     add("--kind", default="bm25", choices=("bm25", *settings.KINDS), help="of search (bm25)")
-    add("--top_k", default=3, type=int, metavar="N", help="passages per search (3)")
-    add("--max_searches", default=10, type=int, metavar="N", help="per question (10)")
-    add("--style", default=styles[0], choices=styles, help=f"of the training ({styles[0]})")
-    add("--template", default=templates[0], choices=templates, help=f"likewise ({templates[0]})")
-    add("--worked_example", action="store_true", help=worked)
+    add("--top_k", default=None, type=int, metavar="N", help="passages per search")
+    add("--max_searches", default=None, type=int, metavar="N", help="per question")
+    add("--style", default=None, choices=styles, help="of the prompts")
+    add("--template", default=None, choices=templates, help="of the prompts")
+    add("--worked_example", default=None, action="store_true", help=worked)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = _PROG) -> int:
@@ -105,6 +110,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = _PROG) -> int:
 
 def _run(arguments: Sequence[str] | None, prog: str) -> None:
     flags = parse_flags(arguments, prog)
+    form.fill(flags)
+    settings.check_flags(flags.kind, flags.encoder, flags.top_k)
 
     # From here on JAX is needed: mistakes above are reported before the seconds that it takes.
     platform.prepare_once()

@@ -19,6 +19,7 @@ from rich.console import Console
 from ssp_jax import assemble
 from ssp_jax.data import Row, read_rows
 from ssp_jax.errors import InputError, json_line, printable
+from ssp_jax.export import form
 from ssp_jax.game import chat, prompts, roles
 from ssp_jax.game.roles import (
     ASSISTANT,
@@ -209,16 +210,18 @@ def make_context(
     style: prompts.Style = prompts.STYLES["search_r1"],
     template: str = "chat",
     prompt_tokens: int = sys.maxsize,
+    turn_tokens: int = sys.maxsize,
+    observation_tokens: int = form.OBSERVATION_TOKENS,
 ) -> EpisodeContext:
     """The limits follow from the numbers of tokens and searches; prompts may be of any length."""
     limits = Limits(
         prompt_tokens=prompt_tokens,
         verify_prompt_tokens=prompt_tokens,
         response_tokens=max_tokens,
-        turn_tokens=max_tokens,
+        turn_tokens=min(turn_tokens, max_tokens),
         turns=max_searches + 1,
         searches=max_searches,
-        observation_tokens=min(2048, max_tokens),
+        observation_tokens=min(observation_tokens, max_tokens),
     )
     return EpisodeContext(tokenizer, style, template, limits)
 
@@ -512,7 +515,14 @@ def _context(f: Any, tokenizer: Any, prompt_tokens: int) -> EpisodeContext:
     """Raises InputError where the tokenizer or its template does not serve."""
     style = dataclasses.replace(prompts.STYLES[f.style], worked_example=f.worked_example)
     context = make_context(
-        tokenizer, f.max_tokens, f.max_searches, style, f.template, prompt_tokens
+        tokenizer,
+        f.max_tokens,
+        f.max_searches,
+        style,
+        f.template,
+        prompt_tokens,
+        f.turn_tokens,
+        f.observation_tokens,
     )
     if f.index:
         if not Path(f.index).is_dir():

@@ -8,7 +8,8 @@ import jax
 
 from ssp_jax.assemble import ModelRun, Progress
 from ssp_jax.config import advice, export_kind
-from ssp_jax.errors import InputError, masked, sentence
+from ssp_jax.errors import InputError, sentence
+from ssp_jax.export import write
 from ssp_jax.model import decoder, hf_save
 from ssp_jax.runtime import figures, processes
 from ssp_jax.runtime.logger import pop_peak_memory_gib
@@ -108,12 +109,14 @@ def export(run: ModelRun, now: Progress) -> None:
     kind = export_kind(run.config)
     if kind == "none":
         return
-    base = run.config.model.path
-    model = run.model_config
-    folder = run.workdir / hf_save.FOLDER
     with run.logger.phase("exporting"):
-        if kind == "adapter":
-            hf_save.save_adapter(now.state.params, model, folder, masked(base))
-        else:
-            params = decoder.join(run.weights.frozen(), now.state.params)
-            hf_save.save(params, model, folder, base)
+        write.write(
+            run.config,
+            run.workdir,
+            now.step,
+            run.model_config,
+            now.state.params,
+            run.weights.frozen,
+            run.workdir / hf_save.FOLDER,
+            kind,
+        )

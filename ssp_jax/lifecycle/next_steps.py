@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ssp_jax.assemble import index_folder
-from ssp_jax.config import default_values, export_kind
+from ssp_jax.config import export_kind
 from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.model import hf_save
 from ssp_jax.report import page
@@ -20,7 +20,7 @@ from ssp_jax.runtime.logger import Logger
 def show(config: ConfigDict, workdir: Path, logger: Logger) -> None:
     """The last lines of a run."""
     write_report(workdir, logger)
-    logger.say(f"ask the model: {_to_ask(config, workdir)}")
+    logger.say(f"ask the model: {_how_to_ask(config, workdir)}")
     logger.say(
         "your own data, in the formats of docs/own_data.md: the same command with another "
         "--workdir and --config.retriever.corpus=PASSAGES.jsonl --config.data.answers=ANSWERS.txt"
@@ -39,31 +39,33 @@ def write_report(workdir: Path, logger: Logger) -> None:
         logger.say(f"report: {out}, for a browser")
 
 
-def _to_ask(config: ConfigDict, workdir: Path) -> str:
-    """The command that asks what was trained."""
-    if export_kind(config) == "none":
-        return "the same command with --config.checkpoint.export=auto exports it"
-    return " ".join([_python(), "-m ssp_jax.generate", *map(shlex.quote, _flags(config, workdir))])
+def _how_to_ask(config: ConfigDict, workdir: Path) -> str:
+    kind = export_kind(config)
+    if kind == "none":
+        return f"{_python()} -m ssp_jax.export {shlex.quote(str(workdir))} exports it"
+    return to_ask(config, str(workdir), workdir / hf_save.FOLDER, kind)
 
 
-def _flags(config: ConfigDict, workdir: Path) -> Iterator[str]:
-    export = workdir / hf_save.FOLDER
-    if export_kind(config) == "adapter":
+def to_ask(config: ConfigDict, workdir: str, export: Path, kind: str) -> str:
+    """The command that asks what was trained, and exported to a folder as a model or adapter.
+
+    The form of its prompts stands in the folder.
+    """
+    flags = _flags(config, workdir, export, kind)
+    return " ".join([_python(), "-m ssp_jax.generate", *map(shlex.quote, flags)])
+
+
+def _flags(config: ConfigDict, workdir: str, export: Path, kind: str) -> Iterator[str]:
+    if kind == "adapter":
         yield f"--model={masked(config.model.path)}"
         yield f"--adapter={export}"
     else:
         yield f"--model={export}"
     if config.retriever.kind != "http":
-        yield f"--index={index_folder(config.retriever, str(workdir))}"
+        yield f"--index={index_folder(config.retriever, workdir)}"
     if config.retriever.kind in settings.KINDS:
         yield f"--kind={config.retriever.kind}"
         yield f"--encoder={config.retriever.encoder}"
-    defaults = default_values()
-    for name in ("style", "template"):
-        if config.prompt[name] != defaults[f"prompt.{name}"]:
-            yield f"--{name}={config.prompt[name]}"
-    if config.prompt.worked_example:
-        yield "--worked_example"
 
 
 def _python() -> str:

@@ -115,6 +115,11 @@ def find(folder: str | Path) -> Folder:
     )
 
 
+def is_hub_name(folder: str) -> bool:
+    """Whether a folder is none of this machine, but a name of the Hugging Face hub."""
+    return bool(_HUB_NAME.fullmatch(folder)) and not Path(folder).exists()
+
+
 @functools.cache  # small files are fetched once per process
 def _in_bucket(url: str) -> Folder:
     """A folder in a bucket, with a local copy of its small files."""

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +46,8 @@ COPIED = (
     "chat_template.json",
     "generation_config.json",
 )
+# Gives texts by the names of their files; only the process that writes small files calls it.
+Texts = Callable[[], Mapping[str, str]]
 _TAGS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # dtype -> name in safetensors
 
 
@@ -56,13 +58,14 @@ def save(
     source_folder: str | Path,
     dtype: str = "bfloat16",
     max_shard_bytes: int = 5 * 2**30,
+    texts: Texts = dict,
 ) -> None:
     """Writes a complete Hugging Face folder, which appears only once it is whole.
 
-    Adapters in params are merged into their layers. Tokenizer and config come from `source_folder`.
-    Several processes call this together. Each one writes files of its own, so the folder must be on
-    a file system that they share. Raises InputError if another folder is in the way, or the source
-    has another shape.
+    Adapters in params are merged into their layers. Tokenizer and config come from `source_folder`;
+    texts: gives further files, or others in their place. Several processes call this together. Each
+    one writes files of its own, so the folder must be on a file system that they share. Raises
+    InputError if another folder is in the way, or the source has another shape.
     """
     source = hf_files.find(source_folder)
     if hf_load.read_config(source_folder) != config.base:
@@ -76,16 +79,19 @@ def save(
 
     def write_small_files(work: Path) -> None:
         _write_small_files(work, source, plan, dtype, config.tie_embeddings)
+        _write_texts(work, texts())
 
     _write(Path(folder), tensors, plan, write_small_files)
 
 
-def save_adapter(adapter: Params, config: ModelConfig, folder: str | Path, base: str) -> None:
+def save_adapter(
+    adapter: Params, config: ModelConfig, folder: str | Path, base: str, texts: Texts = dict
+) -> None:
     """Writes an adapter as PEFT's folder, in float32, which appears only once it is whole.
 
-    base: name or folder of its base, for the readers of adapter_config.json. Several processes call
-    this together; the first one writes, for PEFT reads a single file. Raises InputError if another
-    folder is in the way.
+    base: name or folder of its base, for the readers of adapter_config.json. texts: gives further
+    files. Several processes call this together; the first one writes, for PEFT reads a single file.
+    Raises InputError if another folder is in the way.
     """
     assert config.lora is not None
     document = hf_adapter.document(config.lora, base)
@@ -95,6 +101,7 @@ def save_adapter(adapter: Params, config: ModelConfig, folder: str | Path, base:
 
     def write_config(work: Path) -> None:
         (work / hf_files.ADAPTER_CONFIG).write_text(json.dumps(document, indent=2))
+        _write_texts(work, texts())
 
     _write(Path(folder), tensors, plan, write_config)
 
@@ -171,6 +178,11 @@ def _write_small_files(
     for name in COPIED:
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, folder / name)
+
+
+def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
