@@ -32,6 +32,7 @@ COMMANDS = {
         ("import-faiss",),
     ),
     "search": Command("ssp_jax.retriever.__main__", "look a query up in an index", ("search",)),
+    "export": Command("ssp_jax.export.__main__", "a checkpoint as a Hugging Face folder"),
     "audit": Command("ssp_jax.audit", "overlap of given answers with those of an evaluation"),
 }
 

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from ssp_jax import audit, main, stamps
 from ssp_jax.config import CHOICES, parse_command_line
 from ssp_jax.errors import shown
+from ssp_jax.export import __main__ as export
 from ssp_jax.game.rounds import ReplayState
 from ssp_jax.generate import __main__ as generate
 from ssp_jax.model.linear import Lora
@@ -66,6 +67,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "retriever": retriever.main,
     "report": report.main,
     "audit": audit.main,
+    "export": export.main,
 }
 
 
@@ -2754,6 +2756,60 @@ PROCESSES = [
     ),
 ]
 
+
+def exported(
+    *flags: str,
+    prepare: Callable[[Path, ConfigDict], Any] = with_step,
+    change: Callable[[Path], Any] = lambda folder: None,
+) -> Make:
+    """export of a run of the tiny config, whose files (model/) may change afterwards."""
+
+    def make(folder: Path) -> list[str]:
+        shutil.copytree(TINY / "model", folder / "model")
+        argv = tiny(f"model.path={folder}/model")(folder)
+        config = parse_command_line(argv[1:]).config
+        (folder / "run").mkdir()
+        prepare(folder / "run", config)
+        change(folder)
+        return ["export", "run", *flags]
+
+    return make
+
+
+EXPORTS = [
+    Case("no run", line("export none"), "none: expected a run folder, found no config.json in it"),
+    Case("no workdir", line("export"), "arguments are required: WORKDIR"),
+    Case("no such step", exported("--step=7"), "--step=7: there is no such checkpoint .* has 1"),
+    Case(
+        "a step before the first", exported("--step=-1"), "flag --step is -1; expected at least 0"
+    ),
+    Case("a step and the best", exported("--step=1", "--best"), "--step and --best name two"),
+    Case("no evaluated step", exported("--best"), "--best: no checkpoint in run was evaluated"),
+    Case("no step at all", exported(prepare=trained), "run with a checkpoint, found none"),
+    Case("no adapter", exported("--kind=adapter"), "--kind=adapter: the run in run has no adapter"),
+    Case("another kind", exported("--kind=gguf"), "--kind: invalid choice: 'gguf'"),
+    Case(
+        "a key of another version", exported(prepare=with_config(b'{"seeds": 1}')), "no key seeds"
+    ),
+    Case("a value of none", exported(prepare=with_config(b'{"seed": "a"}')), "seed must be int"),
+    Case(
+        "a damaged step",
+        exported(prepare=damaged_step(lambda file: file.write_bytes(b"{}"))),
+        "run.* can be read|checkpoint 1 in run is damaged",
+    ),
+    Case(
+        "another base",
+        exported(change=lambda folder: flip_a_bit(folder / "model/model.safetensors")),
+        "model/model.safetensors has changed since step 1 of run",
+    ),
+    Case(
+        "a folder of somebody else",
+        exported("--out=notes", change=lambda f: [(f / "notes").mkdir(), (f / "notes/a").touch()]),
+        "notes: expected no such folder, or a model folder that ssp_jax wrote",
+    ),
+    Case("no repository", exported("--push=mine"), "--push=mine: expected USER/NAME"),
+]
+
 SECTIONS = {
     "model folder": MODEL_FOLDERS,
     "tokenizer": TOKENIZERS,
@@ -2767,6 +2823,7 @@ SECTIONS = {
     "server": SERVERS_AND_JUDGES,
     "judge": JUDGES,
     "report": REPORTS,
+    "export": EXPORTS,
     "evaluation": EVALUATIONS,
     "workdir": WORKDIRS,
     "processes": PROCESSES,

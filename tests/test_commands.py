@@ -67,6 +67,7 @@ def test_a_command_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixtu
         (["plan", "--config=configs/tiny.py", "--tokens=0"], "flag --tokens is 0; expected more"),
         (["index", "--corpus=none.jsonl", "--out=none"], "none.jsonl: expected a readable corpus"),
         (["search", "--index=none"], "required: query; --help lists the flags of "),
+        (["export", "nowhere"], "nowhere: expected a run folder, found no config.json"),
         (["audit", "--answers=none.jsonl", "--games=3"], "unknown flag --games; --help lists"),
     ],
 )
