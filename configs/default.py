@@ -103,10 +103,11 @@ def get_config() -> ConfigDict:
     c.retriever.b = 0.75
 
     c.prompt = ConfigDict()
-    # search_r1 | r_search | brief.
+    # search_r1 | r_search | brief | short: search_r1's in few words, for small models [H].
     c.prompt.style = "search_r1"
-    # Show an example before each task [H]: a plain 0.5B model needs it.
-    c.prompt.worked_example = False
+    # Played examples before each task, at most 3; see game/examples.py. None in [P] and [C]; plain
+    # models of 0.5B need them [H].
+    c.prompt.worked_examples = 0
     # chat: the tokenizer's own template | raw_chatml: the reference's, no <|im_end|> [C].
     c.prompt.template = "chat"
 

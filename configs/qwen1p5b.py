@@ -15,7 +15,8 @@ from configs import qwen7b
 def get_config() -> ConfigDict:
     c = qwen7b.get_config()
     c.model.path = "Qwen/Qwen2.5-1.5B-Instruct"
-    c.prompt.worked_example = True
+    c.prompt.style = "short"
+    c.prompt.worked_examples = 2
 
     c.engine.slots = 32
     c.learner.rows = 1

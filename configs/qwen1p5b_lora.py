@@ -15,7 +15,8 @@ from configs import qwen7b_lora
 def get_config() -> ConfigDict:
     c = qwen7b_lora.get_config()
     c.model.path = "Qwen/Qwen2.5-1.5B-Instruct"
-    c.prompt.worked_example = True
+    c.prompt.style = "short"
+    c.prompt.worked_examples = 2
 
     c.engine.slots = 64
     c.engine.extend_rows = 1

@@ -15,7 +15,8 @@ from configs import qwen7b
 def get_config() -> ConfigDict:
     c = qwen7b.get_config()
     c.model.path = "models/smollm2-135m-instruct"
-    c.prompt.worked_example = True
+    c.prompt.style = "short"
+    c.prompt.worked_examples = 2
 
     # The model was trained on at most 8,192 tokens.
     c.limits.prompt_tokens = 2048

@@ -4,19 +4,20 @@ command    python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/
 hardware   1 x H100 80 GB, or a CPU for single steps (below)
 memory     gpu:h100x1  14 GiB playing, 17 updating of 73, from shapes
 time       not measured
-score      not measured on these sets; greedy with the example shown the plain model answers 4 of
-           8 one-hop and 3 of 8 two-hop questions (a small trial, not the whole sets)
+score      not measured on these sets; greedy with one long example shown the plain model answers
+           4 of 8 one-hop and 3 of 8 two-hop questions (a small trial, not the whole sets)
 
 The passages are Wikipedia leads and the World Factbook. They and the model are no part of this
 repository: they are expected as data/vital and models/... here, or anywhere else by
---config.data.answers=... and so on. Each prompt shows one worked example; without it this model
+--config.data.answers=... and so on. Each prompt shows two worked examples; without any this model
 almost never uses a tag.
 
 One step on a CPU, 16 answers x 4 solver episodes, in float32 and without the reference model.
-Measured on 2 cores of an AMD EPYC server: 299 s (play 198 s, 14.5 sampled and 72 written tokens/s;
-update 99 s), peak 16.4 GiB; 7 of 16 questions well-formed, 2 verified, of whose 8 solver episodes 2
-were right; log-probs of sampler and trainer 1.3e-6 apart (mean). Before the example said plainly
-which answer it leads to, none of 56 proposals was verified.
+Measured on 2 cores of an AMD EPYC server, with one long example in place of two short ones: 299 s
+(play 198 s, 14.5 sampled and 72 written tokens/s; update 99 s), peak 16.4 GiB; 7 of 16 questions
+well-formed, 2 verified, of whose 8 solver episodes 2 were right; log-probs of sampler and trainer
+1.3e-6 apart (mean). Before the example said plainly which answer it leads to, none of 56 proposals
+was verified.
 
     python -m ssp_jax.main --config=configs/vital_0p5b.py --workdir=runs/vital_cpu \\
         --config.steps=1 --config.game.answers_per_step=16 --config.game.group_size=4 \\
@@ -48,11 +49,12 @@ def get_config() -> ConfigDict:
         c.data.eval_sets.one_hop = "data/vital/qa/dev_1hop.jsonl"
         c.data.eval_sets.two_hop = "data/vital/qa/dev_2hop.jsonl"
     c.retriever.corpus = "data/vital/corpus.jsonl.gz"
-    c.prompt.worked_example = True
+    c.prompt.style = "short"
+    c.prompt.worked_examples = 2
 
     c.game.answers_per_step = 64
-    # Leads are short: three passages are some 270 tokens, and the worked example of the proposer
-    # takes 450.
+    # Leads are short: three passages are some 270 tokens, and the worked examples of the proposer
+    # take 450.
     c.limits.prompt_tokens = 640
     c.limits.verify_prompt_tokens = 3072
     c.limits.response_tokens = 1920

@@ -25,6 +25,7 @@ from ssp_jax.errors import InputError, printable
 from ssp_jax.evaluation import conditions, scores
 from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.game import judge, prompts, roles, rules
+from ssp_jax.game.examples import example_sets
 from ssp_jax.game.rounds import ReplayState
 from ssp_jax.game.selfplay import SelfPlay
 from ssp_jax.learner.batches import Batch
@@ -85,7 +86,8 @@ class Inputs:
             self.tokenizer.special_tokens_map,
             self.eos,
         )
-        asked = prompts.solver_messages(self.context.style, "Who?")  # worked example included
+        shown = self.context.example_sets[0]
+        asked = prompts.solver_messages(self.context.style, "Who?", shown)
         values = {
             "data.answers": self.tasks,
             "data.eval_sets": self.eval_sets,
@@ -328,8 +330,9 @@ def make_context(config: ConfigDict, tokenizer: Any) -> roles.EpisodeContext:
     """Sections prompt and limits, with the tokenizer."""
     p = config.prompt
     limits = roles.Limits(**config.limits)
-    style = dataclasses.replace(prompts.STYLES[p.style], worked_example=p.worked_example)
-    context = roles.EpisodeContext(tokenizer, style, p.template, limits)
+    style = prompts.STYLES[p.style]
+    shown = example_sets(p.worked_examples)
+    context = roles.EpisodeContext(tokenizer, style, p.template, limits, shown)
     minimum = len(context.encode(style.observation_text.format(documents="")))
     if limits.observation_tokens <= minimum:
         raise InputError(

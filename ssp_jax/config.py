@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import default
 from ssp_jax.errors import InputError
-from ssp_jax.game import prompts, rewards, rules
+from ssp_jax.game import examples, prompts, rewards, rules
 from ssp_jax.retriever import settings
 from ssp_jax.runtime.command import Parser, nearest, one_line, user_path
 
@@ -410,6 +410,7 @@ BOUNDS: dict[str, Range] = {
     "retriever.device_gib": Range(settings.ALL, 1e6),
     "retriever.k1": Range(0, 1000),
     "retriever.b": Range(0, 1),
+    "prompt.worked_examples": Range(0, examples.MOST),
     "game.answers_per_step": _ROWS,
     "game.group_size": Range(0, rules.ID_ATTEMPTS, above=True),
     "game.noise_documents": Range(0, 10_000),

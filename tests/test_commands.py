@@ -36,7 +36,13 @@ def test_help_of_a_command_does_not_load_jax() -> None:
     assert done.stderr == "" and done.stdout.endswith("loaded: []\n")
     for name in commands.COMMANDS:
         assert f"usage: python -m ssp_jax {name} [-h" in done.stdout
-    for flag in ("--config FILE", "--topology CHIPS", "--worked_example", "--corpus", "--games N"):
+    for flag in (
+        "--config FILE",
+        "--topology CHIPS",
+        "--worked_examples N",
+        "--corpus",
+        "--games N",
+    ):
         assert flag in done.stdout
 
 

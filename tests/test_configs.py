@@ -292,7 +292,7 @@ def test_the_cpu_command_of_vital_is_a_valid_one() -> None:
     config, _ = parse(*shlex.split(command)[3:])
     check_values(config)
     assert (config.game.answers_per_step, config.game.group_size, config.steps) == (16, 4, 1)
-    assert config.prompt.worked_example
+    assert config.prompt.worked_examples == 2
 
 
 def test_overrides_keep_their_types() -> None:

@@ -229,8 +229,9 @@ def _play(
     began = round(time.time(), 3)
     start = time.monotonic()
     players = []
+    shown = context.episodes.example_sets[0]
     for key in keys:
-        messages = prompts.solver_messages(context.episodes.style, questions[key].question)
+        messages = prompts.solver_messages(context.episodes.style, questions[key].question, shown)
         player = EpisodePlayer(
             context=context.episodes,
             role=SOLVER,

@@ -3,7 +3,6 @@
 It has no dates and no times: the same weights of the same run have the same card. Without JAX.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from ssp_jax.config import PATHS, default_values, flatten_config
 from ssp_jax.errors import masked
 from ssp_jax.export import form
 from ssp_jax.game import prompts
+from ssp_jax.game.examples import example_sets
 from ssp_jax.model import hf_files
 from ssp_jax.runtime import figures
 
@@ -106,8 +106,8 @@ def _gains(workdir: Path, step: int) -> Any:
 def _asking(config: ConfigDict, kind: str) -> str:
     given = "--model=BASE --adapter=THIS_FOLDER" if kind == "adapter" else "--model=THIS_FOLDER"
     p = config.prompt
-    style = dataclasses.replace(prompts.STYLES[p.style], worked_example=p.worked_example)
-    messages = prompts.solver_messages(style, "QUESTION")
+    style = prompts.STYLES[p.style]
+    messages = prompts.solver_messages(style, "QUESTION", example_sets(p.worked_examples)[0])
     shown = json.dumps(messages, indent=2, ensure_ascii=False)
     return (
         "## Asking it\n\n"

@@ -21,7 +21,7 @@ KEYS = ("prompt.", "limits.", "sampling.", "retriever.kind", "retriever.top_k")
 FLAGS: dict[str, tuple[str, Any]] = {
     "style": ("prompt.style", "search_r1"),
     "template": ("prompt.template", "chat"),
-    "worked_example": ("prompt.worked_example", False),
+    "worked_examples": ("prompt.worked_examples", 0),
 }
 SEARCH_FLAGS: dict[str, tuple[str, Any]] = {
     "top_k": ("retriever.top_k", 3),

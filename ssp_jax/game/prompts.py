@@ -1,20 +1,20 @@
 """All texts and tags of the game: prompts to render, turns of the model to parse. Without JAX.
 
-Three styles share one interface. `search_r1` is the form that Search-R1, ZeroSearch and SSP models
+Four styles share one interface. `search_r1` is the form that Search-R1, ZeroSearch and SSP models
 were trained on (think, search, information, answer). `r_search` is R-Search's own (observation,
-original_evidence). `brief` keeps the tags and drops the explanations, for models too small to read
-instructions. The wording is ours; the shape (instruction, then "Question: ..." at the end of the
-user turn; one assistant turn with results inserted as text) is the interface. With `worked_example`
-a played example of the role stands before the real task, as an earlier exchange: small pretrained
-models need it.
+original_evidence). `short` says the same as search_r1 once, in few words, for small models that are
+shown worked examples. `brief` keeps the tags and drops the explanations, for models too small to
+read instructions. The wording is ours; the shape (instruction, then "Question: ..." at the end of
+the user turn; one assistant turn with results inserted as text) is the interface. Worked examples
+(examples.py) stand before the real task, as earlier exchanges.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ssp_jax.data import Document
+from ssp_jax.game.examples import Example, query
 
 SEARCH_STOP = "</search>"
 ANSWER_STOP = "</answer>"
@@ -37,7 +37,9 @@ class Style:
     # without the newline after the last hit, as Search-R1 and R-Search insert a hit list
     strip_results: bool = True
     quotes_evidence: bool = False  # writes original_evidence before the answer
-    worked_example: bool = False  # config key prompt.worked_example
+    # A proposer first searches for the answer itself and reads what is near it. It has to know that
+    # otherwise, and a small model makes it up.
+    answer_first: bool = True
 
 
 _HARMLESS = "You are a helpful and harmless assistant."
@@ -68,6 +70,12 @@ _VERIFIER_USER = (
     "Materials:\n{documents}\nQuestion: {question}"
 )
 
+_SHORT_RULES = (
+    "Think inside <think> and </think>. Search for one thing at a time, by its bare name: "
+    "<search> name </search>; results come between <information> and </information>. "
+)
+_SHORT_PROPOSER = "Searches: {searches}. The only answer of the question: {answer}"
+
 _JUDGE_SYSTEM = "You are a strict and fair judge of answers."
 _JUDGE_USER = (
     "Decide whether the given answer is right. It is right if it names the same thing as one of "
@@ -94,6 +102,7 @@ STYLES = {
         verifier_system_text=_HARMLESS,
         verifier_text=_VERIFIER_USER,
         observation_text="\n\n<information>{documents}</information>\n\n",
+        answer_first=False,
     ),
     "r_search": Style(
         system_text="You are a helpful assistant that solves a question step by step. "
@@ -108,6 +117,7 @@ STYLES = {
         verifier_text=_VERIFIER_USER,
         observation_text="\n<observation>{documents}</observation>\n",
         quotes_evidence=True,
+        answer_first=False,
     ),
     "brief": Style(
         system_text="",
@@ -120,55 +130,81 @@ STYLES = {
         observation_text="\n<information>{documents}</information>\n",
         strip_results=False,
     ),
+    "short": Style(
+        system_text="Answer the question. "
+        + _SHORT_RULES
+        + "Then give the answer alone: <answer> answer </answer>",
+        solver_text="Question: {question}",
+        proposer_system_text="You are given an answer. Write a question that has only this answer "
+        "and needs as many searches as you are told. "
+        + _SHORT_RULES
+        + "First search for the answer, then for a thing that its results name. The question rests "
+        "on what you found, and the answer is not in it. Finish with "
+        "<question> question </question>{examples}",
+        proposer_text=_SHORT_PROPOSER,
+        verifier_system_text="Answer the question from the materials. Think inside <think> and "
+        "</think>, then give the answer alone: <answer> answer </answer>",
+        verifier_text="Materials:\n{documents}Question: {question}",
+        observation_text="\n\n<information>{documents}</information>\n\n",
+    ),
 }
 
 
-# The worked examples: one chain of two facts, played by each role.
-_OPERA = Document(
-    "1", '"The Magic Flute"', "The Magic Flute is an opera by Mozart, first performed in 1791."
-)
-_MOZART = Document(
-    "2", '"Salzburg"', "Salzburg is a city on the river Salzach. Mozart was born there."
-)
-_QUESTION = (
-    "Which river flows through the city where the composer of the opera The Magic Flute was born?"
-)
-_ANSWER = "Salzach"
-_SOLVED = (
-    ("think", "First I need the composer of The Magic Flute."),
-    ("search", "composer of the opera The Magic Flute"),
-    _OPERA,
-    ("think", "It is Mozart. Now I need the city where he was born and its river."),
-    ("search", "birthplace of Mozart river"),
-    _MOZART,
-    ("think", "Mozart was born in Salzburg, which lies on the Salzach."),
-    ("original_evidence", _MOZART.text),
-    ("answer", _ANSWER),
-)
-_PROPOSED = (
-    ("think", "The answer must be Salzach. I look for what is known about it."),
-    ("search", "Salzach"),
-    _MOZART,
-    ("think", "Salzach is the river of Salzburg, where Mozart was born. What leads to Mozart?"),
-    ("search", "opera composed by Mozart"),
-    _OPERA,
-    (
-        "think",
-        "The Magic Flute leads to Mozart, Mozart to Salzburg, and the river of Salzburg is "
-        "Salzach.",
-    ),
-    ("question", _QUESTION),
-)
-_VERIFIED = (
-    (
-        "think",
-        "Mozart composed The Magic Flute. He was born in Salzburg, which lies on the Salzach.",
-    ),
-    ("answer", _ANSWER),
-)
+# --- worked examples ---
+
+Move = tuple[str, str] | Document  # tag and content of what a model writes, or what it then reads
 
 
-def _transcript(style: Style, moves: Sequence[tuple[str, str] | Document]) -> str:
+def _looked_up(thought: str, searched: str, found: Document) -> tuple[Move, ...]:
+    return ("think", thought), ("search", searched), found
+
+
+def _solved(example: Example) -> list[Move]:
+    moves: list[Move] = []
+    known = ""
+    for need, document, fact in zip(example.needs, example.found, example.facts, strict=True):
+        moves += _looked_up(known + need, query(document), document)
+        known = f"{fact} "
+    moves.append(("think", example.facts[-1]))
+    moves.append(("original_evidence", example.found[-1].text))
+    moves.append(("answer", example.answer))
+    return moves
+
+
+def _proposed(style: Style, example: Example) -> list[Move]:
+    """From the answer to what is near it, and from there to what the question names."""
+    *far, near = example.found
+    thought = f"The answer must be {example.answer}."
+    moves: list[Move] = []
+    if style.answer_first:
+        moves += _looked_up(f"{thought} I search for it.", example.answer, example.about_answer)
+        thought = ""
+        # A question of one search rests on what the answer's own search has found.
+        reads = [near] if far else []
+    else:
+        reads = [near, *far]
+    for document, fact in zip(reads, reversed(example.facts), strict=False):
+        name = query(document)
+        moves += _looked_up(f"{thought} {fact} I search for {name}.".strip(), name, document)
+        thought = ""
+    path = [query(document) for document in example.found]
+    path.append(example.answer)
+    moves.append(("think", f"{' '.join(example.facts)} So the way is: {', '.join(path)}."))
+    moves.append(("question", example.question))
+    return moves
+
+
+def _verified(example: Example) -> list[Move]:
+    return [("think", " ".join(example.facts)), ("answer", example.answer)]
+
+
+def _materials(example: Example) -> list[Document]:
+    """What the verifier of an example reads. The noise stands in the middle, or first."""
+    *far, near = example.found
+    return [near, example.noise, *far] if far else [example.noise, near]
+
+
+def _transcript(style: Style, moves: Sequence[Move]) -> str:
     """The assistant turn of a model of this style that makes these moves, results inserted."""
     text = ""
     for move in moves:
@@ -184,48 +220,62 @@ def _transcript(style: Style, moves: Sequence[tuple[str, str] | Document]) -> st
     return text.rstrip("\n")
 
 
-def _messages(
-    style: Style, system: str, user: str, example: str, moves: Sequence[Any]
-) -> list[dict[str, str]]:
-    """The turns of a prompt. example: the user turn of the worked example, played by `moves`.
+# --- the prompts of each role ---
+
+Message = dict[str, str]
+Exchange = tuple[str, str]  # user turn and assistant turn
+
+
+def _messages(system: str, user: str, exchanges: Sequence[Exchange]) -> list[Message]:
+    """The turns of a prompt.
 
     Without a system text there is no system turn (a template may then add its own default).
     """
     turns = []
     if system:
         turns.append({"role": "system", "content": system})
-    if style.worked_example:
-        turns.append({"role": "user", "content": example})
-        turns.append({"role": "assistant", "content": _transcript(style, moves)})
+    for asked, played in exchanges:
+        turns.append({"role": "user", "content": asked})
+        turns.append({"role": "assistant", "content": played})
     turns.append({"role": "user", "content": user})
     return turns
 
 
-def solver_messages(style: Style, question: str) -> list[dict[str, str]]:
+def solver_messages(style: Style, question: str, shown: Sequence[Example] = ()) -> list[Message]:
+    """shown: worked examples, as in the prompts of the other roles."""
+    exchanges = []
+    for example in shown:
+        asked = style.solver_text.format(question=example.question)
+        exchanges.append((asked, _transcript(style, _solved(example))))
     user = style.solver_text.format(question=question)
-    example = style.solver_text.format(question=_QUESTION)
-    return _messages(style, style.system_text, user, example, _SOLVED)
+    return _messages(style.system_text, user, exchanges)
 
 
 def proposer_messages(
-    style: Style, answer: str, searches: int, examples: str
-) -> list[dict[str, str]]:
+    style: Style, answer: str, searches: int, examples: str, shown: Sequence[Example] = ()
+) -> list[Message]:
     """examples: of questions, as a file of given answers may have them; may be empty."""
-    shown = f"\nExample questions:\n{examples}" if examples else ""
-    system = style.proposer_system_text.format(examples=shown)
+    exchanges = []
+    for example in shown:
+        asked = style.proposer_text.format(answer=example.answer, searches=example.searches)
+        exchanges.append((asked, _transcript(style, _proposed(style, example))))
+    listed = f"\nExample questions:\n{examples}" if examples else ""
+    system = style.proposer_system_text.format(examples=listed)
     user = style.proposer_text.format(answer=answer, searches=searches)
-    example = style.proposer_text.format(answer=_ANSWER, searches=2)
-    return _messages(style, system, user, example, _PROPOSED)
+    return _messages(system, user, exchanges)
 
 
 def verifier_messages(
-    style: Style, question: str, documents: Sequence[Document]
-) -> list[dict[str, str]]:
-    shown = format_documents(documents)
-    user = style.verifier_text.format(question=question, documents=shown)
-    shown = format_documents((_MOZART, _OPERA))
-    example = style.verifier_text.format(question=_QUESTION, documents=shown)
-    return _messages(style, style.verifier_system_text, user, example, _VERIFIED)
+    style: Style, question: str, documents: Sequence[Document], shown: Sequence[Example] = ()
+) -> list[Message]:
+    exchanges = []
+    for example in shown:
+        materials = format_documents(_materials(example))
+        asked = style.verifier_text.format(question=example.question, documents=materials)
+        exchanges.append((asked, _transcript(style, _verified(example))))
+    materials = format_documents(documents)
+    user = style.verifier_text.format(question=question, documents=materials)
+    return _messages(style.verifier_system_text, user, exchanges)
 
 
 def judge_messages(question: str, golds: Sequence[str], answer: str) -> list[dict[str, str]]:

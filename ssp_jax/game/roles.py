@@ -15,6 +15,7 @@ from typing import Any
 from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.game import chat, prompts
+from ssp_jax.game.examples import Example
 from ssp_jax.game.rules import ID_ATTEMPTS, ID_ROWS
 from ssp_jax.model import tokens
 from ssp_jax.rollout import sampler
@@ -94,20 +95,23 @@ class EpisodeContext:
     style: prompts.Style
     template: str
     limits: Limits
+    # Worked examples: each game is shown one of these sets; evaluations and questions of users the
+    # first.
+    example_sets: tuple[tuple[Example, ...], ...] = ((),)
 
     @functools.cached_property
     def prefixes(self) -> tuple[tuple[int, ...], ...]:
         """What the prompts of each role begin with, whatever they are about; the longest first."""
         style = self.style
         probes = ("Who?", "7 is", "an")  # no two begin alike
-        documents = [Document(text, text, text) for text in probes]
-        same = [
-            [prompts.solver_messages(style, text) for text in probes],
-            [prompts.proposer_messages(style, text, n, "") for n, text in enumerate(probes)],
-            # What comes before the examples of an answer that has some.
-            [prompts.proposer_messages(style, text, n, text) for n, text in enumerate(probes)],
-            [prompts.verifier_messages(style, d.text, [d]) for d in documents],
-        ]
+        same = []
+        for shown in self.example_sets:
+            for examples in (("",) * len(probes), probes):  # of an answer that has none, and some
+                asked = zip(probes, range(len(probes)), examples, strict=True)
+                same.append([prompts.proposer_messages(style, *task, shown) for task in asked])
+            same.append([prompts.solver_messages(style, text, shown) for text in probes])
+            documents = [Document(text, text, text) for text in probes]
+            same.append([prompts.verifier_messages(style, d.text, [d], shown) for d in documents])
         found = {_common([self.prompt(messages) for messages in role]) for role in same}
         return tuple(sorted(found, key=len, reverse=True))
 
@@ -153,10 +157,11 @@ def check_context(context: EpisodeContext) -> None:
     A tokenizer may lower the case of a text, or lack a character of a tag: no stop would ever fire.
     """
     style = context.style
+    shown = context.example_sets[0]
     document = Document("1", "Paris", "Paris is a city.")
-    context.prompt(prompts.solver_messages(style, "Who?"))
-    context.prompt(prompts.proposer_messages(style, "Paris", 1, "Who?\n"))
-    context.prompt(prompts.verifier_messages(style, "Who?", [document]))
+    context.prompt(prompts.solver_messages(style, "Who?", shown))
+    context.prompt(prompts.proposer_messages(style, "Paris", 1, "Who?\n", shown))
+    context.prompt(prompts.verifier_messages(style, "Who?", [document], shown))
     token_bytes(context.tokenizer)
     for name in ("search", "answer", "question"):
         tag = f"<{name}> Paris </{name}>"

@@ -9,6 +9,7 @@ import numpy as np
 
 from ssp_jax.data import Document, Task
 from ssp_jax.game import rules
+from ssp_jax.game.examples import Example
 from ssp_jax.game.judge import Verdict
 from ssp_jax.game.noise import distinct
 from ssp_jax.game.roles import Episode
@@ -40,6 +41,7 @@ class Game:
     scores: list[float] = dataclasses.field(default_factory=list)
     verdicts: dict[int, Verdict] = dataclasses.field(default_factory=dict)  # of episodes, by uid
     proposer_reward: float = 0.0
+    shown: tuple[Example, ...] = ()  # worked examples in the prompts of all its players
 
     @property
     def is_fresh(self) -> bool:

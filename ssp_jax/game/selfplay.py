@@ -78,7 +78,7 @@ class SelfPlay:
         Each process plays its share of the answers; all get the whole round. progress, which may
         raise, is called often. Errors of one process are raised by all.
         """
-        games = self._new_games(tasks)
+        games = self._new_games(step, tasks)
         own = processes.local_share([game.task.searches for game in games])
         noise = None
         if self._config.game.noise_source == "previous_step":
@@ -119,11 +119,16 @@ class SelfPlay:
             costs = [_added(*pair) for pair in zip(costs, more, strict=True)]
         return self._round(games, costs), self._next_replay(step, games, replay)
 
-    def _new_games(self, tasks: Sequence[Task]) -> list[Game]:
+    def _new_games(self, step: int, tasks: Sequence[Task]) -> list[Game]:
         """As many games for each given answer as it has proposals. At first all have failed."""
         reward = self._config.reward.invalid_question
+        sets = self._context.example_sets
         proposed = [task for task in tasks for _ in range(self._config.proposals)]
-        return [Game(i, task, proposer_reward=reward) for i, task in enumerate(proposed)]
+        games = []
+        for i, task in enumerate(proposed):
+            drawn = int(_random(self._config.seed, 5, step, i).integers(len(sets)))
+            games.append(Game(i, task, proposer_reward=reward, shown=sets[drawn]))
+        return games
 
     @property
     def _waits(self) -> int:
@@ -295,7 +300,7 @@ class _Phases:
     def propose(self, game: Game) -> EpisodePlayer:
         task = game.task
         messages = prompts.proposer_messages(
-            self._context.style, task.answers[0], task.searches, task.examples
+            self._context.style, task.answers[0], task.searches, task.examples, game.shown
         )
         game.proposals += 1
         game.noise = []
@@ -382,7 +387,9 @@ class _Phases:
         documents = [*own.values(), *game.noise]
         order = self._random(2, game).permutation(len(documents))
         shuffled = [documents[i] for i in order]
-        messages = prompts.verifier_messages(self._context.style, game.question.text, shuffled)
+        messages = prompts.verifier_messages(
+            self._context.style, game.question.text, shuffled, game.shown
+        )
         return self._player(VERIFIER, game, game.proposals - 1, messages)
 
     def _solvers(self, game: Game) -> list[EpisodePlayer]:
@@ -390,7 +397,7 @@ class _Phases:
 
     def _solver(self, game: Game, attempt: int) -> EpisodePlayer:
         assert game.question is not None
-        messages = prompts.solver_messages(self._context.style, game.question.text)
+        messages = prompts.solver_messages(self._context.style, game.question.text, game.shown)
         return self._player(SOLVER, game, attempt, messages)
 
     def _player(
@@ -419,8 +426,15 @@ class _Phases:
         )
 
     def _random(self, stream: int, game: Game) -> np.random.Generator:
-        """Of 1 noise, 2 the order of documents, 3 the pool: each the same whenever it is drawn."""
-        return np.random.default_rng((self._config.seed, stream, self._step, game.index))
+        return _random(self._config.seed, stream, self._step, game.index)
+
+
+def _random(seed: int, stream: int, step: int, game: int) -> np.random.Generator:
+    """Random numbers of one use in one game: the same whenever they are drawn.
+
+    stream: 1 noise, 2 the order of documents, 3 the pool, 5 the examples shown. (4 is train's.)
+    """
+    return np.random.default_rng((seed, stream, step, game))
 
 
 def _added(a: Stats, b: Stats) -> Stats:

@@ -19,8 +19,8 @@ an answer, and Ctrl-D leaves. Without --out lines go to the standard output.
 "prompt" is taken as it stands, control tokens such as <|im_end|> included; in all other texts they
 are plain text. OUT is replaced when all lines are there. A model that was trained here is asked as
 it was trained, by the file ssp_jax_training.json beside its weights: --style, --template,
---worked_example, and with --index --top_k, --max_searches and --max_tokens are then not needed (and
-else search_r1, chat, none, 3, 10 and 1024).
+--worked_examples, and with --index --top_k, --max_searches and --max_tokens are then not needed
+(and else search_r1, chat, 0, 3, 10 and 1024).
 """
 
 import argparse
@@ -40,6 +40,7 @@ BOUNDED = {  # flag -> the config key whose bounds it has
     "max_searches": "limits.searches",
     "seed": "seed",
     "temperature": "sampling.eval_temperature",
+    "worked_examples": "prompt.worked_examples",
 }
 
 
@@ -86,7 +87,7 @@ def _add_files(parser: command.Parser) -> None:
 
 def _add_settings(parser: command.Parser) -> None:
     max_tokens = "tokens after the prompt, search results included, in the model's context"
-    worked = "show a played example first, to a model that was never trained to search"
+    worked = "played examples to show first, to a model that was never trained to search"
     # What is None here has the value of the model's training.
     styles = tuple(CHOICES["prompt.style"])
     templates = tuple(CHOICES["prompt.template"])
@@ -101,7 +102,7 @@ def _add_settings(parser: command.Parser) -> None:
     add("--max_searches", default=None, type=int, metavar="N", help="per question")
     add("--style", default=None, choices=styles, help="of the prompts")
     add("--template", default=None, choices=templates, help="of the prompts")
-    add("--worked_example", default=None, action="store_true", help=worked)
+    add("--worked_examples", default=None, type=int, metavar="N", help=worked)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = _PROG) -> int:

@@ -21,6 +21,7 @@ from ssp_jax.data import Row, read_rows
 from ssp_jax.errors import InputError, json_line, printable
 from ssp_jax.export import form
 from ssp_jax.game import chat, prompts, roles
+from ssp_jax.game.examples import example_sets
 from ssp_jax.game.roles import (
     ASSISTANT,
     SEARCH_ENGINE,
@@ -212,6 +213,7 @@ def make_context(
     prompt_tokens: int = sys.maxsize,
     turn_tokens: int = sys.maxsize,
     observation_tokens: int = form.OBSERVATION_TOKENS,
+    worked_examples: int = 0,
 ) -> EpisodeContext:
     """The limits follow from the numbers of tokens and searches; prompts may be of any length."""
     limits = Limits(
@@ -223,7 +225,7 @@ def make_context(
         searches=max_searches,
         observation_tokens=min(observation_tokens, max_tokens),
     )
-    return EpisodeContext(tokenizer, style, template, limits)
+    return EpisodeContext(tokenizer, style, template, limits, example_sets(worked_examples))
 
 
 def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
@@ -265,7 +267,7 @@ def _encoded(f: Any, context: EpisodeContext, rows: Sequence[Row]) -> list[list[
         if f.index:
             question = row.text("question", row.values.get("question"))
             with _of(row):
-                prompt = context.prompt(prompts.solver_messages(context.style, question))
+                prompt = context.prompt(_solver_messages(context, question))
         else:
             prompt = _prompt_tokens(row, context.tokenizer, f.template)
         if len(prompt) >= limit:
@@ -276,6 +278,10 @@ def _encoded(f: Any, context: EpisodeContext, rows: Sequence[Row]) -> list[list[
             )
         encoded.append(prompt)
     return encoded
+
+
+def _solver_messages(context: EpisodeContext, question: str) -> list[dict[str, str]]:
+    return prompts.solver_messages(context.style, question, context.example_sets[0])
 
 
 def _rows(path: str) -> list[Row]:
@@ -426,7 +432,7 @@ def answer_typed(f: Any) -> None:
         messages = [{"role": "user", "content": question}]
         if f.index:
             role = SOLVER
-            messages = prompts.solver_messages(context.style, question)
+            messages = _solver_messages(context, question)
         prompt = context.prompt(messages)
         if len(prompt) > longest:
             console.print(
@@ -513,7 +519,7 @@ def _typed(typing: bool) -> Iterator[str]:
 
 def _context(f: Any, tokenizer: Any, prompt_tokens: int) -> EpisodeContext:
     """Raises InputError where the tokenizer or its template does not serve."""
-    style = dataclasses.replace(prompts.STYLES[f.style], worked_example=f.worked_example)
+    style = prompts.STYLES[f.style]
     context = make_context(
         tokenizer,
         f.max_tokens,
@@ -523,6 +529,7 @@ def _context(f: Any, tokenizer: Any, prompt_tokens: int) -> EpisodeContext:
         prompt_tokens,
         f.turn_tokens,
         f.observation_tokens,
+        f.worked_examples,
     )
     if f.index:
         if not Path(f.index).is_dir():

@@ -28,10 +28,10 @@ def filled(*arguments: str) -> argparse.Namespace:
 
 
 def test_flags_that_are_left_out_are_those_of_the_training(tmp_path: Path) -> None:
-    changes = ("prompt.template=raw_chatml", "prompt.worked_example=True", "retriever.top_k=2")
+    changes = ("prompt.template=raw_chatml", "prompt.worked_examples=2", "retriever.top_k=2")
     model = trained(tmp_path / "model", *changes)
     flags = filled(f"--model={model}", "--index=index")
-    assert (flags.style, flags.template, flags.worked_example) == ("brief", "raw_chatml", True)
+    assert (flags.style, flags.template, flags.worked_examples) == ("brief", "raw_chatml", 2)
     assert (flags.top_k, flags.max_searches, flags.max_tokens) == (2, 4, 320)
     assert (flags.turn_tokens, flags.observation_tokens) == (40, 120)
 
@@ -49,7 +49,7 @@ def test_without_searches_the_limits_of_the_training_do_not_hold(tmp_path: Path)
 
 def test_any_other_model_is_asked_as_before(tmp_path: Path) -> None:
     flags = filled(f"--model={tmp_path}", "--index=index")
-    assert (flags.style, flags.template, flags.worked_example) == ("search_r1", "chat", False)
+    assert (flags.style, flags.template, flags.worked_examples) == ("search_r1", "chat", 0)
     assert (flags.top_k, flags.max_searches, flags.max_tokens) == (3, 10, 1024)
     assert (flags.turn_tokens, flags.observation_tokens) == (1024, 2048)
 

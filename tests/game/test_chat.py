@@ -9,6 +9,7 @@ import pytest
 
 from ssp_jax.errors import InputError
 from ssp_jax.game import chat, prompts
+from ssp_jax.game.examples import example_sets
 from tests.tokenizer_kinds import CHATML, KINDS
 
 # As Qwen3's: of earlier assistant turns only what follows the thoughts.
@@ -58,12 +59,11 @@ def test_a_template_that_cuts_thoughts_cuts_none_here(tokenizer):
 
 @pytest.mark.parametrize("name", sorted(prompts.STYLES))
 def test_worked_examples_keep_their_searches_with_such_a_template(tokenizer, name):
-    import dataclasses
-
-    style = dataclasses.replace(prompts.STYLES[name], worked_example=True)
+    style = prompts.STYLES[name]
+    shown = example_sets(1)[0]
     for messages in (
-        prompts.solver_messages(style, "Who?"),
-        prompts.proposer_messages(style, "Paris", 2, ""),
+        prompts.solver_messages(style, "Who?", shown),
+        prompts.proposer_messages(style, "Paris", 2, "", shown),
     ):
         text = rendered(tokenizer, CUTS, messages)
         assert (

@@ -1,6 +1,5 @@
 """Prompts: the forms that trained models know, and parsing what models write."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -11,31 +10,35 @@ import transformers
 from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.game import chat, prompts
+from ssp_jax.game.examples import example_sets
 from ssp_jax.model import hf_load
 
 STYLES = list(prompts.STYLES.values())
-WORKED = [dataclasses.replace(style, worked_example=True) for style in STYLES]
+SHOWN = example_sets(2)[1]
 DOCUMENTS = [Document("7", '"Paris"', "Paris is big."), Document("9", '"Lyon"', "Lyon is old.")]
 
 
-@pytest.mark.parametrize("style", STYLES + WORKED)
-def test_the_question_ends_the_solvers_prompt(style):
-    last = prompts.solver_messages(style, "Who {is} it?")[-1]
+@pytest.mark.parametrize("shown", [(), SHOWN], ids=["plain", "shown"])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_question_ends_the_solvers_prompt(style, shown):
+    last = prompts.solver_messages(style, "Who {is} it?", shown)[-1]
     assert last["role"] == "user"
     assert last["content"].rstrip().endswith("Who {is} it?")
 
 
-@pytest.mark.parametrize("style", STYLES + WORKED)
-def test_the_proposer_is_given_answer_number_and_examples(style):
-    messages = prompts.proposer_messages(style, "Lake {Chad}", 3, "1. Why {not}?")
+@pytest.mark.parametrize("shown", [(), SHOWN], ids=["plain", "shown"])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_proposer_is_given_answer_number_and_examples(style, shown):
+    messages = prompts.proposer_messages(style, "Lake {Chad}", 3, "1. Why {not}?", shown)
     assert "Lake {Chad}" in messages[-1]["content"] and "3" in messages[-1]["content"]
     if style.system_text:
         assert "1. Why {not}?" in messages[0]["content"]
 
 
-@pytest.mark.parametrize("style", STYLES + WORKED)
-def test_the_verifier_sees_documents_and_question(style):
-    text = prompts.verifier_messages(style, "Which?", DOCUMENTS)[-1]["content"]
+@pytest.mark.parametrize("shown", [(), SHOWN], ids=["plain", "shown"])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_verifier_sees_documents_and_question(style, shown):
+    text = prompts.verifier_messages(style, "Which?", DOCUMENTS, shown)[-1]["content"]
     assert 'Doc 1(Title: "Paris") Paris is big.\nDoc 2(Title: "Lyon") Lyon is old.\n' in text
     assert "Question: Which?" in text
 
@@ -103,43 +106,22 @@ def test_the_verifier_is_not_told_of_a_search_engine(style):
     assert "search" not in text
 
 
-@pytest.mark.parametrize("style", WORKED)
-def test_a_worked_example_is_an_earlier_exchange_in_the_same_form(style):
-    plain = dataclasses.replace(style, worked_example=False)
-    for messages in (prompts.solver_messages, prompts.proposer_messages, prompts.verifier_messages):
-        given = {
-            prompts.solver_messages: ("Who?",),
-            prompts.proposer_messages: ("Paris", 2, ""),
-            prompts.verifier_messages: ("Who?", DOCUMENTS),
-        }[messages]
-        *before, asked, played, last = messages(style, *given)
-        assert [*before, last] == messages(plain, *given)
-        assert (asked["role"], played["role"]) == ("user", "assistant")
-
-
-@pytest.mark.parametrize("style", WORKED)
-def test_worked_examples_obey_the_rules_that_they_teach(style):
-    solved = prompts.solver_messages(style, "Who?")[-2]["content"]
-    assert prompts.last_answer(solved) and solved.count("</search>") == 2
-    assert ("<original_evidence>" in solved) == (style is WORKED[1])
-    opening = style.observation_text.split("{documents}")[0]
-    assert solved.count(f"</search>{opening}Doc 1(Title: ") == 2
-
-    *_, asked, proposed, _ = prompts.proposer_messages(style, "Paris", 2, "")
-    question = prompts.first_question(proposed["content"])
-    assert (
-        question
-        and prompts.last_answer(solved) in asked["content"]
-        and question in "".join(m["content"] for m in prompts.solver_messages(style, "Who?"))
-    )
-    queries = [part.split("</search>")[0] for part in proposed["content"].split("<search>")[1:]]
-    assert len(set(queries)) == 2 and "2" in asked["content"]
-    # in a search only rules.forbid_answer_in_search refuses it
-    assert prompts.last_answer(solved) not in question
-    verified = prompts.verifier_messages(style, "Who?", DOCUMENTS)[-2]["content"]
-    assert (
-        prompts.last_answer(verified) == prompts.last_answer(solved) and "<search>" not in verified
-    )
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("render", "given"),
+    [
+        (prompts.solver_messages, ("Who?",)),
+        (prompts.proposer_messages, ("Paris", 2, "")),
+        (prompts.verifier_messages, ("Who?", DOCUMENTS)),
+    ],
+)
+def test_worked_examples_are_earlier_exchanges_in_the_same_form(style, render, given):
+    messages = render(style, *given, SHOWN)
+    plain = render(style, *given)
+    before = len(plain) - 1
+    assert messages[:before] + messages[-1:] == plain
+    roles = [message["role"] for message in messages[before:-1]]
+    assert roles == ["user", "assistant"] * len(SHOWN)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -186,7 +168,7 @@ def test_templates():
 
 def test_raw_chatml_writes_an_example_without_ends_of_turns():
     tokenizer = hf_load.load_tokenizer(Path("assets/tiny/model"))
-    messages = prompts.solver_messages(WORKED[0], "Who?")
+    messages = prompts.solver_messages(STYLES[0], "Who?", SHOWN[:1])
     text = tokenizer.decode(chat.encode_prompt(tokenizer, messages, "raw_chatml"))
     assert [part.split("\n")[0] for part in text.split("<|im_start|>")] == [
         "",

@@ -10,6 +10,7 @@ import pytest
 from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.game import prompts, roles
+from ssp_jax.game.examples import example_sets
 from ssp_jax.game.roles import PROPOSER, SOLVER, VERIFIER, EpisodeContext, EpisodePlayer, Limits
 from ssp_jax.model import hf_load
 from ssp_jax.rollout import sampler
@@ -194,33 +195,32 @@ def test_eos_tokens_come_from_tokenizer_and_generation_config():
         roles.eos_tokens(nameless, {})
 
 
-STYLES = [
-    dataclasses.replace(style, worked_example=shown)
-    for style in prompts.STYLES.values()
-    for shown in (False, True)
-]
-
-
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("style", list(prompts.STYLES.values()))
 @pytest.mark.parametrize("role", [SOLVER, PROPOSER, VERIFIER])
-def test_what_the_prompts_of_a_role_share_is_found(role, style):
-    """The rest is what differs, and what follows from there."""
-    context = dataclasses.replace(CONTEXT, style=style)
+def test_what_the_prompts_of_a_role_share_is_found(role, style, number):
+    """The rest is what differs, and what follows from there. Each set of examples has its own."""
+    context = dataclasses.replace(CONTEXT, style=style, example_sets=example_sets(number))
 
-    def messages(text, number):
+    def messages(text, number, shown):
         if role is PROPOSER:
-            return prompts.proposer_messages(style, text, number, "")
+            return prompts.proposer_messages(style, text, number, "", shown)
         if role is VERIFIER:
-            return prompts.verifier_messages(style, text, [Document(text, text, text)])
-        return prompts.solver_messages(style, text)
+            return prompts.verifier_messages(style, text, [Document(text, text, text)], shown)
+        return prompts.solver_messages(style, text, shown)
 
-    ours = context.prompt(messages("Who built it?", 2))
-    others = context.prompt(messages("1,000 rivers", 5))
-    shared = EpisodePlayer(context, role, 0, 1.0, ours).shared_prefix
-    assert ours[:shared] == others[:shared]
-    fixed = next(n for n, pair in enumerate(zip(ours, others, strict=False)) if len({*pair}) > 1)
-    assert shared == (fixed if fixed >= 64 else 0)
-    assert style.worked_example <= (shared > 0)
+    prefixes = set()
+    for shown in context.example_sets:
+        ours = context.prompt(messages("Who built it?", 2, shown))
+        others = context.prompt(messages("1,000 rivers", 5, shown))
+        shared = EpisodePlayer(context, role, 0, 1.0, ours).shared_prefix
+        prefixes.add(tuple(ours[:shared]))
+        assert ours[:shared] == others[:shared]
+        pairs = enumerate(zip(ours, others, strict=False))
+        fixed = next(n for n, pair in pairs if len({*pair}) > 1)
+        assert shared == (fixed if fixed >= 64 else 0)
+        assert shared > 0 or not shown
+    assert len(prefixes) == len(context.example_sets)
 
 
 def test_the_examples_of_an_answer_come_after_what_proposers_share():

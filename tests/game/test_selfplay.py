@@ -13,6 +13,7 @@ from configs import default
 from ssp_jax.assemble import make_game_config
 from ssp_jax.data import Document, Task
 from ssp_jax.game import prompts, roles, rules
+from ssp_jax.game.examples import example_sets
 from ssp_jax.game.judge import Verdict
 from ssp_jax.game.rounds import Question, ReplayState, readable
 from ssp_jax.game.rules import RL_PAIRS
@@ -27,6 +28,7 @@ CONTEXT = roles.EpisodeContext(
     "chat",
     roles.Limits(200, 900, 900, 200, 5, 4, 200),
 )
+ROOMY = roles.Limits(2000, 4000, 900, 200, 5, 4, 200)
 GOOD = "Which city is the capital of Mongolia?"
 TASKS = [
     Task(i, (answer,), searches=1 + i % 2)
@@ -326,6 +328,29 @@ def test_without_verification_questions_go_straight_to_the_solver():
     round_, _, engine = play(script(verified=False), game__verify=False)
     assert len(round_.solver.episodes) == 20
     assert roles.episode_id(roles.VERIFIER, 0, 0) not in engine.prompts
+
+
+def test_the_players_of_a_game_are_shown_one_set_drawn_by_seed_step_and_game():
+    sets = example_sets(2)
+    context = dataclasses.replace(CONTEXT, example_sets=sets, limits=ROOMY)
+    tasks = [Task(i, (f"answer {i}",)) for i in range(12)]
+
+    def drawn(seed, step, tasks, last_first=False):
+        c = config()
+        c.seed = seed
+        engine = ScriptedEngine(script(), last_first)
+        game = SelfPlay(make_game_config(c), context, engine, Corpus())
+        round_, _ = game.play(step, tasks, ReplayState(), None, None)
+        for uid, prompt in engine.prompts.items():
+            row = uid // rules.ID_ATTEMPTS % rules.ID_ROWS
+            shown = [any(example.question in prompt for example in each) for each in sets]
+            assert shown.count(True) == 1 and sets[shown.index(True)] == round_.games[row].shown
+        return [sets.index(game.shown) for game in round_.games]
+
+    first = drawn(0, 0, tasks)
+    assert len(set(first)) == len(sets)
+    assert drawn(0, 0, tasks[:5], last_first=True) == first[:5]
+    assert drawn(1, 0, tasks) != first != drawn(0, 1, tasks)
 
 
 def test_failed_questions_are_filled_from_the_pool_and_their_proposer_still_fails():
