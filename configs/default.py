@@ -306,4 +306,8 @@ def get_config() -> ConfigDict:
     c.log = ConfigDict()
     c.log.episodes_every = 10  # steps between dumps of readable episodes, 0 for never
     c.log.tensorboard = True  # event files in workdir/tensorboard
+    # Project, or ENTITY/PROJECT, at Weights & Biases, "" for none; needs the package wandb [H].
+    c.log.wandb = ""
+    # Project of trackio, "" for none; needs that package [H].
+    c.log.trackio = ""
     return c.lock()

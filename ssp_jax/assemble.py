@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ssp_jax import data, stamps
+from ssp_jax import data, stamps, trackers
 from ssp_jax.config import check_values, export_kind, flatten_config
 from ssp_jax.data import Task
 from ssp_jax.errors import InputError, printable
@@ -583,9 +583,18 @@ class ModelRun:
     @functools.cached_property
     def logger(self) -> Logger:
         """Made when it is first asked for: a run that is refused before leaves no file of steps."""
-        tensorboard = self.config.log.tensorboard
         mute = not processes.is_coordinator()
-        return Logger(str(self.workdir), self.steps, tensorboard, self.resumed, mute=mute)
+        opened = processes.run_on_all(
+            lambda: [] if mute else trackers.open_trackers(self.config, self.workdir)
+        )
+        return Logger(
+            str(self.workdir),
+            self.steps,
+            self.config.log.tensorboard,
+            self.resumed,
+            mute=mute,
+            trackers=opened,
+        )
 
 
 @dataclasses.dataclass
@@ -705,6 +714,9 @@ def training_run(config: ConfigDict, workdir: str) -> Iterator[tuple[TrainingRun
     In the context a signal only sets run.stop, so that what is being saved gets onto the disk.
     """
     keep_compiled(workdir)
+    processes.run_on_all(
+        lambda: trackers.check_installed(config) if processes.is_coordinator() else None
+    )
     with made_workdir(workdir), lock_workdir(workdir):
         inputs = read_inputs(config, workdir)
         mesh = make_mesh(config)

@@ -110,6 +110,7 @@ METRICS = {
         Metric(
             "update/ROLE/grad_norm", "norm", "Of the gradient before clipping, mean over steps."
         ),
+        Metric("update/ROLE/learning_rate", "rate", "Of the last optimizer step."),
         Metric("update/ROLE/packed", "share", "Of the rows' places that have a token."),
         Metric("update/ROLE/tokens", "tokens", "In packed rows, prompts included."),
     ),

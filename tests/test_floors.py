@@ -17,6 +17,7 @@ FLOORS = (
     ("game",),
     ("config", "config_help"),
     ("evaluation", "stamps", "workdir"),
+    ("trackers",),
     ("assemble", "report"),
     ("export",),
     ("lifecycle",),

@@ -19,7 +19,7 @@ import optax
 from ssp_jax.learner import kernel_check, objective
 from ssp_jax.learner.batches import Batch, Trajectory, empty_batch, make_batches
 from ssp_jax.learner.logprobs import token_logprobs
-from ssp_jax.learner.state import LearnerConfig, TrainState, optimizer
+from ssp_jax.learner.state import LearnerConfig, TrainState, learning_rate, optimizer
 from ssp_jax.model import attention, decoder, sharding
 from ssp_jax.runtime.dispatch import compile_together, in_turn
 
@@ -311,6 +311,9 @@ class Learner:
         self._frozen = frozen
         self._layout = sharding.device_layout(state)
         self._programs = jit_programs(c, self._layout)
+        rate = learning_rate(c)
+        # Of the optimizer step that was taken last.
+        self._last_rate = jax.jit(lambda updates: rate(jnp.maximum(updates - 1, 0)))
 
     def warm_up(self, state: TrainState) -> None:
         """Compiles the programs, and runs those of the gradient on a batch without tokens.
@@ -329,6 +332,7 @@ class Learner:
         later = accumulate.lower(total, *arguments)
         step = apply.lower(_abstract(state, self._layout), total[0])
         compile_together([first, later, step])
+        self._last_rate(state.updates)
 
         total = accumulate(None, *arguments)
         jax.block_until_ready(accumulate(total, *arguments))
@@ -371,7 +375,9 @@ class Learner:
             reports.append((total[1], norm))
 
         # Metrics last: reading them waits for the device.
-        return state, _metrics(reports, made)
+        metrics = _metrics(reports, made)
+        metrics["learning_rate"] = float(self._last_rate(state.updates))
+        return state, metrics
 
     def _step(self, state: TrainState, grads: decoder.Params) -> tuple[TrainState, jax.Array]:
         """The optimizer step. Moments that live on the host visit the device for it."""

@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import jax
 from rich import box, table
@@ -145,6 +145,14 @@ class Phase:
         self._show(self.detail)
 
 
+class Tracker(Protocol):
+    """Sends numbers and games of a run elsewhere; returns a sentence where that has failed."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> str: ...
+    def games(self, step: int, records: Sequence[Mapping[str, Any]]) -> str: ...
+    def close(self) -> str: ...
+
+
 class Logger:
     """Console and files of a run; a context manager.
 
@@ -160,11 +168,13 @@ class Logger:
         tensorboard: bool,
         resume_step: int = 0,
         mute: bool = False,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self._folder = Path(workdir)
         self._total_steps = total_steps
         self._step = resume_step
         self._mute = mute
+        self._trackers = trackers
 
         # Files.
         path = Path(os.devnull)
@@ -221,6 +231,7 @@ class Logger:
         self._metrics_file.close()
         if self._events:
             self._events.close()
+        self._say_each(tracker.close() for tracker in self._trackers)
 
     @contextmanager
     def phase(
@@ -285,8 +296,9 @@ class Logger:
         row = {"step": step, "time": round(time.time(), 3), **finite}
         self._metrics_file.write(json.dumps(row) + "\n")
         self._metrics_file.flush()
+        known = {name: value for name, value in finite.items() if value is not None}
+        self._say_each(tracker.log(step, known) for tracker in self._trackers)
         if self._events:
-            known = {name: value for name, value in finite.items() if value is not None}
             values = [Summary.Value(tag=name, simple_value=v) for name, v in known.items()]
             summary = Summary(value=values)
             self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
@@ -331,6 +343,11 @@ class Logger:
         folder.mkdir(exist_ok=True)
         with replacing(folder / f"step_{step:06d}.jsonl", f"{folder}") as file:
             file.writelines(f"{json_line(record)}\n" for record in records)
+        self._say_each(tracker.games(step, records) for tracker in self._trackers)
+
+    def _say_each(self, sentences: Iterable[str]) -> None:
+        for sentence in filter(None, sentences):
+            self.say(sentence)
 
     def _seconds_left(self, last_seconds: float) -> float:
         steps = len(self._ends) - 1

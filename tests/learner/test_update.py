@@ -451,8 +451,10 @@ def test_nothing_compiles_after_the_warm_up_whatever_was_played(axes):
 
 
 def test_mini_batches_take_one_optimizer_step_each():
-    state, _ = update(BASE, mini_batches=2)
+    c = dataclasses.replace(BASE, learning_rate=1e-3, warmup_steps=8)
+    state, metrics = update(c, mini_batches=2)
     assert int(state.updates) == 2
+    assert metrics["learning_rate"] == pytest.approx((1 / 8 + 7 / 64) * 1e-3)  # of the second
     state, _ = update(BASE, episodes=EPISODES[:1], advantages=ADVANTAGES[:1], mini_batches=2)
     assert int(state.updates) == 1
 
