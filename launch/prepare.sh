@@ -2,13 +2,14 @@
 # Brings what a full-size run reads into one folder, and builds the search index:
 #
 #   launch/prepare.sh FOLDER [--model=Qwen/Qwen2.5-7B-Instruct] [--skip-model] [--skip-corpus]
-#                     [--dry-run]
+#                     [--vectors] [--dry-run]
 #
 # FOLDER/NAME            the model, from the Hugging Face hub, by its name there:
 #                        Qwen2.5-7B-Instruct
 # FOLDER/wiki-18.jsonl   Wikipedia 2018 as Search-R1 uses it: 21 million passages; 5 GB packed,
 #                        14 GB unpacked
-# FOLDER/wiki-18.index   its search index: hours, and tens of GB
+# FOLDER/wiki-18.index   its search index: hours, and tens of GB; with --vectors those of E5-base-v2,
+#                        too, from Search-R1: 65 GB are fetched, and 32 kept in the index
 # FOLDER/ssp             given answers and the seven question sets, from the authors of SSP
 #
 # With FOLDER=data these are the names in configs/qwen7b.py. Needs requirements.txt installed
@@ -27,13 +28,14 @@ act() {
   if [[ -z $dry_run ]]; then "$@"; fi
 }
 
-dry_run="" folder="" model=Qwen/Qwen2.5-7B-Instruct with_model=yes with_corpus=yes
+dry_run="" folder="" model=Qwen/Qwen2.5-7B-Instruct with_model=yes with_corpus=yes vectors=""
 for argument in "$@"; do
   case $argument in
     --dry-run) dry_run=yes ;;
     --model=*) model=${argument#*=} ;;
     --skip-model) with_model="" ;;
     --skip-corpus) with_corpus="" ;;
+    --vectors) vectors=yes ;;
     -*) usage ;;
     *) [[ -z $folder ]] || usage && folder=$argument ;;
   esac
@@ -77,6 +79,17 @@ from ssp_jax.retriever.search import open_retriever
 r = parse_command_line(sys.argv[1:]).config.retriever
 open_retriever(r.corpus, r.index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r.k1, b=r.b)' \
     --config=configs/default.py "${keys[@]}"
+fi
+if [[ -n $vectors ]]; then
+  for part in part_aa part_ab; do
+    download PeterJinGo/wiki-18-e5-index "$part" --repo-type dataset --local-dir "$folder"
+  done
+  # One file in two parts. The prefixes below are those that E5 was trained with.
+  # shellcheck disable=SC2016  # expanded by the inner shell
+  act bash -c 'cat "$1/part_aa" "$1/part_ab" > "$1/e5_Flat.index"' - "$folder"
+  act "$PYTHON" -m ssp_jax.retriever import-faiss "--file=$folder/e5_Flat.index" \
+    --encoder=intfloat/e5-base-v2 '--query_prefix=query: ' '--passage_prefix=passage: ' \
+    "--out=$folder/wiki-18.index"
 fi
 echo "keys of a run with these files:"
 printf '  %s\n' "--config.model.path=$folder/${model##*/}" \

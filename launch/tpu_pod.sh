@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs ssp_jax on a Cloud TPU slice, from getting the slice to giving it back:
 #
-#   launch/tpu_pod.sh run    NAME ZONE TYPE [--spot] [--bucket=BUCKET] [--dry-run] --
+#   launch/tpu_pod.sh run    NAME ZONE TYPE [--spot] [--bucket=BUCKET] [--data=gs://BUCKET/FOLDER]
+#                            [--dry-run] --
 #                            --config=configs/qwen7b.py --workdir=../bucket/ssp-qwen7b
 #   launch/tpu_pod.sh logs   NAME ZONE [--dry-run]
 #   launch/tpu_pod.sh delete NAME ZONE [--dry-run]
@@ -15,9 +16,10 @@
 # up again, and what fails on the way is tried again; after a preemption the slice is made anew and
 # the run goes on from its last checkpoint. So the workdir must be where all workers see it and
 # where it outlives them: --bucket mounts a Cloud Storage bucket at ~/bucket with gcsfuse (best one
-# with a hierarchical namespace, where a checkpoint's folder is renamed at once). It does not delete
-# the slice: `delete` does, and costs go on until then. --dry-run prints every command and runs
-# none.
+# with a hierarchical namespace, where a checkpoint's folder is renamed at once). --data is copied to
+# the disk of each worker, as the folder data that configs name. The bucket, the data and the config
+# are looked for before anything is created. It does not delete the slice: `delete` does, and costs
+# go on until then. --dry-run prints every command and runs none.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -135,6 +137,35 @@ mount_bucket() {
       exit $UNUSABLE"
 }
 
+# To the disk of each worker: a search index is mapped, and read all over. What is there stays.
+copy_data() {
+  local source
+  source=$(printf %q "$data")
+  on_workers all "set -e
+    mkdir -p data
+    gcloud storage rsync --recursive --quiet $source data
+    ln -sfn ../data ssp_jax/data"
+}
+
+# What costs nothing to find out, before a slice costs something.
+check_paths() {
+  local argument
+  for argument in "$@"; do
+    [[ $argument != --config=* ]] || git cat-file -e "$commit:${argument#*=}" 2>/dev/null || {
+      echo "tpu_pod.sh: $argument is not in commit $commit; expected a file that is committed" >&2
+      exit 2
+    }
+  done
+  [[ -z $bucket ]] || act gcloud storage buckets describe "gs://$bucket" '--format=value(name)' || {
+    echo "tpu_pod.sh: --bucket=$bucket cannot be read; expected a bucket of yours" >&2
+    exit 2
+  }
+  [[ -z $data ]] || act gcloud storage ls "$data" || {
+    echo "tpu_pod.sh: --data=$data cannot be read; expected gs://BUCKET/FOLDER" >&2
+    exit 2
+  }
+}
+
 # The run outlives this connection. Where it is running already (a lost connection) nothing happens.
 start() {
   local arguments
@@ -162,11 +193,14 @@ exit_code() {
 }
 
 # Joined by && for `set -e` is off in here: run asks whether it failed.
-prepare_and_start() { install && { [[ -z $bucket ]] || mount_bucket; } && start "$@"; }
+prepare_and_start() {
+  install && { [[ -z $bucket ]] || mount_bucket; } && { [[ -z $data ]] || copy_data; } && start "$@"
+}
 
 run() {
   local code commit seen=""
   commit=$(git rev-parse HEAD)
+  check_paths "$@"
   while true; do
     ensure
     code=0
@@ -193,12 +227,13 @@ run() {
   done
 }
 
-dry_run="" spot="" bucket="" positional=()
+dry_run="" spot="" bucket="" data="" positional=()
 while (($#)); do
   case $1 in
     --dry-run) dry_run=yes ;;
     --spot) spot=--spot ;;
     --bucket=?*) bucket=${1#--bucket=} ;;
+    --data=gs://?*) data=${1#--data=} ;;
     --) shift && break ;;
     -*) usage ;;
     *) positional+=("$1") ;;

@@ -148,7 +148,7 @@ def test_the_keys_of_a_page_are_keys_of_a_config(page: Path) -> None:
 
 # Of commands that check their flags before they do anything.
 PARSERS = {"generate": generate.parse_flags, "export": export.parse_flags}
-OTHERS = ("pytest", "docker", "kubectl", "mkdir", "unzip", "gunzip", "hf")
+OTHERS = ("pytest", "docker", "kubectl", "mkdir", "unzip")
 PROGRAMS = ("python", "ssp-jax", "pip", "make", "launch/", *OTHERS)
 
 

@@ -64,17 +64,17 @@ def test_a_tpu_run_creates_installs_starts_and_shows_the_log() -> None:
         "v5p-16",
         "--spot",
         "--bucket=a-bucket",
+        "--data=gs://ours/files",
         "--dry-run",
         "--",
         CONFIG,
         "--workdir=../bucket/a run",
     )
-    verbs = [
-        next(w for w in words if w in ("describe", "create", "archive", "scp", "ssh"))
-        for words in printed
-    ]
-    assert verbs == ["describe", "create", "archive", "scp", *["ssh"] * 5]
-    create, send, install, mount, start, logs = printed[1], *printed[3:8]
+    known = ("buckets", "ls", "queued-resources", "archive", "scp", "ssh")
+    verbs = [next(w for w in words if w in known) for words in printed]
+    looked = ["buckets", "ls", "queued-resources"]
+    assert verbs == [*looked, "queued-resources", "archive", "scp", *["ssh"] * 6]
+    create, send, install, mount, copy, start, logs = printed[3], *printed[5:11]
     assert {
         "ssp",
         "--node-id=ssp",
@@ -82,9 +82,10 @@ def test_a_tpu_run_creates_installs_starts_and_shows_the_log() -> None:
         "--runtime-version=v2-alpha-tpuv5",
         "--spot",
     } <= set(create)
-    assert all("--zone=us-east5-a" in words for words in printed if words[0] == "gcloud")
+    assert all("--zone=us-east5-a" in words for words in printed[2:] if words[0] == "gcloud")
     assert "--worker=all" in send and "--worker=all" in install and "jax[tpu]" in install[-1]
     assert "--worker=all" in mount and " a-bucket bucket" in mount[-1]
+    assert "--worker=all" in copy and "rsync --recursive --quiet gs://ours/files data" in copy[-1]
     assert "--worker=all" in start and CONFIG in start[-1] and "ssp_jax.main" in start[-1]
     assert "--worker=0" in logs and "run.log" in logs[-1]
 
@@ -131,6 +132,7 @@ def fake_gcloud(folder: Path, *states: str, failing: tuple[str, ...] = ()) -> di
         f"""#!/bin/bash
 cd {shlex.quote(str(folder))}
 case "$*" in
+  storage*) grep -q missing <<< "$*" && exit 1 ;;
   *describe*) if [ -s states ]; then head -n 1 states; sed -i 1d states; else echo ACTIVE; fi ;;
   *--command=cat*) echo 3 ;;
   *)
@@ -195,6 +197,35 @@ def test_a_lost_network_does_not_end_what_has_a_slice(tmp_path: Path) -> None:
     (tmp_path / "asked").unlink()
     done = launch(*TPU, "v6e-16", "--", CONFIG, **fake_gcloud(tmp_path, "", failing=("create 1",)))
     assert done.returncode == 1 and (tmp_path / "asked").read_text().startswith("create")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (("--bucket=missing", "--", CONFIG), "--bucket=missing cannot be read"),
+        (("--data=gs://missing/files", "--", CONFIG), "--data=gs://missing/files cannot be read"),
+        (("--", "--config=configs/none.py"), "configs/none.py is not in commit"),
+    ],
+)
+def test_a_path_that_is_not_there_is_told_before_anything_is_created(
+    tmp_path: Path, wrong: tuple[str, ...], named: str
+) -> None:
+    done = launch(*TPU, "v6e-16", *wrong, **fake_gcloud(tmp_path, ""))
+    assert done.returncode == 2 and named in done.stderr, done.stdout + done.stderr
+    assert not (tmp_path / "asked").exists()
+
+
+def test_data_lies_on_the_disk_of_each_worker_where_configs_name_it(tmp_path: Path) -> None:
+    environment = fake_worker(tmp_path)
+    program = tmp_path / "gcloud"
+    copies = """[[ $2 != rsync ]] || { echo "$5" > "$6/from"; exit; }
+[[ $1 != storage ]] || exit 0
+"""
+    program.write_text(program.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\n{copies}", 1))
+    done = launch(*TPU, "v6e-16", "--data=gs://ours/files", "--", CONFIG, **environment)
+    assert done.returncode == 5, done.stdout + done.stderr
+    found = tmp_path / "worker" / "ssp_jax" / "data" / "from"
+    assert found.read_text() == "gs://ours/files\n"
 
 
 def test_a_bucket_that_cannot_be_mounted_ends_it(tmp_path: Path) -> None:
@@ -400,6 +431,14 @@ def test_prepare_prints_keys_that_a_run_takes(tmp_path: Path) -> None:
     assert paper_table.table_1(config.model.path)
     assert f"--local-dir {tmp_path}/a\\ folder/Qwen2.5-7B-Instruct " in done.stdout
     assert not (tmp_path / "a folder").exists()
+
+
+def test_prepare_brings_the_vectors_of_the_papers_retriever(tmp_path: Path) -> None:
+    printed = commands("prepare.sh", str(tmp_path), "--skip-model", "--vectors", "--dry-run")
+    fetched = [words for words in printed if "PeterJinGo/wiki-18-e5-index" in words]
+    assert len(fetched) == 2
+    (imported,) = (words for words in printed if "import-faiss" in words)
+    assert f"--out={tmp_path}/wiki-18.index" in imported and "--query_prefix=query: " in imported
 
 
 def test_prepare_fetches_what_is_asked_for(tmp_path: Path) -> None:
