@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from configs import default
+from ssp_jax import main
 from ssp_jax.config import load_config, parse_command_line
 from ssp_jax.evaluation import paper_table
 from ssp_jax.model import hf_files
@@ -494,6 +495,35 @@ if [[ -n ${{packed:-}} ]]; then cp "$packed" "$2/wiki-18.jsonl.gz"; fi""",
 def test_a_wrong_call_is_code_2_and_tells_the_right_one(arguments: tuple[str, ...]) -> None:
     done = launch(*arguments)
     assert done.returncode == 2 and "launch/" in done.stderr or "expected v5p-N" in done.stderr
+
+
+@pytest.mark.parametrize(("nodes", "rank"), [(1, 0), (2, 1)])
+def test_a_machine_of_skypilot_runs_one_process_of_the_run(
+    tmp_path: Path, nodes: int, rank: int
+) -> None:
+    task: Any = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+    program = tmp_path / ".venv/bin/python"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    environment = os.environ | {name: str(value) for name, value in task["envs"].items()}
+    environment |= {
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NUM_NODES": str(nodes),
+        "SKYPILOT_NODE_RANK": str(rank),
+    }
+    done = subprocess.run(
+        ["bash", "-ec", task["run"]], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    words = done.stdout.splitlines()
+    assert words[:2] == ["-m", "ssp_jax.main"], done.stderr
+    given, spec = main.parse(words[2:])
+    assert (spec.processes, spec.process) == (nodes, rank)
+    assert given.workdir.startswith("/bucket/") and given.config.model.path
+    assert spec.coordinator == "10.0.0.1:8476"
+    extras = importlib.metadata.metadata("jax").get_all("Provides-Extra") or []
+    assert task["envs"]["ACCELERATOR"] in extras and "/bucket" in task["file_mounts"]
+    assert "launch/prepare.sh data" in task["setup"] and "requirements.txt" in task["setup"]
 
 
 def test_the_jobset_agrees_with_itself() -> None:
