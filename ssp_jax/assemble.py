@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssp_jax import data, stamps, trackers
-from ssp_jax.config import check_values, export_kind, flatten_config
+from ssp_jax.config import Origin, check_values, export_kind, flatten_config
 from ssp_jax.data import Task
 from ssp_jax.errors import InputError, printable
 from ssp_jax.evaluation import conditions, scores
@@ -44,16 +44,20 @@ from ssp_jax.retriever.settings import KINDS, DenseSettings, EncoderKeys
 from ssp_jax.rollout.engine import Engine, SearchFn, Sizes
 from ssp_jax.rollout.sampling import ALL_TOKENS, Truncation
 from ssp_jax.runtime import device_memory, processes
-from ssp_jax.runtime.checkpoint import Checkpoints
+from ssp_jax.runtime.checkpoint import Checkpoints, Damaged, Restored
 from ssp_jax.runtime.logger import CompileCounter, Logger
 from ssp_jax.workdir import (
+    Change,
+    changes_of,
+    changes_since,
+    check_origin,
     check_unchanged,
     check_workdir,
+    copy_metrics,
     keep_compiled,
     keep_config,
     lock_workdir,
     made_workdir,
-    trained_with,
 )
 
 
@@ -100,11 +104,14 @@ class Inputs:
         return digests | {"the weights": self.weights}
 
 
-def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -> Inputs:
+def read_inputs(
+    config: ConfigDict, workdir: str, origin: Origin | None = None, *, evaluating: bool = False
+) -> Inputs:
     """Checks and reads all inputs, on all processes together. Raises InputError.
 
-    The search index comes last: it may be built, for hours, and then takes the place of the one
-    before. A command that is refused must not come so far.
+    origin: the run that a new one starts from. The search index comes last: it may be built, for
+    hours, and then takes the place of the one before. A command that is refused must not come so
+    far.
     """
 
     def of_search() -> dict[str, str]:
@@ -122,6 +129,8 @@ def read_inputs(config: ConfigDict, workdir: str, *, evaluating: bool = False) -
             # Before the index of a changed corpus is built, for hours, and takes the place of the
             # one before.
             check_unchanged(workdir, lambda: found["stamps"] | of_search())
+            if origin is not None:
+                check_origin(origin, workdir, config, found["stamps"])
         return found
 
     found = processes.run_on_all(files, _settings(config))
@@ -533,17 +542,17 @@ def make_eval_context(
     judges: Callable[[str], judge.Judge | None],
     logger: Logger,
     stop: Callable[[], None],
+    training: str,
 ) -> EvalContext:
-    """What the evaluations of a run share. stop: called often; may raise."""
+    """What the evaluations of a run share.
 
-    def training() -> str:
-        return trained_with(str(workdir)) if processes.is_coordinator() else ""
-
+    stop: called often; may raise. training: of workdir.trained_with.
+    """
     metric = config.eval.judge
     return EvalContext(
         folder=workdir / "eval",
         inputs=evaluation_inputs(config, inputs),
-        training=processes.all_gather_objects(training)[0],
+        training=training,
         conditions=conditions.of(config, len(inputs.retriever)),
         sets=inputs.eval_sets,
         retriever=inputs.retriever,
@@ -606,6 +615,9 @@ class Progress:
     replay: ReplayState
     seconds: float  # that all steps took
     damaged: dict[int, str]  # step -> reason, of checkpoints that were set aside at the start
+    changes: list[Change] = dataclasses.field(default_factory=list)  # of keys, since its start
+    origin: str = ""  # WORKDIR@STEP of the run that it was forked from
+    is_forked: bool = False  # just now: none of this is saved in its own workdir yet
 
 
 def make_model_run(
@@ -615,11 +627,13 @@ def make_model_run(
     stamps: dict[str, str],
     mesh: jax.sharding.Mesh,
     steps: int,
+    origin: Origin | None = None,
     **learner_keys: Any,
 ) -> tuple[ModelRun, Progress]:
     """The parts of a run in its locked workdir, and how far it is.
 
-    steps: of the whole run. learner_keys: fields of LearnerConfig that are not the config's.
+    steps: of the whole run. origin: where it starts, if it has no checkpoint of its own.
+    learner_keys: fields of LearnerConfig that are not the config's.
     """
     compiles = CompileCounter()
     c = config.checkpoint
@@ -634,7 +648,7 @@ def make_model_run(
         weights = make_weights(config, model, mesh)
         weights.frozen()  # read here, where a model that does not fit gets a sentence
         learner, state = _make_learner(learner_config, weights, mesh)
-        progress = _restore(checkpoints, state)
+        progress = _restore(checkpoints, state, config, origin)
         del state  # another one where a checkpoint was found
 
     run = ModelRun(
@@ -673,17 +687,44 @@ def _make_learner(
     return Learner(c, state, reference, put, weights.frozen), state
 
 
-def _restore(checkpoints: Checkpoints, state: TrainState) -> Progress:
-    """How far the newest checkpoint is; `state` at step 0 where there is none."""
+def _restore(
+    checkpoints: Checkpoints, state: TrainState, config: ConfigDict, origin: Origin | None
+) -> Progress:
+    """How far the newest checkpoint is, or else the origin; `state` at step 0 without either."""
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
+    forked_from = ""
     restored = checkpoints.restore_newest(like)
+    if restored is None and origin is not None:
+        restored = _restore_origin(origin, like)
+        forked_from = f"{origin.workdir}@{restored.step}"
     if restored is None:
         return Progress(0, state, ReplayState(), 0.0, {})
-    replay = ReplayState.from_json(restored.game["memory"])
-    seconds = restored.game["seconds"]
-    return Progress(restored.step, restored.state, replay, seconds, restored.damaged)
+    game = restored.game
+    return Progress(
+        step=restored.step,
+        state=restored.state,
+        replay=ReplayState.from_json(game["memory"]),
+        seconds=game["seconds"],
+        damaged=restored.damaged,
+        changes=[*changes_of(game), *changes_since(game, restored.step, config)],
+        origin=forked_from or game.get("origin", ""),  # earlier versions kept none
+        is_forked=bool(forked_from),
+    )
+
+
+def _restore_origin(origin: Origin, like: TrainState) -> Restored:
+    """The checkpoint of another run. Raises CollectiveInputError where it cannot be read."""
+    with Checkpoints(origin.workdir, every=0, keep=0, read_only=True) as checkpoints:
+        step = checkpoints.steps()[-1] if origin.step is None else origin.step
+        try:
+            state, game = checkpoints.restore(step, like)
+        except Damaged as error:
+            raise processes.CollectiveInputError(
+                f"--from={origin}: checkpoint {step} cannot be read ({error})"
+            ) from None
+    return Restored(step, state, game, {})
 
 
 # --- a run of self-play ---------------------------------------------------------------------------
@@ -708,22 +749,27 @@ class TrainingRun(ModelRun):
 
 
 @contextlib.contextmanager
-def training_run(config: ConfigDict, workdir: str) -> Iterator[tuple[TrainingRun, Progress]]:
+def training_run(
+    config: ConfigDict, workdir: str, origin: Origin | None = None
+) -> Iterator[tuple[TrainingRun, Progress]]:
     """The parts of a run in its locked workdir, and how far it is; all is closed at the end.
 
-    In the context a signal only sets run.stop, so that what is being saved gets onto the disk.
+    origin: where it starts, if it has no checkpoint of its own. In the context a signal only sets
+    run.stop, so that what is being saved gets onto the disk.
     """
     keep_compiled(workdir)
     processes.run_on_all(
         lambda: trackers.check_installed(config) if processes.is_coordinator() else None
     )
     with made_workdir(workdir), lock_workdir(workdir):
-        inputs = read_inputs(config, workdir)
+        inputs = read_inputs(config, workdir, origin)
         mesh = make_mesh(config)
         # After the inputs: a mistyped path must not become the workdir's config.
         keep_config(workdir, config)
         processes.check_shared(Path(workdir))
-        run, progress = _make_run(config, workdir, inputs, mesh)
+        run, progress = _make_run(config, workdir, inputs, mesh, origin)
+        if progress.is_forked and origin:
+            copy_metrics(origin.workdir, workdir)
         facts = {
             "the newest checkpoint": progress.step,
             "the memory": processes.digest(progress.replay),
@@ -734,10 +780,16 @@ def training_run(config: ConfigDict, workdir: str) -> Iterator[tuple[TrainingRun
 
 
 def _make_run(
-    config: ConfigDict, workdir: str, inputs: Inputs, mesh: jax.sharding.Mesh
+    config: ConfigDict,
+    workdir: str,
+    inputs: Inputs,
+    mesh: jax.sharding.Mesh,
+    origin: Origin | None,
 ) -> tuple[TrainingRun, Progress]:
     model = inputs.model_config
-    base, progress = make_model_run(config, workdir, model, inputs.stamps, mesh, config.steps)
+    base, progress = make_model_run(
+        config, workdir, model, inputs.stamps, mesh, config.steps, origin
+    )
     # While it judges what is trained, the initial model is in memory beside the player, and the
     # slots leave it room. With LoRA both have one base, which must be free to move.
     judges_always = config.reward.metric == "policy" and model.lora is None

@@ -68,10 +68,22 @@ MODES = ("train", "eval")
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The checkpoint of another run that a new one starts from."""
+
+    workdir: str
+    step: int | None  # None: the newest
+
+    def __str__(self) -> str:
+        return self.workdir if self.step is None else f"{self.workdir}@{self.step}"
+
+
+@dataclass(frozen=True)
 class CommandLine:
     config: ConfigDict  # locked
     workdir: str
     mode: str  # of MODES
+    origin: Origin | None = None
 
 
 def add_flags(parser: Parser) -> None:
@@ -79,6 +91,8 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--config", default="", metavar="FILE", help="such as configs/tiny.py")
     workdir = "of the run; runs/NAME for configs/NAME.py"
     parser.add_argument("--workdir", default="", metavar="FOLDER", help=workdir)
+    origin = "start from a checkpoint of another run, with its optimizer, pool and memory"
+    parser.add_argument("--from", default="", metavar="WORKDIR[@STEP]", dest="origin", help=origin)
     mode = "eval plays the question sets alone"
     parser.add_argument("--mode", default=MODES[0], choices=MODES, help=mode)
 
@@ -108,7 +122,17 @@ def command_line(given: argparse.Namespace, overrides: list[str]) -> CommandLine
     config = load_config(path)
     _override(config, overrides)
     by_default = Path("runs") / path.stem
-    return CommandLine(config, workdir or str(by_default), given.mode)
+    origin = _origin(given.origin) if given.origin else None
+    if origin and given.mode != "train":
+        raise InputError(f"--from={origin} starts a run; expected no --mode={given.mode} beside it")
+    return CommandLine(config, workdir or str(by_default), given.mode, origin)
+
+
+def _origin(text: str) -> Origin:
+    found = re.fullmatch(r"(.+)@(\d{1,9})", text)
+    if found is None:
+        return Origin(user_path(text, "--from"), None)
+    return Origin(user_path(found[1], "--from"), int(found[2]))
 
 
 def load_config(path: Path) -> ConfigDict:
@@ -277,7 +301,7 @@ def _no_key(key: str, known: dict[str, Any]) -> str:
 
 def _no_flag(name: str, known: dict[str, Any]) -> str:
     keys = [f"config.{key}" for key in known]
-    found = nearest(name, ["config", "workdir", "mode", *keys])
+    found = nearest(name, ["config", "workdir", "mode", "from", *keys])
     expected = f"the nearest is --{found}" if found else "--help lists the flags"
     return f"unknown flag --{name}; {expected}"
 

@@ -1,11 +1,12 @@
 """Runs or resumes self-play, or evaluates its question sets.
 
     python -m ssp_jax.main --config=configs/tiny.py [--workdir=runs/tiny] [--mode=eval]
-                           [--config.KEY=VALUE ...]
+                           [--from=WORKDIR[@STEP]] [--config.KEY=VALUE ...]
                            [--coordinator=HOST:PORT --processes=N --process=I]
 
 --config is a file in the form of configs/default.py, which lists every KEY; --help=WORD finds keys
-by a word. The same command in the same workdir goes on where it stopped. --mode=eval plays the
+by a word. The same command in the same workdir goes on where it stopped. --from starts a new run
+from a checkpoint of another one. --mode=eval plays the
 question sets alone: with the model's own weights, and with those of the workdir's newest
 checkpoint. On several hosts the same command runs on each, with a workdir that all see. Slurm, Open
 MPI, GKE and Cloud TPU number the processes; elsewhere the last three flags do (process 0 is at
@@ -56,9 +57,11 @@ def _run(arguments: Sequence[str] | None, prog: str) -> None:
     from ssp_jax.runtime import processes
 
     processes.start(spec, os.environ)
-    run = evaluate_workdir if given.mode == "eval" else train.train
     with processes.fail_fast(given.workdir):
-        run(given.config, given.workdir)
+        if given.mode == "eval":
+            evaluate_workdir(given.config, given.workdir)
+        else:
+            train.train(given.config, given.workdir, given.origin)
 
 
 if __name__ == "__main__":

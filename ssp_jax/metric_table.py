@@ -30,6 +30,12 @@ METRICS = {
         ),
         Metric("time", "s", "When the line was written, since 1970."),
         Metric("seconds", "s", "A whole step, without saves and evaluations."),
+        Metric(
+            "changes",
+            "keys",
+            "Config keys that steps after this one have anew, each with its values before and now.",
+            "a run goes on with other values, in a line of its own",
+        ),
         Metric("compiles", "programs", "XLA compilations of this process so far."),
     ),
     "The funnel of questions": (

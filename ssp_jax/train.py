@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax import assemble
 from ssp_jax.assemble import Progress, TrainingRun
+from ssp_jax.config import Origin
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import Result
 from ssp_jax.game import judge
@@ -26,14 +27,16 @@ from ssp_jax.runtime import device_memory, figures, processes, records
 from ssp_jax.runtime.checkpoint import leaf_digests
 from ssp_jax.runtime.logger import Phase, pop_peak_memory_gib
 from ssp_jax.runtime.processes import Stop
+from ssp_jax.workdir import as_read, trained_with
 
 
-def train(config: ConfigDict, workdir: str) -> None:
+def train(config: ConfigDict, workdir: str, origin: Origin | None = None) -> None:
     """Runs or resumes self-play up to config.steps.
 
-    Leaves metrics, checkpoints, summary.json, an export and report.html in the workdir.
+    origin: what a run starts from that has no checkpoint of its own yet. Leaves metrics,
+    checkpoints, summary.json, an export and report.html in the workdir.
     """
-    started = assemble.training_run(config, workdir)
+    started = assemble.training_run(config, workdir, origin)
     with started as (run, now), keeping.saved_at_the_end(run, now):
         _warm_up(run, now)
         if config.eval.before:
@@ -83,6 +86,8 @@ def train(config: ConfigDict, workdir: str) -> None:
 def _warm_up(run: TrainingRun, now: Progress) -> None:
     """Says how the run begins, and compiles its programs."""
     keeping.say_start(run, now)
+    if now.is_forked:  # from here on it needs the other run no more
+        keeping.save(run, now)
     say = run.logger.say
     began = time.monotonic()
     with run.logger.phase("compiling", state=lambda: f"{run.compiles.count} programs"):
@@ -182,7 +187,14 @@ def _evaluate(run: TrainingRun, now: Progress, step: int) -> Result:
 
     name = f"after step {step}" if step else assemble.initial_name(run.config)
     context = assemble.make_eval_context(
-        run.config, run.workdir, run.inputs, run.engine, run.judges, run.logger, run.stop
+        run.config,
+        run.workdir,
+        run.inputs,
+        run.engine,
+        run.judges,
+        run.logger,
+        run.stop,
+        trained_with(as_read(run.config), now.changes, step),
     )
     params = current if step == now.step else run.initial
     result = evaluate.evaluate(context, step, name, params)

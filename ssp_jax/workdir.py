@@ -5,18 +5,21 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax.config import flatten_config, of_values
+from ssp_jax.config import Origin, flatten_config, of_values
 from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.runtime import checkpoint, processes, records
+from ssp_jax.runtime.files import replacing
 
 CONFIG_FILE = "config.json"  # of a workdir
+METRICS_FILE = "metrics.jsonl"  # likewise
 # Keys, or sections, that a resumed run may set anew: how far and how it is watched, and where
 # servers are.
 MAY_CHANGE = (
@@ -31,6 +34,25 @@ MAY_CHANGE = (
     "retriever.threads",
     "retriever.device_gib",
 )
+# Keys that a resumed run may set anew although its weights depend on them. Its log says from which
+# step on they hold.
+STEERED = (
+    "learner.learning_rate",
+    "learner.warmup_steps",
+    "learner.schedule",
+    "learner.decay_steps",
+    "learner.final_rate",
+    "learner.weight_decay",
+    "learner.max_grad_norm",
+    "learner.clip_",
+    "learner.kl_",
+    "learner.importance_cap",
+    "learner.max_bad_updates",
+    "reward.",
+    "game.noise_",
+)
+# Of a run that is forked from another one: what its train state consists of.
+FORK_KEEPS = ("model.path", "model.adapter", "lora.", "learner.momentum_dtype")
 # What an evaluation may change besides: model, prompts, limits, search and sampling are those of
 # the run.
 EVALUATION_MAY_CHANGE = (
@@ -123,7 +145,7 @@ def keep_compiled(workdir: str) -> None:
 
 
 def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
-    """Raises InputError where config.json differs in another key than those of MAY_CHANGE.
+    """Raises InputError where config.json differs in a key that is not of MAY_CHANGE or STEERED.
 
     An evaluation may change more, and so may a run where only evaluations were. Writes nothing: a
     command that is refused here leaves the run in the workdir as it is.
@@ -131,12 +153,12 @@ def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False)
     now = as_read(config)
     try:
         before = _config_before(workdir)
-        trained = (Path(workdir) / "metrics.jsonl").exists() or checkpoint.finished_steps(workdir)
+        trained = (Path(workdir) / METRICS_FILE).exists() or checkpoint.finished_steps(workdir)
     except OSError as error:
         raise _unusable(workdir, error) from error
     if before is None:
         return
-    free = MAY_CHANGE if trained and not evaluating else EVALUATION_MAY_CHANGE
+    free = (*MAY_CHANGE, *STEERED) if trained and not evaluating else EVALUATION_MAY_CHANGE
     changed = sorted(
         key
         for key in now.keys() | before.keys()
@@ -198,11 +220,54 @@ def keep_config(workdir: str, config: ConfigDict, *, evaluating: bool = False) -
     processes.run_on_all(write)
 
 
-def trained_with(workdir: str) -> str:
-    """A digest of the keys in config.json that the weights of a step depend on."""
-    values = json.loads((Path(workdir) / CONFIG_FILE).read_text(encoding="utf-8"))
-    fixed = {key: values[key] for key in sorted(values) if not key.startswith(MAY_CHANGE)}
-    return processes.digest(fixed)
+@dataclass(frozen=True)
+class Change:
+    """A key that a run has set anew: steps after this one have the new value."""
+
+    step: int
+    key: str
+    before: Any  # as a file has it
+    now: Any
+
+    def to_json(self) -> list[Any]:
+        return [self.step, self.key, self.before, self.now]
+
+    def __str__(self) -> str:
+        values = f"{json.dumps(self.now)} and was {json.dumps(self.before)}"
+        return f"from step {self.step + 1} on {self.key} is {values}"
+
+
+def changes_of(game: Mapping[str, Any]) -> list[Change]:
+    """The changes of the run up to a checkpoint. game: of it."""
+    return [Change(*change) for change in game.get("changes", [])]  # earlier versions had none
+
+
+def changes_since(game: Mapping[str, Any], step: int, config: ConfigDict) -> list[Change]:
+    """The keys in which a config differs from that of the checkpoint of a step. game: of it."""
+    before = game["config"]
+    now = as_read(config)
+    return [
+        Change(step, key, before[key], now[key])
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key]
+    ]
+
+
+def trained_with(values: Mapping[str, Any], changes: Sequence[Change], step: int) -> str:
+    """A digest of the keys that the weights of a step depend on, and of their changes until then.
+
+    values: all keys, as a file has them, after all changes.
+    """
+    initial = dict(values)
+    for change in reversed(changes):
+        initial[change.key] = change.before
+    fixed = {key: initial[key] for key in sorted(initial) if not key.startswith(MAY_CHANGE)}
+    steered = [
+        change.to_json()
+        for change in changes
+        if change.step < step and not change.key.startswith(MAY_CHANGE)
+    ]
+    return processes.digest((fixed, steered) if steered else fixed)
 
 
 def as_read(config: ConfigDict) -> dict[str, Any]:
@@ -252,3 +317,71 @@ def check_same_files(before: Mapping[str, str], now: Mapping[str, str], since: s
         raise InputError(
             f"{name} {change} since {since}; expected it as it was, or another --workdir"
         )
+
+
+# --- a run that is forked from another one --------------------------------------------------------
+
+
+def check_origin(
+    origin: Origin, workdir: str, config: ConfigDict, stamps: Mapping[str, str]
+) -> None:
+    """Raises InputError unless a run can start, or has started, from that checkpoint.
+
+    stamps: digests of the files of the run. All keys may differ but those of FORK_KEEPS.
+    """
+    own = checkpoint.newest_game(workdir)
+    if own is not None:
+        _check_forked(origin, workdir, own[1])
+        return
+    steps = checkpoint.finished_steps(origin.workdir)
+    if not steps:
+        raise InputError(f"--from={origin}: expected a run with a checkpoint, found none")
+    step = steps[-1] if origin.step is None else origin.step
+    if step not in steps:
+        kept = ", ".join(map(str, steps))
+        raise InputError(f"--from={origin}: there is no such checkpoint; it has {kept}")
+    try:
+        game = checkpoint.read_game(origin.workdir, step)
+    except checkpoint.Damaged as error:
+        raise InputError(f"--from={origin}: checkpoint {step} cannot be read ({error})") from None
+    kept_keys = [c for c in changes_since(game, step, config) if c.key.startswith(FORK_KEEPS)]
+    if kept_keys:
+        key = kept_keys[0]
+        raise InputError(
+            f"--from={origin}: {key.key} was {json.dumps(key.before)} and is "
+            f"{json.dumps(key.now)}; expected it as it was, for the weights depend on it"
+        )
+    folders = (config.model.path, config.model.adapter)
+    inside = tuple(f"{masked(folder).rstrip('/')}/" for folder in folders if folder)
+
+    def of_model(digests: Mapping[str, str]) -> dict[str, str]:
+        return {name: digests[name] for name in digests if name.startswith(inside)}
+
+    check_same_files(of_model(game["stamps"]), of_model(stamps), f"step {step} of {origin.workdir}")
+
+
+def _check_forked(origin: Origin, workdir: str, game: Mapping[str, Any]) -> None:
+    """Raises InputError unless the run in a workdir came from there. game: of its checkpoint."""
+    found = game.get("origin", "")
+    folder, _, step = found.rpartition("@")
+    if folder != origin.workdir or (origin.step is not None and step != str(origin.step)):
+        came = f"comes from {found}" if found else "started by itself"
+        raise InputError(
+            f"--from={origin}: workdir {workdir} holds a run that {came}; take another --workdir"
+        )
+
+
+def copy_metrics(origin: str, workdir: str) -> None:
+    """Gives a run that is forked the metrics of the other one; its logger drops later steps.
+
+    The coordinator does.
+    """
+
+    def copy() -> None:
+        source = Path(origin) / METRICS_FILE
+        target = Path(workdir) / METRICS_FILE
+        if processes.is_coordinator() and source.is_file() and not target.exists():
+            with replacing(target, str(target)) as file:
+                file.write(source.read_text(encoding="utf-8", errors="replace"))
+
+    processes.run_on_all(copy)

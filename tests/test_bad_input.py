@@ -2494,6 +2494,11 @@ WORKDIRS = [
         r"game\.group_size was 5 and is 3; take",
     ),
     Case(
+        "another beta, beside a rate that may change",
+        with_workdir(trained, "learner.adam_b1=0.8", "learner.learning_rate=1e-5"),
+        r"another config: learner\.adam_b1 was 0\.9 and is 0\.8; take",
+    ),
+    Case(
         "another k1, whose index stays",
         with_workdir(trained, "retriever.k1=0.9"),
         r"k1 was 1\.5 and is 0\.9",
@@ -2757,6 +2762,45 @@ PROCESSES = [
 ]
 
 
+def forked(origin: str, *overrides: str, own: bool = False, more: tuple[str, ...] = ()) -> Make:
+    """A run of the tiny config from other/, which has a checkpoint of step 1.
+
+    own: its workdir has one of its own.
+    """
+
+    def make(folder: Path) -> list[str]:
+        config = parse_command_line(tiny()(folder)[1:]).config
+        for name in ("other", "run") if own else ("other",):
+            (folder / name).mkdir()
+            with_step(folder / name, config)
+        return [*tiny(*overrides)(folder), f"--from={origin}", *more]
+
+    return make
+
+
+FORKS = [
+    Case("from nowhere", forked("none"), "--from=none: expected a run with a checkpoint, found"),
+    Case("from no such step", forked("other@7"), "--from=other@7: there is no such .*; it has 1"),
+    Case(
+        "an evaluation", forked("other", more=EVAL), "--from=other starts a run; expected no --mo"
+    ),
+    Case("with an adapter", forked("other@1", "lora.rank=4"), r"lora\.rank was 0 and is 4; expect"),
+    Case(
+        "with other moments",
+        forked("other", "learner.momentum_dtype=bfloat16"),
+        r'momentum_dtype was "float32" and is "bfloat16"; expected it as it was',
+    ),
+    Case(
+        "into another run",
+        forked("other", own=True),
+        "--from=other: workdir .*run holds a run that started by itself; take another --workdir",
+    ),
+    Case(
+        "of a mistyped flag", line("main DEFAULT --form=a"), "unknown flag --form; the nearest is"
+    ),
+]
+
+
 def exported(
     *flags: str,
     prepare: Callable[[Path, ConfigDict], Any] = with_step,
@@ -2824,6 +2868,7 @@ SECTIONS = {
     "judge": JUDGES,
     "report": REPORTS,
     "export": EXPORTS,
+    "fork": FORKS,
     "evaluation": EVALUATIONS,
     "workdir": WORKDIRS,
     "processes": PROCESSES,

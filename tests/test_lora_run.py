@@ -12,7 +12,7 @@ from ssp_jax.export import __main__ as export
 from ssp_jax.export import form
 from ssp_jax.runtime import checkpoint
 from tests.model_folders import edit_tensors
-from tests.test_train import NO_EVALUATION, TINY, small, steps_of
+from tests.test_train import NO_EVALUATION, TINY, leaves_of, small, steps_of
 
 pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_compile")]
 
@@ -42,11 +42,6 @@ def whole(tmp_path_factory, model):
     workdir = tmp_path_factory.mktemp("whole")
     train.train(small(**LORA, model__path=str(model)), str(workdir))
     return workdir
-
-
-def leaves_of(workdir, step):
-    """Name -> digest of all arrays of a checkpoint."""
-    return checkpoint.read_document(workdir / checkpoint.FOLDER / str(step))["leaves"]
 
 
 def test_sampler_and_trainer_use_one_adapter(whole):

@@ -17,12 +17,12 @@ import pytest
 from configs import default
 from ssp_jax import assemble, data, train
 from ssp_jax import config as configuration
-from ssp_jax.config import load_config
+from ssp_jax.config import Origin, load_config
 from ssp_jax.export import __main__ as export
 from ssp_jax.export import form
 from ssp_jax.model import hf_load
-from ssp_jax.runtime.checkpoint import Checkpoints, finished_steps
-from ssp_jax.workdir import keep_compiled
+from ssp_jax.runtime.checkpoint import Checkpoints, finished_steps, read_document
+from ssp_jax.workdir import check_origin, keep_compiled
 from tests.model_folders import edit_tensors
 from tests.test_docs import TABLE, table_name
 
@@ -70,6 +70,11 @@ def params_of(workdir):
 def steps_of(workdir):
     """What the steps wrote; a run that ends in the middle also evaluates there."""
     return [row for row in rows_of(workdir) if "funnel/proposed" in row]
+
+
+def leaves_of(workdir, step):
+    """Name -> digest of all arrays of a checkpoint."""
+    return read_document(workdir / "checkpoints" / str(step))["leaves"]
 
 
 def all_rows_of(workdir):
@@ -182,7 +187,7 @@ def test_a_run_leaves_what_it_promises(whole):
 def test_what_a_run_writes_is_in_the_table_of_metrics(whole):
     written = {table_name(name) for row in all_rows_of(whole) for name in row}
     assert written <= TABLE
-    assert {name.partition("/")[0] for name in TABLE - written} == {"judge", "lora"}
+    assert {name.partition("/")[0] for name in TABLE - written} == {"changes", "judge", "lora"}
 
 
 def test_the_export_is_a_model_folder_that_is_not_the_initial_one(whole):
@@ -311,6 +316,32 @@ def test_a_damaged_newest_checkpoint_costs_a_step_and_not_the_run(whole, tmp_pat
     ]
     assert steps_of(workdir) == steps_of(whole)
     jax.tree.map(np.testing.assert_array_equal, params_of(workdir), params_of(whole))
+
+
+@pytest.mark.ci
+def test_a_run_is_steered_in_its_middle_and_a_fork_is_the_run_steered_so(whole, tmp_path, capsys):
+    workdir = without_step_4(whole, tmp_path)
+    changes = {"learner__learning_rate": 1e-3, "game__noise_documents": 2, "learner__kl_coef": 0.0}
+    config = small(**changes, **NO_EVALUATION, checkpoint__export="none")
+    train.train(config, str(workdir))
+    assert "from step 4 on learner.learning_rate is 0.001 and was 0.0003" in capsys.readouterr().out
+    (changed,) = (row for row in all_rows_of(workdir) if "changes" in row)
+    assert changed["step"] == 3 and changed["changes"]["learner.learning_rate"] == [3e-4, 1e-3]
+    assert steps_of(workdir)[:3] == steps_of(whole)[:3]
+    assert leaves_of(workdir, 4) != leaves_of(whole, 4)
+
+    fork = tmp_path / "fork"
+    train.train(config, str(fork), Origin(str(whole), 3))
+    said = capsys.readouterr().out
+    assert f"starting from {whole}@3" in said and "from step 4 on learner.kl_coef is 0.0" in said
+    assert finished_steps(fork) == [3, 4]
+    assert leaves_of(fork, 3) == leaves_of(whole, 3) and leaves_of(fork, 4) == leaves_of(workdir, 4)
+    assert steps_of(fork) == steps_of(workdir)
+    assert json.loads((fork / "config.json").read_text())["learner.kl_coef"] == 0.0
+    # The same command finds its own run, another origin does not.
+    check_origin(Origin(str(whole), None), str(fork), config, {})
+    with pytest.raises(data.InputError, match=f"comes from {whole}@3; take another --workdir"):
+        check_origin(Origin(str(whole), 4), str(fork), config, {})
 
 
 def evaluated(workdir):

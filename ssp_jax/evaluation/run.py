@@ -18,10 +18,17 @@ from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.lifecycle import next_steps
 from ssp_jax.model.decoder import Params
 from ssp_jax.model.weights import Weights
-from ssp_jax.runtime import device_memory, processes
+from ssp_jax.runtime import checkpoint, device_memory, processes
 from ssp_jax.runtime.checkpoint import Checkpoints, Damaged
 from ssp_jax.runtime.logger import Logger
-from ssp_jax.workdir import keep_compiled, keep_config, lock_workdir, made_workdir
+from ssp_jax.workdir import (
+    changes_of,
+    keep_compiled,
+    keep_config,
+    lock_workdir,
+    made_workdir,
+    trained_with,
+)
 
 LoadParams = Callable[[], Params]  # gives the sampler's copy of weights
 
@@ -77,8 +84,9 @@ def _evaluation_run(
         Logger(str(folder), 0, tensorboard=False, mute=not processes.is_coordinator()) as logger,
         Checkpoints(workdir, every=0, keep=0, read_only=True) as checkpoints,
     ):
+        training = processes.all_gather_objects(lambda: _training(workdir))[0]
         context = assemble.make_eval_context(
-            config, Path(workdir), inputs, engine, judges, logger, stop
+            config, Path(workdir), inputs, engine, judges, logger, stop, training
         )
         newest = next(reversed(checkpoints.steps()), None)
         assemble.check_same_inputs(inputs, {"the newest checkpoint": newest})
@@ -95,6 +103,15 @@ def _evaluation_run(
                 f"{stop.cause}: all that has ended is on disk; the same command goes on from there"
             )
             sys.exit(stop.code)
+
+
+def _training(workdir: str) -> str:
+    """What the weights of the newest checkpoint depend on, as the coordinator sees it."""
+    newest = checkpoint.newest_game(workdir) if processes.is_coordinator() else None
+    if newest is None:
+        return ""
+    step, game = newest
+    return trained_with(game["config"], changes_of(game), step)
 
 
 def _warmed(context: EvalContext, load: LoadParams) -> Params:

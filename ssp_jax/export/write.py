@@ -131,9 +131,8 @@ def _checked_kind(config: ConfigDict, workdir: str, kind: str) -> str:
 
 def _check_base(config: ConfigDict, workdir: str, step: int) -> None:
     """Raises InputError where the base is not the one that the run began with."""
-    folder = Path(workdir).resolve() / checkpoint.FOLDER / str(step)
     try:
-        before = checkpoint.read_document(folder)["game"]["stamps"]
+        before = checkpoint.read_game(workdir, step)["stamps"]
     except Damaged as error:
         raise InputError(f"checkpoint {step} in {workdir} is damaged ({error})") from None
     now = stamps.of_weights(config.model.path)

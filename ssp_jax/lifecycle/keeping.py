@@ -25,10 +25,18 @@ def say_start(run: ModelRun, now: Progress) -> None:
             f"{now.step}"
         )
     start = f"resuming after step {now.step}" if now.step else "starting"
+    if now.is_forked:
+        start = f"starting from {now.origin}"
     devices = f"{run.mesh.devices.size} x {jax.devices()[0].device_kind}"
     if processes.is_multiprocess():
         devices += f" of {jax.process_count()} processes"
     say(f"{start} in {run.workdir} on {devices}; jax {jax.__version__}")
+    changes = [change for change in now.changes if change.step == now.step]
+    for change in changes:
+        say(str(change))
+    if changes:
+        changed = {change.key: [change.before, change.now] for change in changes}
+        run.logger.changes(now.step, changed)
     say(f"attention of the update: {run.attention}")
     model = run.model_config
     if model.lora is not None:
@@ -90,6 +98,8 @@ def save(run: ModelRun, now: Progress) -> None:
             "memory": now.replay.to_json(),
             "seconds": now.seconds,
             "config": as_read(run.config),
+            "changes": [change.to_json() for change in now.changes],
+            "origin": now.origin,
             "stamps": run.stamps,
         }
         run.checkpoints.save(now.step, now.state, game)

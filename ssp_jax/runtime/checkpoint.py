@@ -280,6 +280,12 @@ def newest_game(workdir: str) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
+def read_game(workdir: str, step: int) -> dict[str, Any]:
+    """`game` of one step. Raises Damaged."""
+    game: dict[str, Any] = read_document(Path(workdir).resolve() / FOLDER / str(step))["game"]
+    return game
+
+
 def _none_is_good(folder: Path, damaged: Mapping[int, str]) -> str:
     reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
     return (

@@ -37,6 +37,7 @@ from ssp_jax.runtime.records import read_lines
 HEADER_EVERY = 20  # rows
 PLAIN_SECONDS = 10.0  # between progress lines that do not go to a terminal
 BEAT_SECONDS = 1.0  # between looks whether such a line is due
+CHANGES = "changes"  # in a line of metrics.jsonl: config keys that hold from there
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -304,6 +305,15 @@ class Logger:
             self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
             self._events.flush()
 
+    def changes(self, step: int, changed: Mapping[str, Sequence[Any]]) -> None:
+        """Writes config keys that the steps after this one have anew: before and now.
+
+        The run says them again, or other ones, where it goes on from the same step once more.
+        """
+        row = {"step": step, "time": round(time.time(), 3), CHANGES: dict(changed)}
+        self._metrics_file.write(json.dumps(row) + "\n")
+        self._metrics_file.flush()
+
     def sync(self) -> None:
         """Flushes the rows so far to disk: they survive a machine that goes down."""
         if not self._mute:
@@ -418,7 +428,7 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _keep_steps(path: Path, last: int) -> tuple[dict[int, dict[str, Any]], int]:
-    """Drops rows after step `last` and spoilt lines.
+    """Drops rows after step `last`, changes of keys that hold from there, and spoilt lines.
 
     Returns the last row of each evaluation that stays, by step, and the number of spoilt lines.
     """
@@ -431,7 +441,7 @@ def _keep_steps(path: Path, last: int) -> tuple[dict[int, dict[str, Any]], int]:
             row = line.record
             if row is None:
                 spoilt += 1
-            elif row["step"] <= last:
+            elif row["step"] < last or (row["step"] == last and CHANGES not in row):
                 fresh.write(line.raw.decode())
                 if any(name.startswith("eval/") for name in row):
                     evaluated[row["step"]] = row

@@ -488,6 +488,9 @@ def test_workdir_belongs_to_one_config(tmp_path: Path) -> None:
                 "eval.max_questions": 1,
                 "retriever.url": "http://elsewhere:80/retrieve",
                 "retriever.threads": 3,
+                "learner.learning_rate": 3e-6,
+                "reward.metric": "cover_em",
+                "game.noise_documents": 2,
             }
         )
     check_workdir(str(tmp_path / "run"), config)
@@ -495,15 +498,15 @@ def test_workdir_belongs_to_one_config(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 200
     keep_config(str(tmp_path / "run"), config)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 7
-    config.learner.kl_coef = 0.0
+    config.learner.adam_b1 = 0.5
     config.engine.cache_buckets = (64,)
     with pytest.raises(InputError) as caught:
         check_workdir(str(tmp_path / "run"), config)
     message = str(caught.value)
-    assert "learner.kl_coef was 0.01 and is 0.0" in message
+    assert "learner.adam_b1 was 0.9 and is 0.5" in message
     assert "engine.cache_buckets was [1024, 4096] and is [64]" in message
-    assert "\n" not in message and "steps" not in message
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["learner.kl_coef"] == 0.01
+    assert "\n" not in message and "steps" not in message and "learning_rate" not in message
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["learner.adam_b1"] == 0.9
 
 
 def test_a_config_on_disk_holds_no_secrets_and_still_tells_another_config(tmp_path: Path) -> None:

@@ -63,6 +63,25 @@ def test_resuming_drops_rows_that_come_again_and_a_torn_line(tmp_path: Path) -> 
         assert [r["step"] for r in rows(tmp_path)] == [0]
 
 
+def test_changes_of_keys_hold_from_a_step_and_are_said_anew_where_a_run_goes_on_from_it(
+    tmp_path: Path,
+) -> None:
+    def changed() -> list[tuple[int, object]]:
+        return [(row["step"], row["changes"]) for row in rows(tmp_path) if "changes" in row]
+
+    with Logger(str(tmp_path), 9, tensorboard=False, resume_step=3) as logger:
+        logger.record(3, {"x": 3})
+        logger.changes(3, {"learner.kl_coef": [0.01, 0.1]})
+        logger.record(4, {"x": 4})
+    # killed before step 4 was saved, and started with the old value
+    with Logger(str(tmp_path), 9, tensorboard=False, resume_step=3) as logger:
+        assert changed() == [] and [row["step"] for row in rows(tmp_path)] == [3]
+        logger.changes(3, {"learner.kl_coef": [0.01, 0.2]})
+        logger.record(4, {"x": 4})
+    with Logger(str(tmp_path), 9, tensorboard=False, resume_step=4):
+        assert changed() == [(3, {"learner.kl_coef": [0.01, 0.2]})]
+
+
 def test_spoilt_lines_are_dropped_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,57 @@
+"""Keys that change in the middle of a run: what of them is kept, and what depends on them."""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from ssp_jax.workdir import Change, as_read, changes_of, changes_since, trained_with
+
+RATE = "learner.learning_rate"
+
+
+def config_of(**changes: object) -> ConfigDict:
+    config = default.get_config()
+    values = {key.replace("__", "."): value for key, value in changes.items()}
+    config.update_from_flattened_dict(values)
+    return config
+
+
+def saved(config: ConfigDict, *changes: Change) -> dict[str, object]:
+    """`game` of a checkpoint, as far as this counts."""
+    return {"config": as_read(config), "changes": [change.to_json() for change in changes]}
+
+
+def test_a_run_that_goes_on_knows_what_has_changed_since_its_checkpoint() -> None:
+    earlier = Change(10, RATE, 1e-6, 2e-6)
+    game = saved(config_of(learner__learning_rate=2e-6), earlier)
+    assert changes_of(game) == [earlier]
+    assert changes_since(game, 30, config_of(learner__learning_rate=2e-6)) == []
+    halved = config_of(learner__learning_rate=1e-6, steps=300)
+    assert changes_since(game, 30, halved) == [
+        Change(30, RATE, 2e-6, 1e-6),
+        Change(30, "steps", 200, 300),
+    ]
+    assert str(Change(30, RATE, 2e-6, 1e-6)) == f"from step 31 on {RATE} is 1e-06 and was 2e-06"
+
+
+def test_weights_depend_on_the_keys_of_their_steps_alone() -> None:
+    """So an evaluation of a step stays that of its weights, whatever changes after it."""
+
+    def training(step: int, changes: list[Change], **values: object) -> str:
+        return trained_with(as_read(config_of(**values)), changes, step)
+
+    first = training(30, [])
+    changed = [Change(30, RATE, 1e-6, 5e-6)]
+    assert training(30, changed, learner__learning_rate=5e-6) == first
+    assert training(31, changed, learner__learning_rate=5e-6) != first
+    assert training(31, []) == first
+    assert training(31, [], learner__learning_rate=5e-6) != first
+    # There and back is not the run that stayed.
+    back = [*changed, Change(35, RATE, 5e-6, 1e-6)]
+    assert training(36, back) not in (first, training(36, changed, learner__learning_rate=5e-6))
+    assert training(35, back) == training(35, changed, learner__learning_rate=5e-6)
+
+
+def test_weights_do_not_depend_on_how_a_run_is_watched() -> None:
+    watched = [Change(10, "steps", 200, 300), Change(10, "eval.every", 0, 5)]
+    values = as_read(config_of(steps=300, eval__every=5))
+    assert trained_with(values, watched, 20) == trained_with(as_read(config_of()), [], 20)
