@@ -299,6 +299,9 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 5  # steps between saves, 0 for never [C]
     c.checkpoint.minutes = 0.0  # and after a step that ends so long after a save; 0 for never [H]
     c.checkpoint.keep = 2  # newest kept
+    # A set of data.eval_sets, or average for the mean of all: the step with most right answers is
+    # kept besides, of those that eval.every evaluates; "" for none [H].
+    c.checkpoint.keep_best = ""
     # Written at the end. auto: adapter with LoRA, else model | model: a Hugging Face folder, with
     # LoRA of the merged weights | adapter: PEFT's folder | none.
     c.checkpoint.export = "auto"

@@ -155,6 +155,19 @@ def _check_eval_sets(config: ConfigDict, evaluating: bool) -> None:
         )
 
 
+def _check_best(config: ConfigDict, sets: list[str]) -> None:
+    """Raises InputError where checkpoint.keep_best names no set, or none is ever evaluated."""
+    name = config.checkpoint.keep_best
+    if name and name not in (*sets, scores.AVERAGE):
+        known = ", ".join((scores.AVERAGE, *sets))
+        raise InputError(f"config key checkpoint.keep_best is {name!r}; expected one of {known}")
+    if name and not (sets and config.eval.every):
+        raise InputError(
+            f"config key checkpoint.keep_best is {name!r}; expected question sets, and an "
+            "eval.every that is not 0, for it needs scores"
+        )
+
+
 def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     """The fields of Inputs, but for the servers."""
     model_config = read_model(config, evaluating=evaluating)
@@ -167,6 +180,8 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     for name, questions in sets.items():
         sets[name] = data.subsample(questions, config.eval.max_questions)
     roles.check_rows("questions of data.eval_sets", sum(map(len, sets.values())))
+    if not evaluating:
+        _check_best(config, list(sets))
     weights, weight_files = _check_weights(config, model_config)
     tasks: list[Task] = []
     training_files: dict[str, str] = {}

@@ -41,7 +41,9 @@ def train(config: ConfigDict, workdir: str, origin: Origin | None = None) -> Non
         _warm_up(run, now)
         if config.eval.before:
             _evaluate(run, now, 0)
-        _evaluate_if_due(run, now)  # where a signal ended the run after the step was saved
+        # Where a signal ended the run after the step was saved.
+        _evaluate_if_due(run, now)
+        keeping.keep_best(run, now)
 
         while now.step < config.steps:
             start = time.monotonic()
@@ -177,6 +179,7 @@ def _evaluate_if_due(run: TrainingRun, now: Progress) -> None:
     every = run.config.eval.every
     if every and now.step and now.step % every == 0:
         _evaluate(run, now, now.step)
+        keeping.keep_best(run, now)
 
 
 def _evaluate(run: TrainingRun, now: Progress, step: int) -> Result:

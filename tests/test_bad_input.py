@@ -2692,6 +2692,14 @@ OVERRIDES = (
     ("mesh.tensor=8", "mesh.tensor is 8; expected a divisor of 2 key/value heads"),
     ("engine.extend_buckets=()", "engine.extend_buckets is empty; expected at least one length"),
     ("limits.observation_tokens=1", "limits.observation_tokens is 1; expected more than"),
+    (
+        "checkpoint.keep_best=nq eval.every=1",
+        "checkpoint.keep_best is 'nq'; expected one of average, one_hop, two_hop",
+    ),
+    (
+        "checkpoint.keep_best=one_hop",
+        "keep_best is 'one_hop'; expected .* eval.every that is not 0",
+    ),
     ("rules.min_searches=5", "rules.min_searches is 5; expected at most 4"),
 )
 GAME_AND_UPDATE = [

@@ -82,7 +82,7 @@ def write_checkpoint(
     """
     config = config_of(workdir)
     check_values(config)
-    step = _checked_step(workdir, _best(workdir) if best else step)
+    step = _checked_step(workdir, _best(config, workdir) if best else step)
     model = assemble.read_model(config)
     kind = _checked_kind(config, workdir, kind)
     out = Path(folder or Path(workdir) / f"{hf_save.FOLDER}_step_{step}")
@@ -110,11 +110,13 @@ def _checked_step(workdir: str, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
-def _best(workdir: str) -> int:
-    step = best_step(workdir, AVERAGE, checkpoint.finished_steps(workdir))
+def _best(config: ConfigDict, workdir: str) -> int:
+    name = config.checkpoint.keep_best or AVERAGE
+    step = best_step(workdir, name, checkpoint.finished_steps(workdir))
     if step is None:
         raise InputError(
-            f"--best: no checkpoint in {workdir} was evaluated; eval.every evaluates them"
+            f"--best: no checkpoint in {workdir} was evaluated; eval.every evaluates, and "
+            "checkpoint.keep_best keeps the best one"
         )
     return step
 

@@ -9,6 +9,7 @@ import jax
 from ssp_jax.assemble import ModelRun, Progress
 from ssp_jax.config import advice, export_kind
 from ssp_jax.errors import InputError, sentence
+from ssp_jax.evaluation.best import best_step
 from ssp_jax.export import write
 from ssp_jax.model import decoder, hf_save
 from ssp_jax.runtime import figures, processes
@@ -103,6 +104,21 @@ def save(run: ModelRun, now: Progress) -> None:
             "stamps": run.stamps,
         }
         run.checkpoints.save(now.step, now.state, game)
+
+
+def keep_best(run: ModelRun, now: Progress) -> None:
+    """Keeps the best step that was evaluated from the rotation, as checkpoint.keep_best says.
+
+    The newest one is saved, if it is the best and no save was due.
+    """
+    name = run.config.checkpoint.keep_best
+    if not name or not now.step:
+        return
+    saved = run.checkpoints.steps()
+    best = processes.all_gather_objects(lambda: best_step(run.workdir, name, {*saved, now.step}))[0]
+    run.checkpoints.keep_best(best)
+    if best == now.step and best not in saved:
+        save(run, now)
 
 
 def stop_if_diverged(run: ModelRun, now: Progress) -> None:

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from types import TracebackType
@@ -42,6 +42,19 @@ class Damaged(Exception):
     """A step is not what was saved. The message says which file or array of it."""
 
 
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the newest steps, and one that may lie before them."""
+
+    def __init__(self, newest: int) -> None:
+        self._newest = ocp.checkpoint_managers.LatestN(newest)
+        self.best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        newest = self._newest.should_preserve(checkpoints, context=context)
+        best = [checkpoint.step == self.best for checkpoint in checkpoints]
+        return list(map(max, newest, best))
+
+
 class _Manager(ocp.CheckpointManager):
     """Orbax's manager without its question to JAX's preemption service.
 
@@ -64,7 +77,7 @@ class Restored:
 
 
 class Checkpoints:
-    """workdir/checkpoints, the newest `keep` steps; a context manager.
+    """workdir/checkpoints, the newest `keep` steps and the best one; a context manager.
 
     every: steps between saves. minutes: since the last save. 0 for never. All processes of a run
     make the same calls.
@@ -83,11 +96,12 @@ class Checkpoints:
         self._minutes = minutes
         self._folder = Path(workdir).resolve() / FOLDER
         self._saved_at = time.monotonic()
+        self._kept = _NewestAndBest(keep)
         options = ocp.CheckpointManagerOptions(
             # each save() is meant: with `every` as Orbax's interval it would skip the last step of
             # a run
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            preservation_policy=self._kept,
             cleanup_tmp_directories=not read_only,  # what a killed run left unfinished
             read_only=read_only,
             single_host_load_and_broadcast=True,  # a shared file system may show others an old list
@@ -142,6 +156,10 @@ class Checkpoints:
             return time.monotonic() - self._saved_at >= 60 * self._minutes
 
         return processes.all_gather_objects(is_late)[0]
+
+    def keep_best(self, step: int | None) -> None:
+        """From the next save on this step is kept beside the newest, and no other."""
+        self._kept.best = step
 
     def save(self, step: int, train_state: Any, game: Mapping[str, Any]) -> None:
         """Returns when the arrays are copied to the host, so that the caller may donate them.
