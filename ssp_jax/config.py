@@ -346,6 +346,8 @@ CHOICES: dict[str, Iterable[str]] = {
     "prompt.template": ("chat", "raw_chatml"),
     "game.rl_pair": rules.RL_PAIRS,
     "retriever.kind": ("bm25", "dense", "hybrid", "http"),
+    "retriever.stemmer": settings.STEMMERS,
+    "retriever.stopwords": settings.STOPWORDS,
     "retriever.pooling": settings.POOLINGS,
     "retriever.device_dtype": settings.DTYPES,
     "game.train": get_args(rules.Trained),

@@ -256,7 +256,7 @@ class _Followed(io.RawIOBase):
         return len(piece)
 
 
-def _lines(
+def read_lines(
     path: str | Path, position: Position | None = None
 ) -> Generator[tuple[int, bytes], None, None]:
     """The lines of a file, gzipped or not, that are not blank, with their numbers from 1.
@@ -303,7 +303,7 @@ def _refuse_other_files(name: str, start: bytes) -> None:
 
 def read_rows(path: str | Path, position: Position | None = None) -> Generator[Row, None, None]:
     """The JSON objects of a .jsonl or .jsonl.gz file, line by line."""
-    with contextlib.closing(_lines(path, position)) as lines:
+    with contextlib.closing(read_lines(path, position)) as lines:
         for number, line in lines:
             yield parse_row(str(path), number, line)
 
@@ -362,7 +362,7 @@ def load_answers(path: str | Path) -> list[Task]:
     if not str(path).removesuffix(".gz").endswith(".txt"):
         return _all_tasks(path, _answer_task)
     tasks: list[Task] = []
-    with contextlib.closing(_lines(path)) as lines:
+    with contextlib.closing(read_lines(path)) as lines:
         for number, line in lines:
             row = Row(str(path), number, {})
             text = line.decode("utf-8", "surrogateescape")  # broken UTF-8 is reported as such
@@ -479,13 +479,27 @@ def _asked(row: Row, content: str) -> str:
 def iterate_corpus(
     path: str | Path, position: Position | None = None
 ) -> Generator[Document, None, None]:
-    """The passages of a corpus: see title_and_text."""
+    """The passages of a file of rows: see title_and_text.
+
+    Rows without ids are known by their numbers, from 0.
+    """
+    with_ids = True
     with contextlib.closing(read_rows(path, position)) as rows:
-        yield from map(parse_document, rows)
+        for number, row in enumerate(rows):
+            has_id = row.values.get("id") is not None
+            if number == 0:
+                with_ids = has_id
+            if has_id != with_ids:
+                found = "has one" if with_ids else "has none"
+                raise row.error("id", f"in all rows or in none; the first row {found}")
+            yield parse_document(row, str(number))
 
 
-def parse_document(row: Row) -> Document:
+def parse_document(row: Row, default: str | None = None) -> Document:
+    """The passage of a row. default: the id of a row without one, which needs one if None."""
     name = row.values.get("id")
+    if name is None:
+        name = default
     if type(name) is int:
         name = str(name)
     return Document(row.text("id", name), *title_and_text(row))
@@ -494,15 +508,16 @@ def parse_document(row: Row) -> Document:
 def title_and_text(row: Row) -> tuple[str, str]:
     """From {"contents": "\\"Title\\"\\ntext"} of Search-R1, or {"title", "text"} of FlashRAG.
 
-    Contents of one line are a title alone, as they are to Search-R1's own client.
+    Contents of one line are a title alone, as they are to Search-R1's own client. A text may have
+    no title.
     """
     contents = row.values.get("contents")
-    if contents is None and row.values.keys() >= {"title", "text"}:
+    if contents is None and "text" in row.values:
         title = row.optional("title").replace("\n", " ")
         contents = f"{title}\n{row.optional('text')}"
     if not isinstance(contents, str) or not _visible(contents):
         found = "nothing" if contents is None else _shown(contents)
-        raise row.error("contents", f"non-empty text (or texts in title and text), found {found}")
+        raise row.error("contents", f"non-empty text (or in text, and a title), found {found}")
     title, _, text = row.unicode("contents", contents).partition("\n")
     return title, text
 

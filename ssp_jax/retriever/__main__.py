@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ssp_jax.config import BOUNDS
 from ssp_jax.errors import InputError, printable
-from ssp_jax.retriever import index, settings
+from ssp_jax.retriever import settings
 from ssp_jax.retriever.build import build_index, ensure_index
 from ssp_jax.retriever.search import Retriever
 from ssp_jax.retriever.settings import DenseSettings, EncoderKeys, check_flags
@@ -46,12 +46,15 @@ def _run(arguments: Sequence[str] | None, prog: str) -> None:
     build = verbs.add_parser("build", help="index a corpus", prog=prog or f"{_PROG} build")
     kind_help = "dense adds vectors to the index, which is built first where it is missing"
     build.add_argument("--kind", default="bm25", choices=("bm25", "dense"), help=kind_help)
-    corpus_help = 'jsonl or jsonl.gz of {"id", "contents"}, Search-R1\'s format'
+    corpus_help = (
+        "jsonl or jsonl.gz with a passage a row (contents, or title and text), a .txt or .md file, "
+        "or a folder of such files"
+    )
     build.add_argument("--corpus", default="", help=corpus_help)
     out_help = "folder of the index: config key retriever.index"
     build.add_argument("--out", required=True, help=out_help)
-    build.add_argument("--stemmer", default="english", choices=index.STEMMERS)
-    build.add_argument("--stopwords", default="en", choices=index.STOPWORDS)
+    build.add_argument("--stemmer", default="english", choices=settings.STEMMERS)
+    build.add_argument("--stopwords", default="en", choices=tuple(settings.STOPWORDS))
     build.add_argument("--k1", default=1.5, type=float)
     build.add_argument("--b", default=0.75, type=float)
     _add_encoder(build)
@@ -107,7 +110,7 @@ def _build_command(args: argparse.Namespace) -> None:
     start = time.monotonic()
     folder = Path(user_path(args.out, "--out")).absolute()
     if not args.corpus:
-        raise InputError("flag --corpus is missing; expected a file of passages")
+        raise InputError("flag --corpus is missing; expected a file or folder of passages")
     corpus = user_path(args.corpus, "--corpus")
     build_index(
         corpus, folder, stemmer=args.stemmer, stopwords=args.stopwords, k1=args.k1, b=args.b

@@ -12,7 +12,6 @@ completes only the passages already seen.
 """
 
 import math
-import re
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,8 +33,6 @@ RANGE_POSTINGS = 1 << 24  # postings merged at a time: 128 MB
 KNOWN_WORDS = 1 << 22  # word forms whose stem is cached while building, some 400 MB
 QUERY_WORDS = 1 << 20  # the same while searching, some 100 MB
 
-# Two letters or more: matches what the token pattern of bm25s matches, \b\w\w+\b.
-_WORD = re.compile(r"\w\w+")
 _STOP = -1  # term number of a stop word
 
 
@@ -107,11 +104,6 @@ def stem_function(stemmer: str) -> Any:
     return Stemmer.Stemmer(stemmer).stemWord
 
 
-def split(text: str) -> list[str]:
-    """The words of a text, in lower case."""
-    return _WORD.findall(text.lower())
-
-
 # --- building ---
 
 
@@ -135,10 +127,13 @@ class _Run:
 class Postings:
     """Takes passages one by one, holds one block of them, and writes the arrays of bm25s."""
 
-    def __init__(self, folder: Path, vocabulary: Vocabulary) -> None:
-        """folder: for the spilled blocks."""
+    def __init__(
+        self, folder: Path, vocabulary: Vocabulary, split: Callable[[str], list[str]]
+    ) -> None:
+        """folder: for the spilled blocks. split: gives the words of a passage."""
         self._folder = folder
         self._vocabulary = vocabulary
+        self._split = split
         # The block: the terms of its passages, and where each passage ends.
         self._tokens = array("i")
         self._ends = array("q")
@@ -149,7 +144,7 @@ class Postings:
 
     def add(self, text: str) -> None:
         """Adds the next passage of the corpus."""
-        self._tokens.extend(map(self._vocabulary.__getitem__, split(text)))
+        self._tokens.extend(map(self._vocabulary.__getitem__, self._split(text)))
         self._ends.append(len(self._tokens))
         if len(self._tokens) >= BLOCK_TOKENS:
             self._spill()

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import shutil
@@ -16,11 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from ssp_jax.data import Position, iterate_corpus
-from ssp_jax.errors import InputError
+from ssp_jax.corpus import passages, words
+from ssp_jax.data import Position
+from ssp_jax.errors import InputError, printable
 from ssp_jax.retriever import bm25, index
 from ssp_jax.retriever.progress import Progress
+from ssp_jax.retriever.settings import STOPWORDS
 from ssp_jax.runtime.folder_swap import FolderSwap
+
+# Passages at the beginning of a corpus that are looked at for words, and then one in so many.
+SAMPLED_PASSAGES = 1000
+SAMPLE_STRIDE = 64
 
 
 def build_index(
@@ -50,10 +55,10 @@ def ensure_index(
         return
     folder = Path(index_dir)
     corpus = Path(corpus)
-    if corpus.exists() and not corpus.is_file():
+    if corpus.exists() and not corpus.is_file() and not corpus.is_dir():
         raise InputError(
-            f"{corpus}: expected a file, for a run looks at its corpus whenever it starts, "
-            "and a pipe can be read only once; build the index with "
+            f"{corpus}: expected a file or a folder, for a run looks at its corpus whenever it "
+            "starts, and a pipe can be read only once; build the index with "
             "python -m ssp_jax.retriever build, and give retriever.index alone"
         )
     if _matches(folder, corpus, settings):
@@ -111,27 +116,35 @@ def _locked(swap: FolderSwap) -> Iterator[None]:
 
 def _write_index(corpus: Path, work: Path, settings: dict[str, Any]) -> None:
     """Writes all files of an index of `corpus` into the folder `work`."""
-    stamp = _stamp(corpus)
-    stop_list = list(_import_bm25s().stopwords.STOPWORDS_EN) if settings["stopwords"] else []
+    stamp = passages.stamp(corpus)
+    _say(passages.left_out(corpus))
+    stop_list = _stop_list(settings["stopwords"])
     vocabulary = bm25.Vocabulary(settings["stemmer"], stop_list)
     progress = Progress()
 
     # One pass over the corpus: passages into the folder, postings into runs on disk.
     runs = work / "runs"
     runs.mkdir()
-    postings = bm25.Postings(runs, vocabulary)
+    postings = bm25.Postings(runs, vocabulary, words.splitter(settings["words"]))
+    coverage = _Coverage()
+
+    def add(text: str) -> None:
+        postings.add(text)
+        coverage.add(text)
+
     position = Position()
     offsets, sums = _copy_passages(
-        corpus, work / index.PASSAGES, stamp["size"], position, postings.add, progress
+        corpus, work / index.PASSAGES, stamp["size"], position, add, progress
     )
-    passages = len(offsets) - 1
+    number = len(offsets) - 1
     if not vocabulary.terms:
         raise InputError(
-            f"{corpus}: expected passages with words to index, found {passages} passages and none"
+            f"{corpus}: expected passages with words to index, found {number} passages and none"
         )
+    _say(coverage.warning(corpus))
 
     # The files of bm25s, whose arrays are then replaced by the merged runs.
-    _save_empty_bm25s(work, vocabulary.terms, passages, settings)
+    _save_empty_bm25s(work, vocabulary.terms, number, settings)
     np.save(work / index.OFFSETS, np.asarray(offsets, np.int64))
     np.save(work / index.LINE_SUMS, np.asarray(sums, np.uint32))
     for done in postings.write(work, settings["k1"], settings["b"]):
@@ -147,9 +160,47 @@ def _write_index(corpus: Path, work: Path, settings: dict[str, Any]) -> None:
         "settings": settings,
         "stopwords": stop_list,
         "corpus": source,
-        "passages": passages,
+        "passages": number,
     }
     index.write_meta(work, meta)
+
+
+def _say(sentence: str) -> None:
+    """Prints a remark on the corpus, unless it is empty."""
+    if sentence:
+        print(f"ssp_jax: {printable(sentence)}", file=sys.stderr, flush=True)
+
+
+def _stop_list(name: str) -> list[str]:
+    """name: of STOPWORDS."""
+    return list(getattr(_import_bm25s().stopwords, STOPWORDS[name])) if name else []
+
+
+class _Coverage:
+    """Which share of a corpus is in words, of a sample: all first passages, then some."""
+
+    def __init__(self) -> None:
+        self._passages = 0
+        self._inside = 0
+        self._visible = 0
+
+    def add(self, text: str) -> None:
+        """Takes the next passage."""
+        self._passages += 1
+        if self._passages <= SAMPLED_PASSAGES or self._passages % SAMPLE_STRIDE == 0:
+            inside, visible = words.covered(text)
+            self._inside += inside
+            self._visible += visible
+
+    def warning(self, corpus: Path) -> str:
+        """A sentence where most characters are in no word, else ""."""
+        if 2 * self._inside >= self._visible:
+            return ""
+        share = self._inside / self._visible
+        return (
+            f"{corpus}: only {share:.0%} of its characters stand in words of two letters or more, "
+            "so that searches find little of it; is it text?"
+        )
 
 
 def _import_bm25s() -> ModuleType:
@@ -191,9 +242,9 @@ def _copy_passages(
     sums = array("L")
 
     def describe(seconds: float) -> str:
-        passages = len(offsets) - 1
-        rate = f"{passages / seconds:,.0f}/s"
-        text = f"reading {corpus.name}: {passages:,} passages"
+        number = len(offsets) - 1
+        rate = f"{number / seconds:,.0f}/s"
+        text = f"reading {corpus.name}: {number:,} passages"
         if not size:
             return f"{text}, {rate}"
         share = min(position.bytes / size, 1.0)
@@ -201,7 +252,7 @@ def _copy_passages(
         return f"{text} ({share:.0%}), {rate}, {seconds_left:.0f} s left"
 
     with open(target, "wb") as file:
-        for document in iterate_corpus(corpus, position):
+        for document in passages.read_passages(corpus, position):
             contents = f"{document.title}\n{document.text}"
             text = json.dumps({"id": document.id, "contents": contents}, ensure_ascii=False)
             line = text.encode() + b"\n"
@@ -224,13 +275,13 @@ def source(corpus: str | Path, index_dir: str | Path) -> str:
     if not corpus:
         recover(folder)
         return index.digest_in_meta(index.read_meta(folder))
-    stamp = _stamp(Path(corpus))
+    stamp = passages.stamp(Path(corpus))
     try:
         recorded = index.read_meta(folder)["corpus"]
     except InputError:  # it is not built yet
-        return _digest(Path(corpus))
+        return passages.digest(Path(corpus))
     is_same = all(recorded[key] == value for key, value in stamp.items())
-    return recorded["sha256"] if is_same else _digest(Path(corpus))
+    return recorded["sha256"] if is_same else passages.digest(Path(corpus))
 
 
 def _matches(folder: Path, corpus: Path, settings: dict[str, Any]) -> bool:
@@ -238,29 +289,14 @@ def _matches(folder: Path, corpus: Path, settings: dict[str, Any]) -> bool:
 
     Equal size and time suffice. A copied file has another time: its digest decides.
     """
-    stamp = _stamp(corpus)
+    stamp = passages.stamp(corpus)
     try:
         meta = index.read_meta(folder)
     except InputError:
         return False
     recorded = meta["corpus"]
-    if meta["settings"] != settings or recorded["size"] != stamp["size"]:
+    if not index.has_settings(meta, settings) or recorded["size"] != stamp["size"]:
         return False
-    return recorded["mtime_ns"] == stamp["mtime_ns"] or recorded["sha256"] == _digest(corpus)
-
-
-def _stamp(corpus: Path) -> dict[str, Any]:
-    """Size and time of modification, as meta.json records them."""
-    try:
-        stat = corpus.stat()
-    except OSError as error:
-        raise InputError(f"{corpus}: expected a readable corpus file ({error.strerror})") from None
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def _digest(corpus: Path) -> str:
-    try:
-        with open(corpus, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{corpus}: expected a readable corpus file ({error.strerror})") from None
+    return recorded["mtime_ns"] == stamp["mtime_ns"] or recorded["sha256"] == passages.digest(
+        corpus
+    )

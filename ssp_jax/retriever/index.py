@@ -19,15 +19,18 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from ssp_jax.corpus import words
 from ssp_jax.data import Document, parse_document, parse_row
 from ssp_jax.errors import InputError, reading
 from ssp_jax.retriever import bm25
 from ssp_jax.retriever.progress import Progress
+from ssp_jax.retriever.settings import STEMMERS, STOPWORDS
 from ssp_jax.runtime import folder_swap
 
 # To be raised when the files of an index change their meaning: old folders are then built anew.
 FORMAT = 3
 PIECE = 1 << 23  # bytes of a file that one CRC-32 covers
+VOCABULARY_SAMPLE = 10_000  # words of an older index that are looked at
 RANGE_POSTINGS = 1 << 20  # postings that a thread checks at a time
 
 META = "meta.json"
@@ -35,8 +38,6 @@ PASSAGES = "passages.jsonl"
 VOCABULARY = "vocab.index.json"
 OFFSETS = "offsets.npy"  # int64 [passages + 1], where each line of PASSAGES begins
 LINE_SUMS = "line_sums.npy"  # uint32 [passages], the CRC-32 of each line
-STEMMERS = ("", "english")
-STOPWORDS = ("", "en")
 
 _ARRAYS = {
     bm25.SCORES: np.float32,
@@ -56,6 +57,7 @@ _META_TYPES = {
     "files": dict,
     "sums": dict,
 }
+_WORD_RULES = (words.PLAIN, words.SCRIPTS)
 ANEW = "delete the index to build it anew"
 
 
@@ -98,17 +100,43 @@ class Index:
     passages: Passages
 
 
-def checked_settings(stemmer: object, stopwords: object, k1: object, b: object) -> dict[str, Any]:
-    """The settings of an index, as they stand in its meta.json. Raises InputError."""
+def checked_settings(
+    stemmer: object, stopwords: object, k1: object, b: object, words: object = words.SCRIPTS
+) -> dict[str, Any]:
+    """The settings of an index, as they stand in its meta.json. Raises InputError.
+
+    words: the rule by which texts become words; an index without one has words.PLAIN.
+    """
     if stemmer not in STEMMERS:
         raise InputError(f"retriever: stemmer is {stemmer!r}, expected one of {STEMMERS}")
-    if stopwords not in STOPWORDS:
-        raise InputError(f"retriever: stopwords is {stopwords!r}, expected one of {STOPWORDS}")
+    if stopwords not in tuple(STOPWORDS):
+        raise InputError(
+            f"retriever: stopwords is {stopwords!r}, expected one of {tuple(STOPWORDS)}"
+        )
+    if words not in _WORD_RULES:
+        raise InputError(f"retriever: words is {words!r}, expected one of {_WORD_RULES}")
     if not _is_number(k1) or not _is_number(b) or not 0 <= k1 < math.inf or not 0 <= b <= 1:
         raise InputError(
             f"retriever: k1 is {k1} and b is {b}, expected a finite k1 >= 0 and b between 0 and 1"
         )
-    return {"stemmer": stemmer, "stopwords": stopwords, "k1": float(k1), "b": float(b)}
+    return {
+        "stemmer": stemmer,
+        "stopwords": stopwords,
+        "k1": float(k1),
+        "b": float(b),
+        "words": words,
+    }
+
+
+def has_settings(meta: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether an index has these settings; one that an earlier version built names no words."""
+    named: dict[str, Any] = meta["settings"]
+    return named.items() <= settings.items()
+
+
+def words_of(meta: dict[str, Any]) -> str:
+    """The rule by which an index has made words of its passages."""
+    return str(meta["settings"].get("words", words.PLAIN))
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -183,6 +211,15 @@ def _fault_of_files(files: dict[str, Any], sums: dict[str, Any]) -> str:
 def written(folder: Path) -> list[str]:
     """Names of the files that an index of any format has; none if the folder is no index."""
     return folder_swap.listed_names(folder, META, ("format", "settings", "corpus"))
+
+
+def takes_clauses_for_words(index: Index) -> bool:
+    """Whether most words of an older index would be several by the rule of today."""
+    if words_of(index.meta) != words.PLAIN:
+        return False
+    sample = list(itertools.islice(index.vocabulary, VOCABULARY_SAMPLE))
+    several = sum(len(words.split(word)) > 1 for word in sample)
+    return several > len(sample) / 2
 
 
 def digest_in_meta(meta: dict[str, Any]) -> str:

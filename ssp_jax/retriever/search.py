@@ -24,6 +24,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from ssp_jax.corpus import words
 from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.retriever import bm25, index
@@ -42,6 +43,11 @@ QUERY_CHARACTERS = 8192
 MIN_SLICE_POSTINGS = 1 << 14
 # Two, so that a thread that starts late or is disturbed leaves its second slice to the others.
 SLICES_PER_THREAD = 2
+
+_OLDER_WORDS = (
+    "an earlier version has built this index, and took whole clauses of Chinese, Japanese, Thai "
+    "and the like for words, so that searches find little in it"
+)
 
 T = TypeVar("T")
 Hits = tuple[tuple[int, float], ...]  # corpus row and score, best first
@@ -179,6 +185,7 @@ class Retriever(LocalRetriever):
         self._vocabulary = bm25.QueryVocabulary(
             settings["stemmer"], index_files.meta["stopwords"], index_files.vocabulary
         )
+        self._split = words.splitter(index.words_of(index_files.meta))
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
         self._scratch: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
@@ -193,7 +200,10 @@ class Retriever(LocalRetriever):
         folder = Path(index_dir)
         recover(folder)
         try:
-            return cls(index.open_index(folder, Progress()), threads)
+            index_files = index.open_index(folder, Progress())
+            if index.takes_clauses_for_words(index_files):
+                print(f"ssp_jax: {folder}: {_OLDER_WORDS}; {index.ANEW}", file=sys.stderr)
+            return cls(index_files, threads)
         # of the index, or of the folder where Numba caches the compiled kernels
         except OSError as error:
             raise InputError(f"{folder}: expected an index that can be read ({error})") from None
@@ -236,7 +246,7 @@ class Retriever(LocalRetriever):
 
     def _query_terms(self, query: str) -> list[int]:
         """The term numbers of the query's words that the corpus has; in order, with repeats."""
-        numbers = map(self._vocabulary.__getitem__, bm25.split(query))
+        numbers = map(self._vocabulary.__getitem__, self._split(query))
         return [number for number in numbers if number >= 0]
 
     def _cuts(self, batch: _Batch) -> list[int]:

@@ -1,8 +1,65 @@
-"""What a user says of dense search: kinds, bounds, and the keys of an encoder. Knows no JAX."""
+"""What a user says of search: languages, kinds, bounds, keys of an encoder. Knows no JAX."""
 
 import dataclasses
 
 from ssp_jax.errors import InputError
+
+# Of PyStemmer 3.1: Snowball's languages, and two older algorithms. "" leaves words as they are.
+STEMMERS = (
+    "",
+    "arabic",
+    "armenian",
+    "basque",
+    "catalan",
+    "czech",
+    "danish",
+    "dutch",
+    "dutch_porter",
+    "english",
+    "esperanto",
+    "estonian",
+    "finnish",
+    "french",
+    "german",
+    "greek",
+    "hindi",
+    "hungarian",
+    "indonesian",
+    "irish",
+    "italian",
+    "lithuanian",
+    "nepali",
+    "norwegian",
+    "persian",
+    "polish",
+    "porter",
+    "portuguese",
+    "romanian",
+    "russian",
+    "serbian",
+    "sesotho",
+    "spanish",
+    "swedish",
+    "tamil",
+    "turkish",
+    "yiddish",
+)
+# Name -> the list of bm25s, of the languages whose words are set apart by spaces.
+STOPWORDS = {
+    "": "",
+    "en": "STOPWORDS_EN",
+    "danish": "STOPWORDS_DANISH",
+    "dutch": "STOPWORDS_DUTCH",
+    "french": "STOPWORDS_FRENCH",
+    "german": "STOPWORDS_GERMAN",
+    "italian": "STOPWORDS_ITALIAN",
+    "norwegian": "STOPWORDS_NORWEGIAN",
+    "portuguese": "STOPWORDS_PORTUGUESE",
+    "russian": "STOPWORDS_RUSSIAN",
+    "spanish": "STOPWORDS_SPANISH",
+    "swedish": "STOPWORDS_SWEDISH",
+    "turkish": "STOPWORDS_TURKISH",
+}
 
 KINDS = ("dense", "hybrid")  # of searches that need vectors
 MAX_TOP_K = 50  # each candidate costs a device a block of rows

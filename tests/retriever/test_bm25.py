@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ssp_jax.corpus import words
 from ssp_jax.data import iterate_corpus
 from ssp_jax.retriever import bm25
 from ssp_jax.retriever.build import build_index
@@ -70,11 +71,11 @@ def test_results_are_those_of_bm25s(tmp_path, reference):
     stem = bm25.stem_function("english")
     rng = random.Random(0)
     texts = [document.text for document in iterate_corpus(CORPUS)]
-    pools = [bm25.split(" ".join(rng.choices(texts, k=3))) for _ in range(200)]
+    pools = [words.split(" ".join(rng.choices(texts, k=3))) for _ in range(200)]
     queries = [" ".join(rng.choices(pool, k=rng.randint(1, 12))) for pool in pools]
     for query, hits in zip(queries, retriever.hits(queries, 10), strict=True):
-        words = [stem(word) for word in bm25.split(query)]
-        scores = reference.get_scores(words)
+        stems = [stem(word) for word in words.split(query)]
+        scores = reference.get_scores(stems)
         best = sorted(np.flatnonzero(scores > 0), key=lambda row: (-scores[row], row))[:10]
         assert list(hits) == [(row, scores[row]) for row in best]
 
