@@ -55,7 +55,8 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     # Given answers of the proposer: jsonl or parquet in SSP's training format, or txt, one a line.
     c.data.answers = ""
-    # Name -> jsonl or parquet of questions; of mixed sources each is a set name/source.
+    # Name -> jsonl or parquet of questions; of mixed sources each is a set name/source. On the
+    # command line an empty file removes a set.
     c.data.eval_sets = ConfigDict()
 
     c.retriever = ConfigDict()

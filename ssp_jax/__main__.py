@@ -33,7 +33,7 @@ COMMANDS = {
     ),
     "search": Command("ssp_jax.retriever.__main__", "look a query up in an index", ("search",)),
     "export": Command("ssp_jax.export.__main__", "a checkpoint as a Hugging Face folder"),
-    "answers": Command("ssp_jax.answers", "take given answers from a corpus"),
+    "answers": Command("ssp_jax.answers.__main__", "take given answers from a corpus"),
     "audit": Command("ssp_jax.audit", "overlap of given answers with those of an evaluation"),
 }
 

@@ -228,7 +228,8 @@ def _override(config: ConfigDict, overrides: list[str]) -> None:
 def _set_names(config: ConfigDict, rest: list[str]) -> set[str]:
     """Moves `--config.data.eval_sets.NAME=FILE` from `rest` into the config; returns the keys.
 
-    config_flags reads a key as Python, where 2wikimultihopqa is no name.
+    An empty FILE removes the set. config_flags reads a key as Python, where 2wikimultihopqa is no
+    name.
     """
     found: dict[str, str] = {}
     pattern = rf"--?config\.({re.escape(FREE_SECTION)}\.[^=]*)(?:=(.*))?"
@@ -247,8 +248,21 @@ def _set_names(config: ConfigDict, rest: list[str]) -> set[str]:
         found[key] = value
         _check_name(f"--config.{key}", key)
     with config.unlocked():
-        config.update_from_flattened_dict(found)
+        config.update_from_flattened_dict({key: value for key, value in found.items() if value})
+        for key in (key for key, value in found.items() if not value):
+            _remove_set(config, key.removeprefix(f"{FREE_SECTION}."))
     return set(found)
+
+
+def _remove_set(config: ConfigDict, name: str) -> None:
+    sets = config.data.eval_sets
+    if name not in sets:
+        known = ", ".join(sets) or "none"
+        raise InputError(
+            f"--config.{FREE_SECTION}.{name}=: expected a file, or the name of a set of the config "
+            f"that is to be removed; it has {known}"
+        )
+    del sets[name]
 
 
 def _check_name(where: str, key: str) -> None:

@@ -29,6 +29,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ssp_jax import audit, main, stamps
+from ssp_jax.answers import __main__ as answers_command
 from ssp_jax.config import CHOICES, parse_command_line
 from ssp_jax.errors import shown
 from ssp_jax.export import __main__ as export
@@ -68,6 +69,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report.main,
     "audit": audit.main,
     "export": export.main,
+    "answers": answers_command.main,
 }
 
 
@@ -1097,6 +1099,11 @@ CONFIGS_AND_FLAGS = [
         "is 'a.b'; expected letters, digits",
     ),
     Case(
+        "a set to be removed that is not there",
+        tiny("data.eval_sets.three_hop="),
+        "eval_sets.three_hop=: expected a file, or .* removed; it has one_hop, two_hop",
+    ),
+    Case(
         "a set without a file",
         line("main DEFAULT --config.data.eval_sets.nq"),
         "Missing value for flag",
@@ -1333,6 +1340,20 @@ def not_an_index(folder: Path) -> None:
     put(folder / "index/code.py")
 
 
+def folder_of_texts(command: str, content: bytes, *flags: str) -> Make:
+    """retriever build of a folder with a text file, or answers from it."""
+
+    def make(folder: Path) -> list[str]:
+        put(folder / "docs/a.txt", content)
+        if command == "answers":
+            return ["answers", "--corpus=docs", "--out=out.jsonl", *flags]
+        built(folder)  # whatever a first build imports
+        shutil.rmtree(folder / "index")
+        return ["retriever", "build", "--corpus=docs", "--out=index", *flags]
+
+    return make
+
+
 LEFT_ALONE = "index: expected no such folder, or an index that ssp_jax wrote and nothing else"
 CORPORA_AND_INDEXES = [
     Case(
@@ -1340,7 +1361,21 @@ CORPORA_AND_INDEXES = [
         build(PASSAGES, "--corpus=none.jsonl"),
         r"none\.jsonl: expected a readable corpus",
     ),
-    Case("a folder as corpus", build(PASSAGES, "--corpus=."), r"\.: expected a readable"),
+    Case(
+        "a folder without texts as corpus",
+        build(PASSAGES, "--corpus=."),
+        r"\.: expected a folder with .txt or .md files, or a .jsonl file; found 1 .jsonl",
+    ),
+    Case(
+        "a text file in another encoding",
+        folder_of_texts("build", b"good\n\n\xe9t\xe9\n"),
+        r"docs/a\.txt line 3: expected UTF-8 text \(invalid",
+    ),
+    Case(
+        "a folder of texts without words",
+        folder_of_texts("build", b"?\n!"),
+        "docs: expected passages with words to index, found 1 passages and none",
+    ),
     Case(
         "an empty corpus",
         build(""),
@@ -1353,9 +1388,9 @@ CORPORA_AND_INDEXES = [
     ),
     Case("a broken line", build(PASSAGES + "{\n"), "corpus.jsonl line 4: expected a JSON object"),
     Case(
-        "a passage without id",
-        build('{"contents": "Moon\\nsea"}\n'),
-        'corpus.jsonl line 1: field "id"',
+        "a passage with an id after one without",
+        build('{"contents": "Moon\\nsea"}\n' + PASSAGES),
+        'corpus.jsonl line 2: field "id" expected in all rows or in none; the first row has none',
     ),
     Case(
         "contents that are no text",
@@ -1472,6 +1507,53 @@ CORPORA_AND_INDEXES = [
         tiny(f"retriever.index={TINY}"),
         "tiny: expected no such folder, or an index",
     ),
+]
+
+TEXT = b"The Moon orbits the Earth. Neil Armstrong saw the Moon in 1969."
+OUT = "--out=out.jsonl"
+ANSWERS_OF_A_CORPUS = [
+    Case("no corpus", line(f"answers {OUT}"), "required: --corpus"),
+    Case("nowhere to write", line("answers --corpus=x"), "required: --out"),
+    Case("a corpus that is not there", line(f"answers --corpus=x {OUT}"), "x: expected a readable"),
+    Case("a device", line(f"answers --corpus=/dev/null {OUT}"), "/dev/null: .*it is read twice"),
+    Case(
+        "a broken text",
+        folder_of_texts("answers", b"\xff"),
+        r"docs/a\.txt line 1: expected UTF-8",
+    ),
+    Case(
+        "nothing that is an answer",
+        folder_of_texts("answers", b"so it is\n"),
+        "docs: expected passages with titles, .* found 1 passages and none that can be an answer",
+    ),
+    Case(
+        "evaluation questions that are none",
+        folder_of_texts("answers", TEXT, "--eval=docs/a.txt"),
+        r"docs/a\.txt line 1: expected a JSON object",
+    ),
+    Case(
+        "answers as text",
+        folder_of_texts("answers", TEXT, "--out=out.txt"),
+        r"--out=out\.txt: expected a name that ends in \.jsonl",
+    ),
+    Case(
+        "answers over the corpus",
+        lambda folder: [corpus()(folder), line("answers --corpus=rows.jsonl --out=rows.jsonl")][1](
+            folder
+        ),
+        "--out=rows.jsonl: expected another file than --corpus",
+    ),
+    Case(
+        "answers in a folder that is not there",
+        folder_of_texts("answers", TEXT, "--out=a/b/out.jsonl"),
+        "a/b/out.jsonl: expected a file that can be written",
+    ),
+    Case(
+        "no answers at all",
+        folder_of_texts("answers", TEXT, "--limit=0"),
+        "flag --limit is 0; expected more than 0",
+    ),
+    Case("a seed below 0", folder_of_texts("answers", TEXT, "--seed=-1"), "flag --seed is -1; ex"),
 ]
 
 BERT = ROOT / "tests/goldens/bert"
@@ -1882,7 +1964,7 @@ ANSWERS_AND_QUESTIONS = [
     Case(
         "a passage without id",
         corpus(id=...),
-        'line 2: field "id" expected non-empty text, found nothing',
+        'line 2: field "id" expected in all rows or in none; the first row has one',
     ),
     Case(
         "a passage with half an id",
@@ -1892,7 +1974,7 @@ ANSWERS_AND_QUESTIONS = [
     Case(
         "a passage of nothing",
         corpus(contents=...),
-        r'line 2: field "contents" expected non-empty text \(or texts in',
+        r'line 2: field "contents" expected non-empty text \(or in text',
     ),
     Case(
         "a passage of spaces",
@@ -2870,6 +2952,7 @@ SECTIONS = {
     "game": GAME_AND_UPDATE,
     "generate": GENERATE,
     "index": CORPORA_AND_INDEXES,
+    "answers": ANSWERS_OF_A_CORPUS,
     "dense": DENSE,
     "data": ANSWERS_AND_QUESTIONS,
     "server": SERVERS_AND_JUDGES,

@@ -414,6 +414,16 @@ def test_a_set_has_the_name_that_the_user_gives_it(name: str) -> None:
         assert config.steps == 3 and config.is_locked
 
 
+def test_an_empty_file_removes_a_set() -> None:
+    remove = f"--config.{FREE_SECTION}.two_hop="
+    assert list(parse("--config=configs/tiny.py", remove)[0].data.eval_sets) == ["one_hop"]
+    config, _ = parse("--config=configs/tiny.py", remove, f"--config.{FREE_SECTION}.one_hop", "")
+    assert not config.data.eval_sets and config.is_locked
+    check_values(config)
+    both = (remove, f"--config.{FREE_SECTION}.mine=a.jsonl")
+    assert set(parse("--config=configs/tiny.py", *both)[0].data.eval_sets) == {"one_hop", "mine"}
+
+
 def test_a_home_folder_is_found_in_every_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

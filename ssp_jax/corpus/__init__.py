@@ -1,1 +1,1 @@
-"""The user's passages: files and folders of them, their words, and answers that stand in them."""
+"""The user's passages: files and folders of them, and their words."""

@@ -105,7 +105,7 @@ def stamp(corpus: Path) -> dict[str, Any]:
         stat = corpus.stat()
         if not corpus.is_dir():
             return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        names = _text_names(corpus)
+        names = _checked_names(corpus)
         sizes = [(corpus / name).stat().st_size for name in names]
         # A file that is renamed keeps its time, and its folder does not.
         places = {Path(name) for name in names}

@@ -617,7 +617,9 @@ def test_a_corpus_from_a_pipe(tmp_path):
     stamp = (tmp_path / "index" / "meta.json").stat().st_mtime_ns
     assert len(open_retriever(corpus, tmp_path / "index", **PLAIN)) == 300
     assert (tmp_path / "index" / "meta.json").stat().st_mtime_ns == stamp
-    with pytest.raises(InputError, match=r"pipe: expected a file or a folder, .* a pipe can be read only once"):
+    with pytest.raises(
+        InputError, match=r"pipe: expected a file or a folder, .* a pipe can be read only once"
+    ):
         open_retriever(pipe, tmp_path / "index", **PLAIN)
 
 

@@ -209,8 +209,8 @@ def _name_runs(text: str, tokens: list[re.Match[str]]) -> Iterator[_Name]:
         end = token.end()
         word = _POSSESSIVE.sub("", token[0])
         starts_sentence = token.start() == 0 or _SENTENCE_END.search(gap) is not None
-        is_initial = bool(run) and len(run[-1]) == 1 and gap == ". "
-        goes_on = bool(run) and (gap == " " or is_initial)
+        after_initial = bool(run) and len(run[-1]) == 2 and run[-1][1] == "."
+        goes_on = bool(run) and gap == (". " if after_initial else " ")
         if goes_on and word in _LINKS and len(links) < _MAX_LINKS:
             links.append(word)
             continue

@@ -1,0 +1,1 @@
+"""Given answers for the proposer, taken from a corpus of the user's."""
