@@ -63,8 +63,8 @@ def get_config() -> ConfigDict:
     # bm25: an index in this process | dense: vectors beside it, of an encoder such as the paper's
     # E5 [P s4.1] | hybrid: both, fused by rank | http: a server with Search-R1's /retrieve.
     c.retriever.kind = "bm25"
-    # All but http: jsonl or jsonl.gz of Search-R1 or FlashRAG, or a folder of .txt and .md files; ""
-    # uses the index as it is.
+    # All but http: jsonl or jsonl.gz of Search-R1 or FlashRAG, or a folder of .txt and .md files.
+    # "" uses the index as it is.
     c.retriever.corpus = ""
     # All but http: folder of the bm25s index, "" for workdir/index; built if it is missing or
     # differs. Missing vectors are built too, and others than those of the encoder are refused.
