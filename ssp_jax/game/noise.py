@@ -1,5 +1,6 @@
 """Noise: documents that a verifier reads beside those of the question's proposer [P s3.3]."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,8 +12,13 @@ from ssp_jax.retriever.search import Searcher
 
 
 def distinct(documents: Iterable[Document]) -> dict[str, Document]:
-    """The documents by id, each once."""
-    return {document.id: document for document in documents}
+    """The documents by id, each once: where one was cut more than another time, the longer text."""
+    found: dict[str, Document] = {}
+    for document in documents:
+        before = found.setdefault(document.id, document)
+        if len(document.text) > len(before.text):
+            found[document.id] = document
+    return found
 
 
 class Noise:
@@ -33,9 +39,7 @@ class Noise:
         found = [distinct(of_game) for of_game in documents]
         self._units = found
         if not by_game:
-            passages: dict[str, Document] = {}
-            for of_game in found:
-                passages |= of_game
+            passages = distinct(itertools.chain.from_iterable(map(dict.values, found)))
             self._units = [{name: passage} for name, passage in passages.items()]
         self._corpus = corpus
         # answer -> ids of passages

@@ -9,6 +9,7 @@ the user turn; one assistant turn with results inserted as text) is the interfac
 (examples.py) stand before the real task, as earlier exchanges.
 """
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -291,7 +292,11 @@ def judge_messages(question: str, golds: Sequence[str], answer: str) -> list[dic
 
 def format_documents(documents: Sequence[Document]) -> str:
     """Search-R1's form of a hit list, numbered from 1."""
-    return "".join(f"Doc {i}(Title: {d.title}) {d.text}\n" for i, d in enumerate(documents, 1))
+    return "".join(f"{_heading(i, d)}{d.text}\n" for i, d in enumerate(documents, 1))
+
+
+def _heading(number: int, document: Document) -> str:
+    return f"Doc {number}(Title: {document.title}) "
 
 
 def observation(style: Style, documents: Sequence[Document]) -> str:
@@ -300,6 +305,22 @@ def observation(style: Style, documents: Sequence[Document]) -> str:
     if style.strip_results:
         text = text.strip()
     return style.observation_text.format(documents=text)
+
+
+def seen_documents(style: Style, documents: Sequence[Document], chars: int) -> list[Document]:
+    """What the first characters of an observation show of its documents: the last one is cut.
+
+    Those of whose text nothing is shown are left out.
+    """
+    seen: list[Document] = []
+    left = chars - len(style.observation_text.split("{documents}")[0])
+    for number, document in enumerate(documents, 1):
+        left -= len(_heading(number, document))
+        if left <= 0:
+            break
+        seen.append(dataclasses.replace(document, text=document.text[:left]))
+        left -= len(document.text) + 1
+    return seen
 
 
 def _inside(tag: str, text: str) -> list[str]:

@@ -139,8 +139,23 @@ class EpisodeContext:
         limit = self.limits.observation_tokens
         if len(ids) <= limit:
             return ids
-        closing = self.encode(self.style.observation_text.split("{documents}")[1])
+        closing = self._closing
         return ids[: max(0, limit - len(closing))] + closing
+
+    def seen(self, documents: Sequence[Document]) -> list[Document]:
+        """The documents as far as their observation shows them."""
+        ids = self.encode(prompts.observation(self.style, documents))
+        limit = self.limits.observation_tokens
+        if len(ids) <= limit:
+            return list(documents)
+        # The last token may be a part of a character.
+        text = self.decode(ids[: max(0, limit - len(self._closing))]).rstrip("\ufffd")
+        return prompts.seen_documents(self.style, documents, len(text))
+
+    @functools.cached_property
+    def _closing(self) -> list[int]:
+        """Tokens that end an observation."""
+        return self.encode(self.style.observation_text.split("{documents}")[1])
 
 
 def _common(prompts_: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -187,7 +202,8 @@ class Episode:
     logprobs: list[float]
     prompt_length: int
     queries: tuple[str, ...]
-    documents: tuple[Document, ...]  # all results, in the order seen, repeats included
+    # all results, in the order seen, repeats included, as far as they were shown
+    documents: tuple[Document, ...]
     turns: tuple[tuple[str, str], ...]  # (role or SEARCH_ENGINE, text), for parsing and for people
     stop_reason: str
 
@@ -279,7 +295,7 @@ class EpisodePlayer:
 
     def insert_result(self, result: Sequence[Document]) -> None:
         tokens = self.context.observation(result)
-        self.documents += result
+        self.documents += self.context.seen(result)
         self.turns.append((SEARCH_ENGINE, self.context.decode(tokens)))
         if len(self.turns) // 2 >= self.context.limits.turns:
             self.stop_reason = "turns"

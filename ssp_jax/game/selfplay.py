@@ -379,11 +379,15 @@ class _Phases:
         return self._solvers(game)
 
     def _verifier(self, game: Game, noise: Noise) -> EpisodePlayer:
-        """The same model answers from the proposer's own documents and noise, without a search."""
+        """The same model answers from the proposer's own documents and noise, without a search.
+
+        All of them are as long as players see them.
+        """
         assert game.proposer is not None and game.question is not None
         own = distinct(game.proposer.documents)
         number = self._config.game.noise_documents
-        game.noise = noise.draw(self._random(1, game), number, own, game.task.answers)
+        drawn = noise.draw(self._random(1, game), number, own, game.task.answers)
+        game.noise = [seen for document in drawn for seen in self._context.seen([document])]
         documents = [*own.values(), *game.noise]
         order = self._random(2, game).permutation(len(documents))
         shuffled = [documents[i] for i in order]

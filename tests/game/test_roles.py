@@ -173,6 +173,28 @@ def test_a_long_result_is_cut_but_closed():
     assert CONTEXT.decode(short.observation(FOUND * 30)) == "</information>\n"
 
 
+@pytest.mark.parametrize("tokens", range(12, 90, 7))
+@pytest.mark.parametrize("style", list(prompts.STYLES.values()))
+def test_the_documents_of_an_episode_are_as_long_as_they_were_shown(style, tokens):
+    limits = dataclasses.replace(LIMITS, observation_tokens=tokens, response_tokens=500)
+    p = player(context=dataclasses.replace(CONTEXT, style=style, limits=limits))
+    found = [Document(name, f'"{name}"', f"{name} is old. \u00e9\u6771" * 3) for name in "ABC"]
+    write(p, "<search> a </search>", SEARCH)
+    p.insert_result(found)
+    shown = p.turns[-1][1]
+    for document, whole in zip(p.documents, found, strict=False):
+        assert f'(Title: "{whole.id}") {document.text}' in shown
+    for number, whole in enumerate(found):
+        if whole.text in shown:
+            assert p.documents[number] == whole
+    *before, last = [document.text for document in p.documents] or [""]
+    assert before == [document.text for document in found[: len(before)]]
+    # Nothing that was shown is missing, but for a part of a character.
+    closing = style.observation_text.split("{documents}")[1].strip()
+    after = shown.split(closing)[0].rstrip("\ufffd\n")
+    assert after.endswith(last) or len(p.documents) < len(found)
+
+
 def test_episode_ids_are_unique_and_fit():
     ids = {
         roles.episode_id(r, row, a)

@@ -30,6 +30,7 @@ CONTEXT = roles.EpisodeContext(
 )
 ROOMY = roles.Limits(2000, 4000, 900, 200, 5, 4, 200)
 GOOD = "Which city is the capital of Mongolia?"
+LONG = "Ulaanbaatar" + " and so on" * 100
 TASKS = [
     Task(i, (answer,), searches=1 + i % 2)
     for i, answer in enumerate(("Ulaanbaatar", "Lhasa", "Oslo", "Rome"))
@@ -51,8 +52,9 @@ class ScriptedEngine:
     coming turn.
     """
 
-    def __init__(self, script, last_first=False):
+    def __init__(self, script, last_first=False, result=None):
         self.script, self.last_first, self.prompts = script, last_first, {}
+        self.result = result or (lambda query: Document(query, f'"{query}"', "found"))
 
     def play(self, params, key, players, finished, progress):
         waiting, stats = list(players), Stats()
@@ -67,7 +69,7 @@ class ScriptedEngine:
                     tokens, [-1.0] * len(tokens), found[0] if found else sampler.EOS
                 )
                 if query is not None:
-                    player.insert_result([Document(query, f'"{query}"', "found")])
+                    player.insert_result([self.result(query)])
             stats.finished += 1
             waiting += finished(player)
         return stats
@@ -217,6 +219,29 @@ def test_the_verifier_sees_own_and_noise_documents_and_cannot_search():
         assert "corpus" not in prompt
 
 
+def test_the_verifier_reads_no_more_of_a_document_than_players_do():
+    """Of its proposer's, of other games' and of the corpus's."""
+
+    class Long(Corpus):
+        def document(self, row):
+            return Document(f"corpus {row}", f'"{row}"', LONG)
+
+    limits = dataclasses.replace(ROOMY, observation_tokens=60)
+    context = dataclasses.replace(CONTEXT, limits=limits)
+    turn = script()
+    engine = ScriptedEngine(turn, result=lambda query: Document(query, f'"{query}"', LONG))
+    game = SelfPlay(make_game_config(config()), context, engine, Long())
+    memory = ReplayState(documents=[[Document("other", '"o"', LONG)]], answers=[("other",)])
+    round_, after = game.play(0, TASKS, memory, None, None)
+    for each in round_.games:
+        prompt = engine.prompts[roles.episode_id(roles.VERIFIER, each.index, 0)]
+        assert prompt.count("Doc ") == 1 + 4 and LONG not in prompt
+        read = [*each.proposer.documents, *each.noise]
+        assert all(0 < len(document.text) < len(LONG) for document in read)
+        assert all(document.text in prompt for document in read)
+    assert all(len(d.text) < len(LONG) for of_game in after.documents for d in of_game)
+
+
 def test_noise_of_the_first_round_comes_from_the_corpus_and_of_the_same_step_from_the_others():
     _, _, first = play(script())
     _, _, same = play(script(), game__noise_source="same_step", game__noise_documents=2)
@@ -279,9 +304,6 @@ def test_the_memory_of_an_earlier_version_has_no_answers():
     saved = memory.to_json()
     del saved["answers"]
     assert ReplayState.from_json(saved) == dataclasses.replace(memory, answers=[])
-
-
-LONG = "Ulaanbaatar" + " and so on" * 100
 
 
 def test_a_given_answer_without_room_in_the_prompt_is_an_outcome_of_the_game():
