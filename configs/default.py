@@ -110,6 +110,9 @@ def get_config() -> ConfigDict:
     # Played examples before each task, at most 3; see game/examples.py. None in [P] and [C]; plain
     # models of 0.5B need them [H].
     c.prompt.worked_examples = 0
+    # A search that finds what the episode has shown already gets a sentence that says so [H]; the
+    # same documents again in [P] and [C], where a greedy small model repeats it for ever.
+    c.prompt.tell_repeats = False
     # chat: the tokenizer's own template | raw_chatml: the reference's, no <|im_end|> [C].
     c.prompt.template = "chat"
 

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     c.model.path = "Qwen/Qwen2.5-1.5B-Instruct"
     c.prompt.style = "short"
     c.prompt.worked_examples = 2
+    c.prompt.tell_repeats = True
 
     c.engine.slots = 64
     c.engine.extend_rows = 1

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     c.model.path = "models/smollm2-135m-instruct"
     c.prompt.style = "short"
     c.prompt.worked_examples = 2
+    c.prompt.tell_repeats = True
 
     # The model was trained on at most 8,192 tokens.
     c.limits.prompt_tokens = 2048

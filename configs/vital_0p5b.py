@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     c.retriever.corpus = "data/vital/corpus.jsonl.gz"
     c.prompt.style = "short"
     c.prompt.worked_examples = 2
+    c.prompt.tell_repeats = True
 
     c.game.answers_per_step = 64
     # Leads are short: three passages are some 270 tokens, and the worked examples of the proposer

@@ -90,14 +90,14 @@ class Inputs:
             self.tokenizer.special_tokens_map,
             self.eos,
         )
-        shown = self.context.example_sets[0]
-        asked = prompts.solver_messages(self.context.style, "Who?", shown)
+        context = self.context
+        asked = prompts.solver_messages(context.style, "Who?", context.example_sets[0])
         values = {
             "data.answers": self.tasks,
             "data.eval_sets": self.eval_sets,
             "the model's shape": self.model_config,
             "the tokenizer": tokenizer,
-            "the prompts": (self.context.style, self.context.template, asked),
+            "the prompts": (context.style, context.template, asked, context.tell_repeats),
             "the search": self.retriever.source,
         }
         digests = {name: processes.digest(value) for name, value in values.items()}
@@ -356,7 +356,7 @@ def make_context(config: ConfigDict, tokenizer: Any) -> roles.EpisodeContext:
     limits = roles.Limits(**config.limits)
     style = prompts.STYLES[p.style]
     shown = example_sets(p.worked_examples)
-    context = roles.EpisodeContext(tokenizer, style, p.template, limits, shown)
+    context = roles.EpisodeContext(tokenizer, style, p.template, limits, shown, p.tell_repeats)
     minimum = len(context.encode(style.observation_text.format(documents="")))
     if limits.observation_tokens <= minimum:
         raise InputError(

@@ -94,6 +94,7 @@ def test_moved_files_have_the_same_digests(files, tmp_path):
     [
         {"prompt__style": "search_r1"},
         {"prompt__worked_examples": 1},
+        {"prompt__tell_repeats": True},
         {"limits__searches": 2},
         {"retriever__top_k": 2},
         {"retriever__b": 0.5},

@@ -72,7 +72,7 @@ def _check(place: str, key: str, value: Any, default: Any) -> None:
 def fill(flags: argparse.Namespace) -> None:
     """Gives flags of `generate` that the user left out the values of the model's training.
 
-    Adds turn_tokens and observation_tokens, which are no flags. Raises InputError.
+    Adds turn_tokens, observation_tokens and tell_repeats, which are no flags. Raises InputError.
     """
     trained = (flags.adapter and read(flags.adapter)) or read(flags.model)
     of_searches = trained if flags.index else {}
@@ -81,4 +81,5 @@ def fill(flags: argparse.Namespace) -> None:
             if getattr(flags, name) is None:
                 setattr(flags, name, keys.get(key, otherwise))
     flags.turn_tokens = of_searches.get("limits.turn_tokens", flags.max_tokens)
+    flags.tell_repeats = of_searches.get("prompt.tell_repeats", False)
     flags.observation_tokens = of_searches.get("limits.observation_tokens", OBSERVATION_TOKENS)

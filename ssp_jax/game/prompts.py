@@ -35,6 +35,8 @@ class Style:
     verifier_text: str  # {documents} {question}
     observation_text: str  # {documents}
     no_result_text: str = "No document matches this search."
+    # in place of a result that the episode has shown already
+    repeat_text: str = "This search finds only what is shown above. Search for something else."
     # without the newline after the last hit, as Search-R1 and R-Search insert a hit list
     strip_results: bool = True
     quotes_evidence: bool = False  # writes original_evidence before the answer
@@ -305,6 +307,11 @@ def observation(style: Style, documents: Sequence[Document]) -> str:
     if style.strip_results:
         text = text.strip()
     return style.observation_text.format(documents=text)
+
+
+def repeat_observation(style: Style) -> str:
+    """The text inserted after a search that finds what was shown before."""
+    return style.observation_text.format(documents=style.repeat_text)
 
 
 def seen_documents(style: Style, documents: Sequence[Document], chars: int) -> list[Document]:

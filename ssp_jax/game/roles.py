@@ -98,6 +98,7 @@ class EpisodeContext:
     # Worked examples: each game is shown one of these sets; evaluations and questions of users the
     # first.
     example_sets: tuple[tuple[Example, ...], ...] = ((),)
+    tell_repeats: bool = False  # config key prompt.tell_repeats
 
     @functools.cached_property
     def prefixes(self) -> tuple[tuple[int, ...], ...]:
@@ -131,16 +132,24 @@ class EpisodeContext:
         return tokens.decode(self.tokenizer, ids)
 
     def observation(self, documents: Sequence[Document]) -> list[int]:
-        """Tokens of an inserted result, encoded alone.
+        """Tokens of an inserted result."""
+        return self._cut(prompts.observation(self.style, documents))
 
-        A result that is too long loses its end, but not its closing tag.
+    @functools.cached_property
+    def repeat_observation(self) -> list[int]:
+        """Tokens that are inserted in place of a result that was shown before."""
+        return self._cut(prompts.repeat_observation(self.style))
+
+    def _cut(self, text: str) -> list[int]:
+        """Tokens of an observation, encoded alone.
+
+        One that is too long loses its end, but not its closing tag.
         """
-        ids = self.encode(prompts.observation(self.style, documents))
+        ids = self.encode(text)
         limit = self.limits.observation_tokens
         if len(ids) <= limit:
             return ids
-        closing = self._closing
-        return ids[: max(0, limit - len(closing))] + closing
+        return ids[: max(0, limit - len(self._closing))] + self._closing
 
     def seen(self, documents: Sequence[Document]) -> list[Document]:
         """The documents as far as their observation shows them."""
@@ -238,6 +247,8 @@ class EpisodePlayer:
     documents: list[Document] = field(init=False, default_factory=list)
     turns: list[tuple[str, str]] = field(init=False, default_factory=list)
     stop_reason: str = field(init=False, default="")  # "" while playing
+    # ids of each result that was shown, or the query of one without documents
+    _found: set[tuple[str, ...]] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -294,8 +305,7 @@ class EpisodePlayer:
         return None
 
     def insert_result(self, result: Sequence[Document]) -> None:
-        tokens = self.context.observation(result)
-        self.documents += self.context.seen(result)
+        tokens = self._observation(result)
         self.turns.append((SEARCH_ENGINE, self.context.decode(tokens)))
         if len(self.turns) // 2 >= self.context.limits.turns:
             self.stop_reason = "turns"
@@ -307,6 +317,15 @@ class EpisodePlayer:
         self.sampled += [False] * len(tokens)
         self.logprobs += [0.0] * len(tokens)
         self._turn_start = len(self.tokens)
+
+    def _observation(self, result: Sequence[Document]) -> list[int]:
+        """What is inserted. A greedy player that reads the same again writes the same again."""
+        found = tuple(document.id for document in result) or ("", self.queries[-1])
+        if self.context.tell_repeats and found in self._found:
+            return self.context.repeat_observation
+        self._found.add(found)
+        self.documents += self.context.seen(result)
+        return self.context.observation(result)
 
     def episode(self) -> Episode:
         return Episode(

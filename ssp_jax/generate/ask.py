@@ -213,7 +213,6 @@ def make_context(
     prompt_tokens: int = sys.maxsize,
     turn_tokens: int = sys.maxsize,
     observation_tokens: int = form.OBSERVATION_TOKENS,
-    worked_examples: int = 0,
 ) -> EpisodeContext:
     """The limits follow from the numbers of tokens and searches; prompts may be of any length."""
     limits = Limits(
@@ -225,7 +224,7 @@ def make_context(
         searches=max_searches,
         observation_tokens=min(observation_tokens, max_tokens),
     )
-    return EpisodeContext(tokenizer, style, template, limits, example_sets(worked_examples))
+    return EpisodeContext(tokenizer, style, template, limits)
 
 
 def _prompt_tokens(row: Row, tokenizer: Any, template: str) -> list[int]:
@@ -519,18 +518,18 @@ def _typed(typing: bool) -> Iterator[str]:
 
 def _context(f: Any, tokenizer: Any, prompt_tokens: int) -> EpisodeContext:
     """Raises InputError where the tokenizer or its template does not serve."""
-    style = prompts.STYLES[f.style]
     context = make_context(
         tokenizer,
         f.max_tokens,
         f.max_searches,
-        style,
+        prompts.STYLES[f.style],
         f.template,
         prompt_tokens,
         f.turn_tokens,
         f.observation_tokens,
-        f.worked_examples,
     )
+    shown = example_sets(f.worked_examples)
+    context = dataclasses.replace(context, example_sets=shown, tell_repeats=f.tell_repeats)
     if f.index:
         if not Path(f.index).is_dir():
             raise InputError(f"--index={f.index}: expected the folder of a built search index")

@@ -28,12 +28,17 @@ def filled(*arguments: str) -> argparse.Namespace:
 
 
 def test_flags_that_are_left_out_are_those_of_the_training(tmp_path: Path) -> None:
-    changes = ("prompt.template=raw_chatml", "prompt.worked_examples=2", "retriever.top_k=2")
+    changes = (
+        "prompt.template=raw_chatml",
+        "prompt.worked_examples=2",
+        "prompt.tell_repeats=True",
+        "retriever.top_k=2",
+    )
     model = trained(tmp_path / "model", *changes)
     flags = filled(f"--model={model}", "--index=index")
     assert (flags.style, flags.template, flags.worked_examples) == ("brief", "raw_chatml", 2)
     assert (flags.top_k, flags.max_searches, flags.max_tokens) == (2, 4, 320)
-    assert (flags.turn_tokens, flags.observation_tokens) == (40, 120)
+    assert (flags.turn_tokens, flags.observation_tokens, flags.tell_repeats) == (40, 120, True)
 
 
 def test_flags_that_are_given_win(tmp_path: Path) -> None:

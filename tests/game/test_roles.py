@@ -136,6 +136,28 @@ def test_a_result_that_does_not_fit_ends_it_and_is_not_appended():
     assert (p.stop_reason, len(p.tokens)) == ("response_tokens", before)
 
 
+OTHER = [Document("2", '"Oslo"', "Oslo is the capital of Norway.")]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_result_that_was_shown_already_is_told_so_where_asked(told):
+    """Also by other words, and of an empty result by the same words alone."""
+    limits = dataclasses.replace(LIMITS, turns=20, searches=20, response_tokens=900)
+    p = player(context=dataclasses.replace(CONTEXT, limits=limits, tell_repeats=told))
+    searches = [("a", FOUND), ("b", OTHER), ("c", FOUND), ("d", []), ("e", []), ("d", [])]
+    for query, result in searches:
+        write(p, f"<search> {query} </search>", SEARCH)
+        p.insert_result(result)
+    shown = [text for who, text in p.turns if who == roles.SEARCH_ENGINE]
+    repeats = [number for number, text in enumerate(shown) if "shown above" in text]
+    assert repeats == ([2, 5] if told else [])
+    assert shown[3] == shown[4] and "No document" in shown[3]
+    assert all("</information>" in text for text in shown)
+    assert shown[2] == shown[0] or told
+    read = [document.id for document in p.documents]
+    assert read == (["1", "2"] if told else ["1", "2", "1"])
+
+
 def test_a_search_without_its_opening_tag_ends_it():
     p = player()
     assert write(p, "capital </search>", SEARCH) is None
