@@ -27,7 +27,7 @@ from ssp_jax.config_comments import read_sections
 from ssp_jax.data import load_answers
 from ssp_jax.evaluation import scores
 from ssp_jax.export import __main__ as export
-from ssp_jax.game.rounds import round_metrics
+from ssp_jax.game.metrics import round_metrics
 from ssp_jax.game.rules import FAULTS
 from ssp_jax.generate import __main__ as generate
 from ssp_jax.metric_table import METRICS

@@ -17,6 +17,7 @@ import numpy as np
 from ssp_jax.data import Document, Task
 from ssp_jax.game import prompts, roles, rules
 from ssp_jax.game.judge import Case, Judge, Verdict
+from ssp_jax.game.metrics import round_metrics
 from ssp_jax.game.noise import Noise, distinct
 from ssp_jax.game.rewards import PROPOSER_REWARDS, needs_judge, solver_reward
 from ssp_jax.game.roles import (
@@ -36,7 +37,6 @@ from ssp_jax.game.rounds import (
     Training,
     all_verdicts,
     found_documents,
-    round_metrics,
 )
 from ssp_jax.learner import objective
 from ssp_jax.retriever.search import Searcher
