@@ -69,6 +69,31 @@ METRICS = {
         Metric("fault/unverified", "proposals", "The verifier's answer is not the given one."),
         Metric("fault/too_long_to_verify", "proposals", "The documents make too long a prompt."),
     ),
+    "What was behind them": (
+        Metric("cause/no_question/loop", "proposals", "Its last search, or turn, repeats itself."),
+        Metric("cause/no_question/turn_tokens", "proposals", "Cut by limits.turn_tokens."),
+        Metric("cause/no_question/response_tokens", "proposals", "Cut by limits.response_tokens."),
+        Metric("cause/no_question/cache_tokens", "proposals", "Cut by engine.cache_tokens."),
+        Metric("cause/no_question/turns", "proposals", "Ended by limits.turns."),
+        Metric("cause/no_question/searches", "proposals", "Ended by limits.searches."),
+        Metric(
+            "cause/no_question/malformed_search", "proposals", "A search without its opening tag."
+        ),
+        Metric("cause/no_question/no_tags", "proposals", "Ended by itself, without the tags."),
+        Metric("cause/no_question/no_opening_tag", "proposals", "The closing tag alone."),
+        Metric("cause/no_documents/no_search", "proposals", "Nothing was searched for."),
+        Metric("cause/no_documents/nothing_found", "proposals", "Its searches found nothing."),
+        Metric("cause/unverified/loop", "proposals", "The verifier repeats itself."),
+        Metric("cause/unverified/turn_tokens", "proposals", "It is cut by limits.turn_tokens."),
+        Metric(
+            "cause/unverified/response_tokens", "proposals", "By limits.verify_response_tokens."
+        ),
+        Metric("cause/unverified/cache_tokens", "proposals", "By engine.cache_tokens."),
+        Metric("cause/unverified/no_tags", "proposals", "It gives no answer in tags."),
+        Metric("cause/unverified/no_opening_tag", "proposals", "The closing tag alone."),
+        Metric("cause/unverified/wordy", "proposals", "The given answer, and other words."),
+        Metric("cause/unverified/other_answer", "proposals", "An answer without the given one."),
+    ),
     "The roles": (
         Metric(
             "verifier/noise", "documents", "Foreign documents that a verifier read, on average."

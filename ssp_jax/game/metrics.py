@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ssp_jax.game import rules
+from ssp_jax.game.causes import CAUSES
 from ssp_jax.game.roles import Episode
 from ssp_jax.game.rounds import Game
 from ssp_jax.rollout.engine import Stats
@@ -19,7 +20,7 @@ def round_metrics(games: Sequence[Game], stats: Stats) -> dict[str, float]:
     scores = [score for game in games for score in game.scores]
     answered = sum(episode.stop_reason == "answer" for episode in solvers)
 
-    metrics = _funnel(games)
+    metrics = _funnel(games) | _causes(games)
     metrics["verifier/noise"] = _mean(len(game.noise) for game in verified)
     metrics["reward/proposer"] = _mean(game.proposer_reward for game in games)
     metrics["reward/solver"] = _mean(scores)
@@ -42,6 +43,16 @@ def _funnel(games: Sequence[Game]) -> dict[str, float]:
         "funnel/solved": _mean(_mean(game.scores) for game in fresh),
     }
     return counts | {f"fault/{name}": float(faults[name]) for name in rules.FAULTS}
+
+
+def _causes(games: Sequence[Game]) -> dict[str, float]:
+    """What was behind the faults that have several causes."""
+    counts = Counter((game.fault, game.cause) for game in games)
+    return {
+        f"cause/{fault}/{name}": float(counts[fault, name])
+        for fault, names in CAUSES.items()
+        for name in names
+    }
 
 
 def _lengths(role: str, episodes: Sequence[Episode]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ssp_jax.data import Document, Task
+from ssp_jax.game.causes import cause
 from ssp_jax.game.examples import Example
 from ssp_jax.game.judge import Verdict
 from ssp_jax.game.noise import distinct
@@ -40,6 +41,11 @@ class Game:
     verdicts: dict[int, Verdict] = dataclasses.field(default_factory=dict)  # of episodes, by uid
     proposer_reward: float = 0.0
     shown: tuple[Example, ...] = ()  # worked examples in the prompts of all its players
+
+    @property
+    def cause(self) -> str:
+        """Why its proposal has the fault; "" where the fault says it, or there is none."""
+        return cause(self.fault, self.proposer, self.verifier, self.task.answers)
 
     @property
     def is_fresh(self) -> bool:
@@ -132,6 +138,7 @@ def readable(game: Game) -> dict[str, Any]:
         "documents": [dataclasses.asdict(document) for document in found],
         "noise": [dataclasses.asdict(document) for document in game.noise],
         "fault": game.fault,
+        "cause": game.cause,
         "question": game.question and dataclasses.asdict(game.question),
         "verifier": game.verifier and _readable_episode(game.verifier),
         "attempts": attempts,

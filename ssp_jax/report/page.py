@@ -30,6 +30,7 @@ from ssp_jax.runtime.files import replacing
 FILE = "report.html"  # where a page is written, in a run folder
 EVALUATIONS = "eval/step_*.json"  # there, too
 EVALUATIONS_SHOWN = 200  # at most as points of a curve
+LONG_LABEL = 22  # characters of one that leaves no room for four beside each other
 GAMES = 300  # shown at most, spread over the dumps of a run
 SMOOTHED_POINTS = 60  # lines of more points get a running mean over a twentieth of them
 COLORS = (
@@ -110,6 +111,7 @@ CHARTS = (
     ),
 )
 
+_FAULTS = ("fault/", "cause/")  # of questions that failed, and what was behind some of them
 _LINES = [(chart.name(label), metric) for chart in CHARTS for label, metric in chart.lines.items()]
 
 
@@ -146,7 +148,7 @@ class Steps:
     spoilt: int = 0  # lines that were skipped
 
     def add(self, row: Row, step: int, seconds: float) -> None:
-        values = {name: value for name, value in row.items() if name.startswith("fault/")}
+        values = {name: value for name, value in row.items() if name.startswith(_FAULTS)}
         for name, metric in _LINES:
             values[name] = metric(row) if callable(metric) else row.get(metric)
         trained = row.get("lora/parameters")
@@ -307,6 +309,7 @@ def shown_game(step: int, game: dict[str, Any]) -> dict[str, Any]:
         "golds": golds,
         "played": question is not None,
         "outcome": outcome,
+        "reason": _reason(game["fault"], game.get("cause", "")),
         "solved": f"{solved}/{len(game['attempts'])}" if game["attempts"] else "",
         "reward": float(game["proposer_reward"]),
         "episodes": episodes,
@@ -366,7 +369,9 @@ def _image(axes: Any) -> str:
         "text.parse_math": False,  # a set's name may have a $
     }
     with matplotlib.rc_context(settings):
-        axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        _, labels = axes.get_legend_handles_labels()
+        columns = 4 if max(map(len, labels)) < LONG_LABEL else 2
+        axes.figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         axes.figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -407,22 +412,34 @@ def draw(chart: Chart, curves: Curves) -> str | None:
 
 
 def draw_faults(curves: Curves) -> str | None:
-    """Counts of failed questions by reason, stacked; None where none has failed."""
+    """Counts of failed questions by reason, stacked; None where none has failed.
+
+    A fault whose causes are known is shown by these.
+    """
     lines = {}
     for name in curves.names:
-        if name.startswith("fault/"):
+        if name.startswith(_FAULTS):
             line = {point.step: point.mean for point in curves.line(name)}
             if any(line.values()):
                 lines[name] = line
+    for name in list(lines):
+        prefix, fault, *_ = name.split("/")
+        if prefix == "cause":
+            lines.pop(f"fault/{fault}", None)
     if not lines:
         return None
     axes = _figure()
     steps = sorted({step for line in lines.values() for step in line})
     counts = [[line.get(step, 0.0) for step in steps] for line in lines.values()]
-    labels = [printable(name.removeprefix("fault/").replace("_", " ")) for name in lines]
+    labels = [_reason(*name.split("/")[1:]) for name in lines]
     colors = [COLORS[i % len(COLORS)] for i in range(len(lines))]
     axes.stackplot(steps, counts, labels=labels, colors=colors, alpha=0.8)
     return _image(axes)
+
+
+def _reason(fault: str, cause: str = "") -> str:
+    """A fault and its cause, for people."""
+    return printable(": ".join(filter(None, (fault, cause))).replace("_", " "))
 
 
 def draw_evaluations(evaluations: Sequence[dict[str, Any]]) -> str | None:

@@ -13,6 +13,7 @@ from configs import default
 from ssp_jax.assemble import make_game_config
 from ssp_jax.data import Document, Task
 from ssp_jax.game import prompts, roles, rules
+from ssp_jax.game.causes import CAUSES
 from ssp_jax.game.examples import example_sets
 from ssp_jax.game.judge import Verdict
 from ssp_jax.game.rounds import Question, ReplayState, readable
@@ -143,6 +144,8 @@ def test_a_failed_question_is_an_outcome_with_its_own_reward(turn, fault):
     assert round_.proposer.rewards.tolist() == [-0.25] * 4
     assert not round_.solver.episodes
     assert round_.metrics[f"fault/{fault}"] == 4
+    causes = [f"cause/{fault}/{cause}" for cause in CAUSES.get(fault, ())]
+    assert sum(round_.metrics[name] for name in causes) == (4 if causes else 0)
 
 
 def test_a_verifier_without_room_for_its_documents_has_a_fault_of_its_own():

@@ -18,7 +18,12 @@ def episode(*turns, stop="answer"):
 
 
 def game(
-    question="Which city?", fault="", reused=False, scores=(1.0, 0.0), said="<think> so </think>"
+    question="Which city?",
+    fault="",
+    reused=False,
+    scores=(1.0, 0.0),
+    said="<think> so </think>",
+    cause="",
 ):
     found = (
         "search engine",
@@ -31,6 +36,7 @@ def game(
         for i in range(2)
     ]
     return {
+        "cause": cause,
         "answer": "Paris",
         "requested_searches": 2,
         "proposer": episode(
@@ -41,10 +47,10 @@ def game(
         ),
         "documents": [],
         "fault": fault,
-        "question": None if fault else asked,
+        "question": None if fault and not reused else asked,
         "verifier": episode(("verifier", "<answer> Paris </answer>")),
         "attempts": []
-        if fault
+        if fault and not reused
         else [a | {"score": s} for a, s in zip(attempts, scores, strict=True)],
         "proposer_reward": 0.5,
     }
@@ -125,7 +131,12 @@ def test_a_page_shows_no_secrets(tmp_path):
 
 
 def test_page(tmp_path, capsys):
-    records = [game(), game("Why?", fault="too_short"), game("When?", reused=True)]
+    records = [
+        game(),
+        game("Why?", fault="too_short"),
+        game("When?", fault="unverified", cause="wordy", reused=True),
+        game("Who?", fault="no_question", cause="loop"),
+    ]
     assert command.main([str(run_folder(tmp_path, games=[(2, records)]))]) == 0
     assert "report.html" in capsys.readouterr().out
     page = Page((tmp_path / "report.html").read_text())
@@ -140,9 +151,11 @@ def test_page(tmp_path, capsys):
         "step 2 verified solved 1/2 proposer's reward 0.50 Which city? → Paris",
         "step 2 too short proposer's reward 0.50 Why? → Paris",
         "step 2 reused solved 1/2 proposer's reward 0.50 When? → Paris",
+        "Its question failed (unverified: wordy); played instead",
+        "step 2 no question: loop proposer's reward 0.50 Who? → Paris",
         "found: Paris · Rome",
         "Attempt 2 x1 searches: 1, stopped by answer score 0",
-        "3 of the 3 games",
+        "4 of the 4 games",
         "3 steps, 3.0 minutes",
     ):
         assert expected in text, (expected, text)
@@ -432,3 +445,14 @@ def test_a_gain_needs_the_same_questions_and_not_only_as_many(tmp_path):
 def test_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     assert "No step has ended yet." in report.page(tmp_path, 5)
+
+
+def test_a_fault_whose_causes_are_known_is_drawn_by_these():
+    curves = Curves()
+    for step in range(3):
+        found = {"fault/no_question": 2.0, "cause/no_question/loop": 2.0, "fault/empty": 1.0}
+        curves.add(step, found | {"cause/no_question/turns": 0.0})
+    image = report.draw_faults(curves).removeprefix("data:image/svg+xml;base64,")
+    words = set(re.findall(r">([^<>]+)</text>", base64.b64decode(image).decode()))
+    assert {"no question: loop", "empty"} <= words
+    assert not {"no question", "no question: turns"} & words
