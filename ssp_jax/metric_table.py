@@ -94,6 +94,17 @@ METRICS = {
         Metric("cause/unverified/wordy", "proposals", "The given answer, and other words."),
         Metric("cause/unverified/other_answer", "proposals", "An answer without the given one."),
     ),
+    "What limits cut; of more than a tenth the console says it once": (
+        Metric("cut/results", "share", "Of search results, cut to limits.observation_tokens."),
+        Metric("cut/prompts", "share", "Of games, refused by limits.prompt_tokens."),
+        Metric(
+            "cut/verifier_prompts", "share", "Of verifiers, refused by limits.verify_prompt_tokens."
+        ),
+        Metric("cut/turns", "share", "Of episodes of all roles, ended by limits.turn_tokens."),
+        Metric(
+            "cut/responses", "share", "Of proposers and solvers, ended by limits.response_tokens."
+        ),
+    ),
     "The roles": (
         Metric(
             "verifier/noise", "documents", "Foreign documents that a verifier read, on average."

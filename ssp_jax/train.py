@@ -19,6 +19,7 @@ from ssp_jax.config import Origin
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import Result
 from ssp_jax.game import judge
+from ssp_jax.game.metrics import cut_sentences
 from ssp_jax.game.rounds import Round, Training, readable
 from ssp_jax.learner.update import MEMORY_REMEDY
 from ssp_jax.lifecycle import keeping, next_steps
@@ -162,6 +163,8 @@ def _log_step(
     run: TrainingRun, now: Progress, played: Round, metrics: dict[str, float], seconds: float
 ) -> None:
     run.logger.step(now.step, metrics | keeping.about(run), seconds)
+    for name, words in cut_sentences(metrics).items():
+        run.logger.say_once(name, words)
     if played.useless_reply is not None:
         reply = judge.shown(played.useless_reply)
         run.logger.say(

@@ -1,7 +1,7 @@
 """The numbers of a round: the funnel of questions, lengths of episodes, rates of play."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,12 +20,12 @@ def round_metrics(games: Sequence[Game], stats: Stats) -> dict[str, float]:
     scores = [score for game in games for score in game.scores]
     answered = sum(episode.stop_reason == "answer" for episode in solvers)
 
-    metrics = _funnel(games) | _causes(games)
+    metrics = _funnel(games) | _causes(games) | _cuts(games)
     metrics["verifier/noise"] = _mean(len(game.noise) for game in verified)
     metrics["reward/proposer"] = _mean(game.proposer_reward for game in games)
     metrics["reward/solver"] = _mean(scores)
     metrics |= _lengths("solver", solvers)
-    metrics["solver/answered"] = answered / max(len(solvers), 1)
+    metrics["solver/answered"] = _share(answered, len(solvers))
     metrics |= _lengths("proposer", proposers)
     return metrics | _rates(stats)
 
@@ -53,6 +53,53 @@ def _causes(games: Sequence[Game]) -> dict[str, float]:
         for fault, names in CAUSES.items()
         for name in names
     }
+
+
+def _cuts(games: Sequence[Game]) -> dict[str, float]:
+    """Shares of what a limit has cut or refused; CUTS names the limits."""
+    proposers = [game.proposer for game in games if game.proposer is not None]
+    verifiers = [game.verifier for game in games if game.verifier is not None]
+    players = [*proposers, *(episode for game in games for episode in game.attempts)]
+    played = [episode for episode in (*players, *verifiers) if episode.num_sampled]
+    faults = Counter(game.fault for game in games)
+    results = sum(episode.num_results for episode in players)
+    cut_results = sum(episode.cut_results for episode in players)
+    refused = sum(faults[name] for name in rules.PROMPT_FAULTS)
+    return {
+        "cut/results": _share(cut_results, results),
+        "cut/prompts": _share(refused, len(games)),
+        "cut/verifier_prompts": _share(faults["too_long_to_verify"], len(verifiers)),
+        "cut/turns": _ended_by("turn_tokens", played),
+        "cut/responses": _ended_by("response_tokens", players),
+    }
+
+
+def _ended_by(reason: str, episodes: Sequence[Episode]) -> float:
+    return _share(sum(episode.stop_reason == reason for episode in episodes), len(episodes))
+
+
+def _share(part: float, whole: float) -> float:
+    return part / max(whole, 1)
+
+
+# Metric -> what its share is of, and the config key to raise.
+CUTS = {
+    "cut/results": ("search results were cut", "limits.observation_tokens"),
+    "cut/prompts": ("games had too long a prompt", "limits.prompt_tokens"),
+    "cut/verifier_prompts": ("verifiers had too long a prompt", "limits.verify_prompt_tokens"),
+    "cut/turns": ("episodes ended in a turn that was cut", "limits.turn_tokens"),
+    "cut/responses": ("proposers and solvers were cut", "limits.response_tokens"),
+}
+_MUCH = 0.1  # a share that is worth a sentence
+
+
+def cut_sentences(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Metric of CUTS -> a sentence, for those of which a limit cuts more than a tenth."""
+    sentences = {}
+    for name, (what, key) in CUTS.items():
+        if (share := metrics[name]) > _MUCH:
+            sentences[name] = f"{100 * share:.0f} % of {what} ({name}): a larger {key} cuts less"
+    return sentences
 
 
 def _lengths(role: str, episodes: Sequence[Episode]) -> dict[str, float]:

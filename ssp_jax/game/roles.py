@@ -215,6 +215,7 @@ class Episode:
     documents: tuple[Document, ...]
     turns: tuple[tuple[str, str], ...]  # (role or SEARCH_ENGINE, text), for parsing and for people
     stop_reason: str
+    cut_results: int = 0  # results that limits.observation_tokens has cut
 
     @property
     def text(self) -> str:
@@ -224,6 +225,11 @@ class Episode:
     @property
     def num_sampled(self) -> int:
         return sum(self.sampled)
+
+    @property
+    def num_results(self) -> int:
+        """Results that were inserted, told repeats included."""
+        return sum(who == SEARCH_ENGINE for who, _ in self.turns)
 
     def turns_for_json(self) -> list[dict[str, str]]:
         return [{"who": who, "text": text} for who, text in self.turns]
@@ -249,6 +255,7 @@ class EpisodePlayer:
     stop_reason: str = field(init=False, default="")  # "" while playing
     # ids of each result that was shown, or the query of one without documents
     _found: set[tuple[str, ...]] = field(init=False, default_factory=set)
+    _cut_results: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -324,7 +331,9 @@ class EpisodePlayer:
         if self.context.tell_repeats and found in self._found:
             return self.context.repeat_observation
         self._found.add(found)
-        self.documents += self.context.seen(result)
+        seen = self.context.seen(result)
+        self._cut_results += seen != list(result)
+        self.documents += seen
         return self.context.observation(result)
 
     def episode(self) -> Episode:
@@ -339,6 +348,7 @@ class EpisodePlayer:
             documents=tuple(self.documents),
             turns=tuple(self.turns),
             stop_reason=self.stop_reason,
+            cut_results=self._cut_results,
         )
 
 

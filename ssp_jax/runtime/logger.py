@@ -207,6 +207,7 @@ class Logger:
         )
         self._columns: tuple[Column, ...] = ()
         self._explained: set[str] = set()  # titles of columns
+        self._said: set[str] = set()  # topics of say_once
         self._rows_since_header = 0
         self._phases: list[tuple[Phase, Callable[[], str]]] = []  # at work, the innermost last
         self._speaking = threading.Lock()
@@ -344,6 +345,12 @@ class Logger:
     def say(self, text: str) -> None:
         """Prints one line."""
         self._line(Text(printable(text)))
+
+    def say_once(self, topic: str, text: str) -> None:
+        """Prints one line, unless one on this topic was printed before."""
+        if topic not in self._said:
+            self._said.add(topic)
+            self.say(text)
 
     def episodes(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes workdir/episodes/step_000010.jsonl, one record a line, its text unescaped."""

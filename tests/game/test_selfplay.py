@@ -12,7 +12,7 @@ import pytest
 from configs import default
 from ssp_jax.assemble import make_game_config
 from ssp_jax.data import Document, Task
-from ssp_jax.game import prompts, roles, rules
+from ssp_jax.game import metrics, prompts, roles, rules
 from ssp_jax.game.causes import CAUSES
 from ssp_jax.game.examples import example_sets
 from ssp_jax.game.judge import Verdict
@@ -66,9 +66,10 @@ class ScriptedEngine:
                 text = self.script(player)
                 found = [i for i, stop in enumerate(player.role.stops) if text.endswith(stop)]
                 tokens = CONTEXT.encode(text)
-                query = player.end_turn(
-                    tokens, [-1.0] * len(tokens), found[0] if found else sampler.EOS
-                )
+                stop = found[0] if found else sampler.EOS
+                if len(player.tokens) + len(tokens) > player.token_limit():
+                    stop = sampler.LIMIT
+                query = player.end_turn(tokens, [-1.0] * len(tokens), stop)
                 if query is not None:
                     player.insert_result([self.result(query)])
             stats.finished += 1
@@ -162,6 +163,35 @@ def test_a_verifier_without_room_for_its_documents_has_a_fault_of_its_own():
         for name in ("fault/too_long_to_verify", "fault/unverified", "funnel/well_formed")
     ]
     assert counts == [4, 0, 4]
+
+
+CUTS = {
+    "cut/results": {"observation_tokens": 60},
+    "cut/prompts": {"prompt_tokens": 20},
+    "cut/verifier_prompts": {"verify_prompt_tokens": 20},
+    "cut/turns": {"turn_tokens": 1},
+    "cut/responses": {"response_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_a_limit_cuts_is_counted_and_told_with_the_key_to_raise(name):
+    context = dataclasses.replace(CONTEXT, limits=dataclasses.replace(ROOMY, **CUTS[name]))
+    turn = (lambda player: "I look") if name in ("cut/turns", "cut/responses") else script()
+    result = LONG if name == "cut/results" else "found"
+    engine = ScriptedEngine(turn, result=lambda query: Document(query, f'"{query}"', result))
+    game = SelfPlay(make_game_config(config()), context, engine, Corpus())
+    round_, _ = game.play(0, TASKS, ReplayState(), None, None)
+    shares = {key: round_.metrics[key] for key in metrics.CUTS}
+    assert shares == {key: float(key == name) for key in metrics.CUTS}
+    ((told, sentence),) = metrics.cut_sentences(round_.metrics).items()
+    assert told == name and f"limits.{next(iter(CUTS[name]))}" in sentence and "100 %" in sentence
+
+
+def test_a_tenth_may_be_cut_without_a_word():
+    shares = {name: 0.0 for name in metrics.CUTS}
+    assert metrics.cut_sentences(shares | {"cut/turns": 0.1}) == {}
+    assert set(metrics.cut_sentences(shares | {"cut/turns": 0.11})) == {"cut/turns"}
 
 
 @pytest.mark.parametrize(("solved", "reward"), [((True,) * 5, 0.0), ((False,) * 5, 1.0)])

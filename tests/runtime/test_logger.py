@@ -203,6 +203,15 @@ def test_plain_output_is_dated_lines_that_fit(
     assert first[-1] == clock(199 * 12.3)
 
 
+def test_what_is_said_once_is_not_said_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Logger(str(tmp_path), 3, tensorboard=False) as logger:
+        for topic, text in (("turns", "a"), ("prompts", "b"), ("turns", "c")):
+            logger.say_once(topic, text)
+    assert [line[9:] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
+
+
 def test_console_shows_only_metrics_that_the_run_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
