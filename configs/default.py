@@ -141,6 +141,9 @@ def get_config() -> ConfigDict:
     c.game.batch_fill = "periodic_reset"
     # periodic_reset: steps between clearings of the replay pool [P B.1].
     c.game.reset_interval = 10
+    # full_reuse, periodic_reset: slots that a question of the pool may fill in one step, 0 for any
+    # number [P, C]. Where few are verified, a step of the same two questions fits these [H].
+    c.game.pool_reuse = 0
     # resample: further proposals for an answer whose question failed [C].
     c.game.resample_rounds = 5
 

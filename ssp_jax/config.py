@@ -455,6 +455,7 @@ BOUNDS: dict[str, Range] = {
     "game.group_size": Range(0, rules.ID_ATTEMPTS, above=True),
     "game.noise_documents": Range(0, 10_000),
     "game.reset_interval": _COUNT,
+    "game.pool_reuse": Range(0, rules.ID_ROWS),
     "game.resample_rounds": Range(0, rules.ID_ATTEMPTS - 1, above=True),
     "rules.min_searches": _WHOLE,
     "rules.min_chars": _WHOLE,

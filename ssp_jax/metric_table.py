@@ -47,6 +47,7 @@ METRICS = {
         Metric(
             "funnel/reused", "questions", "Questions from the pool, played for those that failed."
         ),
+        Metric("funnel/distinct", "questions", "Different ones that were played."),
         Metric("funnel/solved", "share", "Of attempts at new questions that were right."),
     ),
     "Why proposals failed: the first reason of each": (

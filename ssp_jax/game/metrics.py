@@ -40,6 +40,7 @@ def _funnel(games: Sequence[Game]) -> dict[str, float]:
         "funnel/well_formed": len(games) - malformed,
         "funnel/verified": len(fresh),
         "funnel/reused": sum(game.is_reused for game in games),
+        "funnel/distinct": len({game.question.text for game in games if game.question}),
         "funnel/solved": _mean(_mean(game.scores) for game in fresh),
     }
     return counts | {f"fault/{name}": float(faults[name]) for name in rules.FAULTS}

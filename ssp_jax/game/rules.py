@@ -48,6 +48,7 @@ class GameSection:
     noise_source: NoiseSource
     batch_fill: BatchFill
     reset_interval: int
+    pool_reuse: int
     resample_rounds: int
 
 

@@ -85,7 +85,8 @@ class SelfPlay:
             noise = self._noise(replay.answers, replay.documents)
 
         # Propose, verify, solve, reward: the end of an episode leads to the next phase.
-        phases = _Phases(self._config, self._context, step, noise, replay.pool)
+        fillers = self._fillers(step, len(games), replay.pool)
+        phases = _Phases(self._config, self._context, step, noise, fillers)
         after = {PROPOSER: phases.verify, VERIFIER: phases.solve, SOLVER: phases.reward}
         waves = _Waves(self._engine, self._judge, self._config.reward.metric, after)
         facts = {
@@ -129,6 +130,23 @@ class SelfPlay:
             drawn = int(_random(self._config.seed, 5, step, i).integers(len(sets)))
             games.append(Game(i, task, proposer_reward=reward, shown=sets[drawn]))
         return games
+
+    def _fillers(self, step: int, games: int, pool: Sequence[Question]) -> list[Question | None]:
+        """For each game the question of the pool that takes its place if its own fails.
+
+        With game.pool_reuse = n the pool has n copies of each question, which are dealt out by
+        chance: also to games that do not need them, so that none waits for the others.
+        """
+        section = self._config.game
+        if not pool or section.batch_fill in ("dummy", "resample"):
+            return [None] * games
+        seed = self._config.seed
+        if not section.pool_reuse:
+            draws = (_random(seed, 3, step, i).integers(len(pool)) for i in range(games))
+            return [pool[int(drawn)] for drawn in draws]
+        copies = list(dict.fromkeys(pool)) * section.pool_reuse
+        places = _random(seed, 3, step, games).permutation(max(games, len(copies)))
+        return [copies[place] if place < len(copies) else None for place in places[:games]]
 
     @property
     def _waits(self) -> int:
@@ -279,7 +297,7 @@ class _Phases:
     """What follows from an episode, phase by phase. Each method gives the players to play next.
 
     noise: for the verifiers; None where questions wait for verify_waiting.
-    pool: questions of earlier rounds, for those that fail in this one.
+    fillers: of each game, a question of an earlier round to play where its own fails.
     """
 
     def __init__(
@@ -288,13 +306,13 @@ class _Phases:
         context: EpisodeContext,
         step: int,
         noise: Noise | None,
-        pool: Sequence[Question],
+        fillers: Sequence[Question | None],
     ):
         self._config = config
         self._context = context
         self._step = step
         self._noise = noise
-        self._pool = pool
+        self._fillers = fillers
         self._waiting: list[Game] = []  # for the noise of this step
 
     def propose(self, game: Game) -> EpisodePlayer:
@@ -372,10 +390,10 @@ class _Phases:
         section = self._config.game
         if section.batch_fill == "resample":
             return [self.propose(game)] if game.proposals <= section.resample_rounds else []
-        if section.batch_fill == "dummy" or not self._pool:
+        filler = self._fillers[game.index]
+        if filler is None:
             return []
-        drawn = int(self._random(3, game).integers(len(self._pool)))
-        game.question = dataclasses.replace(self._pool[drawn], reused=True)
+        game.question = dataclasses.replace(filler, reused=True)
         return self._solvers(game)
 
     def _verifier(self, game: Game, noise: Noise) -> EpisodePlayer:

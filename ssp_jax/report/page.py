@@ -90,6 +90,7 @@ CHARTS = (
             "well-formed": _percent("funnel/well_formed", "funnel/proposed"),
             "verified": _percent("funnel/verified", "funnel/proposed"),
             "taken from the pool": _percent("funnel/reused", "funnel/proposed"),
+            "different ones played": _percent("funnel/distinct", "funnel/proposed"),
         },
         "Verified: answered from the proposer's own documents.",
         percent=True,

@@ -4,6 +4,7 @@ batch is filled.
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -420,6 +421,36 @@ def test_failed_questions_are_filled_from_the_pool_and_their_proposer_still_fail
         )
     assert after.pool == pool.pool  # reused questions are not added again
     assert round_.metrics["funnel/reused"] == 4 and round_.metrics["funnel/verified"] == 0
+
+
+@pytest.mark.parametrize("fill", ["full_reuse", "periodic_reset"])
+@pytest.mark.parametrize("reuse", [0, 1, 2, 9])
+def test_a_question_of_the_pool_fills_no_more_slots_than_allowed(fill, reuse):
+    """Two questions, one of them twice in the pool, for twelve games of which most fail."""
+    pool = ReplayState(pool=[Question(f"Which {name}?", ("x",)) for name in "aba"])
+    tasks = [Task(i, (f"answer {i}",)) for i in range(12)]
+
+    def turn(player):
+        return script(verified=player.tag.index in (3, 8))(player)
+
+    def replayed(**more):
+        changes = {"game__batch_fill": fill, "game__pool_reuse": reuse}
+        round_, after, _ = play(turn, pool, 1, tasks, **changes, **more)
+        return round_, after, [game.question.text for game in round_.games if game.is_reused]
+
+    round_, after, played = replayed()
+    counts = Counter(played)
+    assert set(counts) <= {"Which a?", "Which b?"}
+    if reuse == 0:
+        assert counts.total() == 10 and max(counts.values()) > 2
+    else:
+        assert max(counts.values(), default=0) <= reuse
+        # At most the two games that verify have theirs for nothing.
+        assert counts.total() >= min(2 * reuse, 12) - 2
+    assert round_.metrics["funnel/reused"] == counts.total()
+    assert round_.metrics["funnel/distinct"] == len(counts) + 1  # GOOD, asked twice
+    assert replayed(last_first=True)[2] == played
+    assert after.pool[:3] == pool.pool
 
 
 @pytest.mark.parametrize(
