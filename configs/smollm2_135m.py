@@ -19,6 +19,12 @@ def get_config() -> ConfigDict:
     c.prompt.worked_examples = 2
     c.prompt.tell_repeats = True
 
+    # The usual reward is 1 for a question that nobody solves: of a small model's those are the
+    # ambiguous ones. This is highest where half of the attempts are right, and 0 at both ends.
+    c.reward.proposer = "intermediate"
+    # With few verified questions the pool would replay the same ones many times in a step.
+    c.game.pool_reuse = 1
+
     # The model was trained on at most 8,192 tokens.
     c.limits.prompt_tokens = 2048
     c.limits.verify_prompt_tokens = 6144

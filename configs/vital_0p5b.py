@@ -53,6 +53,12 @@ def get_config() -> ConfigDict:
     c.prompt.worked_examples = 2
     c.prompt.tell_repeats = True
 
+    # The usual reward is 1 for a question that nobody solves: of a small model's those are the
+    # ambiguous ones. This is highest where half of the attempts are right, and 0 at both ends.
+    c.reward.proposer = "intermediate"
+    # With few verified questions the pool would replay the same ones many times in a step.
+    c.game.pool_reuse = 1
+
     c.game.answers_per_step = 64
     # Leads are short: three passages are some 270 tokens, and the worked examples of the proposer
     # take 450.

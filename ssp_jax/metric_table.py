@@ -20,6 +20,7 @@ class Metric:
 
 
 _JUDGED = "a model judges (`reward.metric`)"
+_SHOWN = "`prompt.worked_examples` is not 0"
 _LORA = "`lora.rank` is not 0"
 
 # Heading -> metrics.
@@ -121,6 +122,11 @@ METRICS = {
         Metric("proposer/searches", "searches", "Of a proposer episode, on average."),
         Metric("proposer/tokens", "tokens", "Sampled in a proposer episode, on average."),
         Metric("proposer/length", "tokens", "Prompt, sampled and inserted tokens of one."),
+        Metric(
+            "proposer/leak", "share", "Of its episodes that write a name of an example.", _SHOWN
+        ),
+        Metric("verifier/leak", "share", "Likewise, where its materials have none.", _SHOWN),
+        Metric("solver/leak", "share", "Likewise, where its question has none.", _SHOWN),
         Metric("judge/asked", "verdicts", "Answers that the judge was asked about.", _JUDGED),
         Metric("judge/failed", "verdicts", "Of these, those without a verdict.", _JUDGED),
     ),

@@ -6,6 +6,8 @@ is shown, and of a single example it copies the names too (a 0.5B model did so i
 What the prompts of a set begin with is still computed once.
 """
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ssp_jax.data import Document
@@ -30,10 +32,40 @@ class Example:
         """That the question needs."""
         return len(self.found)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What stands in no other game but by chance: titles, and the answer if it is no number."""
+        titles = [query(document) for document in (self.about_answer, *self.found, self.noise)]
+        answer = () if self.answer.isdigit() else (self.answer,)
+        return tuple(dict.fromkeys((*titles, *answer)))
+
 
 def query(document: Document) -> str:
     """The search that finds a document of an example: its title, a bare name."""
     return document.title.strip('"')
+
+
+def leaks(
+    turns: Iterable[tuple[str, str]], role: str, given: str, shown: Sequence[Example]
+) -> bool:
+    """Whether a player wrote a name of the shown examples that it had not read elsewhere.
+
+    turns: author and text; those by `role` are the player's own. given: the task in its prompt.
+    """
+    names = [_words(name) for example in shown for name in example.names]
+    read = _words(given)
+    for author, text in turns:
+        words = _words(text)
+        if author == role and any(name in words and name not in read for name in names):
+            return True
+        read += words
+    return False
+
+
+def _words(text: str) -> str:
+    """Lower-case words between single spaces, one at each end too: so names are found whole."""
+    words = re.findall(r"\w+", text.casefold())
+    return f" {' '.join(words)} "
 
 
 def _document(title: str, text: str) -> Document:

@@ -1,13 +1,15 @@
 """The numbers of a round: the funnel of questions, lengths of episodes, rates of play."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ssp_jax.game import rules
 from ssp_jax.game.causes import CAUSES
-from ssp_jax.game.roles import Episode
+from ssp_jax.game.examples import leaks
+from ssp_jax.game.prompts import first_question, format_documents
+from ssp_jax.game.roles import PROPOSER, SOLVER, VERIFIER, Episode
 from ssp_jax.game.rounds import Game
 from ssp_jax.rollout.engine import Stats
 
@@ -27,6 +29,8 @@ def round_metrics(games: Sequence[Game], stats: Stats) -> dict[str, float]:
     metrics |= _lengths("solver", solvers)
     metrics["solver/answered"] = _share(answered, len(solvers))
     metrics |= _lengths("proposer", proposers)
+    if any(game.shown for game in games):
+        metrics |= _leaks(games)
     return metrics | _rates(stats)
 
 
@@ -101,6 +105,26 @@ def cut_sentences(metrics: Mapping[str, float]) -> dict[str, str]:
         if (share := metrics[name]) > _MUCH:
             sentences[name] = f"{100 * share:.0f} % of {what} ({name}): a larger {key} cuts less"
     return sentences
+
+
+def _leaks(games: Sequence[Game]) -> dict[str, float]:
+    """Shares of episodes in which a name stands that only the worked examples can have given."""
+    found: dict[str, list[bool]] = {role.name: [] for role in (PROPOSER, VERIFIER, SOLVER)}
+    for game in games:
+        for episode, given in _players(game):
+            found[episode.role].append(leaks(episode.turns, episode.role, given, game.shown))
+    return {f"{role}/leak": _share(sum(of_role), len(of_role)) for role, of_role in found.items()}
+
+
+def _players(game: Game) -> Iterator[tuple[Episode, str]]:
+    """The episodes of a game, each with what its prompt gave it to read beside the examples."""
+    if game.proposer is not None:
+        yield game.proposer, f"{game.task.answers[0]} {game.task.examples}"
+    if game.proposer is not None and game.verifier is not None:
+        materials = format_documents([*game.proposer.documents, *game.noise])
+        yield game.verifier, f"{first_question(game.proposer.text)} {materials}"
+    for attempt in game.attempts:
+        yield attempt, game.question.text if game.question else ""
 
 
 def _lengths(role: str, episodes: Sequence[Episode]) -> dict[str, float]:

@@ -77,6 +77,14 @@ def _percent(part: str, whole: str) -> Callable[[Row], float | None]:
     return percent
 
 
+def _percent_of(share: str) -> Callable[[Row], float | None]:
+    def percent(row: Row) -> float | None:
+        value = row.get(share)
+        return None if value is None else 100 * value
+
+    return percent
+
+
 def _of_updates(metric: str) -> dict[str, str]:
     return {name: f"update/{name}/{metric}" for name in UPDATES}
 
@@ -98,6 +106,12 @@ CHARTS = (
     Chart("Searches of an episode", {"proposer": "proposer/searches", "solver": "solver/searches"}),
     Chart(
         "Tokens sampled in an episode", {"proposer": "proposer/tokens", "solver": "solver/tokens"}
+    ),
+    Chart(
+        "Names of worked examples in episodes, %",
+        {name: _percent_of(f"{name}/leak") for name in ("proposer", "verifier", "solver")},
+        "That the player has read nowhere else.",
+        percent=True,
     ),
     Chart("KL to the initial model", _of_updates("kl")),
     Chart("Entropy of the policy", _of_updates("entropy"), "Nats a token."),

@@ -9,7 +9,7 @@ import pytest
 from configs import default
 from ssp_jax.assemble import make_game_config
 from ssp_jax.game import prompts, rewards, roles, rules
-from ssp_jax.game.examples import EXAMPLES, MOST, SETS, example_sets, query
+from ssp_jax.game.examples import EXAMPLES, MOST, SETS, example_sets, leaks, query
 from ssp_jax.game.roles import PROPOSER, SOLVER, VERIFIER
 from ssp_jax.model import hf_load
 
@@ -112,3 +112,27 @@ def test_sets_share_no_example(number):
     shown = [example for each in sets for example in each]
     assert {len(each) for each in sets} == {number}
     assert len(set(shown)) == len(shown) == number * SETS
+
+
+OKER = (EXAMPLES[0],)
+
+
+@pytest.mark.parametrize(
+    ("turns", "given", "leaked"),
+    [
+        ([("solver", "<search>Oker</search>")], "Who?", True),
+        ([("solver", "Then louis  SPOHR came.")], "Who?", True),
+        ([("solver", "Hungary")], "Who?", False),
+        ([("solver", "<search> Oker </search>")], "Where is the Oker?", False),
+        ([("search engine", "The Oker is long."), ("solver", "Oker")], "Who?", False),
+        ([("solver", "<search> Oker </search>"), ("search engine", "The Oker.")], "Who?", True),
+        ([("solver", "<search> Okerland </search>")], "Who?", False),
+    ],
+)
+def test_a_leak_is_a_name_of_an_example_that_was_read_nowhere_else(turns, given, leaked):
+    assert leaks(turns, "solver", given, OKER) == leaked
+    assert not leaks(turns, "solver", given, (EXAMPLES[1],))
+
+
+def test_years_are_no_names():
+    assert not any(name.isdigit() for example in EXAMPLES for name in example.names)

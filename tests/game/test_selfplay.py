@@ -15,7 +15,7 @@ from ssp_jax.assemble import make_game_config
 from ssp_jax.data import Document, Task
 from ssp_jax.game import metrics, prompts, roles, rules
 from ssp_jax.game.causes import CAUSES
-from ssp_jax.game.examples import example_sets
+from ssp_jax.game.examples import EXAMPLES, example_sets
 from ssp_jax.game.judge import Verdict
 from ssp_jax.game.rounds import Question, ReplayState, readable
 from ssp_jax.game.rules import RL_PAIRS
@@ -407,6 +407,28 @@ def test_the_players_of_a_game_are_shown_one_set_drawn_by_seed_step_and_game():
     assert len(set(first)) == len(sets)
     assert drawn(0, 0, tasks[:5], last_first=True) == first[:5]
     assert drawn(1, 0, tasks) != first != drawn(0, 1, tasks)
+
+
+def test_leaks_of_shown_examples_are_counted_where_they_begin():
+    """The proposer makes the name up; its verifier and solver have read it in the question."""
+    shown = example_sets(1)[0]
+    context = dataclasses.replace(CONTEXT, example_sets=(shown,), limits=ROOMY)
+    turn = script(question=f"Which city is far from the {shown[0].answer}?")
+    solvers = {0: "Selby", 1: shown[0].answer}
+
+    def leaking(player):
+        name = solvers.get(player.uid & 511, "Oslo")
+        return f"{name} {turn(player)}" if player.role is roles.SOLVER else turn(player)
+
+    def shares(context):
+        game = SelfPlay(make_game_config(config()), context, ScriptedEngine(leaking), Corpus())
+        metrics_ = game.play(0, TASKS, ReplayState(), None, None)[0].metrics
+        return {name: value for name, value in metrics_.items() if name.endswith("/leak")}
+
+    assert shares(context) == {"proposer/leak": 1, "verifier/leak": 0, "solver/leak": 0}
+    other = dataclasses.replace(context, example_sets=((EXAMPLES[1],),))
+    assert shares(other) == {"proposer/leak": 0, "verifier/leak": 0, "solver/leak": 0.2}
+    assert shares(CONTEXT) == {}
 
 
 def test_failed_questions_are_filled_from_the_pool_and_their_proposer_still_fails():
