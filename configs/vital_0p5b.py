@@ -60,8 +60,8 @@ def get_config() -> ConfigDict:
     c.game.pool_reuse = 1
 
     c.game.answers_per_step = 64
-    # Leads are short: three passages are some 270 tokens. A proposer's prompt has up to 510 with its
-    # worked examples.
+    # Leads are short: three passages are some 270 tokens. A proposer's prompt with its worked
+    # examples has up to 510.
     c.limits.prompt_tokens = 640
     c.limits.verify_prompt_tokens = 3072
     c.limits.response_tokens = 1920
