@@ -92,7 +92,7 @@ def solver_reward(
 
 # Rewards of the proposer, from the solver's scores on its questions, of which s is the mean, as in
 # the paper's formula. The reference counts every score > 0 as solved, so there a quarter weighs as
-# much as a one. The report shows these docstrings.
+# much as a one.
 
 
 def one_minus_mean(scores_QG: np.ndarray) -> np.ndarray:

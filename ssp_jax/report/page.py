@@ -1,133 +1,32 @@
 """A run folder as one HTML page, with curves and games to read.
 
-The page needs no network and no other file, and may be made while the run goes on. Curves are
-matplotlib SVGs: some 15 KB each and sharp at any size, where an embedded plotly would bring 4 MB.
-In a long run each point of a curve is the mean of many steps, and the page says so.
+The page needs no network and no other file, and may be made while the run goes on.
 """
 
-import base64
-import io
 import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
 from ssp_jax.errors import InputError, masked, printable
-from ssp_jax.evaluation.scores import AVERAGE, MEANS, SHARES
+from ssp_jax.evaluation.scores import MEANS, SHARES
 from ssp_jax.game import prompts, rewards
-from ssp_jax.report.curves import Curves, Point
+from ssp_jax.report import drawing, held_out
+from ssp_jax.report.curves import Curves
 from ssp_jax.runtime import figures, records
 from ssp_jax.runtime.files import replacing
 
 FILE = "report.html"  # where a page is written, in a run folder
 EVALUATIONS = "eval/step_*.json"  # there, too
-EVALUATIONS_SHOWN = 200  # at most as points of a curve
-LONG_LABEL = 22  # characters of one that leaves no room for four beside each other
 GAMES = 300  # shown at most, spread over the dumps of a run
-SMOOTHED_POINTS = 60  # lines of more points get a running mean over a twentieth of them
-COLORS = (
-    "#2563eb",
-    "#d97706",
-    "#059669",
-    "#db2777",
-    "#7c3aed",
-    "#0891b2",
-    "#65a30d",
-    "#64748b",
-    "#b91c1c",
-    "#1e293b",
-)
-UPDATES = ("proposer", "solver", "both")  # in the order, and so the colours, of the other charts
-
-Row = dict[str, float | None]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One chart. Metrics that the run has not written are left out, so is a chart without any."""
-
-    title: str
-    lines: Mapping[str, str | Callable[[Row], float | None]]  # label -> metric, or its computation
-    note: str = ""
-    percent: bool = False
-
-    def name(self, label: str) -> str:
-        """The name of a line among those of all charts."""
-        return f"{self.title}: {label}"
-
-
-def _percent(part: str, whole: str) -> Callable[[Row], float | None]:
-    """100 * part / whole of a row, by the names of metrics; None where one is missing."""
-
-    def percent(row: Row) -> float | None:
-        numerator = row.get(part)
-        denominator = row.get(whole)
-        if numerator is None or not denominator:
-            return None
-        return 100 * numerator / denominator
-
-    return percent
-
-
-def _percent_of(share: str) -> Callable[[Row], float | None]:
-    def percent(row: Row) -> float | None:
-        value = row.get(share)
-        return None if value is None else 100 * value
-
-    return percent
-
-
-def _of_updates(metric: str) -> dict[str, str]:
-    return {name: f"update/{name}/{metric}" for name in UPDATES}
-
-
-_REWARDS = Chart("Rewards", {"proposer": "reward/proposer", "solver": "reward/solver"})
-CHARTS = (
-    _REWARDS,  # its note: reward_note()
-    Chart(
-        "Funnel, % of the questions asked",
-        {
-            "well-formed": _percent("funnel/well_formed", "funnel/proposed"),
-            "verified": _percent("funnel/verified", "funnel/proposed"),
-            "taken from the pool": _percent("funnel/reused", "funnel/proposed"),
-            "different ones played": _percent("funnel/distinct", "funnel/proposed"),
-        },
-        "Verified: answered from the proposer's own documents.",
-        percent=True,
-    ),
-    Chart("Searches of an episode", {"proposer": "proposer/searches", "solver": "solver/searches"}),
-    Chart(
-        "Tokens sampled in an episode", {"proposer": "proposer/tokens", "solver": "solver/tokens"}
-    ),
-    Chart(
-        "Names of worked examples in episodes, %",
-        {name: _percent_of(f"{name}/leak") for name in ("proposer", "verifier", "solver")},
-        "That the player has read nowhere else.",
-        percent=True,
-    ),
-    Chart("KL to the initial model", _of_updates("kl")),
-    Chart("Entropy of the policy", _of_updates("entropy"), "Nats a token."),
-    Chart("Gradient norm", _of_updates("grad_norm"), "Before clipping."),
-    Chart(
-        "Throughput, tokens a second",
-        {"sampled": "play/tokens_per_second", "trained": "update/tokens_per_second"},
-    ),
-    Chart(
-        "Seconds",
-        {"a whole step": "seconds", "playing": "play/seconds", "updating": "update/seconds"},
-    ),
-)
-
-_FAULTS = ("fault/", "cause/")  # of questions that failed, and what was behind some of them
-_LINES = [(chart.name(label), metric) for chart in CHARTS for label, metric in chart.lines.items()]
+CHANGES = 20  # held-out questions shown that became right, and as many that became wrong
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -162,9 +61,9 @@ class Steps:
     curves: Curves = field(default_factory=Curves)
     spoilt: int = 0  # lines that were skipped
 
-    def add(self, row: Row, step: int, seconds: float) -> None:
-        values = {name: value for name, value in row.items() if name.startswith(_FAULTS)}
-        for name, metric in _LINES:
+    def add(self, row: drawing.Row, step: int, seconds: float) -> None:
+        values = {name: value for name, value in row.items() if name.startswith(drawing.FAULTS)}
+        for name, metric in drawing.LINES:
             values[name] = metric(row) if callable(metric) else row.get(metric)
         trained = row.get("lora/parameters")
         share = row.get("lora/share")
@@ -274,7 +173,7 @@ def read_games(workdir: Path, limit: int) -> Games:
     """At most `limit` games, as many of each dump, and how many there are in all."""
     dumps = sorted((workdir / "episodes").glob("step_*.jsonl"))
     per_dump = max(1, limit // max(len(dumps), 1))
-    shown_dumps = {dumps[i] for i in _spread(len(dumps), limit)}
+    shown_dumps = {dumps[i] for i in drawing.spread(len(dumps), limit)}
     games = Games()
     for path in dumps:
         with _expecting_run_files(path):
@@ -312,6 +211,8 @@ def shown_game(step: int, game: dict[str, Any]) -> dict[str, Any]:
     for name in ("proposer", "verifier"):
         if game[name]:
             episodes.append(shown_episode(name.capitalize(), game[name], None))
+            if name == "verifier":
+                episodes[-1]["materials"] = _materials(game)
     solved = 0
     for i, attempt in enumerate(game["attempts"], 1):
         solved += attempt["score"] > 0
@@ -324,11 +225,21 @@ def shown_game(step: int, game: dict[str, Any]) -> dict[str, Any]:
         "golds": golds,
         "played": question is not None,
         "outcome": outcome,
-        "reason": _reason(game["fault"], game.get("cause", "")),
+        "fault": game["fault"],
+        "reason": drawing.reason(game["fault"], game.get("cause", "")),
         "solved": f"{solved}/{len(game['attempts'])}" if game["attempts"] else "",
         "reward": float(game["proposer_reward"]),
         "episodes": episodes,
     }
+
+
+def _materials(game: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
+    """What a verifier was given to read, by where it came from."""
+    shown = {}
+    for title, key in (("the proposer's documents", "documents"), ("noise", "noise")):
+        found = game.get(key) or []  # of an earlier version there may be none
+        shown[title] = [{"title": d["title"].strip(' "'), "text": d["text"]} for d in found]
+    return shown
 
 
 def shown_episode(name: str, episode: dict[str, Any], score: float | None) -> dict[str, Any]:
@@ -348,7 +259,24 @@ def shown_episode(name: str, episode: dict[str, Any], score: float | None) -> di
         "score": score,
         "searches": sum(turn["found"] for turn in turns),
         "answer": prompts.last_answer(written) or "",
+        "materials": {},
     }
+
+
+def first_to_read(games: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Games to begin with: what they are -> their place in `games`."""
+    found: dict[str, int] = {}
+    partly = [
+        (int(won) / int(all_), place)
+        for place, (won, _, all_) in enumerate(game["solved"].partition("/") for game in games)
+        if won and 0 < int(won) < int(all_)
+    ]
+    if partly:
+        found["the hardest question that was solved"] = min(partly)[1]
+    newest = [place for place, game in enumerate(games) if game["outcome"] == "verified"]
+    if newest:
+        found["the newest that was verified"] = newest[-1]
+    return found
 
 
 def _titles(text: str) -> list[str]:
@@ -356,144 +284,19 @@ def _titles(text: str) -> list[str]:
     return [title.strip(' "') for title in titles]
 
 
-# --- drawing --------------------------------------------------------------------------------------
-
-
-def _figure() -> Any:
-    """The axes of an empty chart, made without pyplot, which would look for a display."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    axes = Figure(figsize=(5.4, 2.9), layout="constrained").add_subplot()
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("step")
-    return axes
-
-
-def _image(axes: Any) -> str:
-    """The chart with a legend, as a data URI: in an image its ids cannot clash with another's."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "ssp_jax",
-        "font.family": "sans-serif",
-        "text.parse_math": False,  # a set's name may have a $
-    }
-    with matplotlib.rc_context(settings):
-        _, labels = axes.get_legend_handles_labels()
-        columns = 4 if max(map(len, labels)) < LONG_LABEL else 2
-        axes.figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-        axes.figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _line(axes: Any, label: str, points: Sequence[Point], each: int, color: str) -> None:
-    """Draws points, or, of many, a running mean over them.
-
-    each: steps of a point; of several, a band reaches from their lowest to their highest value.
-    """
-    steps, rows, means, lows, highs = np.array(points, float).T
-    if len(points) < SMOOTHED_POINTS:
-        axes.plot(steps, means, color=color, label=label, marker="o", markersize=3)
-        return
-    if each == 1:
-        axes.plot(steps, means, color=color, alpha=0.25, linewidth=0.8)
-    else:
-        axes.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
-    window = np.ones(max(3, len(steps) // 20))
-    smooth = np.convolve(means * rows, window, "same") / np.convolve(rows, window, "same")
-    axes.plot(steps, smooth, color=color, label=label)
-
-
-def draw(chart: Chart, curves: Curves) -> str | None:
-    """The image of a chart; None where none of its lines has a point."""
-    axes = _figure()
-    drawn = 0
-    for label, color in zip(chart.lines, COLORS, strict=False):
-        if points := curves.line(chart.name(label)):
-            _line(axes, label, points, curves.each, color)
-            drawn += 1
-    if not drawn:
-        return None
-    if chart.percent:
-        axes.set_ylim(bottom=0, top=103)
-    else:
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    return _image(axes)
-
-
-def draw_faults(curves: Curves) -> str | None:
-    """Counts of failed questions by reason, stacked; None where none has failed.
-
-    A fault whose causes are known is shown by these.
-    """
-    lines = {}
-    for name in curves.names:
-        if name.startswith(_FAULTS):
-            line = {point.step: point.mean for point in curves.line(name)}
-            if any(line.values()):
-                lines[name] = line
-    for name in list(lines):
-        prefix, fault, *_ = name.split("/")
-        if prefix == "cause":
-            lines.pop(f"fault/{fault}", None)
-    if not lines:
-        return None
-    axes = _figure()
-    steps = sorted({step for line in lines.values() for step in line})
-    counts = [[line.get(step, 0.0) for step in steps] for line in lines.values()]
-    labels = [_reason(*name.split("/")[1:]) for name in lines]
-    colors = [COLORS[i % len(COLORS)] for i in range(len(lines))]
-    axes.stackplot(steps, counts, labels=labels, colors=colors, alpha=0.8)
-    return _image(axes)
-
-
-def _reason(fault: str, cause: str = "") -> str:
-    """A fault and its cause, for people."""
-    return printable(": ".join(filter(None, (fault, cause))).replace("_", " "))
-
-
-def draw_evaluations(evaluations: Sequence[dict[str, Any]]) -> str | None:
-    """Percent right of each set over steps, with the interval of each point; None of no sets."""
-    drawn = [evaluations[i] for i in _spread(len(evaluations), EVALUATIONS_SHOWN)]
-    names = list(dict.fromkeys(name for document in drawn for name in document["sets"]))
-    if not names:
-        return None
-    axes = _figure()
-    for i, name in enumerate(names):
-        documents = [document for document in drawn if name in document["sets"]]
-        rows = [document["sets"][name] for document in documents]
-        right = np.array([row["right"] for row in rows])
-        below = right - np.array([row["right_low"] for row in rows])
-        above = np.array([row["right_high"] for row in rows]) - right
-        axes.errorbar(
-            [document["step"] for document in documents],
-            right,
-            np.maximum(0, [below, above]),
-            label=name,
-            color=COLORS[i % len(COLORS)],
-            marker="o",
-            markersize=4,
-            capsize=3,
-            linewidth=1.5,
-            elinewidth=0.8,
-            linestyle="--" if name == AVERAGE else "-",
-        )
-    axes.set_ylim(0, 103)
-    return _image(axes)
-
-
-def _spread(number: int, limit: int) -> list[int]:
-    """At most `limit` indices below `number`: the first, the last, and evenly between."""
-    indices = np.linspace(0, number - 1, min(number, limit)).round()
-    return sorted(set(indices.astype(int).tolist()))
-
-
 # --- the page -------------------------------------------------------------------------------------
+
+
+# For people; the formulas are in game/rewards.py.
+REWARD_WORDS = {
+    "one_minus_mean": "the share of attempts that are wrong.",
+    "intermediate": "most where half of the attempts are right, nothing where all are or none.",
+    "azr": "the share of attempts that are wrong, but nothing where all are.",
+    "dr_zero": "most where one attempt alone is right, nothing where all are or none.",
+    "variance": "most where half of the attempts are right, next to nothing where all are or none.",
+    "r_zero": "most where half of the attempts are right, falling evenly to both ends.",
+    "format_only": "1 for every verified question, however hard.",
+}
 
 
 def reward_note(config: str) -> str:
@@ -502,11 +305,17 @@ def reward_note(config: str) -> str:
     if values.get("reward.proposer") not in rewards.PROPOSER_REWARDS:
         return ""
     name, metric = values["reward.proposer"], values["reward.metric"]
-    what = " ".join(str(rewards.PROPOSER_REWARDS[name].__doc__).split())
-    return (
-        f"Proposer, {name}: {what} A question that fails: {values['reward.invalid_question']:g}. "
-        f"Solver: share of attempts that are right by {metric}."
+    words = (
+        f"Proposer ({name}): {REWARD_WORDS[name]} A question that fails earns "
+        f"{values['reward.invalid_question']:g}. Solver: share of attempts that are right by "
+        f"{metric}."
     )
+    if name == "one_minus_mean":
+        words += (
+            " A question that nobody solves may be hard, or nonsense, and earns most; with "
+            "reward.proposer=azr or intermediate it earns nothing."
+        )
+    return words
 
 
 def lora_note(config: str, steps: Steps) -> str:
@@ -554,18 +363,18 @@ def _charts(steps: Steps, evals: Sequence[dict[str, Any]], rewarded: str) -> lis
         judges.add(judge)
         title = f"Right answers to held-out questions by {judge}{earlier}, %"
         note = "With 95 % bootstrap intervals."
-        if len(documents) > EVALUATIONS_SHOWN:
-            note += f" {EVALUATIONS_SHOWN} of {len(documents)} evaluations."
-        show(title, note, draw_evaluations(documents))
+        if len(documents) > drawing.EVALUATIONS_SHOWN:
+            note += f" {drawing.EVALUATIONS_SHOWN} of {len(documents)} evaluations."
+        show(title, note, drawing.draw_evaluations(documents))
 
     each = steps.curves.each
     of_means = f" A point is the mean of {each} steps, the band their range." if each > 1 else ""
-    for number, chart in enumerate(CHARTS):
-        note = rewarded if chart is _REWARDS else chart.note
-        show(chart.title, note + of_means, draw(chart, steps.curves))
+    for number, chart in enumerate(drawing.CHARTS):
+        note = rewarded if chart is drawing.REWARDS else chart.note
+        show(chart.title, note + of_means, drawing.draw(chart, steps.curves))
         if number == 1:
             note = f"Mean of {each} steps." if each > 1 else "Questions of a step."
-            show("Questions that failed, by reason", note, draw_faults(steps.curves))
+            show("Questions that failed, by reason", note, drawing.draw_faults(steps.curves))
     return shown
 
 
@@ -586,12 +395,7 @@ def page(workdir: Path, most_games: int) -> str:
     config, rewarded = read_config(workdir)
     with _expecting_run_files(workdir / "config.json"):
         lora = lora_note(config, steps)
-    source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_as_text
-    )
-    environment.globals["figures"] = figures
-    return environment.from_string(source).render(
+    return template("report.html").render(
         name=workdir.resolve().name,
         steps=steps.last,
         minutes=steps.seconds / 60,
@@ -599,10 +403,12 @@ def page(workdir: Path, most_games: int) -> str:
         evaluations=_ends(evals),
         judge=evals[-1]["judge"] if evals else "",
         charts=_charts(steps, evals, rewarded),
+        changes=_changes(workdir, evals),
+        start=first_to_read(games.shown),
         spoilt=steps.spoilt + games.spoilt,
         games=games.shown,
         total=games.total,
-        outcomes=sorted({game["outcome"] for game in games.shown}),
+        outcomes=sorted({game[key] for game in games.shown for key in ("outcome", "fault")} - {""}),
         dumps=sorted({game["step"] for game in games.shown}),
         config=config,
     )
@@ -613,13 +419,51 @@ def _as_text(value: Any) -> Any:
     return printable(value) if type(value) is str else value
 
 
+def template(name: str) -> jinja2.Template:
+    """A template of this folder, for plain text of any origin."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_as_text,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+    )
+    environment.globals["figures"] = figures
+    return environment.get_template(name)
+
+
+def _changes(workdir: Path, evals: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Title -> how many held-out questions, and some of them, that training has changed."""
+    of_last = next(iter(comparable(evals)), [])
+    if len(of_last) < 2:
+        return {}
+    before, after = (
+        held_out.read(workdir, document["step"], document["judge"])
+        for document in (of_last[0], of_last[-1])
+    )
+    shown = {}
+    for title, found in zip(
+        ("became right", "became wrong"), held_out.changes(before, after), strict=True
+    ):
+        rows = []
+        for change in (found[i] for i in drawing.spread(len(found), CHANGES)):
+            episode = shown_episode("Episode", change.after.record, float(change.after.right))
+            rows.append({"change": change, "episode": episode})
+        shown[title] = {"number": len(found), "rows": rows}
+    return shown
+
+
 def write(workdir: Path, out: Path, most_games: int = GAMES) -> int:
     """Writes the page of a run folder; returns its bytes. Raises InputError."""
     if not workdir.is_dir():
         raise InputError(f"{workdir}: expected a run folder, found none")
+    return write_text(out, lambda: page(workdir, most_games))
+
+
+def write_text(out: Path, make: Callable[[], str]) -> int:
+    """Writes a page that `make` gives; returns its bytes. Raises InputError."""
     try:
         with replacing(out, str(out)) as file:  # first, for a page may take minutes
-            text = page(workdir, most_games)
+            text = make()
             file.write(text)
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from error

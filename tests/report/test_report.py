@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from ssp_jax.evaluation.scores import MEANS, SHARES
+from ssp_jax.game import rewards
 from ssp_jax.report import __main__ as command
+from ssp_jax.report import compare, drawing, held_out
 from ssp_jax.report import page as report
 from ssp_jax.report.curves import Curves, Point
 
@@ -141,7 +143,7 @@ def test_page(tmp_path, capsys):
     assert "report.html" in capsys.readouterr().out
     page = Page((tmp_path / "report.html").read_text())
     assert page.sources and all(
-        source.startswith("data:image/svg+xml;base64,") for source in page.sources
+        source.startswith(("data:image/svg+xml;base64,", "#game-")) for source in page.sources
     )
     text = " ".join(" ".join(page.words).split())
     for expected in (
@@ -150,7 +152,7 @@ def test_page(tmp_path, capsys):
         "judged by policy, with 95 % intervals, at the first and the last evaluation",
         "step 2 verified solved 1/2 proposer's reward 0.50 Which city? → Paris",
         "step 2 too short proposer's reward 0.50 Why? → Paris",
-        "step 2 reused solved 1/2 proposer's reward 0.50 When? → Paris",
+        "step 2 reused unverified: wordy solved 1/2 proposer's reward 0.50 When? → Paris",
         "Its question failed (unverified: wordy); played instead",
         "step 2 no question: loop proposer's reward 0.50 Who? → Paris",
         "found: Paris · Rome",
@@ -204,10 +206,13 @@ def test_what_the_reward_is_stands_in_the_config(tmp_path):
         "reward.invalid_question": -1.0,
     }
     note = report.reward_note(json.dumps(values))
-    assert note.startswith("Proposer, azr: The harder the better, as long as somebody solves it")
-    assert note.endswith(
-        "A question that fails: -1. Solver: share of attempts that are right by cover_em."
+    assert note == (
+        "Proposer (azr): the share of attempts that are wrong, but nothing where all are. A "
+        "question that fails earns -1. Solver: share of attempts that are right by cover_em."
     )
+    paper = report.reward_note(json.dumps(values | {"reward.proposer": "one_minus_mean"}))
+    assert "A question that nobody solves may be hard, or nonsense" in paper
+    assert set(report.REWARD_WORDS) == set(rewards.PROPOSER_REWARDS)
     assert report.reward_note("{}") == ""
 
 
@@ -277,8 +282,8 @@ def test_long_runs_are_smoothed_and_games_sampled(tmp_path):
     # first and last, and between
     assert [g["step"] for g in games.shown] == [10, 50, 80] and games.total == 56
     flat = [Point(step, 1, 5.0, 5.0, 5.0) for step in range(80)]
-    axes = report._figure()
-    report._line(axes, "x", flat, 1, "blue")
+    axes = drawing.figure()
+    drawing.line(axes, "x", flat, 1, "blue")
     # ends included
     assert len(axes.lines) == 2 and set(axes.lines[1].get_ydata().round(9)) == {5.0}
 
@@ -290,7 +295,7 @@ def test_intervals_stand_around_their_points(tmp_path):
     run_folder(tmp_path)
     found = report.read_evaluations(tmp_path)
     found[1]["sets"]["paper/nq"] |= {"right_low": 40.0, "right_high": 50.55}
-    svg = _svg(report.draw_evaluations(found))
+    svg = _svg(drawing.draw_evaluations(found))
     bars = re.search(r'<g id="LineCollection_1">(.*?)</g>', svg)[1]
     low, high, last_low, last_high = (float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", bars))
     assert low - high == pytest.approx(4 * (last_low - last_high), rel=1e-3)
@@ -328,10 +333,10 @@ def test_names_are_no_formulas_and_null_is_no_number(tmp_path):
     found = report.read_evaluations(run_folder(tmp_path))
     for document in found:
         document["sets"] = {"$_{$ a": document["sets"]["paper/nq"]}
-    assert ">$_{$ a<" in _svg(report.draw_evaluations(found))
+    assert ">$_{$ a<" in _svg(drawing.draw_evaluations(found))
     steps = report.Steps()
     steps.add({"funnel/proposed": 4.0, "funnel/verified": None, "funnel/well_formed": 2.0}, 1, 1.0)
-    drawn = {chart.title: report.draw(chart, steps.curves) for chart in report.CHARTS}
+    drawn = {chart.title: drawing.draw(chart, steps.curves) for chart in drawing.CHARTS}
     svg = _svg(drawn["Funnel, % of the questions asked"])
     assert ">well-formed<" in svg and ">verified<" not in svg
 
@@ -452,7 +457,109 @@ def test_a_fault_whose_causes_are_known_is_drawn_by_these():
     for step in range(3):
         found = {"fault/no_question": 2.0, "cause/no_question/loop": 2.0, "fault/empty": 1.0}
         curves.add(step, found | {"cause/no_question/turns": 0.0})
-    image = report.draw_faults(curves).removeprefix("data:image/svg+xml;base64,")
+    image = drawing.draw_faults(curves).removeprefix("data:image/svg+xml;base64,")
     words = set(re.findall(r">([^<>]+)</text>", base64.b64decode(image).decode()))
     assert {"no question: loop", "empty"} <= words
     assert not {"no question", "no question: turns"} & words
+
+
+# --- what helps to read ---------------------------------------------------------------------------
+
+
+def test_a_reused_question_keeps_the_reason_of_the_one_that_failed(tmp_path):
+    records = [game("When?", fault="unverified", reused=True), game()]
+    text = report.page(run_folder(tmp_path, games=[(2, records)]), 9)
+    assert 'data-outcome="reused unverified"' in text
+    assert '<option value="unverified">' in text
+
+
+def test_a_verifier_shows_what_it_was_given_to_read(tmp_path):
+    own = {"id": "1", "title": '"Paris"', "text": "A city of light."}
+    noise = {"id": "2", "title": '"Mud"', "text": "Wet earth."}
+    record = game() | {"documents": [own], "noise": [noise]}
+    page = Page(report.page(run_folder(tmp_path, games=[(2, [record])]), 9))
+    text = " ".join(" ".join(page.words).split())
+    assert "to read, the proposer's documents: Paris" in text and "A city of light." in text
+    assert "to read, noise: Mud" in text and "Wet earth." in text
+
+
+def test_one_begins_with_the_hardest_that_was_solved_and_the_newest():
+    games = [
+        report.shown_game(1, game(scores=(1.0, 1.0))),
+        report.shown_game(1, game(scores=(0.0, 1.0))),
+        report.shown_game(2, game(scores=(0.0, 0.0))),
+        report.shown_game(3, game("Why?", fault="too_short")),
+    ]
+    found = report.first_to_read(games)
+    assert found == {
+        "the hardest question that was solved": 1,
+        "the newest that was verified": 2,
+    }
+    assert report.first_to_read([]) == {}
+
+
+def answered(folder, step, answers, judge="em"):
+    """The episodes of an evaluation: by question, what was answered."""
+    at = folder / "eval" / f"step_{step:06d}"
+    at.mkdir(parents=True)
+    lines = []
+    for row, (question, (gold, answer)) in enumerate(answers.items()):
+        record = episode(("solver", f"<answer> {answer} </answer>"))
+        record |= {"set": "nq", "row": row, "question": question, "answers": [gold]}
+        lines.append(json.dumps(record | {"answer": answer}) + "\n")
+    (at / "episodes.jsonl").write_text("".join(lines))
+    right = 100 * sum(gold == answer for gold, answer in answers.values()) / len(answers)
+    row = dict.fromkeys((*SHARES, *MEANS, "right_low", "right_high"), 30.0)
+    document = {"step": step, "judge": judge, "sets": {"nq": row | {"right": right, "n": 3}}}
+    (folder / "eval" / f"step_{step:06d}.json").write_text(json.dumps(document))
+
+
+BEFORE = {"One?": ("a", "a"), "Two?": ("b", "x"), "Three?": ("c", "y")}
+AFTER = {"One?": ("a", "z"), "Two?": ("b", "b"), "Three?": ("c", "c")}
+
+
+def test_held_out_questions_that_training_has_changed_are_shown(tmp_path):
+    answered(tmp_path, 0, BEFORE)
+    answered(tmp_path, 3, AFTER)
+    text = " ".join(" ".join(Page(report.page(tmp_path, 0)).words).split())
+    assert "2 became right" in text and "1 became wrong" in text
+    assert "Two? → b x → b" in text and "One? → a a → z" in text
+
+
+def test_a_judge_says_what_is_right_where_it_has_judged(tmp_path):
+    answered(tmp_path, 3, AFTER, judge="policy")
+    assert [a.right for a in held_out.read(tmp_path, 3, "policy").values()] == [False, True, True]
+    verdict = {"set": "nq", "row": 0, "answer": "z", "judge": "policy", "right": True}
+    other = verdict | {"judge": "another", "right": False}
+    lines = "".join(json.dumps(line) + "\n" for line in (verdict, other))
+    (tmp_path / "eval" / "step_000003" / "verdicts.jsonl").write_text(lines)
+    assert all(a.right for a in held_out.read(tmp_path, 3, "policy").values())
+
+
+def test_runs_are_compared_question_by_question(tmp_path, capsys):
+    for name, answers in (("first", BEFORE), ("second", AFTER)):
+        (tmp_path / name).mkdir()
+        run_folder(tmp_path / name)
+        for path in (tmp_path / name / "eval").iterdir():
+            path.unlink()
+        answered(tmp_path / name, 3, answers)
+    first, second = (compare.read(tmp_path / name) for name in ("first", "second"))
+    gain = compare.against(first, second)
+    assert (round(gain.before, 1), round(gain.after, 1)) == (33.3, 66.7)
+    # One of three became wrong, two right: the differences are -1, 1, 1.
+    assert gain.gain == pytest.approx(100 / 3) and (gain.low, gain.high) == (-100.0, 100.0)
+
+    out = tmp_path / "both.html"
+    words = [str(tmp_path / "first"), str(tmp_path / "second"), f"--out={out}"]
+    assert command.main(words) == 0 and "both.html" in capsys.readouterr().out
+    page = Page(out.read_text())
+    text = " ".join(" ".join(page.words).split())
+    assert "second 3 3.0 66.7 +33.3 -100.0 to +100.0" in text
+    assert any(">first<" in _svg(source) for source in page.sources)
+
+
+def test_runs_without_a_question_in_common_have_no_difference(tmp_path):
+    for name, question in (("first", "One?"), ("second", "Other?")):
+        answered(tmp_path / name, 3, {question: ("a", "a")})
+    first, second = (compare.read(tmp_path / name) for name in ("first", "second"))
+    assert compare.against(first, second) is None
