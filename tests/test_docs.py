@@ -32,7 +32,7 @@ from ssp_jax.game.metrics import round_metrics
 from ssp_jax.game.rules import FAULTS
 from ssp_jax.generate import __main__ as generate
 from ssp_jax.metric_table import METRICS
-from ssp_jax.report.page import CHARTS
+from ssp_jax.report.drawing import CHARTS
 from ssp_jax.rollout.engine import Stats
 from ssp_jax.runtime.logger import COLUMNS
 from tests.conftest import ROOT
