@@ -303,6 +303,33 @@ def get_config() -> ConfigDict:
     # em | cover_em | policy: the initial model | openai: how an answer is judged [H].
     c.eval.judge = "em"
 
+    # Before self-play, with --mode=warm_start: supervised training on episodes of all roles. The
+    # update is that of section learner, but for the keys here.
+    c.warm_start = ConfigDict()
+    # Files of episodes, or folders of runs that dumped some (log.episodes_every), between commas.
+    c.warm_start.episodes = ""
+    # right: solvers that were right, proposers and verifiers of verified questions (rejection
+    # sampling); scripted games are kept whole | all [H].
+    c.warm_start.keep = "right"
+    # Share of the games that is not trained on, and watched instead [H].
+    c.warm_start.held_out = 0.1
+    # Optimizer steps at most [H].
+    c.warm_start.steps = 200
+    # Episodes of an optimizer step [H].
+    c.warm_start.episodes_per_step = 8
+    # After learner.warmup_steps; for 135 million parameters. About ten times less for 7 billion,
+    # ten times more with LoRA [H].
+    c.warm_start.learning_rate = 1e-4
+    # It ends where the held-out loss is as low, in nats a token of the players' own; 0 for never.
+    # 0.01 leaves a player that does the same each time, and self-play no signal; about 0.3 leaves
+    # entropy to learn from [H].
+    c.warm_start.stop_loss = 0.3
+    # Steps between looks at the held-out loss [H].
+    c.warm_start.look_every = 5
+    # Held-out episodes that are continued by one turn at each look, to see whether it is in form;
+    # 0 for none [H].
+    c.warm_start.form_prompts = 16
+
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 5  # steps between saves, 0 for never [C]
     c.checkpoint.minutes = 0.0  # and after a step that ends so long after a save; 0 for never [H]

@@ -22,6 +22,7 @@ class Command:
 COMMANDS = {
     "train": Command("ssp_jax.main", "play and train, or go on where a run stopped"),
     "eval": Command("ssp_jax.main", "score a model, or a run, on question sets", ("--mode=eval",)),
+    "warm-start": Command("ssp_jax.warm_start.__main__", "show a model the game, by examples"),
     "generate": Command("ssp_jax.generate.__main__", "ask a model, with searches or without"),
     "report": Command("ssp_jax.report.__main__", "a run as one HTML page: curves and games"),
     "plan": Command("ssp_jax.plan.__main__", "memory and time on hardware that you don't have"),

@@ -104,6 +104,18 @@ class Inputs:
         return digests | {"the weights": self.weights}
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelInputs:
+    """What the files of the model and of its adapter say."""
+
+    config: decoder.ModelConfig
+    tokenizer: Any
+    context: roles.EpisodeContext
+    eos: tuple[int, ...]
+    weights: str  # digest of the initial ones
+    stamps: dict[str, str]  # digests of the files of weights, by name
+
+
 def read_inputs(
     config: ConfigDict, workdir: str, origin: Origin | None = None, *, evaluating: bool = False
 ) -> Inputs:
@@ -170,32 +182,26 @@ def _check_best(config: ConfigDict, sets: list[str]) -> None:
 
 def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     """The fields of Inputs, but for the servers."""
-    model_config = read_model(config, evaluating=evaluating)
-    tokenizer = hf_load.load_tokenizer(config.model.path)
-    context = make_context(config, tokenizer)
-    roles.check_context(context)
-    if config.mesh.tensor > 0:  # not -1, which takes what is left
-        sharding.check_kv_heads(model_config.num_kv_heads, config.mesh.tensor)
+    model = read_model_files(config, evaluating=evaluating)
     sets = data.load_question_sets(config.data.eval_sets)
     for name, questions in sets.items():
         sets[name] = data.subsample(questions, config.eval.max_questions)
     roles.check_rows("questions of data.eval_sets", sum(map(len, sets.values())))
     if not evaluating:
         _check_best(config, list(sets))
-    weights, weight_files = _check_weights(config, model_config)
     tasks: list[Task] = []
     training_files: dict[str, str] = {}
     if not evaluating:
         tasks = data.load_answers(config.data.answers)
-        training_files = weight_files | stamps.of_files(config.model.path, config.data.answers)
+        training_files = model.stamps | stamps.of_files(config.model.path, config.data.answers)
     return {
         "tasks": tasks,
         "eval_sets": sets,
-        "model_config": model_config,
-        "weights": weights,
-        "tokenizer": tokenizer,
-        "context": context,
-        "eos": roles.eos_tokens(tokenizer, hf_load.read_generation_config(config.model.path)),
+        "model_config": model.config,
+        "weights": model.weights,
+        "tokenizer": model.tokenizer,
+        "context": model.context,
+        "eos": model.eos,
         "stamps": training_files,
     }
 
@@ -205,6 +211,20 @@ def read_model(config: ConfigDict, *, evaluating: bool = False) -> decoder.Model
     base = hf_load.read_config(config.model.path)
     lora = _read_lora(config, base, evaluating) if config.model.adapter else make_lora(config)
     return dataclasses.replace(base, lora=lora)
+
+
+def read_model_files(config: ConfigDict, *, evaluating: bool = False) -> ModelInputs:
+    """Checks and reads what the files of the model say. Raises InputError."""
+    folder = config.model.path
+    model_config = read_model(config, evaluating=evaluating)
+    tokenizer = hf_load.load_tokenizer(folder)
+    context = make_context(config, tokenizer)
+    roles.check_context(context)
+    if config.mesh.tensor > 0:  # not -1, which takes what is left
+        sharding.check_kv_heads(model_config.num_kv_heads, config.mesh.tensor)
+    weights, weight_files = _check_weights(config, model_config)
+    eos = roles.eos_tokens(tokenizer, hf_load.read_generation_config(folder))
+    return ModelInputs(model_config, tokenizer, context, eos, weights, weight_files)
 
 
 def _read_lora(config: ConfigDict, base: decoder.ModelConfig, evaluating: bool) -> Lora:

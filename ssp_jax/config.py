@@ -64,7 +64,7 @@ def flatten_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-MODES = ("train", "eval")
+MODES = ("train", "eval", "warm_start")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class CommandLine:
     config: ConfigDict  # locked
     workdir: str
     mode: str  # of MODES
+    file: str  # of the config
     origin: Origin | None = None
 
 
@@ -93,7 +94,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--workdir", default="", metavar="FOLDER", help=workdir)
     origin = "start from a checkpoint of another run, with its optimizer, pool and memory"
     parser.add_argument("--from", default="", metavar="WORKDIR[@STEP]", dest="origin", help=origin)
-    mode = "eval plays the question sets alone"
+    mode = "eval plays the question sets alone, warm_start trains on episodes"
     parser.add_argument("--mode", default=MODES[0], choices=MODES, help=mode)
 
 
@@ -125,7 +126,7 @@ def command_line(given: argparse.Namespace, overrides: list[str]) -> CommandLine
     origin = _origin(given.origin) if given.origin else None
     if origin and given.mode != "train":
         raise InputError(f"--from={origin} starts a run; expected no --mode={given.mode} beside it")
-    return CommandLine(config, workdir or str(by_default), given.mode, origin)
+    return CommandLine(config, workdir or str(by_default), given.mode, str(path), origin)
 
 
 def _origin(text: str) -> Origin:
@@ -379,6 +380,7 @@ CHOICES: dict[str, Iterable[str]] = {
     "learner.momentum_dtype": ("float32", "bfloat16"),
     "learner.update_order": ("solver_first", "proposer_first", "combined"),
     "learner.old_logprobs": ("sampler", "recompute"),
+    "warm_start.keep": ("right", "all"),
     "checkpoint.export": ("auto", "model", "adapter", "none"),
 }
 
@@ -509,6 +511,13 @@ BOUNDS: dict[str, Range] = {
     "learner.max_bad_updates": _COUNT,
     "eval.every": _WHOLE,
     "eval.max_questions": _WHOLE,
+    "warm_start.held_out": Range(0, 1, above=True, below=True),
+    "warm_start.steps": _WHOLE,
+    "warm_start.episodes_per_step": _ROWS,
+    "warm_start.learning_rate": Range(0, 1, above=True),
+    "warm_start.stop_loss": _FACTOR,
+    "warm_start.look_every": _COUNT,
+    "warm_start.form_prompts": _WHOLE,
     "checkpoint.every": _WHOLE,
     "checkpoint.minutes": Range(0, 1e6),
     "checkpoint.keep": _COUNT,
@@ -558,9 +567,21 @@ def _check_given(values: dict[str, Any], evaluating: bool) -> None:
     if "openai" in (values["reward.metric"], values["eval.judge"]):
         needed["judge.url"] = "an address such as http://127.0.0.1:8000/v1"
         needed["judge.model"] = "its name on that server"
+    _check_not_empty(values, needed)
+
+
+def _check_not_empty(values: dict[str, Any], needed: dict[str, str]) -> None:
     for key, expected in needed.items():
         if not values[key]:
             raise InputError(f"config key {key} is empty; expected {expected}")
+
+
+def check_warm_start(config: ConfigDict) -> None:
+    """check_values for a warm start, which plays no game."""
+    check_numbers(config)
+    episodes = "files of episodes, or folders of runs, between commas"
+    needed = {"model.path": "a path", "warm_start.episodes": episodes}
+    _check_not_empty(flatten_config(config), needed)
 
 
 def longest_episode(config: ConfigDict) -> int:

@@ -47,7 +47,7 @@ _COLUMNS = frozenset(
         "extra_info",
     )
 )
-_MARK = "Question: "  # before the question in the prompts of Search-R1, ZeroSearch and SSP
+QUESTION_MARK = "Question: "  # before the question in the prompts of Search-R1, ZeroSearch and SSP
 _OTHER_FILES = {  # kinds, by their first bytes
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
@@ -463,15 +463,15 @@ def _asked(row: Row, content: str) -> str:
 
     Raises InputError where a later mark can be another question, as in a prompt with examples.
     """
-    _, mark, question = content.partition(_MARK)
+    _, mark, question = content.partition(QUESTION_MARK)
     if not mark:
-        expected = f'a last user turn with "{_MARK}" (or a text in extra_info.question)'
+        expected = f'a last user turn with "{QUESTION_MARK}" (or a text in extra_info.question)'
         raise row.error("prompt", expected)
-    while question.startswith(_MARK):
-        question = question.removeprefix(_MARK)
-    before, again, _ = question.rpartition(_MARK)
+    while question.startswith(QUESTION_MARK):
+        question = question.removeprefix(QUESTION_MARK)
+    before, again, _ = question.rpartition(QUESTION_MARK)
     if again and ("\n" in before or "Answer:" in before):
-        expected = f'one "{_MARK}" in the last user turn (or a text in extra_info.question)'
+        expected = f'one "{QUESTION_MARK}" in the last user turn (or a text in extra_info.question)'
         raise row.error("prompt", f"{expected}, found several")
     return question
 

@@ -6,11 +6,11 @@
 
 --config is a file in the form of configs/default.py, which lists every KEY; --help=WORD finds keys
 by a word. The same command in the same workdir goes on where it stopped. --from starts a new run
-from a checkpoint of another one. --mode=eval plays the
-question sets alone: with the model's own weights, and with those of the workdir's newest
-checkpoint. On several hosts the same command runs on each, with a workdir that all see. Slurm, Open
-MPI, GKE and Cloud TPU number the processes; elsewhere the last three flags do (process 0 is at
-HOST; --processes=1 asks nobody).
+from a checkpoint of another one. --mode=eval plays the question sets alone: with the model's own
+weights, and with those of the workdir's newest checkpoint. --mode=warm_start trains on episodes
+(warm_start.episodes), to show a model the game. On several hosts the same command runs on each,
+with a workdir that all see. Slurm, Open MPI, GKE and Cloud TPU number the processes; elsewhere the
+last three flags do (process 0 is at HOST; --processes=1 asks nobody).
 
 Exit codes: 0 done, or saved after SIGTERM or SIGHUP; 2 unusable input, reported in one sentence;
 130 Ctrl-C, which saves too (the second one leaves at once); else 1 or a signal's.
@@ -55,11 +55,14 @@ def _run(arguments: Sequence[str] | None, prog: str) -> None:
     from ssp_jax import train
     from ssp_jax.evaluation.run import evaluate_workdir
     from ssp_jax.runtime import processes
+    from ssp_jax.warm_start.run import warm_start
 
     processes.start(spec, os.environ)
     with processes.fail_fast(given.workdir):
         if given.mode == "eval":
             evaluate_workdir(given.config, given.workdir)
+        elif given.mode == "warm_start":
+            warm_start(given.config, given.workdir, given.file)
         else:
             train.train(given.config, given.workdir, given.origin)
 

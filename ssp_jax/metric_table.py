@@ -22,6 +22,7 @@ class Metric:
 _JUDGED = "a model judges (`reward.metric`)"
 _SHOWN = "`prompt.worked_examples` is not 0"
 _LORA = "`lora.rank` is not 0"
+_LOOK = "a look is due (`warm_start.look_every`)"
 
 # Heading -> metrics.
 METRICS = {
@@ -162,6 +163,20 @@ METRICS = {
         Metric("update/ROLE/learning_rate", "rate", "Of the last optimizer step."),
         Metric("update/ROLE/packed", "share", "Of the rows' places that have a token."),
         Metric("update/ROLE/tokens", "tokens", "In packed rows, prompts included."),
+    ),
+    "A warm start, which plays no game": (
+        Metric("warm_start/loss", "nats", "Of a token of the players' own, in the step."),
+        Metric("warm_start/entropy", "nats", "Of the model at such a token."),
+        Metric("warm_start/grad_norm", "norm", "Of the gradient before clipping."),
+        Metric(
+            "warm_start/held_out_loss", "nats", "The loss of games that are not trained on.", _LOOK
+        ),
+        Metric(
+            "warm_start/form",
+            "share",
+            "Of held-out turns, continued greedily, that end with a search, question or answer.",
+            _LOOK,
+        ),
     ),
     "LoRA": (
         Metric("lora/parameters", "parameters", "Trained ones.", _LORA),

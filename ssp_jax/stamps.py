@@ -40,14 +40,15 @@ def of_adapter(path: str) -> dict[str, str]:
     return {masked(adapter.place(name)): digest for name, digest in stamps.items()}
 
 
-def of_files(model_path: str, answers: str) -> dict[str, str]:
-    """Digests of the file of answers and of the model folder's other files, by name."""
+def of_files(model_path: str, *trained_on: str) -> dict[str, str]:
+    """Digests of the model folder's other files, and of those that are trained on, by name."""
     model = hf_files.find(model_path)
     stamps = {}
     for name in ("config.json", *hf_save.COPIED):
         if (model.path / name).is_file():
             stamps[model.place(name)] = _of_file(model.path / name)
-    stamps[answers] = _of_file(Path(answers))
+    for path in trained_on:
+        stamps[path] = _of_file(Path(path))
     return {masked(name): digest for name, digest in stamps.items()}
 
 

@@ -33,6 +33,21 @@ MAY_CHANGE = (
     "retriever.retries",
     "retriever.threads",
     "retriever.device_gib",
+    "warm_start.",
+)
+# What a resumed warm start may set anew: when it ends, how it is watched, and what it does not use.
+WARM_START_MAY_CHANGE = (
+    *(key for key in MAY_CHANGE if key != "warm_start."),
+    "warm_start.steps",
+    "warm_start.stop_loss",
+    "warm_start.look_every",
+    "warm_start.form_prompts",
+    "data.",
+    "game.",
+    "retriever.",
+    "reward.proposer",
+    "reward.invalid_question",
+    "rules.",
 )
 # Keys that a resumed run may set anew although its weights depend on them. Its log says from which
 # step on they hold.
@@ -144,8 +159,14 @@ def keep_compiled(workdir: str) -> None:
 # --- config ---------------------------------------------------------------------------------------
 
 
-def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False) -> None:
-    """Raises InputError where config.json differs in a key that is not of MAY_CHANGE or STEERED.
+def check_workdir(
+    workdir: str,
+    config: ConfigDict,
+    may_change: tuple[str, ...] = (*MAY_CHANGE, *STEERED),
+    *,
+    evaluating: bool = False,
+) -> None:
+    """Raises InputError where config.json differs in another key than those of may_change.
 
     An evaluation may change more, and so may a run where only evaluations were. Writes nothing: a
     command that is refused here leaves the run in the workdir as it is.
@@ -158,7 +179,7 @@ def check_workdir(workdir: str, config: ConfigDict, *, evaluating: bool = False)
         raise _unusable(workdir, error) from error
     if before is None:
         return
-    free = (*MAY_CHANGE, *STEERED) if trained and not evaluating else EVALUATION_MAY_CHANGE
+    free = may_change if trained and not evaluating else EVALUATION_MAY_CHANGE
     changed = sorted(
         key
         for key in now.keys() | before.keys()

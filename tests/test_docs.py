@@ -35,6 +35,7 @@ from ssp_jax.metric_table import METRICS
 from ssp_jax.report.drawing import CHARTS
 from ssp_jax.rollout.engine import Stats
 from ssp_jax.runtime.logger import COLUMNS
+from ssp_jax.warm_start import __main__ as warm_start
 from tests.conftest import ROOT
 
 DEFAULT = "--config=configs/default.py"
@@ -147,8 +148,19 @@ def test_the_keys_of_a_page_are_keys_of_a_config(page: Path) -> None:
             check_numbers(config)
 
 
+def parse_warm_start(words: list[str]) -> None:
+    if words[0] == warm_start.SCRIPT:
+        warm_start.script_flags(words[1:])
+    else:
+        main.parse(warm_start.translated(words))
+
+
 # Of commands that check their flags before they do anything.
-PARSERS = {"generate": generate.parse_flags, "export": export.parse_flags}
+PARSERS = {
+    "generate": generate.parse_flags,
+    "export": export.parse_flags,
+    "warm_start": parse_warm_start,
+}
 OTHERS = ("pytest", "docker", "kubectl", "mkdir", "unzip")
 PROGRAMS = ("python", "ssp-jax", "pip", "make", "launch/", *OTHERS)
 

@@ -25,6 +25,7 @@ FLOORS = (
     (
         "train",
         "evaluation.run",
+        "warm_start",
         "plan",
         "generate",
         "report.__main__",
@@ -34,7 +35,7 @@ FLOORS = (
         "retriever.__main__",
     ),
     ("main",),
-    ("__main__",),
+    ("__main__", "warm_start.__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "ssp_jax").rglob("*.py"))

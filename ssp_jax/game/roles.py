@@ -133,14 +133,14 @@ class EpisodeContext:
 
     def observation(self, documents: Sequence[Document]) -> list[int]:
         """Tokens of an inserted result."""
-        return self._cut(prompts.observation(self.style, documents))
+        return self.cut(prompts.observation(self.style, documents))
 
     @functools.cached_property
     def repeat_observation(self) -> list[int]:
         """Tokens that are inserted in place of a result that was shown before."""
-        return self._cut(prompts.repeat_observation(self.style))
+        return self.cut(prompts.repeat_observation(self.style))
 
-    def _cut(self, text: str) -> list[int]:
+    def cut(self, text: str) -> list[int]:
         """Tokens of an observation, encoded alone.
 
         One that is too long loses its end, but not its closing tag.

@@ -35,6 +35,8 @@ class Game:
     fault: str = ""  # "" once the question is verified
     noise: list[Document] = dataclasses.field(default_factory=list)  # that the verifier read
     verifier: Episode | None = None
+    # Ids of the documents, in the order in which the verifier read them.
+    verifier_order: list[str] = dataclasses.field(default_factory=list)
     question: Question | None = None
     attempts: list[Episode] = dataclasses.field(default_factory=list)
     scores: list[float] = dataclasses.field(default_factory=list)
@@ -134,9 +136,11 @@ def readable(game: Game) -> dict[str, Any]:
     return {
         "answer": game.task.answers[0],
         "requested_searches": game.task.searches,
+        "examples": game.task.examples,
         "proposer": game.proposer and _readable_episode(game.proposer),
         "documents": [dataclasses.asdict(document) for document in found],
         "noise": [dataclasses.asdict(document) for document in game.noise],
+        "verifier_order": game.verifier_order,
         "fault": game.fault,
         "cause": game.cause,
         "question": game.question and dataclasses.asdict(game.question),

@@ -409,6 +409,7 @@ class _Phases:
         documents = [*own.values(), *game.noise]
         order = self._random(2, game).permutation(len(documents))
         shuffled = [documents[i] for i in order]
+        game.verifier_order = [document.id for document in shuffled]
         messages = prompts.verifier_messages(
             self._context.style, game.question.text, shuffled, game.shown
         )

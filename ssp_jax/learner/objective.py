@@ -149,6 +149,24 @@ def policy_loss(
     )
 
 
+def likelihood_loss(logp_BT: jax.Array, entropy_BT: jax.Array, weight_BT: jax.Array) -> LossSums:
+    """Negative log-likelihood, sum_t w_t * -log p_t: supervised training. A weight of 0: no token.
+
+    Its gradient is that of policy_loss with advantages of 1, of a policy that has not moved since
+    old_logp. What a ratio is needed for is 0 in the sums.
+    """
+    is_own_BT = weight_BT != 0
+    zero = jnp.zeros(())
+    return LossSums(
+        loss=-jnp.where(is_own_BT, weight_BT * logp_BT, 0.0).sum(),
+        kl=zero,
+        entropy=jnp.where(is_own_BT, entropy_BT, 0.0).sum(),
+        clipped=zero,
+        gap=zero,
+        gap_max=zero,
+    )
+
+
 def _dual_clip(surrogate_BT: jax.Array, advantage_BT: jax.Array, bound: float) -> jax.Array:
     """Bounds what one token with A < 0 can cost (dual clip, arXiv 1912.09729).
 

@@ -49,6 +49,7 @@ class LearnerConfig:
     kl_bound: float = 0.0  # 0: none
     response_tokens: int = 1  # the longest response: the divisor of aggregation = "constant"
     drop_no_advantage: bool = False
+    supervised: bool = False  # the loss is objective.likelihood_loss, without ratios
     schedule: str = "constant"
     decay_steps: int = 1
     final_rate: float = 0.0

@@ -126,9 +126,9 @@ def loss(
     old_logp_BT: jax.Array,
     ref_logp_BT: jax.Array | None,
 ) -> tuple[jax.Array, objective.LossSums]:
-    """The policy loss of one micro-batch, and the sums that are reported of it."""
+    """The loss of one micro-batch, and the sums that are reported of it."""
     logp_BT, entropy_BT = score(c, params, frozen, batch)
-    return _policy_loss(c, batch, logp_BT, entropy_BT, old_logp_BT, ref_logp_BT)
+    return _loss_of_scores(c, batch, logp_BT, entropy_BT, old_logp_BT, ref_logp_BT)
 
 
 def loss_adding(
@@ -145,11 +145,12 @@ def loss_adding(
     options = _forward_options(c, batch)
     hidden_BTD, layer_sums = decoder.forward_adding(c.model, all_params, layer_sums, **options)
     logp_BT, entropy_BT = _token_logprobs(c, all_params, batch, hidden_BTD)
-    value, sums = _policy_loss(c, batch, logp_BT, entropy_BT, old_logp_BT, ref_logp_BT)
+    scores = (logp_BT, entropy_BT, old_logp_BT, ref_logp_BT)
+    value, sums = _loss_of_scores(c, batch, *scores)
     return (value, layer_sums), sums
 
 
-def _policy_loss(
+def _loss_of_scores(
     c: LearnerConfig,
     batch: Batch,
     logp_BT: jax.Array,
@@ -157,6 +158,9 @@ def _policy_loss(
     old_logp_BT: jax.Array,
     ref_logp_BT: jax.Array | None,
 ) -> tuple[jax.Array, objective.LossSums]:
+    if c.supervised:
+        sums = objective.likelihood_loss(logp_BT, entropy_BT, batch.weight_BT)
+        return sums.loss, sums
     sums = objective.policy_loss(
         logp_BT,
         entropy_BT,
@@ -275,6 +279,11 @@ def _apply(
     return TrainState(params, opt_state, updates, bad_updates), norm
 
 
+@jax.jit
+def _weighted(weight_BT: jax.Array, x_BT: jax.Array) -> jax.Array:
+    return (weight_BT * x_BT).sum()
+
+
 def _abstract(tree: Any, layout: Any) -> Any:
     """Shapes of arrays with this layout: shardings, each of an array or of a part of the tree."""
 
@@ -378,6 +387,19 @@ class Learner:
         metrics = _metrics(reports, made)
         metrics["learning_rate"] = float(self._last_rate(state.updates))
         return state, metrics
+
+    def surprise(self, params: decoder.Params, episodes: Sequence[Trajectory]) -> float:
+        """The negative log-likelihood of the episodes' sampled tokens in nats, their mean by
+        learner.aggregation.
+        """
+        everything = np.ones(len(episodes), np.float32)
+        total = 0.0
+        frozen = self._frozen()
+        for batch in make_batches(self._config, episodes, everything):
+            on_device = self._put(batch)
+            logp_BT = in_turn(self._programs.score(params, frozen, on_device))
+            total -= float(_weighted(on_device.weight_BT, logp_BT))
+        return total
 
     def _step(self, state: TrainState, grads: decoder.Params) -> tuple[TrainState, jax.Array]:
         """The optimizer step. Moments that live on the host visit the device for it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ssp_jax.assemble import index_folder
-from ssp_jax.config import export_kind
+from ssp_jax.config import export_kind, flatten_config, load_config
 from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.model import hf_save
 from ssp_jax.report import page
@@ -37,6 +37,23 @@ def write_report(workdir: Path, logger: Logger) -> None:
         logger.say(f"report: none could be written ({sentence(error)})")
     else:
         logger.say(f"report: {out}, for a browser")
+
+
+def to_play(config: ConfigDict, workdir: Path, file: str) -> str:
+    """The command of self-play that starts from what a warm start in the workdir has exported.
+
+    file: of the config, from which the keys of the command differ.
+    """
+    before = flatten_config(load_config(Path(file)))
+    keys = flatten_config(config)
+    changed = {key: value for key, value in keys.items() if value != before.get(key)}
+    start = "model.adapter" if export_kind(config) == "adapter" else "model.path"
+    changed[start] = str(workdir / hf_save.FOLDER)
+    flags = [f"--config={file}", f"--workdir={workdir}_play"]
+    for key, value in changed.items():
+        if not key.startswith("warm_start."):
+            flags.append(f"--config.{key}={value}")
+    return " ".join([_python(), "-m ssp_jax.main", *map(shlex.quote, flags)])
 
 
 def _how_to_ask(config: ConfigDict, workdir: Path) -> str:

@@ -72,6 +72,10 @@ COLUMNS = (
     Column("KL", "update/solver/kl", "6.4f", "yellow"),
     Column("KL", "update/both/kl", "6.4f", "yellow"),
     Column("tok/s", "play/tokens_per_second", "5", "blue"),
+    # A warm start has no game.
+    Column("loss", "warm_start/loss", "6.3f", "bold green"),
+    Column("entr", "warm_start/entropy", "5.3f", "yellow"),
+    Column("gradn", "warm_start/grad_norm", "6.2f", "yellow"),
 )
 
 

@@ -1,0 +1,1 @@
+"""Shows a model the game: supervised training on played or scripted episodes."""

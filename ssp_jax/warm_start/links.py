@@ -1,0 +1,165 @@
+"""Links of a corpus with titles: a passage that names the title of another one links to it.
+
+A title is taken as Wikipedia has it, `Narcissus (plant)`, or as `Ecuador - Location`, where several
+passages are about one thing. A name counts where it stands as its title writes it: words that begin
+small, such as "newt", are no links.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ssp_jax.data import Document
+from ssp_jax.game.rewards import comparable
+
+# Of a passage's text: a result is cut to limits.observation_tokens, and the fact must be seen.
+SEEN_CHARACTERS = 240
+# Words before the object: fewer say nothing, more are a paragraph.
+MIN_WORDS = 4
+MAX_WORDS = 16
+_MIN_NAME = 3  # characters
+_SENTENCE_END = re.compile(r"(?<=[a-z0-9)]{2})[.!?;] +(?=[A-Z])")
+
+
+@dataclass(frozen=True)
+class Title:
+    """`Ecuador - Location`: name Ecuador, aspect Location. Without an aspect it is ""."""
+
+    name: str
+    aspect: str
+
+    @property
+    def query(self) -> str:
+        """The words by which the passage is found."""
+        return f"{self.name} {self.aspect}".strip()
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A statement of a passage that a name completes.
+
+    statement: names the subject, and is followed by the object.
+    """
+
+    document: Document
+    subject: str
+    statement: str
+    object: str
+
+    @property
+    def query(self) -> str:
+        return title_of(self.document).query
+
+
+def title_of(document: Document) -> Title:
+    """The title without quotes, and without what tells it from others of that name."""
+    title = document.title.strip().strip('"').strip()
+    name, dash, aspect = title.partition(" - ")
+    if not dash:
+        name = re.sub(r" \([^()]*\)$", "", title)
+    return Title(name.strip(), aspect.strip())
+
+
+class Links:
+    """The names of a corpus, and the facts of its passages."""
+
+    def __init__(self, documents: Iterable[Document]) -> None:
+        self.names: dict[str, list[Document]] = defaultdict(list)  # -> the passages about it
+        for document in documents:
+            name = title_of(document).name
+            if len(name) >= _MIN_NAME and not name[0].islower():
+                self.names[name].append(document)
+        # First word -> names, the longest first.
+        self._by_word: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self.names, key=lambda name: (-len(name), name)):
+            self._by_word[_first_word(name)].append(name)
+        self._facts = {
+            document.id: list(self._find(document))
+            for documents in self.names.values()
+            for document in documents
+        }
+        self.stated: dict[str, list[Fact]] = defaultdict(list)  # object -> what it completes
+        for facts in self._facts.values():
+            for fact in facts:
+                self.stated[fact.object].append(fact)
+
+    def aspects(self, name: str) -> list[str]:
+        """What passages about a name are titled by beside it."""
+        titles = map(title_of, self.names.get(name, ()))
+        return [title.aspect for title in titles if title.aspect]
+
+    def named(self, text: str) -> Iterator[tuple[int, str]]:
+        """The names in a text with their places, from left to right; of those at a place the
+        longest.
+        """
+        end = 0
+        for word in re.finditer(r"[^\W_]+", text):
+            begin = word.start()
+            if begin < end or not _begins(text, begin):
+                continue
+            for name in self._by_word.get(word[0], ()):
+                if text.startswith(name, begin) and _ends(text, begin + len(name)):
+                    end = begin + len(name)
+                    yield begin, name
+                    break
+
+    def facts(self, document: Document) -> list[Fact]:
+        """The facts that the beginning of a passage states about what it is titled by."""
+        return self._facts.get(document.id, [])
+
+    def _find(self, document: Document) -> Iterator[Fact]:
+        title = title_of(document)
+        text = document.text[:SEEN_CHARACTERS]
+        seen: set[str] = set()
+        for begin, name in self.named(text):
+            if begin + len(name) >= SEEN_CHARACTERS or name in seen:
+                continue
+            statement = _statement(title, text[:begin])
+            if statement is None or _tells(statement, name) or not names(title.name, statement):
+                continue
+            seen.add(name)
+            yield Fact(document, title.name, statement, name)
+
+
+def names(name: str, text: str) -> re.Match[str] | None:
+    """Where a text has a name, also with further words in it, as Johann Sebastian Bach."""
+    words = map(re.escape, name.split())
+    return re.search(r"\b" + r"(?: [^ ,.()]+){0,3} ".join(words) + r"(?!\w)", text)
+
+
+def _first_word(name: str) -> str:
+    found = re.search(r"[^\W_]+", name)
+    return found[0] if found else ""
+
+
+def _begins(text: str, begin: int) -> bool:
+    """A name may begin here: no part of a longer one, such as York of New York."""
+    before = text[:begin].rstrip(" ").rpartition(" ")[2]
+    follows = before[:1].isupper() and not before.endswith((".", ",", ";", ":", ")"))
+    return begin == 0 or (text[begin - 1] in ' ("' and not follows)
+
+
+def _ends(text: str, end: int) -> bool:
+    """A name may end here: no letter and no further capital follows."""
+    after = text[end : end + 2]
+    return not after[:1].isalnum() and not (after[:1] in " -'’" and after[1:].isupper())
+
+
+def _statement(title: Title, before: str) -> str | None:
+    """What a passage says before a name: from the start of its sentence, or of its aspect."""
+    if title.aspect:
+        label = f"{title.name}. {title.aspect}: "
+        if not before.startswith(label):
+            return None
+        aspect = title.aspect[:1].lower() + title.aspect[1:]
+        before = f"the {aspect} of {title.name} is {before.removeprefix(label)}"
+    sentence = _SENTENCE_END.split(before)[-1]
+    words = len(sentence.split())
+    whole = sentence.count("(") == sentence.count(")") and sentence.count('"') % 2 == 0
+    return sentence.strip() if whole and MIN_WORDS <= words <= MAX_WORDS else None
+
+
+def _tells(statement: str, name: str) -> bool:
+    """Whether the statement gives the name away, in the words of the game's own rule or nearly."""
+    return name.lower() in statement.lower() or comparable(statement).endswith(comparable(name))

@@ -1,0 +1,297 @@
+"""Scripted players over any corpus with titles: games of all roles, found by the real search.
+
+The proposer searches the given answer and whatever the results name, until a passage states
+something that the answer completes; it knows no more than it has read. Its question is that
+statement. The solver searches the names of the question, the verifier reads. They play imperfectly
+on purpose (Manner): a model that is taught by perfect players has nothing left to find.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ssp_jax.data import Document, Task
+from ssp_jax.game import prompts, rewards
+from ssp_jax.game.noise import Noise, distinct
+from ssp_jax.game.prompts import Style
+from ssp_jax.game.roles import PROPOSER, SEARCH_ENGINE, SOLVER, VERIFIER, Episode, Role
+from ssp_jax.game.rounds import Game, Question
+from ssp_jax.game.rules import QuestionRules, question_fault
+from ssp_jax.retriever.search import Searcher
+from ssp_jax.warm_start.links import SEEN_CHARACTERS, Fact, Links, names
+
+# Several, so that the form is learnt and not one wording. {a}: a statement that a name completes;
+# {b}: the next one, in which that name is X.
+ONE_HOP = ("{a} what?", 'What follows "{a}"?', "Which name completes this: {a} ...?")
+TWO_HOP = (
+    "If {a} X, then {b} what?",
+    "{a} X. {b} what?",
+    'What follows "{b}", where {a} X?',
+)
+UNKNOWN = "X"
+QUERIES = 5  # of each kind that are tried about a name
+_COMMON_WORD = re.compile(r"\b[a-z]{5,}\b")  # which says what kind of thing is looked for
+PASSES = 4  # over all names
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How the players play; the shares are those of a start from which 135M parameters rose."""
+
+    one_hop: float = 0.5  # share of the games whose question one search answers
+    stop_early: float = 0.35  # of the others: solvers that answer with what the first search gave
+    search_again: float = 0.2  # of one-hop games: solvers that search once too often
+
+
+@dataclass
+class Moves:
+    """An episode in the making: its turns, what was searched, and what was found."""
+
+    role: Role
+    style: Style
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
+
+    def search(self, thought: str, query: str, found: Sequence[Document]) -> None:
+        call = f"<think> {thought} </think>\n<search> {query} </search>"
+        self.turns.append((self.role.name, call))
+        self.turns.append((SEARCH_ENGINE, prompts.observation(self.style, found)))
+        self.queries.append(query)
+        self.documents += found
+
+    def end(self, thought: str, tag: str, text: str, evidence: str = "") -> Episode:
+        """The last turn. evidence: what styles that quote it quote."""
+        quoted = ""
+        if evidence and self.style.quotes_evidence:
+            quoted = f"<original_evidence> {evidence} </original_evidence>\n"
+        last = f"<think> {thought} </think>\n{quoted}<{tag}> {text} </{tag}>"
+        return Episode(
+            uid=0,
+            role=self.role.name,
+            tokens=[],
+            sampled=[],
+            logprobs=[],
+            prompt_length=0,
+            queries=tuple(self.queries),
+            documents=tuple(self.documents),
+            turns=(*self.turns, (self.role.name, last)),
+            stop_reason=tag,
+        )
+
+
+class Script:
+    """Makes games of one corpus. The same seed makes the same games."""
+
+    def __init__(
+        self,
+        retriever: Searcher,
+        links: Links,
+        style: Style,
+        rules: QuestionRules,
+        *,
+        top_k: int,
+        noise: int,
+        manner: Manner,
+        held_out: frozenset[str],
+        seed: int,
+    ) -> None:
+        """noise: documents that a verifier reads beside the proposer's. held_out: names that no
+        game is about.
+        """
+        self._retriever = retriever
+        self._links = links
+        self._style = style
+        self._rules = rules
+        self._top_k = top_k
+        self._noise = noise
+        self._manner = manner
+        self._held_out = held_out
+        self._random = random.Random(seed)
+        self._draws = np.random.default_rng(seed)
+
+    def games(self, number: int, progress: Callable[[int], None]) -> Iterator[Game]:
+        """`number` games on different questions, fewer where the corpus has no more."""
+        answers = sorted(self._links.stated.keys() - self._held_out)
+        asked: set[str] = set()
+        of_one_hop = round(self._manner.one_hop * number)
+        wanted = {1: of_one_hop, 2: number - of_one_hop}
+        for _ in range(PASSES):
+            self._random.shuffle(answers)
+            for answer in answers:
+                # By turns, as long as both are wanted.
+                hops = max(wanted, key=lambda hops: wanted[hops])
+                if not wanted[hops]:
+                    return
+                game = self._game(len(asked), answer, hops)
+                if game is None or game.question is None or game.question.text in asked:
+                    continue
+                asked.add(game.question.text)
+                wanted[hops] -= 1
+                progress(len(asked))
+                yield game
+
+    def _game(self, index: int, answer: str, hops: int) -> Game | None:
+        """A game on this answer; None where no search leads to a question that keeps the rules."""
+        proposer = Moves(PROPOSER, self._style)
+        chain = self._chain(proposer, answer, hops)
+        if chain is None:
+            return None
+        text = self._worded(chain)
+        found = len(proposer.documents)
+        told = any(fact.object.lower() in text.lower() for fact in chain)
+        if told or question_fault(text, answer, proposer.queries, found, self._rules):
+            return None
+        attempt = self._solve(chain)
+        if attempt is None:
+            return None
+
+        task = Task(index, (answer,), searches=hops)
+        game = Game(index, task, question=Question(text, (answer,)))
+        leads = " ".join(f"{fact.subject} leads to {fact.object}." for fact in chain)
+        game.proposer = proposer.end(leads, "question", text)
+        game.attempts = [attempt]
+        game.scores = [rewards.solver_reward(attempt.text, (answer,), "em")]
+        game.proposer_reward = 1.0 - game.scores[0]
+        self._verify(game, chain)
+        return game
+
+    # --- proposer ---
+
+    def _chain(self, proposer: Moves, answer: str, hops: int) -> list[Fact] | None:
+        """The facts that lead to the answer, that of the first search first."""
+        chain: list[Fact] = []
+        name = answer
+        thought = f"The answer must be {answer}. I look for what is known about it."
+        for left in reversed(range(hops)):
+            taken = {answer, *(fact.subject for fact in chain)}
+            fact = self._clue(proposer, thought, name, self._leading(name, taken, left > 0))
+            if fact is None:
+                return None
+            chain.insert(0, fact)
+            name = fact.subject
+            thought = f"{name} leads to {fact.object}. What leads to {name}?"
+        return chain
+
+    def _leading(self, name: str, taken: set[str], further: bool) -> set[str]:
+        """What passages are about that the name completes. further: to which others lead too."""
+        stated = self._links.stated
+        subjects = {fact.subject for fact in stated.get(name, ())} - taken - self._held_out
+        return {subject for subject in subjects if subject in stated or not further}
+
+    def _clue(self, proposer: Moves, thought: str, name: str, subjects: set[str]) -> Fact | None:
+        """Searches a name until a passage about one of the subjects states what it completes:
+        directly, or by the search of a subject that the results name.
+        """
+        for query in self._queries(name, subjects):
+            if query in proposer.queries:
+                continue
+            found = self._search(query)
+            fact = self._fact(found, name, subjects)
+            if fact is not None:
+                proposer.search(thought, query, found)
+                return fact
+            for other in self._named(found, subjects):
+                more = self._search(other)
+                fact = self._fact(more, name, {other})
+                if fact is not None and other not in proposer.queries:
+                    proposer.search(thought, query, found)
+                    proposer.search(f"This names {other}. I look for {other}.", other, more)
+                    return fact
+        return None
+
+    def _queries(self, name: str, subjects: set[str]) -> list[str]:
+        """What may be searched about a name: it alone, with an aspect, or with a common word."""
+        aspects = self._links.aspects(name)
+        facts = [fact for fact in self._links.stated[name] if fact.subject in subjects]
+        words = [word for fact in facts for word in _COMMON_WORD.findall(fact.statement)]
+        for extra in (aspects, words):
+            self._random.shuffle(extra)
+        extended = [*aspects[:QUERIES], *words[:QUERIES]]
+        self._random.shuffle(extended)
+        queries = [f"{name} {extra}" for extra in extended]
+        queries.insert(0 if self._chance(0.5) else len(queries), name)
+        return list(dict.fromkeys(queries))
+
+    def _fact(self, found: Sequence[Document], name: str, subjects: set[str]) -> Fact | None:
+        """A fact of these documents about one of the subjects that the name completes."""
+        facts = [fact for document in found for fact in self._links.facts(document)]
+        fitting = [fact for fact in facts if fact.object == name and fact.subject in subjects]
+        return self._random.choice(fitting) if fitting else None
+
+    def _named(self, found: Sequence[Document], subjects: set[str]) -> list[str]:
+        """The subjects that documents name where they are seen."""
+        listed = []
+        for document in found:
+            seen = document.text[:SEEN_CHARACTERS]
+            listed += [name for _, name in self._links.named(seen) if name in subjects]
+        distinct_names = list(dict.fromkeys(listed))
+        self._random.shuffle(distinct_names)
+        return distinct_names
+
+    def _worded(self, chain: Sequence[Fact]) -> str:
+        first = chain[0]
+        if len(chain) == 1:
+            return self._random.choice(ONE_HOP).format(a=first.statement)
+        found = names(first.object, chain[1].statement)
+        assert found is not None  # Links takes no other statement
+        last = chain[1].statement.replace(found[0], UNKNOWN)
+        return self._random.choice(TWO_HOP).format(a=first.statement, b=last)
+
+    # --- solver and verifier ---
+
+    def _solve(self, chain: Sequence[Fact]) -> Episode | None:
+        """A solver's episode; None where the search does not find what the proposer has read."""
+        solver = Moves(SOLVER, self._style)
+        first, last = chain[0], chain[-1]
+        thought = f"I look for {first.subject}."
+        if len(chain) == 2:
+            thought = f"First I need {UNKNOWN}. {thought}"
+        if not self._look_up(solver, thought, first):
+            return None
+        if len(chain) == 2:
+            known = f"{UNKNOWN} is {first.object}."
+            if self._chance(self._manner.stop_early):
+                return solver.end(known, "answer", first.object, first.document.text)
+            if not self._look_up(solver, f"{known} I look for {last.query}.", last):
+                return None
+        elif self._chance(self._manner.search_again):
+            again = f"{_read(chain)} I look at {last.object} too."
+            solver.search(again, last.object, self._search(last.object))
+        evidence = f"{last.statement} {last.object}."
+        return solver.end(evidence, "answer", last.object, evidence)
+
+    def _look_up(self, solver: Moves, thought: str, fact: Fact) -> bool:
+        """Searches what the fact is about; whether its passage is found."""
+        for query in dict.fromkeys((fact.query, fact.subject)):
+            found = self._search(query)
+            if fact.document in found and query not in solver.queries:
+                solver.search(thought, query, found)
+                return True
+        return False
+
+    def _verify(self, game: Game, chain: Sequence[Fact]) -> None:
+        """The verifier reads the proposer's own documents and noise, and answers rightly."""
+        assert game.proposer is not None
+        own = distinct(game.proposer.documents)
+        noise = Noise([], [], self._retriever, by_game=False)
+        game.noise = noise.draw(self._draws, self._noise, own, game.task.answers)
+        documents = [*own.values(), *game.noise]
+        order = self._draws.permutation(len(documents))
+        game.verifier_order = [documents[i].id for i in order]
+        verifier = Moves(VERIFIER, self._style)
+        game.verifier = verifier.end(_read(chain), "answer", game.task.answers[0])
+
+    def _search(self, query: str) -> list[Document]:
+        return self._retriever.search([query], self._top_k)[0]
+
+    def _chance(self, share: float) -> bool:
+        return self._random.random() < share
+
+
+def _read(chain: Sequence[Fact]) -> str:
+    """What the documents state, in the order of the question."""
+    return " ".join(f"{fact.statement} {fact.object}." for fact in chain)

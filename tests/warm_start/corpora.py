@@ -1,0 +1,40 @@
+"""A corpus of invented places that name each other, and its index, for tests of a warm start."""
+
+import json
+from pathlib import Path
+
+from ssp_jax.retriever.build import build_index
+from ssp_jax.retriever.search import Retriever
+from ssp_jax.warm_start.links import Links
+
+# Each name once: a river flows through a town, which lies in a land, which borders a sea.
+RIVERS = ("Alba", "Bregna", "Corvo", "Dulna", "Elsanda", "Fimra", "Garda", "Holmia")
+TOWNS = ("Aston", "Belvar", "Cumber", "Dornik", "Estel", "Faring", "Grunau", "Hestia")
+LANDS = ("Ardenia", "Borvia", "Candia", "Delmark", "Elbonia", "Florin", "Guilder", "Havnia")
+SEAS = ("Amber Sea", "Bitter Sea", "Coral Sea", "Dead Sea", "Eel Sea", "Fog Sea", "Gulf", "Horn")
+
+
+def passages() -> list[dict[str, str]]:
+    rows = []
+    for river, town, land, sea in zip(RIVERS, TOWNS, LANDS, SEAS, strict=True):
+        rows += [
+            (f'"{river}"', f"{river} is a long and quiet river that flows through {town} only."),
+            (f'"{town} (town)"', f"{town} is the largest of all market towns in {land}."),
+            (f'"{land} - Location"', f"{land}. Location: the far north, bordering the {sea}"),
+            (f'"{sea}"', f"The {sea} is cold and deep, with storms in each winter."),
+        ]
+    return [{"id": str(i), "contents": f"{t}\n{text}"} for i, (t, text) in enumerate(rows)]
+
+
+def write_corpus(path: Path) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in passages()))
+    return path
+
+
+def indexed(folder: Path) -> tuple[Retriever, Links]:
+    """The search of the corpus, and its links."""
+    corpus = write_corpus(folder / "corpus.jsonl")
+    settings = {"stemmer": "english", "stopwords": "en", "k1": 1.5, "b": 0.75}
+    build_index(corpus, folder / "index", **settings)
+    retriever = Retriever.load(folder / "index", threads=1)
+    return retriever, Links(retriever.document(row) for row in range(len(retriever)))

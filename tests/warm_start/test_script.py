@@ -1,0 +1,201 @@
+"""Scripted games: by the real search, true to the rules of the game, imperfect by their shares."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import default
+from ssp_jax.data import Document
+from ssp_jax.game import prompts, rewards, rules
+from ssp_jax.game.rounds import Game, readable
+from ssp_jax.warm_start import __main__ as command
+from ssp_jax.warm_start.links import Links, title_of
+from ssp_jax.warm_start.script import Manner, Script
+from ssp_jax.warm_start.scripting import named_by
+from tests.warm_start.corpora import LANDS, RIVERS, TOWNS, indexed, write_corpus
+
+STYLE = prompts.STYLES["r_search"]
+RULES = rules.QuestionRules(**default.get_config().rules)
+PERFECT = Manner(stop_early=0.0, search_again=0.0)
+NOISE = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The search of a small corpus, and its links."""
+    return indexed(tmp_path_factory.mktemp("world"))
+
+
+def games_of(world, number=12, manner=PERFECT, held_out=frozenset(), seed=0):
+    retriever, links = world
+    script = Script(
+        retriever,
+        links,
+        STYLE,
+        RULES,
+        top_k=2,
+        noise=NOISE,
+        manner=manner,
+        held_out=held_out,
+        seed=seed,
+    )
+    return list(script.games(number, lambda done: None))
+
+
+@pytest.fixture(scope="module")
+def perfect(world):
+    return games_of(world)
+
+
+def own_text(episode):
+    return "".join(text for who, text in episode.turns if who == episode.role)
+
+
+def document(title, text):
+    return Document(title, f'"{title}"', text)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("He left New York for York.", ["New York", "York"]),
+        ("From New York City to Yorkshire, by York-Minster.", []),
+        ("the newt and the Newt (Triturus), in York.", ["Newt", "York"]),
+    ],
+)
+def test_a_name_counts_whole_and_as_its_title_writes_it(text, names):
+    titles = ("New York", "York", "Newt (animal)")
+    links = Links([document(title, "") for title in titles])
+    assert [name for _, name in links.named(text)] == names
+
+
+def test_a_fact_is_what_a_sentence_says_before_a_name():
+    links = Links(
+        [
+            document("Rome", "It is old. Rome is the capital and largest city of Italy, on Tiber."),
+            document("Italy - Location", "Italy. Location: Southern Europe, south of Alps"),
+            document("Alps", "In the Alps it snows."),
+            document("Bach", "Johann Sebastian Bach was a composer of a city near Rome, in Italy."),
+        ]
+    )
+    facts = {fact.object: fact for fact in links.stated["Italy"] + links.stated["Alps"]}
+    assert facts["Alps"].statement == "the location of Italy is Southern Europe, south of"
+    assert facts["Alps"].query == "Italy Location"
+    of_italy = [(fact.subject, fact.statement) for fact in links.stated["Italy"]]
+    assert ("Rome", "Rome is the capital and largest city of") in of_italy
+    assert [fact.subject for fact in links.stated["Rome"]] == ["Bach"]
+
+
+def test_scripted_games_keep_the_rules_of_the_game_and_its_judge_finds_them_right(perfect):
+    assert [game.task.searches for game in perfect].count(1) == 6 and len(perfect) == 12
+    for game in perfect:
+        answer = game.task.answers[0]
+        proposer = game.proposer
+        asked = prompts.first_question(proposer.text)
+        assert asked == game.question.text
+        fault = rules.question_fault(
+            asked, answer, proposer.queries, len(proposer.documents), RULES
+        )
+        assert fault is None
+        for episode in (game.verifier, *game.attempts):
+            assert rewards.solver_reward(episode.text, [answer], "em") == 1.0
+        assert game.scores == [1.0] and len(game.attempts[0].queries) == game.task.searches
+
+
+def test_a_verifier_reads_the_proposers_own_documents_and_noise(perfect):
+    for game in perfect:
+        own = {found.id for found in game.proposer.documents}
+        noise = {found.id for found in game.noise}
+        assert len(noise) == NOISE and not own & noise
+        assert sorted(game.verifier_order) == sorted(own | noise)
+    assert any(game.verifier_order != sorted(game.verifier_order) for game in perfect)
+
+
+def test_what_a_player_is_shown_is_what_the_search_finds(world, perfect):
+    retriever, _ = world
+    for game in perfect:
+        for episode in (game.proposer, *game.attempts):
+            shown = [text for who, text in episode.turns if who != episode.role]
+            found = retriever.search(list(episode.queries), 2)
+            assert shown == [prompts.observation(STYLE, documents) for documents in found]
+            assert len(set(episode.queries)) == len(episode.queries)
+
+
+def test_the_answer_stands_in_what_its_players_have_read(perfect):
+    for game in perfect:
+        answer = game.task.answers[0]
+        for episode in (game.proposer, *game.attempts):
+            assert any(answer in found.text for found in episode.documents)
+
+
+def test_two_hop_solvers_stop_early_and_one_hop_solvers_search_again_as_often_as_asked(world):
+    manner = Manner(stop_early=1.0, search_again=1.0)
+    for game in games_of(world, manner=manner):
+        (attempt,) = game.attempts
+        if game.task.searches == 2:
+            assert len(attempt.queries) == 1 and game.scores == [0.0]
+            assert game.proposer_reward == 1.0
+        else:
+            assert len(attempt.queries) == 2 and game.scores == [1.0]
+
+
+def test_the_same_seed_makes_the_same_games(world, perfect):
+    def lines(games):
+        return [json.dumps(readable(game)) for game in games]
+
+    assert lines(games_of(world)) == lines(perfect)
+    assert lines(games_of(world, seed=1)) != lines(perfect)
+
+
+def test_no_game_is_about_a_name_that_is_held_out(world, tmp_path):
+    _, links = world
+    questions = tmp_path / "dev.jsonl"
+    row = {"question": f"Where does {RIVERS[0]} flow?", "golden_answers": [TOWNS[1].upper()]}
+    questions.write_text(json.dumps(row) + "\n")
+    held_out = named_by([str(questions)], links)
+    assert held_out == {RIVERS[0], TOWNS[1]}
+    games = games_of(world, 40, held_out=held_out)
+    assert len(games) > 10
+
+    def about(game: Game) -> set[str]:
+        names = {name for _, name in links.named(game.question.text)}
+        return {
+            *names,
+            game.task.answers[0],
+            *(title_of(d).name for d in game.attempts[0].documents[:1]),
+        }
+
+    for game in games:
+        assert not about(game) & held_out
+        assert TOWNS[1] not in own_text(game.proposer)
+    assert any(LANDS[1] in own_text(game.proposer) for game in games_of(world, 40))
+
+
+def run(*arguments: str) -> int:
+    return command.main(["script", *arguments])
+
+
+def test_the_command_writes_lines_and_says_what_was_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    questions = tmp_path / "dev.jsonl"
+    questions.write_text(json.dumps({"question": "Who?", "golden_answers": [LANDS[0]]}) + "\n")
+    out = tmp_path / "games.jsonl"
+    flags = [f"--corpus={corpus}", f"--index={tmp_path / 'index'}", f"--out={out}", "--games=3"]
+    assert run(*flags, f"--without={questions}", "--one_hop=1") == 0
+    said = capsys.readouterr().out
+    assert "32 names are titles, 1 of them left out, which" in said
+    assert "3 games, 3 of one hop and 0 of two" in said
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 3 and {row["player"] for row in rows} == {"script"}
+
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"id": 1, "contents": "\\"Alone\\"\\nNothing else is named."}\n')
+    assert run(f"--corpus={bare}", f"--index={tmp_path / 'bare'}", f"--out={out}") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "expected passages with titles that name each other" in said
+    assert len(out.read_text().splitlines()) == 3
+    assert run("--index=none", f"--out={out}", "--one_hop=2") == 2
+    assert "flag --one_hop is 2.0; expected at most 1" in capsys.readouterr().err
