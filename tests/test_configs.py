@@ -68,7 +68,7 @@ SHAPES = {
     "vital_0p5b": _05B,
     "zerosearch_7b": _7B,
 }
-LAPTOP = ("tiny", "tiny_lora")  # for CPUs, so that no plan is made
+LAPTOP = ("tiny", "tiny_lora", "vital_135m")  # for CPUs, so that no plan is made
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 DEFAULT = "--config=configs/default.py"
 PLAN_PAGE = (ROOT / "docs" / "plan.md").read_text()
