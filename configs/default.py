@@ -61,7 +61,8 @@ def get_config() -> ConfigDict:
 
     c.retriever = ConfigDict()
     # bm25: an index in this process | dense: vectors beside it, of an encoder such as the paper's
-    # E5 [P s4.1] | hybrid: both, fused by rank | http: a server with Search-R1's /retrieve.
+    # E5 [P s4.1] | hybrid: both, fused by rank | http: a server with Search-R1's /retrieve |
+    # FILE.py:CLASS of your own, called with corpus and index.
     c.retriever.kind = "bm25"
     # All but http: jsonl or jsonl.gz of Search-R1 or FlashRAG, or a folder of .txt and .md files.
     # "" uses the index as it is.
@@ -156,7 +157,8 @@ def get_config() -> ConfigDict:
     c.rules.forbid_answer_in_search = False  # use_search_terms_filter, off [C]
 
     c.reward = ConfigDict()
-    # em | cover_em | policy | openai: how an answer is judged [H]; LLM judge in [P].
+    # em | cover_em | policy | openai | FILE.py:FUNCTION of your own, (question, answers, answer) ->
+    # bool: how an answer is judged [H]; LLM judge in [P].
     c.reward.metric = "em"
     # [P eq.5]; see rewards.PROPOSER_REWARDS.
     c.reward.proposer = "one_minus_mean"
@@ -300,7 +302,8 @@ def get_config() -> ConfigDict:
     c.eval.every = 0
     # Per set, drawn by chance and always the same ones, 0 for all; 500 in [P].
     c.eval.max_questions = 0
-    # em | cover_em | policy: the initial model | openai: how an answer is judged [H].
+    # em | cover_em | policy: the initial model | openai | FILE.py:FUNCTION: how an answer is judged
+    # [H].
     c.eval.judge = "em"
 
     # Before self-play, with --mode=warm_start: supervised training on episodes of all roles. The

@@ -46,6 +46,9 @@ from ssp_jax.rollout.sampling import ALL_TOKENS, Truncation
 from ssp_jax.runtime import device_memory, processes
 from ssp_jax.runtime.checkpoint import Checkpoints, Damaged, Restored
 from ssp_jax.runtime.logger import CompileCounter, Logger
+from ssp_jax.user_code import load as user_code
+from ssp_jax.user_code.metric import Function
+from ssp_jax.user_code.search import UserRetriever
 from ssp_jax.workdir import (
     Change,
     changes_of,
@@ -73,7 +76,7 @@ class Inputs:
     tokenizer: Any
     context: roles.EpisodeContext
     eos: tuple[int, ...]
-    server: judge.OpenAI | None  # where one is asked
+    judges: dict[str, judge.Judge]  # those that need no engine, by metric
     stamps: dict[str, str]  # digests of the files that training depends on
 
     @functools.cached_property
@@ -128,6 +131,9 @@ def read_inputs(
 
     def of_search() -> dict[str, str]:
         c = config.retriever
+        if user_code.is_one(c.kind):
+            corpus = stamps.of_index(c.corpus, "") if c.corpus else {}
+            return corpus | stamps.of_code(c.kind)
         return {} if c.kind == "http" else stamps.of_index(c.corpus, index_folder(c, workdir))
 
     def files() -> dict[str, Any]:
@@ -140,19 +146,19 @@ def read_inputs(
         if processes.is_coordinator() and not evaluating:
             # Before the index of a changed corpus is built, for hours, and takes the place of the
             # one before.
-            check_unchanged(workdir, lambda: found["stamps"] | of_search())
+            check_unchanged(workdir, lambda: found["stamps"] | of_search(), config)
             if origin is not None:
                 check_origin(origin, workdir, config, found["stamps"])
         return found
 
     found = processes.run_on_all(files, _settings(config))
     processes.run_on_all(lambda: make_mesh(config))
-    server = processes.run_on_all(lambda: _open_judge(config, found, evaluating))
+    judges = processes.run_on_all(lambda: _open_judges(config, found, evaluating))
     asked = found["tasks"] or next(iter(found["eval_sets"].values()))
     search = open_search(config.retriever, workdir, asked)
     if not evaluating:
         found["stamps"] |= of_search()
-    return Inputs(**found, server=server, retriever=search)
+    return Inputs(**found, judges=judges, retriever=search)
 
 
 def _check_eval_sets(config: ConfigDict, evaluating: bool) -> None:
@@ -194,6 +200,8 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
     if not evaluating:
         tasks = data.load_answers(config.data.answers)
         training_files = model.stamps | stamps.of_files(config.model.path, config.data.answers)
+        if user_code.is_one(config.reward.metric):
+            training_files |= stamps.of_code(config.reward.metric)
     return {
         "tasks": tasks,
         "eval_sets": sets,
@@ -274,17 +282,28 @@ def _check_weights(
     return processes.digest(facts), files
 
 
-def _open_judge(config: ConfigDict, found: dict[str, Any], evaluating: bool) -> judge.OpenAI | None:
-    """The server that judges, if there is one. Raises InputError where a judge could not judge."""
+def _open_judges(
+    config: ConfigDict, found: dict[str, Any], evaluating: bool
+) -> dict[str, judge.Judge]:
+    """The server that judges, and functions of the user's, by metric.
+
+    Raises InputError where a judge could not judge.
+    """
     c = config.eval
-    kinds = set()
+    kinds = {}  # metric -> the key that has it
     if evaluating or (found["eval_sets"] and (c.before or c.every or c.after)):
-        kinds.add(c.judge)
+        kinds[c.judge] = "eval.judge"
     if not evaluating:
-        kinds.add(config.reward.metric)
-    if "policy" in kinds:
-        judge.check_policy(found["context"])
-    return judge.OpenAI(**config.judge) if "openai" in kinds else None
+        kinds[config.reward.metric] = "reward.metric"
+    judges: dict[str, judge.Judge] = {}
+    for metric, key in kinds.items():
+        if metric == "policy":
+            judge.check_policy(found["context"])
+        elif metric == "openai":
+            judges[metric] = judge.OpenAI(**config.judge)
+        elif user_code.is_one(metric):
+            judges[metric] = Function(key, metric)
+    return judges
 
 
 def index_folder(c: ConfigDict, workdir: str) -> str:
@@ -296,10 +315,14 @@ def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Searcher:
     """Opens the search of section retriever on all processes; builds a missing index.
 
     The coordinator builds: a file lock does not keep another host out. tasks: of the run, which a
-    search server is tried with.
+    search server, or a class of the user's, is tried with.
     """
+    probes = [task.question or task.answers[0] for task in tasks[:64]]
+    if user_code.is_one(c.kind):
+        return processes.run_on_all(
+            lambda: UserRetriever(c.kind, c.corpus, c.index, probes, top_k=c.top_k)
+        )
     if c.kind == "http":
-        probes = [task.question or task.answers[0] for task in tasks[:64]]
         remote = functools.partial(
             RemoteRetriever, top_k=c.top_k, timeout_s=c.timeout_s, retries=c.retries
         )
@@ -476,12 +499,12 @@ def make_judges(
     engine: Engine,
     context: roles.EpisodeContext,
     digests: Mapping[str, str],
-    server: judge.OpenAI | None,
+    ready: Mapping[str, judge.Judge],
     initial: Callable[[], Params],
 ) -> Callable[[str], judge.Judge | None]:
     """The judge of reward.metric or eval.judge, each made once; None for a metric without one.
 
-    digests: of a run's inputs. server: the one that was found with them.
+    digests: of a run's inputs. ready: the judges that were found with them.
     initial: gives the sampler's copy of the initial weights.
     """
     names = ("the weights", "the model's shape", "the tokenizer")
@@ -493,7 +516,7 @@ def make_judges(
     def of_metric(metric: str) -> judge.Judge | None:
         if metric == "policy":
             return judge.Policy(engine, context, model, initial, max_tokens, cache_tokens)
-        return server if metric == "openai" else None
+        return ready.get(metric)
 
     return of_metric
 
@@ -835,7 +858,7 @@ def _make_run(
         return judging or base.weights.initial_for_sampler()
 
     engine = run_engine(config, inputs, mesh)
-    judges = make_judges(config, engine, inputs.context, inputs.digests, inputs.server, initial)
+    judges = make_judges(config, engine, inputs.context, inputs.digests, inputs.judges, initial)
     reward_judge = judges(config.reward.metric)
     game = SelfPlay(
         make_game_config(config), inputs.context, engine, inputs.retriever, reward_judge

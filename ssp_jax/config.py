@@ -23,6 +23,7 @@ from ssp_jax.errors import InputError
 from ssp_jax.game import examples, prompts, rewards, rules
 from ssp_jax.retriever import settings
 from ssp_jax.runtime.command import Parser, nearest, one_line, user_path
+from ssp_jax.user_code import load
 
 # of the repository, or where `pip install .` has put configs/
 ROOT = Path(default.__file__).parent.parent
@@ -174,7 +175,8 @@ def of_values(values: dict[str, Any], where: str) -> ConfigDict:
 def _expand_paths(config: ConfigDict) -> None:
     paths = {}
     for key, value in flatten_config(config).items():
-        if key in PATHS or key.startswith(f"{FREE_SECTION}."):
+        is_own = key in USER_CODE and load.is_one(value)
+        if key in PATHS or key.startswith(f"{FREE_SECTION}.") or is_own:
             paths[key] = user_path(value, f"config key {key}")
     with config.unlocked():
         config.update_from_flattened_dict(paths)
@@ -384,6 +386,9 @@ CHOICES: dict[str, Iterable[str]] = {
     "checkpoint.export": ("auto", "model", "adapter", "none"),
 }
 
+# Of these, the keys that also take a function or class of the user's own file.
+USER_CODE = ("reward.metric", "eval.judge", "retriever.kind")
+
 
 @dataclass(frozen=True)
 class Range:
@@ -535,9 +540,11 @@ def check_numbers(config: ConfigDict) -> None:
     """Raises InputError for names and numbers that cannot work, alone or together."""
     values = flatten_config(config)
     for key, names in CHOICES.items():
-        if values[key] not in names:
+        is_own = key in USER_CODE and load.is_one(values[key])
+        if values[key] not in names and not is_own:
+            own = ", or FILE.py:NAME" if key in USER_CODE else ""
             raise InputError(
-                f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}"
+                f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}{own}"
             )
     for key, bounds in BOUNDS.items():
         value = values[key]
@@ -560,7 +567,7 @@ def _check_given(values: dict[str, Any], evaluating: bool) -> None:
         needed["retriever.url"] = (
             "the address of a search server, such as http://127.0.0.1:8000/retrieve"
         )
-    elif not values["retriever.index"]:
+    elif not values["retriever.index"] and not load.is_one(values["retriever.kind"]):
         needed["retriever.corpus"] = "a path"
     if values["retriever.kind"] in settings.KINDS:
         needed["retriever.encoder"] = "the Hugging Face folder of an encoder"

@@ -14,6 +14,7 @@ from ssp_jax.errors import InputError, masked
 from ssp_jax.model import hf_files, hf_save
 from ssp_jax.model.hf_files import Folder
 from ssp_jax.retriever import build
+from ssp_jax.user_code import load
 
 # Of a larger file of weights so many blocks are read, evenly spread: training moves all weights,
 # and 15 GB take a second or two. Up to WHOLE bytes a file is read as a whole.
@@ -55,6 +56,11 @@ def of_files(model_path: str, *trained_on: str) -> dict[str, str]:
 def of_index(corpus: str, index: str) -> dict[str, str]:
     """Digest of the corpus, or of the index where `corpus` is empty, by name."""
     return {corpus or index: build.source(corpus, index)}
+
+
+def of_code(value: str) -> dict[str, str]:
+    """Digest of the user's file of a value FILE.py:NAME, by name."""
+    return {masked(load.file_of(value)): load.digest(value)}
 
 
 def _weight_files(model: Folder) -> list[str]:

@@ -17,6 +17,7 @@ from ssp_jax.config import Origin, flatten_config, of_values
 from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.runtime import checkpoint, processes, records
 from ssp_jax.runtime.files import replacing
+from ssp_jax.user_code import load
 
 CONFIG_FILE = "config.json"  # of a workdir
 METRICS_FILE = "metrics.jsonl"  # likewise
@@ -310,16 +311,25 @@ def _show(values: dict[str, Any], key: str) -> str:
 # --- files that a run depends on ------------------------------------------------------------------
 
 
-def check_unchanged(workdir: str, stamps: Callable[[], Mapping[str, str]]) -> None:
+def check_unchanged(
+    workdir: str, stamps: Callable[[], Mapping[str, str]], config: ConfigDict
+) -> None:
     """Raises InputError where a file that the run depends on is not that of its newest step.
 
-    stamps: gives a digest of each file, by name.
+    stamps: gives a digest of each file, by name. The file of a reward.metric that is another one
+    now does not count: the run says that the key has changed.
     """
     newest = checkpoint.newest_game(workdir)
     if newest is None:
         return
     step, game = newest
-    check_same_files(game["stamps"], stamps(), f"step {step} of {workdir}")
+    metrics = {game["config"].get("reward.metric", ""), config.reward.metric}
+    changed = {load.file_of(metric) for metric in metrics} if len(metrics) == 2 else set()
+
+    def counted(digests: Mapping[str, str]) -> dict[str, str]:
+        return {name: digests[name] for name in digests if name not in changed}
+
+    check_same_files(counted(game["stamps"]), counted(stamps()), f"step {step} of {workdir}")
 
 
 def check_same_files(before: Mapping[str, str], now: Mapping[str, str], since: str) -> None:

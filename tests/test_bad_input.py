@@ -47,6 +47,7 @@ from ssp_jax.retriever.settings import EncoderKeys
 from ssp_jax.retriever.vectors import About
 from ssp_jax.runtime.checkpoint import Checkpoints
 from ssp_jax.runtime.logger import CompileCounter
+from ssp_jax.user_code import load as user_code
 from ssp_jax.workdir import as_read, keep_config
 from tests.conftest import ROOT
 from tests.model_folders import (
@@ -2490,6 +2491,8 @@ def with_step(run: Path, config: ConfigDict) -> None:
     if config.model.adapter:
         files |= stamps.of_adapter(config.model.adapter)
     files |= stamps.of_index(config.retriever.corpus, config.retriever.index)
+    if user_code.is_one(config.reward.metric):
+        files |= stamps.of_code(config.reward.metric)
     game = {
         "memory": ReplayState().to_json(),
         "seconds": 1.0,
@@ -2891,6 +2894,49 @@ FORKS = [
 ]
 
 
+def own_code(override: str, content: str = "", later: str = "") -> Make:
+    """A run of the tiny config with this own.py; later: what it holds after a first step."""
+
+    def make(folder: Path) -> list[str]:
+        (folder / "own.py").write_text(content)
+        argv = tiny(override.replace("own.py", f"{folder}/own.py"))(folder)
+        if later:
+            config = parse_command_line(argv[1:]).config
+            (folder / "run").mkdir()
+            with_step(folder / "run", config)
+            (folder / "own.py").write_text(later)
+        return argv
+
+    return make
+
+
+RIGHT = "def f(question, answers, answer):\n    return True\n"
+OWN_CODE = [
+    Case("no such file", tiny("reward.metric=none.py:f"), "none.py: expected a readable file of P"),
+    Case("no such name", own_code("reward.metric=own.py:f"), "own.py:f: expected a function .* f"),
+    Case(
+        "a metric of one argument",
+        own_code("reward.metric=own.py:f", "def f(answer):\n    return True\n"),
+        "reward.metric: .*own.py:f expected three parameters: question, answers, answer",
+    ),
+    Case(
+        "a judge of evaluations that is none",
+        own_code("eval.judge=own.py:f", "def f(q, a, x):\n    return 1\n"),
+        "eval.judge: .*own.py:f gives 1 for the answer",
+    ),
+    Case(
+        "a search without a method",
+        own_code("retriever.kind=own.py:F", "def F(corpus, index):\n    return 1\n"),
+        r"retriever.kind: .* expected a method search\(queries, top_k\)",
+    ),
+    Case(
+        "a metric that has changed",
+        own_code("reward.metric=own.py:f", RIGHT, later=RIGHT + "\n"),
+        "own.py has changed since step 1 of .*run; expected it as it was, or another --workdir",
+    ),
+]
+
+
 def exported(
     *flags: str,
     prepare: Callable[[Path, ConfigDict], Any] = with_step,
@@ -2960,6 +3006,7 @@ SECTIONS = {
     "report": REPORTS,
     "export": EXPORTS,
     "fork": FORKS,
+    "own code": OWN_CODE,
     "evaluation": EVALUATIONS,
     "workdir": WORKDIRS,
     "processes": PROCESSES,

@@ -16,6 +16,7 @@ FLOORS = (
     ("model",),
     ("retriever", "rollout", "learner"),
     ("game",),
+    ("user_code",),
     ("config", "config_help"),
     ("evaluation", "stamps", "workdir"),
     ("trackers",),

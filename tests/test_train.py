@@ -392,6 +392,47 @@ def test_update_orders(tmp_path, order):
     assert any(key.startswith("update/both/") for key in metrics) == (order == "combined")
 
 
+OWN = """
+import json
+from pathlib import Path
+
+def given(question, answers, answer):
+    return answer in answers or len(answer) > 2
+
+class Search:
+    def __init__(self, corpus, index):
+        rows = map(json.loads, Path(corpus).read_text().splitlines())
+        self.texts = [row["contents"] for row in rows]
+        self.words = [set(text.lower().split()) for text in self.texts]
+
+    def search(self, queries, top_k):
+        return [self.best(set(query.lower().split()))[:top_k] for query in queries]
+
+    def best(self, asked):
+        rows = sorted(range(len(self.texts)), key=lambda row: -len(asked & self.words[row]))
+        return [("own", self.texts[row]) for row in rows]
+"""
+
+
+@pytest.mark.ci
+def test_a_metric_and_a_search_of_the_users_own_play_the_game(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    metric = f"{tmp_path}/own.py:given"
+    own = {"reward__metric": metric, "eval__judge": metric, "log__episodes_every": 1}
+    own |= {"retriever__kind": f"{tmp_path}/own.py:Search", "checkpoint__export": "none"}
+    workdir = tmp_path / "run"
+    train.train(small(steps=1, eval__before=False, **own), str(workdir))
+    scores = json.loads((workdir / "eval/step_000001.json").read_text())
+    assert scores["judge"] == "own.py:given" and scores["unjudged"] == 0
+    lines = (workdir / "episodes/step_000001.jsonl").read_text().splitlines()
+    games = [json.loads(line) for line in lines]
+    found = [document for game in games for document in game["documents"]]
+    assert found and {document["title"] for document in found} == {"own"}
+    assert not (workdir / "index").exists()
+    game = read_document(workdir / "checkpoints/1")["game"]
+    assert f"{tmp_path}/own.py" in game["stamps"]
+
+
 @pytest.mark.parametrize(
     ("order", "trained", "expected"),
     [

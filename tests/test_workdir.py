@@ -1,9 +1,22 @@
 """Keys that change in the middle of a run: what of them is kept, and what depends on them."""
 
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from ssp_jax.workdir import Change, as_read, changes_of, changes_since, trained_with
+from ssp_jax.errors import InputError
+from ssp_jax.runtime.checkpoint import Checkpoints
+from ssp_jax.workdir import (
+    Change,
+    as_read,
+    changes_of,
+    changes_since,
+    check_unchanged,
+    trained_with,
+)
 
 RATE = "learner.learning_rate"
 
@@ -49,6 +62,27 @@ def test_weights_depend_on_the_keys_of_their_steps_alone() -> None:
     back = [*changed, Change(35, RATE, 5e-6, 1e-6)]
     assert training(36, back) not in (first, training(36, changed, learner__learning_rate=5e-6))
     assert training(35, back) == training(35, changed, learner__learning_rate=5e-6)
+
+
+def test_the_file_of_a_metric_must_be_the_same_unless_the_run_takes_another_one(
+    tmp_path: Path,
+) -> None:
+    own = config_of(reward__metric="own.py:f")
+    game = {**saved(own), "stamps": {"own.py": "1", "answers.txt": "2"}}
+    with Checkpoints(str(tmp_path), every=1, keep=1) as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros(3)}, game)
+
+    def check(config: ConfigDict, **stamps: str) -> None:
+        now = {"answers.txt": "2"} | {f"{name}.py": digest for name, digest in stamps.items()}
+        check_unchanged(str(tmp_path), lambda: now, config)
+
+    check(own, own="1")
+    with pytest.raises(InputError, match="own.py has changed since step 1"):
+        check(own, own="3")
+    check(config_of(reward__metric="em"))
+    check(config_of(reward__metric="other.py:f"), other="4")
+    with pytest.raises(InputError, match="more.py is new"):
+        check(config_of(reward__metric="em"), more="5")
 
 
 def test_weights_do_not_depend_on_how_a_run_is_watched() -> None:

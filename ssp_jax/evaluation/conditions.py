@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssp_jax.errors import masked
+from ssp_jax.user_code import load
 
 # Sections that bound what a solver may do and say what it is shown.
 _SECTIONS = ("limits", "prompt")
@@ -21,7 +22,7 @@ def of(config: ConfigDict, passages: int) -> dict[str, Any]:
     found: dict[str, Any] = {"retriever": r.kind, "top_k": r.top_k}
     if r.kind == "http":
         found["server"] = masked(r.url)
-    else:
+    elif not load.is_one(r.kind):
         found["passages"] = passages
     if r.kind in ("dense", "hybrid"):
         found["encoder"] = r.encoder

@@ -73,7 +73,7 @@ def _evaluation_run(
     weights = assemble.make_weights(config, inputs.model_config, mesh)
     initial = weights.initial_for_sampler
     judges = assemble.make_judges(
-        config, engine, inputs.context, inputs.digests, inputs.server, initial
+        config, engine, inputs.context, inputs.digests, inputs.judges, initial
     )
     folder = Path(workdir) / "eval"
     folder.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from ssp_jax.model import hf_files
 
 FILE = "ssp_jax_training.json"
 # Config keys that say how the model is asked.
-KEYS = ("prompt.", "limits.", "sampling.", "retriever.kind", "retriever.top_k")
+KEYS = ("prompt.", "limits.", "sampling.", "retriever.top_k")
 # Flags of `generate` that get their value from there, unless the user gives one: the key, and the
 # value where there is no such file. Those of SEARCH_FLAGS get it for searches alone.
 FLAGS: dict[str, tuple[str, Any]] = {

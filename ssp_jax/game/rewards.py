@@ -61,20 +61,27 @@ METRIC_NAMES = (*METRICS, *JUDGES)  # values of config keys reward.metric and ev
 
 
 def needs_judge(answer: str | None, golds: Sequence[str], metric: str) -> bool:
-    """No judge is asked about an answer that equals a gold, nor about none at all [C]."""
-    return metric in JUDGES and bool(answer) and not exact_match(answer, golds)
+    """No model is asked about an answer that equals a gold, nor about none at all [C].
+
+    A function of the user's, FILE.py:NAME, is asked about every answer.
+    """
+    if not answer or metric in METRICS:
+        return False
+    return metric not in JUDGES or not exact_match(answer, golds)
 
 
 def is_right(
     answer: str | None, golds: Sequence[str], metric: str, verdict: bool | None = None
 ) -> bool:
-    """Whether an answer is right by a metric of METRIC_NAMES.
+    """Whether an answer is right by a metric of METRIC_NAMES, or by a function of the user's.
 
-    verdict: the judge's, where the metric is one. None, of a judge that failed, is never right.
+    verdict: the judge's, where it is asked. None, of a judge that failed, is never right.
     """
     if metric in METRICS:
         return METRICS[metric](answer, golds)
-    return exact_match(answer, golds) or (needs_judge(answer, golds, metric) and bool(verdict))
+    if needs_judge(answer, golds, metric):
+        return bool(verdict)
+    return exact_match(answer, golds)
 
 
 def solver_reward(

@@ -78,7 +78,7 @@ def _flags(config: ConfigDict, workdir: str, export: Path, kind: str) -> Iterato
         yield f"--adapter={export}"
     else:
         yield f"--model={export}"
-    if config.retriever.kind != "http":
+    if config.retriever.kind in ("bm25", *settings.KINDS):
         yield f"--index={index_folder(config.retriever, workdir)}"
     if config.retriever.kind in settings.KINDS:
         yield f"--kind={config.retriever.kind}"

@@ -6,6 +6,7 @@ documents themselves; those that ask a web search or Anserini's BM25 give docume
 or their contents alone.
 """
 
+import abc
 import hashlib
 import itertools
 import json
@@ -29,40 +30,23 @@ PASSAGE_CHARACTERS = 1 << 20
 BROKEN_IN_A_ROW = 100
 
 
-class RemoteRetriever:
-    """A search server. Several threads may search at the same time.
+class Probed(abc.ABC):
+    """A search that cannot be asked for a row of its corpus: what it finds for some queries stands
+    for it.
 
-    Raises InputError, which ends the run, if the server does not answer after all retries.
+    Only the noise documents of the first round are drawn from there. Several threads may search at
+    the same time.
     """
 
     program_bytes = 0  # on a device, that a search takes
 
-    def __init__(
-        self, url: str, probes: Sequence[str], *, top_k: int, timeout_s: float, retries: int
-    ) -> None:
-        """Asks for `probes` at once, so that a wrong address is reported before anything compiles.
-
-        A server cannot be asked for a corpus row, so what it finds for the probes stands for its
-        corpus. Only the noise documents of the first round are drawn from there.
-        """
-        check_address("retriever.url", url)
-        self._url = url
-        self._timeout_s = timeout_s
-        self._retries = retries
-        self._secrets = Secrets(url)
-        # All that is known of the corpus. Masked, for a new key does not change it.
-        self.source = masked(url)
+    def __init__(self, source: str, probes: Sequence[str], top_k: int) -> None:
+        """source: all that is known of what is searched. Searches for the probes."""
+        self.source = source
         self._cache: QueryCache[tuple[Document, ...]] = QueryCache(CACHE_BYTES, _bytes)
-        self.left_out = 0  # passages that could not be used
-        self._broken_in_a_row = 0
         results = self.search(probes, top_k)
         documents = itertools.chain.from_iterable(results)
         self._known = list({document.id: document for document in documents}.values())
-        if not self._known:
-            broken = f" but {self.left_out} unusable ones" if self.left_out else ""
-            raise self._error(
-                f"that finds something for {len(probes)} queries", f"no document{broken}"
-            )
 
     def __len__(self) -> int:
         return len(self._known)
@@ -72,9 +56,38 @@ class RemoteRetriever:
         return self._known[corpus_row]
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Document]]:
-        """At most top_k passages for each query, as the server orders them."""
+        """At most top_k passages for each query, best first."""
         queries = [shortened(query) for query in queries]
         return [list(documents) for documents in self._cache.get(queries, top_k, self._ask)]
+
+    @abc.abstractmethod
+    def _ask(self, queries: list[str], top_k: int) -> list[tuple[Document, ...]]:
+        """The passages of each of these queries."""
+
+
+class RemoteRetriever(Probed):
+    """A search server.
+
+    Raises InputError, which ends the run, if the server does not answer after all retries.
+    """
+
+    def __init__(
+        self, url: str, probes: Sequence[str], *, top_k: int, timeout_s: float, retries: int
+    ) -> None:
+        """Asks for `probes` at once, so that a wrong address is reported before all compiling."""
+        check_address("retriever.url", url)
+        self._url = url
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._secrets = Secrets(url)
+        self.left_out = 0  # passages that could not be used
+        self._broken_in_a_row = 0
+        super().__init__(masked(url), probes, top_k)  # a new key does not change what is searched
+        if not self._known:
+            broken = f" but {self.left_out} unusable ones" if self.left_out else ""
+            raise self._error(
+                f"that finds something for {len(probes)} queries", f"no document{broken}"
+            )
 
     def _ask(self, queries: list[str], top_k: int) -> list[tuple[Document, ...]]:
         reply = self._post({"queries": queries, "topk": top_k, "return_scores": True})
@@ -127,7 +140,7 @@ class RemoteRetriever:
         if len(title) + len(text) > PASSAGE_CHARACTERS:
             expected = f"that gives passages of at most {PASSAGE_CHARACTERS:,} characters"
             raise self._error(expected, f"{len(title) + len(text):,}")
-        return Document(_document_id(values.get("id"), title, text), title, text)
+        return Document(document_id(values.get("id"), title, text), title, text)
 
     def _leave_out(self, error: InputError) -> None:
         """Counts an unusable passage. Prints the 1st, 10th, 100th, ... of them."""
@@ -146,7 +159,7 @@ class RemoteRetriever:
         return InputError(self._secrets.hidden(message))
 
 
-def _document_id(given: object, title: str, text: str) -> str:
+def document_id(given: object, title: str, text: str) -> str:
     """The document's id, or a digest of its contents where the server gives none."""
     if type(given) is int:
         return str(given)

@@ -133,7 +133,7 @@ def _read(config: ConfigDict, workdir: str) -> _Read:
     files = rows.files(c.episodes)
     found = model.stamps | stamps.of_files(config.model.path, *map(str, files))
     if processes.is_coordinator():
-        check_unchanged(workdir, lambda: found)
+        check_unchanged(workdir, lambda: found, config)
     metric = config.reward.metric if config.reward.metric in METRICS else "em"
     selection = rows.Selection(c.keep, metric)
     loaded = lessons.load(

@@ -582,7 +582,12 @@ def test_judges_of_a_config(serve):
         c.judge.url, c.judge.model = f"http://127.0.0.1:{serve().server_port}/v1", "a-judge"
     server = judge.OpenAI(**c.judge)
     judges = make_judges(
-        c, ScriptedEngine(lambda player: "Correct"), CONTEXT, DIGESTS, server, lambda: None
+        c,
+        ScriptedEngine(lambda player: "Correct"),
+        CONTEXT,
+        DIGESTS,
+        {"openai": server},
+        lambda: None,
     )
     assert judges("em") is judges("cover_em") is None
     assert judges("policy").name == "policy" and judges("openai") is server
@@ -603,7 +608,8 @@ def test_what_a_verdict_depends_on(serve):
             )
             c.judge.update(changes)
         engine = ScriptedEngine(lambda player: "Correct")
-        judges = make_judges(c, engine, CONTEXT, digests, judge.OpenAI(**c.judge), lambda: None)
+        ready = {"openai": judge.OpenAI(**c.judge)}
+        judges = make_judges(c, engine, CONTEXT, digests, ready, lambda: None)
         return judges("policy").identity, judges("openai").identity
 
     policy, openai = identities()

@@ -105,7 +105,7 @@ def test_search(server):
     assert retriever.search(["d"], 1) == [[paris]]
 
 
-PARIS_ID = Document(remote._document_id(None, '"Paris"', "A city."), '"Paris"', "A city.")
+PARIS_ID = Document(remote.document_id(None, '"Paris"', "A city."), '"Paris"', "A city.")
 
 
 @pytest.mark.parametrize(
