@@ -19,16 +19,22 @@ from ssp_jax.model import hf_files
 from ssp_jax.runtime import figures
 
 FILE = "README.md"
-PAPER = "https://arxiv.org/abs/2510.18821"
+SELF_PLAY = (
+    "Search Self-Play ([paper](https://arxiv.org/abs/2510.18821)): one model writes questions "
+    "around given answers and solves them with a search tool, and both roles are trained"
+)
 # Keys that say where a run was and how it was watched, and not what it learned.
 _ELSEWHERE = ("data.eval_sets.", "judge.", "mesh.", "engine.", "checkpoint.", "log.", "steps")
 
 
-def text(config: ConfigDict, workdir: Path, step: int, kind: str) -> str:
-    """The card of the weights after a step. kind: model or adapter."""
+def text(config: ConfigDict, workdir: Path, step: int, kind: str, training: str = SELF_PLAY) -> str:
+    """The card of the weights after a step.
+
+    kind: model or adapter. training: in words, what it was trained by.
+    """
     sections = [
         _front_matter(config, kind),
-        _head(config, step, kind),
+        _head(config, step, kind, training),
         _scores(workdir, step),
         _asking(config, kind),
         _training(config),
@@ -46,14 +52,13 @@ def _front_matter(config: ConfigDict, kind: str) -> str:
     return "\n".join(["---", *lines, "---", ""])
 
 
-def _head(config: ConfigDict, step: int, kind: str) -> str:
+def _head(config: ConfigDict, step: int, kind: str, training: str) -> str:
     base = masked(config.model.path)
     what = "A LoRA adapter" if kind == "adapter" else "A model"
     return (
         f"# A search agent, trained from {base}\n\n"
-        f"{what} after {step} steps of Search Self-Play ([paper]({PAPER})): one model writes "
-        "questions around given answers and solves them with a search tool, and both roles are "
-        f"trained. It began as `{base}`, and was trained by ssp_jax.\n"
+        f"{what} after {step} steps of {training}. It began as `{base}`, and was trained by "
+        "ssp_jax.\n"
     )
 
 

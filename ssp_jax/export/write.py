@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssp_jax import assemble, stamps
-from ssp_jax.config import check_values, export_kind
+from ssp_jax.config import export_kind
 from ssp_jax.errors import InputError, masked
 from ssp_jax.evaluation.best import best_step
 from ssp_jax.evaluation.scores import AVERAGE
@@ -32,16 +32,18 @@ def write(
     frozen: Callable[[], Params],
     folder: Path,
     kind: str,
+    training: str = card.SELF_PLAY,
 ) -> None:
     """Writes the weights after a step of a run, and what is to be known of them.
 
     trained, frozen: laid out as the learner has them; frozen is called where they are written too.
-    kind: model or adapter. Several processes call this together. Raises InputError.
+    kind: model or adapter. training: in words, for the card. Several processes call this together.
+    Raises InputError.
     """
 
     def texts() -> dict[str, str]:
         found = {
-            card.FILE: card.text(config, workdir, step, kind),
+            card.FILE: card.text(config, workdir, step, kind, training),
             form.FILE: form.text(config, step),
         }
         if kind == "model":
@@ -81,7 +83,6 @@ def write_checkpoint(
     workdir. kind: "" for that of the run's config. Raises InputError.
     """
     config = config_of(workdir)
-    check_values(config)
     step = _checked_step(workdir, _best(config, workdir) if best else step)
     model = assemble.read_model(config)
     kind = _checked_kind(config, workdir, kind)
