@@ -405,6 +405,56 @@ MUTANTS = [
         "return max(counts)",
         "retriever/test_vectors.py::test_a_build_that_is_killed_anywhere_ends_as_the_unbroken_one",
     ),
+    Mutant(
+        "export/form.py",
+        "if getattr(flags, name) is None:",
+        "if True:",
+        "export/test_form.py::test_flags_that_are_given_win",
+    ),
+    Mutant(
+        "evaluation/best.py",
+        "return max(sorted(scores),",
+        "return min(sorted(scores),",
+        "evaluation/test_best.py"
+        "::test_the_best_step_has_the_highest_mean_over_the_sets_or_that_of_one",
+    ),
+    Mutant(
+        "runtime/checkpoint.py",
+        "best = [checkpoint.step == self.best",
+        "best = [checkpoint.step == -1",
+        "test_keeping.py::test_the_best_step_is_kept_beside_the_newest_also_where_no_save_was_due",
+    ),
+    Mutant(
+        "lifecycle/keeping.py",
+        "if best == now.step and best not in saved:",
+        "if False:",
+        "test_keeping.py::test_the_best_step_is_kept_beside_the_newest_also_where_no_save_was_due",
+    ),
+    Mutant(
+        "workdir.py",
+        "if change.step < step and not",
+        "if change.step <= step and not",
+        "test_workdir.py::test_weights_depend_on_the_keys_of_their_steps_alone",
+    ),
+    Mutant(
+        "runtime/logger.py",
+        'row["step"] == last and CHANGES not in row',
+        'row["step"] == last',
+        "runtime/test_logger.py"
+        "::test_changes_of_keys_hold_from_a_step_and_are_said_anew_where_a_run_goes_on_from_it",
+    ),
+    Mutant(
+        "game/rewards.py",
+        "return metric not in JUDGES or not exact_match(answer, golds)",
+        "return not exact_match(answer, golds)",
+        "user_code/test_user_code.py::test_a_function_judges_every_answer_alone",
+    ),
+    Mutant(
+        "user_code/metric.py",
+        "if not isinstance(right, bool | np.bool_):",
+        "if False:",
+        "user_code/test_user_code.py::test_a_metric_that_cannot_judge_is_told_at_the_start",
+    ),
 ]
 
 

@@ -79,7 +79,7 @@ def warm_start(config: ConfigDict, workdir: str, file: str) -> None:
             if _is_due(run, now):
                 loss = _look(run, now)
         keeping.save(run, now)
-        keeping.export(run, now)
+        keeping.export(run, now, "supervised training on episodes of a search game")
         _finish(run, now, loss, file)
 
 
