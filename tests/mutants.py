@@ -455,6 +455,30 @@ MUTANTS = [
         "if False:",
         "user_code/test_user_code.py::test_a_metric_that_cannot_judge_is_told_at_the_start",
     ),
+    Mutant(
+        "warm_start/lessons.py",
+        "sampled += [is_own] * len(piece)",
+        "sampled += [True] * len(piece)",
+        "warm_start/test_rows.py::test_a_played_episode_becomes_the_tokens_of_self_play",
+    ),
+    Mutant(
+        "warm_start/rows.py",
+        "if _is_kept(score >= 1 or whole, SOLVER, selection):",
+        "if _is_kept(True, SOLVER, selection):",
+        "warm_start/test_rows.py::test_with_the_default_wrong_solvers_are_left_out",
+    ),
+    Mutant(
+        "warm_start/script.py",
+        "game.verifier_order = [documents[i].id for i in order]",
+        "game.verifier_order = [document.id for document in game.noise]",
+        "warm_start/test_script.py::test_a_verifier_reads_the_proposers_own_documents_and_noise",
+    ),
+    Mutant(
+        "warm_start/script.py",
+        "subjects = {fact.subject for fact in stated.get(name, ())} - taken - self._held_out",
+        "subjects = {fact.subject for fact in stated.get(name, ())} - taken",
+        "warm_start/test_script.py::test_no_game_is_about_a_name_that_is_held_out",
+    ),
 ]
 
 

@@ -388,17 +388,24 @@ class Learner:
         metrics["learning_rate"] = float(self._last_rate(state.updates))
         return state, metrics
 
-    def surprise(self, params: decoder.Params, episodes: Sequence[Trajectory]) -> float:
+    def surprise(
+        self,
+        params: decoder.Params,
+        episodes: Sequence[Trajectory],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> float:
         """The negative log-likelihood of the episodes' sampled tokens in nats, their mean by
-        learner.aggregation.
+        learner.aggregation. progress: gets the micro-batches that are done, and all.
         """
         everything = np.ones(len(episodes), np.float32)
         total = 0.0
         frozen = self._frozen()
-        for batch in make_batches(self._config, episodes, everything):
+        batches = make_batches(self._config, episodes, everything)
+        for number, batch in enumerate(batches, 1):
             on_device = self._put(batch)
             logp_BT = in_turn(self._programs.score(params, frozen, on_device))
             total -= float(_weighted(on_device.weight_BT, logp_BT))
+            progress(number, len(batches))
         return total
 
     def _step(self, state: TrainState, grads: decoder.Params) -> tuple[TrainState, jax.Array]:

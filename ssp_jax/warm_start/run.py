@@ -200,8 +200,12 @@ def _is_due(run: WarmStartRun, now: Progress) -> bool:
 def _look(run: WarmStartRun, now: Progress) -> float:
     """The loss of held-out episodes, and how many of their continuations are in form."""
     held_out = run.lessons.held_out
-    with run.logger.phase("looking"), processes.watched():
-        loss = run.learner.surprise(now.state.params, held_out)
+    with run.logger.phase("looking") as phase, processes.watched():
+
+        def progress(done: int, total: int) -> None:
+            phase.advance(done, total=total)
+
+        loss = run.learner.surprise(now.state.params, held_out, progress)
     metrics = {"warm_start/held_out_loss": loss}
     shown = f"held-out loss {loss:.3f}"
     if number := min(run.config.warm_start.form_prompts, len(held_out)):

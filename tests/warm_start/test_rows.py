@@ -44,10 +44,10 @@ def round_():
     return played
 
 
-def test_a_played_episode_becomes_the_tokens_of_self_play_and_the_players_own_are_marked(
-    tmp_path, round_
-):
-    """Byte for byte: prompts of all roles, with the verifier's documents in their order."""
+def test_a_played_episode_becomes_the_tokens_of_self_play(tmp_path, round_):
+    """Byte for byte: prompts of all roles, with the verifier's documents in their order. What the
+    players wrote themselves is marked.
+    """
     path = dumped(tmp_path / "step.jsonl", round_)
     expected = []
     for game in round_.games:
