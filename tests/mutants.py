@@ -479,6 +479,55 @@ MUTANTS = [
         "subjects = {fact.subject for fact in stated.get(name, ())} - taken",
         "warm_start/test_script.py::test_no_game_is_about_a_name_that_is_held_out",
     ),
+    Mutant(
+        "corpus/words.py",
+        'return list(map("".join, itertools.pairwise(letters)))',
+        "return list(letters)",
+        "corpus/test_words.py::test_words_of_a_text",
+    ),
+    Mutant(
+        "corpus/words.py",
+        "words += _pairs(found[1])",
+        "words.append(found[1])",
+        "corpus/test_words.py::test_a_query_finds_what_stands_within_a_clause",
+    ),
+    Mutant(
+        "corpus/text_files.py",
+        "size + added > _LIMIT or",
+        "False or",
+        "corpus/test_text_files.py::test_passages_have_about_a_hundred_words_and_whole_sentences",
+    ),
+    Mutant(
+        "corpus/passages.py",
+        "return os.fsencode(name) + ",
+        "return ",
+        "corpus/test_text_files.py::test_a_change_of_a_folder_is_seen",
+    ),
+    Mutant(
+        "answers/selection.py",
+        "if form in self._held_out:",
+        "if candidate.text in self._held_out:",
+        "answers/test_answers.py::"
+        "test_answers_of_the_evaluation_are_left_out_as_exact_match_compares",
+    ),
+    Mutant(
+        "retriever/index.py",
+        "return named.items() <= settings.items()",
+        "return named == settings",
+        "test_own_data.py::test_an_index_of_an_earlier_version_is_kept_and_searched_as_before",
+    ),
+    Mutant(
+        "config.py",
+        "    del sets[name]",
+        '    sets[name] = ""',
+        "test_configs.py::test_an_empty_file_removes_a_set",
+    ),
+    Mutant(
+        "plan/planner.py",
+        "shrinks = self.target.hbm is not None and",
+        "shrinks =",
+        "plan/test_plan.py::test_keys_for_this_machine_make_it_fit_and_are_no_more_than_it_needs",
+    ),
 ]
 
 

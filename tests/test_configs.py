@@ -51,6 +51,7 @@ SHAPES = {
     "llama3p1_8b": Shape(8_030_261_248, 32, 32, 8, 128, 4096, 14336),
     "paper_7b": _7B,
     "paper_7b_base": _7B,
+    "own_data": _1P5B,
     "qwen0p5b": _05B,
     "qwen14b": Shape(14_770_033_664, 48, 40, 8, 128, 5120, 13824),
     "qwen1p5b": _1P5B,

@@ -47,7 +47,10 @@ def test_a_run_ends_with_three_lines_that_lead_on(
 
     keys = [word for word in own.split() if word.startswith("--config.")]
     config = config_of(*(key.removeprefix("--config.") for key in keys))
-    assert config.data.answers == "ANSWERS.txt"
+    assert config.data.answers == "answers.jsonl" and config.retriever.corpus == "FOLDER"
+    assert not config.data.eval_sets  # of other passages
+    commands = own.partition(" -m ssp_jax.")[2].partition(",")[0]
+    assert commands == "answers --corpus=FOLDER --out=answers.jsonl"
     (page,) = re.findall(r"docs/\w+\.md", own)
     assert (ROOT / page).is_file()
 

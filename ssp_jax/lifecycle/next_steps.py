@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ssp_jax.assemble import index_folder
-from ssp_jax.config import export_kind, flatten_config, load_config
+from ssp_jax.config import FREE_SECTION, export_kind, flatten_config, load_config
 from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.model import hf_save
 from ssp_jax.report import page
@@ -21,10 +21,7 @@ def show(config: ConfigDict, workdir: Path, logger: Logger) -> None:
     """The last lines of a run."""
     write_report(workdir, logger)
     logger.say(f"ask the model: {_how_to_ask(config, workdir)}")
-    logger.say(
-        "your own data, in the formats of docs/own_data.md: the same command with another "
-        "--workdir and --config.retriever.corpus=PASSAGES.jsonl --config.data.answers=ANSWERS.txt"
-    )
+    logger.say(f"your own passages, as docs/own_data.md says: {_own_passages(config)}")
 
 
 def write_report(workdir: Path, logger: Logger) -> None:
@@ -54,6 +51,15 @@ def to_play(config: ConfigDict, workdir: Path, file: str) -> str:
         if not key.startswith("warm_start."):
             flags.append(f"--config.{key}={value}")
     return " ".join([_python(), "-m ssp_jax.main", *map(shlex.quote, flags)])
+
+
+def _own_passages(config: ConfigDict) -> str:
+    """The commands of a run like this one on passages of the user's own."""
+    take = f"{_python()} -m ssp_jax.answers --corpus=FOLDER --out=answers.jsonl"
+    keys = ["retriever.corpus=FOLDER", "data.answers=answers.jsonl"]
+    keys += [f"{FREE_SECTION}.{name}=" for name in config.data.eval_sets]
+    flags = " ".join(f"--config.{key}" for key in keys)
+    return f"{take}, and then the same command with another --workdir and {flags}"
 
 
 def _how_to_ask(config: ConfigDict, workdir: Path) -> str:

@@ -10,6 +10,7 @@ from ssp_jax.runtime.platform import MEMORY_FRACTION
 GIB = 2**30
 MIB = 2**20
 GB = 10**9
+CPU = "cpu"  # kind of a slice, and platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +124,15 @@ class Slice:
     chips_per_host: int
 
     @property
+    def platform(self) -> str:
+        """Of its devices, in JAX's words."""
+        if self.kind == CPU:
+            return CPU
+        return "tpu" if self.chip.gpu is None else "gpu"
+
+    @property
     def is_tpu(self) -> bool:
-        return self.chip.gpu is None
+        return self.platform == "tpu"
 
     @property
     def devices(self) -> int:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ssp_jax.config import flatten_config
 from ssp_jax.errors import InputError, printable
 from ssp_jax.model import decoder, hf_load, presets, sharding
 from ssp_jax.model.decoder import ModelConfig
-from ssp_jax.plan import compile, hardware, memory, roofline
+from ssp_jax.plan import compile, hardware, memory, roofline, this_machine
 from ssp_jax.plan.hardware import GIB, Slice
 from ssp_jax.plan.memory import Target
 from ssp_jax.plan.roofline import Work
@@ -89,10 +89,11 @@ def make_target(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compil
         config,
         model,
         mesh,
-        hbm=slice_.device.hbm,
+        # A CPU gives keys and values what all slots can need.
+        hbm=None if slice_.platform == hardware.CPU else slice_.device.hbm,
         per_host=slice_.per_host,
         host=host,
-        platform="tpu" if slice_.is_tpu else "gpu",
+        platform=slice_.platform,
         gpu=slice_.chip.gpu.capability if slice_.chip.gpu else None,
     )
 
@@ -184,13 +185,23 @@ def candidate_changes(target: Target, cache_room: float) -> Iterator[tuple[str, 
         yield "engine.kv_cache_gib", cache_gib
     if sharding.tensor_divides(target.model.num_kv_heads, config.mesh.tensor * 2):
         yield "mesh.tensor", config.mesh.tensor * 2
-    savers: dict[str, Any] = {"model.remat": "full", "learner.offload_moments": True}
-    if target.search is not None and target.search.rows:
-        savers["retriever.device_dtype"] = "int8"
-    if c.kl_coef:
-        savers["learner.offload_reference"] = True
+    savers = _savers(target)
     present = flatten_config(config)
     yield from [(key, value) for key, value in savers.items() if present[key] != value]
+
+
+def _savers(target: Target) -> dict[str, Any]:
+    """Values that cost time and save memory."""
+    c = target.config.learner
+    savers: dict[str, Any] = {"model.remat": "full"}
+    has_own_memory = target.hbm is not None  # beside the host's
+    if has_own_memory:
+        savers["learner.offload_moments"] = True
+    if target.search is not None and target.search.rows:
+        savers["retriever.device_dtype"] = "int8"
+    if c.kl_coef and has_own_memory:
+        savers["learner.offload_reference"] = True
+    return savers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,10 +235,11 @@ class _Estimate:
     def shortfall(self) -> float:
         """Bytes over all phases by which it does not fit, with the least that the cache may take.
 
-        A cache that the config sizes takes what it says.
+        A cache that the config sizes takes what it says, and on a CPU it takes all.
         """
         given_up = 0.0
-        if not self.target.config.engine.kv_cache_gib:
+        shrinks = self.target.hbm is not None and not self.target.config.engine.kv_cache_gib
+        if shrinks:
             given_up = self.persistent["key/value cache"] - memory.longest_episode(self.target)
         total = 0.0
         for phase, peak in self.peaks.items():
@@ -645,6 +657,49 @@ def show(
     plan = make_plan(config, model, slice_, load, compiled=compiled)
     print(*map(printable, report(plan, load)), sep="\n")
     return 0 if plan.fits else 1
+
+
+def keys_for_this_machine(
+    config: ConfigDict, model: ModelConfig, slice_: Slice
+) -> dict[str, Any] | None:
+    """Values with which a config fits on this machine, with an adapter if need be; None: none."""
+    first = this_machine.first_values(config, slice_)
+    adapter = {} if config.lora.rank else _ADAPTER
+    for more in ({}, adapter):
+        values = first | {key: change(config) for key, change in more.items()}
+        found = _fitting(with_values(config, values), model, slice_, change=True)
+        if found is not None:
+            return values | found
+    return None
+
+
+# Ten times the learning rate of full fine-tuning: docs/lora.md.
+_ADAPTER: dict[str, Callable[[ConfigDict], Any]] = {
+    "lora.rank": lambda config: 32,
+    "learner.learning_rate": lambda config: float(f"{10 * config.learner.learning_rate:.6g}"),
+}
+
+
+def show_this_machine(config: ConfigDict) -> int:
+    """Prints keys with which a config fits on this machine; 1 where there are none, else 0."""
+    model = read_model(config.model.path)
+    slice_ = this_machine.this_slice()
+    values = keys_for_this_machine(config, model, slice_)
+    print(printable(f"{config.model.path} on this machine: {this_machine.describe(slice_)}"))
+    if values is None:
+        print(
+            "it does not fit, with an adapter neither: shorten limits.* and learner.row_tokens, or "
+            "take a smaller model"
+        )
+        return 1
+    found = _estimate(with_values(config, values), model, slice_, _NO_SCALE)
+    assert found is not None
+    playing = max(peak for phase, peak in found.peaks.items() if phase in memory.PLAY)
+    updating = max(peak for phase, peak in found.peaks.items() if phase in memory.UPDATE)
+    sizes = [min(peak, found.usable) / GIB for peak in (playing, updating)]
+    print(f"it fits, from shapes: {sizes[0]:.1f} GiB playing, {sizes[1]:.1f} updating; with")
+    print(f"  {_overrides(values) or 'no other keys'}")
+    return 0
 
 
 def _has_compiler(slice_: Slice) -> bool:

@@ -156,8 +156,8 @@ def test_a_change_of_a_folder_is_seen(tmp_path: Path) -> None:
     stamps = [passages.stamp(folder)]
     for change in (
         lambda: (folder / "a.txt").write_text("Oy."),
-        lambda: (folder / "a.txt").rename(folder / "a/y.txt"),
-        lambda: (folder / "b.md").unlink(),
+        lambda: (folder / "b.md").rename(folder / "bb.md"),
+        lambda: (folder / "bb.md").unlink(),
     ):
         change()
         seen.add(passages.digest(folder))

@@ -631,3 +631,47 @@ def test_a_program_that_the_compiler_gives_up_on_is_reported() -> None:
     s = memory.Target(c, SMALL, sharding.make_mesh(c.mesh.to_dict(), compile.make_devices(slice_)))
     decode = list(compile._sampler_sources(s))[1].compile()
     assert not decode.fits and decode.temporaries > 16 * GIB
+
+
+def machine(gib: float, kind: str = hardware.CPU) -> hardware.Slice:
+    """A machine as --hardware=this finds it."""
+    gpu = None if kind == hardware.CPU else hardware.Gpu(gib * GIB, (8, 9), 0, 0.0, 0)
+    chip = hardware.Chip(gib * GIB, 0.0, 0.0, 0.0, 1, 1, (), gpu=gpu)
+    return hardware.Slice("this machine", chip, 1, kind, "1", 1)
+
+
+@pytest.mark.parametrize("kind", [hardware.CPU, "NVIDIA L4"])
+def test_keys_for_this_machine_make_it_fit_and_are_no_more_than_it_needs(kind: str) -> None:
+    c = config(learner__row_tokens=512, engine__slots=16, learner__rows=4, model__remat="none")
+    needed = []
+    for gib in (64.0, 0.6, 0.2, 0.001):
+        slice_ = machine(gib, kind)
+        values = plan.keys_for_this_machine(c, SMALL, slice_)
+        needed.append(values)
+        if values is None:
+            continue
+        after = plan._estimate(plan.with_values(c, values), SMALL, slice_, plan._NO_SCALE)
+        # A CPU has room for all that the slots can need; elsewhere the cache takes what is left.
+        assert after is not None
+        assert (after.excess if kind == hardware.CPU else after.shortfall) == 0
+        assert not any("offload" in key for key in values) or kind != hardware.CPU
+    first = {"model.dtype": "float32", "learner.rows": 1, "engine.slots": 8}
+    first |= {"engine.extend_rows": 1}
+    assert needed[0] == (first if kind == hardware.CPU else {})
+    assert needed[-1] is None and needed[1] != needed[0]
+
+
+def test_this_machine_is_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """The eight devices of the tests share its memory."""
+    tiny = [
+        f"--config={ROOT / 'configs' / 'tiny.py'}",
+        f"--config.model.path={ROOT / 'assets' / 'tiny' / 'model'}",
+        "--hardware=this",
+    ]
+    assert command.main(tiny) == 0
+    first, second, keys = capsys.readouterr().out.splitlines()
+    assert "on this machine: 8 x cpu, " in first and first.endswith(" GiB each for a run")
+    assert second.startswith("it fits, from shapes: 0.0 GiB playing, 0.0 updating")
+    assert keys == "  no other keys"
+    assert command.main([*tiny, "--topology=v6e-8"]) == 2
+    assert "--hardware and --topology name two machines" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from ssp_jax.data import Document
 from ssp_jax.errors import InputError
 from ssp_jax.retriever import __main__ as command
 from ssp_jax.retriever import index as index_files
-from ssp_jax.retriever import progress, search
+from ssp_jax.retriever import progress, search, settings
 from ssp_jax.retriever.build import build_index
 from ssp_jax.retriever.search import SLICES_PER_THREAD, QueryCache, Retriever, open_retriever
 from ssp_jax.runtime.folder_swap import MARKER
@@ -697,3 +697,22 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     ):
         assert command.main(["search", f"--index={index}", "--top_k=1", query]) == 0
         assert capsys.readouterr().out.endswith(answer)
+
+
+def test_a_corpus_that_is_no_text_gets_a_sentence(tmp_path, capsys):
+    corpus = corpus_of(tmp_path, ["one word ☃☃☃☃☃☃☃☃☃☃☃☃☃☃☃☃☃☃☃☃ ☃☃☃☃☃☃"] * 5)
+    build_index(corpus, tmp_path / "index", **PLAIN)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "corpus.jsonl: only 26% of its characters stand in wo" in said
+
+
+def test_all_stemmers_and_stop_words_are_there(tmp_path):
+    import Stemmer
+    from bm25s import stopwords
+
+    assert {"", *Stemmer.algorithms()} >= set(settings.STEMMERS)
+    assert all(getattr(stopwords, name) for name in settings.STOPWORDS.values() if name)
+    corpus = corpus_of(tmp_path, ["les grandes maisons", "un chat"])
+    french = PLAIN | {"stemmer": "french", "stopwords": "french"}
+    retriever = open_retriever(corpus, tmp_path / "index", **french)
+    assert ids(retriever, "grande maison", 2) == ["p0"] and ids(retriever, "les", 2) == []
