@@ -46,7 +46,7 @@ _NUMBERING = re.compile(r"[.)]\s")  # after the number of a line
 _QUOTED = re.compile('[“"«「『《〈]([^“”"«»「」『』《》〈〉\n]{2,60})[”"»」』》〉]')
 _KATAKANA = re.compile("[ァ-ヺ][ァ-ヺー]+(?:・[ァ-ヺー]+)*")
 _TOKEN = re.compile(r"[^\W_]+(?:[’'&.-][^\W_]+)*")
-_POSSESSIVE = re.compile("['’]s?$")
+_POSSESSIVES = ("'s", "’s")
 _PRONOUN = re.compile("I(?:['’]|$)")  # the English one
 _SENTENCE_END = re.compile('[.!?:;…\n“"«»”(•|]')
 # Small words within names, of several languages.
@@ -99,7 +99,7 @@ class Frequencies:
             forgotten *= 2
 
     def is_common(self, text: str) -> bool:
-        """Whether so many passages have a term that it is none of any of them."""
+        """Whether so many passages have a term that it tells no passage from the others."""
         return self[text] > max(4, self.passages // 50)
 
     def is_everywhere(self, text: str) -> bool:
@@ -207,7 +207,7 @@ def _name_runs(text: str, tokens: list[re.Match[str]]) -> Iterator[_Name]:
     for token in tokens:
         gap = text[end : token.start()]
         end = token.end()
-        word = _POSSESSIVE.sub("", token[0])
+        word = token[0][:-2] if token[0].endswith(_POSSESSIVES) else token[0]
         starts_sentence = token.start() == 0 or _SENTENCE_END.search(gap) is not None
         after_initial = bool(run) and len(run[-1]) == 2 and run[-1][1] == "."
         goes_on = bool(run) and gap == (". " if after_initial else " ")

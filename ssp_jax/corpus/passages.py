@@ -133,7 +133,10 @@ def digest(corpus: Path) -> str:
 
 def _header(folder: Path, name: str) -> bytes:
     """What stands before a file in the digest of its folder."""
-    size = (folder / name).stat().st_size
+    try:
+        size = (folder / name).stat().st_size
+    except OSError as error:
+        raise _unreadable(folder / name, error) from None
     return os.fsencode(name) + f"\0{size}\0".encode()
 
 
