@@ -644,7 +644,7 @@ def machine(gib: float, kind: str = hardware.CPU) -> hardware.Slice:
 def test_keys_for_this_machine_make_it_fit_and_are_no_more_than_it_needs(kind: str) -> None:
     c = config(learner__row_tokens=512, engine__slots=16, learner__rows=4, model__remat="none")
     needed = []
-    for gib in (64.0, 0.6, 0.2, 0.001):
+    for gib in (64.0, 0.6, 0.001):
         slice_ = machine(gib, kind)
         values = plan.keys_for_this_machine(c, SMALL, slice_)
         needed.append(values)
@@ -672,6 +672,6 @@ def test_this_machine_is_planned_for(capsys: pytest.CaptureFixture[str]) -> None
     first, second, keys = capsys.readouterr().out.splitlines()
     assert "on this machine: 8 x cpu, " in first and first.endswith(" GiB each for a run")
     assert second.startswith("it fits, from shapes: 0.0 GiB playing, 0.0 updating")
-    assert keys == "  no other keys"
+    assert keys == "  --config.learner.rows=1"
     assert command.main([*tiny, "--topology=v6e-8"]) == 2
     assert "--hardware and --topology name two machines" in capsys.readouterr().err
