@@ -20,6 +20,7 @@ from ssp_jax.retriever import __main__ as retriever
 from ssp_jax.retriever import index as index_files
 from ssp_jax.retriever.search import Retriever, open_retriever
 from tests.conftest import ROOT
+from tests.test_train import SMALL
 
 TOWNS = ("Zurich", "Oslo", "Porto", "Kyoto", "Lima", "Quebec", "Graz", "Turin", "Leeds", "Cork")
 FIRST = ("Ada", "Bruno", "Clara", "Dario", "Edith", "Felix", "Greta", "Hugo", "Irma", "Jonas")
@@ -31,12 +32,10 @@ FILLER = (
     "The workshop is cleaned on the last day of a month.",
     "Visitors are asked to wear a badge.",
 )
-TRAINING = {
+TRAINING = SMALL | {
     "model.path": f"{ROOT}/assets/tiny/model",
     "steps": 1,
-    "game.answers_per_step": 2,
-    "game.group_size": 2,
-    "mesh.fsdp": 1,
+    "log.episodes_every": 1,
     "data.eval_sets.one_hop": "",
     "data.eval_sets.two_hop": "",
     "log.tensorboard": False,
@@ -124,12 +123,12 @@ def test_a_run_on_a_companys_passages_is_trained_and_asked(
     assert (own / "index/meta.json").stat().st_mtime_ns == before  # it is the folder's
     metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[0])["step"] == 1
-    played = "".join(path.read_text() for path in (tmp_path / "run").rglob("*.jsonl"))
+    played = "".join(path.read_text() for path in (tmp_path / "run").rglob("*.json*"))
     given = [task.answers[0] for task in load_answers(own / "answers.jsonl")]
     assert any(json.dumps(answer)[1:-1] in played for answer in given)
     capsys.readouterr()
     flags = [f"--index={own}/index", "--max_tokens=64", "--max_searches=1"]
-    assert generate.main(["run/export", *flags, "Who builds the Nimbus 117?"]) == 0
+    assert generate.main(["run/export", "Who builds the Nimbus 117?", *flags]) == 0
     assert capsys.readouterr().out.strip()
 
 

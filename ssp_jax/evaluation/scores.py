@@ -57,7 +57,8 @@ def _with_average(
 def summarize(values: Values) -> dict[str, dict[str, float]]:
     """Set, and average where there are several -> numbers.
 
-    X_low and X_high bound the 95 % interval of X; n is the number of questions.
+    X_low and X_high bound the 95 % interval of X; n is the number of questions. Without a set there
+    is nothing.
     """
     table: dict[str, dict[str, float]] = {}
     for column in SHARES:
@@ -72,9 +73,9 @@ def summarize(values: Values) -> dict[str, dict[str, float]]:
             row |= {column: mean, f"{column}_low": low, f"{column}_high": high}
     for column in MEANS:
         means = {name: float(columns[column].mean()) for name, columns in values.items()}
-        average = float(np.mean(list(means.values())))
         for name in table:
-            table[name][column] = means.get(name, average)
+            of_set = [means[name]] if name in means else list(means.values())
+            table[name][column] = float(np.mean(of_set))
     sizes = {name: len(columns["right"]) for name, columns in values.items()}
     all_questions = sum(sizes.values())
     for name in table:

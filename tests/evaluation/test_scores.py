@@ -42,6 +42,7 @@ def test_the_average_is_of_sets_and_its_interval_is_narrower():
     )
     assert mean == pytest.approx(one / 2, rel=0.15)
     assert scores.summarize(values(a=[1, 1, 1, 1], b=[0]))["average"]["right"] == 50.0
+    assert scores.summarize({}) == {}  # of a run without question sets
     assert scores.summarize(values(a=[1, 0]))["a"]["n"] == 2 and "average" not in scores.summarize(
         values(a=[1, 0])
     )
