@@ -661,6 +661,27 @@ def test_keys_for_this_machine_make_it_fit_and_are_no_more_than_it_needs(kind: s
     assert needed[-1] is None and needed[1] != needed[0]
 
 
+def test_a_cpu_has_room_for_all_its_slots() -> None:
+    """Its cache does not give way, as one on a GPU does."""
+    c = config(
+        learner__row_tokens=512,
+        learner__rows=1,
+        engine__slots=8,
+        engine__extend_rows=1,
+        model__dtype="float32",
+    )
+    whole = plan._estimate(c, SMALL, machine(64.0), plan._NO_SCALE)
+    assert whole is not None
+    cache = whole.persistent["key/value cache"]
+    needed = max(whole.peaks.values()) - cache / 2
+    assert needed > max(whole.peaks[phase] for phase in memory.UPDATE)
+    smaller = machine(needed / machine(1.0).device.usable)
+    values = plan.keys_for_this_machine(c, SMALL, smaller)
+    assert values
+    after = plan._estimate(plan.with_values(c, values), SMALL, smaller, plan._NO_SCALE)
+    assert after is not None and after.excess == 0
+
+
 def test_this_machine_is_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
     """The eight devices of the tests share its memory."""
     tiny = [
