@@ -522,6 +522,12 @@ MUTANTS = [
         "shrinks =",
         "plan/test_plan.py::test_a_cpu_has_room_for_all_its_slots",
     ),
+    Mutant(
+        "learner/objective.py",
+        "loss=-jnp.where(is_own_BT, weight_BT * logp_BT, 0.0).sum(),",
+        "loss=-jnp.where(is_own_BT, logp_BT, 0.0).sum(),",
+        "learner/test_supervised.py::test_the_loss_is_the_mean_of_own_tokens_by_hand",
+    ),
 ]
 
 
