@@ -895,7 +895,7 @@ GENERATE = [
             (PROMPT, ("--style=mine",), "search_r1"),
             (PROMPT, ("--template=mine",), "raw_chatml"),
             (PROMPT, ("--max_token=3",), "max_token"),
-            (PROMPT, ("stray",), "unexpected argument 'stray'"),
+            (PROMPT, ("stray",), "found both: 'stray'"),
             (PROMPT, ("--model=nowhere",), "nowhere"),
             (PROMPT, ("--model=",), "flag --model is missing"),
             (PROMPT, ("--prompts=",), "--out needs --prompts"),

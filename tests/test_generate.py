@@ -203,7 +203,7 @@ def test_questions_of_the_command_line_are_answered_and_nothing_is_read(index, m
     questions = [task.question for task in load_questions(TINY / "qa" / "one_hop.jsonl")[:2]]
     monkeypatch.setattr("sys.stdin", None)
     flags = [*BRIEF, f"--index={index}", "--max_tokens=200"]
-    assert generate.main([str(TINY / "model"), *questions, *flags]) == 0
+    assert generate.main([str(TINY / "model"), *flags, *questions]) == 0
     shown = capsys.readouterr().out
     assert [q for q in questions if f"question: {q}\n" in shown] == questions
     assert shown.count("[answer: ") == 2

@@ -36,7 +36,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """Parses arguments that must all be this command's; None: those of the process."""
-        found, rest = self.parse_known_args(arguments)
+        # Intermixed: words may come after flags. Verbs have words of their own.
+        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
+        found, rest = parse(arguments)
         for argument in rest:
             self._refuse(argument)
         return found
