@@ -129,6 +129,7 @@ def test_lines_with_an_adapter_are_the_words_of_both_in_order(tmp_path):
     assert abs(logprobs[0] - of_base[0]) > 0.01  # the adapter alone makes the difference
 
 
+@pytest.mark.ci
 def test_messages_go_through_the_chat_template_and_seeds_matter(tmp_path):
     tokenizer = hf_load.load_tokenizer(TINY / "model")
     messages = [{"role": "user", "content": "Question: Which city?"}]

@@ -119,6 +119,7 @@ print(len(hits))
 """
 
 
+@pytest.mark.ci
 def test_a_workdir_that_was_moved_has_its_programs_the_short_ones_too(tmp_path):
     environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
 
@@ -205,6 +206,7 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.ci
 def test_an_exported_checkpoint_is_what_the_run_itself_wrote(whole, tmp_path, capsys):
     """From its files alone, on a mesh of other devices, with the same card."""
     assert export.main([str(whole), f"--out={tmp_path}/last"]) == 0
@@ -387,7 +389,11 @@ def test_an_evaluation_that_a_signal_ends_is_finished_when_the_run_goes_on(whole
 
 
 @pytest.mark.parametrize(
-    "order", [pytest.param("proposer_first", marks=pytest.mark.slow), "combined"]
+    "order",
+    [
+        pytest.param("proposer_first", marks=pytest.mark.slow),
+        pytest.param("combined", marks=pytest.mark.ci),
+    ],
 )
 def test_update_orders(tmp_path, order):
     changes = NO_EVALUATION | {"learner__update_order": order, "checkpoint__export": "none"}

@@ -440,7 +440,7 @@ def played_alone(number, roles_):
     return ended
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.ci), 3, 8])
 def test_a_prefix_of_many_prompts_is_computed_once(slots):
     """A slot keeps it for the player that comes next."""
     players = instructed(8)

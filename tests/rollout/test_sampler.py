@@ -151,6 +151,7 @@ def test_recorded_logprobs_equal_the_trainers(temperature):
     assert_trainers_logprobs(chunk, temperature)
 
 
+@pytest.mark.ci
 def test_recorded_logprobs_of_an_adapter_equal_the_trainers():
     _, base = generate(PROMPTS)
     _, chunk = generate(PROMPTS, config=LORA, params=UNSTACKED_LORA)
