@@ -19,8 +19,7 @@ ONES = np.ones(len(EPISODES), np.float32)
 
 def accumulated(c, batch):
     """Gradient and loss of a micro-batch."""
-    old = batch.sampler_logp_BT if c.supervised else logprobs(c, batch)
-    grads, sums = programs(c).accumulate(None, PARAMS, {}, batch, old, None)
+    grads, sums = programs(c).accumulate(None, PARAMS, {}, batch, batch.sampler_logp_BT, None)
     return jax.device_get(grads), float(sums.loss)
 
 
@@ -61,6 +60,8 @@ def test_targets_that_were_given_change_nothing(batch, shown):
 
 @pytest.mark.ci
 def test_its_gradient_is_that_of_the_policy_loss_with_advantages_of_one(batch, shown):
+    """Of a policy that has not moved: its sampler's log-probs are the learner's."""
     policy = dataclasses.replace(C, supervised=False)
-    grads, _ = accumulated(policy, batch)
+    exact = dataclasses.replace(batch, sampler_logp_BT=logprobs(policy, batch))
+    grads, _ = accumulated(policy, exact)
     close(grads, shown[0], atol=1e-6)
