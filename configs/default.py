@@ -312,7 +312,8 @@ def get_config() -> ConfigDict:
     # Files of episodes, or folders of runs that dumped some (log.episodes_every), between commas.
     c.warm_start.episodes = ""
     # right: solvers that were right, proposers and verifiers of verified questions (rejection
-    # sampling); scripted games are kept whole | all [H].
+    # sampling), by reward.metric, or by em where that is no rule of words; scripted games are kept
+    # whole | all [H].
     c.warm_start.keep = "right"
     # Share of the games that is not trained on, and watched instead [H].
     c.warm_start.held_out = 0.1

@@ -12,7 +12,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -631,6 +631,8 @@ def make_eval_context(
 @dataclasses.dataclass(frozen=True)
 class ModelRun:
     """The parts of every run that trains. What changes from step to step is in Progress."""
+
+    mode: ClassVar[str] = "train"  # of config.MODES
 
     config: ConfigDict
     workdir: Path

@@ -8,8 +8,8 @@ questions close to it. Answers are compared as exact match compares them: lower 
 no punctuation, and unchanged where nothing would be left ("A", "The The", "+").
 
 With --index it reads the whole corpus, and shows of each set the share of questions whose gold is
-there at all, among titles, in what the question's own words find, and in the question itself. No
-solver that only reads passages scores more than the first. --out=RUN/eval/coverage.json leaves it
+there at all, among titles, in what the question's own words find, and in the question itself. The
+first bounds a solver that copies its answers from passages. --out=RUN/eval/coverage.json leaves it
 where a run shows it beside its scores; of a small corpus a run finds it out by itself.
 """
 

@@ -34,22 +34,32 @@ class PackageRun:
         self._run = run
         self._failures = failures
         self._failed = False
+        self._is_trackio = module.__name__ == "trackio"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> str:
         """Sends the numbers of a step. A sentence where that fails."""
-        return self._try(lambda: self._run.log({"step": step, **metrics}))
+        return self._try(lambda: self._send(step, dict(metrics)))
 
     def games(self, step: int, records: Sequence[Mapping[str, Any]]) -> str:
         """Sends some games of a step as text. A sentence where that fails."""
         text = "\n\n---\n\n".join(map(game_text, records[:GAMES]))
-        return self._try(lambda: self._run.log({"step": step, "games": self._text(text)}))
+        return self._try(lambda: self._send(step, {"games": self._text(text)}))
 
     def close(self) -> str:
         """Sends what is left."""
         return self._try(self._run.finish)
 
+    def _send(self, step: int, values: dict[str, Any]) -> None:
+        """wandb's own steps only grow, and a resumed run plays some again: its axis is a number of
+        ours. trackio has that name for itself.
+        """
+        if self._is_trackio:
+            self._run.log(values, step=step)
+        else:
+            self._run.log({"step": step, **values})
+
     def _text(self, text: str) -> Any:
-        if self._module.__name__ == "trackio":
+        if self._is_trackio:
             return self._module.Markdown(f"```\n{text}\n```")
         escaped = text.replace("&", "&amp;").replace("<", "&lt;")
         return self._module.Html(f"<pre>{escaped}</pre>", inject=False)

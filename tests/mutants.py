@@ -528,6 +528,78 @@ MUTANTS = [
         "loss=-jnp.where(is_own_BT, logp_BT, 0.0).sum(),",
         "learner/test_supervised.py::test_the_loss_is_the_mean_of_own_tokens_by_hand",
     ),
+    Mutant(
+        "evaluation/coverage.py",
+        "if words[place : place + len(gold_words)] == gold_words:",
+        "if words[place : place + 1] == gold_words[:1]:",
+        "evaluation/test_coverage.py::test_a_gold_is_in_the_corpus_where_cover_exact_match_finds_it",
+    ),
+    Mutant(
+        "evaluation/coverage.py",
+        'known = before["sets"] if before["search"] == retriever.source else {}',
+        'known = before["sets"]',
+        "evaluation/test_coverage.py::test_a_run_measures_once_and_again_when_questions_or_search_change",
+    ),
+    Mutant(
+        "evaluation/conditions.py",
+        'found["server"] = masked(r.url)',
+        'found["server"] = r.url',
+        "evaluation/test_conditions.py::test_a_server_stands_where_the_number_of_passages_is_not_known",
+    ),
+    Mutant(
+        "evaluation/conditions.py",
+        'if "passages" in found:',
+        "if not where:",
+        "evaluation/test_conditions.py::test_a_search_and_a_metric_of_the_users_stand_by_their_names",
+    ),
+    Mutant(
+        "report/held_out.py",
+        "right = said if said is not None else",
+        "right = bool(said) or",
+        "report/test_report.py::test_a_function_of_the_users_may_call_an_exact_match_wrong",
+    ),
+    Mutant(
+        "report/held_out.py",
+        "became[new.right].append",
+        "became[old.right].append",
+        "report/test_report.py::test_held_out_questions_that_training_has_changed_are_shown",
+    ),
+    Mutant(
+        "report/compare.py",
+        'if before[key].record["question"] == after[key].record["question"]',
+        "if before",
+        "report/test_report.py::test_runs_without_a_question_in_common_have_no_difference",
+    ),
+    Mutant(
+        "report/page.py",
+        "if won and 0 < int(won) < int(all_)",
+        "if won",
+        "report/test_report.py::test_one_begins_with_the_hardest_that_was_solved_and_the_newest",
+    ),
+    Mutant(
+        "trackers.py",
+        "            self._failed = True\n",
+        "            pass\n",
+        "test_trackers.py::test_a_tracker_that_fails_is_named_once_and_the_run_goes_on",
+    ),
+    Mutant(
+        "generate/ask.py",
+        "        if presses:\n",
+        "        if len(presses) > 1:\n",
+        "test_generate.py::test_ctrl_c_stops_what_checks_for_it_and_not_more",
+    ),
+    Mutant(
+        "learner/update.py",
+        "rate(jnp.maximum(updates - 1, 0))",
+        "rate(updates)",
+        "learner/test_update.py::test_mini_batches_take_one_optimizer_step_each",
+    ),
+    Mutant(
+        "export/card.py",
+        "TRAINING[mode]",
+        'TRAINING["train"]',
+        "export/test_card.py::test_a_card_says_by_what_the_weights_were_trained",
+    ),
 ]
 
 

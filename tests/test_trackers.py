@@ -62,7 +62,7 @@ class Broken:
     __name__ = "trackio"
     asked = 0
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def log(self, metrics: dict[str, Any], step: int) -> None:
         self.asked += 1
         raise OSError("no route to host")
 

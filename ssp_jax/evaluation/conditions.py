@@ -42,9 +42,13 @@ def beside_the_paper(found: Mapping[str, Any]) -> str:
     search = found["retriever"]
     if "encoder" in found:
         search += f" ({found['encoder']})"
-    where = found.get("server") or f"{found['passages']:,} passages"
+    where = found.get("server", "")
+    if "passages" in found:  # a search of the user's own does not tell
+        where = f"{found['passages']:,} passages"
+    if where:
+        search += f" of {where}"
     judge = found["judge"]
     if "judge_model" in found:
         judge += f" ({found['judge_model']})"
-    ours = f"these scores: {search} of {where}, {found['top_k']} a search, judged by {judge}"
+    ours = f"these scores: {search}, {found['top_k']} a search, judged by {judge}"
     return f"{ours}; {_PAPER}"

@@ -456,7 +456,7 @@ def show(logger: Logger, result: Result) -> None:
     title += f"{figures.seconds(document['seconds'])} of play"
     logger.table(title, cells, heads)
     for name, found in document.get("coverage", {}).items():
-        logger.say(coverage.sentence(name, found))
+        logger.say_once(f"coverage of {name}", coverage.sentence(name, found))
     if refused := document["stop_reasons"].get("prompt_tokens"):
         logger.say(f"{refused} questions are longer than limits.prompt_tokens and count as wrong")
     if document["unjudged"]:

@@ -19,22 +19,24 @@ from ssp_jax.model import hf_files
 from ssp_jax.runtime import figures
 
 FILE = "README.md"
-SELF_PLAY = (
-    "Search Self-Play ([paper](https://arxiv.org/abs/2510.18821)): one model writes questions "
-    "around given answers and solves them with a search tool, and both roles are trained"
-)
+# What a run is, by its mode (config.MODES).
+TRAINING = {
+    "train": "Search Self-Play ([paper](https://arxiv.org/abs/2510.18821)): one model writes "
+    "questions around given answers and solves them with a search tool, and both roles are trained",
+    "warm_start": "supervised training on episodes of a search game",
+}
 # Keys that say where a run was and how it was watched, and not what it learned.
 _ELSEWHERE = ("data.eval_sets.", "judge.", "mesh.", "engine.", "checkpoint.", "log.", "steps")
 
 
-def text(config: ConfigDict, workdir: Path, step: int, kind: str, training: str = SELF_PLAY) -> str:
+def text(config: ConfigDict, workdir: Path, step: int, kind: str, mode: str) -> str:
     """The card of the weights after a step.
 
-    kind: model or adapter. training: in words, what it was trained by.
+    kind: model or adapter. mode: of the run, a key of TRAINING.
     """
     sections = [
         _front_matter(config, kind),
-        _head(config, step, kind, training),
+        _head(config, step, kind, TRAINING[mode]),
         _scores(workdir, step),
         _asking(config, kind),
         _training(config),

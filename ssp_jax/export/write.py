@@ -1,8 +1,9 @@
 """Writing what a run has trained: a Hugging Face folder, or an adapter as PEFT's."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -32,18 +33,18 @@ def write(
     frozen: Callable[[], Params],
     folder: Path,
     kind: str,
-    training: str = card.SELF_PLAY,
+    mode: str,
 ) -> None:
     """Writes the weights after a step of a run, and what is to be known of them.
 
     trained, frozen: laid out as the learner has them; frozen is called where they are written too.
-    kind: model or adapter. training: in words, for the card. Several processes call this together.
+    kind: model or adapter. mode: of the run, for the card. Several processes call this together.
     Raises InputError.
     """
 
     def texts() -> dict[str, str]:
         found = {
-            card.FILE: card.text(config, workdir, step, kind, training),
+            card.FILE: card.text(config, workdir, step, kind, mode),
             form.FILE: form.text(config, step),
         }
         if kind == "model":
@@ -88,7 +89,8 @@ def write_checkpoint(
     kind = _checked_kind(config, workdir, kind)
     out = Path(folder or Path(workdir) / f"{hf_save.FOLDER}_step_{step}")
     hf_save.check_place(out)
-    _check_base(config, workdir, step)
+    game = _game(workdir, step)
+    _check_base(config, game, f"step {step} of {workdir}")
 
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     weights = assemble.make_weights(config, model, mesh)
@@ -97,7 +99,8 @@ def write_checkpoint(
             trained = assemble.restore_trained(checkpoints, step, model, mesh, jnp.float32)
         except Damaged as error:
             raise InputError(f"checkpoint {step} in {workdir} is damaged ({error})") from None
-    write(config, Path(workdir), step, model, trained, weights.frozen, out, kind)
+    mode = game.get("mode", "train")  # earlier versions had no other
+    write(config, Path(workdir), step, model, trained, weights.frozen, out, kind, mode)
     return out, step, kind
 
 
@@ -132,11 +135,19 @@ def _checked_kind(config: ConfigDict, workdir: str, kind: str) -> str:
     return kind or of_run
 
 
-def _check_base(config: ConfigDict, workdir: str, step: int) -> None:
-    """Raises InputError where the base is not the one that the run began with."""
+def _game(workdir: str, step: int) -> dict[str, Any]:
+    """What a checkpoint has beside arrays. Raises InputError."""
     try:
-        before = checkpoint.read_game(workdir, step)["stamps"]
+        return checkpoint.read_game(workdir, step)
     except Damaged as error:
         raise InputError(f"checkpoint {step} in {workdir} is damaged ({error})") from None
+
+
+def _check_base(config: ConfigDict, game: Mapping[str, Any], since: str) -> None:
+    """Raises InputError where the base is not the one that the run began with.
+
+    since: where the game of the checkpoint is from, in words.
+    """
+    before = game["stamps"]
     now = stamps.of_weights(config.model.path)
-    check_same_files({name: before.get(name, "") for name in now}, now, f"step {step} of {workdir}")
+    check_same_files({name: before.get(name, "") for name in now}, now, since)

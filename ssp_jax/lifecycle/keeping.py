@@ -10,7 +10,7 @@ from ssp_jax.assemble import ModelRun, Progress
 from ssp_jax.config import advice, export_kind
 from ssp_jax.errors import InputError, sentence
 from ssp_jax.evaluation.best import best_step
-from ssp_jax.export import card, write
+from ssp_jax.export import write
 from ssp_jax.model import decoder, hf_save
 from ssp_jax.runtime import figures, processes
 from ssp_jax.runtime.logger import pop_peak_memory_gib
@@ -99,6 +99,7 @@ def save(run: ModelRun, now: Progress) -> None:
             "memory": now.replay.to_json(),
             "seconds": now.seconds,
             "config": as_read(run.config),
+            "mode": run.mode,
             "changes": [change.to_json() for change in now.changes],
             "origin": now.origin,
             "stamps": run.stamps,
@@ -130,8 +131,8 @@ def stop_if_diverged(run: ModelRun, now: Progress) -> None:
         )
 
 
-def export(run: ModelRun, now: Progress, training: str = card.SELF_PLAY) -> None:
-    """Writes what was trained, as checkpoint.export says. training: in words, for its card."""
+def export(run: ModelRun, now: Progress) -> None:
+    """Writes what was trained, as checkpoint.export says."""
     kind = export_kind(run.config)
     if kind == "none":
         return
@@ -145,5 +146,5 @@ def export(run: ModelRun, now: Progress, training: str = card.SELF_PLAY) -> None
             run.weights.frozen,
             run.workdir / hf_save.FOLDER,
             kind,
-            training,
+            run.mode,
         )

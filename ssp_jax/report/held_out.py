@@ -67,13 +67,15 @@ def read(workdir: Path, step: int, judge: str) -> dict[Key, Answered]:
     for record in _lines(folder, "episodes", _EPISODE):
         answer = record["answer"]
         golds = [str(gold) for gold in record["answers"]]
-        if judge in rewards.METRICS:
-            right = rewards.METRICS[judge](answer, golds)
-        else:
-            said = verdicts.get((record["set"], record["row"], answer or ""), False)
-            right = rewards.exact_match(answer, golds) or (bool(answer) and said)
+        said = verdicts.get((record["set"], record["row"], answer or ""))
+        right = said if said is not None else rewards.is_right(answer, golds, _metric(judge))
         answered[record["set"], record["row"]] = Answered(record, right)
     return answered
+
+
+def _metric(judge: str) -> str:
+    """What decides where a judge has given no verdict: those of models ask about no exact match."""
+    return judge if judge in rewards.METRICS else "em"
 
 
 def _lines(folder: Path, name: str, fields: records.Fields) -> list[dict[str, Any]]:

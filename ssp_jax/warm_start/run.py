@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,8 @@ SUPERVISED: dict[str, Any] = {
 class WarmStartRun(ModelRun):
     """The parts of a warm start."""
 
+    mode: ClassVar[str] = "warm_start"
+
     lessons: Lessons
     context: EpisodeContext
     engine: Engine  # continues what is held out
@@ -79,7 +81,7 @@ def warm_start(config: ConfigDict, workdir: str, file: str) -> None:
             if _is_due(run, now):
                 loss = _look(run, now)
         keeping.save(run, now)
-        keeping.export(run, now, "supervised training on episodes of a search game")
+        keeping.export(run, now)
         _finish(run, now, loss, file)
 
 

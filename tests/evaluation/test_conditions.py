@@ -31,6 +31,13 @@ def test_a_server_stands_where_the_number_of_passages_is_not_known() -> None:
     assert f"http of {address}, 3 a search" in conditions.beside_the_paper(found)
 
 
+def test_a_search_and_a_metric_of_the_users_stand_by_their_names() -> None:
+    found = of("qwen7b", "retriever.kind=own.py:Search", "eval.judge=own.py:right")
+    assert "passages" not in found
+    said = conditions.beside_the_paper(found)
+    assert said.startswith("these scores: own.py:Search, 3 a search, judged by own.py:right; ")
+
+
 def test_limits_and_prompts_are_there() -> None:
     found = of("qwen7b", "limits.searches=4", "prompt.style=brief")
     assert (found["limits.searches"], found["prompt.style"]) == (4, "brief")

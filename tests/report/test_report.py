@@ -536,6 +536,15 @@ def test_a_judge_says_what_is_right_where_it_has_judged(tmp_path):
     assert all(a.right for a in held_out.read(tmp_path, 3, "policy").values())
 
 
+def test_a_function_of_the_users_may_call_an_exact_match_wrong(tmp_path):
+    answered(tmp_path, 3, AFTER, judge="own.py:right")
+    verdict = {"set": "nq", "row": 1, "answer": "b", "judge": "own.py:right", "right": False}
+    path = tmp_path / "eval" / "step_000003" / "verdicts.jsonl"
+    path.write_text(json.dumps(verdict) + "\n")
+    found = held_out.read(tmp_path, 3, "own.py:right").values()
+    assert [a.right for a in found] == [False, False, True]
+
+
 def test_runs_are_compared_question_by_question(tmp_path, capsys):
     for name, answers in (("first", BEFORE), ("second", AFTER)):
         (tmp_path / name).mkdir()

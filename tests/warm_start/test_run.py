@@ -11,6 +11,7 @@ import pytest
 
 from ssp_jax.config import parse_command_line
 from ssp_jax.errors import InputError
+from ssp_jax.export import __main__ as export
 from ssp_jax.model import hf_load
 from ssp_jax.runtime import checkpoint
 from ssp_jax.warm_start import __main__ as command
@@ -90,6 +91,13 @@ def test_the_export_is_a_model_that_has_moved(whole):
     )
     assert max(jax.tree.leaves(moved)) > 0
     assert hf_load.load_tokenizer(whole / "export").eos_token_id == 2
+
+
+def test_each_export_says_by_what_the_weights_were_trained(whole, tmp_path):
+    said = (whole / "export/README.md").read_text()
+    assert "supervised training" in said and "Self-Play" not in said
+    assert export.main([str(whole), f"--out={tmp_path}/again"]) == 0
+    assert (tmp_path / "again/README.md").read_text() == said
 
 
 def test_a_run_that_lost_its_last_step_makes_it_again_bitwise(whole, episodes, tmp_path):
