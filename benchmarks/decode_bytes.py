@@ -30,7 +30,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from ssp_jax import assemble  # noqa: E402
+from ssp_jax.assembly import sections  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
 from ssp_jax.model import decoder  # noqa: E402
 from ssp_jax.plan.planner import read_model  # noqa: E402
@@ -166,7 +166,7 @@ def measure(name: str, devices: int, seed: int) -> str:
     abstract = jax.tree.leaves(decoder.abstract_params(model.base if model.lora else model))
     weights = dtype.itemsize * sum(x.size for x in abstract)
     token = kv_cache.token_bytes(model, dtype)
-    sizes = assemble.make_sizes(config, devices)
+    sizes = sections.make_sizes(config, devices)
     layout = kv_cache.full_layout(sizes.cache_ends(), sizes.slots)
     read: collections.Counter[str] = collections.Counter()
     chunks = 0

@@ -30,7 +30,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ssp_jax import assemble, data  # noqa: E402
+from ssp_jax import data  # noqa: E402
+from ssp_jax.assembly import sections  # noqa: E402
+from ssp_jax.assembly.inputs import Inputs, read_inputs  # noqa: E402
+from ssp_jax.assembly.weights import make_weights  # noqa: E402
 from ssp_jax.config import load_config  # noqa: E402
 from ssp_jax.game import roles  # noqa: E402
 from ssp_jax.game.rounds import ReplayState, Round  # noqa: E402
@@ -141,7 +144,7 @@ class Setting:
     """What all schedules play with."""
 
     config: ConfigDict
-    inputs: assemble.Inputs
+    inputs: Inputs
     tasks: list[data.Task]
     params: decoder.Params
 
@@ -149,22 +152,22 @@ class Setting:
         """changes: of the engine's sizes."""
         config = self.config
         inputs = self.inputs
-        sizes = dataclasses.replace(assemble.make_sizes(config, hosts=1), **changes)
+        sizes = dataclasses.replace(sections.make_sizes(config, hosts=1), **changes)
         automata = roles.role_automata(inputs.tokenizer, inputs.model_config.vocab_size)
         dtype = jnp.dtype(config.model.dtype)
         search = functools.partial(inputs.retriever.search, top_k=config.retriever.top_k)
         player = kind(inputs.model_config, sizes, automata, inputs.eos, dtype, search)
-        game_config = assemble.make_game_config(config)
+        game_config = sections.make_game_config(config)
         return SelfPlay(game_config, inputs.context, player, inputs.retriever)
 
 
 def prepare(config: ConfigDict, workdir: str) -> Setting:
-    inputs = assemble.read_inputs(config, workdir)
-    mesh = assemble.make_mesh(config)
+    inputs = read_inputs(config, workdir)
+    mesh = sections.make_mesh(config)
     number = config.game.answers_per_step
     rows = data.batch_indices(len(inputs.tasks), number, config.seed, 0)
     tasks = [inputs.tasks[row] for row in rows]
-    params = assemble.make_weights(config, inputs.model_config, mesh).initial_for_sampler()
+    params = make_weights(config, inputs.model_config, mesh).initial_for_sampler()
     return Setting(config, inputs, tasks, params)
 
 

@@ -139,7 +139,7 @@ def our_learner(
     import jax
 
     from configs import default
-    from ssp_jax.assemble import make_learner_config
+    from ssp_jax.assembly.sections import make_learner_config
     from ssp_jax.learner import update
     from ssp_jax.learner.state import init_state
     from ssp_jax.model import attention as kernels

@@ -26,7 +26,8 @@ def compile_all(name: str, way: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from ssp_jax import assemble
+    from ssp_jax.assembly import sections
+    from ssp_jax.assembly.engine import make_engine
     from ssp_jax.config import load_config
     from ssp_jax.model import decoder, hf_load, sharding
     from ssp_jax.plan.planner import read_model
@@ -40,8 +41,8 @@ def compile_all(name: str, way: str) -> dict[str, float]:
     model = read_model(config.model.path)
     dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else config.model.dtype)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    sizes = assemble.make_sizes(config, 1)
-    engine = assemble.make_engine(model, tokenizer, (0,), sizes, dtype, lambda _: [], mesh)
+    sizes = sections.make_sizes(config, 1)
+    engine = make_engine(model, tokenizer, (0,), sizes, dtype, lambda _: [], mesh)
     copy = sharding.sampler_copy(model, mesh, dtype)
     params = jax.eval_shape(copy, decoder.abstract_params(model))
     device = engine.abstract_device(params, jax.random.key(0))

@@ -13,8 +13,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble
-from ssp_jax.assemble import Progress, TrainingRun
+from ssp_jax.assembly import sections
+from ssp_jax.assembly.evaluation import make_eval_context
+from ssp_jax.assembly.model_run import Progress
+from ssp_jax.assembly.training_run import TrainingRun, training_run
+from ssp_jax.assembly.weights import initial_name
 from ssp_jax.config import Origin
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import Result
@@ -37,7 +40,7 @@ def train(config: ConfigDict, workdir: str, origin: Origin | None = None) -> Non
     origin: what a run starts from that has no checkpoint of its own yet. Leaves metrics,
     checkpoints, summary.json, an export and report.html in the workdir.
     """
-    started = assemble.training_run(config, workdir, origin)
+    started = training_run(config, workdir, origin)
     with started as (run, now), keeping.saved_at_the_end(run, now):
         _warm_up(run, now)
         if config.eval.before:
@@ -128,7 +131,7 @@ def _trainings(config: ConfigDict, played: Round) -> Iterator[tuple[str, Trainin
         "proposer": played.proposer,
         "both": _joined(played.solver, played.proposer),
     }
-    for role, steps in assemble.updates(config).items():
+    for role, steps in sections.updates(config).items():
         if trainings[role].episodes:
             yield role, trainings[role], steps
 
@@ -191,8 +194,8 @@ def _evaluate(run: TrainingRun, now: Progress, step: int) -> Result:
     def current() -> Any:
         return run.weights.to_sampler(now.state.params)
 
-    name = f"after step {step}" if step else assemble.initial_name(run.config)
-    context = assemble.make_eval_context(
+    name = f"after step {step}" if step else initial_name(run.config)
+    context = make_eval_context(
         run.config,
         run.workdir,
         run.inputs,

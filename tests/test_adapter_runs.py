@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssp_jax import assemble, train
+from ssp_jax import train
+from ssp_jax.assembly import sections
 from ssp_jax.evaluation.run import evaluate_workdir
 from ssp_jax.model import decoder, hf_adapter, hf_load, hf_save
 from tests.model_folders import load
@@ -37,7 +38,7 @@ def exported(trained):
 
 def test_a_run_leaves_the_adapter_that_it_trained(trained, exported):
     config, params = exported
-    assert config.lora == assemble.make_lora(small(**LORA))
+    assert config.lora == sections.make_lora(small(**LORA))
     _, adapter = decoder.split_adapter(params)
     moved = [np.abs(x).max() for path, x in decoder.flatten(adapter).items() if "lora_b" in path]
     assert len(moved) == 2 and min(moved) > 0  # from the zeros with which a new one begins

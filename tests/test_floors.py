@@ -20,7 +20,7 @@ FLOORS = (
     ("config", "config_help"),
     ("evaluation", "stamps", "workdir"),
     ("trackers",),
-    ("assemble", "report"),
+    ("assembly", "report"),
     ("export",),
     ("lifecycle",),
     (

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from configs import default
-from ssp_jax import assemble, data, train
 from ssp_jax import config as configuration
+from ssp_jax import data, train
+from ssp_jax.assembly import sections
 from ssp_jax.config import Origin, load_config
 from ssp_jax.export import __main__ as export
 from ssp_jax.export import form
@@ -457,7 +458,7 @@ def test_updates_of_a_step_and_their_optimizer_steps(order, trained, expected):
     config = default.get_config()
     config.learner.update_order = order
     config.game.train = trained
-    assert list(assemble.updates(config).items()) == expected
+    assert list(sections.updates(config).items()) == expected
 
 
 @pytest.mark.ci

@@ -17,7 +17,7 @@ import optax
 
 from assets.tiny import script
 from configs import default
-from ssp_jax.assemble import make_learner_config
+from ssp_jax.assembly.sections import make_learner_config
 from ssp_jax.learner.batches import Batch, make_batches
 from ssp_jax.learner.state import LearnerConfig
 from ssp_jax.learner.update import score

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.proof.rows import Setting
 from configs import qwen0p5b, qwen7b
-from ssp_jax import assemble
+from ssp_jax.assembly import sections
 from ssp_jax.model import attention as kernels
 from ssp_jax.model import decoder, presets, sharding
 from ssp_jax.plan import memory
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def sizes(self) -> Sizes:
-        return assemble.make_sizes(self.config, 1)
+        return sections.make_sizes(self.config, 1)
 
     @property
     def dtype(self) -> Any:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from benchmarks.proof.rows import Row, Setting, at_most, noted, verdict
 from benchmarks.proof.tokens import ROOT
 from configs import tiny
-from ssp_jax import assemble
+from ssp_jax.assembly.training_run import training_run
 from ssp_jax.model import decoder, hf_load, hf_save
 from ssp_jax.train import train
 
@@ -123,7 +123,7 @@ def of_steps(rows: list[dict[str, Any]], dtype: str) -> Iterator[Row]:
 def of_files(config: ConfigDict, workdir: Path) -> Iterator[Row]:
     """A second start goes on from the save, and the export is what was trained."""
     # Restoring compares the digest of each array with the one that was taken on the device.
-    with assemble.training_run(config, str(workdir)) as (_, now):
+    with training_run(config, str(workdir)) as (_, now):
         measured = f"step {now.step}, {len(now.damaged)} damaged"
         whole = now.step == config.steps and not now.damaged
         yield verdict("a save is restored bit for bit", measured, f"step {config.steps}", whole)

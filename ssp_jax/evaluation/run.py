@@ -12,7 +12,12 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble
+from ssp_jax.assembly import sections
+from ssp_jax.assembly.engine import run_engine
+from ssp_jax.assembly.evaluation import make_eval_context
+from ssp_jax.assembly.inputs import Inputs, check_same_inputs, read_inputs
+from ssp_jax.assembly.judges import make_judges
+from ssp_jax.assembly.weights import initial_name, make_weights, restore_trained
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import EvalContext
 from ssp_jax.lifecycle import next_steps
@@ -66,15 +71,13 @@ def _evaluation_run(
     """
     keep_compiled(workdir)
     with made_workdir(workdir):
-        inputs = assemble.read_inputs(config, workdir, evaluating=True)
+        inputs = read_inputs(config, workdir, evaluating=True)
         keep_config(workdir, config, evaluating=True)
-    mesh = assemble.make_mesh(config)
-    engine = assemble.run_engine(config, inputs, mesh)
-    weights = assemble.make_weights(config, inputs.model_config, mesh)
+    mesh = sections.make_mesh(config)
+    engine = run_engine(config, inputs, mesh)
+    weights = make_weights(config, inputs.model_config, mesh)
     initial = weights.initial_for_sampler
-    judges = assemble.make_judges(
-        config, engine, inputs.context, inputs.digests, inputs.judges, initial
-    )
+    judges = make_judges(config, engine, inputs.context, inputs.digests, inputs.judges, initial)
     folder = Path(workdir) / "eval"
     folder.mkdir(exist_ok=True)
     processes.check_shared(folder)
@@ -85,14 +88,14 @@ def _evaluation_run(
         Checkpoints(workdir, every=0, keep=0, read_only=True) as checkpoints,
     ):
         training = processes.all_gather_objects(lambda: _training(workdir))[0]
-        context = assemble.make_eval_context(
+        context = make_eval_context(
             config, Path(workdir), inputs, engine, judges, logger, stop, training
         )
         newest = next(reversed(checkpoints.steps()), None)
-        assemble.check_same_inputs(inputs, {"the newest checkpoint": newest})
+        check_same_inputs(inputs, {"the newest checkpoint": newest})
         to_evaluate: dict[int, tuple[str, LoadParams]] = {}
         if config.eval.before or not newest:
-            to_evaluate[0] = assemble.initial_name(config), initial
+            to_evaluate[0] = initial_name(config), initial
         if newest:
             restore = _restorer(workdir, inputs, weights, mesh, checkpoints, newest)
             to_evaluate[newest] = f"checkpoint of step {newest} in {workdir}", restore
@@ -125,7 +128,7 @@ def _warmed(context: EvalContext, load: LoadParams) -> Params:
 
 def _restorer(
     workdir: str,
-    inputs: assemble.Inputs,
+    inputs: Inputs,
     weights: Weights,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
@@ -135,9 +138,7 @@ def _restorer(
 
     def restore() -> Params:
         try:
-            params = assemble.restore_trained(
-                checkpoints, step, inputs.model_config, mesh, weights.dtype
-            )
+            params = restore_trained(checkpoints, step, inputs.model_config, mesh, weights.dtype)
         except Damaged as error:
             raise processes.CollectiveInputError(
                 f"checkpoint {step} in {workdir} is damaged ({error}); without that folder the "

@@ -8,7 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble, stamps
+from ssp_jax import stamps
+from ssp_jax.assembly.model_files import read_model
+from ssp_jax.assembly.weights import make_weights, restore_trained
 from ssp_jax.config import export_kind
 from ssp_jax.errors import InputError, masked
 from ssp_jax.evaluation.best import best_step
@@ -85,7 +87,7 @@ def write_checkpoint(
     """
     config = config_of(workdir)
     step = _checked_step(workdir, _best(config, workdir) if best else step)
-    model = assemble.read_model(config)
+    model = read_model(config)
     kind = _checked_kind(config, workdir, kind)
     out = Path(folder or Path(workdir) / f"{hf_save.FOLDER}_step_{step}")
     hf_save.check_place(out)
@@ -93,10 +95,10 @@ def write_checkpoint(
     _check_base(config, game, f"step {step} of {workdir}")
 
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
-    weights = assemble.make_weights(config, model, mesh)
+    weights = make_weights(config, model, mesh)
     with Checkpoints(workdir, every=0, keep=0, read_only=True) as checkpoints:
         try:
-            trained = assemble.restore_trained(checkpoints, step, model, mesh, jnp.float32)
+            trained = restore_trained(checkpoints, step, model, mesh, jnp.float32)
         except Damaged as error:
             raise InputError(f"checkpoint {step} in {workdir} is damaged ({error})") from None
     mode = game.get("mode", "train")  # earlier versions had no other

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from ssp_jax import assemble
+from ssp_jax.assembly.engine import make_engine
 from ssp_jax.data import Row, read_rows
 from ssp_jax.errors import InputError, json_line, printable
 from ssp_jax.export import form
@@ -156,8 +156,8 @@ class Search:
 NO_SEARCH = Search()
 
 
-def make_engine(m: Model, sizes: Sizes, search: Search) -> Engine:
-    return assemble.make_engine(
+def _engine_of(m: Model, sizes: Sizes, search: Search) -> Engine:
+    return make_engine(
         m.config,
         m.tokenizer,
         m.eos,
@@ -187,7 +187,7 @@ def play(
     lengths = [len(prompt) for prompt in prompt_tokens]
     room = _room(m, context, max(lengths))
     sizes = make_sizes(m, lengths, room, search is not NO_SEARCH)
-    engine = make_engine(m, sizes, search)
+    engine = _engine_of(m, sizes, search)
     players = []
     for row, prompt in enumerate(prompt_tokens):
         uid = episode_id(role, row, 0)
@@ -422,7 +422,7 @@ def answer_typed(f: Any) -> None:
     m = _load(f)
     sizes = make_sizes(m, [longest], _room(m, context, longest), True)
     sizes = dataclasses.replace(sizes, chunk=4)  # words appear as they come
-    engine = make_engine(m, sizes, search)
+    engine = _engine_of(m, sizes, search)
 
     for number, question in enumerate(f.words or _typed(typing)):
         if not typing:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble
+from ssp_jax.assembly import sections
 from ssp_jax.learner.state import LearnerConfig, TrainState, optimizer
 from ssp_jax.model import decoder, sharding
 from ssp_jax.model.attention import LANES, spans, splash_keys
@@ -101,7 +101,7 @@ class Target:
     @property
     def sizes(self) -> Sizes:
         """The engine's sizes on one host."""
-        return assemble.make_sizes(self.config, self.hosts)
+        return sections.make_sizes(self.config, self.hosts)
 
     @property
     def extend_rows(self) -> int:
@@ -116,7 +116,7 @@ class Target:
 
     @property
     def learner(self) -> LearnerConfig:
-        return assemble.make_learner_config(
+        return sections.make_learner_config(
             self.config, self.model, self.mesh, self.platform, self.gpu
         )
 

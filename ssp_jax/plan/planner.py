@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble
+from ssp_jax.assembly import sections
 from ssp_jax.config import flatten_config
 from ssp_jax.errors import InputError, printable
 from ssp_jax.model import decoder, hf_load, presets, sharding
@@ -75,7 +75,7 @@ class Plan:
 
 def make_target(config: ConfigDict, model: ModelConfig, slice_: Slice, *, compiled: bool) -> Target:
     """The config on the slice; compiled: on devices of its compiler, else on an abstract mesh."""
-    model = dataclasses.replace(model, lora=assemble.make_lora(config))
+    model = dataclasses.replace(model, lora=sections.make_lora(config))
     host = None
     if compiled:
         mesh: Any = sharding.make_mesh(config.mesh.to_dict(), compile.make_devices(slice_))

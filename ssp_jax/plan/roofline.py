@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble
+from ssp_jax.assembly import sections
 from ssp_jax.config import longest_episode
 from ssp_jax.game import rules
 from ssp_jax.model import decoder
@@ -98,7 +98,7 @@ def _micro_batches(target: Target, load: Workload) -> int:
 
 
 def _optimizer_steps(target: Target) -> int:
-    return sum(assemble.updates(target.config).values())
+    return sum(sections.updates(target.config).values())
 
 
 @dataclasses.dataclass(frozen=True)

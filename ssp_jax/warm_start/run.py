@@ -17,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssp_jax import assemble, data, stamps
-from ssp_jax.assemble import ModelRun, Progress
+from ssp_jax import data, stamps
+from ssp_jax.assembly import sections
+from ssp_jax.assembly.engine import make_engine
+from ssp_jax.assembly.model_files import ModelInputs, read_model_files
+from ssp_jax.assembly.model_run import ModelRun, Progress, make_model_run
 from ssp_jax.config import check_warm_start, export_kind
 from ssp_jax.game.rewards import METRICS
 from ssp_jax.game.roles import EpisodeContext
@@ -91,10 +94,10 @@ def warm_start_run(config: ConfigDict, workdir: str) -> Iterator[tuple[WarmStart
     keep_compiled(workdir)
     with made_workdir(workdir), lock_workdir(workdir):
         read = processes.run_on_all(lambda: _read(config, workdir))
-        mesh = processes.run_on_all(lambda: assemble.make_mesh(config))
+        mesh = processes.run_on_all(lambda: sections.make_mesh(config))
         keep_config(workdir, config)
         processes.check_shared(Path(workdir))
-        base, now = assemble.make_model_run(
+        base, now = make_model_run(
             config,
             workdir,
             read.model.config,
@@ -119,7 +122,7 @@ def warm_start_run(config: ConfigDict, workdir: str) -> Iterator[tuple[WarmStart
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    model: assemble.ModelInputs
+    model: ModelInputs
     lessons: Lessons
     stamps: dict[str, str]
 
@@ -130,7 +133,7 @@ def _read(config: ConfigDict, workdir: str) -> _Read:
     check_workdir(workdir, config, WARM_START_MAY_CHANGE)
     if export_kind(config) != "none":
         hf_save.check_place(Path(workdir) / hf_save.FOLDER)
-    model = assemble.read_model_files(config)
+    model = read_model_files(config)
     c = config.warm_start
     files = rows.files(c.episodes)
     found = model.stamps | stamps.of_files(config.model.path, *map(str, files))
@@ -144,16 +147,12 @@ def _read(config: ConfigDict, workdir: str) -> _Read:
     return _Read(model, loaded, found)
 
 
-def _make_engine(
-    config: ConfigDict, model: assemble.ModelInputs, mesh: jax.sharding.Mesh
-) -> Engine:
+def _make_engine(config: ConfigDict, model: ModelInputs, mesh: jax.sharding.Mesh) -> Engine:
     """The engine of a run, without a search. mesh: of the learner."""
     _, own = sharding.playing_meshes(mesh)
-    sizes = assemble.make_sizes(config, jax.process_count())
+    sizes = sections.make_sizes(config, jax.process_count())
     dtype = jnp.dtype(config.model.dtype)
-    return assemble.make_engine(
-        model.config, model.tokenizer, model.eos, sizes, dtype, _no_search, own
-    )
+    return make_engine(model.config, model.tokenizer, model.eos, sizes, dtype, _no_search, own)
 
 
 def _no_search(queries: list[str]) -> list[list[data.Document]]:

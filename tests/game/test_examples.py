@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import default
-from ssp_jax.assemble import make_game_config
+from ssp_jax.assembly.sections import make_game_config
 from ssp_jax.game import prompts, rewards, roles, rules
 from ssp_jax.game.examples import EXAMPLES, MOST, SETS, example_sets, leaks, query
 from ssp_jax.game.roles import PROPOSER, SOLVER, VERIFIER

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from ssp_jax.assemble import make_judges
+from ssp_jax.assembly.judges import make_judges
 from ssp_jax.errors import InputError, json_line
 from ssp_jax.game import judge, prompts
 from ssp_jax.game.judge import Case, Policy, Verdict

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from ssp_jax.assemble import make_game_config
+from ssp_jax.assembly.sections import make_game_config
 from ssp_jax.data import Document, Task
 from ssp_jax.game import metrics, prompts, roles, rules
 from ssp_jax.game.causes import CAUSES

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from ssp_jax import assemble
+from ssp_jax.assembly import sections
 from ssp_jax.errors import InputError
 from ssp_jax.model import decoder, presets, sharding, weights
 from ssp_jax.plan import __main__ as command
@@ -119,7 +119,7 @@ def test_slices_of_a_kind_grow_and_hosts_are_whole(kind: str) -> None:
 def test_what_is_kept_is_what_a_run_allocates() -> None:
     """Bytes on one device of the real arrays, on the 8 fake devices of the tests."""
     c = config(engine__cache_tokens=64, engine__slots=8, mesh__tensor=2, model__path="x")
-    s = memory.Target(c, SMALL, assemble.make_mesh(c))
+    s = memory.Target(c, SMALL, sections.make_mesh(c))
     state = zeros(memory.train_state(s))
     kept = memory.persistent_bytes(s)
     assert kept["parameters"] == on_one_device(state.params) == kept["gradients"]
@@ -150,8 +150,8 @@ def zeros(tree: Any) -> Any:
 @pytest.mark.ci
 def test_with_lora_the_base_is_kept_once_in_two_layouts() -> None:
     c = config(mesh__tensor=2, lora__rank=4, engine__cache_tokens=64, engine__slots=8)
-    model = dataclasses.replace(SMALL, lora=assemble.make_lora(c))
-    s = memory.Target(c, model, assemble.make_mesh(c))
+    model = dataclasses.replace(SMALL, lora=sections.make_lora(c))
+    s = memory.Target(c, model, sections.make_mesh(c))
     state = zeros(memory.train_state(s))
     kept = memory.persistent_bytes(s)
     assert decoder.split_adapter(state.params)[0] == {}

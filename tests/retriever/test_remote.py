@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from configs import default
-from ssp_jax import assemble, train
+from ssp_jax import train
+from ssp_jax.assembly.search import open_search
 from ssp_jax.config import check_values
 from ssp_jax.data import Document, Task
 from ssp_jax.errors import InputError
@@ -315,7 +316,5 @@ def test_a_run_opens_it(server):
         check_values(config)
     config.retriever.url = server.url
     check_values(config)  # needs no corpus
-    search = assemble.open_search(
-        config.retriever, "unused", [Task(0, ("Paris",)), Task(1, ("Rome",))]
-    )
+    search = open_search(config.retriever, "unused", [Task(0, ("Paris",)), Task(1, ("Rome",))])
     assert len(search) == 2 and server.asked[0][1]["queries"] == ["Paris", "Rome"]

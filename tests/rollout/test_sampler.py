@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from ssp_jax.assemble import make_learner_config
+from ssp_jax.assembly.sections import make_learner_config
 from ssp_jax.learner import batches, update
 from ssp_jax.model import decoder
 from ssp_jax.model.linear import Lora

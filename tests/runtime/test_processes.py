@@ -290,17 +290,17 @@ def test_a_process_that_stays_alone_says_so() -> None:
 OPEN_SEARCH = """
 import fcntl, json, sys, time
 from ssp_jax.runtime import processes
-from ssp_jax import assemble
 from ssp_jax.config import load_config
 from ssp_jax.runtime.launchers import ProcessSpec
 from ssp_jax.errors import InputError
+from ssp_jax.assembly.search import open_search
 fcntl.flock = lambda *_: None  # what it does between hosts, on gcsfuse and on many an NFS
 corpus, workdir, coordinator, process = sys.argv[1:]
 processes.start(ProcessSpec(coordinator, 2, int(process)), {})
 config = load_config("configs/tiny.py").copy_and_resolve_references().retriever
 config.corpus = corpus
 try:
-    search = assemble.open_search(config, workdir, [])
+    search = open_search(config, workdir, [])
     # It is imported where an index is built.
     print(json.dumps([len(search), "bm25s" in sys.modules]))
 except InputError as error:

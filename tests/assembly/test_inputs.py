@@ -6,7 +6,8 @@ import shutil
 import pytest
 import safetensors.numpy
 
-from ssp_jax.assemble import evaluation_inputs, make_eval_context, read_inputs
+from ssp_jax.assembly.evaluation import evaluation_inputs, make_eval_context
+from ssp_jax.assembly.inputs import read_inputs
 from ssp_jax.workdir import keep_config
 from tests.conftest import ROOT
 from tests.model_folders import edit_config, edit_tensors
