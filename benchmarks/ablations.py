@@ -126,7 +126,7 @@ class Plan:
 
     def config(self, variant: str, seed: int) -> dict[str, Any]:
         """The config of a run, as its workdir has it."""
-        from ssp_jax.config import parse_command_line
+        from ssp_jax.config.command_line import parse_command_line
         from ssp_jax.workdir import as_read
 
         return as_read(parse_command_line(self.arguments(variant, seed)).config)

@@ -31,7 +31,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from ssp_jax.assembly import sections  # noqa: E402
-from ssp_jax.config import load_config  # noqa: E402
+from ssp_jax.config.files import load_config  # noqa: E402
 from ssp_jax.model import decoder  # noqa: E402
 from ssp_jax.plan.planner import read_model  # noqa: E402
 from ssp_jax.rollout import kv_cache, sampler  # noqa: E402

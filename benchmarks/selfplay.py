@@ -34,7 +34,7 @@ from ssp_jax import data  # noqa: E402
 from ssp_jax.assembly import sections  # noqa: E402
 from ssp_jax.assembly.inputs import Inputs, read_inputs  # noqa: E402
 from ssp_jax.assembly.weights import make_weights  # noqa: E402
-from ssp_jax.config import load_config  # noqa: E402
+from ssp_jax.config.files import load_config  # noqa: E402
 from ssp_jax.game import roles  # noqa: E402
 from ssp_jax.game.rounds import ReplayState, Round  # noqa: E402
 from ssp_jax.game.selfplay import SelfPlay  # noqa: E402

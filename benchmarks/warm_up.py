@@ -28,7 +28,7 @@ def compile_all(name: str, way: str) -> dict[str, float]:
 
     from ssp_jax.assembly import sections
     from ssp_jax.assembly.engine import make_engine
-    from ssp_jax.config import load_config
+    from ssp_jax.config.files import load_config
     from ssp_jax.model import decoder, hf_load, sharding
     from ssp_jax.plan.planner import read_model
     from ssp_jax.runtime import platform

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
 
-from ssp_jax.config_comments import Section, read_sections
+from ssp_jax.config.comments import Section, read_sections
 from ssp_jax.metric_table import METRICS
 
 FOLDER = Path(__file__).parent

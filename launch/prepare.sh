@@ -74,7 +74,7 @@ if [[ -n $with_corpus ]]; then
   # With the settings of configs/default.py, which the run must share.
   act "$PYTHON" -c '
 import sys
-from ssp_jax.config import parse_command_line
+from ssp_jax.config.command_line import parse_command_line
 from ssp_jax.retriever.search import open_retriever
 r = parse_command_line(sys.argv[1:]).config.retriever
 open_retriever(r.corpus, r.index, stemmer=r.stemmer, stopwords=r.stopwords, k1=r.k1, b=r.b)' \

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from ssp_jax import config, config_help
-from ssp_jax.config import CommandLine
+from ssp_jax.config.command_line import CommandLine, add_flags, command_line
+from ssp_jax.config.help import find_keys
 from ssp_jax.runtime import command, launchers, platform, signals
 
 _PROG = "python -m ssp_jax.main"
@@ -39,12 +39,12 @@ def parse(
     arguments: Sequence[str] | None, prog: str = _PROG
 ) -> tuple[CommandLine, launchers.ProcessSpec]:
     """What to run, and as which process. Raises InputError."""
-    parser = command.Parser(prog=prog, description=__doc__, find=config_help.find)
-    config.add_flags(parser)
+    parser = command.Parser(prog=prog, description=__doc__, find=find_keys)
+    add_flags(parser)
     launchers.add_flags(parser)
     flags, overrides = parser.parse_known_args(arguments)
     spec = launchers.process_spec(flags)
-    return config.command_line(flags, overrides), spec
+    return command_line(flags, overrides), spec
 
 
 def _run(arguments: Sequence[str] | None, prog: str) -> None:

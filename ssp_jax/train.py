@@ -18,7 +18,7 @@ from ssp_jax.assembly.evaluation import make_eval_context
 from ssp_jax.assembly.model_run import Progress
 from ssp_jax.assembly.training_run import TrainingRun, training_run
 from ssp_jax.assembly.weights import initial_name
-from ssp_jax.config import Origin
+from ssp_jax.config.command_line import Origin
 from ssp_jax.evaluation import evaluate, paper_table
 from ssp_jax.evaluation.evaluate import Result
 from ssp_jax.game import judge

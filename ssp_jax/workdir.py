@@ -13,7 +13,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax.config import Origin, flatten_config, of_values
+from ssp_jax.config.command_line import Origin
+from ssp_jax.config.files import of_values
+from ssp_jax.config.keys import flatten_config
 from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.runtime import checkpoint, processes, records
 from ssp_jax.runtime.files import replacing

@@ -30,7 +30,8 @@ from ml_collections import ConfigDict
 
 from ssp_jax import audit, main, stamps
 from ssp_jax.answers import __main__ as answers_command
-from ssp_jax.config import CHOICES, parse_command_line
+from ssp_jax.config.command_line import parse_command_line
+from ssp_jax.config.values import CHOICES
 from ssp_jax.errors import shown
 from ssp_jax.export import __main__ as export
 from ssp_jax.game.rounds import ReplayState

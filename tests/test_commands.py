@@ -10,8 +10,8 @@ import pytest
 
 from configs import default
 from ssp_jax import __main__ as commands
-from ssp_jax.config import flatten_config
-from ssp_jax.config_help import find
+from ssp_jax.config.help import find_keys
+from ssp_jax.config.keys import flatten_config
 from ssp_jax.errors import InputError
 from tests.conftest import ROOT
 
@@ -107,21 +107,21 @@ def test_the_module_forms_are_the_same_commands() -> None:
 
 def test_every_key_is_found_by_its_name_with_its_default() -> None:
     for name, value in flatten_config(default.get_config()).items():
-        text = find(name)
+        text = find_keys(name)
         assert f"--config.{name}=" in text
         follows_another = name == "limits.turn_tokens"
         assert str(value) in text or value == "" or follows_another
 
 
 def test_a_word_finds_keys_by_their_comments_with_what_holds_for_their_section() -> None:
-    text = find("DAPO")
+    text = find_keys("DAPO")
     assert "--config.learner.drop_no_advantage=False\n    Leave out episodes" in text
-    assert find("limits.turns").startswith("limits: tokens, if not said otherwise")
-    assert "--config.data.eval_sets" in find("eval_sets")
+    assert find_keys("limits.turns").startswith("limits: tokens, if not said otherwise")
+    assert "--config.data.eval_sets" in find_keys("eval_sets")
 
 
 def test_a_word_of_no_key_is_bad_input() -> None:
     with pytest.raises(InputError, match="no key has 'learning_rat[e]s' .*learner.learning_rate"):
-        find("learning_rates")
+        find_keys("learning_rates")
     with pytest.raises(InputError, match="none is spelt alike"):
-        find("xyzzy")
+        find_keys("xyzzy")

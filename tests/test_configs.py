@@ -12,15 +12,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from ssp_jax.config import (
-    BOUNDS,
-    FREE_SECTION,
-    check_numbers,
-    check_values,
-    flatten_config,
-    load_config,
-    parse_command_line,
-)
+from ssp_jax.config.checks import check_numbers, check_values
+from ssp_jax.config.command_line import parse_command_line
+from ssp_jax.config.files import load_config
+from ssp_jax.config.keys import FREE_SECTION, flatten_config
+from ssp_jax.config.values import BOUNDS
 from ssp_jax.errors import InputError
 from ssp_jax.model import decoder
 from ssp_jax.plan import planner as plan

@@ -16,14 +16,10 @@ import pytest
 from configs import default
 from ssp_jax import main
 from ssp_jax.__main__ import COMMANDS
-from ssp_jax.config import (
-    FREE_SECTION,
-    check_numbers,
-    check_values,
-    flatten_config,
-    parse_command_line,
-)
-from ssp_jax.config_comments import read_sections
+from ssp_jax.config.checks import check_numbers, check_values
+from ssp_jax.config.command_line import parse_command_line
+from ssp_jax.config.comments import read_sections
+from ssp_jax.config.keys import FREE_SECTION, flatten_config
 from ssp_jax.data import load_answers
 from ssp_jax.evaluation import scores
 from ssp_jax.export import __main__ as export

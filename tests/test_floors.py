@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 # From the ground up. Rooms of one floor do not know each other. A module of a room that has a floor
 # of its own is something that you type.
 FLOORS = (
-    ("errors", "config_comments", "metric_table"),
+    ("errors", "metric_table"),
     ("runtime",),
     ("data",),
     ("corpus",),
@@ -17,7 +17,7 @@ FLOORS = (
     ("retriever", "rollout", "learner"),
     ("game",),
     ("user_code",),
-    ("config", "config_help"),
+    ("config",),
     ("evaluation", "stamps", "workdir"),
     ("trackers",),
     ("assembly", "report"),

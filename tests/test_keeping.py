@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from ssp_jax.assembly.model_run import ModelRun, Progress
-from ssp_jax.config import parse_command_line
+from ssp_jax.config.command_line import parse_command_line
 from ssp_jax.evaluation.best import best_step
 from ssp_jax.game.rounds import ReplayState
 from ssp_jax.lifecycle import keeping

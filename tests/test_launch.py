@@ -16,7 +16,8 @@ import yaml
 
 from configs import default
 from ssp_jax import main
-from ssp_jax.config import load_config, parse_command_line
+from ssp_jax.config.command_line import parse_command_line
+from ssp_jax.config.files import load_config
 from ssp_jax.evaluation import paper_table
 from ssp_jax.model import hf_files
 from ssp_jax.plan import hardware

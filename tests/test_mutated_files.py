@@ -24,7 +24,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from ssp_jax import config, data
+from ssp_jax import data
+from ssp_jax.config.checks import check_numbers
+from ssp_jax.config.command_line import parse_command_line
+from ssp_jax.config.files import load_config
+from ssp_jax.config.keys import flatten_config
 from ssp_jax.errors import InputError
 from ssp_jax.evaluation import evaluate
 from ssp_jax.generate import ask
@@ -334,7 +338,7 @@ def evaluated(folder: Path) -> None:
 
 
 def workdir(folder: Path) -> None:
-    flat = config.flatten_config(default.get_config())
+    flat = flatten_config(default.get_config())
     (folder / "config.json").write_text(json.dumps(flat, indent=1))
 
 
@@ -416,7 +420,7 @@ FLAGS = (
 
 def parse_flags(folder: Path) -> None:
     argv = (folder / "flags").read_bytes().decode("utf-8", "surrogateescape").splitlines()
-    config.check_numbers(config.parse_command_line(argv).config)
+    check_numbers(parse_command_line(argv).config)
 
 
 def config_file(folder: Path) -> None:
@@ -429,7 +433,7 @@ COMMANDS = [
         "a config file",
         config_file,
         "mine.py",
-        lambda f: config.load_config(f / "mine.py"),
+        lambda f: load_config(f / "mine.py"),
         "lines",
         60,
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from ssp_jax.config import parse_command_line
+from ssp_jax.config.command_line import parse_command_line
 from ssp_jax.generate.__main__ import parse_flags
 from ssp_jax.lifecycle import next_steps
 from ssp_jax.runtime.logger import Logger

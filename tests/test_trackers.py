@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ssp_jax import trackers
-from ssp_jax.config import parse_command_line
+from ssp_jax.config.command_line import parse_command_line
 from ssp_jax.errors import InputError
 from ssp_jax.runtime.logger import Logger
 

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from configs import default
-from ssp_jax import config as configuration
 from ssp_jax import data, train
 from ssp_jax.assembly import sections
-from ssp_jax.config import Origin, load_config
+from ssp_jax.config.advice import advice
+from ssp_jax.config.command_line import Origin
+from ssp_jax.config.files import load_config
+from ssp_jax.config.keys import default_values
+from ssp_jax.config.values import CHOICES
 from ssp_jax.export import __main__ as export
 from ssp_jax.export import form
 from ssp_jax.metric_table import METRICS
@@ -586,26 +589,26 @@ def test_the_judge_of_evaluations_is_asked_before_anything_is_played(tmp_path):
 
 
 def test_a_truncation_that_the_trainer_does_not_know_of_is_told():
-    def advice(**changes):
-        return configuration.advice(small(**changes), "cpu")
+    def advised(**changes):
+        return advice(small(**changes), "cpu")
 
-    assert advice() == []
+    assert advised() == []
     for key, value in (("top_k", 20), ("top_p", 0.9)):
         changes = {f"sampling__{key}": value}
-        assert "learner.old_logprobs=recompute" in advice(**changes)[0]
-        assert advice(**changes, learner__old_logprobs="recompute") == []
+        assert "learner.old_logprobs=recompute" in advised(**changes)[0]
+        assert advised(**changes, learner__old_logprobs="recompute") == []
 
 
 def test_an_e5_encoder_without_its_prefixes_is_told():
     values = {"retriever__kind": "dense", "retriever__encoder": "models/e5-base-v2"}
-    assert "'query: '" in configuration.advice(small(**values), "cpu")[0]
-    assert configuration.advice(small(**values, retriever__query_prefix="query: "), "cpu") == []
+    assert "'query: '" in advice(small(**values), "cpu")[0]
+    assert advice(small(**values, retriever__query_prefix="query: "), "cpu") == []
 
 
 def test_a_cpu_is_advised_to_compute_in_float32():
     halves = small(model__dtype="bfloat16")
-    assert "model.dtype=float32 is faster" in configuration.advice(halves, "cpu")[0]
-    assert configuration.advice(halves, "gpu") == []
+    assert "model.dtype=float32 is faster" in advice(halves, "cpu")[0]
+    assert advice(halves, "gpu") == []
 
 
 def test_a_model_that_cannot_be_used_is_told_before_the_index_is_built(tmp_path):
@@ -624,5 +627,5 @@ def test_a_model_that_cannot_be_used_is_told_before_the_index_is_built(tmp_path)
 
 
 def test_every_choice_names_a_key():
-    assert configuration.CHOICES.keys() <= configuration.default_values().keys()
+    assert CHOICES.keys() <= default_values().keys()
     assert os.environ["JAX_PLATFORMS"] == "cpu"

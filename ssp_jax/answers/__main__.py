@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ssp_jax.answers.candidates import QUOTAS
 from ssp_jax.answers.selection import Chosen, find_answers
-from ssp_jax.config import BOUNDS, Range
+from ssp_jax.config.values import BOUNDS, Range
 from ssp_jax.corpus import passages
 from ssp_jax.data import load_questions
 from ssp_jax.errors import InputError, printable

@@ -19,7 +19,10 @@ from ssp_jax.assembly.judges import open_judges
 from ssp_jax.assembly.model_files import read_model_files
 from ssp_jax.assembly.search import index_folder, open_search
 from ssp_jax.assembly.sections import make_mesh
-from ssp_jax.config import Origin, check_values, export_kind, flatten_config
+from ssp_jax.config.checks import check_values
+from ssp_jax.config.command_line import Origin
+from ssp_jax.config.derived import export_kind
+from ssp_jax.config.keys import flatten_config
 from ssp_jax.data import Task
 from ssp_jax.errors import InputError
 from ssp_jax.evaluation import scores

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ssp_jax import trackers
 from ssp_jax.assembly.sections import make_learner_config
 from ssp_jax.assembly.weights import make_weights
-from ssp_jax.config import Origin
+from ssp_jax.config.command_line import Origin
 from ssp_jax.game.rounds import ReplayState
 from ssp_jax.learner.batches import Batch
 from ssp_jax.learner.state import LearnerConfig, TrainState, init_state
@@ -28,7 +28,7 @@ from ssp_jax.workdir import Change, changes_of, changes_since
 class ModelRun:
     """The parts of every run that trains. What changes from step to step is in Progress."""
 
-    mode: ClassVar[str] = "train"  # of config.MODES
+    mode: ClassVar[str] = "train"  # of command_line.MODES
 
     config: ConfigDict
     workdir: Path

@@ -14,7 +14,7 @@ from ssp_jax.assembly.inputs import Inputs, check_same_inputs, read_inputs
 from ssp_jax.assembly.judges import make_judges
 from ssp_jax.assembly.model_run import ModelRun, Progress, make_model_run
 from ssp_jax.assembly.sections import make_game_config, make_mesh
-from ssp_jax.config import Origin
+from ssp_jax.config.command_line import Origin
 from ssp_jax.data import Task
 from ssp_jax.game import judge
 from ssp_jax.game.selfplay import SelfPlay

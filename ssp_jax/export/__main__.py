@@ -11,7 +11,7 @@ meanwhile. --push uploads the folder to the Hugging Face hub, where a new reposi
 import argparse
 from collections.abc import Sequence
 
-from ssp_jax.config import Range
+from ssp_jax.config.values import Range
 from ssp_jax.errors import InputError, printable
 from ssp_jax.export import push
 from ssp_jax.runtime import command, platform, signals

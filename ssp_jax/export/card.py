@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssp_jax.config import PATHS, default_values, flatten_config
+from ssp_jax.config.keys import PATHS, default_values, flatten_config
 from ssp_jax.errors import masked
 from ssp_jax.export import form
 from ssp_jax.game import prompts
@@ -19,7 +19,7 @@ from ssp_jax.model import hf_files
 from ssp_jax.runtime import figures
 
 FILE = "README.md"
-# What a run is, by its mode (config.MODES).
+# What a run is, by its mode (command_line.MODES).
 TRAINING = {
     "train": "Search Self-Play ([paper](https://arxiv.org/abs/2510.18821)): one model writes "
     "questions around given answers and solves them with a search tool, and both roles are trained",

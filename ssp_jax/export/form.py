@@ -9,7 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ssp_jax.config import BOUNDS, CHOICES, default_values, flatten_config
+from ssp_jax.config.keys import default_values, flatten_config
+from ssp_jax.config.values import BOUNDS, CHOICES
 from ssp_jax.errors import InputError, masked, shown
 from ssp_jax.model import hf_files
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ssp_jax import stamps
 from ssp_jax.assembly.model_files import read_model
 from ssp_jax.assembly.weights import make_weights, restore_trained
-from ssp_jax.config import export_kind
+from ssp_jax.config.derived import export_kind
 from ssp_jax.errors import InputError, masked
 from ssp_jax.evaluation.best import best_step
 from ssp_jax.evaluation.scores import AVERAGE

@@ -26,7 +26,7 @@ it was trained, by the file ssp_jax_training.json beside its weights: --style, -
 import argparse
 from collections.abc import Sequence
 
-from ssp_jax.config import BOUNDS, CHOICES
+from ssp_jax.config.values import BOUNDS, CHOICES
 from ssp_jax.errors import InputError
 from ssp_jax.export import form
 from ssp_jax.retriever import settings

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from ssp_jax.assembly.model_run import ModelRun, Progress
-from ssp_jax.config import advice, export_kind
+from ssp_jax.config.advice import advice
+from ssp_jax.config.derived import export_kind
 from ssp_jax.errors import InputError, sentence
 from ssp_jax.evaluation.best import best_step
 from ssp_jax.export import write

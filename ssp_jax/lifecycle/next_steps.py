@@ -9,7 +9,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ssp_jax.assembly.search import index_folder
-from ssp_jax.config import FREE_SECTION, export_kind, flatten_config, load_config
+from ssp_jax.config.derived import export_kind
+from ssp_jax.config.files import load_config
+from ssp_jax.config.keys import FREE_SECTION, flatten_config
 from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.model import hf_save
 from ssp_jax.report import page

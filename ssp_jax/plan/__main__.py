@@ -13,8 +13,10 @@ it fits; 1 it does not; 2 bad input.
 
 from collections.abc import Sequence
 
-from ssp_jax import config, config_help
-from ssp_jax.config import BOUNDS, Range
+from ssp_jax.config.checks import check_numbers
+from ssp_jax.config.command_line import add_flags, command_line
+from ssp_jax.config.help import find_keys
+from ssp_jax.config.values import BOUNDS, Range
 from ssp_jax.errors import InputError
 from ssp_jax.runtime import command, platform, signals
 
@@ -30,8 +32,8 @@ def _run(arguments: Sequence[str] | None, prog: str) -> int:
     Range(0, own.tokens, above=True).check("flag --sampled", own.sampled)
     if own.hardware and own.topology:
         raise InputError("flags --hardware and --topology name two machines; expected one of them")
-    given = config.command_line(own, overrides)
-    config.check_numbers(given.config)
+    given = command_line(own, overrides)
+    check_numbers(given.config)
 
     # From here on JAX is needed: mistakes above are reported before the seconds that it takes.
     if own.hardware:
@@ -46,7 +48,7 @@ def _run(arguments: Sequence[str] | None, prog: str) -> int:
 
 
 def _parser(prog: str) -> command.Parser:
-    parser = command.Parser(prog=prog, description=__doc__, find=config_help.find)
+    parser = command.Parser(prog=prog, description=__doc__, find=find_keys)
     topology = (
         "v5e:4x4, v6e-8 (a host of 8 chips), v5p:2x2x2, tpu7x:2x2x1, gpu:h100x8, ...; without it: "
         "the smallest slice of each TPU generation and number of each GPU that fits, from shapes"
@@ -60,7 +62,7 @@ def _parser(prog: str) -> command.Parser:
     parser.add_argument("--tokens", default=3000, type=int, metavar="N", help=tokens)
     sampled = "of these, written by the model (1000)"
     parser.add_argument("--sampled", default=1000, type=int, metavar="N", help=sampled)
-    config.add_flags(parser)
+    add_flags(parser)
     return parser
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ssp_jax.assembly import sections
-from ssp_jax.config import flatten_config
+from ssp_jax.config.keys import flatten_config
 from ssp_jax.errors import InputError, printable
 from ssp_jax.model import decoder, hf_load, presets, sharding
 from ssp_jax.model.decoder import ModelConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from ssp_jax.assembly import sections
-from ssp_jax.config import longest_episode
+from ssp_jax.config.derived import longest_episode
 from ssp_jax.game import rules
 from ssp_jax.model import decoder
 from ssp_jax.plan.hardware import Chip

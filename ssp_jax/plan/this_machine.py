@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ssp_jax.config import flatten_config
+from ssp_jax.config.keys import flatten_config
 from ssp_jax.model import attention
 from ssp_jax.plan.hardware import CPU, GIB, Chip, Gpu, Slice
 from ssp_jax.runtime import platform

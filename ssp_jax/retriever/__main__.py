@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssp_jax.config import BOUNDS
+from ssp_jax.config.values import BOUNDS
 from ssp_jax.errors import InputError, printable
 from ssp_jax.retriever import settings
 from ssp_jax.retriever.build import build_index, ensure_index

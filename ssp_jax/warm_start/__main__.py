@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ssp_jax.config import BOUNDS, CHOICES, Range
+from ssp_jax.config.values import BOUNDS, CHOICES, Range
 from ssp_jax.errors import InputError
 from ssp_jax.runtime import command, signals
 from ssp_jax.runtime.command import user_path

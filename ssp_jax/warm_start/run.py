@@ -22,7 +22,8 @@ from ssp_jax.assembly import sections
 from ssp_jax.assembly.engine import make_engine
 from ssp_jax.assembly.model_files import ModelInputs, read_model_files
 from ssp_jax.assembly.model_run import ModelRun, Progress, make_model_run
-from ssp_jax.config import check_warm_start, export_kind
+from ssp_jax.config.checks import check_warm_start
+from ssp_jax.config.derived import export_kind
 from ssp_jax.game.rewards import METRICS
 from ssp_jax.game.roles import EpisodeContext
 from ssp_jax.learner.update import MEMORY_REMEDY

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import ablations
 from configs import tiny
-from ssp_jax.config import check_values
+from ssp_jax.config.checks import check_values
 
 SEEDS = (0, 1, 2)
 

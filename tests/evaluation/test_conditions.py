@@ -1,6 +1,6 @@
 """Scores say under what conditions they were made."""
 
-from ssp_jax.config import parse_command_line
+from ssp_jax.config.command_line import parse_command_line
 from ssp_jax.evaluation import conditions
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from ssp_jax.config import MODES, parse_command_line
+from ssp_jax.config.command_line import MODES, parse_command_line
 from ssp_jax.evaluation.scores import MEANS, SHARES
 from ssp_jax.export import card
 from tests.conftest import ROOT

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ssp_jax.config import parse_command_line
+from ssp_jax.config.command_line import parse_command_line
 from ssp_jax.errors import InputError
 from ssp_jax.export import form
 from ssp_jax.generate.__main__ import parse_flags

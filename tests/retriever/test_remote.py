@@ -13,7 +13,7 @@ import pytest
 from configs import default
 from ssp_jax import train
 from ssp_jax.assembly.search import open_search
-from ssp_jax.config import check_values
+from ssp_jax.config.checks import check_values
 from ssp_jax.data import Document, Task
 from ssp_jax.errors import InputError
 from ssp_jax.retriever import remote

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ssp_jax import train
-from ssp_jax.config import load_config
+from ssp_jax.config.files import load_config
 from ssp_jax.errors import InputError
 from ssp_jax.model import hf_load
 from ssp_jax.runtime import launchers
@@ -290,7 +290,7 @@ def test_a_process_that_stays_alone_says_so() -> None:
 OPEN_SEARCH = """
 import fcntl, json, sys, time
 from ssp_jax.runtime import processes
-from ssp_jax.config import load_config
+from ssp_jax.config.files import load_config
 from ssp_jax.runtime.launchers import ProcessSpec
 from ssp_jax.errors import InputError
 from ssp_jax.assembly.search import open_search

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from ssp_jax.config import parse_command_line
+from ssp_jax.config.command_line import parse_command_line
 from ssp_jax.errors import InputError
 from ssp_jax.export import __main__ as export
 from ssp_jax.model import hf_load

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 from textwrap import fill
 
-from ssp_jax.config_comments import Key, Section, read_sections
+from ssp_jax.config.comments import Key, Section, read_sections
 from ssp_jax.errors import InputError, shown
 from ssp_jax.runtime.command import nearest
 
@@ -15,7 +15,7 @@ _LEGEND = (
 _WIDTH = 100  # of the text, where the terminal is not narrower
 
 
-def find(word: str) -> str:
+def find_keys(word: str) -> str:
     """Each key with its default and comment, which has the unit. Raises InputError for none."""
     sections = read_sections()
     in_names = [key for key in _keys(sections) if word.lower() in key.name.lower()]
