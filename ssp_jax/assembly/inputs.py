@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ssp_jax import data, stamps
 from ssp_jax.assembly.judges import open_judges
 from ssp_jax.assembly.model_files import read_model_files
-from ssp_jax.assembly.search import index_folder, open_search
+from ssp_jax.assembly.search import open_search, stamps_of_search
 from ssp_jax.assembly.sections import make_mesh
 from ssp_jax.config.checks import check_values
 from ssp_jax.config.command_line import Origin
@@ -88,11 +88,7 @@ def read_inputs(
     """
 
     def of_search() -> dict[str, str]:
-        c = config.retriever
-        if user_code.is_one(c.kind):
-            corpus = stamps.of_index(c.corpus, "") if c.corpus else {}
-            return corpus | stamps.of_code(c.kind)
-        return {} if c.kind == "http" else stamps.of_index(c.corpus, index_folder(c, workdir))
+        return stamps_of_search(config.retriever, workdir)
 
     def files() -> dict[str, Any]:
         check_values(config, evaluating=evaluating)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from ssp_jax import stamps
 from ssp_jax.data import Task
 from ssp_jax.retriever import dense, encoder_files
 from ssp_jax.retriever.build import ensure_index
@@ -57,3 +58,11 @@ def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Searcher:
     if processes.is_multiprocess():
         processes.run_on_coordinator(build)
     return processes.run_on_all(load)
+
+
+def stamps_of_search(c: ConfigDict, workdir: str) -> dict[str, str]:
+    """Digests of what is searched, by name; a server has none. c: section retriever."""
+    if user_code.is_one(c.kind):
+        corpus = stamps.of_index(c.corpus, "") if c.corpus else {}
+        return corpus | stamps.of_code(c.kind)
+    return {} if c.kind == "http" else stamps.of_index(c.corpus, index_folder(c, workdir))
