@@ -153,12 +153,12 @@ class Setting:
         config = self.config
         inputs = self.inputs
         sizes = dataclasses.replace(sections.make_sizes(config, hosts=1), **changes)
-        automata = roles.role_automata(inputs.tokenizer, inputs.model_config.vocab_size)
+        automata = roles.role_automata(inputs.model.tokenizer, inputs.model.config.vocab_size)
         dtype = jnp.dtype(config.model.dtype)
         search = functools.partial(inputs.retriever.search, top_k=config.retriever.top_k)
-        player = kind(inputs.model_config, sizes, automata, inputs.eos, dtype, search)
+        player = kind(inputs.model.config, sizes, automata, inputs.model.eos, dtype, search)
         game_config = sections.make_game_config(config)
-        return SelfPlay(game_config, inputs.context, player, inputs.retriever)
+        return SelfPlay(game_config, inputs.model.context, player, inputs.retriever)
 
 
 def prepare(config: ConfigDict, workdir: str) -> Setting:
@@ -167,7 +167,7 @@ def prepare(config: ConfigDict, workdir: str) -> Setting:
     number = config.game.answers_per_step
     rows = data.batch_indices(len(inputs.tasks), number, config.seed, 0)
     tasks = [inputs.tasks[row] for row in rows]
-    params = make_weights(config, inputs.model_config, mesh).initial_for_sampler()
+    params = make_weights(config, inputs.model.config, mesh).initial_for_sampler()
     return Setting(config, inputs, tasks, params)
 
 

@@ -44,10 +44,11 @@ def make_engine(
 def run_engine(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> Engine:
     """The engine of a run. mesh: of the learner; each process plays on its own part of it."""
     _, own = sharding.playing_meshes(mesh)
+    model = inputs.model
     return make_engine(
-        inputs.model_config,
-        inputs.tokenizer,
-        inputs.eos,
+        model.config,
+        model.tokenizer,
+        model.eos,
         make_sizes(config, jax.process_count()),
         jnp.dtype(config.model.dtype),
         functools.partial(inputs.retriever.search, top_k=config.retriever.top_k),

@@ -54,7 +54,7 @@ def make_eval_context(
         sets=inputs.eval_sets,
         retriever=inputs.retriever,
         engine=engine,
-        episodes=inputs.context,
+        episodes=inputs.model.context,
         key=jax.random.key(config.seed),
         temperature=config.sampling.eval_temperature,
         metric=metric,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax import data, stamps
 from ssp_jax.assembly.judges import open_judges
-from ssp_jax.assembly.model_files import read_model_files
+from ssp_jax.assembly.model_files import ModelInputs, read_model_files
 from ssp_jax.assembly.search import open_search, stamps_of_search
 from ssp_jax.assembly.sections import make_mesh
 from ssp_jax.config.checks import check_values
@@ -27,7 +27,7 @@ from ssp_jax.data import Task
 from ssp_jax.errors import InputError
 from ssp_jax.evaluation import scores
 from ssp_jax.game import judge, prompts, roles
-from ssp_jax.model import decoder, hf_save
+from ssp_jax.model import hf_save
 from ssp_jax.retriever.search import Searcher
 from ssp_jax.runtime import processes
 from ssp_jax.user_code import load as user_code
@@ -35,19 +35,21 @@ from ssp_jax.workdir import check_origin, check_unchanged, check_workdir
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What the files say, the judge's server, and the search."""
+class Files:
+    """What the files say."""
 
+    model: ModelInputs
     tasks: list[Task]  # none in an evaluation
     eval_sets: dict[str, list[Task]]
-    retriever: Searcher
-    model_config: decoder.ModelConfig
-    weights: str  # digest of the initial ones
-    tokenizer: Any
-    context: roles.EpisodeContext
-    eos: tuple[int, ...]
-    judges: dict[str, judge.Judge]  # those that need no engine, by metric
     stamps: dict[str, str]  # digests of the files that training depends on
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs(Files):
+    """What the files say, the judge's server, and the search."""
+
+    judges: dict[str, judge.Judge]  # those that need no engine, by metric
+    retriever: Searcher
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
@@ -56,25 +58,21 @@ class Inputs:
         The processes of a run compare these, and so does a repeated evaluation. A resumed run
         compares files (stamps.py), before the index is built: it names the one that has changed.
         """
-        backend = self.tokenizer.backend_tokenizer.to_str()
-        tokenizer = (
-            backend,
-            self.tokenizer.chat_template,
-            self.tokenizer.special_tokens_map,
-            self.eos,
-        )
-        context = self.context
+        tokenizer = self.model.tokenizer
+        backend = tokenizer.backend_tokenizer.to_str()
+        template = tokenizer.chat_template
+        context = self.model.context
         asked = prompts.solver_messages(context.style, "Who?", context.example_sets[0])
         values = {
             "data.answers": self.tasks,
             "data.eval_sets": self.eval_sets,
-            "the model's shape": self.model_config,
-            "the tokenizer": tokenizer,
+            "the model's shape": self.model.config,
+            "the tokenizer": (backend, template, tokenizer.special_tokens_map, self.model.eos),
             "the prompts": (context.style, context.template, asked, context.tell_repeats),
             "the search": self.retriever.source,
         }
         digests = {name: processes.digest(value) for name, value in values.items()}
-        return digests | {"the weights": self.weights}
+        return digests | {"the weights": self.model.weights_digest}
 
 
 def read_inputs(
@@ -90,7 +88,7 @@ def read_inputs(
     def of_search() -> dict[str, str]:
         return stamps_of_search(config.retriever, workdir)
 
-    def files() -> dict[str, Any]:
+    def files() -> Files:
         check_values(config, evaluating=evaluating)
         _check_eval_sets(config, evaluating)
         check_workdir(workdir, config, evaluating=evaluating)
@@ -100,19 +98,21 @@ def read_inputs(
         if processes.is_coordinator() and not evaluating:
             # Before the index of a changed corpus is built, for hours, and takes the place of the
             # one before.
-            check_unchanged(workdir, lambda: found["stamps"] | of_search(), config)
+            check_unchanged(workdir, lambda: found.stamps | of_search(), config)
             if origin is not None:
-                check_origin(origin, workdir, config, found["stamps"])
+                check_origin(origin, workdir, config, found.stamps)
         return found
 
     found = processes.run_on_all(files, _settings(config))
     processes.run_on_all(lambda: make_mesh(config))
-    judges = processes.run_on_all(lambda: open_judges(config, found, evaluating))
-    asked = found["tasks"] or next(iter(found["eval_sets"].values()))
+    judges = processes.run_on_all(
+        lambda: open_judges(config, found.model.context, found.eval_sets, evaluating)
+    )
+    asked = found.tasks or next(iter(found.eval_sets.values()))
     search = open_search(config.retriever, workdir, asked)
     if not evaluating:
-        found["stamps"] |= of_search()
-    return Inputs(**found, judges=judges, retriever=search)
+        found = dataclasses.replace(found, stamps=found.stamps | of_search())
+    return Inputs(**vars(found), judges=judges, retriever=search)
 
 
 def _check_eval_sets(config: ConfigDict, evaluating: bool) -> None:
@@ -140,8 +140,7 @@ def _check_best(config: ConfigDict, sets: list[str]) -> None:
         )
 
 
-def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
-    """The fields of Inputs, but for the servers."""
+def _read_files(config: ConfigDict, evaluating: bool) -> Files:
     model = read_model_files(config, evaluating=evaluating)
     sets = data.load_question_sets(config.data.eval_sets)
     for name, questions in sets.items():
@@ -156,16 +155,7 @@ def _read_files(config: ConfigDict, evaluating: bool) -> dict[str, Any]:
         training_files = model.stamps | stamps.of_files(config.model.path, config.data.answers)
         if user_code.is_one(config.reward.metric):
             training_files |= stamps.of_code(config.reward.metric)
-    return {
-        "tasks": tasks,
-        "eval_sets": sets,
-        "model_config": model.config,
-        "weights": model.weights,
-        "tokenizer": model.tokenizer,
-        "context": model.context,
-        "eos": model.eos,
-        "stamps": training_files,
-    }
+    return Files(model, tasks, sets, training_files)
 
 
 def _settings(config: ConfigDict) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Who judges answers: a rule, a server, a function of the user's, or the initial model."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 from ml_collections import ConfigDict
 
@@ -14,7 +13,7 @@ from ssp_jax.user_code.metric import Function
 
 
 def open_judges(
-    config: ConfigDict, found: dict[str, Any], evaluating: bool
+    config: ConfigDict, context: roles.EpisodeContext, eval_sets: Collection[str], evaluating: bool
 ) -> dict[str, judge.Judge]:
     """The server that judges, and functions of the user's, by metric.
 
@@ -22,14 +21,14 @@ def open_judges(
     """
     c = config.eval
     kinds = {}  # metric -> the key that has it
-    if evaluating or (found["eval_sets"] and (c.before or c.every or c.after)):
+    if evaluating or (eval_sets and (c.before or c.every or c.after)):
         kinds[c.judge] = "eval.judge"
     if not evaluating:
         kinds[config.reward.metric] = "reward.metric"
     judges: dict[str, judge.Judge] = {}
     for metric, key in kinds.items():
         if metric == "policy":
-            judge.check_policy(found["context"])
+            judge.check_policy(context)
         elif metric == "openai":
             judges[metric] = judge.OpenAI(**config.judge)
         elif user_code.is_one(metric):

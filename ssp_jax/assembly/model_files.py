@@ -23,7 +23,7 @@ class ModelInputs:
     tokenizer: Any
     context: roles.EpisodeContext
     eos: tuple[int, ...]
-    weights: str  # digest of the initial ones
+    weights_digest: str  # of the initial ones
     stamps: dict[str, str]  # digests of the files of weights, by name
 
 
@@ -36,9 +36,9 @@ def read_model_files(config: ConfigDict, *, evaluating: bool = False) -> ModelIn
     roles.check_context(context)
     if config.mesh.tensor > 0:  # not -1, which takes what is left
         sharding.check_kv_heads(model_config.num_kv_heads, config.mesh.tensor)
-    weights, weight_files = _check_weights(config, model_config)
+    digest, weight_files = _check_weights(config, model_config)
     eos = roles.eos_tokens(tokenizer, hf_load.read_generation_config(folder))
-    return ModelInputs(model_config, tokenizer, context, eos, weights, weight_files)
+    return ModelInputs(model_config, tokenizer, context, eos, digest, weight_files)
 
 
 def read_model(config: ConfigDict, *, evaluating: bool = False) -> decoder.ModelConfig:

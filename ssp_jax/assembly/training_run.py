@@ -81,7 +81,8 @@ def _make_run(
     mesh: jax.sharding.Mesh,
     origin: Origin | None,
 ) -> tuple[TrainingRun, Progress]:
-    model = inputs.model_config
+    model = inputs.model.config
+    context = inputs.model.context
     base, progress = make_model_run(
         config, workdir, model, inputs.stamps, mesh, config.steps, origin
     )
@@ -95,11 +96,9 @@ def _make_run(
         return judging or base.weights.initial_for_sampler()
 
     engine = run_engine(config, inputs, mesh)
-    judges = make_judges(config, engine, inputs.context, inputs.digests, inputs.judges, initial)
+    judges = make_judges(config, engine, context, inputs.digests, inputs.judges, initial)
     reward_judge = judges(config.reward.metric)
-    game = SelfPlay(
-        make_game_config(config), inputs.context, engine, inputs.retriever, reward_judge
-    )
+    game = SelfPlay(make_game_config(config), context, engine, inputs.retriever, reward_judge)
     run = TrainingRun(
         **vars(base), inputs=inputs, engine=engine, game=game, judges=judges, initial=initial
     )

@@ -75,9 +75,10 @@ def _evaluation_run(
         keep_config(workdir, config, evaluating=True)
     mesh = sections.make_mesh(config)
     engine = run_engine(config, inputs, mesh)
-    weights = make_weights(config, inputs.model_config, mesh)
+    weights = make_weights(config, inputs.model.config, mesh)
     initial = weights.initial_for_sampler
-    judges = make_judges(config, engine, inputs.context, inputs.digests, inputs.judges, initial)
+    episodes = inputs.model.context
+    judges = make_judges(config, engine, episodes, inputs.digests, inputs.judges, initial)
     folder = Path(workdir) / "eval"
     folder.mkdir(exist_ok=True)
     processes.check_shared(folder)
@@ -138,7 +139,7 @@ def _restorer(
 
     def restore() -> Params:
         try:
-            params = restore_trained(checkpoints, step, inputs.model_config, mesh, weights.dtype)
+            params = restore_trained(checkpoints, step, inputs.model.config, mesh, weights.dtype)
         except Damaged as error:
             raise processes.CollectiveInputError(
                 f"checkpoint {step} in {workdir} is damaged ({error}); without that folder the "
