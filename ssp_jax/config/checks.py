@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax.config.derived import longest_episode
 from ssp_jax.config.keys import FREE_SECTION, default_values, flatten_config
-from ssp_jax.config.values import BOUNDS, CHOICES, USER_CODE
+from ssp_jax.config.values import check_each
 from ssp_jax.errors import InputError
 from ssp_jax.game import rules
 from ssp_jax.retriever import settings
@@ -56,17 +56,7 @@ def _check_not_empty(values: dict[str, Any], needed: dict[str, str]) -> None:
 def check_numbers(config: ConfigDict) -> None:
     """Raises InputError for names and numbers that cannot work, alone or together."""
     values = flatten_config(config)
-    for key, names in CHOICES.items():
-        is_own = key in USER_CODE and load.is_one(values[key])
-        if values[key] not in names and not is_own:
-            own = ", or FILE.py:NAME" if key in USER_CODE else ""
-            raise InputError(
-                f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}{own}"
-            )
-    for key, bounds in BOUNDS.items():
-        value = values[key]
-        for number in value if isinstance(value, tuple) else (value,):
-            bounds.check(f"config key {key}", number)
+    check_each(values)
     _check_sizes(config, values)
     _check_search(config.retriever)
     _check_lora(config.lora)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from ssp_jax.errors import InputError
 from ssp_jax.game import examples, prompts, rewards, rules
 from ssp_jax.retriever import settings
+from ssp_jax.user_code import load
 
 # Keys whose value is one of a few names.
 CHOICES: dict[str, Iterable[str]] = {
@@ -181,3 +182,18 @@ BOUNDS: dict[str, Range] = {
     "checkpoint.keep": _COUNT,
     "log.episodes_every": _WHOLE,
 }
+
+
+def check_each(values: Mapping[str, Any]) -> None:
+    """Raises InputError for a value that is none of a key's names, or out of its range."""
+    for key, names in CHOICES.items():
+        is_own = key in USER_CODE and load.is_one(values[key])
+        if values[key] not in names and not is_own:
+            own = ", or FILE.py:NAME" if key in USER_CODE else ""
+            raise InputError(
+                f"config key {key} is {values[key]!r}; expected one of {', '.join(names)}{own}"
+            )
+    for key, bounds in BOUNDS.items():
+        value = values[key]
+        for number in value if isinstance(value, tuple) else (value,):
+            bounds.check(f"config key {key}", number)
