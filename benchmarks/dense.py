@@ -34,7 +34,7 @@ from ssp_jax.retriever.build import ensure_index  # noqa: E402
 from ssp_jax.retriever.dense import load_local  # noqa: E402
 from ssp_jax.retriever.dense_build import ensure_vectors, import_faiss  # noqa: E402
 from ssp_jax.retriever.search import LocalRetriever  # noqa: E402
-from ssp_jax.retriever.settings import KINDS, DenseSettings, EncoderKeys  # noqa: E402
+from ssp_jax.retriever.settings import INDEX_KINDS, DenseSettings, EncoderKeys  # noqa: E402
 
 BATCH = 64  # queries
 DEPTHS = (3, 10)
@@ -135,7 +135,7 @@ def main() -> None:
     settings = DenseSettings(args.encoder, EncoderKeys())
     print("\n| set | search | right at 3 | at 10 | subject at 3 | at 10 | queries/s |")
     print("|---|---|---|---|---|---|---|")
-    for kind in ("bm25", *KINDS):
+    for kind in INDEX_KINDS:
         retriever = load_local(kind, index, threads=0, top_k=10, settings=settings)
         per_second = rate(retriever, queries)
         for name, rows in sets.items():

@@ -140,7 +140,7 @@ def _run(arguments: Sequence[str] | None, prog: str) -> None:
     eval_help = "a file of data.eval_sets; may be repeated"
     parser.add_argument("--eval", action="append", default=[], metavar="FILE", help=eval_help)
     parser.add_argument("--index", default="", metavar="FOLDER", help="a built search index")
-    parser.add_argument("--kind", default="bm25", choices=("bm25", *settings.KINDS))
+    parser.add_argument("--kind", default="bm25", choices=settings.INDEX_KINDS)
     encoder_help = "that made the index's vectors, for --kind=dense and hybrid"
     parser.add_argument("--encoder", default="", metavar="FOLDER", help=encoder_help)
     parser.add_argument("--out", default="", metavar="FILE", help="of what --index shows, as JSON")

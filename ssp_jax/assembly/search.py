@@ -12,7 +12,7 @@ from ssp_jax.retriever.build import ensure_index
 from ssp_jax.retriever.dense_build import ensure_vectors
 from ssp_jax.retriever.remote import RemoteRetriever
 from ssp_jax.retriever.search import Searcher
-from ssp_jax.retriever.settings import KINDS, DenseSettings, EncoderKeys
+from ssp_jax.retriever.settings import VECTOR_KINDS, DenseSettings, EncoderKeys
 from ssp_jax.runtime import processes
 from ssp_jax.user_code import load as user_code
 from ssp_jax.user_code.search import UserRetriever
@@ -44,10 +44,10 @@ def open_search(c: ConfigDict, workdir: str, tasks: list[Task]) -> Searcher:
     settings = DenseSettings(c.encoder, keys, c.device_gib, c.device_dtype)
 
     def build() -> None:
-        if c.kind in KINDS:
+        if c.kind in VECTOR_KINDS:
             encoder_files.load(c.encoder, keys)  # what is wrong with it is said before long work
         ensure_index(c.corpus, index, stemmer=c.stemmer, stopwords=c.stopwords, k1=c.k1, b=c.b)
-        if c.kind in KINDS:
+        if c.kind in VECTOR_KINDS:
             ensure_vectors(index, c.encoder, keys)
 
     def load() -> Searcher:

@@ -31,7 +31,7 @@ def advice(config: ConfigDict, platform: str) -> list[str]:
         )
     c = config.retriever
     is_e5 = "e5" in Path(c.encoder).name.lower()
-    if c.kind in settings.KINDS and is_e5 and not c.query_prefix:
+    if c.kind in settings.VECTOR_KINDS and is_e5 and not c.query_prefix:
         sentences.append(
             "retriever.query_prefix is empty: E5 encoders were trained with query_prefix "
             "'query: ' and passage_prefix 'passage: ', and find less without, unless the "

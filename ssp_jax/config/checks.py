@@ -39,7 +39,7 @@ def _check_given(values: dict[str, Any], evaluating: bool) -> None:
         )
     elif not values["retriever.index"] and not load.is_one(values["retriever.kind"]):
         needed["retriever.corpus"] = "a path"
-    if values["retriever.kind"] in settings.KINDS:
+    if values["retriever.kind"] in settings.VECTOR_KINDS:
         needed["retriever.encoder"] = "the Hugging Face folder of an encoder"
     if "openai" in (values["reward.metric"], values["eval.judge"]):
         needed["judge.url"] = "an address such as http://127.0.0.1:8000/v1"
@@ -111,7 +111,7 @@ def _check_engine(config: ConfigDict) -> None:
 
 
 def _check_search(c: ConfigDict) -> None:
-    if c.kind in settings.KINDS and c.top_k > settings.MAX_TOP_K:
+    if c.kind in settings.VECTOR_KINDS and c.top_k > settings.MAX_TOP_K:
         raise InputError(
             f"config key retriever.top_k is {c.top_k}; expected at most {settings.MAX_TOP_K} with "
             f"retriever.kind={c.kind}"

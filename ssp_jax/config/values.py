@@ -19,7 +19,7 @@ CHOICES: dict[str, Iterable[str]] = {
     "prompt.style": prompts.STYLES,
     "prompt.template": ("chat", "raw_chatml"),
     "game.rl_pair": rules.RL_PAIRS,
-    "retriever.kind": ("bm25", "dense", "hybrid", "http"),
+    "retriever.kind": (*settings.INDEX_KINDS, "http"),
     "retriever.stemmer": settings.STEMMERS,
     "retriever.stopwords": settings.STOPWORDS,
     "retriever.pooling": settings.POOLINGS,

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssp_jax.errors import masked
+from ssp_jax.retriever import settings
 from ssp_jax.user_code import load
 
 # Sections that bound what a solver may do and say what it is shown.
@@ -24,7 +25,7 @@ def of(config: ConfigDict, passages: int) -> dict[str, Any]:
         found["server"] = masked(r.url)
     elif not load.is_one(r.kind):
         found["passages"] = passages
-    if r.kind in ("dense", "hybrid"):
+    if r.kind in settings.VECTOR_KINDS:
         found["encoder"] = r.encoder
     found["judge"] = config.eval.judge
     if config.eval.judge == "openai":

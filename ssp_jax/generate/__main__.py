@@ -97,7 +97,7 @@ def _add_settings(parser: command.Parser) -> None:
     add("--temperature", default=0.0, type=float, metavar="X", help="0 is greedy (0)")
     add("--seed", default=0, type=int, metavar="N", help="of the random numbers (0)")
     add("--dtype", default="", choices=dtypes, help="bfloat16 on accelerators, else float32")
-    add("--kind", default="bm25", choices=("bm25", *settings.KINDS), help="of search (bm25)")
+    add("--kind", default="bm25", choices=settings.INDEX_KINDS, help="of search (bm25)")
     add("--top_k", default=None, type=int, metavar="N", help="passages per search")
     add("--max_searches", default=None, type=int, metavar="N", help="per question")
     add("--style", default=None, choices=styles, help="of the prompts")

@@ -86,9 +86,9 @@ def _flags(config: ConfigDict, workdir: str, export: Path, kind: str) -> Iterato
         yield f"--adapter={export}"
     else:
         yield f"--model={export}"
-    if config.retriever.kind in ("bm25", *settings.KINDS):
+    if config.retriever.kind in settings.INDEX_KINDS:
         yield f"--index={index_folder(config.retriever, workdir)}"
-    if config.retriever.kind in settings.KINDS:
+    if config.retriever.kind in settings.VECTOR_KINDS:
         yield f"--kind={config.retriever.kind}"
         yield f"--encoder={config.retriever.encoder}"
 

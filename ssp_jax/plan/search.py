@@ -112,7 +112,7 @@ _abstract_params = functools.cache(encoder.abstract_params)
 def dense_search(config: ConfigDict, devices: int) -> DenseSearch | None:
     """None for a config without dense search. devices: of a host."""
     c = config.retriever
-    if c.kind not in settings.KINDS:
+    if c.kind not in settings.VECTOR_KINDS:
         return None
     depth = settings.MAX_TOP_K if c.kind == "hybrid" else c.top_k
     return DenseSearch(

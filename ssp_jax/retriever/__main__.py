@@ -68,7 +68,7 @@ def _run(arguments: Sequence[str] | None, prog: str) -> None:
     search_prog = prog or f"{_PROG} search"
     search_help = "show the best passages of a query"
     search = verbs.add_parser("search", help=search_help, prog=search_prog)
-    search.add_argument("--kind", default="bm25", choices=("bm25", *settings.KINDS))
+    search.add_argument("--kind", default="bm25", choices=settings.INDEX_KINDS)
     search.add_argument("--encoder", default="", help="Hugging Face folder, of dense and hybrid")
     search.add_argument("--index", required=True)
     search.add_argument("--top_k", default=3, type=int)

@@ -61,7 +61,9 @@ STOPWORDS = {
     "turkish": "STOPWORDS_TURKISH",
 }
 
-KINDS = ("dense", "hybrid")  # of searches that need vectors
+# Kinds of search: those that need vectors, and those of an index.
+VECTOR_KINDS = ("dense", "hybrid")
+INDEX_KINDS = ("bm25", *VECTOR_KINDS)
 MAX_TOP_K = 50  # each candidate costs a device a block of rows
 ALL = -1.0  # GiB of a device: as many as there are vectors, none on CPUs
 POOLINGS = ("mean", "cls")
@@ -90,11 +92,11 @@ class DenseSettings:
 
 def check_flags(kind: str, encoder: str, top_k: int) -> None:
     """Raises InputError unless the flags of a command make a search."""
-    if kind in KINDS and not encoder:
+    if kind in VECTOR_KINDS and not encoder:
         raise InputError(
             f"flag --encoder is missing; expected a Hugging Face folder with --kind={kind}"
         )
-    if kind in KINDS and top_k > MAX_TOP_K:
+    if kind in VECTOR_KINDS and top_k > MAX_TOP_K:
         raise InputError(
             f"flag --top_k is {top_k}; expected at most {MAX_TOP_K} with --kind={kind}"
         )
