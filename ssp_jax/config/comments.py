@@ -1,6 +1,7 @@
 """What configs/default.py says of its keys: the comments beside and above each of them."""
 
 import ast
+import functools
 import inspect
 import io
 import tokenize
@@ -28,7 +29,8 @@ class Section:
     keys: tuple[Key, ...]
 
 
-def read_sections() -> list[Section]:
+@functools.cache
+def read_sections() -> tuple[Section, ...]:
     """The sections of configs/default.py, in its order."""
     source = inspect.getsource(default)
     comments = _Comments(source)
@@ -47,7 +49,7 @@ def read_sections() -> list[Section]:
             keys[name] = []
         else:
             keys[section].append(Key(name, _default(statement.value), comment))
-    return [Section(name, heads[name], tuple(found)) for name, found in keys.items()]
+    return tuple(Section(name, heads[name], tuple(found)) for name, found in keys.items())
 
 
 class _Comments:

@@ -1,7 +1,7 @@
 """--help=WORD: the keys of the config with WORD in their names or comments."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from textwrap import fill
 
 from ssp_jax.config.comments import Key, Section, read_sections
@@ -29,7 +29,7 @@ def find_keys(word: str) -> str:
     return "\n".join([*lines, *_filled(_LEGEND)])
 
 
-def _keys(sections: list[Section]) -> Iterator[Key]:
+def _keys(sections: Iterable[Section]) -> Iterator[Key]:
     for section in sections:
         yield from section.keys
 
