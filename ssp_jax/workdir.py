@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ssp_jax.config.command_line import Origin
-from ssp_jax.config.files import of_values
+from ssp_jax.config.files import config_of_values
 from ssp_jax.config.keys import flatten_config
 from ssp_jax.errors import InputError, masked, sentence
 from ssp_jax.runtime import checkpoint, processes, records
@@ -216,7 +216,7 @@ def config_of(workdir: str) -> ConfigDict:
     values = _config_before(workdir)
     if values is None:
         raise InputError(f"{workdir}: expected a run folder, found no {CONFIG_FILE} in it")
-    return of_values(values, f"{workdir}/{CONFIG_FILE}")
+    return config_of_values(values, f"{workdir}/{CONFIG_FILE}")
 
 
 def _not_a_config(path: Path, reason: str) -> InputError:

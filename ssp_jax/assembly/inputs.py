@@ -103,7 +103,7 @@ def read_inputs(
                 check_origin(origin, workdir, config, found.stamps)
         return found
 
-    found = processes.run_on_all(files, _settings(config))
+    found = processes.run_on_all(files, _shared_facts(config))
     processes.run_on_all(lambda: make_mesh(config))
     judges = processes.run_on_all(
         lambda: open_judges(config, found.model.context, found.eval_sets, evaluating)
@@ -158,7 +158,7 @@ def _read_files(config: ConfigDict, evaluating: bool) -> Files:
     return Files(model, tasks, sets, training_files)
 
 
-def _settings(config: ConfigDict) -> dict[str, Any]:
+def _shared_facts(config: ConfigDict) -> dict[str, Any]:
     """Facts that must be the same on all processes before any of them does anything."""
     if not processes.is_multiprocess():
         return {}

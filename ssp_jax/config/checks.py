@@ -5,7 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssp_jax.config.derived import longest_episode
-from ssp_jax.config.keys import FREE_SECTION, default_values, flatten_config
+from ssp_jax.config.keys import default_values, flatten_config, is_eval_set
 from ssp_jax.config.values import check_each
 from ssp_jax.errors import InputError
 from ssp_jax.game import rules
@@ -29,7 +29,7 @@ def check_warm_start(config: ConfigDict) -> None:
 
 def _check_given(values: dict[str, Any], evaluating: bool) -> None:
     """Raises InputError where a key is empty that a run with these choices needs."""
-    sets = (key for key in values if key.startswith(f"{FREE_SECTION}."))
+    sets = filter(is_eval_set, values)
     needed = dict.fromkeys(["model.path", *sets], "a path")
     if not evaluating:
         needed["data.answers"] = "a path"

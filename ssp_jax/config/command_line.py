@@ -83,24 +83,24 @@ def command_line(given: argparse.Namespace, overrides: list[str]) -> CommandLine
             f"--workdir={given.workdir} is a URL; expected a folder (gcsfuse makes one of a bucket)"
         )
     workdir = user_path(given.workdir, "--workdir")
-    path = _find(user_path(given.config, "--config"))
+    path = _find_config(user_path(given.config, "--config"))
     config = load_config(path)
     _override(config, overrides)
     by_default = Path("runs") / path.stem
-    origin = _origin(given.origin) if given.origin else None
+    origin = _parse_origin(given.origin) if given.origin else None
     if origin and given.mode != "train":
         raise InputError(f"--from={origin} starts a run; expected no --mode={given.mode} beside it")
     return CommandLine(config, workdir or str(by_default), given.mode, str(path), origin)
 
 
-def _origin(text: str) -> Origin:
+def _parse_origin(text: str) -> Origin:
     found = re.fullmatch(r"(.+)@(\d{1,9})", text)
     if found is None:
         return Origin(user_path(text, "--from"), None)
     return Origin(user_path(found[1], "--from"), int(found[2]))
 
 
-def _find(name: str) -> Path:
+def _find_config(name: str) -> Path:
     """A path from the current folder, or from the repository's."""
     for path in (Path(name), ROOT / name):
         if path.is_file():
@@ -114,7 +114,7 @@ def _find(name: str) -> Path:
 def _override(config: ConfigDict, overrides: list[str]) -> None:
     """Applies `--config.KEY=VALUE` arguments in place."""
     rest = ["ssp_jax", *overrides]  # absl expects a program first
-    overridden = _set_names(config, rest)
+    overridden = _apply_eval_sets(config, rest)
     known = default_values() | flatten_config(config)
     for argument in rest[1:]:
         flag = re.match(r"--?([^=]+)", argument)
@@ -146,7 +146,7 @@ def _override(config: ConfigDict, overrides: list[str]) -> None:
     expand_paths(config)
 
 
-def _set_names(config: ConfigDict, rest: list[str]) -> set[str]:
+def _apply_eval_sets(config: ConfigDict, rest: list[str]) -> set[str]:
     """Moves `--config.data.eval_sets.NAME=FILE` from `rest` into the config; returns the keys.
 
     An empty FILE removes the set. config_flags reads a key as Python, where 2wikimultihopqa is no
@@ -171,11 +171,11 @@ def _set_names(config: ConfigDict, rest: list[str]) -> set[str]:
     with config.unlocked():
         config.update_from_flattened_dict({key: value for key, value in found.items() if value})
         for key in (key for key, value in found.items() if not value):
-            _remove_set(config, key.removeprefix(f"{FREE_SECTION}."))
+            _remove_eval_set(config, key.removeprefix(f"{FREE_SECTION}."))
     return set(found)
 
 
-def _remove_set(config: ConfigDict, name: str) -> None:
+def _remove_eval_set(config: ConfigDict, name: str) -> None:
     sets = config.data.eval_sets
     if name not in sets:
         known = ", ".join(sets) or "none"

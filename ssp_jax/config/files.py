@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 from configs import default
 from ssp_jax.config.checks import check_numbers
 from ssp_jax.config.keys import (
-    FREE_SECTION,
     PATHS,
     check_keys,
     default_values,
     flatten_config,
+    is_eval_set,
     no_key,
     wrong_type,
 )
@@ -79,7 +79,7 @@ def _file_error(path: Path, error: BaseException) -> str:
     return f"{where}: {type(error).__name__}: {one_line(error)}"
 
 
-def of_values(values: dict[str, Any], where: str) -> ConfigDict:
+def config_of_values(values: dict[str, Any], where: str) -> ConfigDict:
     """The config of a run, from its keys as a file has them (workdir.as_read).
 
     where: names the file. Keys that are younger than the run have their defaults. Raises
@@ -99,10 +99,11 @@ def of_values(values: dict[str, Any], where: str) -> ConfigDict:
 
 
 def expand_paths(config: ConfigDict) -> None:
+    """Puts folders of users in the place of `~`, in every key that is a path."""
     paths = {}
     for key, value in flatten_config(config).items():
         is_own = key in USER_CODE and load.is_one(value)
-        if key in PATHS or key.startswith(f"{FREE_SECTION}.") or is_own:
+        if key in PATHS or is_eval_set(key) or is_own:
             paths[key] = user_path(value, f"config key {key}")
     with config.unlocked():
         config.update_from_flattened_dict(paths)

@@ -36,6 +36,11 @@ def default_values() -> dict[str, Any]:
     return flatten_config(default.get_config())
 
 
+def is_eval_set(key: str) -> bool:
+    """Whether a key is the user's own name of a question set."""
+    return key.startswith(f"{FREE_SECTION}.")
+
+
 def check_keys(config: ConfigDict, where: str) -> None:
     """Raises InputError unless the keys are those of the default, each with its type.
 
@@ -44,7 +49,7 @@ def check_keys(config: ConfigDict, where: str) -> None:
     expected = default_values()
     found = flatten_config(config)
     for key, value in found.items():
-        if key.startswith(f"{FREE_SECTION}."):
+        if is_eval_set(key):
             expected[key] = ""
             check_set_name(where, key)
         if key not in expected:
@@ -72,6 +77,7 @@ def check_set_name(where: str, key: str) -> None:
 
 
 def no_key(key: str, known: dict[str, Any]) -> str:
+    """A sentence on a key that does not exist, with the likeliest one that does."""
     if inside := [k for k in known if k.startswith(f"{key}.")]:
         return f"{key} is a section; set one of its keys, such as {inside[0]}"
     sections = dict.fromkeys(known_key.partition(".")[0] for known_key in known)
@@ -81,7 +87,7 @@ def no_key(key: str, known: dict[str, Any]) -> str:
 
 
 def wrong_type(key: str, shown: str, known: dict[str, Any]) -> str:
-    """shown: the value, as it stands in the sentence."""
+    """A sentence on a value of another type than the default. shown: the value, as text."""
     example = known[key]
     kind = type(example).__name__
     if isinstance(example, tuple):
