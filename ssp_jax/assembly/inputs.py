@@ -29,7 +29,7 @@ from ssp_jax.evaluation import scores
 from ssp_jax.game import judge, prompts, roles
 from ssp_jax.model import hf_save
 from ssp_jax.retriever.search import Searcher
-from ssp_jax.runtime import processes
+from ssp_jax.runtime import device_memory, processes
 from ssp_jax.user_code import load as user_code
 from ssp_jax.workdir import check_origin, check_unchanged, check_workdir
 
@@ -104,7 +104,7 @@ def read_inputs(
         return found
 
     found = processes.run_on_all(files, _shared_facts(config))
-    processes.run_on_all(lambda: make_mesh(config))
+    processes.run_on_all(lambda: _check_devices(config))
     judges = processes.run_on_all(
         lambda: open_judges(config, found.model.context, found.eval_sets, evaluating)
     )
@@ -113,6 +113,24 @@ def read_inputs(
     if not evaluating:
         found = dataclasses.replace(found, stamps=found.stamps | of_search())
     return Inputs(**vars(found), judges=judges, retriever=search)
+
+
+def _check_devices(config: ConfigDict) -> None:
+    make_mesh(config)
+    check_cache(config.engine.kv_cache_gib, jax.default_backend(), device_memory.free_bytes())
+
+
+def check_cache(gib: float, platform: str, free: int | None) -> None:
+    """Raises InputError where the cache shall take what is free, and nobody knows how much is.
+
+    gib: engine.kv_cache_gib. free: bytes of a device, None where devices do not report it. On CPUs
+    the cache takes what all slots can need.
+    """
+    if not gib and platform != "cpu" and free is None:
+        raise InputError(
+            "config key engine.kv_cache_gib is 0; expected GiB of keys and values on a device, as "
+            "plan prints them, for these devices do not report what is free"
+        )
 
 
 def _check_eval_sets(config: ConfigDict, evaluating: bool) -> None:

@@ -89,7 +89,7 @@ def load_model(folder: str | Path, dtype: str = "", adapter: str = "") -> Model:
 
 def _device_bytes() -> int | None:
     """Bytes of memory of one device; None where the backend does not know."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return device_memory.stats(jax.local_devices()[0]).get("bytes_limit")
 
 
 def devices_per_copy(kv_heads: int, devices: int, size: int, limit: int | None) -> int:

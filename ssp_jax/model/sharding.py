@@ -9,7 +9,7 @@ in every iteration.
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,12 +76,26 @@ def abstract_mesh(axis_sizes: dict[str, int], devices: int) -> AbstractMesh:
 def make_mesh(axis_sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
     """Over these devices, or over all of the run, sorted so that `tensor` stays inside a host."""
     if devices is None:
-        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        devices = by_host(jax.devices())
     sizes = mesh_sizes(axis_sizes, len(devices))
     devices = devices[: math.prod(sizes)]  # sizes that are all given may leave devices unused
     if len(devices) > 1:
         _avoid_broken_shardy()
     return Mesh(np.array(devices).reshape(sizes), AXES)
+
+
+def by_host(devices: Sequence[Any]) -> list[Any]:
+    """Devices sorted so that those of a host, and hosts of a slice, follow each other.
+
+    Through Pathways' proxy all devices belong to process 0; the task says whose chip one is.
+    """
+
+    def place(device: Any) -> tuple[int, int, int, int]:
+        slice_index = getattr(device, "slice_index", None) or 0
+        task = getattr(device, "virtual_task_index", None) or 0
+        return device.process_index, slice_index, task, device.id
+
+    return sorted(devices, key=place)
 
 
 def _avoid_broken_shardy() -> None:

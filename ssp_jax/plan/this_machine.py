@@ -6,9 +6,10 @@ import jax
 from ml_collections import ConfigDict
 
 from ssp_jax.config.keys import flatten_config
+from ssp_jax.errors import InputError
 from ssp_jax.model import attention
 from ssp_jax.plan.hardware import CPU, GIB, Chip, Gpu, Slice
-from ssp_jax.runtime import platform
+from ssp_jax.runtime import device_memory, platform
 
 # Of a machine's memory. Shapes are 10 of the 16 GiB that a step of a 0.5B model took (measured);
 # the system has needs of its own.
@@ -20,15 +21,22 @@ _CPU_LIMITS = {"learner.rows": 1, "engine.slots": 8, "engine.extend_rows": 1}
 
 
 def this_slice() -> Slice:
-    """The devices of this machine, with the memory that a run finds on each. Starts JAX."""
+    """The devices of this machine, with the memory that a run finds on each. Starts JAX.
+
+    Raises InputError.
+    """
     devices = jax.local_devices()
     number = len(devices)
     device = devices[0]
-    stats = device.memory_stats()
-    if device.platform == CPU or not stats:
+    if device.platform == CPU:
         memory = _CPU_SHARE * platform.host_memory() / number
+    elif found := device_memory.stats(device):
+        memory = float(found["bytes_limit"])
     else:
-        memory = float(stats["bytes_limit"])
+        raise InputError(
+            f"flag --hardware=this: {device.device_kind} devices do not report their memory; "
+            "expected --topology"
+        )
     gpu = None
     if device.platform == "gpu":
         capability = attention.capability(device) or (0, 0)

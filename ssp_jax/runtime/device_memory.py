@@ -12,10 +12,20 @@ GIB = 1 << 30
 RESERVE = 0.05
 
 
+def stats(device: jax.Device) -> dict[str, int]:
+    """What a device reports of its memory: nothing of a CPU, nor through Pathways' proxy."""
+    try:
+        return device.memory_stats() or {}
+    except jax.errors.JaxRuntimeError as error:
+        if "MemoryStats is only supported" not in str(error):
+            raise
+        return {}
+
+
 def free_bytes() -> int | None:
-    """Bytes free on the fullest device of this process, where devices report it (CPUs do not)."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    return min((s["bytes_limit"] - s["bytes_in_use"] for s in stats if s), default=None)
+    """Bytes free on the fullest device of this process; None where devices do not report it."""
+    reported = map(stats, jax.local_devices())
+    return min((s["bytes_limit"] - s["bytes_in_use"] for s in reported if s), default=None)
 
 
 def default_kind() -> str:

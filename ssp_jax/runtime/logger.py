@@ -31,6 +31,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from ssp_jax.errors import json_line, printable
 from ssp_jax.metric_table import meaning
+from ssp_jax.runtime import device_memory
 from ssp_jax.runtime.files import replacing
 from ssp_jax.runtime.records import read_lines
 
@@ -80,13 +81,13 @@ COLUMNS = (
 
 
 def pop_peak_memory_gib() -> float:
-    """Peak memory in GiB: of the fullest device of this host, or, on CPU, of this process.
+    """Peak GiB of the fullest device of this host; of this process where none reports it.
 
     Devices report the peak since the start, so the update's shows once it exceeds that of play. On
     Linux this call resets the peak of the process, so that each phase has its own.
     """
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    if peaks := [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]:
+    stats = map(device_memory.stats, jax.local_devices())
+    if peaks := [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]:
         return max(peaks) / 2**30
     status = Path("/proc/self/status")
     if not status.exists():  # macOS counts in bytes

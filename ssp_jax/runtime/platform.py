@@ -1,4 +1,4 @@
-"""Environment variables for GPUs, CPUs and machines without a TPU, set before JAX starts.
+"""The environment of JAX's devices, read, checked and completed before JAX starts.
 
 Nothing here asks JAX which device there is: asking would start the backend.
 """
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
+from ssp_jax.errors import InputError
 from ssp_jax.runtime import launchers
 
 # --- GPUs -----------------------------------------------------------------------------------------
@@ -166,6 +167,45 @@ def platforms_without(
     return "cuda,cpu" if has_gpu else "cpu"
 
 
+# --- Pathways -------------------------------------------------------------------------------------
+
+# Set to 1, pathwaysutils has the hosts of the chips write checkpoints, each into its own file
+# system, and not as runtime.checkpoint reads them.
+_PERSISTENCE = "ENABLE_PATHWAYS_PERSISTENCE"
+
+
+def pathways_will_be_used(environment: Mapping[str, str]) -> bool:
+    """Whether JAX is about to drive the chips of all hosts from this process, through a proxy."""
+    return "proxy" in environment.get("JAX_PLATFORMS", "").split(",")
+
+
+def check_pathways(environment: Mapping[str, str]) -> None:
+    """Raises InputError where JAX could not reach Pathways' proxy, or a run could not resume."""
+    if not environment.get("JAX_BACKEND_TARGET"):
+        raise InputError(
+            "JAX_PLATFORMS names Pathways' proxy and JAX_BACKEND_TARGET is not set; expected the "
+            "proxy's address, such as grpc://localhost:29000"
+        )
+    if environment.get(_PERSISTENCE, "0") != "0":
+        raise InputError(
+            f"{_PERSISTENCE} is {environment[_PERSISTENCE]}; expected 0 or none, for this process "
+            "writes and reads checkpoints itself"
+        )
+    if importlib.util.find_spec("pathwaysutils") is None:
+        raise InputError(
+            "JAX_PLATFORMS names Pathways' proxy and pathwaysutils is not installed; expected "
+            "pip install '.[pathways]'"
+        )
+
+
+def start_pathways(environment: Mapping[str, str]) -> None:
+    """Makes the proxy known to JAX, before JAX asks for devices. Raises InputError."""
+    check_pathways(environment)
+    import pathwaysutils
+
+    pathwaysutils.initialize()
+
+
 # --- CPUs -----------------------------------------------------------------------------------------
 
 # 1: malloc asks for transparent huge pages; in glibc from 2.35 on
@@ -207,12 +247,15 @@ def prepare() -> None:
     """Prepares the environment for the device that JAX is about to take.
 
     Call it first in a program: it may start the program once more, because glibc reads its
-    settings only when a process starts. Settings for a GPU are printed to standard error.
+    settings only when a process starts. Settings for a GPU are printed to standard error. Raises
+    InputError.
     """
     if platforms := platforms_without(os.environ):
         os.environ["JAX_PLATFORMS"] = platforms
         if "jax" in sys.modules:  # it has read its environment
             sys.modules["jax"].config.update("jax_platforms", platforms)
+    if pathways_will_be_used(os.environ):
+        start_pathways(os.environ)
     if gpu_will_be_used(os.environ):
         added = set_defaults(os.environ) or ["nothing; the environment has it all"]
         print("GPU: set", *added, file=sys.stderr)

@@ -78,7 +78,18 @@ class LocalFailure(Exception):
 
 
 def start(spec: ProcessSpec, environment: MutableMapping[str, str]) -> None:
-    """Joins the other processes, if there are any. Call it before anything touches the devices."""
+    """Joins the other processes, if there are any. Call it before anything touches the devices.
+
+    Raises InputError.
+    """
+    if platform.pathways_will_be_used(environment):
+        # Whatever else the environment announces: GKE numbers the pods of every job.
+        if (spec.processes or 1) > 1:
+            raise InputError(
+                f"flag --processes is {spec.processes}; expected 1 or no such flag, for through "
+                "Pathways' proxy one process drives all chips"
+            )
+        return
     if spec.processes == 1 or not (spec.coordinator or detected(environment)):
         return
     expected = (
