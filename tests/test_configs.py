@@ -49,6 +49,7 @@ SHAPES = {
     "paper_7b_base": _7B,
     "own_data": _1P5B,
     "qwen0p5b": _05B,
+    "qwen0p5b_16gb": _05B,
     "qwen14b": Shape(14_770_033_664, 48, 40, 8, 128, 5120, 13824),
     "qwen1p5b": _1P5B,
     "qwen1p5b_lora": _1P5B,
@@ -143,7 +144,7 @@ def memory(name: str) -> list[tuple[str, int, int, int, str, list[str]]]:
     lines = text[text.index("memory") : text.index("\ntime")]
     found = re.findall(
         r"(\S+:\S+) +(\d+) GiB playing, (\d+) updating of (\d+), (from shapes|compiled)"
-        r"(?:; with\s+(.*))?",
+        r"(?:; with((?:\s+--\S+)+))?",
         lines,
     )
     return [

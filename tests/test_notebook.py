@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from ssp_jax import main
+from ssp_jax.config import check_values
 from tests.conftest import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "demo.ipynb"
@@ -45,3 +49,20 @@ def test_the_cells_play_show_the_report_and_ask(
     assert "average" in out and "question: What is the capital" in out
     assert "[answer: " in out and "1/1" in out
     assert len(shown) == 1 and "srcdoc=" in shown[0]
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_the_larger_model_plays_on_the_files_of_the_demo(has_bfloat16: bool) -> None:
+    """Its run is that of the config for 16 GB, with the keys of its page for a T4."""
+    (cell,) = (cell for cell in code_cells() if "ssp_jax.main" in cell)
+    ran: list[tuple[Any, ...]] = []
+    names = {"MODEL": "0.5B", "STEPS": 40, "has_bfloat16": has_bfloat16, "sys": sys, "Path": Path}
+    exec(cell, names | {"run": lambda *words: ran.append(words)})
+    config = main.parse(ran[0][3:])[0].config
+    check_values(config)
+    read = (config.data.answers, config.retriever.corpus, *config.data.eval_sets.values())
+    assert len(read) == 4 and all((ROOT / file).is_file() for file in read)
+    page = runpy.run_path(str(ROOT / "configs/qwen0p5b_16gb.py"))["__doc__"]
+    for_t4 = re.findall(r"^ +(--config\.\S+)(?: (--config\.\S+))?$", page, re.MULTILINE)
+    keys = {key for line in for_t4 for key in line if key}
+    assert len(keys) == 3 and (keys <= {*ran[0]}) is not has_bfloat16
