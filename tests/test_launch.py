@@ -22,6 +22,7 @@ from ssp_jax.evaluation import paper_table
 from ssp_jax.model import hf_files
 from ssp_jax.plan import hardware
 from ssp_jax.retriever import search
+from ssp_jax.runtime import platform
 from tests.conftest import ROOT
 
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch" / "docker").glob("*.sh")]
@@ -491,6 +492,7 @@ if [[ -n ${{packed:-}} ]]; then cp "$packed" "$2/wiki-18.jsonl.gz"; fi""",
         (*TPU, "v9-8", "--dry-run", "--", CONFIG),
         ("slurm_gpu.sh", "2"),
         ("prepare.sh", "--what"),
+        ("gke.sh",),
     ],
 )
 def test_a_wrong_call_is_code_2_and_tells_the_right_one(arguments: tuple[str, ...]) -> None:
@@ -559,18 +561,121 @@ def test_the_jobset_is_a_run_that_survives_preemptions() -> None:
     )
     assert given.config.model.path and given.workdir.startswith(bucket["mountPath"] + "/")
     assert "bucket" in {volume["name"] for volume in pod["volumes"]}
+    check_data(pod, given.config)
     assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
-    found = re.findall(r"^# (\w+) ([\dx]+) +(\S+) +(\S+) +(\d+) +(\d+)$", text, flags=re.MULTILINE)
+    assert chosen_slice(pod) in {row[:2] for row in slices(text)}
+
+
+def slices(text: str) -> list[tuple[str, ...]]:
+    """The manifest's table, whose numbers are right: accelerator, topology, and more columns."""
+    row = r"^# (\w+) ([\dx]+) +(\S+) +(?:([a-z]\w+) +)?([\dx]+) +(\d+) +(\d+)$"
+    found = re.findall(row, text, flags=re.MULTILINE)
     assert {kind.lower() for kind, *_ in found} == set(hardware.TPUS)
-    for kind, shape, _, topology, hosts, chips in found:
+    for kind, shape, _, _, topology, hosts, chips in found:
         slice_ = hardware.parse_topology(f"{kind.lower()}:{shape}")
         assert (topology, int(hosts), int(chips)) == (shape, slice_.hosts, slice_.chip.per_host)
+    return [(accelerator, topology, more) for _, _, accelerator, more, topology, *_ in found]
+
+
+def chosen_slice(pod: Any) -> tuple[str, str]:
     selector = pod["nodeSelector"]
-    chosen = (
+    return (
         selector["cloud.google.com/gke-tpu-accelerator"],
         selector["cloud.google.com/gke-tpu-topology"],
     )
-    assert chosen in {(accelerator, topology) for _, _, accelerator, topology, *_ in found}
+
+
+def check_data(pod: Any, config: Any) -> None:
+    """What configs call data is a volume of the pod's own disk, filled before the run starts."""
+    (copy,) = (c for c in pod["initContainers"] if c["name"] == "data")
+    assert copy["command"][:4] == ["gcloud", "storage", "rsync", "--recursive"]
+    (into,) = (m["mountPath"] for m in copy["volumeMounts"] if m["name"] == "data")
+    assert copy["command"][5] == into
+    assert {"name": "data", "emptyDir": {}} in pod["volumes"]
+    mounts = {m["name"]: m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
+    image = (ROOT / "launch/docker/Dockerfile").read_text()
+    assert mounts["data"] == re.findall(r"^WORKDIR (\S+)$", image, flags=re.MULTILINE)[0] + "/data"
+    assert config.data.answers.startswith("data/") and config.retriever.index.startswith("data/")
+
+
+def test_through_pathways_one_process_drives_all_chips() -> None:
+    text = (ROOT / "launch" / "gke_pathways.yaml").read_text()
+    spec: Any = yaml.safe_load(text)["spec"]
+    head, workers = (job["template"]["spec"] for job in spec["replicatedJobs"])
+    assert spec["successPolicy"]["targetReplicatedJobs"] == [spec["coordinator"]["replicatedJob"]]
+    pod, chips = head["template"]["spec"], workers["template"]["spec"]
+    assert head["completions"] == 1 and "google.com/tpu" not in str(pod)
+
+    containers = {c["name"]: c for c in (*pod["initContainers"], *pod["containers"])}
+    manager, proxy = containers["pathways-rm"], containers["pathways-proxy"]
+    own, worker = pod["containers"][0], chips["containers"][0]
+    assert pod["initContainers"][0]["name"] == "data"
+    assert manager["restartPolicy"] == proxy["restartPolicy"] == "Always"
+    environment = {entry["name"]: entry.get("value", "") for entry in own["env"]}
+    assert platform.pathways_will_be_used(environment)
+    port = environment["JAX_BACKEND_TARGET"].rpartition(":")[2]
+    assert f"--server_port={port}" in proxy["args"]
+    address = "--resource_manager_address=$(PATHWAYS_HEAD):29001"
+    assert "--server_port=29001" in manager["args"]
+    assert address in proxy["args"] and address in worker["args"]
+    assert manager["image"] == worker["image"]
+
+    given = parse_command_line(own["args"])
+    assert given.workdir.startswith("/bucket/") and given.config.engine.kv_cache_gib > 0
+    check_data(pod, given.config)
+    (rule,) = head["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == own["name"]
+    accelerator, topology = chosen_slice(chips)
+    (instance,) = (row[2] for row in slices(text) if row[:2] == (accelerator, topology))
+    assert f"--instance_type={instance}:{topology}" in manager["args"]
+    slice_ = hardware.parse_topology(f"v5p:{topology}")
+    assert workers["parallelism"] == workers["completions"] == slice_.hosts
+    assert worker["resources"]["limits"]["google.com/tpu"] == slice_.chip.per_host
+
+
+def filled_in(folder: Path, name: str) -> str:
+    """The manifest with names of somebody's own."""
+    text = (ROOT / "launch" / name).read_text()
+    for word in ("REGION", "PROJECT", "REPOSITORY", "BUCKET", "VERSION"):
+        text = re.sub(rf"\b{word}\b", f"{word.lower()}-a", text)
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("name", ["gke_jobset.yaml", "gke_pathways.yaml"])
+def test_paths_are_looked_for_before_gke_creates_anything(tmp_path: Path, name: str) -> None:
+    printed = commands("gke.sh", filled_in(tmp_path, name), "--dry-run")
+    looked = [" ".join(words[1:4]) for words in printed]
+    assert looked[:2] == ["storage buckets describe", "storage ls gs://bucket-a/data"]
+    assert looked[2] == "artifacts docker images" and "/ssp_jax:" in printed[2][5]
+    assert [words[:3] for words in printed[3:]] == [
+        ["kubectl", "apply", "--dry-run=server"],
+        ["kubectl", "apply", "-f"],
+    ]
+
+
+@pytest.mark.parametrize("fault", ["", "buckets", "ls", "images", "--dry-run=server"])
+def test_gke_creates_nothing_where_a_check_fails(tmp_path: Path, fault: str) -> None:
+    for tool in ("gcloud", "kubectl"):
+        (tmp_path / tool).write_text(
+            f"#!/bin/bash\necho $* >> {tmp_path}/asked\n"
+            f'[[ -z "{fault}" || " $* " != *" {fault} "* ]]\n'
+        )
+        (tmp_path / tool).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = launch("gke.sh", filled_in(tmp_path, "gke_jobset.yaml"), **environment)
+    creates = "apply -f" in (tmp_path / "asked").read_text()
+    assert (done.returncode, creates) == ((2, False) if fault else (0, True)), done.stderr
+    assert not fault or done.stderr.startswith("gke.sh: ")
+
+
+def test_a_manifest_that_nobody_has_filled_in_is_not_started(tmp_path: Path) -> None:
+    done = launch("gke.sh", str(ROOT / "launch/gke_pathways.yaml"))
+    assert done.returncode == 2 and done.stderr.endswith("has REGION; expected your own\n")
+    manifest = Path(filled_in(tmp_path, "gke_jobset.yaml"))
+    manifest.write_text(manifest.read_text().replace("configs/qwen7b.py", "configs/none.py"))
+    done = launch("gke.sh", str(manifest))
+    assert done.returncode == 2 and "--config=configs/none.py is not here" in done.stderr
 
 
 def test_the_image_starts_what_is_there_and_can_be_made_for_all_accelerators() -> None:
@@ -581,6 +686,7 @@ def test_the_image_starts_what_is_there_and_can_be_made_for_all_accelerators() -
     )
     extras = importlib.metadata.metadata("jax").get_all("Provides-Extra")
     assert extras is not None and {"cuda12", "cuda13", "tpu"} <= set(extras)
+    assert '".[pathways]"' in text and "\npathways = [" in (ROOT / "pyproject.toml").read_text()
 
 
 def test_a_terminated_container_is_not_done(tmp_path: Path) -> None:
