@@ -75,6 +75,16 @@ while (($#)) && [[ $1 != -- ]]; do
 done
 (($# > 1)) || usage
 shift
+# Before it waits in a queue; main looks in both folders too.
+for argument in "$@"; do
+  file=${argument#--config=}
+  [[ $file != "$argument" ]] || continue
+  file=${file/#\~\//$HOME/}
+  [[ -f $file || -f $(dirname "${BASH_SOURCE[0]}")/../$file ]] || {
+    echo "slurm_gpu.sh: $argument: no such file; expected one such as configs/qwen7b.py" >&2
+    exit 2
+  }
+done
 command=(sbatch "--nodes=$nodes" "--gpus-per-node=$gpus")
 command+=("--export=ALL,SSP_JAX_SUBMITTED=yes,VENV=$VENV" "${options[@]}" "${BASH_SOURCE[0]}" "$@")
 printf '%q ' "${command[@]}"

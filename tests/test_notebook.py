@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ssp_jax import main
-from ssp_jax.config import check_values
+from ssp_jax.config.checks import check_values
 from tests.conftest import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "demo.ipynb"
