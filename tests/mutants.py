@@ -600,6 +600,30 @@ MUTANTS = [
         'TRAINING["train"]',
         "export/test_card.py::test_a_card_says_by_what_the_weights_were_trained",
     ),
+    Mutant(
+        "runtime/processes.py",
+        "if platform.pathways_will_be_used(environment):",
+        "if False:",
+        "test_pathways.py::test_one_process_drives_all_chips",
+    ),
+    Mutant(
+        "runtime/device_memory.py",
+        'if "MemoryStats is only supported" not in str(error):',
+        "if False:",
+        "test_pathways.py::test_memory_that_is_not_reported_is_unknown_and_other_errors_stay_errors",
+    ),
+    Mutant(
+        "assembly/inputs.py",
+        'if not gib and platform != "cpu" and free is None:',
+        "if False:",
+        "test_pathways.py::test_the_cache_takes_what_is_free_where_that_is_known",
+    ),
+    Mutant(
+        "model/sharding.py",
+        "return device.process_index, slice_index, task, device.id",
+        "return device.process_index, 0, 0, device.id",
+        "test_pathways.py::test_chips_of_a_host_follow_each_other_in_the_mesh",
+    ),
 ]
 
 
