@@ -1,7 +1,7 @@
 """Qwen2.5-0.5B-Instruct, all weights, on one chip of 16 GB: a v5e, or a T4 of Colab or Kaggle.
 
 command    python -m ssp_jax.main --config=configs/qwen0p5b_16gb.py --workdir=runs/qwen0p5b_16gb
-hardware   v5e:1x1, or 1 x T4 16 GB with other keys
+hardware   1 x T4 16 GB with keys of its own, or v5e:1x1
 memory     v5e:1x1     13 GiB playing, 11 updating of 16, from shapes
            gpu:t4x1    12 GiB playing, 11 updating of 13, from shapes; with
            --config.model.dtype=float32 --config.learner.offload_reference=True
