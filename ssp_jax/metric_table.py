@@ -22,6 +22,7 @@ class Metric:
 _JUDGED = "a model judges (`reward.metric`)"
 _SHOWN = "`prompt.worked_examples` is not 0"
 _LORA = "`lora.rank` is not 0"
+_PLACED = "the first update has such tokens"
 _LOOK = "a look is due (`warm_start.look_every`)"
 
 # Heading -> metrics.
@@ -151,6 +152,14 @@ METRICS = {
             "update/logprob_gap", "nats", "Between sampler and learner, mean of a sampled token."
         ),
         Metric("update/logprob_gap_max", "nats", "The same, the largest of a token."),
+        Metric(
+            "update/logprob_gap_0_1k",
+            "nats",
+            "The mean of tokens with fewer than 1,024 tokens of their episode before them.",
+            _PLACED,
+        ),
+        Metric("update/logprob_gap_1k_4k", "nats", "With 1,024 to 4,095 before them.", _PLACED),
+        Metric("update/logprob_gap_4k", "nats", "With 4,096 or more before them.", _PLACED),
         Metric("update/ROLE/loss", "loss", "Mean over the optimizer steps."),
         Metric(
             "update/ROLE/kl", "nats", "Of a sampled token, to the initial model (learner.kl_type)."

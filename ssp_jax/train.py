@@ -155,7 +155,7 @@ def _add_report(
     metrics: dict[str, float], role: str, report: Mapping[str, float], *, first: bool
 ) -> None:
     """Adds what an update reports of itself. first: of its step."""
-    gaps = ("logprob_gap", "logprob_gap_max")
+    gaps = {key for key in report if key.startswith("logprob_gap")}
     if first:  # later updates see weights that have moved since sampling
         metrics |= {f"update/{key}": report[key] for key in gaps}
     metrics |= {f"update/{role}/{key}": report[key] for key in report if key not in gaps}

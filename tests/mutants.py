@@ -624,6 +624,12 @@ MUTANTS = [
         "return device.process_index, 0, 0, device.id",
         "test_pathways.py::test_chips_of_a_host_follow_each_other_in_the_mesh",
     ),
+    Mutant(
+        "learner/objective.py",
+        "positions_BT + 1 >= fewest",
+        "positions_BT >= fewest",
+        "learner/test_update.py::test_gaps_by_the_place_in_the_episode_by_hand",
+    ),
 ]
 
 

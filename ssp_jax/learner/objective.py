@@ -4,7 +4,7 @@ Every loss is sum(weight * term) over tokens: what a mean is taken over (tokens,
 made once on the host, so packing and micro-batching cannot change it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,18 @@ import numpy as np
 LOG_RATIO_BOUND = 20.0  # exp() of more is useless and overflows; only broken tokens get there
 
 
+# Buckets of sampled tokens by how many tokens of their episode stand before them: the name in
+# metrics -> the fewest. Sampler and learner differ more where caches and positions are long.
+POSITION_BUCKETS = {"0_1k": 0, "1k_4k": 1024, "4k": 4096}
+
+
+def position_bucket(positions_BT: Any) -> Any:
+    """The number of each target's bucket, [B, T] ints. positions_BT: as in Batch, on any device."""
+    return sum(positions_BT + 1 >= fewest for fewest in list(POSITION_BUCKETS.values())[1:])
+
+
 class LossSums(NamedTuple):
-    """float32 scalars: sums over tokens, but for gap_max. The loss is weighted, the others not."""
+    """float32 sums over tokens, but for gap_max. The loss is weighted, the others not."""
 
     loss: jax.Array
     kl: jax.Array
@@ -22,6 +32,16 @@ class LossSums(NamedTuple):
     clipped: jax.Array  # tokens whose surrogate a bound has changed
     gap: jax.Array  # |trainer log-prob - sampler log-prob|
     gap_max: jax.Array
+    gaps: jax.Array  # the gap of each of POSITION_BUCKETS
+
+
+def zero_sums() -> LossSums:
+    """The sums of no token."""
+    zero = jnp.zeros(())
+    gaps = jnp.zeros(len(POSITION_BUCKETS))
+    return LossSums(
+        loss=zero, kl=zero, entropy=zero, clipped=zero, gap=zero, gap_max=zero, gaps=gaps
+    )
 
 
 def advantages(
@@ -90,6 +110,7 @@ def policy_loss(
     ref_logp_BT: jax.Array | None,
     advantage_BT: jax.Array,
     weight_BT: jax.Array,
+    positions_BT: jax.Array,
     clip_low: float,
     clip_high: float,
     kl_coef: float,
@@ -139,6 +160,8 @@ def policy_loss(
 
     # the sums, over tokens alone
     gap_BT = jnp.abs(masked(logp_BT - sampler_logp_BT))
+    bucket_BT = position_bucket(positions_BT)
+    gaps = [jnp.where(bucket_BT == i, gap_BT, 0.0).sum() for i in range(len(POSITION_BUCKETS))]
     return LossSums(
         loss=(weight_BT * masked(loss_BT)).sum(),
         kl=masked(kl_BT).sum(),
@@ -146,6 +169,7 @@ def policy_loss(
         clipped=masked(unclipped_BT != surrogate_BT).sum(),
         gap=gap_BT.sum(),
         gap_max=gap_BT.max(),
+        gaps=jnp.stack(gaps),
     )
 
 
@@ -156,14 +180,9 @@ def likelihood_loss(logp_BT: jax.Array, entropy_BT: jax.Array, weight_BT: jax.Ar
     old_logp. What a ratio is needed for is 0 in the sums.
     """
     is_own_BT = weight_BT != 0
-    zero = jnp.zeros(())
-    return LossSums(
+    return zero_sums()._replace(
         loss=-jnp.where(is_own_BT, weight_BT * logp_BT, 0.0).sum(),
-        kl=zero,
         entropy=jnp.where(is_own_BT, entropy_BT, 0.0).sum(),
-        clipped=zero,
-        gap=zero,
-        gap_max=zero,
     )
 
 

@@ -169,6 +169,7 @@ def _loss_of_scores(
         ref_logp_BT=ref_logp_BT,
         advantage_BT=batch.advantage_BT,
         weight_BT=batch.weight_BT,
+        positions_BT=batch.positions_BT,
         clip_low=c.clip_low,
         clip_high=c.clip_high,
         kl_coef=c.kl_coef,
@@ -213,7 +214,7 @@ def jit_programs(c: LearnerConfig, layout: TrainState) -> Programs:
 
 def _zero_total(params: decoder.Params) -> Total:
     grads = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-    return grads, objective.LossSums(*jnp.zeros((6,)))
+    return grads, objective.zero_sums()
 
 
 def _accumulate(
@@ -384,7 +385,7 @@ class Learner:
             reports.append((total[1], norm))
 
         # Metrics last: reading them waits for the device.
-        metrics = _metrics(reports, made)
+        metrics = as_metrics(reports, made)
         metrics["learning_rate"] = float(self._last_rate(state.updates))
         return state, metrics
 
@@ -445,7 +446,7 @@ class Learner:
         return [list(map(score_one, mini_batch)) for mini_batch in batches]
 
 
-def _metrics(
+def as_metrics(
     reports: list[tuple[objective.LossSums, jax.Array]], made: list[MiniBatch]
 ) -> dict[str, float]:
     """Means over the sampled tokens in rows; loss and gradient norm: means over optimizer steps.
@@ -463,7 +464,8 @@ def _metrics(
         return float(total / max(sum(num_sampled), 1))
 
     first = all_sums[0]  # later steps see weights that have moved since sampling
-    return {
+    gaps = _mean_gaps(first.gaps, made[0])
+    return gaps | {
         "loss": float(np.mean([sums.loss for sums in all_sums])),
         "kl": per_token("kl"),
         "entropy": per_token("entropy"),
@@ -474,3 +476,13 @@ def _metrics(
         "packed": tokens / max(cells, 1),
         "tokens": float(tokens),
     }
+
+
+def _mean_gaps(gaps: np.ndarray, batches: MiniBatch) -> dict[str, float]:
+    """The gap of a sampled token in each position bucket that has one. gaps: their sums."""
+    counts = np.zeros(len(gaps), int)
+    for batch in batches:
+        buckets = objective.position_bucket(batch.positions_BT)[batch.weight_BT != 0]
+        counts += np.bincount(buckets, minlength=len(gaps))
+    means = zip(objective.POSITION_BUCKETS, gaps, counts, strict=True)
+    return {f"logprob_gap_{name}": float(total) / n for name, total, n in means if n}

@@ -102,6 +102,17 @@ CHARTS = (
     ),
     Chart("KL to the initial model", _of_updates("kl")),
     Chart("Entropy of the policy", _of_updates("entropy"), "Nats a token."),
+    Chart(
+        "Difference between the sampler's and the learner's log-probs, nats a token",
+        {
+            "all": "update/logprob_gap",
+            "below 1k tokens": "update/logprob_gap_0_1k",
+            "1k to 4k": "update/logprob_gap_1k_4k",
+            "from 4k on": "update/logprob_gap_4k",
+        },
+        "Of the step's first update, by the number of tokens before a token in its episode. Both "
+        "have the same weights: only rounding should differ.",
+    ),
     Chart("Gradient norm", _of_updates("grad_norm"), "Before clipping."),
     Chart(
         "Throughput, tokens a second",

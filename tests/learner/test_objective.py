@@ -29,6 +29,7 @@ def loss_of(logp, *, old=None, sampler=None, ref=None, advantage=1.0, weight=Non
         ref_logp_BT=None if ref is None else np.float32(ref).reshape(row),
         advantage_BT=np.broadcast_to(np.float32(advantage), row),
         weight_BT=np.ones(row, np.float32) if weight is None else np.float32(weight).reshape(row),
+        positions_BT=np.zeros(row, np.int32),
         **{**SETTINGS, **changes},
     )
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from ssp_jax.errors import InputError
 from ssp_jax.learner import objective
-from ssp_jax.learner.batches import make_batches, pack
+from ssp_jax.learner.batches import empty_batch, make_batches, pack
 from ssp_jax.learner.state import LearnerConfig, TrainState, init_state, learning_rate, optimizer
-from ssp_jax.learner.update import Learner, jit_programs, score
+from ssp_jax.learner.update import Learner, as_metrics, jit_programs, score
 from ssp_jax.model import decoder, sharding
 from ssp_jax.runtime.logger import CompileCounter
 from tests.random_params import random_params
@@ -227,6 +227,7 @@ def test_gradient_reaches_sampled_tokens_only():
             ref_logp_BT=fixed - 0.1,
             advantage_BT=batch.advantage_BT,
             weight_BT=batch.weight_BT,
+            positions_BT=batch.positions_BT,
             **settings,
         ).loss
 
@@ -493,6 +494,34 @@ def test_old_logprobs_from_the_sampler_or_computed():
     leaves = [jax.tree.leaves(jax.device_get(state.params)) for state in (off, b)]
     pairs = zip(*leaves, strict=True)
     assert any((x != y).any() for x, y in pairs)
+
+
+def test_gaps_by_the_place_in_the_episode_by_hand():
+    """A row of two episodes, from their 1,022nd and 4,095th token on; the last predict nothing."""
+    batch = empty_batch(BASE.rows, BASE.row_tokens)
+    batch.segments_BT[0, :9] = [1, 1, 1, 1, 1, 2, 2, 2, 2]
+    batch.positions_BT[0, :9] = [1021, 1022, 1023, 1024, 1025, 4094, 4095, 4096, 4097]
+    batch.weight_BT[0, :9] = [1, 1, 1, 1, 0, 1, 1, 1, 0]
+    gaps = np.float32([0.1, -0.3, 0.5, -0.6, 0, 0.7, 0.8, -1.0, 0])
+    sampler = np.array(logprobs(BASE, batch))
+    sampler[0, :9] -= gaps
+
+    def report(batch):
+        reference = sampler if BASE.kl_coef else None
+        _, sums = programs(BASE).accumulate(None, PARAMS, {}, batch, sampler, reference)
+        return as_metrics([(sums, np.float32(1))], [[batch]])
+
+    batch = dataclasses.replace(batch, sampler_logp_BT=sampler)
+    # Before the tokens that are predicted stand 1,022, 1,023, 1,024, 1,025; 4,095, 4,096, 4,097.
+    expected = {"": 4.0 / 7, "_max": 1.0, "_0_1k": 0.2, "_1k_4k": 0.6, "_4k": 0.9}
+    found = report(batch)
+    for name, gap in expected.items():
+        assert found[f"logprob_gap{name}"] == pytest.approx(gap, abs=1e-5)
+
+    batch.weight_BT[0, 2:6] = 0
+    rest = report(batch)
+    assert "logprob_gap_1k_4k" not in rest  # and not 0
+    assert rest["logprob_gap_0_1k"] == pytest.approx(0.2, abs=1e-5)
 
 
 @pytest.mark.parametrize(("most", "factor"), [(1.0, 0.1), (20.0, 1.0)])
