@@ -41,6 +41,7 @@ _COLUMNS = frozenset(
         "sys_question_example",
         "question",
         *GOLD_COLUMNS,
+        "aliases",
         "data_source",
         "prompt",
         "reward_model",
@@ -73,7 +74,7 @@ class Task:
     """A given answer for the proposer (answers[0]), or a question of a question set."""
 
     uid: int  # row number in the file, from 0
-    answers: tuple[str, ...]
+    answers: tuple[str, ...]  # each of them is right: the golds, or the given one, and aliases
     question: str = ""
     searches: int = 1  # requested number of searches [C], a wish and not a rule
     examples: str = ""  # example questions for the proposer's system turn
@@ -136,6 +137,13 @@ class Row:
             listed = self._listed(field, text)
             found += [text] if listed is None else self.texts(field, listed)
         return tuple(found)
+
+    def aliases(self) -> tuple[str, ...]:
+        """Other names of the answer, which count like it; a row may have none."""
+        values = self.values.get("aliases")
+        if values is not None and not isinstance(values, list):
+            raise self.error("aliases", f"a list of texts, found {_shown(values)}")
+        return self.texts("aliases", values) if values else ()
 
     def one(self, field: str, value: object) -> str:
         """One text. Raises InputError where it is a list of several, written as text."""
@@ -356,8 +364,8 @@ def _not_empty(path: str | Path, tasks: list[Task]) -> list[Task]:
 def load_answers(path: str | Path) -> list[Task]:
     """The proposer's answers: rows of SSP's training file.
 
-    Their fields are ground_truth, search_turns and, optional, sys_question_example. A .txt or
-    .txt.gz file has one answer a line; its answers request PLAIN_SEARCHES searches.
+    Their fields are ground_truth, search_turns and, optional, aliases and sys_question_example. A
+    .txt or .txt.gz file has one answer a line; its answers request PLAIN_SEARCHES searches.
     """
     if not str(path).removesuffix(".gz").endswith(".txt"):
         return _all_tasks(path, _answer_task)
@@ -378,7 +386,8 @@ def _answer_task(uid: int, row: Row) -> Task:
         expected = f"a whole number from 1 to {MAX_SEARCHES}"
         raise row.error("search_turns", f"{expected}, found {_shown(searches)}")
     answer = row.one("ground_truth", row.values.get("ground_truth"))
-    return Task(uid, (answer,), searches=searches, examples=row.optional("sys_question_example"))
+    answers = (answer, *row.aliases())
+    return Task(uid, answers, searches=searches, examples=row.optional("sys_question_example"))
 
 
 def load_questions(path: str | Path) -> list[Task]:
@@ -414,7 +423,8 @@ def _question_task(uid: int, row: Row) -> Task:
         golds = row.values.get(column)
         if golds is not None:
             question = row.text("question", row.values.get("question"))
-            return Task(uid, row.texts(column, golds), question, source=source)
+            answers = row.texts(column, golds) + row.aliases()
+            return Task(uid, answers, question, source=source)
     if "reward_model" not in row.values:
         raise row.error(
             "golden_answers", 'text or a list of texts (or an SSP / veRL row with "reward_model")'
@@ -427,7 +437,8 @@ def _question_task(uid: int, row: Row) -> Task:
     if isinstance(target, dict):  # of SSP and Search-R1; veRL's own rows have texts here
         field = f"{field}.target"
         target = target.get("target")
-    return Task(uid, row.texts(field, target), _verl_question(row), source=source)
+    answers = row.texts(field, target) + row.aliases()
+    return Task(uid, answers, _verl_question(row), source=source)
 
 
 def _verl_question(row: Row) -> str:

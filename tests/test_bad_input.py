@@ -1850,6 +1850,16 @@ ANSWERS_AND_QUESTIONS = [
         'line 2: field "search_turns" expected a whole number',
     ),
     Case(
+        "one alias",
+        answers(aliases="City of Light"),
+        'line 2: field "aliases" expected a list of texts, found .City of Light',
+    ),
+    Case(
+        "an empty alias",
+        questions(aliases=["Lutetia", ""]),
+        'line 2: field "aliases" expected non-empty text',
+    ),
+    Case(
         "no question",
         questions(question=...),
         'line 2: field "question" expected non-empty text, found nothing',

@@ -69,6 +69,16 @@ def test_answers(tmp_path, name):
     ]
 
 
+def test_aliases_count_like_the_answer_that_is_given_or_golden(tmp_path):
+    named = {"aliases": ["X (Y)", " Z "]}
+    (given,) = load_answers(written(tmp_path, ANSWER | named))
+    assert given.answers == ("Paris", "X (Y)", "Z")
+    for write, row in ((written, QUESTION), (written, verl_row("Paris")), (parquet, verl_row("P"))):
+        some = load_questions(write(tmp_path, row | named, row | {"aliases": []}))
+        none = load_questions(write(tmp_path, row | {"aliases": None}))[0].answers
+        assert [task.answers for task in some] == [(*none, "X (Y)", "Z"), none]
+
+
 def test_questions(tmp_path):
     path = written(tmp_path, QUESTION, QUESTION | {"golden_answers": "Paris"})
     assert load_questions(path) == [

@@ -267,9 +267,14 @@ def _is_long_and_small(word: str) -> bool:
 # --- what is chosen -------------------------------------------------------------------------------
 
 
+def plain_title(document: Document) -> str:
+    """The title without the quotes that Search-R1's corpus has around it."""
+    return document.title.strip().strip('"').strip()
+
+
 def _titles(document: Document, frequencies: Frequencies) -> Iterator[str]:
     """The title, or its last part, where the passage speaks of it in these words."""
-    title = document.title.strip().strip('"').strip()
+    title = plain_title(document)
     for form in (title, title.rpartition(": ")[2]):
         is_named = form.lower() in document.text.lower()
         if form and is_named and not frequencies.is_common(form.lower()):

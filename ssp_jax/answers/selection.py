@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ssp_jax.answers.candidates import QUOTAS, Candidate, Frequencies, choose, forms
+from ssp_jax.answers.candidates import QUOTAS, Candidate, Frequencies, choose, forms, plain_title
 from ssp_jax.corpus import passages
 from ssp_jax.data import Document, Position
 from ssp_jax.errors import InputError
@@ -26,15 +27,18 @@ class Answer:
     place: tuple[int, int]  # number of its passage, from 0, and its own among those of the passage
     passage: str  # id
     draw: int  # a random number, by seed and answer
+    aliases: tuple[str, ...]  # which count as right too
 
     def row(self) -> str:
         """As data.answers has it, and where it comes from."""
-        row = {
+        row: dict[str, Any] = {
             "ground_truth": self.candidate.text,
             "search_turns": 1 + self.draw % SEARCHES,
             "kind": self.candidate.kind,
             "passage": self.passage,
         }
+        if self.aliases:
+            row["aliases"] = self.aliases
         return json.dumps(row, ensure_ascii=False)
 
 
@@ -59,11 +63,13 @@ class Chosen:
         given: Counter[str] = Counter()
         for number, candidate in enumerate(candidates):
             form = comparable(candidate.text)
-            if form in self._held_out:
-                self.left_out.add(form)
+            aliases = _aliases(document, candidate.text)
+            if held_out := {form, *map(comparable, aliases)}.intersection(self._held_out):
+                self.left_out |= held_out
             elif given[candidate.kind] < QUOTAS[candidate.kind] and self._is_new(candidate, form):
                 given[candidate.kind] += 1
-                answer = Answer(candidate, (row, number), document.id, self._draw(form))
+                draw = self._draw(form)
+                answer = Answer(candidate, (row, number), document.id, draw, aliases)
                 self._add(form, answer)
 
     def _is_new(self, candidate: Candidate, form: str) -> bool:
@@ -82,6 +88,12 @@ class Chosen:
     def in_order(self) -> list[Answer]:
         """In the order of the corpus."""
         return sorted(self.answers.values(), key=lambda answer: answer.place)
+
+
+def _aliases(document: Document, text: str) -> tuple[str, ...]:
+    """The title "Mercury (planet)" of a passage that gives Mercury: who reads it may answer so."""
+    title = plain_title(document)
+    return (title,) if title.startswith(f"{text} (") and title.endswith(")") else ()
 
 
 def find_answers(

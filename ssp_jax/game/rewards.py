@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ssp_jax.game.prompts import last_answer
-from ssp_jax.game.rules import MAX_ANSWER_TAGS
 
+MAX_ANSWER_TAGS = 10  # more opening or closing tags than this cost three quarters of the reward [C]
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 

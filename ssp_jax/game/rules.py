@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ssp_jax.game.rewards import cover_exact_match
+
 # Pairs of algorithms [P Table 6]: proposer_solver -> (proposer, solver). grpo plays a group and
 # centres on it; reinforce plays one and centres on nothing; reinforcepp (REINFORCE++, arXiv
 # 2501.03262) normalises over the whole batch.
@@ -27,8 +29,6 @@ ProposerBaseline = Literal["none", "batch_mean", "leave_one_out", "hop_grouped"]
 # so many.
 ID_ROWS = 1 << 19
 ID_ATTEMPTS = 1 << 9
-
-MAX_ANSWER_TAGS = 10  # more opening or closing tags than this cost three quarters of the reward [C]
 
 
 # Config sections, typed; configs/default.py has units and sources.
@@ -137,28 +137,33 @@ def question_fault(
     queries: Sequence[str],
     num_documents: int,
     rules: QuestionRules,
+    aliases: Sequence[str] = (),
 ) -> str | None:
     """The first fault, in the order of QUESTION_FAULTS, of a question; None if it is well-formed.
 
     A malformed question is an ordinary outcome of the game, so nothing here raises. As in the
     reference (problem_extraction.py), the answer counts as revealed when its lower-cased text is a
     substring of the lower-cased question: "1" is revealed by "1990" and "Iran" by "Tirana", and no
-    normalisation is applied. Queries repeat when they are the same string. A question without any
-    retrieved document cannot be verified and never passes.
+    normalisation is applied. An alias, which the reference does not have, counts as a whole word or
+    words: it may be as short as "US". Queries repeat when they are the same string. A question
+    without any retrieved document cannot be verified and never passes.
     """
     text = (question or "").strip()
     hidden = answer.strip().lower()
-    searched = any(hidden in query.lower() for query in queries)
+
+    def reveals(words: str) -> bool:
+        return hidden in words.lower() or cover_exact_match(words, aliases)
+
     broken = {
         "no_question": question is None,
         "empty": not text,
         "too_short": len(text) < rules.min_chars,
         "too_long": len(text) > rules.max_chars,
         "too_few_words": len(text.split()) < rules.min_words,
-        "answer_in_question": hidden in text.lower(),
+        "answer_in_question": reveals(text),
         "too_few_searches": len(queries) < rules.min_searches,
         "repeated_search": rules.distinct_searches and len(set(queries)) < len(queries),
-        "answer_in_search": rules.forbid_answer_in_search and searched,
+        "answer_in_search": rules.forbid_answer_in_search and any(map(reveals, queries)),
         "no_documents": num_documents < 1,
     }
     return next((fault for fault in QUESTION_FAULTS if broken[fault]), None)

@@ -337,6 +337,7 @@ class _Phases:
             proposal.queries,
             len(proposal.documents),
             self._config.rules,
+            game.task.answers[1:],
         )
         if fault is not None:
             return self._failed(game, fault)

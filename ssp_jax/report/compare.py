@@ -1,7 +1,8 @@
 """Several runs on one page: their gains, each against the first run, and their curves.
 
 Runs are compared question by question, so that an interval is that of the difference. Only
-questions that both have answered count, judged by exact match where their judges differ.
+questions that both have answered count, with the same golds, judged by exact match where their
+judges differ.
 """
 
 import itertools
@@ -78,9 +79,7 @@ def against(first: Run, other: Run) -> Gain | None:
     judge = judges.pop() if len(judges) == 1 else "em"
     before, after = first.answered(judge), other.answered(judge)
     keys = sorted(
-        key
-        for key in before.keys() & after.keys()
-        if before[key].record["question"] == after[key].record["question"]
+        key for key in before.keys() & after.keys() if before[key].compares_with(after[key])
     )
     if not keys:
         return None

@@ -42,6 +42,10 @@ class Answered:
     def answer(self) -> str:
         return self.record["answer"] or "(none)"
 
+    def compares_with(self, other: "Answered") -> bool:
+        """Whether both were asked the same, and the same answers count as right."""
+        return all(self.record[name] == other.record[name] for name in ("question", "answers"))
+
 
 @dataclass(frozen=True)
 class Change:
@@ -88,11 +92,14 @@ def _lines(folder: Path, name: str, fields: records.Fields) -> list[dict[str, An
 def changes(
     before: Mapping[Key, Answered], after: Mapping[Key, Answered]
 ) -> tuple[list[Change], list[Change]]:
-    """What became right, and what became wrong, in the order of sets and questions."""
+    """What became right, and what became wrong, in the order of sets and questions.
+
+    What is no longer the same question, or has other golds, is passed over.
+    """
     became: dict[bool, list[Change]] = {True: [], False: []}
     for key in sorted(before.keys() & after.keys()):
         old, new = before[key], after[key]
-        if old.right != new.right:
+        if old.compares_with(new) and old.right != new.right:
             record = new.record
             gold = str(record["answers"][0]) if record["answers"] else ""
             became[new.right].append(Change(record["question"], gold, old.answer, new))

@@ -314,6 +314,6 @@ def _is_right(row: Row, segments: Segments, selection: Selection) -> bool:
     field = next((name for name in GOLDS if row.values.get(name) is not None), None)
     if field is None:
         raise row.error(GOLDS[0], "the right answers (or --config.warm_start.keep=all)")
-    golds = row.texts(field, row.values[field])
+    golds = row.texts(field, row.values[field]) + row.aliases()
     own = "".join(text for text, is_own in segments if is_own)
     return rewards.solver_reward(own, golds, selection.metric) >= 1

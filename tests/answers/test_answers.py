@@ -113,6 +113,22 @@ def test_answers_of_the_evaluation_are_left_out_as_exact_match_compares(
     assert audit.main([f"--answers={out}", f"--eval={tmp_path}/test.jsonl"]) == 0
 
 
+def test_a_title_with_a_note_is_an_alias_of_what_it_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passages = [('"Mercury (planet)"', "The planet Mercury is near the Sun. It is small.")]
+    corpus = written(tmp_path, [*passages, *ENGLISH])
+    out = tmp_path / "answers.jsonl"
+    run(capsys, f"--corpus={corpus}", f"--out={out}")
+    named = {task.answers for task in load_answers(out) if len(task.answers) > 1}
+    assert named == {("Mercury", "Mercury (planet)")}
+    (tmp_path / "test.jsonl").write_text(
+        '{"question": "Which is near?", "golden_answers": "Mercury (planet)"}'
+    )
+    run(capsys, f"--corpus={corpus}", f"--out={out}", f"--eval={tmp_path}/test.jsonl")
+    assert "Mercury" not in {row["ground_truth"] for row in rows_of(out)}
+
+
 def test_the_file_is_one_of_given_answers_and_says_where_they_stand(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

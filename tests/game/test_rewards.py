@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ssp_jax.data import load_questions
 from ssp_jax.game.rewards import (
     JUDGES,
+    MAX_ANSWER_TAGS,
     PROPOSER_REWARDS,
     cover_exact_match,
     exact_match,
@@ -20,7 +21,7 @@ from ssp_jax.game.rewards import (
     normalize_answer,
     solver_reward,
 )
-from ssp_jax.game.rules import MAX_ANSWER_TAGS, QUESTION_FAULTS, question_fault
+from ssp_jax.game.rules import QUESTION_FAULTS, question_fault
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,9 @@ GOOD = "Which city hosts the Louvre?"
         ({"num_documents": 0}, "no_documents"),
         ({"answer": "  Louvre "}, "answer_in_question"),
         ({"answer": "  Rome "}, None),
+        ({"aliases": ["Paris (city)", "the Louvre"]}, "answer_in_question"),
+        ({"aliases": ["os", "Ouvre"]}, None),  # an alias is whole words
+        ({"aliases": ["City of Light"], "queries": ["one", "city of light"]}, "answer_in_search"),
         ({"question": f"  {'ab ' * 33}x  "}, None),  # 100 characters without the outer spaces
     ],
 )

@@ -130,6 +130,20 @@ def test_a_verified_question_is_played_and_shares_the_reward():
     assert round_.metrics["reward/proposer"] == pytest.approx(0.6)
 
 
+def test_an_alias_is_right_for_verifier_and_solver_and_must_not_stand_in_the_question():
+    tasks = [Task(0, ("Ulaanbaatar", "Urga"))]
+
+    def turn(player):
+        return script()(player).replace("<answer> Ulaanbaatar", "<answer> Urga")
+
+    round_, _, engine = play(turn, tasks=tasks)
+    assert round_.games[0].scores == [1.0, 0.0, 0.0, 0.0, 1.0]
+    asked = engine.prompts[roles.episode_id(roles.PROPOSER, 0, 0)]
+    assert "Ulaanbaatar" in asked and "Urga" not in asked
+    revealed, _, _ = play(script(question="Which city was called Urga before?"), tasks=tasks)
+    assert revealed.games[0].fault == "answer_in_question"
+
+
 @pytest.mark.parametrize(
     ("turn", "fault"),
     [

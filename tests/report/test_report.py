@@ -524,6 +524,9 @@ def test_held_out_questions_that_training_has_changed_are_shown(tmp_path):
     text = " ".join(" ".join(Page(report.page(tmp_path, 0)).words).split())
     assert "2 became right" in text and "1 became wrong" in text
     assert "Two? → b x → b" in text and "One? → a a → z" in text
+    before, after = (held_out.read(tmp_path, step, "em") for step in (0, 3))
+    after["nq", 0].record["answers"].append("y")  # another alias: no longer the same question
+    assert not held_out.changes(before, after)[1]
 
 
 def test_a_judge_says_what_is_right_where_it_has_judged(tmp_path):
@@ -567,8 +570,11 @@ def test_runs_are_compared_question_by_question(tmp_path, capsys):
     assert any(">first<" in _svg(source) for source in page.sources)
 
 
-def test_runs_without_a_question_in_common_have_no_difference(tmp_path):
-    for name, question in (("first", "One?"), ("second", "Other?")):
-        answered(tmp_path / name, 3, {question: ("a", "a")})
+@pytest.mark.parametrize(("question", "gold"), [("Other?", "a"), ("One?", "an alias")])
+def test_runs_without_a_question_and_its_golds_in_common_have_no_difference(
+    tmp_path, question, gold
+):
+    answered(tmp_path / "first", 3, {"One?": ("a", "a")})
+    answered(tmp_path / "second", 3, {question: (gold, "a")})
     first, second = (compare.read(tmp_path / name) for name in ("first", "second"))
     assert compare.against(first, second) is None
