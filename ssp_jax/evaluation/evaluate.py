@@ -479,9 +479,12 @@ def compare(
 
     paper: its figures before and after by sets, to stand beside those of the same sets.
     """
-    gains = scores.gains(before.values, after.values, paper)
-    cells, heads = scores.gain_rows(gains)
     judge = after.document["judge"]
+    gains = scores.gains(before.values, after.values, paper)
+    by_rule = {}
+    for column in scores.other_rules(judge):
+        by_rule[column] = scores.gains(before.values, after.values, {}, column)
+    cells, heads = scores.gain_rows(gains, by_rule)
     logger.table(f"Right by {judge}, {after.step} steps of self-play", cells, heads)
     if any(gain.paper for gain in gains.values()):
         logger.say(conditions.beside_the_paper(after.document["conditions"]))
@@ -490,6 +493,7 @@ def compare(
         "after": after.step,
         "judge": judge,
         "sets": scores.gains_json(gains),
+        **{column: scores.gains_json(found) for column, found in by_rule.items()},
     }
     if processes.is_coordinator():
         records.write_document(folder / "gain.json", document)

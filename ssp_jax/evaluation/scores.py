@@ -18,6 +18,7 @@ AVERAGE = "average"  # plain mean over the sets, as in the paper's tables
 SHARES = ("right", "em", "cover_em", "f1")
 MEANS = ("searches", "tokens")
 COLUMNS = (*SHARES, *MEANS)
+RULES = {"em": "EM", "cover_em": "cover EM"}  # of SHARES: their titles
 
 Values = dict[str, dict[str, np.ndarray]]  # set -> name of COLUMNS -> values_E
 
@@ -98,18 +99,26 @@ class Gain:
         return self.after - self.before
 
 
+def other_rules(judge: str) -> dict[str, str]:
+    """The RULES that stand beside what is right by a judge."""
+    return {column: title for column, title in RULES.items() if column != judge}
+
+
 def gains(
-    before: Values, after: Values, paper: Mapping[str, tuple[float, float]]
+    before: Values,
+    after: Values,
+    paper: Mapping[str, tuple[float, float]],
+    column: str = "right",
 ) -> dict[str, Gain]:
-    """The gain of each set, and of their average where there are several.
+    """The gain of each set, and of their average where there are several, in a column of SHARES.
 
     paper: figures of its sets by their own names; a set here may have a file's name before that.
     """
     differences = {}
     ends = {}
     for name in before:
-        old_E = 100 * before[name]["right"]
-        new_E = 100 * after[name]["right"]
+        old_E = 100 * before[name][column]
+        new_E = 100 * after[name][column]
         difference_E = new_E - old_E
         differences[name] = (float(difference_E.mean()), resampled(name, difference_E))
         ends[name] = (float(old_E.mean()), float(new_E.mean()))
@@ -151,9 +160,9 @@ def rows(
     table: Mapping[str, Mapping[str, float]], judge: str
 ) -> tuple[list[list[object]], list[str]]:
     """Cells and heads of the table for people."""
-    titles = {"right": judge.split()[0], "em": "EM", "cover_em": "cover EM", "f1": "F1"}
-    is_rule = judge in ("em", "cover_em")  # whose own column has the same numbers as "right"
-    shares = [column for column in SHARES if not (is_rule and column == "right")]
+    titles = {"right": judge.split()[0], **RULES, "f1": "F1"}
+    # The own column of a rule has the same numbers as "right".
+    shares = [column for column in SHARES if not (judge in RULES and column == "right")]
     names = _short(list(table))
     cells = []
     for name, numbers in table.items():
@@ -169,16 +178,20 @@ def rows(
     return cells, ["set", *heads, "searches", "tokens", "n"]
 
 
-def gain_rows(found: Mapping[str, Gain]) -> tuple[list[list[object]], list[str]]:
-    """Cells and heads of the table of gains."""
+def gain_rows(
+    found: Mapping[str, Gain], by_rule: Mapping[str, Mapping[str, Gain]]
+) -> tuple[list[list[object]], list[str]]:
+    """Cells and heads of the table of gains. by_rule: gains by other rules, by column."""
     compared = any(gain.paper for gain in found.values())
     names = _short(list(found))
     cells = []
     for name, gain in found.items():
         row: list[object] = [names[name]]
         row += [percent(gain.before), percent(gain.after)]
-        row.append(difference(gain.gain))
-        row.append(interval(difference(gain.low), difference(gain.high)))
+        row += [difference(gain.gain), _interval(gain)]
+        for gains_of in by_rule.values():
+            other = gains_of[name]
+            row.append(f"{difference(other.gain)} ({_interval(other)})")
         if gain.paper:
             before, after = gain.paper
             row += [percent(before), percent(after), difference(after - before)]
@@ -186,9 +199,14 @@ def gain_rows(found: Mapping[str, Gain]) -> tuple[list[list[object]], list[str]]
             row += ["", "", ""]
         cells.append(row)
     heads = ["set", "before %", "after %", "gain", "95 % of gain"]
+    heads += [f"{RULES[column]} gain" for column in by_rule]
     if compared:
         heads += ["paper (LLM judge) before", "after", "gain"]
     return cells, heads
+
+
+def _interval(gain: Gain) -> str:
+    return interval(difference(gain.low), difference(gain.high))
 
 
 def gains_json(found: Mapping[str, Gain]) -> dict[str, Any]:

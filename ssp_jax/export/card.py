@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ssp_jax.config.keys import PATHS, default_values, flatten_config
 from ssp_jax.errors import masked
+from ssp_jax.evaluation.scores import other_rules
 from ssp_jax.export import form
 from ssp_jax.game import prompts
 from ssp_jax.game.examples import example_sets
@@ -71,13 +72,16 @@ def _scores(workdir: Path, step: int) -> str:
         return ""
     before = _evaluation(workdir, 0) if step else None
     gains = _gains(workdir, step)
-    heads = ["set", f"right by {after['judge']}, %", "95 % interval", "questions"]
+    rules = other_rules(after["judge"])
+    heads = ["set", f"right by {after['judge']}, %", "95 % interval"]
+    heads += [f"{title}, %" for title in rules.values()] + ["questions"]
     if before:
         heads += ["before, %", "gain (95 % interval)"]
     lines = ["## Held-out questions", "", _row(heads), _row(["---"] * len(heads))]
     for name, row in after["sets"].items():
         ends = (figures.percent(row["right_low"]), figures.percent(row["right_high"]))
-        cells = [name, figures.percent(row["right"]), figures.interval(*ends), str(row["n"])]
+        cells = [name, figures.percent(row["right"]), figures.interval(*ends)]
+        cells += [figures.percent(row[column]) for column in rules] + [str(row["n"])]
         if before:
             cells += _before(before["sets"].get(name), row, gains.get(name))
         lines.append(_row(cells))

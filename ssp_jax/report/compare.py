@@ -59,6 +59,7 @@ class Row:
     minutes: float
     before: str  # percent
     after: str
+    by_rule: list[str]  # percent after, of scores.RULES
     against: Gain | None  # of the first run's and this one's last evaluations
 
 
@@ -89,12 +90,14 @@ def against(first: Run, other: Run) -> Gain | None:
 
 def _row(run: Run, first: Run) -> Row:
     scored = [figures.percent(point.mean) for point in _scores(run)]
+    last = _whole(run.evaluations[-1]) if run.evaluations else {}
     return Row(
         name=run.name,
         steps=run.steps.last,
         minutes=run.steps.seconds / 60,
         before=scored[0] if len(scored) > 1 else "",
         after=scored[-1] if scored else "",
+        by_rule=[figures.percent(last[column]) if last else "" for column in scores.RULES],
         against=None if run is first else against(first, run),
     )
 
@@ -115,13 +118,17 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, str]]:
     return shown
 
 
+def _whole(document: dict[str, Any]) -> dict[str, Any]:
+    """The average, or only set, of an evaluation."""
+    sets = document["sets"]
+    return sets.get(AVERAGE) or next(iter(sets.values()))
+
+
 def _scores(run: Run) -> list[Point]:
-    """The average, or only set, of each evaluation."""
+    """What is right at each evaluation."""
     curve = Curves()
     for document in run.evaluations:
-        sets = document["sets"]
-        row = sets.get(AVERAGE) or next(iter(sets.values()))
-        curve.add(document["step"], {"right": row["right"]})
+        curve.add(document["step"], {"right": _whole(document)["right"]})
     return curve.line("right")
 
 

@@ -334,7 +334,9 @@ def test_tables(tmp_path, capsys):
         "| first | " + 4 * "50.0 (0.0 to 100.0) | " + "1.0 |",
         "1 verdicts failed and count as wrong",
         "The first reply of them: 'reply'",
-        "| first | 50.0 | 100.0 | +50.0 | +0.0 to +100.0 | 40.0 | 50.0 | +10.0",
+        "| first | 50.0 | 100.0 | +50.0 | +0.0 to +100.0 | "
+        + 2 * "+0.0 (+0.0 to +0.0) | "
+        + "40.0 | 50.0 | +10.0",
         "| average | 25.0 | 75.0 | +50.0 |",
         "these scores: dense (some-encoder) of 1,000 passages, 3 a search, judged by openai (a ",
         "the paper searched Wikipedia 2018 by E5-base-v2",
@@ -344,6 +346,7 @@ def test_tables(tmp_path, capsys):
             shown,
         )
     assert json.loads((tmp_path / "gain.json").read_text()) == found
+    assert [found[name]["average"]["gain"] for name in ("sets", "em", "cover_em")] == [50, 0, 0]
     assert before.document["conditions"] == CONDITIONS
     played = time.gmtime(max(line["began"] for line in lines(tmp_path / "before")))
     assert before.document["date"] == time.strftime("%Y-%m-%d", played)

@@ -66,7 +66,7 @@ def test_the_papers_row_stands_beside_the_sets_of_its_test_file():
     found = scores.gains(values(**sets), values(**sets), figures)
     assert found["ssp/nq"].paper == (44.2, 54.8) and found["ssp/bamboogle"].paper == (51.2, 54.4)
     assert found["average"].paper == pytest.approx((41.5, 49.5), abs=0.05)
-    cells, heads = scores.gain_rows(found)
+    cells, heads = scores.gain_rows(found, {})
     assert heads[-3:] == ["paper (LLM judge) before", "after", "gain"]
     assert cells[0][0] == "nq" and cells[-1][-1] == "+8.0"
     some = scores.gains(
@@ -75,7 +75,7 @@ def test_the_papers_row_stands_beside_the_sets_of_its_test_file():
         figures,
     )
     assert some["average"].paper is None and some["mine"].paper is None
-    assert [row[0] for row in scores.gain_rows(some)[0]] == ["ssp/nq", "mine", "average"]
+    assert [row[0] for row in scores.gain_rows(some, {})[0]] == ["ssp/nq", "mine", "average"]
     # a mean over eight sets does not stand beside one over seven
     for other in ("mine", "other/nq"):
         more = values(**sets, **{other: [1, 1]})

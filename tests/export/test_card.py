@@ -34,11 +34,12 @@ def test_a_card_has_the_scores_before_and_after_and_the_interval_of_their_gain(
     document = {"before": 0, "after": 40, "judge": "em", "sets": {"nq": gain}}
     (tmp_path / "eval" / "gain.json").write_text(json.dumps(document))
     text = card.text(config_of(), tmp_path, 40, "model", "train")
-    assert "| nq | 50.8 | 46.8 to 54.8 | 200 | 28.8 | +22.0 (+18.0 to +26.0) |" in text
+    assert "| nq | 50.8 | 46.8 to 54.8 | 30.0 | 200 | 28.8 | +22.0 (+18.0 to +26.0) |" in text
+    assert "| set | right by em, % | 95 % interval | cover EM, % | questions |" in text
     # The gain of the end of the run is none of an earlier step.
     evaluated(tmp_path, 20, 40.0)
     earlier = card.text(config_of(), tmp_path, 20, "model", "train")
-    assert "| nq | 40.0 | 36.0 to 44.0 | 200 | 28.8 | +11.2 |" in earlier
+    assert "| nq | 40.0 | 36.0 to 44.0 | 30.0 | 200 | 28.8 | +11.2 |" in earlier
     assert "after 20 steps" in earlier
 
 

@@ -566,7 +566,7 @@ def test_runs_are_compared_question_by_question(tmp_path, capsys):
     assert command.main(words) == 0 and "both.html" in capsys.readouterr().out
     page = Page(out.read_text())
     text = " ".join(" ".join(page.words).split())
-    assert "second 3 3.0 66.7 +33.3 -100.0 to +100.0" in text
+    assert "second 3 3.0 66.7 30.0 30.0 +33.3 -100.0 to +100.0" in text
     assert any(">first<" in _svg(source) for source in page.sources)
 
 
