@@ -46,13 +46,15 @@ def make_eval_context(
     stop: called often; may raise. training: of workdir.trained_with.
     """
     metric = config.eval.judge
+    retriever = inputs.retriever
+    template = inputs.model.tokenizer.chat_template
     return EvalContext(
         folder=workdir / "eval",
         inputs=evaluation_inputs(config, inputs),
         training=training,
-        conditions=conditions.of(config, len(inputs.retriever)),
+        conditions=conditions.of(config, len(retriever), retriever.source, template),
         sets=inputs.eval_sets,
-        retriever=inputs.retriever,
+        retriever=retriever,
         engine=engine,
         episodes=inputs.model.context,
         key=jax.random.key(config.seed),

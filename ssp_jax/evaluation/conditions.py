@@ -6,7 +6,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ssp_jax.errors import masked
+from ssp_jax.game.rewards import JUDGES
 from ssp_jax.retriever import settings
+from ssp_jax.runtime import processes
 from ssp_jax.user_code import load
 
 # Sections that bound what a solver may do and say what it is shown.
@@ -17,10 +19,14 @@ _PAPER = (
 )
 
 
-def of(config: ConfigDict, passages: int) -> dict[str, Any]:
-    """What a run's evaluations have in common, for their documents. passages: in the index."""
+def of(config: ConfigDict, passages: int, searched: str, template: str | None) -> dict[str, Any]:
+    """What a run's evaluations have in common, for their documents.
+
+    passages: in the index. searched: Searcher.source, which has the digest of the corpus. template:
+    the tokenizer's own.
+    """
     r = config.retriever
-    found: dict[str, Any] = {"retriever": r.kind, "top_k": r.top_k}
+    found: dict[str, Any] = {"retriever": r.kind, "top_k": r.top_k, "searched": searched}
     if r.kind == "http":
         found["server"] = masked(r.url)
     elif not load.is_one(r.kind):
@@ -32,9 +38,13 @@ def of(config: ConfigDict, passages: int) -> dict[str, Any]:
         found["judge_model"] = config.judge.model
     if config.eval.judge == "policy":
         found["judge_model"] = config.model.path
+    if config.eval.judge in JUDGES:
+        found["judge.max_tokens"] = config.judge.max_tokens
     found["temperature"] = config.sampling.eval_temperature
     for section in _SECTIONS:
         found |= {f"{section}.{name}": value for name, value in config[section].items()}
+    if config.prompt.template == "chat":
+        found["chat_template"] = processes.digest(template)
     return found
 
 
