@@ -630,6 +630,36 @@ MUTANTS = [
         "positions_BT >= fewest",
         "learner/test_update.py::test_gaps_by_the_place_in_the_episode_by_hand",
     ),
+    Mutant(
+        "game/rules.py",
+        "return hidden in words.lower() or cover_exact_match(words, aliases)",
+        "return hidden in words.lower()",
+        "game/test_selfplay.py::test_an_alias_is_right_for_verifier_and_solver_and_must_not_stand_in_the_question",
+    ),
+    Mutant(
+        "data.py",
+        "answers = (answer, *row.aliases())",
+        "answers = (answer,)",
+        "test_data.py::test_aliases_count_like_the_answer_that_is_given_or_golden",
+    ),
+    Mutant(
+        "report/held_out.py",
+        'for name in ("question", "answers"))',
+        'for name in ("question",))',
+        "report/test_report.py::test_runs_without_a_question_and_its_golds_in_common_have_no_difference",
+    ),
+    Mutant(
+        "evaluation/scores.py",
+        "old_E = 100 * before[name][column]",
+        'old_E = 100 * before[name]["right"]',
+        "evaluation/test_evaluate.py::test_tables",
+    ),
+    Mutant(
+        "evaluation/conditions.py",
+        "processes.digest(template)",
+        "config.prompt.template",
+        "evaluation/test_conditions.py::test_the_corpus_and_the_chat_template_are_there_by_their_digests",
+    ),
 ]
 
 
