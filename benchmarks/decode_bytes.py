@@ -6,8 +6,10 @@ CONFIG:DEVICES, each with the config's engine on one of the devices that share i
 the paper's numbers (256 answers, 5 attempts) go through the engine's own scheduler, without a
 model: a player knows how long its turns and observations will be. For each chunk the table adds up
 the bytes of one of its steps: the weights, and the rows of keys and values in the shapes of the
-program that the engine would call. "all rows": each piece of the cache is read whole, as without
-engine.row_shares. What a compiled chunk reads is held to these shapes by tests/rollout.
+program that the engine would call. "kernel": on NVIDIA GPUs from Ampere on, whole tiles up to the
+length of each slot that decodes, and the results of its programs, written and read. "buckets":
+elsewhere, with engine.row_shares. "all rows": each piece of the cache is read whole, as without
+them. What a compiled chunk reads is held to these shapes by tests/rollout.
 
 The lengths are drawn, for no run of such a model is at hand: 1 to 10 searches (geometric, mean 3
 for a proposer and 2.5 for a solver), turns of 80 to 100 tokens and observations of 450 (medians,
@@ -34,12 +36,12 @@ from ssp_jax.assembly import sections  # noqa: E402
 from ssp_jax.config.files import load_config  # noqa: E402
 from ssp_jax.model import decoder  # noqa: E402
 from ssp_jax.plan.planner import read_model  # noqa: E402
-from ssp_jax.rollout import kv_cache, sampler  # noqa: E402
+from ssp_jax.rollout import decode_kernel, kv_cache, sampler  # noqa: E402
 from ssp_jax.rollout.scheduler import Scheduler  # noqa: E402
 
 Turn = tuple[int, int]  # tokens sampled, and of the observation behind them
 ANSWERS, ATTEMPTS, NOISE_TOKENS, VERIFIED = 256, 5, 4 * 150, 0.5
-WAYS = ("in use", "engine", "all rows")
+WAYS = ("in use", "kernel", "buckets", "all rows")
 
 
 class Scripted:
@@ -168,6 +170,8 @@ def measure(name: str, devices: int, seed: int) -> str:
     token = kv_cache.token_bytes(model, dtype)
     sizes = sections.make_sizes(config, devices)
     layout = kv_cache.full_layout(sizes.cache_ends(), sizes.slots)
+    tile = decode_kernel.tile(model.head_dim, dtype, layout.lengths)
+    results = result_bytes(model, sizes.slots)
     read: collections.Counter[str] = collections.Counter()
     chunks = 0
 
@@ -178,17 +182,25 @@ def measure(name: str, devices: int, seed: int) -> str:
         bucket = next(b for b in layout.row_buckets(depth, sizes.row_shares) if rows <= b)
         whole = sizes.slots * layout.ends[depth - 1]
         left_out = (sizes.slots - bucket) * layout.lengths[depth - 1]
-        tokens = (sum(slots.length_B[slot] for slot in turns), whole - left_out, whole)
+        used_B = slots.length_B[list(turns)]
+        tiles_B = -(-used_B // tile) * tile
+        tokens = (used_B.sum(), tiles_B.sum() + results / token, whole - left_out, whole)
         read.update({way: weights + n * token for way, n in zip(WAYS, tokens, strict=True)})
 
     replay(layout, sizes.chunk, game(ANSWERS // devices, seed), seen)
     gb = {way: read[way] / chunks / 1e9 for way in WAYS}
-    shares = ", ".join(f"{share:g}" for share in sizes.row_shares)
-    return (
-        f"| {name} on {devices} | {sizes.slots} | {chunks} | {gb['in use']:.1f} "
-        f"| {gb['engine']:.1f} ({gb['engine'] / gb['in use']:.2f}) "
-        f"| {gb['all rows']:.1f} ({gb['all rows'] / gb['in use']:.2f}) | {shares} |"
-    )
+    ideal = gb.pop("in use")
+    cells = " | ".join(f"{size:.1f} ({size / ideal:.2f})" for size in gb.values())
+    return f"| {name} on {devices} | {sizes.slots} | {chunks} | {ideal:.1f} | {cells} |"
+
+
+def result_bytes(model: decoder.ModelConfig, slots: int) -> int:
+    """What the kernel's programs write in a step, float32, and what of it is read again."""
+    heads = model.num_kv_heads
+    group = model.num_heads // heads
+    rows = decode_kernel.splits(slots, heads) * slots * heads
+    row_bytes = 4 * (model.head_dim + 2)
+    return model.num_layers * rows * row_bytes * (group + decode_kernel.padded_group(group))
 
 
 def main() -> None:
@@ -197,7 +209,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print("GB that a decode step reads on a device, mean (and times what is in use)")
-    print("| config | slots | chunks | in use | engine | all rows | row_shares |")
+    print("| config | slots | chunks | " + " | ".join(WAYS) + " |")
     print("|---" * 7 + "|")
     for cell in args.configs.split(","):
         name, devices = cell.split(":")

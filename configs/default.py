@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     # full | attention | dots | none: activations that the update recomputes; see model.REMAT.
     c.model.remat = "full"
     # Of the update. auto: the best of the devices | splash: JAX's kernel for TPUs | flash: this
-    # project's for NVIDIA GPUs from Ampere on | xla: einsums of XLA, anywhere.
+    # project's for NVIDIA GPUs from Ampere on, and of decoding | xla: einsums of XLA, anywhere.
     c.model.attention = "auto"
 
     # LoRA (arXiv 2106.09685): only low-rank matrices beside the frozen weights are trained. Not in
@@ -219,7 +219,8 @@ def get_config() -> ConfigDict:
     # Tokens after which a slot takes more memory, and a chunk reads more.
     c.engine.cache_buckets = (1024, 4096)
     # Shares of the rows of the cache's last piece in use: a chunk reads the smallest that holds the
-    # slots in play, or all rows. Each share is one more program to compile for each piece [H].
+    # slots in play, or all rows. Each share is one more program to compile for each piece; where
+    # decoding has a kernel, none is [H].
     c.engine.row_shares = (0.125, 0.25, 0.5)
     # Keys and values, GiB a device; 0: the free memory, all that slots can need on CPU [H].
     c.engine.kv_cache_gib = 0.0

@@ -14,14 +14,16 @@ import numpy as np
 from benchmarks.proof import device
 from benchmarks.proof.rows import Row, Setting, bound, near, noted, skipped
 from benchmarks.proof.shapes import Case, qwen_0p5b
-from ssp_jax.model import decoder, sharding
+from ssp_jax.model import attention, decoder, sharding
 from ssp_jax.plan import memory
-from ssp_jax.rollout import kv_cache, sampler
+from ssp_jax.rollout import decode_kernel, kv_cache, sampler
+from ssp_jax.rollout.engine import attend_by
 from ssp_jax.rollout.scheduler import RowAllocator
 from ssp_jax.rollout.stops import NO_STOP
 from ssp_jax.runtime import device_memory
 from ssp_jax.runtime.device_memory import GIB
 
+KERNEL_TOKENS = 1500  # of a slot, about the mean of a step of the paper's lengths
 CHUNKS = 5  # timed at each depth, after one that is not
 BANDWIDTH_SHARE = 0.4  # of what a copy reaches: a step may take 2.5 times its bytes' time
 MEMORY_SHARE = 0.1  # by which the peak may differ from the plan
@@ -37,6 +39,7 @@ def check(setting: Setting) -> Iterator[Row]:
     yield noted("seconds of compiling the decode programs", f"{time.perf_counter() - start:.1f}")
     for depth in depths:
         yield from speed(setting, slots, depth, bandwidth)
+    yield from by_kernel(setting, slots, bandwidth)
     yield peak_against_plan(slots)
     planned = memory.temporaries(case.target(), 0.0)["decode"]
     found = device_memory.program_bytes(slots.programs[depths[-1]])
@@ -47,8 +50,35 @@ def check(setting: Setting) -> Iterator[Row]:
 def speed(setting: Setting, slots: "Slots", depth: int, bandwidth: float) -> Iterator[Row]:
     seconds = slots.step_seconds(depth)
     size = slots.step_bytes(depth)
-    number = slots.case.sizes.slots
-    name = f"decode of {number} slots, depth {depth}"
+    name = f"decode of {slots.case.sizes.slots} slots, depth {depth}"
+    yield from against_bandwidth(setting, slots.case, name, seconds, size, bandwidth)
+
+
+def by_kernel(setting: Setting, slots: "Slots", bandwidth: float) -> Iterator[Row]:
+    """What a run decodes by where there is a kernel: right, and as fast as its bytes."""
+    case = slots.case
+    name = f"decode of {case.sizes.slots} slots of {KERNEL_TOKENS} tokens, by the kernel"
+    gpu = attention.capability(jax.devices()[0])
+    chosen = attention.select_kernel("auto", jax.default_backend(), gpu)
+    if attend_by(chosen, case.model, case.sizes, case.dtype) == "xla":
+        yield skipped(name, "this device has none")
+        return
+    m = case.model
+    decode_kernel.check((m.num_heads, m.num_kv_heads, m.head_dim), case.dtype)
+    depth = len(case.sizes.cache_ends())
+    slots.compile([depth], attend_by=chosen)
+    slots.fill(KERNEL_TOKENS)
+    seconds = slots.step_seconds(depth)
+    used = case.sizes.slots * KERNEL_TOKENS * kv_cache.token_bytes(m, case.dtype)
+    size = slots.weight_bytes + used
+    yield from against_bandwidth(setting, case, name, seconds, size, bandwidth)
+
+
+def against_bandwidth(
+    setting: Setting, case: Case, name: str, seconds: float, size: int, bandwidth: float
+) -> Iterator[Row]:
+    """seconds: of a step that reads `size` bytes. bandwidth: of a copy, bytes a second."""
+    number = case.sizes.slots
     rate = f"{1e3 * seconds:.3f} ms, {number / seconds:,.0f} tokens/s"
     yield noted(f"{name}: a step", f"{rate}, {size / 1e9:.3g} GB of weights, keys and values")
     share = 100 * size / bandwidth / seconds
@@ -80,13 +110,19 @@ class Slots:
     def _arrays(self) -> tuple[Any, ...]:
         return (self._params, self._state, self._rows_JB, self._room_B, self._stops, self._key)
 
-    def compile(self, depths: Sequence[int]) -> None:
+    def fill(self, tokens: int) -> None:
+        """So many tokens in each slot."""
+        length_B = jnp.full_like(self._state.length_B, tokens)
+        self._state = dataclasses.replace(self._state, length_B=length_B)
+
+    def compile(self, depths: Sequence[int], attend_by: str = "xla") -> None:
         """Compiles the chunks of these depths side by side."""
         options = {
             "config": self.case.model,
             "eos": (self.case.model.vocab_size,),  # none
             "steps": self.case.sizes.chunk,
             "dtype": self.case.dtype,
+            "attend_by": attend_by,
         }
         lowered = [
             sampler.decode_chunk.lower(*self._arrays(), depth=depth, **options) for depth in depths

@@ -46,7 +46,10 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> None:
     """
     with _evaluation_run(config, workdir) as (context, weights):
         names = " and ".join(name for name, _ in weights.values())
-        context.logger.say(f"evaluating {names}; jax {jax.__version__}")
+        context.logger.say(
+            f"evaluating {names}; jax {jax.__version__}; attention of decoding: "
+            f"{context.engine.attend_by}"
+        )
         results = []
         for step, (name, load) in weights.items():
             params = functools.partial(_warmed, context, load)

@@ -7,12 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssp_jax.errors import InputError, first_line
 from ssp_jax.model import attention
-
-# Largest difference of a right kernel, as a share of the largest number: bfloat16 makes 0.005, a
-# GPU's product of float32 (TF32) less, and keys of another segment 0.1 or more.
-_TOLERANCE = 0.02
 
 Kernel = Callable[..., jax.Array]  # (q, k, v, segments) -> o
 
@@ -23,23 +18,13 @@ def check_kernel(name: str, kernel: Kernel, heads: tuple[int, int, int], dtype: 
     heads: N, K and H. It and its gradients run on the default device, for one small packed row.
     """
     case = _small_case(heads, dtype)
-    remedy = "config key model.attention=xla does without it"
-    try:
-        found = _with_gradients(kernel, *case)
-    except jax.errors.JaxRuntimeError as error:
-        raise InputError(
-            f"attention kernel {name} does not run on this device ({first_line(error)}); {remedy}"
-        ) from None
     exact = [x.astype(jnp.float32) for x in case[:4]]
-    expected = _with_gradients(attention.packed, *exact, case[4])
-    for array, x, y in zip(("o", "dq", "dk", "dv"), found, expected, strict=True):
-        difference = float(np.abs(np.float32(x) - np.float32(y)).max() / np.abs(y).max())
-        # NaN is not below it.
-        if not difference < _TOLERANCE:
-            raise InputError(
-                f"attention kernel {name} is wrong on this device: its {array} differs from XLA's "
-                f"by {difference:.2g} of the largest, expected less than {_TOLERANCE}; {remedy}"
-            )
+    attention.check_kernel(
+        name,
+        ("o", "dq", "dk", "dv"),
+        lambda: _with_gradients(kernel, *case),
+        lambda: _with_gradients(attention.packed, *exact, case[4]),
+    )
 
 
 def _small_case(heads: tuple[int, int, int], dtype: Any) -> tuple[jax.Array, ...]:

@@ -2,11 +2,13 @@
 
 Packed rows: XLA einsums in blocks (`packed`), on TPUs JAX's splash kernel (`splash`), on NVIDIA
 GPUs the kernels of learner/flash.py. Keys in several places: XLA einsums (`partial_softmax`,
-`combine`). Scores and softmax are float32 in all of them, so that sampler and trainer agree.
+`combine`), and for decoding on NVIDIA GPUs that of rollout/decode_kernel.py. Scores and softmax are
+float32 in all of them, so that sampler and trainer agree.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from ssp_jax.errors import InputError
+from ssp_jax.errors import InputError, first_line
 
 # the name, for remat policies, of what the backward pass of packed attention wants back
 KEPT = "attention"
@@ -28,6 +30,9 @@ LANES = 128  # of a TPU; the kernel's blocks are multiples
 # queries do not fit the VMEM of a v5e or v5p.
 _SPLASH_KEYS = 2048
 _FLASH_FROM = (8, 0)  # compute capability: Triton compiles for Ampere and later GPUs
+# Largest difference of a right kernel, as a share of the largest number: bfloat16 makes 0.005, a
+# GPU's product of float32 (TF32) less, and keys of another segment 0.1 or more.
+_TOLERANCE = 0.02
 
 
 def capability(device: Any) -> tuple[int, int] | None:
@@ -52,6 +57,33 @@ def select_kernel(key: str, platform: str, gpu: tuple[int, int] | None = None) -
             f"config key model.attention is {key!r}; expected {others} on these devices"
         )
     return best if key == "auto" else key
+
+
+def check_kernel(
+    name: str,
+    arrays: Sequence[str],
+    found: Callable[[], Sequence[jax.Array]],
+    expected: Callable[[], Sequence[jax.Array]],
+) -> None:
+    """Raises InputError where a kernel does not run, or does not compute what is expected.
+
+    arrays: names of what both return. expected: by XLA, in float32.
+    """
+    remedy = "config key model.attention=xla does without it"
+    try:
+        results = found()
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"attention kernel {name} does not run on this device ({first_line(error)}); {remedy}"
+        ) from None
+    for array, x, y in zip(arrays, results, expected(), strict=True):
+        difference = float(np.abs(np.float32(x) - np.float32(y)).max() / np.abs(y).max())
+        # NaN is not below it.
+        if not difference < _TOLERANCE:
+            raise InputError(
+                f"attention kernel {name} is wrong on this device: its {array} differs from XLA's "
+                f"by {difference:.2g} of the largest, expected less than {_TOLERANCE}; {remedy}"
+            )
 
 
 def packed(

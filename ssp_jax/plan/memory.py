@@ -22,7 +22,7 @@ from ssp_jax.model import decoder, sharding
 from ssp_jax.model.attention import LANES, spans, splash_keys
 from ssp_jax.plan.search import DenseSearch, dense_search
 from ssp_jax.rollout import kv_cache, sampler
-from ssp_jax.rollout.engine import Sizes, cache_budget, choose_layout
+from ssp_jax.rollout.engine import Sizes, attend_by, cache_budget, choose_layout
 
 # Phase -> the arrays in memory while its program runs. The sampler's copy and its keys and values
 # exist during play only; the reference scores before there are gradients. An offloaded array is
@@ -119,6 +119,11 @@ class Target:
         return sections.make_learner_config(
             self.config, self.model, self.mesh, self.platform, self.gpu
         )
+
+    @property
+    def attend_by(self) -> str:
+        """How decoding attends to the cache."""
+        return attend_by(self.learner.attention, self.model, self.sizes, self.dtype)
 
     @property
     def dtype(self) -> Any:
@@ -367,7 +372,9 @@ def _play_temporaries(target: Target) -> dict[str, float]:
     cache_rows = M * sizes.cache_tokens * layer_token
     prefill = M * T * _activations(target) / 2 * item + scores(M, T, bucket, 2) + 2 * cache_rows
     copied = slots * sizes.chunk * L * layer_token  # the chunk's own keys and values
-    decode = copied + scores(slots, 1, sizes.cache_tokens, 2) + 4 * slots * V / t * 4
+    decode = copied + 4 * slots * V / t * 4
+    if target.attend_by == "xla":
+        decode += scores(slots, 1, sizes.cache_tokens, 2)
     if m.lora is None:
         # A weight of all layers is gathered at a time, while another is cast.
         reshard = 2 * L * m.embed_dim * m.mlp_dim / t * item

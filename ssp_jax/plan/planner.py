@@ -545,6 +545,7 @@ def report(plan: Plan, load: roofline.Workload) -> Iterator[str]:
     )
     yield from _compiler_lines(plan)
     yield f"attention of the update: {plan.target.learner.attention}"
+    yield f"attention of decoding: {plan.target.attend_by}"
     yield from _memory_lines(plan)
     yield from _time_lines(plan, load)
     if not plan.fits:

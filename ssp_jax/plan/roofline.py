@@ -151,7 +151,9 @@ def _decode(target: Target, load: Workload, costs: _TokenCosts, copy: float) -> 
     layout = cache_layout(target)
     slots = _busy_slots(layout, load) / layout.shards
     steps = _decode_steps(target, layout, load)
-    tokens = tokens_read(layout, target.sizes.row_shares, load.tokens, slots)
+    tokens = slots * load.tokens / 2
+    if target.attend_by == "xla":
+        tokens = tokens_read(layout, target.sizes.row_shares, load.tokens, slots)
     cache = tokens * token_bytes(m, target.dtype) / target.tensor
     # All weights are read but an embedding table that is not the head, of which a row is.
     weights = copy - (0 if m.tie_embeddings else costs.table * item / target.tensor)
@@ -172,7 +174,7 @@ def _decode_steps(target: Target, layout: Layout, load: Workload) -> int:
 
 
 def tokens_read(layout: Layout, shares: Sequence[float], tokens: int, slots: float) -> int:
-    """Tokens whose keys and values a decode step reads in each shard of the slots.
+    """Tokens whose keys and values a decode step by XLA reads in each shard of the slots.
 
     It reads whole pieces of the cache, and of the deepest a share of the rows. tokens: of each
     episode when it ends; slots: of a shard, as many at any length.

@@ -113,6 +113,21 @@ def cache_budget(sizes: Sizes, free: int | None) -> int | None:
     return free and int(_FREE_SHARE * free)
 
 
+def attend_by(chosen: str, config: decoder.ModelConfig, sizes: Sizes, dtype: Any) -> str:
+    """How decoding attends to the cache: "flash" where that was chosen, else "xla".
+
+    chosen: by attention.select_kernel. Heads and pieces of the cache must have sizes for Triton.
+    """
+    if chosen != "flash":
+        return "xla"
+    # Here: only GPUs need it.
+    from ssp_jax.rollout import decode_kernel
+
+    ends = sizes.cache_ends()
+    lengths = kv_cache.full_layout(ends, sizes.slots).lengths
+    return "flash" if decode_kernel.tile(config.head_dim, dtype, lengths) else "xla"
+
+
 def _too_large(
     sizes: Sizes, free: int, needs: dict[str, int], room: int, wanted: int, minimum: int
 ) -> str:
@@ -177,7 +192,9 @@ class Engine:
         state_sharding: StateSharding | None = None,
         truncation: sampling.Truncation = sampling.ALL_TOKENS,
         free_bytes: Callable[[], int | None] = device_memory.free_bytes,
+        attention: str = "xla",
     ):
+        """attention: of decoding, in the words of attention.select_kernel; see `attend_by`."""
         self._config = config
         self._sizes = sizes
         self._eos = eos
@@ -186,8 +203,28 @@ class Engine:
         self._state_sharding = state_sharding
         self._truncation = truncation
         self._free_bytes = free_bytes
+        self._attend_by = attend_by(attention, config, sizes, dtype)
         self._stops, self._roots = _join(automata)
         self._layout: kv_cache.Layout | None = None  # chosen by the first call of `device`
+
+    @property
+    def attend_by(self) -> str:
+        """How decoding attends to the cache, in the words of attention.select_kernel."""
+        return self._attend_by
+
+    def check_attention(self, tensor: int) -> None:
+        """Raises InputError where the kernel of decoding is wrong on this process's first device.
+
+        tensor: devices that the heads are split over.
+        """
+        if self._attend_by == "xla":
+            return
+        # Here: only GPUs need it.
+        from ssp_jax.rollout import decode_kernel
+
+        c = self._config
+        heads = (c.num_heads // tensor, c.num_kv_heads // tensor, c.head_dim)
+        decode_kernel.check(heads, self._dtype)
 
     @property
     def memory(self) -> str:
@@ -198,7 +235,10 @@ class Engine:
         size = layout.tokens * token_bytes / device_memory.GIB
         pieces = zip(layout.rows, layout.starts, layout.ends, strict=True)
         rows = ", ".join(f"{n} of tokens {start} to {end}" for n, start, end in pieces)
-        return f"{layout.rows[0]} slots; keys and values {size:.3g} GiB, rows: {rows}"
+        return (
+            f"{layout.rows[0]} slots; keys and values {size:.3g} GiB, rows: {rows}; "
+            f"attention of decoding: {self._attend_by}"
+        )
 
     def warm_up(
         self, params: decoder.Params, key: jax.Array, stop: Callable[[], None] = lambda: None
@@ -327,6 +367,7 @@ class Engine:
     ) -> "Device":
         options = dict(config=self._config, dtype=self._dtype, shardings=shardings)
         chunk = dict(eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation)
+        chunk |= dict(attend_by=self._attend_by, mesh=sampler.tensor_mesh(shardings))
         return Device(
             rows_per_shard=self._sizes.rows_per_shard(state.layout.shards),
             row_shares=self._sizes.row_shares,
@@ -434,6 +475,17 @@ class Device:
     options: dict[str, Any]  # static ones of extend
     decode_options: dict[str, Any]
 
+    def _chunks(self) -> list[tuple[int, int]]:
+        """Depths, and rows of the deepest piece, that there is a program for; smallest first."""
+        depths = range(1, len(self.layout.ends) + 1)
+        chunks = [
+            (depth, rows)
+            for depth in depths
+            for rows in self.layout.row_buckets(depth, self.row_shares)
+        ]
+        # A kernel that stops at each slot's length needs one program.
+        return chunks if self.decode_options["attend_by"] == "xla" else chunks[-1:]
+
     @property
     def layout(self) -> kv_cache.Layout:
         return self.state.layout
@@ -462,11 +514,10 @@ class Device:
         for depth in range(len(self.layout.ends) + 1):
             for length in lengths:
                 yield self._extend_call(memory.rows_JB, [], length, depth)
-            if not depth:
-                continue
-            yield self._copy_call(memory.rows_JB, [], depth)
-            for rows in self.layout.row_buckets(depth, self.row_shares):
-                yield self._decode_call(memory, depth, rows)
+            if depth:
+                yield self._copy_call(memory.rows_JB, [], depth)
+        for depth, rows in self._chunks():
+            yield self._decode_call(memory, depth, rows)
 
     def run(self, call: Call) -> sampler.Chunk | None:
         """The chunk, of a call that decodes one."""
@@ -479,9 +530,8 @@ class Device:
 
     def decode(self, memory: RowAllocator, depth: int, rows: int) -> sampler.Chunk:
         """The next chunk of all slots. rows: of the deepest piece that must be read, or more."""
-        buckets = self.layout.row_buckets(depth, self.row_shares)
-        bucket = next(bucket for bucket in buckets if rows <= bucket)
-        chunk = self.run(self._decode_call(memory, depth, bucket))
+        depth, rows = next(chunk for chunk in self._chunks() if chunk >= (depth, rows))
+        chunk = self.run(self._decode_call(memory, depth, rows))
         assert chunk is not None
         return chunk
 

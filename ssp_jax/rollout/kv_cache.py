@@ -312,6 +312,18 @@ class View:
             found.append(attention.PartialSoftmax(o_BTNH, max_BTN, sum_BTN))
         return found
 
+    def attend_to_lengths(
+        self, q_BTNH: jax.Array, cache: KVCache, length_B: jax.Array, mesh: Any
+    ) -> list[attention.PartialSoftmax]:
+        """What attend_all computes, by the kernel for GPUs, which reads no further than length_B.
+
+        mesh: of decode_kernel.attend.
+        """
+        # Here: only GPUs need it.
+        from ssp_jax.rollout import decode_kernel
+
+        return decode_kernel.attend(q_BTNH, length_B, cache.k, cache.v, self.rows_JB, mesh)
+
     def attend_slots(
         self, q_MTNH: jax.Array, cache: KVCache, slot_M: jax.Array, length_M: jax.Array
     ) -> list[attention.PartialSoftmax]:

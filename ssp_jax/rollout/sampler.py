@@ -116,7 +116,18 @@ def new_state(
     return _pinned(init_state(config, layout, dtype), shardings)
 
 
-_STATIC = ("config", "eos", "steps", "depth", "rows", "dtype", "truncation", "shardings")
+_STATIC = (
+    "config",
+    "eos",
+    "steps",
+    "depth",
+    "rows",
+    "dtype",
+    "truncation",
+    "attend_by",
+    "mesh",
+    "shardings",
+)
 _CHUNK_AXES = Chunk(tokens_CB=1, logprobs_CB=1, count_B=0, stop_B=0)  # of the slots
 
 
@@ -268,6 +279,8 @@ def decode_chunk(
     rows: int | None = None,
     dtype: Any,
     truncation: Truncation = ALL_TOKENS,
+    attend_by: str = "xla",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[SamplerState, Chunk]:
     """Decodes `steps` tokens in every slot; a slot that stops stays as it is until it is extended.
 
@@ -275,10 +288,14 @@ def decode_chunk(
     pieces of the cache that are read, and the rows of the deepest of these, None for all; they stay
     as they are inside the loop. The chunk's own keys and values lie in a buffer of `steps`
     positions, where all slots write at the same place, and go to the cache once, at the end. A slot
-    that does not run computes along, and nothing of it is kept.
+    that does not run computes along, and nothing of it is kept. attend_by: "flash" is the kernel
+    that reads the tokens of each running slot, of all pieces; mesh: of decode_kernel.attend.
     """
     B = len(state.token_B)
     view = kv_cache.View(state.layout.per_shard, rows_JB, depth, rows)
+    earlier = view.attend_all
+    if attend_by == "flash":
+        earlier = functools.partial(view.attend_to_lengths, mesh=mesh)
 
     def step(carry: tuple[Any, _Turns], i: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         buffers, turns = carry
@@ -286,7 +303,10 @@ def decode_chunk(
 
         # The pending tokens go through the model.
         layers = tuple(zip(state.caches, buffers, strict=True))
-        attend = functools.partial(_attend_step, view, state.length_B, i)
+        before_B = state.length_B
+        if attend_by == "flash":
+            before_B = jnp.where(running_B, before_B, 0)
+        attend = functools.partial(_attend_step, earlier, before_B, i)
         tokens_B1 = turns.token_B[:, None]
         positions_B1 = turns.length_B[:, None]
         hidden_B1D, buffers = decoder.forward_cached(
@@ -317,6 +337,14 @@ def decode_chunk(
     caches = view.write(state.caches, buffers, slot_B, state.length_B, count_B)
     state = dataclasses.replace(state, caches=caches, **turns._asdict())
     return state, Chunk(tokens_CB, logprobs_CB, count_B, turns.stop_B)
+
+
+def tensor_mesh(shardings: SamplerState | None) -> jax.sharding.Mesh | None:
+    """The mesh of a state whose heads are split over several devices; else None."""
+    if shardings is None:
+        return None
+    mesh: jax.sharding.Mesh = shardings.token_B.mesh  # type: ignore[attr-defined]
+    return mesh if mesh.shape["tensor"] > 1 else None
 
 
 def _buffers(
@@ -357,7 +385,7 @@ def _advance(
 
 
 def _attend_step(
-    view: kv_cache.View,
+    earlier: Callable[..., list[attention.PartialSoftmax]],
     before_B: jax.Array,
     i: jax.Array,
     layer: Any,
@@ -365,13 +393,15 @@ def _attend_step(
     k: jax.Array,
     v: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attention of step i to the cache, which ends at before_B, and to steps up to i."""
+    """Attention of step i to the cache, which ends at before_B, and to steps up to i.
+
+    earlier: (q, cache, before_B) -> what the cache adds.
+    """
     cache, (k_BKHC, v_BKCH) = layer
     k_BKHC = jax.lax.dynamic_update_slice_in_dim(k_BKHC, jnp.moveaxis(k, 1, 3), i, axis=3)
     v_BKCH = jax.lax.dynamic_update_slice_in_dim(v_BKCH, jnp.moveaxis(v, 1, 2), i, axis=2)
     B, _, C, _ = v_BKCH.shape
     seen_BTC = jnp.broadcast_to(jnp.arange(C) <= i, (B, 1, C))
     own = attention.partial_softmax(q, k_BKHC, v_BKCH, seen_BTC)
-    earlier = view.attend_all(q, cache, before_B)
-    o_BTNH = attention.combine([own, *earlier]).astype(q.dtype)
+    o_BTNH = attention.combine([own, *earlier(q, cache, before_B)]).astype(q.dtype)
     return o_BTNH, (k_BKHC, v_BKCH)

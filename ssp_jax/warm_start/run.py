@@ -153,7 +153,16 @@ def _make_engine(config: ConfigDict, model: ModelInputs, mesh: jax.sharding.Mesh
     _, own = sharding.playing_meshes(mesh)
     sizes = sections.make_sizes(config, jax.process_count())
     dtype = jnp.dtype(config.model.dtype)
-    return make_engine(model.config, model.tokenizer, model.eos, sizes, dtype, _no_search, own)
+    return make_engine(
+        model.config,
+        model.tokenizer,
+        model.eos,
+        sizes,
+        dtype,
+        _no_search,
+        own,
+        attention_key=config.model.attention,
+    )
 
 
 def _no_search(queries: list[str]) -> list[list[data.Document]]:

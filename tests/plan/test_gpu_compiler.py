@@ -60,11 +60,13 @@ def test_a_slice_of_the_7b_compiles_for_gpus(topology: str) -> None:
         made = re.findall(r"= bf16\[([\d,]+)\]\S* (?:copy|transpose)\(", programs[name].as_text())
         assert not [x for x in made if sorted(map(int, x.split(","))) in of_a_device], name
 
-    # Attention of the update is in kernels, as in a run, and all else in XLA's own operations.
-    assert target.learner.attention == "flash"
+    # Attention of the update and of decoding is in kernels, as in a run, the latter one in each
+    # layer, and all else in XLA's own operations.
+    assert target.learner.attention == target.attend_by == "flash"
     for name, program in programs.items():
-        targets = set(re.findall(r'custom_call_target="([^"]+)"', program.as_text()))
-        assert targets == ({TRITON} if name == "gradients" else set()), name
+        targets = re.findall(r'custom_call_target="([^"]+)"', program.as_text())
+        assert set(targets) == ({TRITON} if name in ("gradients", "decode") else set()), name
+        assert name != "decode" or len(targets) == MODEL.num_layers
 
     # So scores never exist, which are most of what XLA's blocks need. Gradients of layers do not
     # exist beside their sum either: on one GPU they would be too much.

@@ -261,6 +261,11 @@ def test_the_decode_bound_counts_the_shares_of_rows() -> None:
     steps = 1792 * 1000 / 64
     assert hbm[0] - hbm[1] == steps * 4 * 3072 * token
 
+    # The kernel for GPUs reads what is in use, on average half of an episode.
+    s = dataclasses.replace(s, platform="gpu", gpu=(9, 0))
+    in_use = roofline.work(s, load)["decode"].hbm
+    assert hbm[1] - in_use == steps * (8 * (1024 - 640) + 4 * 3072) * token
+
 
 def test_workload_follows_the_roles() -> None:
     both = roofline.workload(config(game__rl_pair="grpo_grpo", game__verify=False), 3000, 1000)
