@@ -1,6 +1,7 @@
 """The engine that plays, on the devices of one process."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,7 +50,12 @@ def make_engine(
     return engine
 
 
-def run_engine(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> Engine:
+def run_engine(
+    config: ConfigDict,
+    inputs: Inputs,
+    mesh: jax.sharding.Mesh,
+    sizes_of: Callable[[ConfigDict, int], Sizes] = make_sizes,
+) -> Engine:
     """The engine of a run. mesh: of the learner; each process plays on its own part of it."""
     _, own = sharding.playing_meshes(mesh)
     model = inputs.model
@@ -57,7 +63,7 @@ def run_engine(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> E
         model.config,
         model.tokenizer,
         model.eos,
-        make_sizes(config, jax.process_count()),
+        sizes_of(config, jax.process_count()),
         jnp.dtype(config.model.dtype),
         functools.partial(inputs.retriever.search, top_k=config.retriever.top_k),
         own,

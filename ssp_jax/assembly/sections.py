@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ssp_jax.config.derived import longest_episode
 from ssp_jax.errors import InputError
 from ssp_jax.game import prompts, roles, rules
 from ssp_jax.game.examples import example_sets
@@ -14,6 +15,8 @@ from ssp_jax.learner.state import LearnerConfig
 from ssp_jax.model import attention, decoder, sharding
 from ssp_jax.model.linear import Lora
 from ssp_jax.rollout.engine import Sizes
+
+_SLOT_STEP = 128  # tokens; kernels take positions in powers of 2
 
 
 def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
@@ -68,6 +71,18 @@ def make_game_config(config: ConfigDict) -> rules.GameConfig:
 def make_sizes(config: ConfigDict, hosts: int) -> Sizes:
     """Section engine for one of the hosts; the config's slots are those of all."""
     return Sizes(**{**config.engine, "slots": config.engine.slots // hosts})
+
+
+def evaluation_sizes(config: ConfigDict, hosts: int) -> Sizes:
+    """make_sizes where only solvers play: slots are no longer than what they fill.
+
+    The policy as a judge takes the length of a slot for that of its prompts.
+    """
+    sizes = make_sizes(config, hosts)
+    if config.eval.judge == "policy":
+        return sizes
+    solver_tokens = -(-longest_episode(config) // _SLOT_STEP) * _SLOT_STEP
+    return dataclasses.replace(sizes, cache_tokens=min(sizes.cache_tokens, solver_tokens))
 
 
 def make_learner_config(

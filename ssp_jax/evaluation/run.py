@@ -77,7 +77,7 @@ def _evaluation_run(
         inputs = read_inputs(config, workdir, evaluating=True)
         keep_config(workdir, config, evaluating=True)
     mesh = sections.make_mesh(config)
-    engine = run_engine(config, inputs, mesh)
+    engine = run_engine(config, inputs, mesh, sections.evaluation_sizes)
     weights = make_weights(config, inputs.model.config, mesh)
     initial = weights.initial_for_sampler
     episodes = inputs.model.context

@@ -150,6 +150,12 @@ def test_reading_few_rows_of_a_piece_plays_the_same_episodes(expected, monkeypat
     assert min(rows for depth, rows in read if depth > 1) < SIZES.slots
 
 
+@pytest.mark.ci
+def test_slots_that_just_hold_the_longest_episode_play_the_same(expected):
+    longest = LIMITS.prompt_tokens + LIMITS.response_tokens
+    same(expected, play(dataclasses.replace(SIZES, cache_tokens=longest))[0])
+
+
 def followers():
     """The first attempts of two groups, each with two more that follow when it has ended."""
     players = make_players(groups=2)
