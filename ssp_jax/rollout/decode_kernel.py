@@ -101,8 +101,8 @@ def _kernel(q_ref: Any, length_ref: Any, *refs: Any, starts: Sequence[int], keys
         own = functools.partial(add_keys, k_ref, v_ref, row, start)
         first = start // keys
         last = first + k_ref.shape[2] // keys
-        of_piece = [jnp.clip(x, first, last) - first for x in (begin, end)]
-        sums = jax.lax.fori_loop(*of_piece, own, sums)
+        lower, upper = [jnp.clip(x, first, last) - first for x in (begin, end)]
+        sums = jax.lax.fori_loop(lower, upper, own, sums)
     o_ref[...], max_R, sum_ref[...] = sums
     max_ref[...] = max_R * (1 / _LOG2_E)
 
