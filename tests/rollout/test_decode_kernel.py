@@ -98,7 +98,7 @@ def test_it_reads_only_tiles_that_hold_tokens_of_the_slot():
             for x, v in zip(is_read, cache.v, strict=True)
         ),
     )
-    assert np.mean([x.mean() for x in is_read]) < 0.5
+    assert np.mean([x.mean() for x in is_read]) < 0.6
     jax.tree.map(np.testing.assert_array_equal, by_kernel(q, poisoned), by_kernel(q, cache))
 
 
