@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/qwen0p5b_16gb.py --workdir=runs/qwen0p5b_16gb
 hardware   1 x T4 16 GB with keys of its own, or v5e:1x1
-memory     v5e:1x1     13 GiB playing, 11 updating of 16, from shapes
+memory     v5e:1x1     13 GiB playing, 11 updating of 16, compiled
            gpu:t4x1    12 GiB playing, 11 updating of 13, from shapes; with
            --config.model.dtype=float32 --config.learner.offload_reference=True
            --config.learner.momentum_dtype=bfloat16
