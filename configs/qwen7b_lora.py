@@ -7,7 +7,7 @@ hardware   1 x H100 80 GB, v5e:2x4 or v6e:2x4
 memory     gpu:h100x1  67 GiB playing, 21 updating of 73, compiled
            v5e:2x4     15 GiB playing, 7 updating of 16, compiled; with
                        --config.mesh.tensor=4 --config.learner.rows=2
-           v6e:2x4     22 GiB playing, 6 updating of 31, from shapes; with
+           v6e:2x4     22 GiB playing, 7 updating of 31, compiled; with
                        --config.mesh.tensor=4 --config.learner.rows=2
 time       not measured
 score      not measured; not in the paper

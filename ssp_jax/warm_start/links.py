@@ -19,6 +19,13 @@ SEEN_CHARACTERS = 240
 MIN_WORDS = 4
 MAX_WORDS = 16
 _MIN_NAME = 3  # characters
+# What a sentence calls the thing that it is about: "Bray is a coastal town in" has town.
+_KIND = re.compile(
+    r"\b(?:is|was|are|were) (?:one of )?(?:an?|the) (?:[\w'’-]+,? )*?([a-z]{3,})(?<!ed)(?<!ly)"
+    r"(?=[.;(]| (?:in|of|on|at|by|for|from|to|with|and|or|near|between|that|which|who|whose|where"
+    r"|found|known|made|\w+ed (?:in|on|at|by|from|to|with|as|for|of))\b)"
+)
+_NO_KINDS = ("type", "form", "kind", "name", "term", "title", "part", "set", "group", "series")
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)]{2})[.!?;] +(?=[A-Z])")
 
 
@@ -79,6 +86,7 @@ class Links:
             for documents in self.names.values()
             for document in documents
         }
+        self._kinds = {name: _kind(documents) for name, documents in self.names.items()}
         self.stated: dict[str, list[Fact]] = defaultdict(list)  # object -> what it completes
         for facts in self._facts.values():
             for fact in facts:
@@ -88,6 +96,10 @@ class Links:
         """What passages about a name are titled by beside it."""
         titles = map(title_of, self.names.get(name, ()))
         return [title.aspect for title in titles if title.aspect]
+
+    def kind(self, name: str) -> str:
+        """What its passage says that a name is, in one word, such as country; "" if nothing."""
+        return self._kinds.get(name, "")
 
     def named(self, text: str) -> Iterator[tuple[int, str]]:
         """The names in a text with their places, from left to right; of those at a place the
@@ -126,6 +138,16 @@ def names(name: str, text: str) -> re.Match[str] | None:
     """Where a text has a name, also with further words in it, as Johann Sebastian Bach."""
     words = map(re.escape, name.split())
     return re.search(r"\b" + r"(?: [^ ,.()]+){0,3} ".join(words) + r"(?!\w)", text)
+
+
+def _kind(documents: Iterable[Document]) -> str:
+    """The kind that the first sentence of one of the passages about a thing states."""
+    for document in documents:
+        sentence = _SENTENCE_END.split(document.text[:SEEN_CHARACTERS])[0]
+        found = None if title_of(document).aspect else _KIND.search(sentence)
+        if found and found[1] not in _NO_KINDS:
+            return found[1]
+    return ""
 
 
 def _first_word(name: str) -> str:

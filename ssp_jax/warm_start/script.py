@@ -21,16 +21,20 @@ from ssp_jax.game.roles import PROPOSER, SEARCH_ENGINE, SOLVER, VERIFIER, Episod
 from ssp_jax.game.rounds import Game, Question
 from ssp_jax.game.rules import QuestionRules, question_fault
 from ssp_jax.retriever.search import Searcher
-from ssp_jax.warm_start.links import SEEN_CHARACTERS, Fact, Links, names
+from ssp_jax.warm_start.links import SEEN_CHARACTERS, Fact, Links, names, title_of
 
 # Several, so that the form is learnt and not one wording. {a}: a statement that a name completes;
-# {b}: the next one, in which that name is X.
+# {kind}: what that name is, such as river.
 ONE_HOP = ("{a} what?", 'What follows "{a}"?', "Which name completes this: {a} ...?")
+ONE_HOP_OF_A_KIND = ("Which {kind} is it that {a}?", "{a} which {kind}?")
+# {b}: the statement that follows from {a}, in which that name is X, or "the river that {a}".
 TWO_HOP = (
     "If {a} X, then {b} what?",
     "{a} X. {b} what?",
     'What follows "{b}", where {a} X?',
 )
+NESTED = ("{b} what?", "Which name completes this: {b} ...?")
+NESTED_OF_A_KIND = ("Which {kind} is it that {b}?", "{b} which {kind}?")
 UNKNOWN = "X"
 QUERIES = 5  # of each kind that are tried about a name
 _COMMON_WORD = re.compile(r"\b[a-z]{5,}\b")  # which says what kind of thing is looked for
@@ -140,12 +144,12 @@ class Script:
         chain = self._chain(proposer, answer, hops)
         if chain is None:
             return None
-        text = self._worded(chain)
+        text, unknown = self._worded(chain)
         found = len(proposer.documents)
         told = any(fact.object.lower() in text.lower() for fact in chain)
         if told or question_fault(text, answer, proposer.queries, found, self._rules):
             return None
-        attempt = self._solve(chain)
+        attempt = self._solve(chain, unknown)
         if attempt is None:
             return None
 
@@ -232,28 +236,44 @@ class Script:
         self._random.shuffle(distinct_names)
         return distinct_names
 
-    def _worded(self, chain: Sequence[Fact]) -> str:
-        first = chain[0]
+    def _worded(self, chain: Sequence[Fact]) -> tuple[str, str]:
+        """The question, and what it calls the name that its first search finds."""
+        first, last = chain[0], chain[-1]
+        kind = self._links.kind(last.object)
         if len(chain) == 1:
-            return self._random.choice(ONE_HOP).format(a=first.statement)
-        found = names(first.object, chain[1].statement)
+            text = self._random.choice(ONE_HOP + (ONE_HOP_OF_A_KIND if kind else ()))
+            return text.format(a=_inside(first.statement), kind=kind), UNKNOWN
+
+        found = names(first.object, last.statement)
         assert found is not None  # Links takes no other statement
-        last = chain[1].statement.replace(found[0], UNKNOWN)
-        return self._random.choice(TWO_HOP).format(a=first.statement, b=last)
+        between = self._links.kind(first.object)
+        # "the river that the length of Ghana is" would be no English.
+        if title_of(first.document).aspect or not between or self._chance(0.4):
+            text = self._random.choice(TWO_HOP)
+            statement = last.statement.replace(found[0], UNKNOWN)
+            return text.format(a=first.statement, b=statement), UNKNOWN
+        unknown = f"the {between}"
+        inner = f"{unknown} that {_inside(first.statement)}"
+        statement = _inside(last.statement.replace(found[0], inner)).replace("the the ", "the ")
+        text = self._random.choice(NESTED + (NESTED_OF_A_KIND if kind else ()))
+        return text.format(b=statement, kind=kind), unknown
 
     # --- solver and verifier ---
 
-    def _solve(self, chain: Sequence[Fact]) -> Episode | None:
-        """A solver's episode; None where the search does not find what the proposer has read."""
+    def _solve(self, chain: Sequence[Fact], unknown: str) -> Episode | None:
+        """A solver's episode; None where the search does not find what the proposer has read.
+
+        unknown: what the question calls the name that the first search finds.
+        """
         solver = Moves(SOLVER, self._style)
         first, last = chain[0], chain[-1]
         thought = f"I look for {first.subject}."
         if len(chain) == 2:
-            thought = f"First I need {UNKNOWN}. {thought}"
+            thought = f"First I need {unknown}. {thought}"
         if not self._look_up(solver, thought, first):
             return None
         if len(chain) == 2:
-            known = f"{UNKNOWN} is {first.object}."
+            known = f"{unknown[:1].upper()}{unknown[1:]} is {first.object}."
             if self._chance(self._manner.stop_early):
                 return solver.end(known, "answer", first.object, first.document.text)
             if not self._look_up(solver, f"{known} I look for {last.query}.", last):
@@ -290,6 +310,11 @@ class Script:
 
     def _chance(self, share: float) -> bool:
         return self._random.random() < share
+
+
+def _inside(statement: str) -> str:
+    """A statement as it stands inside of a sentence."""
+    return "the " + statement[4:] if statement.startswith("The ") else statement
 
 
 def _read(chain: Sequence[Fact]) -> str:

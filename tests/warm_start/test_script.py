@@ -87,6 +87,38 @@ def test_a_fact_is_what_a_sentence_says_before_a_name():
     assert [fact.subject for fact in links.stated["Rome"]] == ["Bach"]
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("Bray is a coastal town in Ireland. It is a port.", "town"),
+        ("Sudan, officially so, is one of the largest countries of Africa.", "countries"),
+        ("The Sea is a landlocked salt lake bordered by Jordan to the east.", "lake"),
+        ("Bach was a German composer and organist of the Baroque.", "composer"),
+        ("France, primarily seen, has much. It is a country in Europe.", ""),
+        ("Glass is a type of solid.", ""),
+    ],
+)
+def test_a_kind_is_what_the_first_sentence_calls_a_thing(text, kind):
+    assert Links([document("Bray", text)]).kind("Bray") == kind
+
+
+def test_a_thing_that_only_aspects_are_told_of_has_no_kind():
+    links = Links([document("Italy - Location", "Italy. Location: it is a country in Europe")])
+    assert links.kind("Italy") == ""
+
+
+def test_a_nested_question_names_no_unknown_and_its_solver_says_what_it_needs(world):
+    games = games_of(world, number=16, manner=Manner(one_hop=0.0, stop_early=0.0))
+    nested = [game for game in games if "the town that" in game.question.text]
+    assert nested and len(nested) < len(games)
+    for game in nested:
+        (attempt,) = game.attempts
+        assert "X" not in game.question.text.split()
+        assert attempt.turns[0][1].startswith("<think> First I need the town. I look for ")
+        assert attempt.turns[2][1].startswith("<think> The town is ")
+        assert len(attempt.queries) == 2 and game.scores == [1.0]
+
+
 def test_scripted_games_keep_the_rules_of_the_game_and_its_judge_finds_them_right(perfect):
     assert [game.task.searches for game in perfect].count(1) == 6 and len(perfect) == 12
     for game in perfect:
