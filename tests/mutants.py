@@ -651,8 +651,8 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation/scores.py",
-        "old_E = 100 * before[name][column]",
-        'old_E = 100 * before[name]["right"]',
+        "new_E = 100 * after[name][column]",
+        'new_E = 100 * after[name]["right"]',
         "evaluation/test_evaluate.py::test_tables",
     ),
     Mutant(
@@ -660,6 +660,44 @@ MUTANTS = [
         "processes.digest(template)",
         "config.prompt.template",
         "evaluation/test_conditions.py::test_the_corpus_and_the_chat_template_are_there_by_their_digests",
+    ),
+    Mutant(
+        "rollout/decode_kernel.py",
+        "jnp.where(position_1T < length,",
+        "jnp.where(position_1T <= length,",
+        "rollout/test_decode_kernel.py::test_it_computes_what_xla_does",
+    ),
+    Mutant(
+        "rollout/decode_kernel.py",
+        "tiles = jax.lax.div(length + keys - 1, keys)",
+        "tiles = jax.lax.div(length, keys) + 1",
+        "rollout/test_decode_kernel.py::test_it_reads_only_tiles_that_hold_tokens_of_the_slot",
+    ),
+    Mutant(
+        "rollout/sampler.py",
+        "before_B = jnp.where(running_B, before_B, 0)",
+        "before_B = jnp.where(running_B, before_B - 1, 0)",
+        "rollout/test_decode_kernel.py::"
+        "test_a_chunk_samples_the_same_tokens_with_heads_and_slots_split_over_devices",
+    ),
+    Mutant(
+        "assembly/sections.py",
+        "cache_tokens=min(sizes.cache_tokens, solver_tokens)",
+        "cache_tokens=solver_tokens",
+        "assembly/test_sections.py::test_an_evaluation_has_slots_for_solvers",
+    ),
+    Mutant(
+        "warm_start/links.py",
+        "None if title_of(document).aspect else",
+        "",
+        "warm_start/test_script.py::test_a_thing_that_only_aspects_are_told_of_has_no_kind",
+    ),
+    Mutant(
+        "warm_start/script.py",
+        'unknown = f"the {between}"',
+        "unknown = UNKNOWN",
+        "warm_start/test_script.py::"
+        "test_a_nested_question_names_no_unknown_and_its_solver_says_what_it_needs",
     ),
 ]
 

@@ -103,7 +103,7 @@ def test_a_kind_is_what_the_first_sentence_calls_a_thing(text, kind):
 
 
 def test_a_thing_that_only_aspects_are_told_of_has_no_kind():
-    links = Links([document("Italy - Location", "Italy. Location: it is a country in Europe")])
+    links = Links([document("Italy - Location", "Its location is a place in Europe")])
     assert links.kind("Italy") == ""
 
 
