@@ -3,8 +3,8 @@
 command    python -m ssp_jax.main --config=configs/vital_135m.py
 hardware   any CPU; made for 2 cores
 memory     about 5 GiB
-time       60 steps of the warm start: 18 minutes beside other work; 43 to 58 s to play a step of which
-           no question is verified, not measured beyond
+time       60 steps of the warm start: 18 minutes beside other work; 43 to 58 s to play a step of
+           which no question is verified, not measured beyond
 score      after the warm start 48 % (one hop) and 2 % (two hop) of 50 questions each, exact match;
            self-play from there did not begin, docs/log.md says why
 

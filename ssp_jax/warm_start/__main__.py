@@ -88,6 +88,8 @@ def script_flags(arguments: Sequence[str], prog: str = f"{_PROG} {SCRIPT}") -> a
     parser.add_argument("--answers", default="", metavar="FILE", help=answers)
     without = "a question set; no game is about what it names; may be repeated"
     parser.add_argument("--without", action="append", default=[], metavar="FILE", help=without)
+    kinds = "of what games are about, as its passage calls it: country,city; all if not given"
+    parser.add_argument("--kinds", default="", metavar="WORDS", help=kinds)
     styles = tuple(CHOICES["prompt.style"])
     style = f"config key prompt.style ({styles[0]})"
     parser.add_argument("--style", default=styles[0], choices=styles, help=style)
@@ -97,6 +99,7 @@ def script_flags(arguments: Sequence[str], prog: str = f"{_PROG} {SCRIPT}") -> a
         bound.check(f"flag --{name}", getattr(flags, name))
     for name in ("corpus", "index", "out", "answers"):
         setattr(flags, name, user_path(getattr(flags, name), f"--{name}"))
+    flags.kinds = [word.strip() for word in flags.kinds.split(",") if word.strip()]
     flags.without = [user_path(path, "--without") for path in flags.without]
     return flags
 

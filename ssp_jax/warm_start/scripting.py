@@ -28,8 +28,9 @@ def write(flags: Any) -> None:
     retriever = _open(flags.corpus, flags.index)
     passages = range(min(len(retriever), MAX_PASSAGES))
     links = Links(retriever.document(row) for row in passages)
-    held_out = named_by(flags.without, links)
-    _say(_about(links, held_out, flags.without))
+    named = named_by(flags.without, links)
+    others = of_other_kinds(flags.kinds, links)
+    _say(_about(links, named, flags.without, others))
     script = Script(
         retriever,
         links,
@@ -38,7 +39,7 @@ def write(flags: Any) -> None:
         top_k=flags.top_k,
         noise=flags.noise,
         manner=Manner(flags.one_hop, flags.stop_early, flags.search_again),
-        held_out=held_out,
+        held_out=named | others,
         seed=flags.seed,
     )
     progress = _Progress(flags.games)
@@ -86,11 +87,31 @@ def named_by(paths: Sequence[str], links: Links) -> frozenset[str]:
     return frozenset(found)
 
 
-def _about(links: Links, held_out: frozenset[str], paths: Sequence[str]) -> str:
+def of_other_kinds(kinds: Sequence[str], links: Links) -> frozenset[str]:
+    """The names that the corpus does not call one of these kinds; none where no kind is given.
+
+    Raises InputError for a kind that no name has.
+    """
+    if not kinds:
+        return frozenset()
+    found = {name: links.kind(name) for name in links.names}
+    if unknown := sorted(set(kinds) - set(found.values())):
+        raise InputError(
+            f"--kinds: expected words that passages call what they are about, such as country; "
+            f"found {unknown[0]!r}, which no passage uses so"
+        )
+    return frozenset(name for name, kind in found.items() if kind not in kinds)
+
+
+def _about(
+    links: Links, named: frozenset[str], paths: Sequence[str], others: frozenset[str]
+) -> str:
     text = f"{len(links.names):,} names are titles"
-    if not paths:
-        return text
-    return f"{text}, {len(held_out):,} of them left out, which {', '.join(paths)} name"
+    if paths:
+        text += f", {len(named):,} of them left out, which {', '.join(paths)} name"
+    if others:
+        text += f", {len(others):,} of other kinds"
+    return text
 
 
 class _Progress:

@@ -18,7 +18,7 @@ def passages() -> list[dict[str, str]]:
     rows = []
     for river, town, land, sea in zip(RIVERS, TOWNS, LANDS, SEAS, strict=True):
         rows += [
-            (f'"{river}"', f"{river} is a long and quiet river that flows through {town} only."),
+            (f'"{river}"', f"{river} is a long, quiet river that flows through {town} only."),
             (f'"{town} (town)"', f"{town} is a very old market town in {land}."),
             (f'"{land} - Location"', f"{land}. Location: the far north, bordering the {sea}"),
             (f'"{sea}"', f"The {sea} is cold and deep, with storms in each winter."),

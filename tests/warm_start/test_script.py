@@ -7,12 +7,13 @@ import pytest
 
 from configs import default
 from ssp_jax.data import Document
+from ssp_jax.errors import InputError
 from ssp_jax.game import prompts, rewards, rules
 from ssp_jax.game.rounds import Game, readable
 from ssp_jax.warm_start import __main__ as command
 from ssp_jax.warm_start.links import Links, title_of
 from ssp_jax.warm_start.script import Manner, Script
-from ssp_jax.warm_start.scripting import named_by
+from ssp_jax.warm_start.scripting import named_by, of_other_kinds
 from tests.warm_start.corpora import LANDS, RIVERS, TOWNS, indexed, write_corpus
 
 STYLE = prompts.STYLES["r_search"]
@@ -105,6 +106,15 @@ def test_a_kind_is_what_the_first_sentence_calls_a_thing(text, kind):
 def test_a_thing_that_only_aspects_are_told_of_has_no_kind():
     links = Links([document("Italy - Location", "Its location is a place in Europe")])
     assert links.kind("Italy") == ""
+
+
+def test_names_of_other_kinds_are_left_out_and_a_kind_that_nothing_has_is_refused(world):
+    _, links = world
+    others = of_other_kinds(["town", "river"], links)
+    assert links.names.keys() - others == {*TOWNS, *RIVERS}
+    assert not of_other_kinds([], links)
+    with pytest.raises(InputError, match="--kinds: .* 'moon', which no passage uses so"):
+        of_other_kinds(["town", "moon"], links)
 
 
 def test_a_nested_question_names_no_unknown_and_its_solver_says_what_it_needs(world):
