@@ -1,5 +1,8 @@
 """Links of a corpus with titles: a passage that names the title of another one links to it.
 
+So does what it says in a field (fields.py), and by an adjective: who "was a Russian playwright" is
+from what is titled Russia.
+
 A title is taken as Wikipedia has it, `Narcissus (plant)`, or as `Ecuador - Location`, where several
 passages are about one thing. A name counts where it stands as its title writes it: words that begin
 small, such as "newt", are no links.
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 
 from ssp_jax.data import Document
 from ssp_jax.game.rewards import comparable
+from ssp_jax.warm_start.fields import Fields
 
 # Of a passage's text: a result is cut to limits.observation_tokens, and the fact must be seen.
 SEEN_CHARACTERS = 240
@@ -27,6 +31,24 @@ _KIND = re.compile(
 )
 _NO_KINDS = ("type", "form", "kind", "name", "term", "title", "part", "set", "group", "series")
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)]{2})[.!?;] +(?=[A-Z])")
+
+
+# "Rome is the capital of": what follows is the place that Rome belongs to.
+_BELONGING = re.compile(
+    r" (?:in|of|from)(?: the)?(?: (?:north|south|east|west|central|mid)[a-z]*)?$", re.IGNORECASE
+)
+_ADJECTIVE = re.compile(r"\b(?:is|was|are|were) (?:an?|the) ([A-Z][a-z]{3,}(?:n|ese|ish|i)) [a-z]")
+_ADJECTIVE_ENDINGS = (
+    "n",
+    "an",
+    "ian",
+    "ean",
+    "ese",
+    "ish",
+    "i",
+)  # that with the longest stem first
+_MIN_STEM = 4  # characters; Chad and Chadian
+_MAX_CHANGED = 3  # of a name's end, which the adjective has not: Argentina and Argentine
 
 
 @dataclass(frozen=True)
@@ -46,17 +68,34 @@ class Title:
 class Fact:
     """A statement of a passage that a name completes.
 
-    statement: names the subject, and is followed by the object.
+    statement: names the subject, and is followed by the object. noun: what the object is to the
+    subject, such as "lowest point" or "country"; "" if only the statement tells. adjective: what
+    the passage has in place of the object, to the end of the clause.
     """
 
     document: Document
     subject: str
     statement: str
     object: str
+    noun: str = ""
+    adjective: str = ""
 
     @property
-    def query(self) -> str:
-        return title_of(self.document).query
+    def is_field(self) -> bool:
+        return bool(self.noun and title_of(self.document).aspect)
+
+    @property
+    def asked(self) -> str:
+        """A name for the object by the subject, such as "the country of Bray"."""
+        return f"the {self.noun} of {self.subject}"
+
+    @property
+    def read(self) -> str:
+        """What the passage says, and the object as what is asked for."""
+        said = f"{self.statement} {self.adjective or self.object}."
+        if self.noun and not self.is_field:
+            said += f" The {self.noun} is {self.object}."
+        return said[:1].upper() + said[1:]
 
 
 def title_of(document: Document) -> Title:
@@ -81,16 +120,16 @@ class Links:
         self._by_word: dict[str, list[str]] = defaultdict(list)
         for name in sorted(self.names, key=lambda name: (-len(name), name)):
             self._by_word[_first_word(name)].append(name)
-        self._facts = {
-            document.id: list(self._find(document))
-            for documents in self.names.values()
-            for document in documents
-        }
         self._kinds = {name: _kind(documents) for name, documents in self.names.items()}
-        self.stated: dict[str, list[Fact]] = defaultdict(list)  # object -> what it completes
-        for facts in self._facts.values():
-            for fact in facts:
-                self.stated[fact.object].append(fact)
+        listed = [document for documents in self.names.values() for document in documents]
+        told = [(title_of(document).aspect, _told(document)) for document in listed]
+        self._fields = Fields((aspect, text) for aspect, text in told if aspect)
+        # The adjectives of names of which much is told, by their first letters.
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        for name in self.names:
+            if len(name) >= _MIN_STEM and self.aspects(name):
+                self._by_stem[name[:_MIN_STEM]].append(name)
+        self.facts = [fact for document in listed for fact in self._find(document)]
 
     def aspects(self, name: str) -> list[str]:
         """What passages about a name are titled by beside it."""
@@ -116,13 +155,18 @@ class Links:
                     yield begin, name
                     break
 
-    def facts(self, document: Document) -> list[Fact]:
-        """The facts that the beginning of a passage states about what it is titled by."""
-        return self._facts.get(document.id, [])
-
     def _find(self, document: Document) -> Iterator[Fact]:
+        """What the beginning of a passage states about what it is titled by."""
         title = title_of(document)
+        fields = list(self._fields.of(title.aspect, _told(document))) if title.aspect else []
+        for noun, value in fields:
+            statement = f"the {noun} of {title.name} is"
+            if not _tells(statement, value) and not names(title.name, value):
+                yield Fact(document, title.name, statement, value, noun)
+        if fields:
+            return
         text = document.text[:SEEN_CHARACTERS]
+        yield from self._by_adjective(document, title, text)
         seen: set[str] = set()
         for begin, name in self.named(text):
             if begin + len(name) >= SEEN_CHARACTERS or name in seen:
@@ -131,7 +175,37 @@ class Links:
             if statement is None or _tells(statement, name) or not names(title.name, statement):
                 continue
             seen.add(name)
-            yield Fact(document, title.name, statement, name)
+            belongs = not title.aspect and _BELONGING.search(statement)
+            noun = self.kind(name) if belongs else ""
+            yield Fact(document, title.name, statement, name, noun)
+
+    def _by_adjective(self, document: Document, title: Title, text: str) -> Iterator[Fact]:
+        """What the first sentence says a thing is by an adjective of a name."""
+        sentence = _SENTENCE_END.split(text)[0]
+        found = None if title.aspect else _ADJECTIVE.search(sentence)
+        if not found or not names(title.name, sentence[: found.start(1)]):
+            return
+        name = self._of_adjective(found[1])
+        clause = re.split(r"[,.;(]", sentence[found.start(1) :])[0].split()
+        if name and self.kind(name):
+            statement = sentence[: found.start(1)].strip()
+            adjective = " ".join(clause[:MAX_WORDS])
+            yield Fact(document, title.name, statement, name, self.kind(name), adjective)
+
+    def _of_adjective(self, word: str) -> str:
+        """The name that an adjective is of, by their common beginning; "" if none is near."""
+        for ending in _ADJECTIVE_ENDINGS:
+            stem = word.removesuffix(ending)
+            if stem == word or len(stem) < _MIN_STEM:
+                continue
+            near = [
+                name
+                for name in self._by_stem[stem[:_MIN_STEM]]
+                if name.startswith(stem) and len(name) - len(stem) <= _MAX_CHANGED
+            ]
+            if near:
+                return min(near, key=len)
+        return ""
 
 
 def names(name: str, text: str) -> re.Match[str] | None:
@@ -166,6 +240,12 @@ def _ends(text: str, end: int) -> bool:
     """A name may end here: no letter and no further capital follows."""
     after = text[end : end + 2]
     return not after[:1].isalnum() and not (after[:1] in " -'’" and after[1:].isupper())
+
+
+def _told(document: Document) -> str:
+    """What is seen of a passage behind its name and aspect."""
+    title = title_of(document)
+    return document.text[:SEEN_CHARACTERS].removeprefix(f"{title.name}. {title.aspect}: ")
 
 
 def _statement(title: Title, before: str) -> str | None:

@@ -8,8 +8,10 @@ on purpose (Manner): a model that is taught by perfect players has nothing left 
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 
@@ -23,8 +25,18 @@ from ssp_jax.game.rules import QuestionRules, question_fault
 from ssp_jax.retriever.search import Searcher
 from ssp_jax.warm_start.links import SEEN_CHARACTERS, Fact, Links, names, title_of
 
-# Several, so that the form is learnt and not one wording. {a}: a statement that a name completes;
-# {kind}: what that name is, such as river.
+# Several, so that the form is learnt and not one wording. {asked}: what is asked for, such as "the
+# lowest point of Ghana", or with a nested clause "the lowest point of the country of Accra".
+ASKED = (
+    "Name {asked}.",
+    "Tell me {asked}.",
+    "Do you know {asked}?",
+    "Can you find {asked}?",
+    "Please look up {asked}.",
+    "I would like to know {asked}. What is it?",
+)
+# Where only a statement tells. {a}: a statement that a name completes; {kind}: what that name is,
+# such as river.
 ONE_HOP = ("{a} what?", 'What follows "{a}"?', "Which name completes this: {a} ...?")
 ONE_HOP_OF_A_KIND = ("Which {kind} is it that {a}?", "{a} which {kind}?")
 # {b}: the statement that follows from {a}, in which that name is X, or "the river that {a}".
@@ -94,38 +106,40 @@ class Script:
         self,
         retriever: Searcher,
         links: Links,
+        facts: Iterable[Fact],
         style: Style,
         rules: QuestionRules,
         *,
         top_k: int,
         noise: int,
         manner: Manner,
-        held_out: frozenset[str],
         seed: int,
     ) -> None:
-        """noise: documents that a verifier reads beside the proposer's. held_out: names that no
-        game is about.
+        """facts: of the links, those that games may be about. noise: documents that a verifier
+        reads beside the proposer's.
         """
         self._retriever = retriever
         self._links = links
+        self._stated: dict[str, list[Fact]] = defaultdict(list)  # by what completes them
+        self._told: dict[str, list[Fact]] = defaultdict(list)  # by their document
+        for fact in facts:
+            self._stated[fact.object].append(fact)
+            self._told[fact.document.id].append(fact)
         self._style = style
         self._rules = rules
         self._top_k = top_k
         self._noise = noise
         self._manner = manner
-        self._held_out = held_out
         self._random = random.Random(seed)
         self._draws = np.random.default_rng(seed)
 
     def games(self, number: int, progress: Callable[[int], None]) -> Iterator[Game]:
         """`number` games on different questions, fewer where the corpus has no more."""
-        answers = sorted(self._links.stated.keys() - self._held_out)
         asked: set[str] = set()
         of_one_hop = round(self._manner.one_hop * number)
         wanted = {1: of_one_hop, 2: number - of_one_hop}
         for _ in range(PASSES):
-            self._random.shuffle(answers)
-            for answer in answers:
+            for answer in self._answers():
                 # By turns, as long as both are wanted.
                 hops = max(wanted, key=lambda hops: wanted[hops])
                 if not wanted[hops]:
@@ -137,6 +151,17 @@ class Script:
                 wanted[hops] -= 1
                 progress(len(asked))
                 yield game
+
+    def _answers(self) -> Iterator[str]:
+        """What facts lead to: by turns what sentences have, and what only fields have, which is
+        mostly more.
+        """
+        told = {fact.object for facts in self._stated.values() for fact in facts if fact.is_field}
+        groups = sorted(self._stated.keys() - told), sorted(told)
+        for group in groups:
+            self._random.shuffle(group)
+        for pair in zip_longest(*groups):
+            yield from filter(None, pair)
 
     def _game(self, index: int, answer: str, hops: int) -> Game | None:
         """A game on this answer; None where no search leads to a question that keeps the rules."""
@@ -155,7 +180,7 @@ class Script:
 
         task = Task(index, (answer,), searches=hops)
         game = Game(index, task, question=Question(text, (answer,)))
-        leads = " ".join(f"{fact.subject} leads to {fact.object}." for fact in chain)
+        leads = " ".join(map(_leads, chain))
         game.proposer = proposer.end(leads, "question", text)
         game.attempts = [attempt]
         game.scores = [rewards.solver_reward(attempt.text, (answer,), "em")]
@@ -177,14 +202,13 @@ class Script:
                 return None
             chain.insert(0, fact)
             name = fact.subject
-            thought = f"{name} leads to {fact.object}. What leads to {name}?"
+            thought = f"{_leads(fact)} What leads to {name}?"
         return chain
 
     def _leading(self, name: str, taken: set[str], further: bool) -> set[str]:
         """What passages are about that the name completes. further: to which others lead too."""
-        stated = self._links.stated
-        subjects = {fact.subject for fact in stated.get(name, ())} - taken - self._held_out
-        return {subject for subject in subjects if subject in stated or not further}
+        subjects = {fact.subject for fact in self._stated.get(name, ())} - taken
+        return {subject for subject in subjects if subject in self._stated or not further}
 
     def _clue(self, proposer: Moves, thought: str, name: str, subjects: set[str]) -> Fact | None:
         """Searches a name until a passage about one of the subjects states what it completes:
@@ -208,10 +232,16 @@ class Script:
         return None
 
     def _queries(self, name: str, subjects: set[str]) -> list[str]:
-        """What may be searched about a name: it alone, with an aspect, or with a common word."""
+        """What may be searched about a name: it alone, with an aspect, or with a common word, best
+        the kind of a thing.
+        """
         aspects = self._links.aspects(name)
-        facts = [fact for fact in self._links.stated[name] if fact.subject in subjects]
-        words = [word for fact in facts for word in _COMMON_WORD.findall(fact.statement)]
+        facts = [fact for fact in self._stated[name] if fact.subject in subjects]
+        words = [fact.noun for fact in facts if fact.is_field]
+        words += [self._links.kind(fact.subject) for fact in facts]
+        words = [word for word in words if word]
+        if not words:
+            words = [word for fact in facts for word in _COMMON_WORD.findall(fact.statement)]
         for extra in (aspects, words):
             self._random.shuffle(extra)
         extended = [*aspects[:QUERIES], *words[:QUERIES]]
@@ -222,7 +252,7 @@ class Script:
 
     def _fact(self, found: Sequence[Document], name: str, subjects: set[str]) -> Fact | None:
         """A fact of these documents about one of the subjects that the name completes."""
-        facts = [fact for document in found for fact in self._links.facts(document)]
+        facts = [fact for document in found for fact in self._told.get(document.id, ())]
         fitting = [fact for fact in facts if fact.object == name and fact.subject in subjects]
         return self._random.choice(fitting) if fitting else None
 
@@ -239,6 +269,9 @@ class Script:
     def _worded(self, chain: Sequence[Fact]) -> tuple[str, str]:
         """The question, and what it calls the name that its first search finds."""
         first, last = chain[0], chain[-1]
+        if all(fact.noun for fact in chain):
+            asked = first.asked if first is last else f"the {last.noun} of {first.asked}"
+            return self._random.choice(ASKED).format(asked=asked), first.asked
         kind = self._links.kind(last.object)
         if len(chain) == 1:
             text = self._random.choice(ONE_HOP + (ONE_HOP_OF_A_KIND if kind else ()))
@@ -267,29 +300,30 @@ class Script:
         """
         solver = Moves(SOLVER, self._style)
         first, last = chain[0], chain[-1]
-        thought = f"I look for {first.subject}."
-        if len(chain) == 2:
-            thought = f"First I need {unknown}. {thought}"
+        thought = f"First I need {unknown}." if len(chain) == 2 else ""
         if not self._look_up(solver, thought, first):
             return None
         if len(chain) == 2:
-            known = f"{unknown[:1].upper()}{unknown[1:]} is {first.object}."
+            known = first.read
+            if not first.noun:
+                known = f"{unknown[:1].upper()}{unknown[1:]} is {first.object}."
             if self._chance(self._manner.stop_early):
                 return solver.end(known, "answer", first.object, first.document.text)
-            if not self._look_up(solver, f"{known} I look for {last.query}.", last):
+            if not self._look_up(solver, known, last):
                 return None
         elif self._chance(self._manner.search_again):
             again = f"{_read(chain)} I look at {last.object} too."
             solver.search(again, last.object, self._search(last.object))
-        evidence = f"{last.statement} {last.object}."
-        return solver.end(evidence, "answer", last.object, evidence)
+        return solver.end(last.read, "answer", last.object, f"{last.statement} {last.object}.")
 
     def _look_up(self, solver: Moves, thought: str, fact: Fact) -> bool:
         """Searches what the fact is about; whether its passage is found."""
-        for query in dict.fromkeys((fact.query, fact.subject)):
+        asked = f"{fact.subject} {fact.noun}" if fact.is_field else fact.subject
+        for query in dict.fromkeys((asked, title_of(fact.document).query, fact.subject)):
             found = self._search(query)
             if fact.document in found and query not in solver.queries:
-                solver.search(thought, query, found)
+                looked_for = fact.asked if fact.is_field and query == asked else query
+                solver.search(f"{thought} I look for {looked_for}.".lstrip(), query, found)
                 return True
         return False
 
@@ -319,4 +353,10 @@ def _inside(statement: str) -> str:
 
 def _read(chain: Sequence[Fact]) -> str:
     """What the documents state, in the order of the question."""
-    return " ".join(f"{fact.statement} {fact.object}." for fact in chain)
+    return " ".join(fact.read for fact in chain)
+
+
+def _leads(fact: Fact) -> str:
+    if not fact.noun:
+        return f"{fact.subject} leads to {fact.object}."
+    return f"The {fact.noun} of {fact.subject} is {fact.object}."

@@ -1,7 +1,7 @@
 """The command that writes scripted games: reads the corpus, plays, says what was left out."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from configs import default
@@ -16,7 +16,7 @@ from ssp_jax.retriever.search import LocalRetriever, Retriever
 from ssp_jax.runtime import files
 from ssp_jax.runtime.logger import Phase
 from ssp_jax.warm_start import rows
-from ssp_jax.warm_start.links import Links
+from ssp_jax.warm_start.links import Fact, Links
 from ssp_jax.warm_start.script import Manner, Script
 
 MAX_PASSAGES = 500_000  # whose titles are read: as many as memory has for sure
@@ -28,18 +28,20 @@ def write(flags: Any) -> None:
     retriever = _open(flags.corpus, flags.index)
     passages = range(min(len(retriever), MAX_PASSAGES))
     links = Links(retriever.document(row) for row in passages)
-    named = named_by(flags.without, links)
-    others = of_other_kinds(flags.kinds, links)
-    _say(_about(links, named, flags.without, others))
+    facts = list(usable(links, flags.without, flags.kinds))
+    _say(
+        f"{len(links.names):,} names are titles; of {len(links.facts):,} facts "
+        f"{len(facts):,} are used"
+    )
     script = Script(
         retriever,
         links,
+        facts,
         prompts.STYLES[flags.style],
         QuestionRules(**default.get_config().rules),
         top_k=flags.top_k,
         noise=flags.noise,
         manner=Manner(flags.one_hop, flags.stop_early, flags.search_again),
-        held_out=named | others,
         seed=flags.seed,
     )
     progress = _Progress(flags.games)
@@ -75,43 +77,33 @@ def _open(corpus: str, index: str) -> LocalRetriever:
     return Retriever.load(index)
 
 
-def named_by(paths: Sequence[str], links: Links) -> frozenset[str]:
-    """The names of the corpus that question sets have, in a question or as an answer."""
-    answers: set[str] = set()
-    found: set[str] = set()
-    for path in paths:
-        for task in data.load_questions(path):
-            answers |= set(map(comparable, task.answers))
-            found |= {name for _, name in links.named(task.question)}
-    found |= {name for name in links.names if comparable(name) in answers}
-    return frozenset(found)
+def usable(links: Links, without: Sequence[str], kinds: Sequence[str]) -> Iterator[Fact]:
+    """The facts that no question of these files touches, and that are about these kinds of things.
 
-
-def of_other_kinds(kinds: Sequence[str], links: Links) -> frozenset[str]:
-    """The names that the corpus does not call one of these kinds; none where no kind is given.
-
+    No name in them is in a question or an answer, and what a field tells is not asked for. kinds:
+    as passages call what the facts lead to, or what has the field, where they say what it is to
+    what they tell of; all kinds if none is given.
     Raises InputError for a kind that no name has.
     """
-    if not kinds:
-        return frozenset()
-    found = {name: links.kind(name) for name in links.names}
-    if unknown := sorted(set(kinds) - set(found.values())):
+    found = {links.kind(name) for name in links.names}
+    if unknown := sorted(set(kinds) - found):
         raise InputError(
             f"--kinds: expected words that passages call what they are about, such as country; "
             f"found {unknown[0]!r}, which no passage uses so"
         )
-    return frozenset(name for name, kind in found.items() if kind not in kinds)
-
-
-def _about(
-    links: Links, named: frozenset[str], paths: Sequence[str], others: frozenset[str]
-) -> str:
-    text = f"{len(links.names):,} names are titles"
-    if paths:
-        text += f", {len(named):,} of them left out, which {', '.join(paths)} name"
-    if others:
-        text += f", {len(others):,} of other kinds"
-    return text
+    tasks = [task for path in without for task in data.load_questions(path)]
+    answers = {comparable(answer) for task in tasks for answer in task.answers}
+    named = {name for task in tasks for _, name in links.named(task.question)}
+    asked = " ".join(task.question.lower() for task in tasks)
+    for fact in links.facts:
+        about = {fact.subject, fact.object}
+        if about & named or answers & set(map(comparable, about)):
+            continue
+        if fact.is_field and fact.noun in asked:
+            continue
+        about_kind = links.kind(fact.subject if fact.is_field else fact.object)
+        if not kinds or (fact.noun and about_kind in kinds):
+            yield fact
 
 
 class _Progress:
