@@ -14,7 +14,7 @@ MAX_VALUE_WORDS = 6
 MAX_SMALL_WORDS = 2  # of a value, which begin small: more are no name
 _LABEL_WORD = re.compile(r"[A-Za-z]{2,}")
 # Of a value: until what is added to it, such as a number with its unit.
-_VALUE_END = re.compile(r' ?[(;:,/\["”]| (?=\d)|(?<!\b[A-Z])\. | (?=[a-z ]+: )| $')
+_VALUE_END = re.compile(r' ?[(;:,/\["”]| (?=-?\d)|(?<!\b[A-Z])\. | (?=[a-z ]+: )| $')
 # Not "and term of office", "exports - partners", nor lists such as "languages".
 _NAME = re.compile(r"(?!and |of |in |to )[a-z ]{3,}(?:[a-rt-z]|ss)")
 _DATE = re.compile(r"\d{1,2} [A-Z][a-z]+ \d{4}\b")

@@ -1,6 +1,7 @@
 """A corpus of invented places that name each other, and its index, for tests of a warm start."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ssp_jax.retriever.build import build_index
@@ -26,14 +27,24 @@ def passages() -> list[dict[str, str]]:
     return [{"id": str(i), "contents": f"{t}\n{text}"} for i, (t, text) in enumerate(rows)]
 
 
-def write_corpus(path: Path) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in passages()))
+def told() -> list[dict[str, str]]:
+    """What is told of the lands in fields."""
+    rows = []
+    for land, sea in zip(LANDS, SEAS, strict=True):
+        text = f"highest hill: Mount {land[:3]} 812 m lowest place: the {sea} mean height: 12 m"
+        rows += [(f'"{land}"', f"{land} is a small country in the north.")]
+        rows += [(f'"{land} - Height"', f"{land}. Height: {text}")]
+    return [{"id": f"t{i}", "contents": f"{t}\n{text}"} for i, (t, text) in enumerate(rows)]
+
+
+def write_corpus(path: Path, more: Sequence[dict[str, str]] = ()) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*passages(), *more]))
     return path
 
 
-def indexed(folder: Path) -> tuple[Retriever, Links]:
-    """The search of the corpus, and its links."""
-    corpus = write_corpus(folder / "corpus.jsonl")
+def indexed(folder: Path, more: Sequence[dict[str, str]] = ()) -> tuple[Retriever, Links]:
+    """The search of the corpus and of more passages, and their links."""
+    corpus = write_corpus(folder / "corpus.jsonl", more)
     settings = {"stemmer": "english", "stopwords": "en", "k1": 1.5, "b": 0.75}
     build_index(corpus, folder / "index", **settings)
     retriever = Retriever.load(folder / "index", threads=1)

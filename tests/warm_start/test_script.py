@@ -13,8 +13,8 @@ from ssp_jax.game.rounds import Game, readable
 from ssp_jax.warm_start import __main__ as command
 from ssp_jax.warm_start.links import Links, title_of
 from ssp_jax.warm_start.script import Manner, Script
-from ssp_jax.warm_start.scripting import named_by, of_other_kinds
-from tests.warm_start.corpora import LANDS, RIVERS, TOWNS, indexed, write_corpus
+from ssp_jax.warm_start.scripting import usable
+from tests.warm_start.corpora import LANDS, RIVERS, TOWNS, indexed, told, write_corpus
 
 STYLE = prompts.STYLES["r_search"]
 RULES = rules.QuestionRules(**default.get_config().rules)
@@ -28,20 +28,26 @@ def world(tmp_path_factory):
     return indexed(tmp_path_factory.mktemp("world"))
 
 
-def games_of(world, number=12, manner=PERFECT, held_out=frozenset(), seed=0):
+def games_of(world, number=12, manner=PERFECT, facts=None, seed=0):
     retriever, links = world
     script = Script(
         retriever,
         links,
+        links.facts if facts is None else facts,
         STYLE,
         RULES,
         top_k=2,
         noise=NOISE,
         manner=manner,
-        held_out=held_out,
         seed=seed,
     )
     return list(script.games(number, lambda done: None))
+
+
+@pytest.fixture(scope="module")
+def lands(tmp_path_factory):
+    """The same with what fields tell of the lands."""
+    return indexed(tmp_path_factory.mktemp("lands"), told())
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +86,30 @@ def test_a_fact_is_what_a_sentence_says_before_a_name():
             document("Bach", "Johann Sebastian Bach was a composer of a city near Rome, in Italy."),
         ]
     )
-    facts = {fact.object: fact for fact in links.stated["Italy"] + links.stated["Alps"]}
-    assert facts["Alps"].statement == "the location of Italy is Southern Europe, south of"
-    assert facts["Alps"].query == "Italy Location"
-    of_italy = [(fact.subject, fact.statement) for fact in links.stated["Italy"]]
-    assert ("Rome", "Rome is the capital and largest city of") in of_italy
-    assert [fact.subject for fact in links.stated["Rome"]] == ["Bach"]
+    facts = {(fact.subject, fact.object): fact for fact in links.facts}
+    assert facts["Rome", "Italy"].statement == "Rome is the capital and largest city of"
+    assert facts["Italy", "Southern Europe"].noun == "location"
+    assert {subject for subject, name in facts if name == "Rome"} == {"Bach"}
+
+
+def test_what_a_thing_belongs_to_is_asked_for_by_its_kind_also_where_an_adjective_tells():
+    links = Links(
+        [
+            document("Italy", "Italy is a country in the south. It has the Alps."),
+            document("Italy - Climate", "Italy. Climate: mild"),
+            document("Italian language", "It is a language."),
+            document("Rome", "Rome is an old city of northern Italy."),
+            document("War", "The War was fought by a few against Italy."),
+            document("Dante", "Dante Alighieri was an Italian poet, writer and philosopher."),
+            document("Alto", "Alto was an Itaquan poet."),
+        ]
+    )
+    facts = {fact.subject: fact for fact in links.facts if fact.object == "Italy"}
+    assert facts["Rome"].asked == "the country of Rome"
+    assert facts["Rome"].read == "Rome is an old city of northern Italy. The country is Italy."
+    assert facts["Dante"].asked == "the country of Dante"
+    assert facts["Dante"].read == "Dante Alighieri was an Italian poet. The country is Italy."
+    assert facts["War"].noun == "" and "Alto" not in facts
 
 
 @pytest.mark.parametrize(
@@ -108,13 +132,14 @@ def test_a_thing_that_only_aspects_are_told_of_has_no_kind():
     assert links.kind("Italy") == ""
 
 
-def test_names_of_other_kinds_are_left_out_and_a_kind_that_nothing_has_is_refused(world):
-    _, links = world
-    others = of_other_kinds(["town", "river"], links)
-    assert links.names.keys() - others == {*TOWNS, *RIVERS}
-    assert not of_other_kinds([], links)
+def test_facts_of_other_kinds_are_left_out_and_a_kind_that_nothing_has_is_refused(lands):
+    _, links = lands
+    facts = list(usable(links, (), ["country", "town"]))
+    assert {fact.object for fact in facts if not fact.is_field} == set(LANDS)
+    assert {fact.subject for fact in facts} == {*LANDS, *TOWNS}
+    assert list(usable(links, (), ())) == links.facts
     with pytest.raises(InputError, match="--kinds: .* 'moon', which no passage uses so"):
-        of_other_kinds(["town", "moon"], links)
+        list(usable(links, (), ["town", "moon"]))
 
 
 def test_a_nested_question_names_no_unknown_and_its_solver_says_what_it_needs(world):
@@ -127,6 +152,23 @@ def test_a_nested_question_names_no_unknown_and_its_solver_says_what_it_needs(wo
         assert attempt.turns[0][1].startswith("<think> First I need the town. I look for ")
         assert attempt.turns[2][1].startswith("<think> The town is ")
         assert len(attempt.queries) == 2 and game.scores == [1.0]
+
+
+def test_fields_are_asked_for_by_their_names_and_through_what_leads_to_their_things(lands):
+    facts = [fact for fact in lands[1].facts if fact.noun in ("highest hill", "country")]
+    games = games_of(lands, number=16, manner=PERFECT, facts=facts)
+    assert [game.task.searches for game in games].count(2) == 8
+    for game in games:
+        (attempt,) = game.attempts
+        assert game.scores == [1.0] and len(attempt.queries) == game.task.searches
+        if game.task.searches == 2:
+            town, land = attempt.queries[0], attempt.queries[1].removesuffix(" highest hill")
+            assert f"the highest hill of the country of {town}" in game.question.text
+            assert game.task.answers == (f"Mount {land[:3]}",)
+            first, second = attempt.turns[0][1], attempt.turns[2][1]
+            assert f"First I need the country of {town}." in first
+            assert f"The country is {land}. I look for the highest hill of {land}." in second
+            assert town not in own_text(game.verifier) or land in own_text(game.verifier)
 
 
 def test_scripted_games_keep_the_rules_of_the_game_and_its_judge_finds_them_right(perfect):
@@ -190,14 +232,14 @@ def test_the_same_seed_makes_the_same_games(world, perfect):
     assert lines(games_of(world, seed=1)) != lines(perfect)
 
 
-def test_no_game_is_about_a_name_that_is_held_out(world, tmp_path):
+def test_no_game_is_about_what_a_question_set_touches(world, tmp_path):
     _, links = world
     questions = tmp_path / "dev.jsonl"
     row = {"question": f"Where does {RIVERS[0]} flow?", "golden_answers": [TOWNS[1].upper()]}
     questions.write_text(json.dumps(row) + "\n")
-    held_out = named_by([str(questions)], links)
-    assert held_out == {RIVERS[0], TOWNS[1]}
-    games = games_of(world, 40, held_out=held_out)
+    facts = list(usable(links, [str(questions)], ()))
+    held_out = {RIVERS[0], TOWNS[1]}
+    games = games_of(world, 40, facts=facts)
     assert len(games) > 10
 
     def about(game: Game) -> set[str]:
@@ -212,6 +254,10 @@ def test_no_game_is_about_a_name_that_is_held_out(world, tmp_path):
         assert not about(game) & held_out
         assert TOWNS[1] not in own_text(game.proposer)
     assert any(LANDS[1] in own_text(game.proposer) for game in games_of(world, 40))
+
+    row["question"] = "What is the Location of the Moon?"
+    questions.write_text(json.dumps(row) + "\n")
+    assert not any(fact.noun == "location" for fact in usable(links, [str(questions)], ()))
 
 
 def run(*arguments: str) -> int:
@@ -228,7 +274,7 @@ def test_the_command_writes_lines_and_says_what_was_left_out(
     flags = [f"--corpus={corpus}", f"--index={tmp_path / 'index'}", f"--out={out}", "--games=3"]
     assert run(*flags, f"--without={questions}", "--one_hop=1") == 0
     said = capsys.readouterr().out
-    assert "32 names are titles, 1 of them left out, which" in said
+    assert "32 names are titles; of 24 facts 22 are used" in said
     assert "3 games, 3 of one hop and 0 of two" in said
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 3 and {row["player"] for row in rows} == {"script"}
