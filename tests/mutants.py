@@ -474,10 +474,10 @@ MUTANTS = [
         "warm_start/test_script.py::test_a_verifier_reads_the_proposers_own_documents_and_noise",
     ),
     Mutant(
-        "warm_start/script.py",
-        "subjects = {fact.subject for fact in stated.get(name, ())} - taken - self._held_out",
-        "subjects = {fact.subject for fact in stated.get(name, ())} - taken",
-        "warm_start/test_script.py::test_no_game_is_about_a_name_that_is_held_out",
+        "warm_start/scripting.py",
+        "if about & named or answers & set(map(comparable, about)):",
+        "if about & named:",
+        "warm_start/test_script.py::test_no_game_is_about_what_a_question_set_touches",
     ),
     Mutant(
         "corpus/words.py",
@@ -698,6 +698,19 @@ MUTANTS = [
         "unknown = UNKNOWN",
         "warm_start/test_script.py::"
         "test_a_nested_question_names_no_unknown_and_its_solver_says_what_it_needs",
+    ),
+    Mutant(
+        "warm_start/links.py",
+        "belongs = not title.aspect and _BELONGING.search(statement)",
+        "belongs = True",
+        "warm_start/test_script.py::"
+        "test_what_a_thing_belongs_to_is_asked_for_by_its_kind_also_where_an_adjective_tells",
+    ),
+    Mutant(
+        "warm_start/fields.py",
+        "least = max(MIN_PASSAGES, counts[labels[0]] // 2)",
+        "least = 1",
+        "warm_start/test_fields.py::test_what_many_passages_write_before_a_colon_is_a_label",
     ),
 ]
 
