@@ -7,10 +7,10 @@ time       not measured
 score      not measured on these sets; greedy with one long example shown the plain model answers
            4 of 8 one-hop and 3 of 8 two-hop questions (a small trial, not the whole sets)
 
-The passages are Wikipedia leads and the World Factbook. They and the model are no part of this
-repository: they are expected as data/vital and models/... here, or anywhere else by
---config.data.answers=... and so on. Each prompt shows two worked examples; without any this model
-almost never uses a tag.
+The passages are Wikipedia leads and the World Factbook. `python assets/vital/build.py` makes them
+and questions, `python -m ssp_jax.answers` a list of answers; the model is expected as models/...
+here, or anywhere else by --config.model.path=... Each prompt shows two worked examples; without any
+this model almost never uses a tag.
 
 One step on a CPU, 16 answers x 4 solver episodes, in float32 and without the reference model.
 Measured on 2 cores of an AMD EPYC server, with one long example in place of two short ones: 299 s

@@ -9,18 +9,23 @@ score      after the warm start 48 % (one hop) and 2 % (two hop) of 50 questions
            self-play from there did not begin, docs/log.md says why
 
 Before it, games of scripted players teach the form (docs/warm_start.md), and give self-play answers
-to which a search leads. None is about a name that the question sets have.
+to which a search leads. Games and answers are about countries, and about none that the question
+sets have in an answer or name; nor do they ask for what these ask for, but which country something
+belongs to.
 
+    python assets/vital/build.py
     python -m ssp_jax.warm_start script --corpus=data/vital/corpus.jsonl.gz --index=runs/index \\
-        --out=runs/games.jsonl --games=400 --style=brief --top_k=1 --noise=1 \\
+        --out=runs/games.jsonl --games=400 --kinds=country --style=brief --top_k=1 --noise=1 \\
         --without=data/vital/qa/dev_1hop.jsonl --without=data/vital/qa/dev_2hop.jsonl
     python -m ssp_jax.warm_start script --index=runs/index --out=runs/more_games.jsonl \\
-        --answers=runs/answers.jsonl --seed=1 --games=400 --style=brief --top_k=1 --noise=1 \\
-        --without=data/vital/qa/dev_1hop.jsonl --without=data/vital/qa/dev_2hop.jsonl
+        --answers=runs/answers.jsonl --seed=1 --games=500 --kinds=country --style=brief --top_k=1 \\
+        --noise=1 --without=data/vital/qa/dev_1hop.jsonl --without=data/vital/qa/dev_2hop.jsonl
     python -m ssp_jax.warm_start --config=configs/vital_135m.py --episodes=runs/games.jsonl \\
         --model=models/smollm2-135m-instruct --out=runs/warm
+    python -m ssp_jax.main --config=configs/vital_135m.py --config.model.adapter=runs/warm/export
 
-The passages, questions and the model are no part of this repository; see configs/vital_0p5b.py.
+The passages are Wikipedia leads and the World Factbook, the model is SmolLM2-135M-Instruct. Neither
+is part of this repository.
 """
 
 from ml_collections import ConfigDict
@@ -88,9 +93,9 @@ def get_config() -> ConfigDict:
     c.warm_start.learning_rate = 1e-3
     c.warm_start.episodes_per_step = 6
     c.warm_start.steps = 60
-    c.warm_start.stop_loss = 0.1
+    c.warm_start.stop_loss = 0.08
     c.warm_start.held_out = 0.03
-    c.warm_start.look_every = 20
+    c.warm_start.look_every = 30
     c.warm_start.form_prompts = 8
 
     c.eval.every = 20

@@ -707,6 +707,13 @@ MUTANTS = [
         "test_what_a_thing_belongs_to_is_asked_for_by_its_kind_also_where_an_adjective_tells",
     ),
     Mutant(
+        "warm_start/links.py",
+        "_MAX_CHANGED = 2",
+        "_MAX_CHANGED = 3",
+        "warm_start/test_script.py::"
+        "test_what_a_thing_belongs_to_is_asked_for_by_its_kind_also_where_an_adjective_tells",
+    ),
+    Mutant(
         "warm_start/fields.py",
         "least = max(MIN_PASSAGES, counts[labels[0]] // 2)",
         "least = 1",

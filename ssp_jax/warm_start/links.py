@@ -48,7 +48,7 @@ _ADJECTIVE_ENDINGS = (
     "i",
 )  # that with the longest stem first
 _MIN_STEM = 4  # characters; Chad and Chadian
-_MAX_CHANGED = 3  # of a name's end, which the adjective has not: Argentina and Argentine
+_MAX_CHANGED = 2  # of a name's end, which the adjective has not: Turkey and Turkish
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,9 @@ def test_what_a_thing_belongs_to_is_asked_for_by_its_kind_also_where_an_adjectiv
             document("Rome", "Rome is an old city of northern Italy."),
             document("War", "The War was fought by a few against Italy."),
             document("Dante", "Dante Alighieri was an Italian poet, writer and philosopher."),
-            document("Alto", "Alto was an Itaquan poet."),
+            document("Romania - Climate", "Romania. Climate: mild"),
+            document("Romania", "Romania is a country in the east."),
+            document("Ovid", "Ovid was a Roman poet."),
         ]
     )
     facts = {fact.subject: fact for fact in links.facts if fact.object == "Italy"}
@@ -109,7 +111,8 @@ def test_what_a_thing_belongs_to_is_asked_for_by_its_kind_also_where_an_adjectiv
     assert facts["Rome"].read == "Rome is an old city of northern Italy. The country is Italy."
     assert facts["Dante"].asked == "the country of Dante"
     assert facts["Dante"].read == "Dante Alighieri was an Italian poet. The country is Italy."
-    assert facts["War"].noun == "" and "Alto" not in facts
+    assert facts["War"].noun == ""
+    assert not any(fact.subject == "Ovid" for fact in links.facts)
 
 
 @pytest.mark.parametrize(
