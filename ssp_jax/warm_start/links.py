@@ -160,9 +160,9 @@ class Links:
         title = title_of(document)
         fields = list(self._fields.of(title.aspect, _told(document))) if title.aspect else []
         for noun, value in fields:
-            statement = f"the {noun} of {title.name} is"
-            if not _tells(statement, value) and not names(title.name, value):
-                yield Fact(document, title.name, statement, value, noun)
+            asked = f"the {noun} of {title.name} is"
+            if not _tells(asked, value) and not names(title.name, value):
+                yield Fact(document, title.name, asked, value, noun)
         if fields:
             return
         text = document.text[:SEEN_CHARACTERS]
