@@ -229,7 +229,7 @@ def _sampler_sources(target: Target) -> Iterator[_Source]:
     )
     # A new dict: the prefill has the other.
     options = options | {"eos": (0,), "steps": sizes.chunk}
-    options |= {"attend_by": target.attend_by, "mesh": sampler.tensor_mesh(shardings)}
+    options |= {"attend_by": target.attend_by, "mesh": sampler.kernel_mesh(shardings)}
     name = f"decode of {sizes.slots} slots"
     turns = layout.per_shard.rows[0] / buckets
     yield _Source(name, "decode", sampler.decode_chunk, arguments, options, turns=turns)

@@ -1,165 +1,51 @@
-"""Attention of decoding for NVIDIA GPUs: a Pallas kernel for Triton that stops at each length.
+"""Attention of decoding by a kernel that stops at each slot's length.
 
-Flash-decoding (Dao et al., 2023, pytorch.org/blog/flash-decoding): the tiles of a slot's keys are
-split over several programs, each of which has a softmax of its own. A program walks through the
-pieces of the cache and reads the tiles that hold tokens of its slot, and nothing else.
-
-Inside the kernel T is a tile of keys, and R is padded. Scores have base 2, which GPUs raise faster.
+"flash" is the kernel for NVIDIA GPUs, in decode_triton.py, "splash" that for TPUs, in
+decode_mosaic.py: the words of attention.select_kernel. On a CPU both are interpreted, which only
+tests ask for.
 """
 
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec as P
 
-from ssp_jax.model.attention import NEG_INF, PartialSoftmax, check_kernel, combine
-from ssp_jax.rollout import kv_cache
+from ssp_jax.model.attention import PartialSoftmax, check_kernel, combine
+from ssp_jax.rollout import decode_mosaic, decode_triton, kv_cache
 
-_MIN_SIZE = 16  # of a product in Triton, on each axis
-# Of the keys of a tile: 64 of 128 bfloat16. Two of them and of values fit the shared memory of an
-# L4, which has the least (100 KiB).
-_TILE_BYTES = 2**14
-_FULL_HEAD = 128  # a tile of smaller heads has no more keys
-# An H100 has 132 multiprocessors, and runs several programs on each. Each program writes a result,
-# so there are not many more.
-_PROGRAMS = 1024
-_MAX_SPLITS = 16
-_LOG2_E = math.log2(math.e)
-_LENGTHS = (0, 1, 64, 65, 192)  # of the slots that the kernel is checked with
+_LENGTHS = (0, 1, 128, 129, 384)  # of the slots that a kernel is checked with
 
 
-def tile(head_dim: int, dtype: Any, lengths: Sequence[int]) -> int:
-    """Keys of a tile for pieces of these lengths; 0 where there is no kernel for them.
+def keys_read_together(
+    kernel: str, heads: int, head_dim: int, dtype: Any, lengths: Sequence[int]
+) -> int:
+    """Keys that are read of a slot are a multiple of it; 0 where the kernel is not for these sizes.
 
-    A tile lies in one piece, and all sizes in Triton are powers of 2.
+    heads: of keys on a device. lengths: of the pieces of the cache.
     """
-    most = _TILE_BYTES // (max(head_dim, _FULL_HEAD) * jnp.dtype(dtype).itemsize)
-    keys = math.gcd(most, *lengths)
-    fits = keys >= _MIN_SIZE and head_dim >= _MIN_SIZE and head_dim.bit_count() == 1
-    return keys if fits else 0
+    if kernel == "flash":
+        return decode_triton.tile(head_dim, dtype, lengths)
+    return decode_mosaic.block(decode_mosaic.tile(heads, head_dim, dtype, lengths))
 
 
-def splits(slots: int, heads: int) -> int:
-    """Programs that share a slot's keys of one head."""
-    wanted = max(1, _PROGRAMS // (slots * heads))
-    return min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1))
-
-
-def padded_group(R: int) -> int:
-    """Query heads of a key head, in the kernel."""
-    return max(_MIN_SIZE, 1 << (R - 1).bit_length())
-
-
-def _kernel(q_ref: Any, length_ref: Any, *refs: Any, starts: Sequence[int], keys: int) -> None:
-    """One split of one head of keys of one slot.
-
-    refs: keys [rows, H, S] of each piece, then values [rows, S, H], then the rows of the slots in
-    each later piece, then the results. starts: first position of each piece.
-    """
-    *arrays, o_ref, max_ref, sum_ref = refs
-    k_refs, v_refs, row_refs = (arrays[i * len(starts) :][: len(starts)] for i in range(3))
-    slot = pl.program_id(0)
-    rows = [slot, *[row_ref[slot] for row_ref in row_refs]]
-    split = pl.program_id(2)
-    length = length_ref[slot]
-    q_RH = q_ref[...]
-    R, H = q_RH.shape
-
-    def add_keys(
-        k_ref: Any, v_ref: Any, row: jax.Array, start: int, i: jax.Array, sums: tuple[Any, ...]
-    ) -> tuple[jax.Array, ...]:
-        o_RH, max_R, sum_R = sums
-        own = pl.ds(i * keys, keys)
-        k_HT = k_ref[row, :, own]
-        v_TH = v_ref[row, own, :]
-        position_1T = start + i * keys + jnp.arange(keys)[None]
-        scores_RT = jnp.dot(q_RH, k_HT, preferred_element_type=jnp.float32)
-        scores_RT = jnp.where(position_1T < length, scores_RT * (H**-0.5 * _LOG2_E), NEG_INF)
-        new_max_R = jnp.maximum(max_R, scores_RT.max(1))
-        weights_RT = jnp.exp2(scores_RT - new_max_R[:, None])
-        shrunk_R = jnp.exp2(max_R - new_max_R)
-        added_RH = jnp.dot(weights_RT.astype(v_TH.dtype), v_TH, preferred_element_type=jnp.float32)
-        return o_RH * shrunk_R[:, None] + added_RH, new_max_R, sum_R * shrunk_R + weights_RT.sum(1)
-
-    # As many tiles of the slot for each split, in order.
-    tiles = jax.lax.div(length + keys - 1, keys)
-    each = jax.lax.div(tiles + pl.num_programs(2) - 1, pl.num_programs(2))
-    begin = split * each
-    end = jnp.minimum(begin + each, tiles)
-
-    zeros_R = jnp.zeros((R,), jnp.float32)
-    sums: Any = (jnp.zeros((R, H), jnp.float32), zeros_R + NEG_INF, zeros_R)
-    for k_ref, v_ref, row, start in zip(k_refs, v_refs, rows, starts, strict=True):
-        # Of a piece that the slot has no row of, no tile is read.
-        own = functools.partial(add_keys, k_ref, v_ref, row, start)
-        first = start // keys
-        last = first + k_ref.shape[2] // keys
-        lower, upper = [jnp.clip(x, first, last) - first for x in (begin, end)]
-        sums = jax.lax.fori_loop(lower, upper, own, sums)
-    o_ref[...], max_R, sum_ref[...] = sums
-    max_ref[...] = max_R * (1 / _LOG2_E)
-
-
-def _attend(
-    q_BTNH: jax.Array,
-    length_B: jax.Array,
-    k: Sequence[jax.Array],
-    v: Sequence[jax.Array],
-    rows: Sequence[jax.Array],
-    *,
-    interpret: bool,
-) -> tuple[jax.Array, ...]:
-    """o, max and sum of each split, as in PartialSoftmax with an axis before its own.
-
-    Of one device's slots and heads.
-    """
-    B, _, N, H = q_BTNH.shape
-    K = k[0].shape[1]
-    R = N // K
-    R_padded = padded_group(R)
-    lengths = [x.shape[3] for x in k]
-    starts = [sum(lengths[:piece]) for piece in range(len(k))]
-    number = splits(B, K)
-    padding = ((0, 0), (0, 0), (0, R_padded - R), (0, 0))
-    q_BKRH = jnp.pad(q_BTNH.reshape(B, K, R, H), padding)
-
-    def of_head(x: jax.Array) -> pl.BlockSpec:
-        rows, _, *rest = x.shape
-        return pl.BlockSpec((rows, None, *rest), lambda b, k, s: (0, k, 0, 0))
-
-    def result(*shape: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
-        zeros = (0,) * len(shape)
-        spec = pl.BlockSpec((None, None, None, *shape), lambda b, k, s: (s, b, k, *zeros))
-        return spec, jax.ShapeDtypeStruct((number, B, K, *shape), jnp.float32)
-
-    of_slots = pl.BlockSpec((B,), lambda b, k, s: (0,))
-    results = [result(R_padded, H), result(R_padded), result(R_padded)]
-    run = pl.pallas_call(
-        functools.partial(_kernel, starts=starts, keys=tile(H, k[0].dtype, lengths)),
-        grid=(B, K, number),
-        in_specs=[
-            pl.BlockSpec((None, None, R_padded, H), lambda b, k, s: (b, k, 0, 0)),
-            of_slots,
-            *map(of_head, (*k, *v)),
-            *[of_slots] * len(rows),
-        ],
-        out_specs=[spec for spec, _ in results],
-        out_shape=[shape for _, shape in results],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-    )
-    found = run(q_BKRH, length_B, *k, *v, *rows)
-    return tuple(x[:, :, :, :R].reshape(number, B, 1, N, *x.shape[4:]) for x in found)
+def _by_platform(kernel: str) -> dict[str, Callable[..., Any]]:
+    attend: Callable[..., Any] = decode_triton.attend
+    platform = "cuda"
+    if kernel == "splash":
+        attend = decode_mosaic.attend
+        platform = "tpu"
+    return {
+        "cpu": functools.partial(attend, interpret=True),
+        platform: functools.partial(attend, interpret=False),
+    }
 
 
 def attend(
+    kernel: str,
     q_BTNH: jax.Array,
     length_B: jax.Array,
     k: Sequence[jax.Array],
@@ -170,34 +56,33 @@ def attend(
     """Attention of one query of each slot to the first length_B tokens of its own, split by split.
 
     k, v: of each piece of the cache, as in KVCache. rows_JB: the row that a slot has of each later
-    piece, int32; of those that hold its tokens it must have one. mesh: where heads are split over
-    its axis `tensor`. On a CPU it is interpreted, which only tests ask for.
+    piece, int32; of those that hold its tokens it must have one. mesh: of several devices, over
+    whose axis `tensor` heads are split; None for a single device.
     """
+    by_platform = _by_platform(kernel)
 
     def run(*arrays: Any) -> Any:
-        return jax.lax.platform_dependent(
-            *arrays,
-            cpu=functools.partial(_attend, interpret=True),
-            cuda=functools.partial(_attend, interpret=False),
-        )
+        return jax.lax.platform_dependent(*arrays, **by_platform)
 
     if mesh is not None:
         heads = P(None, None, "tensor")
         of_cache = [P(None, "tensor")] * len(k)
         context = jax.sharding.get_abstract_mesh()
+        # Mosaic asks that all axes are manual; where slots are split, their axes are already.
+        axes = mesh.axis_names if context.empty else ("tensor",)
         run = jax.shard_map(
             run,
             mesh=mesh if context.empty else context,
             in_specs=(heads, P(), of_cache, of_cache, P()),
             out_specs=(P(None, None, None, "tensor"),) * 3,
-            axis_names={"tensor"},
+            axis_names=frozenset(axes),
             check_vma=False,
         )
     parts = zip(*run(q_BTNH, length_B, list(k), list(v), list(rows_JB)), strict=True)
     return [PartialSoftmax(*part) for part in parts]
 
 
-def check(heads: tuple[int, int, int], dtype: Any) -> None:
+def check(kernel: str, heads: tuple[int, int, int], dtype: Any) -> None:
     """Raises InputError where the kernel is wrong on the default device. heads: N, K and H."""
     q_BTNH, cache, view = _small_case(heads, dtype)
     length_B = jnp.array(_LENGTHS)
@@ -210,9 +95,9 @@ def check(heads: tuple[int, int, int], dtype: Any) -> None:
 
     run = jax.jit(attend, static_argnums=0)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (q_BTNH, cache))
-    by_kernel = functools.partial(view.attend_to_lengths, mesh=None)
+    by_kernel = functools.partial(view.attend_to_lengths, kernel=kernel, mesh=None)
     check_kernel(
-        "flash of decoding",
+        f"{kernel} of decoding",
         ("o",),
         lambda: run(by_kernel, q_BTNH, cache),
         lambda: run(view.attend_all, *exact),
@@ -225,7 +110,7 @@ def _small_case(
     """Queries, keys and values of slots of _LENGTHS, in two pieces."""
     N, K, H = heads
     slots = len(_LENGTHS)
-    layout = kv_cache.Layout((64, 192), (slots, 3))
+    layout = kv_cache.Layout((128, 384), (slots, 3))
     rows_JB = jnp.array([[3, 3, 3, 2, 0]])  # 3: none
     rng = np.random.default_rng(0)
 

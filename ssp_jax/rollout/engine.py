@@ -114,18 +114,19 @@ def cache_budget(sizes: Sizes, free: int | None) -> int | None:
 
 
 def attend_by(chosen: str, config: decoder.ModelConfig, sizes: Sizes, dtype: Any) -> str:
-    """How decoding attends to the cache: "flash" where that was chosen, else "xla".
+    """How decoding attends to the cache: by the kernel that was chosen, else "xla".
 
-    chosen: by attention.select_kernel. Heads and pieces of the cache must have sizes for Triton.
+    chosen: by attention.select_kernel. Heads and pieces of the cache must have sizes for it.
     """
-    if chosen != "flash":
+    if chosen == "xla":
         return "xla"
-    # Here: only GPUs need it.
+    # Here: only accelerators need it.
     from ssp_jax.rollout import decode_kernel
 
     ends = sizes.cache_ends()
     lengths = kv_cache.full_layout(ends, sizes.slots).lengths
-    return "flash" if decode_kernel.tile(config.head_dim, dtype, lengths) else "xla"
+    heads = (config.num_kv_heads, config.head_dim)
+    return chosen if decode_kernel.keys_read_together(chosen, *heads, dtype, lengths) else "xla"
 
 
 def _too_large(
@@ -219,12 +220,12 @@ class Engine:
         """
         if self._attend_by == "xla":
             return
-        # Here: only GPUs need it.
+        # Here: only accelerators need it.
         from ssp_jax.rollout import decode_kernel
 
         c = self._config
         heads = (c.num_heads // tensor, c.num_kv_heads // tensor, c.head_dim)
-        decode_kernel.check(heads, self._dtype)
+        decode_kernel.check(self._attend_by, heads, self._dtype)
 
     @property
     def memory(self) -> str:
@@ -367,7 +368,7 @@ class Engine:
     ) -> "Device":
         options = dict(config=self._config, dtype=self._dtype, shardings=shardings)
         chunk = dict(eos=self._eos, steps=self._sizes.chunk, truncation=self._truncation)
-        chunk |= dict(attend_by=self._attend_by, mesh=sampler.tensor_mesh(shardings))
+        chunk |= dict(attend_by=self._attend_by, mesh=sampler.kernel_mesh(shardings))
         return Device(
             rows_per_shard=self._sizes.rows_per_shard(state.layout.shards),
             row_shares=self._sizes.row_shares,

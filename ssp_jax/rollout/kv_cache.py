@@ -313,16 +313,17 @@ class View:
         return found
 
     def attend_to_lengths(
-        self, q_BTNH: jax.Array, cache: KVCache, length_B: jax.Array, mesh: Any
+        self, q_BTNH: jax.Array, cache: KVCache, length_B: jax.Array, *, kernel: str, mesh: Any
     ) -> list[attention.PartialSoftmax]:
-        """What attend_all computes, by the kernel for GPUs, which reads no further than length_B.
+        """What attend_all computes, by a kernel that reads no further than length_B.
 
-        mesh: of decode_kernel.attend.
+        kernel, mesh: of decode_kernel.attend.
         """
-        # Here: only GPUs need it.
+        # Here: only accelerators need it.
         from ssp_jax.rollout import decode_kernel
 
-        return decode_kernel.attend(q_BTNH, length_B, cache.k, cache.v, self.rows_JB, mesh)
+        arrays = (q_BTNH, length_B, cache.k, cache.v, self.rows_JB)
+        return decode_kernel.attend(kernel, *arrays, mesh)
 
     def attend_slots(
         self, q_MTNH: jax.Array, cache: KVCache, slot_M: jax.Array, length_M: jax.Array

@@ -288,14 +288,14 @@ def decode_chunk(
     pieces of the cache that are read, and the rows of the deepest of these, None for all; they stay
     as they are inside the loop. The chunk's own keys and values lie in a buffer of `steps`
     positions, where all slots write at the same place, and go to the cache once, at the end. A slot
-    that does not run computes along, and nothing of it is kept. attend_by: "flash" is the kernel
+    that does not run computes along, and nothing of it is kept. attend_by: "xla", or the kernel
     that reads the tokens of each running slot, of all pieces; mesh: of decode_kernel.attend.
     """
     B = len(state.token_B)
     view = kv_cache.View(state.layout.per_shard, rows_JB, depth, rows)
     earlier = view.attend_all
-    if attend_by == "flash":
-        earlier = functools.partial(view.attend_to_lengths, mesh=mesh)
+    if attend_by != "xla":
+        earlier = functools.partial(view.attend_to_lengths, kernel=attend_by, mesh=mesh)
 
     def step(carry: tuple[Any, _Turns], i: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         buffers, turns = carry
@@ -304,7 +304,7 @@ def decode_chunk(
         # The pending tokens go through the model.
         layers = tuple(zip(state.caches, buffers, strict=True))
         before_B = state.length_B
-        if attend_by == "flash":
+        if attend_by != "xla":
             before_B = jnp.where(running_B, before_B, 0)
         attend = functools.partial(_attend_step, earlier, before_B, i)
         tokens_B1 = turns.token_B[:, None]
@@ -339,12 +339,12 @@ def decode_chunk(
     return state, Chunk(tokens_CB, logprobs_CB, count_B, turns.stop_B)
 
 
-def tensor_mesh(shardings: SamplerState | None) -> jax.sharding.Mesh | None:
-    """The mesh of a state whose heads are split over several devices; else None."""
+def kernel_mesh(shardings: SamplerState | None) -> jax.sharding.Mesh | None:
+    """The mesh of a state that is on several devices; else None. See decode_kernel.attend."""
     if shardings is None:
         return None
     mesh: jax.sharding.Mesh = shardings.token_B.mesh  # type: ignore[attr-defined]
-    return mesh if mesh.shape["tensor"] > 1 else None
+    return mesh if mesh.size > 1 else None
 
 
 def _buffers(
