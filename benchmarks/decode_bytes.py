@@ -6,10 +6,11 @@ CONFIG:DEVICES, each with the config's engine on one of the devices that share i
 the paper's numbers (256 answers, 5 attempts) go through the engine's own scheduler, without a
 model: a player knows how long its turns and observations will be. For each chunk the table adds up
 the bytes of one of its steps: the weights, and the rows of keys and values in the shapes of the
-program that the engine would call. "kernel": on NVIDIA GPUs from Ampere on, whole tiles up to the
-length of each slot that decodes, and the results of its programs, written and read. "buckets":
-elsewhere, with engine.row_shares. "all rows": each piece of the cache is read whole, as without
-them. What a compiled chunk reads is held to these shapes by tests/rollout.
+program that the engine would call. "flash": by the kernel for NVIDIA GPUs from Ampere on, "splash":
+by that for TPUs, each with whole blocks of keys up to the length of each slot that decodes, and its
+results, written and read. "buckets": elsewhere, with engine.row_shares. "all rows": each piece of
+the cache is read whole, as without them. What a compiled chunk reads is held to these shapes by
+tests/rollout.
 
 The lengths are drawn, for no run of such a model is at hand: 1 to 10 searches (geometric, mean 3
 for a proposer and 2.5 for a solver), turns of 80 to 100 tokens and observations of 450 (medians,
@@ -36,12 +37,19 @@ from ssp_jax.assembly import sections  # noqa: E402
 from ssp_jax.config.files import load_config  # noqa: E402
 from ssp_jax.model import decoder  # noqa: E402
 from ssp_jax.plan.planner import read_model  # noqa: E402
-from ssp_jax.rollout import decode_kernel, kv_cache, sampler  # noqa: E402
+from ssp_jax.rollout import (  # noqa: E402
+    decode_kernel,
+    decode_mosaic,
+    decode_triton,
+    kv_cache,
+    sampler,
+)
 from ssp_jax.rollout.scheduler import Scheduler  # noqa: E402
 
 Turn = tuple[int, int]  # tokens sampled, and of the observation behind them
 ANSWERS, ATTEMPTS, NOISE_TOKENS, VERIFIED = 256, 5, 4 * 150, 0.5
-WAYS = ("in use", "kernel", "buckets", "all rows")
+KERNELS = ("flash", "splash")
+WAYS = ("in use", *KERNELS, "buckets", "all rows")
 
 
 class Scripted:
@@ -170,7 +178,11 @@ def measure(name: str, devices: int, seed: int) -> str:
     token = kv_cache.token_bytes(model, dtype)
     sizes = sections.make_sizes(config, devices)
     layout = kv_cache.full_layout(sizes.cache_ends(), sizes.slots)
-    tile = decode_kernel.tile(model.head_dim, dtype, layout.lengths)
+    heads = (model.num_kv_heads, model.head_dim)
+    blocks = {
+        kernel: decode_kernel.keys_read_together(kernel, *heads, dtype, layout.lengths)
+        for kernel in KERNELS
+    }
     results = result_bytes(model, sizes.slots)
     read: collections.Counter[str] = collections.Counter()
     chunks = 0
@@ -183,9 +195,10 @@ def measure(name: str, devices: int, seed: int) -> str:
         whole = sizes.slots * layout.ends[depth - 1]
         left_out = (sizes.slots - bucket) * layout.lengths[depth - 1]
         used_B = slots.length_B[list(turns)]
-        tiles_B = -(-used_B // tile) * tile
-        tokens = (used_B.sum(), tiles_B.sum() + results / token, whole - left_out, whole)
-        read.update({way: weights + n * token for way, n in zip(WAYS, tokens, strict=True)})
+        tokens = {"in use": used_B.sum(), "buckets": whole - left_out, "all rows": whole}
+        for kernel, block in blocks.items():
+            tokens[kernel] = (-(-used_B // block) * block).sum() + results[kernel] / token
+        read.update({way: weights + tokens[way] * token for way in WAYS})
 
     replay(layout, sizes.chunk, game(ANSWERS // devices, seed), seen)
     gb = {way: read[way] / chunks / 1e9 for way in WAYS}
@@ -194,13 +207,16 @@ def measure(name: str, devices: int, seed: int) -> str:
     return f"| {name} on {devices} | {sizes.slots} | {chunks} | {ideal:.1f} | {cells} |"
 
 
-def result_bytes(model: decoder.ModelConfig, slots: int) -> int:
-    """What the kernel's programs write in a step, float32, and what of it is read again."""
+def result_bytes(model: decoder.ModelConfig, slots: int) -> dict[str, int]:
+    """What each kernel's programs write in a step, float32, and what of it is read again."""
     heads = model.num_kv_heads
     group = model.num_heads // heads
-    rows = decode_kernel.splits(slots, heads) * slots * heads
     row_bytes = 4 * (model.head_dim + 2)
-    return model.num_layers * rows * row_bytes * (group + decode_kernel.padded_group(group))
+    rows = {
+        "flash": decode_triton.splits(slots, heads) * (group + decode_triton.padded_group(group)),
+        "splash": group + decode_mosaic.padded_group(group),
+    }
+    return {name: model.num_layers * slots * heads * n * row_bytes for name, n in rows.items()}
 
 
 def main() -> None:
@@ -210,7 +226,7 @@ def main() -> None:
     args = parser.parse_args()
     print("GB that a decode step reads on a device, mean (and times what is in use)")
     print("| config | slots | chunks | " + " | ".join(WAYS) + " |")
-    print("|---" * 7 + "|")
+    print("|---" * (3 + len(WAYS)) + "|")
     for cell in args.configs.split(","):
         name, devices = cell.split(":")
         print(measure(name, int(devices), args.seed), flush=True)

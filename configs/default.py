@@ -23,8 +23,9 @@ def get_config() -> ConfigDict:
     c.model.dtype = "bfloat16"
     # full | attention | dots | none: activations that the update recomputes; see model.REMAT.
     c.model.remat = "full"
-    # Of the update. auto: the best of the devices | splash: JAX's kernel for TPUs | flash: this
-    # project's for NVIDIA GPUs from Ampere on, and of decoding | xla: einsums of XLA, anywhere.
+    # auto: the best of the devices | splash: on TPUs, of the update JAX's kernel, of decoding this
+    # project's | flash: this project's of both for NVIDIA GPUs from Ampere on | xla: einsums of
+    # XLA, anywhere.
     c.model.attention = "auto"
 
     # LoRA (arXiv 2106.09685): only low-rank matrices beside the frozen weights are trained. Not in

@@ -662,16 +662,34 @@ MUTANTS = [
         "evaluation/test_conditions.py::test_the_corpus_and_the_chat_template_are_there_by_their_digests",
     ),
     Mutant(
-        "rollout/decode_kernel.py",
+        "rollout/decode_triton.py",
         "jnp.where(position_1T < length,",
         "jnp.where(position_1T <= length,",
         "rollout/test_decode_kernel.py::test_it_computes_what_xla_does",
     ),
     Mutant(
-        "rollout/decode_kernel.py",
+        "rollout/decode_triton.py",
         "tiles = jax.lax.div(length + keys - 1, keys)",
         "tiles = jax.lax.div(length, keys) + 1",
-        "rollout/test_decode_kernel.py::test_it_reads_only_tiles_that_hold_tokens_of_the_slot",
+        "rollout/test_decode_kernel.py::test_it_reads_only_blocks_that_hold_tokens_of_the_slot",
+    ),
+    Mutant(
+        "rollout/decode_mosaic.py",
+        "jax.lax.broadcasted_iota(jnp.int32, (1, 1, T), 2) < tokens",
+        "jax.lax.broadcasted_iota(jnp.int32, (1, 1, T), 2) <= tokens",
+        "rollout/test_decode_kernel.py::test_it_computes_what_xla_does",
+    ),
+    Mutant(
+        "rollout/decode_mosaic.py",
+        "pl.when(offset < tokens)",
+        "pl.when(offset <= tokens)",
+        "rollout/test_decode_kernel.py::test_it_reads_only_blocks_that_hold_tokens_of_the_slot",
+    ),
+    Mutant(
+        "rollout/decode_mosaic.py",
+        "jnp.where(is_last, 0, i + 1), 1 - buffer)",
+        "jnp.where(is_last, 0, i + 1), buffer)",
+        "rollout/test_decode_kernel.py::test_it_computes_what_xla_does",
     ),
     Mutant(
         "rollout/sampler.py",

@@ -64,7 +64,7 @@ def by_kernel(setting: Setting, slots: "Slots", bandwidth: float) -> Iterator[Ro
         yield skipped(name, "this device has none")
         return
     m = case.model
-    decode_kernel.check((m.num_heads, m.num_kv_heads, m.head_dim), case.dtype)
+    decode_kernel.check(chosen, (m.num_heads, m.num_kv_heads, m.head_dim), case.dtype)
     depth = len(case.sizes.cache_ends())
     slots.compile([depth], attend_by=chosen)
     slots.fill(KERNEL_TOKENS)

@@ -2,8 +2,8 @@
 
 Packed rows: XLA einsums in blocks (`packed`), on TPUs JAX's splash kernel (`splash`), on NVIDIA
 GPUs the kernels of learner/flash.py. Keys in several places: XLA einsums (`partial_softmax`,
-`combine`), and for decoding on NVIDIA GPUs that of rollout/decode_kernel.py. Scores and softmax are
-float32 in all of them, so that sampler and trainer agree.
+`combine`), and for decoding on TPUs and NVIDIA GPUs the kernels of rollout/decode_kernel.py. Scores
+and softmax are float32 in all of them, so that sampler and trainer agree.
 """
 
 import dataclasses

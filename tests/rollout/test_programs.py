@@ -31,6 +31,7 @@ def compiled(
     devices=None,
     steps=8,
     rows_read=None,
+    attend_by="xla",
     names=("extend", "share", "decode"),
 ):
     """Each program for a mesh that is split so, and the bytes of keys and values on one of its
@@ -63,7 +64,8 @@ def compiled(
     tokens_MT = numbers(*written)
     common = dict(depth=2, shardings=shardings)
     model = dict(config=config, dtype=dtype)
-    chunk = dict(eos=(1,), steps=steps, rows=rows_read)
+    chunk = dict(eos=(1,), steps=steps, rows=rows_read, attend_by=attend_by)
+    chunk |= dict(mesh=sampler.kernel_mesh(shardings))
     extended = (params, state, rows_JB, begun, tokens_MT, some)
     decoded = (params, state, rows_JB, slots, stops, key)
     lower = {
@@ -136,14 +138,19 @@ from ssp_jax.model import decoder
 from ssp_jax.plan import compile, hardware
 from tests.rollout.test_programs import IN_PLACE, compiled
 
-data, fsdp, tensor = axes = json.loads(sys.argv[1])
+topology, head_dim, *axes = json.loads(sys.argv[1])
+data, fsdp, tensor = axes
 shards = data * fsdp
-config = decoder.ModelConfig(2048, 2, 256, 8, 4, 128, 512)
+config = decoder.ModelConfig(2048, 2, 256, 8, 4, head_dim, 512)
 sizes = dict(ends=(512, 2048), rows=(32, 16), written=(2 * shards, 128), dtype="bfloat16")
-devices = compile.make_devices(hardware.parse_topology("v5e:2x2"))
-programs, size = compiled(axes, config, **sizes, devices=devices, names=IN_PLACE)
+devices = compile.make_devices(hardware.parse_topology(topology))
+programs, size = compiled(
+    axes, config, **sizes, devices=devices, attend_by="splash", names=IN_PLACE
+)
+kernels = re.findall('custom_call_target="tpu_custom_call"', programs["decode"].as_text())
+assert len(kernels) == config.num_layers
 pieces = ((32, 512), (16, 1536))
-of_a_device = [sorted((rows // shards, 4 // tensor, 128, length)) for rows, length in pieces]
+of_a_device = [sorted((rows // shards, 4 // tensor, head_dim, length)) for rows, length in pieces]
 for name, program in programs.items():
     for line in program.as_text().splitlines():
         made = re.search(r"= bf16\\[([\\d,]+)\\].* (copy|transpose|scatter)\\(", line)
@@ -159,15 +166,17 @@ print(json.dumps(max(temporaries) / size))
     reason="needs `pip install libtpu`: compiles for TPU",
 )
 @pytest.mark.parametrize(
-    "axes",
+    ("topology", "head_dim", "axes"),
     [
-        (1, 2, 2),  # slots and heads are split
-        pytest.param((2, 2, 1), marks=pytest.mark.slow),
-        pytest.param((1, 1, 4), marks=pytest.mark.slow),
+        ("v5e:2x2", 64, (1, 2, 2)),  # slots and heads are split
+        pytest.param("v5e:1x1", 64, (1, 1, 1), marks=pytest.mark.slow),
+        pytest.param("v5e:2x2", 128, (2, 2, 1), marks=pytest.mark.slow),
+        pytest.param("v6e:2x2", 128, (1, 1, 4), marks=pytest.mark.slow),
     ],
 )
-def test_on_tpu_the_cache_is_not_copied_either(axes):
-    command = [sys.executable, "-c", TPU, json.dumps(axes)]
+def test_on_tpu_the_cache_is_not_copied_either(topology, head_dim, axes):
+    """Decoding has a kernel in each layer."""
+    command = [sys.executable, "-c", TPU, json.dumps([topology, head_dim, *axes])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) < 0.3
