@@ -6,7 +6,7 @@ memory     v5e:1x1     13 GiB playing, 11 updating of 16, compiled
            gpu:t4x1    12 GiB playing, 11 updating of 13, from shapes; with
            --config.model.dtype=float32 --config.learner.offload_reference=True
            --config.learner.momentum_dtype=bfloat16
-time       not measured; by plan at least 24 s a step on the v5e and 454 s on the T4, of 448
+time       not measured; by plan at least 22 s a step on the v5e and 454 s on the T4, of 448
            episodes of 1,500 tokens, 500 of them sampled
 score      not measured; not in the paper
 
