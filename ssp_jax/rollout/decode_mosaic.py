@@ -171,7 +171,7 @@ def _kernel(length_ref: Any, row_ref: Any, q_ref: Any, *refs: Any, starts: Seque
         number = jnp.maximum(1, pl.cdiv(length, cache.keys))
 
         def attend_tile(i: jax.Array, sums: _Sums) -> _Sums:
-            buffer = (turn + i) % 2
+            buffer = (turn + i) & 1
             is_last = i + 1 == number
             next_slot = jnp.where(is_last, slot + 1, slot)
 
