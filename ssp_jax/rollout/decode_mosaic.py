@@ -73,7 +73,7 @@ class _Cache(NamedTuple):
         """Of a tile."""
         return int(self.k_tiles.shape[3])
 
-    def start(self, slot: jax.Array, i: jax.Array, buffer: jax.Array) -> None:
+    def start(self, slot: Any, i: Any, buffer: Any) -> None:
         """Starts to read what the slot's tile i holds of the slot's tokens."""
         for piece, start in enumerate(self.starts):
             first = start // self.keys
