@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ssp_jax.model import attention
+from ssp_jax.model import attention, linear
 from ssp_jax.model.linear import (
     LORA_LEAVES,
     Linear,
@@ -40,7 +40,7 @@ REMAT = {
     "attention": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+        jax.checkpoint_policies.save_only_these_names(attention.KEPT, linear.KEPT),
     ),
     "none": jax.checkpoint_policies.everything_saveable,
 }

@@ -8,9 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 # Up to so many rows skinny_matmul packs the rows and not the weight; with more it is no faster.
 SKINNY_ROWS = 128
+# The name, for remat policies, of the sum of a frozen product and its adapter's.
+KEPT = "with_adapter"
 
 
 def _product(num_in: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -163,6 +166,8 @@ class Linear(nnx.Module):
             # Not merged into the kernel: in bfloat16 the sum would round most of an update away.
             low_rank = contract(self.num_in, x, self.lora_a[...])
             y = y + contract(1, self.lora_scale * low_rank, self.lora_b[...])
+            # A policy that keeps products keeps both of them where it does not keep their sum.
+            y = checkpoint_name(y, KEPT)
         if self.use_bias:
             bias = self.bias[...].astype(x.dtype)
             leading = (1,) * (y.ndim - bias.ndim)

@@ -4,6 +4,7 @@ Compiling is nearly all of the time here: tests share models, shapes, and so com
 read results with numpy, for an operation on a jax.Array compiles too.
 """
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -222,6 +223,22 @@ def test_remat_changes_no_gradient_but_what_is_kept():
     assert list(decoder.REMAT) == ["full", "attention", "dots", "none"]
     full, kept_attention, dots, none = sizes
     assert full <= kept_attention < dots < none, sizes
+
+
+def test_an_adapter_adds_little_to_what_dots_keeps():
+    """The sums of frozen and low-rank products, and not both of them."""
+    config, _, tokens_BT = random_model()
+
+    def kept(lora, remat):
+        model = dataclasses.replace(config, lora=lora)
+        logits = functools.partial(full_logits, model, tokens_BT=tokens_BT, remat=remat)
+        params = decoder.abstract_params(model)
+        pullback = jax.eval_shape(lambda params: jax.vjp(logits, params)[1], params)
+        return sum(x.size for x in jax.tree.leaves(pullback))
+
+    lora = linear.Lora(1, 32.0, tuple(decoder.PROJECTIONS))
+    plain, adapted = (kept(which, "dots") - kept(which, "full") for which in (None, lora))
+    assert plain < adapted < 1.2 * plain
 
 
 def test_gradient_of_a_kernel_comes_in_its_own_dtype():
