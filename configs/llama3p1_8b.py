@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/llama3p1_8b.py --workdir=runs/llama3p1_8b
 hardware   8 x H100 80 GB
-memory     gpu:h100x8  44 GiB playing, 30 updating of 73, from shapes
+memory     gpu:h100x8  44 GiB playing, 65 updating of 73, from shapes
 time       not measured
 score      average of seven sets, pass@1 by a judge: 36.7 before, 46.3 after (paper, Table 1);
            ours not measured

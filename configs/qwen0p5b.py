@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/qwen0p5b.py --workdir=runs/qwen0p5b
 hardware   1 x H100 80 GB
-memory     gpu:h100x1  29 GiB playing, 14 updating of 73, compiled
+memory     gpu:h100x1  28 GiB playing, 20 updating of 73, from shapes
 time       not measured
 score      not measured; not in the paper
 """

@@ -2,18 +2,18 @@
 
 command    python -m ssp_jax.main --config=configs/qwen0p5b_16gb.py --workdir=runs/qwen0p5b_16gb
 hardware   1 x T4 16 GB with keys of its own, or v5e:1x1
-memory     v5e:1x1     13 GiB playing, 11 updating of 16, compiled
+memory     v5e:1x1     13 GiB playing, 13 updating of 16, from shapes
            gpu:t4x1    12 GiB playing, 11 updating of 13, from shapes; with
            --config.model.dtype=float32 --config.learner.offload_reference=True
-           --config.learner.momentum_dtype=bfloat16
-time       not measured; by plan at least 22 s a step on the v5e and 454 s on the T4, of 448
+           --config.learner.momentum_dtype=bfloat16 --config.model.remat=attention
+time       not measured; by plan at least 19 s a step on the v5e and 454 s on the T4, of 448
            episodes of 1,500 tokens, 500 of them sampled
 score      not measured; not in the paper
 
 A T4 has no matrix units for bfloat16, and this project's attention kernel is for later GPUs. So it
 takes float32, in which XLA would compute anyway, attention of XLA, which model.attention=auto
-chooses, and what makes room: the reference in host memory, Adam's first moment in bfloat16. With
-game.answers_per_step=16 a step takes a fourth of the time.
+chooses, and what makes room: the reference in host memory, Adam's first moment in bfloat16, and
+more that is computed twice. With game.answers_per_step=16 a step takes a fourth of the time.
 
 The paper's corpus has an index of 30 GB. notebooks/demo.ipynb runs this config on the demo's
 corpus, and docs/own_data.md says how it runs on yours.

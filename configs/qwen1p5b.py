@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/qwen1p5b.py --workdir=runs/qwen1p5b
 hardware   1 x H100 80 GB
-memory     gpu:h100x1  40 GiB playing, 43 updating of 73, from shapes
+memory     gpu:h100x1  40 GiB playing, 48 updating of 73, from shapes
 time       not measured
 score      not measured; not in the paper
 """

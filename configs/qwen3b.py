@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/qwen3b.py --workdir=runs/qwen3b
 hardware   4 x H100 80 GB
-memory     gpu:h100x4  28 GiB playing, 22 updating of 73, from shapes
+memory     gpu:h100x4  28 GiB playing, 46 updating of 73, from shapes
 time       not measured
 score      not measured; not in the paper
 """

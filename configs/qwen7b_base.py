@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/qwen7b_base.py --workdir=runs/qwen7b_base
 hardware   8 x H100 80 GB
-memory     gpu:h100x8  51 GiB playing, 29 updating of 73, from shapes
+memory     gpu:h100x8  51 GiB playing, 64 updating of 73, from shapes
 time       not measured; the paper reports 83.4 s a step, 4.6 hours for 200 steps, on hardware
            that it does not name
 score      average of seven sets, pass@1 by a judge: 22.3 before, 48.7 after (paper, Table 1);

@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/r_search_7b.py --workdir=runs/r_search_7b
 hardware   8 x H100 80 GB
-memory     gpu:h100x8  51 GiB playing, 29 updating of 73, from shapes; with
+memory     gpu:h100x8  51 GiB playing, 64 updating of 73, from shapes; with
                        --config.model.path=Qwen/Qwen2.5-7B
 time       not measured
 score      average of seven sets, pass@1 by a judge: 52.8 before, 54.6 after (paper, Table 1);

@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/search_r1_7b.py --workdir=runs/search_r1_7b
 hardware   8 x H100 80 GB
-memory     gpu:h100x8  51 GiB playing, 29 updating of 73, from shapes
+memory     gpu:h100x8  51 GiB playing, 64 updating of 73, from shapes
 time       not measured
 score      average of seven sets, pass@1 by a judge: 53.9 before, 55.7 after (paper, Table 1);
            ours not measured

@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/smollm2_135m.py --workdir=runs/smollm2_135m
 hardware   1 x L4 24 GB
-memory     gpu:l4x1    10 GiB playing, 4 updating of 20, from shapes
+memory     gpu:l4x1    10 GiB playing, 6 updating of 20, from shapes
 time       not measured
 score      not measured; plain, this model does not follow the tags at all
 """

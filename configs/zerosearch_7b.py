@@ -2,7 +2,7 @@
 
 command    python -m ssp_jax.main --config=configs/zerosearch_7b.py --workdir=runs/zerosearch_7b
 hardware   8 x H100 80 GB
-memory     gpu:h100x8  51 GiB playing, 29 updating of 73, from shapes
+memory     gpu:h100x8  51 GiB playing, 64 updating of 73, from shapes
 time       not measured
 score      average of seven sets, pass@1 by a judge: 43.6 before, 45.9 after (paper, Table 1);
            ours not measured

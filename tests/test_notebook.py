@@ -65,4 +65,4 @@ def test_the_larger_model_plays_on_the_files_of_the_demo(has_bfloat16: bool) -> 
     page = runpy.run_path(str(ROOT / "configs/qwen0p5b_16gb.py"))["__doc__"]
     for_t4 = re.findall(r"^ +(--config\.\S+)(?: (--config\.\S+))?$", page, re.MULTILINE)
     keys = {key for line in for_t4 for key in line if key}
-    assert len(keys) == 3 and (keys <= {*ran[0]}) is not has_bfloat16
+    assert len(keys) == 4 and (keys <= {*ran[0]}) is not has_bfloat16

@@ -27,6 +27,8 @@ TRITON = "__gpu$xla.gpu.triton"
 SHORT = {
     "engine.extend_rows": 1,
     "engine.extend_buckets": (64,),
+    # What is kept for the backward pass would be most of what is measured.
+    "model.remat": "full",
 }
 
 
