@@ -60,7 +60,7 @@ class _Cache(NamedTuple):
     """References to the cache in HBM, and to two tiles of it in VMEM."""
 
     length_B: Any
-    row_PB: Any  # of each piece, the row of each slot
+    rows: Any  # the row of each slot in each piece, [pieces, B]
     starts: Sequence[int]  # first position of each piece
     k: Sequence[Any]  # of each piece [rows, K, H, S]
     v: Sequence[Any]  # [rows, K, S, H], or as k
@@ -81,7 +81,7 @@ class _Cache(NamedTuple):
 
             @pl.when((first <= i) & (i < last))
             def _(piece: int = piece, first: int = first) -> None:
-                row = self.row_PB[piece, slot]
+                row = self.rows[piece, slot]
 
                 def start_block(offset: int) -> None:
                     there = pl.multiple_of((i - first) * self.keys + offset, LANES)
@@ -229,7 +229,7 @@ def attend(
         v_tile = (K, H, keys)
     padding = ((0, 0), (0, 0), (0, R_padded - R), (0, 0))
     q_BKRH = jnp.pad(q_BTNH.reshape(B, K, R, H), padding)
-    row_PB = jnp.stack([jnp.arange(B, dtype=jnp.int32), *rows])
+    rows_of_pieces = jnp.stack([jnp.arange(B, dtype=jnp.int32), *rows])
     slots = math.gcd(B, _SLOTS)
 
     def of_slots(*shape: int) -> pl.BlockSpec:
@@ -257,5 +257,5 @@ def attend(
         cost_estimate=_cost(q_BTNH, k[0]),
         interpret=interpret,
     )
-    found = run(length_B, row_PB, q_BKRH, *k, *v)
+    found = run(length_B, rows_of_pieces, q_BKRH, *k, *v)
     return tuple(x[:, :, :R].reshape(1, B, 1, N, *x.shape[3:]) for x in found)
