@@ -344,6 +344,12 @@ MUTANTS = [
         "learner/test_update.py::test_a_later_gradient_is_added_to_the_total_bit_for_bit",
     ),
     Mutant(
+        "model/decoder.py",
+        "save_only_these_names(attention.KEPT, linear.KEPT)",
+        "save_only_these_names(attention.KEPT)",
+        "model/test_decoder.py::test_an_adapter_adds_little_to_what_dots_keeps",
+    ),
+    Mutant(
         "plan/roofline.py",
         "rows = min(bucket for bucket in buckets if bucket >= min(in_deepest, buckets[-1]))",
         "rows = buckets[-1]",
