@@ -50,7 +50,7 @@ NESTED_OF_A_KIND = ("Which {kind} is it that {b}?", "{b} which {kind}?")
 UNKNOWN = "X"
 QUERIES = 5  # of each kind that are tried about a name
 _COMMON_WORD = re.compile(r"\b[a-z]{5,}\b")  # which says what kind of thing is looked for
-PASSES = 4  # over all names
+PASSES = 8  # over all names
 
 
 @dataclass(frozen=True)
@@ -138,30 +138,38 @@ class Script:
         asked: set[str] = set()
         of_one_hop = round(self._manner.one_hop * number)
         wanted = {1: of_one_hop, 2: number - of_one_hop}
-        for _ in range(PASSES):
-            for answer in self._answers():
-                # By turns, as long as both are wanted.
-                hops = max(wanted, key=lambda hops: wanted[hops])
-                if not wanted[hops]:
-                    return
-                game = self._game(len(asked), answer, hops)
-                if game is None or game.question is None or game.question.text in asked:
-                    continue
-                asked.add(game.question.text)
-                wanted[hops] -= 1
-                progress(len(asked))
-                yield game
+        answers = {hops: self._answers(hops) for hops in wanted}
+        while any(wanted.values()):
+            # By turns, as long as both are wanted.
+            hops = max(wanted, key=lambda hops: wanted[hops])
+            answer = next(answers[hops], None)
+            if answer is None:
+                wanted[hops] = 0
+                continue
+            game = self._game(len(asked), answer, hops)
+            if game is None or game.question is None or game.question.text in asked:
+                continue
+            asked.add(game.question.text)
+            wanted[hops] -= 1
+            progress(len(asked))
+            yield game
 
-    def _answers(self) -> Iterator[str]:
-        """What facts lead to: by turns what sentences have, and what only fields have, which is
-        mostly more.
+    def _answers(self, hops: int) -> Iterator[str]:
+        """What facts lead to, several times: what sentences have by one hop, and what fields have
+        by two, so that a field is asked for through what leads to its thing. If there is none, all.
         """
-        told = {fact.object for facts in self._stated.values() for fact in facts if fact.is_field}
-        groups = sorted(self._stated.keys() - told), sorted(told)
-        for group in groups:
-            self._random.shuffle(group)
-        for pair in zip_longest(*groups):
-            yield from filter(None, pair)
+        facts = [fact for facts in self._stated.values() for fact in facts]
+        wanted = [fact for fact in facts if fact.is_field == (hops == 2)] or facts
+        by_noun: dict[str, dict[str, None]] = defaultdict(dict)
+        for fact in wanted:
+            by_noun[fact.noun if fact.is_field else ""][fact.object] = None
+        for _ in range(PASSES):
+            groups = [sorted(group) for group in by_noun.values()]
+            for group in groups:
+                self._random.shuffle(group)
+            # All nouns alike: half of the fields of a corpus may tell who its ambassadors are.
+            for dealt in zip_longest(*groups):
+                yield from filter(None, dealt)
 
     def _game(self, index: int, answer: str, hops: int) -> Game | None:
         """A game on this answer; None where no search leads to a question that keeps the rules."""
