@@ -55,6 +55,7 @@ WARM_START_MAY_CHANGE = (
 # Keys that a resumed run may set anew although its weights depend on them. Its log says from which
 # step on they hold.
 STEERED = (
+    "model.remat",
     "learner.learning_rate",
     "learner.warmup_steps",
     "learner.schedule",
@@ -75,6 +76,7 @@ FORK_KEEPS = ("model.path", "model.adapter", "lora.", "learner.momentum_dtype")
 # the run.
 EVALUATION_MAY_CHANGE = (
     *MAY_CHANGE,
+    "model.remat",
     "mesh.",
     "data.",
     "game.",

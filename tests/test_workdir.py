@@ -15,6 +15,8 @@ from ssp_jax.workdir import (
     changes_of,
     changes_since,
     check_unchanged,
+    check_workdir,
+    keep_config,
     trained_with,
 )
 
@@ -44,6 +46,19 @@ def test_a_run_that_goes_on_knows_what_has_changed_since_its_checkpoint() -> Non
         Change(30, "steps", 200, 300),
     ]
     assert str(Change(30, RATE, 2e-6, 1e-6)) == f"from step 31 on {RATE} is 1e-06 and was 2e-06"
+
+
+def test_what_is_computed_twice_may_change_where_a_run_goes_on_or_is_evaluated(
+    tmp_path: Path,
+) -> None:
+    keep_config(str(tmp_path), config_of(model__remat="full"))
+    with Checkpoints(str(tmp_path), every=1, keep=1) as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros(3)}, saved(config_of(model__remat="full")))
+    for evaluating in (False, True):
+        check_workdir(str(tmp_path), config_of(model__remat="dots"), evaluating=evaluating)
+        with pytest.raises(InputError, match='model.dtype was "bfloat16" and is "float32"'):
+            other = config_of(model__dtype="float32")
+            check_workdir(str(tmp_path), other, evaluating=evaluating)
 
 
 def test_weights_depend_on_the_keys_of_their_steps_alone() -> None:
