@@ -2,11 +2,11 @@
 
 command    python -m ssp_jax.main --config=configs/vital_135m.py
 hardware   any CPU; made for 2 cores
-memory     about 5 GiB
-time       60 steps of the warm start: 18 minutes beside other work; 43 to 58 s to play a step of
-           which no question is verified, not measured beyond
-score      after the warm start 48 % (one hop) and 2 % (two hop) of 50 questions each, exact match;
-           self-play from there did not begin, docs/log.md says why
+memory     about 6 GiB
+time       16 minutes for the 60 steps of the warm start; then 110 to 190 s a step, evaluations of 80
+           questions 3 minutes each
+score      after the warm start 78 % (one hop) and 12 % (two hop) of 40 questions each, exact match;
+           of self-play only its first steps were run, docs/log.md says what they were like
 
 Before it, games of scripted players teach the form (docs/warm_start.md), and give self-play answers
 to which a search leads. Games and answers are about countries, and about none that the question
