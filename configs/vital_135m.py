@@ -3,8 +3,8 @@
 command    python -m ssp_jax.main --config=configs/vital_135m.py
 hardware   any CPU; made for 2 cores
 memory     about 6 GiB
-time       16 minutes for the 60 steps of the warm start; then 110 to 190 s a step, evaluations of 80
-           questions 3 minutes each
+time       16 minutes for the 60 steps of the warm start; then 110 to 190 s a step, and 3 minutes
+           an evaluation of 80 questions
 score      after the warm start 78 % (one hop) and 12 % (two hop) of 40 questions each, exact match;
            of self-play only its first steps were run, docs/log.md says what they were like
 
