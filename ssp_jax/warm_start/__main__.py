@@ -38,6 +38,7 @@ _BOUNDS = {  # of flags
     "top_k": BOUNDS["retriever.top_k"],
     "noise": BOUNDS["game.noise_documents"],
     "one_hop": _SHARE,
+    "one_hop_fields": _SHARE,
     "stop_early": _SHARE,
     "search_again": _SHARE,
 }
@@ -114,6 +115,8 @@ def _add_numbers(parser: command.Parser) -> None:
     parser.add_argument("--noise", default=4, type=int, metavar="N", help=noise)
     one_hop = "share of games whose question one search answers (0.5)"
     parser.add_argument("--one_hop", default=0.5, type=float, metavar="X", help=one_hop)
+    fields = "share of these that ask for a field (0.5)"
+    parser.add_argument("--one_hop_fields", default=0.5, type=float, metavar="X", help=fields)
     early = "share of two-hop solvers that answer after one search (0.35)"
     parser.add_argument("--stop_early", default=0.35, type=float, metavar="X", help=early)
     again = "share of one-hop solvers that search once too often (0.2)"

@@ -58,6 +58,7 @@ class Manner:
     """How the players play; the shares are those of a start from which 135M parameters rose."""
 
     one_hop: float = 0.5  # share of the games whose question one search answers
+    one_hop_fields: float = 0.5  # of these, those that ask for what a field tells
     stop_early: float = 0.35  # of the others: solvers that answer with what the first search gave
     search_again: float = 0.2  # of one-hop games: solvers that search once too often
 
@@ -136,30 +137,41 @@ class Script:
     def games(self, number: int, progress: Callable[[int], None]) -> Iterator[Game]:
         """`number` games on different questions, fewer where the corpus has no more."""
         asked: set[str] = set()
-        of_one_hop = round(self._manner.one_hop * number)
-        wanted = {1: of_one_hop, 2: number - of_one_hop}
-        answers = {hops: self._answers(hops) for hops in wanted}
+        wanted = self._wanted(number)
+        answers = {kind: self._answers(of_fields=kind[1]) for kind in wanted}
         while any(wanted.values()):
-            # By turns, as long as both are wanted.
-            hops = max(wanted, key=lambda hops: wanted[hops])
-            answer = next(answers[hops], None)
+            # By turns, as long as all are wanted.
+            kind = max(wanted, key=lambda kind: wanted[kind])
+            answer = next(answers[kind], None)
             if answer is None:
-                wanted[hops] = 0
+                wanted[kind] = 0
                 continue
+            hops, _ = kind
             game = self._game(len(asked), answer, hops)
             if game is None or game.question is None or game.question.text in asked:
                 continue
             asked.add(game.question.text)
-            wanted[hops] -= 1
+            wanted[kind] -= 1
             progress(len(asked))
             yield game
 
-    def _answers(self, hops: int) -> Iterator[str]:
-        """What facts lead to, several times: what sentences have by one hop, and what fields have
-        by two, so that a field is asked for through what leads to its thing. If there is none, all.
+    def _wanted(self, number: int) -> dict[tuple[int, bool], int]:
+        """How many games of each number of hops, and about fields or not.
+
+        What takes two hops asks for a field, through what leads to its thing.
         """
+        of_one_hop = round(self._manner.one_hop * number)
+        of_fields = round(self._manner.one_hop_fields * of_one_hop)
+        return {
+            (1, False): of_one_hop - of_fields,
+            (1, True): of_fields,
+            (2, True): number - of_one_hop,
+        }
+
+    def _answers(self, of_fields: bool) -> Iterator[str]:
+        """What facts of fields, or of sentences, lead to, several times; all if there is none."""
         facts = [fact for facts in self._stated.values() for fact in facts]
-        wanted = [fact for fact in facts if fact.is_field == (hops == 2)] or facts
+        wanted = [fact for fact in facts if fact.is_field == of_fields] or facts
         by_noun: dict[str, dict[str, None]] = defaultdict(dict)
         for fact in wanted:
             by_noun[fact.noun if fact.is_field else ""][fact.object] = None

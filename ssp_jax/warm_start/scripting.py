@@ -41,7 +41,7 @@ def write(flags: Any) -> None:
         QuestionRules(**default.get_config().rules),
         top_k=flags.top_k,
         noise=flags.noise,
-        manner=Manner(flags.one_hop, flags.stop_early, flags.search_again),
+        manner=Manner(flags.one_hop, flags.one_hop_fields, flags.stop_early, flags.search_again),
         seed=flags.seed,
     )
     progress = _Progress(flags.games)

@@ -174,6 +174,14 @@ def test_fields_are_asked_for_by_their_names_and_through_what_leads_to_their_thi
             assert town not in own_text(game.verifier) or land in own_text(game.verifier)
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_one_hop_asks_for_fields_as_often_as_asked(lands, share):
+    facts = [fact for fact in lands[1].facts if fact.noun in ("highest hill", "country")]
+    manner = Manner(one_hop=1.0, one_hop_fields=share)
+    games = games_of(lands, number=8, manner=manner, facts=facts)
+    assert sum("highest hill" in game.question.text for game in games) == 8 * share
+
+
 def test_scripted_games_keep_the_rules_of_the_game_and_its_judge_finds_them_right(perfect):
     assert [game.task.searches for game in perfect].count(1) == 6 and len(perfect) == 12
     for game in perfect:
