@@ -15,7 +15,8 @@ from ssp_jax.model import decoder, hf_adapter, hf_load, hf_save
 from tests.model_folders import load
 from tests.test_train import NO_EVALUATION, TINY, small
 
-pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_compile")]
+# A whole run with LoRA of the second set: test_lora_run.py.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 LORA = {"lora__rank": 2, "lora__targets": ("v_proj", "q_proj"), "learner__learning_rate": 1e-3}
 
 

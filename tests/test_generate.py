@@ -109,7 +109,7 @@ def test_greedy_lines_are_the_models_own_words_in_order(tmp_path):
         assert line.keys() == {"token_ids", "logprobs", "text", "stop_reason"}
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_lines_with_an_adapter_are_the_words_of_both_in_order(tmp_path):
     tokenizer = hf_load.load_tokenizer(TINY / "model")
     lora = Lora(3, 6.0, ("q_proj", "o_proj", "down_proj"), rank_stabilized=True)

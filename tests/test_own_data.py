@@ -110,7 +110,7 @@ def get_config():
 """
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_a_run_on_a_companys_passages_is_trained_and_asked(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

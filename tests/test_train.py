@@ -328,7 +328,7 @@ def test_a_damaged_newest_checkpoint_costs_a_step_and_not_the_run(whole, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, params_of(workdir), params_of(whole))
 
 
-@pytest.mark.ci
+@pytest.mark.slow  # of the second set: a run that Ctrl-C stops goes on
 def test_a_run_is_steered_in_its_middle_and_a_fork_is_the_run_steered_so(whole, tmp_path, capsys):
     workdir = without_step_4(whole, tmp_path)
     changes = {"learner__learning_rate": 1e-3, "game__noise_documents": 2, "learner__kl_coef": 0.0}

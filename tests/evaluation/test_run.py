@@ -16,7 +16,8 @@ from ssp_jax.workdir import lock_workdir
 from tests.conftest import ROOT
 from tests.test_train import arguments, small
 
-pytestmark = pytest.mark.ci
+# In the second set: the evaluation that a signal ends, in test_train.py.
+pytestmark = pytest.mark.slow
 QUESTIONS = {"eval__max_questions": 8}
 PLAYED = 16  # in both question sets
 
@@ -65,7 +66,6 @@ def test_both_weights_are_evaluated_and_compared(trained):
     assert answers(trained, 0) != answers(trained, 1)  # a step at that rate moves the model
 
 
-@pytest.mark.slow  # the same in one process: test_evaluate.py
 def test_a_killed_evaluation_goes_on(trained, tmp_path):
     """SIGKILL in the middle; the same command plays what is left.
 

@@ -51,7 +51,9 @@ def products(program: jax.stages.Compiled) -> set[int]:
     return {math.prod(map(int, shape.split(","))) for shape in shapes}
 
 
-@pytest.mark.parametrize(("remat", "most"), [("full", 0.75), ("dots", 0.7)])
+@pytest.mark.parametrize(
+    ("remat", "most"), [pytest.param("full", 0.75, marks=pytest.mark.slow), ("dots", 0.7)]
+)
 def test_no_gradient_of_a_frozen_weight_is_computed(remat: str, most: float) -> None:
     """Of forward, recomputation, and two products backward, one is not there.
 

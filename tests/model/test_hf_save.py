@@ -245,7 +245,7 @@ hf_save.save_adapter(params, config, out + "_adapter", "qwen2")
 """
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_two_processes_read_their_own_bytes_and_write_their_own_files(folder, tmp_path):
     """Two processes of four devices each, whose files differ in their permissions."""
     with socket.socket() as free:

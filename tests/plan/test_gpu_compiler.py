@@ -47,7 +47,9 @@ def compiled(topology: str) -> tuple[memory.Target, dict[str, jax.stages.Compile
 
 
 @needs_compiler
-@pytest.mark.parametrize("topology", ["gpu:h100x1", "gpu:h100x8"])
+@pytest.mark.parametrize(
+    "topology", [pytest.param("gpu:h100x1", marks=pytest.mark.slow), "gpu:h100x8"]
+)
 def test_a_slice_of_the_7b_compiles_for_gpus(topology: str) -> None:
     target, programs = compiled(topology)
     assert set(programs) == {"prefill", "decode", "gradients", "optimizer"}

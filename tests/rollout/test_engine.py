@@ -250,7 +250,12 @@ def eight_devices():
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    "sizes", [ONE_LATER_ROW, pytest.param(TWO_LATER_ROWS, marks=pytest.mark.slow), FEWER_SLOTS]
+    "sizes",
+    [
+        ONE_LATER_ROW,
+        pytest.param(TWO_LATER_ROWS, marks=pytest.mark.slow),
+        pytest.param(FEWER_SLOTS, marks=pytest.mark.slow),
+    ],
 )
 def test_little_memory_only_makes_episodes_wait(expected, one_later_row, sizes):
     """Down to a single row of the last piece, or less than all slots: the same episodes, and no

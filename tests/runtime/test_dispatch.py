@@ -35,8 +35,10 @@ for _ in range(3):
 
 @pytest.mark.parametrize(
     ("code", "said"),
-    [(DIGESTS, [100] * 5), (MICRO_BATCHES, [1, 2, 3])],
-    ids=["digests", "micro-batches"],
+    [
+        pytest.param(DIGESTS, [100] * 5, id="digests"),
+        pytest.param(MICRO_BATCHES, [1, 2, 3], id="micro-batches", marks=pytest.mark.slow),
+    ],
 )
 def test_no_number_of_programs_waits_for_ever(code: str, said: list[int]) -> None:
     done = subprocess.run(
