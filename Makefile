@@ -1,4 +1,4 @@
-# make demo    the main job on this machine: play, train, evaluate; about 5 minutes on 2 cores, installation aside
+# make demo    the main job on this machine: play, train, evaluate; about 6 minutes on 2 cores, installation aside
 # make test    lint, types, tests: the fast set
 # make ci      the tests that take tens of seconds each: compilers, meshes, runs that are killed
 # make slow    the slow set: several processes, kills, whole runs; about an hour
