@@ -30,7 +30,7 @@ SETTINGS = {
     "warm_start__learning_rate": 1e-3,
     "warm_start__form_prompts": 0,
     "learner__rows": 1,
-    "learner__row_tokens": 384,
+    "learner__row_tokens": 512,
     "engine__extend_buckets": (448,),
     "engine__slots": 4,
 }
