@@ -5,8 +5,8 @@ hardware   any CPU; made for 2 cores
 memory     about 6 GiB
 time       20 minutes for the 60 steps of the warm start, then 110 to 190 s a step, and 3 minutes an
            evaluation of 80 questions; all beside other work
-score      not measured with these games; docs/warm_start.md has warm starts from similar ones, and of
-           self-play only first steps were run, docs/log.md says what they were like
+score      not measured with these games; docs/warm_start.md has warm starts from similar ones,
+           and docs/log.md what first steps of self-play were like
 
 Before it, games of scripted players teach the form (docs/warm_start.md), and give self-play answers
 to which a search leads. Games and answers are about countries, and about none that the question
