@@ -46,8 +46,9 @@ done
 for config in $(found '--config='); do
   [[ -f $(dirname "${BASH_SOURCE[0]}")/../$config ]] || refuse "--config=$config is not here; expected a file of this commit"
 done
+# Not a pipe: a grep that leaves at its first line ends what writes into it, which pipefail reports.
 for name in REGION PROJECT REPOSITORY BUCKET VERSION; do
-  if [[ -z $dry_run ]] && lines | grep -qw "$name"; then
+  if [[ -z $dry_run ]] && grep -qw "$name" <<<"$(lines)"; then
     refuse "$manifest has $name; expected your own"
   fi
 done
