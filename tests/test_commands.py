@@ -87,6 +87,7 @@ def test_a_command_is_the_module_of_that_name(
     assert commands.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and says in said
+    assert not list(ROOT.glob("none*"))
 
 
 def test_an_installation_has_the_console_command() -> None:

@@ -36,6 +36,7 @@ def build_index(
     The folder appears, or replaces an older index, only once it is whole. Raises InputError.
     """
     settings = index.checked_settings(stemmer, stopwords, k1, b)
+    passages.stamp(Path(corpus))  # where it cannot be read, no lock file is left behind
     swap = _swap(index_dir)
     with _locked(swap), swap.building() as work:
         _write_index(Path(corpus), work, settings)
@@ -63,6 +64,7 @@ def ensure_index(
         )
     if _matches(folder, corpus, settings):
         return
+    passages.stamp(corpus)
     swap = _swap(folder)
     with _locked(swap):
         if not _matches(folder, corpus, settings):  # another process may have built it meanwhile
