@@ -156,6 +156,9 @@ def get_config() -> ConfigDict:
     c.rules.max_chars = 1000  # [C]
     c.rules.min_words = 1  # [H]; 10 in [C]
     c.rules.forbid_answer_in_search = False  # use_search_terms_filter, off [C]
+    # Of answers asked for with two searches or more: the question itself as a query must not find
+    # the answer [H].
+    c.rules.forbid_found_at_once = False
 
     c.reward = ConfigDict()
     # em | cover_em | policy | openai | FILE.py:FUNCTION of your own, (question, answers, answer) ->

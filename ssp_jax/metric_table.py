@@ -67,6 +67,9 @@ METRICS = {
         ),
         Metric("fault/no_documents", "proposals", "No search found anything."),
         Metric(
+            "fault/found_at_once", "proposals", "One search finds it (rules.forbid_found_at_once)."
+        ),
+        Metric(
             "fault/too_long_to_propose", "proposals", "The given answer makes too long a prompt."
         ),
         Metric("fault/too_long_to_solve", "proposals", "The question makes too long a prompt."),

@@ -61,6 +61,7 @@ def make_game_config(config: ConfigDict) -> rules.GameConfig:
         game=rules.GameSection(**config.game),
         rules=rules.QuestionRules(**config.rules),
         reward=rules.RewardSection(**config.reward),
+        top_k=config.retriever.top_k,
         temperature=config.sampling.temperature,
         verify_temperature=config.sampling.verify_temperature,
         grpo_std=config.learner.grpo_std,

@@ -62,6 +62,7 @@ class QuestionRules:
     min_searches: int
     distinct_searches: bool
     forbid_answer_in_search: bool
+    forbid_found_at_once: bool
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class GameConfig:
     game: GameSection
     rules: QuestionRules
     reward: RewardSection
+    top_k: int  # passages of a search
     temperature: float  # of proposers and solvers
     verify_temperature: float
     grpo_std: bool
@@ -114,12 +116,14 @@ QUESTION_FAULTS = (
     "answer_in_search",
     "no_documents",
 )
+# Of a question that should take several searches (rules.forbid_found_at_once).
+SEARCH_FAULTS = ("found_at_once",)
 # Of well-formed questions: the verifier's answer is not right, or its prompt is longer than
 # limits.verify_prompt_tokens.
 VERIFICATION_FAULTS = ("unverified", "too_long_to_verify")
 # The given answer, or the question, makes a prompt longer than limits.prompt_tokens.
 PROMPT_FAULTS = ("too_long_to_propose", "too_long_to_solve")
-FAULTS = (*QUESTION_FAULTS, *PROMPT_FAULTS, *VERIFICATION_FAULTS)
+FAULTS = (*QUESTION_FAULTS, *SEARCH_FAULTS, *PROMPT_FAULTS, *VERIFICATION_FAULTS)
 
 
 def group_sizes(rl_pair: str, group_size: int) -> tuple[int, int]:

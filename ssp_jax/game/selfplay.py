@@ -19,7 +19,12 @@ from ssp_jax.game import prompts, roles, rules
 from ssp_jax.game.judge import Case, Judge, Verdict
 from ssp_jax.game.metrics import round_metrics
 from ssp_jax.game.noise import Noise, distinct
-from ssp_jax.game.rewards import PROPOSER_REWARDS, needs_judge, solver_reward
+from ssp_jax.game.rewards import (
+    PROPOSER_REWARDS,
+    cover_exact_match,
+    needs_judge,
+    solver_reward,
+)
 from ssp_jax.game.roles import (
     PROPOSER,
     SOLVER,
@@ -86,7 +91,7 @@ class SelfPlay:
 
         # Propose, verify, solve, reward: the end of an episode leads to the next phase.
         fillers = self._fillers(step, len(games), replay.pool)
-        phases = _Phases(self._config, self._context, step, noise, fillers)
+        phases = _Phases(self._config, self._context, self._retriever, step, noise, fillers)
         after = {PROPOSER: phases.verify, VERIFIER: phases.solve, SOLVER: phases.reward}
         waves = _Waves(self._engine, self._judge, self._config.reward.metric, after)
         facts = {
@@ -304,12 +309,14 @@ class _Phases:
         self,
         config: rules.GameConfig,
         context: EpisodeContext,
+        retriever: Searcher,
         step: int,
         noise: Noise | None,
         fillers: Sequence[Question | None],
     ):
         self._config = config
         self._context = context
+        self._retriever = retriever
         self._step = step
         self._noise = noise
         self._fillers = fillers
@@ -342,6 +349,8 @@ class _Phases:
         if fault is not None:
             return self._failed(game, fault)
         assert text is not None
+        if self._is_found_at_once(text, game.task):
+            return self._failed(game, "found_at_once")
         game.fault = ""
         game.question = Question(text, game.task.answers)
         if self._solver(game, 0).stop_reason:  # no solver could read it, so none would be right
@@ -352,6 +361,14 @@ class _Phases:
             self._waiting.append(game)
             return []
         return [self._verifier(game, self._noise)]
+
+    def _is_found_at_once(self, question: str, task: Task) -> bool:
+        """Whether a search for the question itself shows what it should take several to find."""
+        if not self._config.rules.forbid_found_at_once or task.searches < 2:
+            return False
+        (found,) = self._retriever.search([question], self._config.top_k)
+        shown = self._context.seen(found)
+        return any(cover_exact_match(f"{page.title}\n{page.text}", task.answers) for page in shown)
 
     def verify_waiting(self, noise: Noise) -> list[EpisodePlayer]:
         """The verifiers of the questions that have waited for the noise of this step."""

@@ -175,6 +175,7 @@ RULES = ConfigDict(
         "min_searches": 2,
         "distinct_searches": True,
         "forbid_answer_in_search": True,
+        "forbid_found_at_once": False,
     }
 )
 GOOD = "Which city hosts the Louvre?"

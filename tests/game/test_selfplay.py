@@ -164,6 +164,36 @@ def test_a_failed_question_is_an_outcome_with_its_own_reward(turn, fault):
     assert sum(round_.metrics[name] for name in causes) == (4 if causes else 0)
 
 
+class Finding(Corpus):
+    """A corpus in which every search finds this text first, and then nothing of use."""
+
+    def __init__(self, text):
+        self.found = [Document("1", '"A page"', text), Document("2", '"Another"', "nothing")]
+
+    def search(self, queries, top_k):
+        assert queries == [GOOD] and top_k == 1
+        return [self.found[:top_k]]
+
+
+@pytest.mark.parametrize(
+    ("text", "forbidden", "fault"),
+    [
+        ("Its capital is Lhasa, it says.", True, "found_at_once"),
+        ("Its capital is Lhasa, it says.", False, ""),
+        ("Its capital is Lhasas.", True, ""),  # whole words
+        ("and so on " * 200 + "Lhasa", True, ""),  # players do not see so much
+    ],
+)
+def test_a_question_for_two_searches_is_not_answered_by_one_for_itself(text, forbidden, fault):
+    tasks = [Task(0, ("Ulaanbaatar",), searches=1), Task(1, ("Lhasa",), searches=2)]
+    changed = config(rules__forbid_found_at_once=forbidden, retriever__top_k=1)
+    game = SelfPlay(make_game_config(changed), CONTEXT, ScriptedEngine(script()), Finding(text))
+    round_, _ = game.play(0, tasks, ReplayState(), None, None)
+    # Another row is one of a single search, which may be found at once.
+    assert [game.fault for game in round_.games] == ["", fault]
+    assert round_.metrics["funnel/well_formed"] == (1 if fault else 2)
+
+
 def test_a_verifier_without_room_for_its_documents_has_a_fault_of_its_own():
     """The question is well-formed: what is too short is limits.verify_prompt_tokens."""
     context = dataclasses.replace(
