@@ -91,6 +91,8 @@ def script_flags(arguments: Sequence[str], prog: str = f"{_PROG} {SCRIPT}") -> a
     parser.add_argument("--without", action="append", default=[], metavar="FILE", help=without)
     kinds = "of what games are about, as its passage calls it: country,city; all if not given"
     parser.add_argument("--kinds", default="", metavar="WORDS", help=kinds)
+    fields = "that games ask for: lowest point,currency; all if not given"
+    parser.add_argument("--fields", default="", metavar="WORDS", help=fields)
     styles = tuple(CHOICES["prompt.style"])
     style = f"config key prompt.style ({styles[0]})"
     parser.add_argument("--style", default=styles[0], choices=styles, help=style)
@@ -100,7 +102,9 @@ def script_flags(arguments: Sequence[str], prog: str = f"{_PROG} {SCRIPT}") -> a
         bound.check(f"flag --{name}", getattr(flags, name))
     for name in ("corpus", "index", "out", "answers"):
         setattr(flags, name, user_path(getattr(flags, name), f"--{name}"))
-    flags.kinds = [word.strip() for word in flags.kinds.split(",") if word.strip()]
+    for name in ("kinds", "fields"):
+        given = getattr(flags, name).split(",")
+        setattr(flags, name, [word.strip() for word in given if word.strip()])
     flags.without = [user_path(path, "--without") for path in flags.without]
     return flags
 

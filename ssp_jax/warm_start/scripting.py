@@ -28,7 +28,7 @@ def write(flags: Any) -> None:
     retriever = _open(flags.corpus, flags.index)
     passages = range(min(len(retriever), MAX_PASSAGES))
     links = Links(retriever.document(row) for row in passages)
-    facts = list(usable(links, flags.without, flags.kinds))
+    facts = list(usable(links, flags.without, flags.kinds, flags.fields))
     _say(
         f"{len(links.names):,} names are titles; of {len(links.facts):,} facts "
         f"{len(facts):,} are used"
@@ -77,19 +77,27 @@ def _open(corpus: str, index: str) -> LocalRetriever:
     return Retriever.load(index)
 
 
-def usable(links: Links, without: Sequence[str], kinds: Sequence[str]) -> Iterator[Fact]:
+def usable(
+    links: Links, without: Sequence[str], kinds: Sequence[str], fields: Sequence[str] = ()
+) -> Iterator[Fact]:
     """The facts that no question of these files touches, and that are about these kinds of things.
 
     No name in them is in a question or an answer, and what a field tells is not asked for. kinds:
     as passages call what the facts lead to, or what has the field, where they say what it is to
-    what they tell of; all kinds if none is given.
-    Raises InputError for a kind that no name has.
+    what they tell of; all kinds if none is given. fields: the only ones, if any is given.
+    Raises InputError for a kind that no name has, and for a field that no passage has.
     """
     found = {links.kind(name) for name in links.names}
     if unknown := sorted(set(kinds) - found):
         raise InputError(
             f"--kinds: expected words that passages call what they are about, such as country; "
             f"found {unknown[0]!r}, which no passage uses so"
+        )
+    told = {fact.noun for fact in links.facts if fact.is_field}
+    if unknown := sorted(set(fields) - told):
+        raise InputError(
+            "--fields: expected what passages tell of things, such as currency; "
+            f"found {unknown[0]!r}, which too few tell"
         )
     tasks = [task for path in without for task in data.load_questions(path)]
     answers = {comparable(answer) for task in tasks for answer in task.answers}
@@ -99,7 +107,7 @@ def usable(links: Links, without: Sequence[str], kinds: Sequence[str]) -> Iterat
         about = {fact.subject, fact.object}
         if about & named or answers & set(map(comparable, about)):
             continue
-        if fact.is_field and fact.noun in asked:
+        if fact.is_field and (fact.noun in asked or (fields and fact.noun not in fields)):
             continue
         about_kind = links.kind(fact.subject if fact.is_field else fact.object)
         if not kinds or (fact.noun and about_kind in kinds):

@@ -145,6 +145,22 @@ def test_facts_of_other_kinds_are_left_out_and_a_kind_that_nothing_has_is_refuse
         list(usable(links, (), ["town", "moon"]))
 
 
+def test_other_fields_are_left_out_and_one_that_nothing_has_is_refused():
+    links = Links(
+        [
+            document("Rome", "Rome is an old city of Italy."),
+            document("Italy - Location", "Italy. Location: Southern Europe, south of Alps"),
+            document("Italy - Climate", "Italy. Climate: Mediterranean; hot in the south"),
+        ]
+    )
+    facts = list(usable(links, (), (), ["climate"]))
+    left_out = [fact.noun for fact in links.facts if fact not in facts]
+    assert left_out == ["location"]
+    assert {fact.object for fact in facts} == {"Italy", "Mediterranean"}
+    with pytest.raises(InputError, match="--fields: .* 'moons', which too few tell"):
+        list(usable(links, (), (), ["climate", "moons"]))
+
+
 def test_a_nested_question_names_no_unknown_and_its_solver_says_what_it_needs(world):
     games = games_of(world, number=16, manner=Manner(one_hop=0.0, stop_early=0.0))
     nested = [game for game in games if "the town that" in game.question.text]
