@@ -3,7 +3,7 @@
 command    python -m ssp_jax.main --config=configs/vital_135m.py
 hardware   any CPU; made for 2 cores
 memory     about 6 GiB
-time       36 and 12 minutes for the two warm starts, then 140 to 215 s a step, and 2 to 3 minutes
+time       36 and 12 minutes for the two warm starts, then 104 to 242 s a step, and 2 to 3 minutes
            an evaluation of 100 questions, alone on 2 cores of an AMD EPYC server
 score      exact match of 2 x 50 questions: 44 before, 73 after 12 steps (one hop 84 to 74, two hops
            4 to 72), seed 0; 60 steps were not run

@@ -186,10 +186,10 @@ class Finding(Corpus):
 )
 def test_a_question_for_two_searches_is_not_answered_by_one_for_itself(text, forbidden, fault):
     tasks = [Task(0, ("Ulaanbaatar",), searches=1), Task(1, ("Lhasa",), searches=2)]
+    found = f"Ulaanbaatar. {text}"  # which one search may find
     changed = config(rules__forbid_found_at_once=forbidden, retriever__top_k=1)
-    game = SelfPlay(make_game_config(changed), CONTEXT, ScriptedEngine(script()), Finding(text))
+    game = SelfPlay(make_game_config(changed), CONTEXT, ScriptedEngine(script()), Finding(found))
     round_, _ = game.play(0, tasks, ReplayState(), None, None)
-    # Another row is one of a single search, which may be found at once.
     assert [game.fault for game in round_.games] == ["", fault]
     assert round_.metrics["funnel/well_formed"] == (1 if fault else 2)
 
