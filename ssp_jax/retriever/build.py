@@ -64,7 +64,6 @@ def ensure_index(
         )
     if _matches(folder, corpus, settings):
         return
-    passages.stamp(corpus)
     swap = _swap(folder)
     with _locked(swap):
         if not _matches(folder, corpus, settings):  # another process may have built it meanwhile

@@ -26,7 +26,7 @@ from ssp_jax.errors import InputError
 from ssp_jax.retriever import __main__ as command
 from ssp_jax.retriever import index as index_files
 from ssp_jax.retriever import progress, search, settings
-from ssp_jax.retriever.build import build_index
+from ssp_jax.retriever.build import build_index, ensure_index
 from ssp_jax.retriever.search import SLICES_PER_THREAD, QueryCache, Retriever, open_retriever
 from ssp_jax.runtime.folder_swap import MARKER
 
@@ -559,6 +559,13 @@ def test_failed_build_leaves_the_old_index(tmp_path):
         build_index(corpus, index, **PLAIN)
     assert len(Retriever.load(index)) == 3
     assert names_in(tmp_path) == ["corpus.jsonl", "index", "index.lock"]
+
+
+@pytest.mark.parametrize("build", [build_index, ensure_index])
+def test_a_corpus_that_cannot_be_read_leaves_nothing_behind(tmp_path, build):
+    with pytest.raises(InputError, match="none.jsonl: expected a readable corpus"):
+        build(tmp_path / "none.jsonl", tmp_path / "index", **PLAIN)
+    assert names_in(tmp_path) == []
 
 
 def test_killed_build_is_repeated(tmp_path):
